@@ -1,0 +1,56 @@
+# Every target sets up .venv by itself. Try `make help`.
+PYTHON ?= python3
+PIPELINE ?= pipelines/demo.toml
+NAME := $(basename $(notdir $(PIPELINE)))
+OUT ?= out/$(NAME)
+POOL ?=
+RECIPE ?=
+SET ?=
+PY := .venv/bin/python
+READY := .venv/.ready
+RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)')
+
+.DEFAULT_GOAL := help
+.PHONY: help install coreset train eval ablation test lint format bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
+	@echo "  variables: PIPELINE=$(PIPELINE) POOL=… OUT=$(OUT) RECIPE=… SET='table.key=value …'"
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(READY) ## set up .venv with everything that was tested (constraints.txt)
+
+coreset: $(READY) ## the main job: pool -> embeddings -> clusters -> coreset -> shards -> report
+	$(RUN) --only coreset
+
+train: $(READY) ## train on the emitted shards: mix -> align -> finetune -> export -> eval
+	$(RUN)
+
+eval: $(READY) ## score the trained model again
+	$(RUN) --only eval
+
+ablation: $(READY) ## compare coresets with random sets of the same size by training on both
+	.venv/bin/curate run pipelines/ablation_demo.toml --out out/ablation
+
+test: $(READY) ## run the tests: offline, on the processor alone
+	$(PY) -m pytest
+
+lint: $(READY) ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: $(READY) ## rewrite the code in the house's format
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: $(READY) ## measure every stage against its floor in one run
+	$(PY) -m tests.bench
+
+clean: ## remove outputs and the virtual environment
+	rm -rf out .venv build dist *.egg-info

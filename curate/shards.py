@@ -1,0 +1,228 @@
+"""Pools: webdataset tars read sample by sample with nothing lost, and written byte for byte.
+
+In: a tar as img2dataset writes it (`key.jpg`, `key.txt`, `key.json`). Out: one `Sample` per key, in the order in which
+keys first appear, with the bytes' positions, so that any later stage can fetch exactly the original members.
+
+A thin reader of our own instead of webdataset's, because rows are the contract here: webdataset groups only adjacent
+members, drops incomplete samples, stops at a truncation without saying so, and its default decoders unpickle `.pyd`.
+Headers are read with `tarfile`; members are never extracted to disk, links and devices are never followed.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from curate import paths
+from curate.errors import ShardError, UsageError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+CAPTION_SUFFIX, JSON_SUFFIX = "txt", "json"
+UNSAFE_SUFFIXES = ("pyd", "pickle", "pkl", "pth", "pt")
+MAX_MEMBER_BYTES = 256 << 20
+MAX_TEXT_BYTES = 1 << 20
+BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One regular file inside a tar. offset, size: bytes of its content."""
+
+    name: str
+    suffix: str
+    offset: int
+    size: int
+
+
+@dataclass(slots=True)
+class Sample:
+    """The members that share a key. `twin` marks a key that the shard had used before."""
+
+    key: str
+    members: list[Member] = field(default_factory=list)
+    twin: bool = False
+
+    def member(self, *suffixes: str) -> Member | None:
+        """Return the first member with one of the suffixes."""
+        return next((member for member in self.members if member.suffix in suffixes), None)
+
+    @property
+    def image(self) -> Member | None:
+        """The image member, whatever its format."""
+        return self.member(*IMAGE_SUFFIXES)
+
+
+@dataclass(slots=True)
+class Index:
+    """What a shard holds: its samples in row order, and what could not be read or was passed over, in words."""
+
+    samples: list[Sample]
+    notes: list[str]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A tar of a pool. stem: its unique name, which every sidecar carries."""
+
+    stem: str
+    location: str
+    size: int
+
+
+def list_pool(pool: str) -> list[Shard]:
+    """List a pool's tars (directory, glob, brace pattern, fsspec URL) with unique stems, in sorted order.
+
+    Tars of one name in several directories get their directory into the stem (`part1__00000`).
+    Raises: UsageError when nothing matches, saying what was there instead.
+    """
+    found = [location for location in paths.expand(pool, ".tar") if location.endswith(".tar")]
+    if not found:
+        inside = paths.listdir(pool) if paths.is_dir(pool) else []
+        seen = f"; it holds {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
+        raise UsageError(f"no .tar shards match {pool}{seen}.", "a pool is a directory of webdataset tars: POOL/00000.tar …")
+    stems = [paths.name(location)[:-4] for location in found]
+    if len(set(stems)) < len(stems):
+        stems = [f"{paths.name(paths.parent(location))}__{stem}" for location, stem in zip(found, stems, strict=True)]
+    if len(set(stems)) < len(stems):
+        twin = next(stem for stem in stems if stems.count(stem) > 1)
+        raise UsageError(f"{pool} matches several shards named {twin}.tar; embed them as separate pools")
+    return [Shard(stem, location, paths.size(location)) for stem, location in zip(stems, found, strict=True)]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a member's name into key and suffix at the first dot of its last part, as webdataset does."""
+    head, _, tail = name.rpartition("/")
+    base, _, suffix = tail.partition(".")
+    return (f"{head}/{base}" if head else base), suffix.lower()
+
+
+def is_safe(key: str) -> bool:
+    """Say whether a key stays inside the folder it is written to."""
+    parts = key.replace("\\", "/").split("/")
+    return bool(key) and ".." not in parts and not key.startswith(("/", "\\")) and ":" not in parts[0] and "\0" not in key
+
+
+def read_index(file: IO[bytes]) -> Index:
+    """Read a shard's headers and group its members into samples.
+
+    file: seekable. A key that reappears after others is joined to its first row; a repeated member starts a new row,
+    marked as twin. A truncation or a foreign stretch ends the reading there and leaves a note.
+    Raises: ShardError when not a single member can be read.
+    """
+    total = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    rows: list[Sample] = []
+    latest: dict[str, Sample] = {}
+    passed: dict[str, int] = {}
+    notes: list[str] = []
+    for name, offset, length, trouble in _headers(file, total, notes):
+        key, suffix = split_name(name)
+        if trouble or not suffix:
+            reason = trouble or "without a suffix"
+            passed[reason] = passed.get(reason, 0) + 1
+            continue
+        if suffix.rpartition(".")[2] in UNSAFE_SUFFIXES:
+            passed[f"pickled ({suffix})"] = passed.get(f"pickled ({suffix})", 0) + 1
+            continue
+        sample = latest.get(key)
+        if sample is None or any(member.suffix == suffix for member in sample.members):
+            sample = Sample(key, twin=sample is not None)
+            rows.append(sample)
+            latest[key] = sample
+        sample.members.append(Member(name, suffix, offset, length))
+    notes += [f"passed over {count} member(s): {reason}" for reason, count in sorted(passed.items())]
+    if not rows and (notes or total):
+        raise ShardError(f"no sample can be read ({'; '.join(notes) or 'not a tar of key.suffix members'})")
+    return Index(rows, notes, total)
+
+
+def _headers(file: IO[bytes], total: int, notes: list[str]) -> Iterable[tuple[str, int, int, str]]:
+    """Yield (name, offset, size, trouble) per member until the end, or until nothing more can be read."""
+    if total == 0:
+        notes.append("the file is empty")
+        return
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        notes.append(f"not a tar: {error}")
+        return
+    with tar:
+        while True:
+            position = tar.offset
+            try:
+                info = tar.next()
+            except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
+                notes.append(f"unreadable from byte {position} of {total}: {error}")
+                return
+            if info is None:
+                _note_ending(file, position, total, notes)
+                return
+            tar.members = []  # tarfile would otherwise remember every header
+            if info.isdir():
+                continue
+            if not info.isreg():
+                yield info.name, 0, 0, "link or device"
+            elif info.offset_data + info.size > total:
+                notes.append(f"truncated at byte {total} inside {info.name}")
+                return
+            elif info.size < 0 or info.sparse is not None:
+                yield info.name, 0, 0, "sparse"
+            else:
+                yield info.name, info.offset_data, info.size, ""
+
+
+def _note_ending(file: IO[bytes], position: int, total: int, notes: list[str]) -> None:
+    """Tell a proper end (a block of zeros) from a header that tarfile silently takes for one."""
+    file.seek(position)
+    block = file.read(BLOCK)
+    if len(block) < BLOCK:
+        notes.append(f"truncated at byte {total}: no end-of-archive mark")
+    elif block.strip(b"\0"):
+        notes.append(f"unreadable from byte {position} of {total}")
+
+
+def read_member(file: IO[bytes], member: Member) -> bytes:
+    """Read a member's bytes. Raises: ShardError past `MAX_MEMBER_BYTES` or when the file ends early."""
+    if member.size > MAX_MEMBER_BYTES:
+        raise ShardError(f"member {member.name} has {member.size:,} bytes, over the limit of {MAX_MEMBER_BYTES:,}")
+    file.seek(member.offset)
+    data = file.read(member.size)
+    if len(data) != member.size:
+        raise ShardError(f"member {member.name} ends after {len(data):,} of {member.size:,} bytes")
+    return data
+
+
+def read_json(data: bytes) -> dict[str, Any] | None:
+    """Parse a sample's JSON member; None when it is not a JSON object."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class TarWriter:
+    """Write a tar whose bytes depend on nothing but names and contents (no times, owners or modes of the moment)."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.offset = 0
+
+    def add(self, name: str, data: bytes) -> None:
+        """Append a regular file."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        info.mode = 0o644
+        block = info.tobuf(tarfile.GNU_FORMAT) + data + b"\0" * (-len(data) % BLOCK)
+        self.file.write(block)
+        self.offset += len(block)
+
+    def __enter__(self) -> "TarWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:  # two zero blocks, padded to tar's record of 20 blocks
+            self.file.write(b"\0" * (2 * BLOCK + -(self.offset + 2 * BLOCK) % (20 * BLOCK)))

@@ -1,0 +1,396 @@
+"""Sidecars and manifests: the schemas of every artefact, and how a directory is made, resumed and read.
+
+A sidecar is an Arrow IPC file, one per shard, with the shard's stem and exactly its rows in its order, mapped to memory
+with no copy. `manifest.json` is written last, so that its presence means that the directory is complete; until then
+`.plan.json` holds the request, and a rerun with the same request goes on where the last one stopped. A manifest holds
+nothing that differs between two runs of the same request: times and speeds go to `log.jsonl`.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curate import paths
+from curate.errors import ContractError, UsageError
+
+FORMAT = 1
+MANIFEST, PLAN, LOG = "manifest.json", ".plan.json", "log.jsonl"
+LABEL = pa.dictionary(pa.int16(), pa.string())
+
+STATUSES = {
+    "ok": "embedded",
+    "no_image": "no image member",
+    "empty_image": "an image member of zero bytes",
+    "decode_error": "the image is truncated, unreadable or of another type than it claims",
+    "too_large": "the image is over the pixel or byte limit",
+    "no_caption": "no caption member, or an empty one",
+    "bad_caption": "the caption is not UTF-8, or over 1 MiB",
+    "bad_embedding": "an embedding is NaN, infinite or zero",
+    "duplicate_key": "the shard uses this key more than once",
+    "unsafe_key": "the key would write outside its folder",
+    "unmatched": "no row of the imported table belongs to this sample",
+}
+
+
+def embedding_schema(dim: int) -> pa.Schema:
+    """Describe `EMB/{stem}.arrow` for embeddings of `dim` dimensions."""
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("uid", pa.binary(16)),
+            ("phash", pa.uint64()),
+            ("status", LABEL),
+            ("image_embedding", pa.list_(pa.float16(), dim)),
+            ("text_embedding", pa.list_(pa.float16(), dim)),
+            ("clip_score", pa.float32()),
+            ("caption", pa.string()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("url", pa.string()),
+        ]
+    )
+
+
+CLUSTER_SCHEMA = pa.schema([("cluster", pa.int32()), ("centroid_similarity", pa.float32())])
+
+EDGE_SCHEMA = pa.schema(
+    [("cluster", pa.int32()), ("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float32()), ("phash_bits", pa.uint8())]
+)
+
+SELECTION_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("kept", pa.bool_()),
+        ("dropped_by", LABEL),
+        ("component", pa.int64()),
+        ("twin", pa.string()),
+        ("twin_similarity", pa.float32()),
+    ]
+)
+
+
+def labels(values: Sequence[str | None] | np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
+    """Build a label column. values: names, or None for null; names: the dictionary, in a fixed order."""
+    place = {name: index for index, name in enumerate(names)}
+    codes = pa.array([None if value is None else place[value] for value in values], pa.int16())
+    return pa.DictionaryArray.from_arrays(codes, pa.array(list(names), pa.string()))
+
+
+def label_codes(codes: np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
+    """Build a label column from integer codes i16 [n]; a negative code is null."""
+    indices = pa.array(codes.astype(np.int16), mask=codes < 0)
+    return pa.DictionaryArray.from_arrays(indices, pa.array(list(names), pa.string()))
+
+
+def vector_column(x_nd: np.ndarray, valid_n: np.ndarray) -> pa.FixedSizeListArray:
+    """Build an embedding column from f16 [n, d]; rows that are not valid are null (and zero underneath)."""
+    values = np.ascontiguousarray(np.where(valid_n[:, None], x_nd, 0), dtype=np.float16)
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(values.reshape(-1)), values.shape[1], mask=pa.array(~np.asarray(valid_n, dtype=bool))
+    )
+
+
+def vectors(column: pa.FixedSizeListArray) -> np.ndarray:
+    """View an embedding column of one record batch as f16 [n, d] with no copy; null rows are zero."""
+    if isinstance(column, pa.ChunkedArray):
+        raise TypeError("vectors() takes the array of one record batch")
+    dim = column.type.list_size
+    flat = column.values.to_numpy(zero_copy_only=True)
+    return flat[column.offset * dim : (column.offset + len(column)) * dim].reshape(len(column), dim)
+
+
+def write_table(
+    location: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], meta: Mapping[str, Any] | None = None
+) -> int:
+    """Write a sidecar whole or not at all. meta: JSON facts about the shard, kept in the schema. Returns the rows."""
+    schema = schema.with_metadata({"curate": json.dumps(dict(meta or {}), sort_keys=True)})
+    rows = 0
+    with paths.atomic_write(location) as file, pa.ipc.new_file(file, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+            rows += batch.num_rows
+    return rows
+
+
+def reader(location: str) -> pa.ipc.RecordBatchFileReader:
+    """Open a sidecar; local files are mapped to memory. Raises: ContractError when it is not an Arrow file."""
+    try:
+        if paths.is_remote(location):
+            with paths.open_read(location) as file:
+                return pa.ipc.open_file(pa.py_buffer(file.read()))
+        return pa.ipc.open_file(pa.memory_map(paths.local(location)))
+    except FileNotFoundError:
+        raise ContractError(f"{location} does not exist") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ContractError(f"{location} is no readable Arrow file: {str(error).splitlines()[0]}") from None
+
+
+def batches(location: str) -> Iterator[pa.RecordBatch]:
+    """Yield a sidecar's record batches in row order."""
+    source = reader(location)
+    for index in range(source.num_record_batches):
+        yield source.get_batch(index)
+
+
+def table(location: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a sidecar, or some columns of it, as a table over mapped memory."""
+    whole = reader(location).read_all()
+    return whole if columns is None else whole.select(list(columns))
+
+
+def facts(location: str) -> dict[str, Any]:
+    """Return the JSON facts that `write_table` stored with a sidecar."""
+    stored = (reader(location).schema.metadata or {}).get(b"curate", b"{}")
+    return dict(json.loads(stored))
+
+
+def num_rows(location: str) -> int:
+    """Count a sidecar's rows without reading its columns."""
+    source = reader(location)
+    return sum(source.get_batch(index).num_rows for index in range(source.num_record_batches))
+
+
+def digest(value: Any) -> str:
+    """Fingerprint a JSON value: blake2b-128 in hex over its canonical text."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Look up the installed versions of the packages a stage rests on."""
+    found = {}
+    for package in ("data-curate", *packages):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def reconcile(where: str, rows: int, parts: Mapping[str, int]) -> None:
+    """Check that every row is accounted for once. Raises: ContractError with both sides."""
+    if sum(parts.values()) != rows:
+        account = " + ".join(f"{count:,} {name}" for name, count in parts.items())
+        raise ContractError(f"{where}: {rows:,} rows in, but {account} = {sum(parts.values()):,} accounted for")
+
+
+def save_json(location: str, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    with paths.atomic_write(location) as file:
+        file.write((json.dumps(value, indent=1, sort_keys=False, ensure_ascii=False) + "\n").encode())
+
+
+def load_json(location: str) -> Any:
+    """Read a JSON file. Raises: ContractError when it is not JSON."""
+    try:
+        return json.loads(paths.read_text(location))
+    except (ValueError, RecursionError) as error:
+        raise ContractError(f"{location} is not readable JSON: {error}") from None
+
+
+@dataclass
+class Output:
+    """A directory in the making. `plan` is the request; `complete` says that it stood finished already."""
+
+    directory: str
+    plan: dict[str, Any]
+    complete: bool = False
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, name: str) -> str:
+        """Locate a file of this directory."""
+        return paths.join(self.directory, name)
+
+    def missing(self, stems: Sequence[str], suffix: str = ".arrow") -> list[str]:
+        """List the stems whose file is not there yet, in order."""
+        present = set(paths.listdir(self.directory))
+        return [stem for stem in stems if stem + suffix not in present]
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Write the manifest, which makes the directory complete, and return it."""
+        self.manifest = {"format": FORMAT, **self.plan, **facts}
+        save_json(self.path(MANIFEST), self.manifest)
+        paths.remove(self.path(PLAN))
+        self.complete = not self.manifest.get("failed")
+        return self.manifest
+
+    def log(self, **entry: Any) -> None:
+        """Append a line to `log.jsonl`: speeds, times, workers; never part of the artefact's identity."""
+        if paths.is_remote(self.directory):
+            return
+        with open(paths.local(self.path(LOG)), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry}) + "\n")
+
+
+def open_output(
+    directory: str,
+    command: str,
+    options: Mapping[str, Any],
+    inputs: Mapping[str, "Artefact | Mapping[str, Any]"],
+    *,
+    overwrite: bool = False,
+) -> Output:
+    """Begin, resume or recognise a derived directory.
+
+    inputs: finished artefacts, or for foreign input `{"path": …, "digest": …}`. A directory made with other options, by
+    another verb or from other input is refused unless `overwrite`; one that no curate verb made is never deleted.
+    Raises: ContractError naming the first difference, both values and the way out.
+    """
+    sources = {
+        name: {"path": paths.relative(source.directory, directory), "digest": source.digest}
+        if isinstance(source, Artefact)
+        else {**source, "path": paths.relative(source["path"], directory)}
+        for name, source in inputs.items()
+    }
+    plan = json.loads(json.dumps({"command": command, "options": dict(options), "inputs": sources}))
+    names = [entry for entry in paths.listdir(directory) if not entry.endswith(".tmp")]
+    ours = MANIFEST in names or PLAN in names
+    if names and not ours:
+        raise ContractError(
+            f"{directory} holds {names[0]} and was not made by curate.", "give a new or an empty directory"
+        )
+    if ours and overwrite:
+        paths.remove(directory)
+        ours = False
+    if ours:
+        recorded = load_json(paths.join(directory, MANIFEST if MANIFEST in names else PLAN))
+        _refuse_difference(directory, recorded, plan)
+        paths.clear_temporaries(directory)
+        if MANIFEST in names and not recorded.get("failed"):
+            return Output(directory, plan, complete=True, manifest=recorded)
+    paths.make_dir(directory)
+    save_json(paths.join(directory, PLAN), plan)
+    return Output(directory, plan)
+
+
+def _refuse_difference(directory: str, recorded: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Raise ContractError when a directory was made by another request than `plan`."""
+    if recorded.get("format", FORMAT) != FORMAT:
+        raise ContractError(f"{directory} has format {recorded['format']}, this version writes {FORMAT}", "use --overwrite")
+    command, way_out = plan["command"], "give another output directory, or --overwrite to make it anew"
+    if recorded.get("command") != command:
+        raise ContractError(f"{directory} was made by `curate {recorded.get('command')}`, not by `curate {command}`.", way_out)
+    before, after = recorded.get("options", {}), plan["options"]
+    for name in [*after, *(name for name in before if name not in after)]:
+        if before.get(name) != after.get(name):
+            raise ContractError(
+                f"{directory} was made with {name}={json.dumps(before.get(name))}, "
+                f"now {name}={json.dumps(after.get(name))} is asked for.",
+                way_out,
+            )
+    for name, source in plan["inputs"].items():
+        if recorded.get("inputs", {}).get(name, {}).get("digest") != source["digest"]:
+            raise ContractError(f"{directory} was made from another state of {source['path']} ({name}).", way_out)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A finished directory, opened for reading."""
+
+    directory: str
+    manifest: dict[str, Any]
+
+    @property
+    def command(self) -> str:
+        """The verb that made it."""
+        return str(self.manifest["command"])
+
+    @cached_property
+    def digest(self) -> str:
+        """The fingerprint of its manifest, which its successors record."""
+        return digest(self.manifest)
+
+    @property
+    def stems(self) -> list[str]:
+        """The stems of its shards, in order."""
+        return list(self.manifest["shards"])
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows per stem."""
+        return {stem: int(shard["rows"]) for stem, shard in self.manifest["shards"].items()}
+
+    def path(self, name: str) -> str:
+        """Locate a file of this directory."""
+        return paths.join(self.directory, name)
+
+    def table(self, stem: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read a stem's sidecar. Raises: ContractError when its rows are not those of the manifest."""
+        found = table(self.path(f"{stem}.arrow"), columns)
+        if found.num_rows != self.rows[stem]:
+            raise ContractError(
+                f"{self.path(stem)}.arrow has {found.num_rows:,} rows but the manifest says {self.rows[stem]:,}.",
+                f"re-run `curate {self.command} …` with --overwrite",
+            )
+        return found
+
+    def batches(self, stem: str) -> Iterator[pa.RecordBatch]:
+        """Yield the record batches of a stem's sidecar."""
+        return batches(self.path(f"{stem}.arrow"))
+
+    def input_path(self, name: str) -> str:
+        """Locate one of its inputs as it was recorded."""
+        return paths.resolve(self.manifest["inputs"][name]["path"], self.directory)
+
+    def source(self, *commands: str) -> "Artefact":
+        """Walk up to the nearest artefact, itself included, that one of the verbs made.
+
+        Raises: ContractError when an input has changed since, or there is none.
+        """
+        if self.command in commands:
+            return self
+        for name, recorded in self.manifest["inputs"].items():
+            location = self.input_path(name)
+            if not paths.exists(paths.join(location, MANIFEST)):
+                continue
+            upstream = open_input(location)
+            if upstream.digest != recorded["digest"]:
+                raise ContractError(
+                    f"{self.directory} was made from another state of {location}.",
+                    f"re-run `curate {self.command} …` with --overwrite",
+                )
+            try:
+                return upstream.source(*commands)
+            except LookupError:
+                continue
+        raise LookupError(f"{self.directory} does not rest on a directory made by `curate {' or '.join(commands)}`")
+
+
+def open_input(directory: str, *commands: str) -> Artefact:
+    """Open a finished directory, made by one of the verbs where they are given.
+
+    Raises: UsageError when it is missing or was made by another verb, ContractError when it is unfinished.
+    """
+    wanted = f"expected a directory made by `curate {'` or `curate '.join(commands)}`" if commands else ""
+    if not paths.exists(paths.join(directory, MANIFEST)):
+        if paths.exists(paths.join(directory, PLAN)):
+            made_by = load_json(paths.join(directory, PLAN)).get("command")
+            raise ContractError(f"{directory} is unfinished.", f"re-run the `curate {made_by} …` that made it; it resumes")
+        what = "does not exist" if not paths.exists(directory) else f"has no {MANIFEST}"
+        raise UsageError(f"{directory} {what}; {wanted or 'expected a directory made by curate'}.")
+    manifest = load_json(paths.join(directory, MANIFEST))
+    if not isinstance(manifest, dict) or "command" not in manifest:
+        raise ContractError(f"{directory}/{MANIFEST} is not a manifest of curate; {wanted}")
+    if manifest.get("format") != FORMAT:
+        raise ContractError(f"{directory} has format {manifest.get('format')}, this version reads {FORMAT}")
+    if commands and manifest["command"] not in commands:
+        raise UsageError(f"{directory} was made by `curate {manifest['command']}`; {wanted}.")
+    return Artefact(directory, manifest)
+
+
+def check_aligned(left: Artefact, right: Artefact) -> None:
+    """Refuse two artefacts whose sidecars do not have the same stems and rows."""
+    for stem, rows in left.rows.items():
+        if right.rows.get(stem) != rows:
+            raise ContractError(
+                f"{left.path(stem)}.arrow has {rows:,} rows but {right.path(stem)}.arrow has {right.rows.get(stem, 0):,}.",
+                f"re-run `curate {right.command} …` with --overwrite",
+            )

@@ -1,0 +1,1 @@
+"""Shipped pipelines (TOML) and the demo's models, as package data."""

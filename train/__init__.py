@@ -1,0 +1,1 @@
+"""Train small vision-language models on the emitted shards: align, finetune, export, generate, eval."""
