@@ -137,23 +137,19 @@ def test_concepts_follow_zipf_in_a_fixed_order():
     assert concept_weights(0).tolist() == pytest.approx([1 / NUM_CONCEPTS] * NUM_CONCEPTS)
 
 
-def test_every_concept_and_print_draws_inside_the_picture():
-    rng = np.random.default_rng(0)
-    scenes = sample_scenes(rng, np.arange(NUM_CONCEPTS))
-    scenes["tint"] = scenes["wash"] = 0
-    scenes["texture"] = 0
+def test_every_concept_and_print_is_drawn_at_its_place():
+    scenes = sample_scenes(np.random.default_rng(0), np.arange(NUM_CONCEPTS))
+    scenes["tint"] = scenes["wash"] = scenes["texture"] = 0
     blank = scenes.copy()
     blank["extent"] = 0.01
     for printed in (False, True):
         scenes["printed"] = printed
         for scene, empty in zip(scenes, blank, strict=True):
-            ink = (
-                np.abs(draw(scene, np.random.default_rng(1)).astype(int) - draw(empty, np.random.default_rng(1))).sum(2)
-                > 40
-            )
-            assert ink.sum() > 25
-            border = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
-            assert border.sum() <= 2
+            with_it, without = (draw(s, np.random.default_rng(1)).astype(int) for s in (scene, empty))
+            y, x = np.nonzero(np.abs(with_it - without).sum(2) > 40)
+            assert len(x) > 25
+            slack = 16 if printed else 6  # a word is moved until it fits; a heart's middle is not that of its area
+            assert abs(x.mean() - 64 * scene["x"]) < slack and abs(y.mean() - 64 * scene["y"]) < slack
 
 
 def test_instruction_and_test_records_are_llava(dirty):
