@@ -64,7 +64,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(task: Task, items: Sequence[Any], *, engine: str = "local", workers: int = 1, gpus: int = 0) -> Iterator[Report]:
+def run(
+    task: Task, items: Sequence[Any], *, engine: str = "local", workers: int = 1, gpus: int = 0
+) -> Iterator[Report]:
     """Work all items and yield a report for each, in the order in which they end.
 
     gpus: with more than zero, each local worker sees one of them. Raises: UsageError for an unknown engine.
@@ -233,10 +235,10 @@ class Progress:
         now = time.perf_counter()
         elapsed = max(now - self.started, 1e-9)
         left = elapsed / done * (self.total - done) if done else 0.0
-        self.text = (
-            f"{self.label:<8} {done:,}/{self.total:,} {self.unit}  {rows:,} rows  {rows / elapsed:,.0f} rows/s"
-            f"{f'  {failed} failed' if failed else ''}  {f'ETA {left:,.0f} s' if done < self.total else f'{elapsed:,.1f} s'}"
-        )
+        timing = f"ETA {left:,.0f} s" if done < self.total else f"{elapsed:,.1f} s"
+        speed = f"{rows:,} rows  {rows / elapsed:,.0f} rows/s"
+        trouble = f"  {failed} failed" if failed else ""
+        self.text = f"{self.label:<8} {done:,}/{self.total:,} {self.unit}  {speed}{trouble}  {timing}"
         if self.live and not self.quiet:
             sys.stderr.write(f"\r\x1b[K{self.text}")
             sys.stderr.flush()

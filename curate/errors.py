@@ -1,9 +1,9 @@
 """The errors that curate tells its user about, and the one-line form that they take.
 
-    CurateError          anything the user can act on; shown as one line, never as a traceback
-    ├── UsageError       the request was wrong: unknown name, bad value, nothing to do            exit 2
-    ├── ContractError    files do not fit together: other options, rows that do not line up       exit 2
-    └── ShardError       one shard cannot be worked; the others go on, a rerun retries it         exit 1
+CurateError          anything the user can act on; shown as one line, never as a traceback
+├── UsageError       the request was wrong: unknown name, bad value, nothing to do            exit 2
+├── ContractError    files do not fit together: other options, rows that do not line up       exit 2
+└── ShardError       one shard cannot be worked; the others go on, a rerun retries it         exit 1
 """
 
 import difflib

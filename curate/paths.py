@@ -31,7 +31,9 @@ def _remote(location: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(location)
     except ImportError as error:
-        raise UsageError(f"cannot open {location}: {error}", "install the fsspec driver, e.g. `pip install s3fs`") from None
+        raise UsageError(
+            f"cannot open {location}: {error}", "install the fsspec driver, e.g. `pip install s3fs`"
+        ) from None
     except ValueError as error:
         raise UsageError(f"cannot open {location}: {error}") from None
     return fs, path

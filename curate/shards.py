@@ -82,7 +82,9 @@ def list_pool(pool: str) -> list[Shard]:
     if not found:
         inside = paths.listdir(pool) if paths.is_dir(pool) else []
         seen = f"; it holds {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
-        raise UsageError(f"no .tar shards match {pool}{seen}.", "a pool is a directory of webdataset tars: POOL/00000.tar …")
+        raise UsageError(
+            f"no .tar shards match {pool}{seen}.", "a pool is a directory of webdataset tars: POOL/00000.tar …"
+        )
     stems = [paths.name(location)[:-4] for location in found]
     if len(set(stems)) < len(stems):
         stems = [f"{paths.name(paths.parent(location))}__{stem}" for location, stem in zip(found, stems, strict=True)]
@@ -102,7 +104,9 @@ def split_name(name: str) -> tuple[str, str]:
 def is_safe(key: str) -> bool:
     """Say whether a key stays inside the folder it is written to."""
     parts = key.replace("\\", "/").split("/")
-    return bool(key) and ".." not in parts and not key.startswith(("/", "\\")) and ":" not in parts[0] and "\0" not in key
+    return (
+        bool(key) and ".." not in parts and not key.startswith(("/", "\\")) and ":" not in parts[0] and "\0" not in key
+    )
 
 
 def read_index(file: IO[bytes]) -> Index:

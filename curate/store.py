@@ -62,7 +62,13 @@ def embedding_schema(dim: int) -> pa.Schema:
 CLUSTER_SCHEMA = pa.schema([("cluster", pa.int32()), ("centroid_similarity", pa.float32())])
 
 EDGE_SCHEMA = pa.schema(
-    [("cluster", pa.int32()), ("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float32()), ("phash_bits", pa.uint8())]
+    [
+        ("cluster", pa.int32()),
+        ("a", pa.int64()),
+        ("b", pa.int64()),
+        ("similarity", pa.float32()),
+        ("phash_bits", pa.uint8()),
+    ]
 )
 
 SELECTION_SCHEMA = pa.schema(
@@ -274,10 +280,14 @@ def open_output(
 def _refuse_difference(directory: str, recorded: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Raise ContractError when a directory was made by another request than `plan`."""
     if recorded.get("format", FORMAT) != FORMAT:
-        raise ContractError(f"{directory} has format {recorded['format']}, this version writes {FORMAT}", "use --overwrite")
+        raise ContractError(
+            f"{directory} has format {recorded['format']}, this version writes {FORMAT}", "use --overwrite"
+        )
     command, way_out = plan["command"], "give another output directory, or --overwrite to make it anew"
     if recorded.get("command") != command:
-        raise ContractError(f"{directory} was made by `curate {recorded.get('command')}`, not by `curate {command}`.", way_out)
+        raise ContractError(
+            f"{directory} was made by `curate {recorded.get('command')}`, not by `curate {command}`.", way_out
+        )
     before, after = recorded.get("options", {}), plan["options"]
     for name in [*after, *(name for name in before if name not in after)]:
         if before.get(name) != after.get(name):
@@ -373,7 +383,9 @@ def open_input(directory: str, *commands: str) -> Artefact:
     if not paths.exists(paths.join(directory, MANIFEST)):
         if paths.exists(paths.join(directory, PLAN)):
             made_by = load_json(paths.join(directory, PLAN)).get("command")
-            raise ContractError(f"{directory} is unfinished.", f"re-run the `curate {made_by} …` that made it; it resumes")
+            raise ContractError(
+                f"{directory} is unfinished.", f"re-run the `curate {made_by} …` that made it; it resumes"
+            )
         what = "does not exist" if not paths.exists(directory) else f"has no {MANIFEST}"
         raise UsageError(f"{directory} {what}; {wanted or 'expected a directory made by curate'}.")
     manifest = load_json(paths.join(directory, MANIFEST))
@@ -389,8 +401,9 @@ def open_input(directory: str, *commands: str) -> Artefact:
 def check_aligned(left: Artefact, right: Artefact) -> None:
     """Refuse two artefacts whose sidecars do not have the same stems and rows."""
     for stem, rows in left.rows.items():
-        if right.rows.get(stem) != rows:
+        other = right.rows.get(stem, 0)
+        if other != rows:
             raise ContractError(
-                f"{left.path(stem)}.arrow has {rows:,} rows but {right.path(stem)}.arrow has {right.rows.get(stem, 0):,}.",
+                f"{left.path(stem)}.arrow has {rows:,} rows but {right.path(stem)}.arrow has {other:,}.",
                 f"re-run `curate {right.command} …` with --overwrite",
             )

@@ -1,0 +1,353 @@
+"""Carry out a pipeline: one TOML file, every stage in order, each into its own directory under OUT.
+
+    OUT/demo/ embeddings/ clusters/ selection/ selection-NAME/ coreset/ report.html
+    and mix/ align/ finetune/ model/ eval/
+
+A stage that stands finished for the same request is not run again; one that a kill cut short goes on where it stood.
+The tables of the trainer are checked and carried out by `python -m train`, in a process of its own.
+"""
+
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from curate import options, paths
+from curate.engine import Job
+from curate.errors import ContractError, CurateError, UsageError, unknown
+
+CORESET = ("demo", "import", "embed", "cluster", "select", "emit", "report")
+TRAIN = ("mix", "align", "finetune", "export", "eval")
+STAGES = CORESET + TRAIN
+GROUPS: dict[str, Sequence[str]] = {"coreset": CORESET, "train": TRAIN, "all": STAGES}
+PLACES = {
+    "demo": "demo",
+    "import": "embeddings",
+    "embed": "embeddings",
+    "cluster": "clusters",
+    "select": "selection",
+    "emit": "coreset",
+    "report": "report.html",
+    "mix": "mix",
+    "align": "align",
+    "finetune": "finetune",
+    "export": "model",
+    "eval": "eval",
+}
+TRAINER = ("model", "align", "finetune", "export", "eval", "generate")
+TABLES = ("about", "pool", "data", *CORESET, "mix", *TRAINER)
+DATA_KEYS = ("align", "finetune", "eval", "eval_images")
+BESIDE = {"import": ("source",), "select": ("compare",), "emit": ("also",)}
+
+
+def shipped() -> Path:
+    """Locate the folder of the pipelines that travel with the package."""
+    import pipelines
+
+    return Path(pipelines.__path__[0])
+
+
+def find(name: str) -> Path:
+    """Find a pipeline by path, or a shipped one by name. Raises: UsageError with the names that exist."""
+    for candidate in (Path(name), shipped() / name, shipped() / f"{name}.toml", shipped() / Path(name).name):
+        if candidate.is_file():
+            return candidate
+    raise unknown("pipeline", name, (path.stem for path in shipped().glob("*.toml")))
+
+
+def listing() -> Iterator[tuple[str, str]]:
+    """Yield the shipped pipelines with the sentence each says about itself."""
+    for path in sorted(shipped().glob("*.toml")):
+        yield path.stem, str(tomllib.loads(path.read_text("utf-8")).get("about", ""))
+
+
+@dataclass
+class Pipeline:
+    """A parsed pipeline. tables: the TOML's, with `--set` applied and `{here}` filled in."""
+
+    path: Path
+    out: str
+    tables: dict[str, Any]
+    settings: list[str] = field(default_factory=list)
+
+    def place(self, stage: str) -> str:
+        """Locate a stage's output."""
+        return paths.join(self.out, PLACES[stage])
+
+    @property
+    def pool(self) -> str:
+        """The pool that is embedded."""
+        if "demo" in self.tables:
+            return paths.join(self.place("demo"), "pool")
+        where = self.tables.get("pool", {}).get("path")
+        if not where:
+            raise UsageError(f"{self.path.name} names no pool.", "give one: --pool DIR, or `make coreset POOL=DIR`")
+        return str(where)
+
+    def stages(self, only: str | None = None) -> list[str]:
+        """List the stages to run, in order. only: a stage, or the groups coreset and train."""
+        wanted = STAGES if only is None else GROUPS.get(only, (only,))
+        if only is not None and only not in GROUPS and only not in STAGES:
+            raise unknown("stage", only, [*GROUPS, *STAGES])
+        return [stage for stage in wanted if stage in self.tables]
+
+
+def load(
+    name: str, out: str | None, *, pool: str | None = None, recipe: str | None = None, settings: Sequence[str] = ()
+) -> Pipeline:
+    """Read and check a pipeline.
+
+    pool: takes the place of the pipeline's own pool (of the demo's, too). recipe: takes the place of its steps.
+    """
+    path = find(name)
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not readable TOML: {error}") from None
+    place = out or f"out/{path.stem}"
+    for setting in settings:
+        options.assign(tables, setting)
+    if pool is not None:
+        tables.pop("demo", None)
+        tables["pool"] = {"path": pool}
+    if recipe is not None:
+        tables.setdefault("select", {})
+        tables["select"] = {key: value for key, value in tables["select"].items() if key not in ("steps", "compare")}
+        tables["select"]["recipe"] = recipe
+    tables = _fill(tables, {"{here}": str(path.parent.resolve()), "{out}": place})
+    for table in tables:
+        if table not in TABLES:
+            raise unknown(f"table of {path.name}", table, TABLES)
+    pipeline = Pipeline(path, place, tables, list(settings))
+    for stage in CORESET:
+        if stage in tables:
+            stage_options(pipeline, stage)
+    for key in tables.get("data", {}):
+        if key not in DATA_KEYS:
+            raise unknown("key of [data]", key, DATA_KEYS)
+    return pipeline
+
+
+def _fill(value: Any, words: Mapping[str, str]) -> Any:
+    """Replace `{here}` and `{out}` in every string of a TOML value."""
+    if isinstance(value, str):
+        for word, meaning in words.items():
+            value = value.replace(word, meaning)
+        return value
+    if isinstance(value, dict):
+        return {key: _fill(item, words) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_fill(item, words) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo renders; see `curate.demo.render`."""
+
+    rows: int = 12_000
+    seed: int = 0
+    shards: int = 6
+    dirt: str = "dirty"
+    instruct: int = 3_000
+    tests: int = 4
+
+
+def stage_options(pipeline: Pipeline, stage: str, **changes: Any) -> Any:
+    """Build the options object of a curation stage from its table; every key is checked."""
+    beside = BESIDE.get(stage, ())
+    table = {key: value for key, value in pipeline.tables[stage].items() if key not in beside} | changes
+    return options.build(_kind(stage), table, stage)
+
+
+def _kind(stage: str) -> type[Any]:
+    """Find the options class of a curation stage."""
+    if stage == "demo":
+        return DemoOptions
+    if stage == "import":
+        from curate.importing import ImportOptions
+
+        return ImportOptions
+    if stage == "embed":
+        from curate.embed import EmbedOptions
+
+        return EmbedOptions
+    if stage == "cluster":
+        from curate.cluster import ClusterOptions
+
+        return ClusterOptions
+    if stage == "select":
+        from curate.selection import SelectOptions
+
+        return SelectOptions
+    if stage == "emit":
+        from curate.emit import EmitOptions
+
+        return EmitOptions
+    from curate.report import ReportOptions
+
+    return ReportOptions
+
+
+def trainer_command(pipeline: Pipeline, stage: str) -> list[str]:
+    """Write a trainer stage as the command line that carries it out."""
+    place, data = pipeline.place, pipeline.tables.get("data", {})
+    words = [sys.executable, "-m", "train", stage]
+    if stage == "align":
+        words += ["--data", data.get("align", place("emit")), "--out", place("align")]
+    elif stage == "finetune":
+        words += ["--data", data.get("finetune", place("mix")), "--out", place("finetune")]
+        words += ["--align", place("align")] if "align" in pipeline.tables else []
+    elif stage == "export":
+        words += [place("finetune" if "finetune" in pipeline.tables else "align"), place("export")]
+    else:
+        if "eval" not in data:
+            raise UsageError(f"{pipeline.path.name} has no evaluation data.", "--set data.eval=FILE.json")
+        words += [place("export"), "--data", data["eval"], "--out", paths.join(place("eval"), "answers.jsonl")]
+        words += ["--images", data["eval_images"]] if "eval_images" in data else []
+    words += ["--config", str(pipeline.path)]
+    return words + [f"--set={setting}" for setting in pipeline.settings if setting.split(".")[0] in TRAINER]
+
+
+def describe(stage: str, manifest: dict[str, Any]) -> str:
+    """Say in one line what a stage made."""
+    from curate.show import headline
+
+    return headline(stage, manifest)
+
+
+Echo = Callable[[str], None]
+
+
+def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = print) -> dict[str, Any]:
+    """Carry out the stages; returns the manifest of each.
+
+    Raises: what the stages raise; CurateError with exit code 1 when a trainer stage fails.
+    """
+    made: dict[str, Any] = {}
+    for stage in pipeline.stages(only):
+        echo(f"\n▸ {shown_command(pipeline, stage)}")
+        if stage in TRAINER:
+            ended = subprocess.run(trainer_command(pipeline, stage), check=False).returncode
+            if ended:
+                raise CurateError(
+                    f"{stage} ended with exit code {ended}", "mend what it says above and run again; it resumes"
+                )
+            continue
+        for label, manifest in _curation(pipeline, stage, job):
+            made[label] = manifest
+            echo(describe(stage, manifest))
+    return made
+
+
+def _curation(pipeline: Pipeline, stage: str, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Carry out one curation stage, and its companions, as (label, manifest)."""
+    place = pipeline.place
+    if stage == "demo":
+        yield stage, _fresh(job, lambda job: render_demo(place("demo"), stage_options(pipeline, "demo"), job))
+    elif stage == "import":
+        from curate.importing import import_layout
+
+        source, chosen = pipeline.tables["import"]["source"], stage_options(pipeline, stage)
+        yield stage, _fresh(job, lambda job: import_layout(source, place(stage), chosen, job))
+    elif stage == "embed":
+        from curate.embed import embed
+
+        chosen = stage_options(pipeline, stage)
+        yield stage, _fresh(job, lambda job: embed(pipeline.pool, place(stage), chosen, job))
+    elif stage == "cluster":
+        from curate.cluster import cluster
+
+        chosen = stage_options(pipeline, stage)
+        yield stage, _fresh(job, lambda job: cluster(place("embed"), place(stage), chosen, job))
+    elif stage == "select":
+        yield from _selections(pipeline, job)
+    elif stage == "emit":
+        yield from _emissions(pipeline, job)
+    elif stage == "report":
+        from curate.report import report
+
+        yield stage, report(pipeline.out, place(stage), stage_options(pipeline, stage), job)
+    else:
+        from curate.mix import mix
+
+        yield stage, _fresh(job, lambda job: mix(pipeline.tables["mix"], place(stage), job))
+
+
+def _selections(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Select by the pipeline's recipe, and by each one that it names for comparison."""
+    from curate.selection import select
+
+    source = pipeline.place("cluster" if "cluster" in pipeline.tables else "embed")
+    for recipe in (None, *pipeline.tables["select"].get("compare", [])):
+        label = "selection" if recipe is None else f"selection-{recipe}"
+        chosen = stage_options(pipeline, "select", **({} if recipe is None else {"recipe": recipe}))
+        target = paths.join(pipeline.out, label)
+        yield label, _fresh(job, lambda job, chosen=chosen, target=target: select(source, target, chosen, job))
+
+
+def _emissions(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Emit the coreset in its format, and in each further one that is asked for."""
+    from curate.emit import emit
+
+    chosen = stage_options(pipeline, "emit")
+    for kind in (None, *pipeline.tables["emit"].get("also", [])):
+        wanted = chosen if kind is None else replace(chosen, format=kind)
+        target = pipeline.place("emit") + ("" if kind is None else f"-{kind}")
+        yield (
+            paths.name(target),
+            _fresh(job, lambda job, wanted=wanted, target=target: emit(pipeline.place("select"), target, wanted, job)),
+        )
+
+
+def _fresh(job: Job, stage: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
+    """Run a stage, resuming; with --overwrite, make it anew only where the request has changed."""
+    try:
+        return stage(replace(job, overwrite=False))
+    except ContractError:
+        if not job.overwrite:
+            raise
+        return stage(job)
+
+
+def render_demo(out: str, chosen: DemoOptions, job: Job) -> dict[str, Any]:
+    """Render the demo's pool, instruction data and tests under `out`."""
+    from dataclasses import asdict
+
+    from curate import store
+    from curate.demo import render
+    from curate.engine import cores
+
+    output = store.open_output(out, "demo", asdict(chosen), {}, overwrite=job.overwrite)
+    if output.complete:
+        return output.manifest
+    faults = render(out, **asdict(chosen), workers=job.workers or cores())
+    return output.finish(counts=faults, shards={}, versions=store.versions("numpy", "pillow"))
+
+
+def shown_command(pipeline: Pipeline, stage: str) -> str:
+    """Write a stage as a command to read."""
+    if stage in TRAINER:
+        return shlex.join(["python", *trainer_command(pipeline, stage)[1:]])
+    place = pipeline.place
+    between = {
+        "demo": "",
+        "import": str(pipeline.tables.get("import", {}).get("source", "")),
+        "embed": pipeline.pool if stage == "embed" else "",
+        "cluster": place("embed"),
+        "select": place("cluster" if "cluster" in pipeline.tables else "embed"),
+        "emit": place("select"),
+        "report": pipeline.out,
+        "mix": str(pipeline.path),
+    }[stage]
+    flags = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in pipeline.tables[stage].items()
+        if not isinstance(value, dict | list)
+    ]
+    flags += [f"--step={step}" for step in pipeline.tables[stage].get("steps", [])] if stage == "select" else []
+    return shlex.join(["curate", stage, *([between] if between else []), place(stage), *flags])
