@@ -1,0 +1,224 @@
+"""The options of a run: frozen dataclasses, read from the tables of one TOML file.
+
+    [model] what is trained · [align] [finetune] the two stages · [export] · [eval] · [generate]
+
+The same file may hold the tables of other programs; they are ignored here. Every key of ours is checked against the
+dataclass (name and type). In a string, `{here}` is the folder of the TOML file. `--set align.lr=1e-3` overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from train.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Model:
+    """A vision tower, a language model, and how they meet.
+
+    tower, lm: hub id, local folder with weights, or folder with only a config.json (then `*_weights = "fresh"`);
+    tower may also be an open_clip `local-dir:FOLDER` that holds a plain ViT.
+    """
+
+    tower: str = ""
+    lm: str = ""
+    tokenizer: str = ""  # default: that of `lm`
+    tower_weights: Literal["pretrained", "fresh"] = "pretrained"
+    lm_weights: Literal["pretrained", "fresh"] = "pretrained"
+    image: Literal["square", "pad"] = "square"  # pad: fill to a square with the mean colour before resizing
+    feature_layer: int = -2  # index into the tower's hidden states; LLaVA and Bunny take the last but one
+    feature_strategy: Literal["auto", "default", "full"] = "auto"  # default drops the first (class) token
+    template: str = "vicuna"
+    image_token: str = "<image>"
+    max_length: int = 2048
+    shrink: Literal["", "tiny"] = ""  # tiny: same classes with a few thousand fresh weights a layer
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+    seed: int = 0  # of the projector and of fresh weights
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training. A step takes `batch_size` samples; how they are split or packed changes no result."""
+
+    tune: Literal["projector", "lora", "full"] = "projector"
+    tune_tower: bool = False
+    template: str = ""  # default: model.template
+    steps: int = 0  # 0: `epochs` passes over the data
+    epochs: float = 1.0
+    batch_size: int = 256
+    lr: float = 1e-3
+    projector_lr: float = 0.0  # 0: same as lr
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: float = 0.03  # share of the steps
+    clip: float = 1.0  # 0: none, as the published scripts ran (their DeepSpeed files lack the key)
+    loss_norm: Literal["token", "microbatch"] = "token"  # microbatch: mean of means, as before transformers 5
+    plain_eos: bool = True  # false: a newline ends a plain caption, as in LLaVA and Bunny; it never learns to stop
+    lora_rank: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.05
+    packing: bool = True  # several samples in a row, each seeing only itself
+    row_tokens: int = 0  # longest packed row; 0: model.max_length
+    micro_tokens: int = 16384  # most tokens, padding included, in one forward pass
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    workers: int = 1  # decoding processes per rank; 0: in the training process
+    cache_features_mb: int = 0  # keep the frozen tower's features in memory where they all fit
+    save_every: int = 200
+    keep_last: int = 2
+    max_bad_share: float = 0.001  # stop above this share of samples that cannot be used (never for three or fewer)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """How an llava-hf folder is written."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+
+
+@dataclass(frozen=True)
+class Eval:
+    """How answers are produced for scoring."""
+
+    batch_size: int = 16
+    max_new_tokens: int = 64
+    limit: int = 0  # 0: all
+    show: int = 8
+
+
+@dataclass(frozen=True)
+class Generate:
+    """How a question is answered."""
+
+    max_new_tokens: int = 128
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a TOML file says to this program."""
+
+    model: Model = field(default_factory=Model)
+    align: Stage = field(default_factory=lambda: Stage(template="plain", packing=False))
+    finetune: Stage = field(default_factory=lambda: Stage(tune="lora", batch_size=128, lr=2e-4, projector_lr=2e-5))
+    export: Export = field(default_factory=Export)
+    eval: Eval = field(default_factory=Eval)
+    generate: Generate = field(default_factory=Generate)
+
+
+TABLES = tuple(f.name for f in dataclasses.fields(Config))
+
+
+def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file (or none) and apply `table.key=value` overrides.
+
+    Raises: UsageError for a missing file, an unknown table or key, a value of the wrong type.
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    if path:
+        tables = _read_toml(Path(path))
+    for override in overrides:
+        table, key, value = _parse_override(override)
+        if table in TABLES:  # `--set embed.model=…` is another program's business
+            tables.setdefault(table, {})[key] = value
+    config = Config()
+    changes = {name: _apply(getattr(config, name), values, name) for name, values in tables.items() if name in TABLES}
+    config = dataclasses.replace(config, **changes)
+    _check(config)
+    return config
+
+
+def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            document = tomllib.load(file)
+    except FileNotFoundError:
+        raise UsageError(f"no configuration file at {path}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    here = str(path.resolve().parent)
+    for name, values in document.items():
+        if name not in TABLES:
+            near = difflib.get_close_matches(name, TABLES, n=1, cutoff=0.75)
+            if near:
+                raise UsageError(f"{path}: unknown table [{name}]; did you mean [{near[0]}]?")
+        elif not isinstance(values, dict):
+            raise UsageError(f"{path}: {name} must be a table, written [{name}]")
+    return {
+        name: {key: value.replace("{here}", here) if isinstance(value, str) else value for key, value in values.items()}
+        for name, values in document.items()
+        if name in TABLES
+    }
+
+
+def _parse_override(override: str) -> tuple[str, str, Any]:
+    name, equals, text = override.partition("=")
+    table, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        raise UsageError(f"--set {override!r}: write it as table.key=value, for example align.lr=1e-3")
+    if table not in TABLES and difflib.get_close_matches(table, TABLES, n=1, cutoff=0.75):
+        raise UsageError(f"--set {override!r}: unknown table {table!r}{did_you_mean(table, TABLES)}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    return table, key.strip(), value
+
+
+def _apply(options: Any, values: dict[str, Any], table: str) -> Any:
+    hints = typing.get_type_hints(type(options))
+    changes = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UsageError(f"unknown key {table}.{key}{did_you_mean(key, hints)}")
+        changes[key] = _coerce(value, hints[key], f"{table}.{key}")
+    return dataclasses.replace(options, **changes)
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise UsageError(f"{name} = {value!r} is not one of {', '.join(map(repr, choices))}")
+        return value
+    if origin is tuple:
+        kinds = typing.get_args(hint)
+        if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
+            raise UsageError(f"{name} = {value!r} must be a list of {len(kinds)} numbers")
+        return tuple(_coerce(item, kind, name) for item, kind in zip(value, kinds, strict=True))
+    assert isinstance(hint, type) and not isinstance(hint, types.UnionType), hint
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UsageError(f"{name} = {value!r} must be of type {hint.__name__}")
+    return value
+
+
+def _check(config: Config) -> None:
+    for name in ("align", "finetune"):
+        stage = getattr(config, name)
+        positive = ("batch_size", "lr", "micro_tokens", "save_every", "keep_last", "lora_rank", "lora_alpha", "epochs")
+        for key in positive:
+            if getattr(stage, key) <= 0:
+                raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must be greater than 0")
+        for key in ("steps", "projector_lr", "weight_decay", "clip", "row_tokens", "workers", "cache_features_mb"):
+            if getattr(stage, key) < 0:
+                raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must not be negative")
+        for key in ("warmup", "lora_dropout", "max_bad_share"):
+            if not 0.0 <= getattr(stage, key) <= 1.0:
+                raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must lie in [0, 1]")
+        if stage.tune == "projector" and stage.tune_tower:
+            raise UsageError(f'{name}.tune_tower needs {name}.tune = "lora" or "full"')
+    if config.model.max_length <= 0:
+        raise UsageError(f"model.max_length = {config.model.max_length} must be greater than 0")

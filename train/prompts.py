@@ -1,0 +1,429 @@
+"""Conversations to token ids and labels, and to the chat template that says the same thing.
+
+A conversation in LLaVA's form ({"from", "value"} turns, `<image>` in human turns) becomes a list of pieces: text, a
+special token, or an image; each piece is supervised or not. Pieces are tokenised one by one with the tokenizer that is
+exported, so that a label never depends on counting tokens or on finding separators in the text. Text of a sample can
+never become a special token: only a template writes those. Supervised are the answers and the token that ends them.
+
+The Jinja template of `chat_template` renders the same strings; tests hold the two together, token by token.
+Sources: LLaVA conversation.py (v1, plain), Bunny conversation.py (bunny, phi3, minicpm, llama), LLaVA-Gemma (gemma).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.errors import UsageError, did_you_mean
+
+IGNORED = -100  # the label of a position without a target
+PLACEHOLDER = "<image>"  # how data marks an image, whatever the tokenizer's own image token is
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "system": "system",
+}
+_CURIOUS = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns are written. `end` is a special token; empty means the tokenizer's eos token."""
+
+    name: str
+    system: str = ""  # the default system text
+    system_end: str = " "
+    start_user: str = ""  # a special token before each user turn
+    user: str = "USER:"
+    lead: str = " "  # between a role and what it says
+    end_user: str = ""  # a special token after each user turn
+    start_assistant: str = ""  # a special token before each answer
+    assistant: str = " ASSISTANT:"
+    bare_assistant: str | None = None  # in its place where the user turn has no text
+    end: str = ""
+    end_text: str = ""  # text that ends an answer in the token's place
+    after_end: str = ""  # text after the end of an answer, supervised with it
+    question: Literal["inline", "after_images", "dropped"] = "inline"
+    fold_system: bool = False  # no system turn of its own: written before the first question
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens that the tokenizer must know."""
+        return sorted({t for t in (self.start_user, self.end_user, self.start_assistant, self.end) if t})
+
+
+_GEMMA = Template(
+    "gemma",
+    start_user="<start_of_turn>",
+    user="user",
+    lead="\n",
+    end_user="<end_of_turn>",
+    start_assistant="<start_of_turn>",
+    assistant="model",
+    end="<end_of_turn>",
+    after_end="\n",
+    fold_system=True,
+)
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template("plain", user="", lead="", assistant="", question="dropped"),
+        Template("vicuna", system=_CURIOUS),
+        Template("bunny", system=_CURIOUS),
+        Template("phi3", system=_CURIOUS, end="<|endoftext|>"),
+        # Bunny trains Llama-3-Instruct on this prompt, not on the model's own chat format.
+        Template("llama", system=_CURIOUS, end="<|end_of_text|>"),
+        Template("minicpm", system=_CURIOUS, end="</s>"),
+        _GEMMA,
+        # Lower-case words between spaces, for small word-level vocabularies.
+        Template(
+            "qa",
+            user="question :",
+            assistant=" answer :",
+            bare_assistant="caption :",
+            question="after_images",
+            fold_system=True,
+        ),
+    )
+}
+
+
+def get_template(name: str) -> Template:
+    """Return the template of that name.  Raises: UsageError with the list of names."""
+    if name not in TEMPLATES:
+        raise UsageError(f"unknown template {name!r}{did_you_mean(name, TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn: its role and its parts in order; None stands for an image."""
+
+    role: str
+    parts: tuple[str | None, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined by newlines."""
+        return "\n".join(part for part in self.parts if part)
+
+    @property
+    def num_images(self) -> int:
+        """How many images the turn shows."""
+        return sum(part is None for part in self.parts)
+
+
+class Rejected(Exception):
+    """A sample cannot be trained on; the text is the reason under which it is counted."""
+
+
+def parse(conversations: Any, num_images: int) -> list[Turn]:
+    """Turn a LLaVA conversation into alternating user and assistant turns, a system turn first where there is one.
+
+    Turns of one role in a row are joined, an answer before the first question and a question after the last answer are
+    dropped. Images stay where the human put them; where nobody did, they come first. Without images, and in answers,
+    `<image>` is plain text.  Raises: Rejected.
+    """
+    if not isinstance(conversations, list) or not conversations:
+        raise Rejected("no_conversation")
+    turns: list[Turn] = []
+    for entry in conversations:
+        role, parts = _parse_turn(entry, num_images > 0)
+        if role == "system":
+            if not turns and any(parts):
+                turns.append(Turn("system", parts))
+        elif turns and turns[-1].role == role:
+            turns[-1] = Turn(role, turns[-1].parts + parts)
+        elif role == "user" or (turns and turns[-1].role == "user"):
+            turns.append(Turn(role, parts))
+    while turns and turns[-1].role != "assistant":
+        turns.pop()
+    if not turns:
+        raise Rejected("no_answer")
+    shown = sum(turn.num_images for turn in turns)
+    if num_images and not shown:
+        first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+        turns[first] = Turn("user", (None,) * num_images + turns[first].parts)
+    elif shown != num_images:
+        raise Rejected("image_count")
+    return turns
+
+
+def _parse_turn(entry: Any, has_images: bool) -> tuple[str, tuple[str | None, ...]]:
+    if not isinstance(entry, dict):
+        raise Rejected("bad_turn")
+    role = ROLES.get(str(entry.get("from", entry.get("role"))).lower())
+    value = entry.get("value", entry.get("content"))
+    if role is None or not isinstance(value, str):
+        raise Rejected("bad_turn")
+    if role != "user" or not has_images:
+        return role, (value.strip(),) if value.strip() else ()
+    parts: list[str | None] = []
+    for i, text in enumerate(value.split(PLACEHOLDER)):
+        parts += [None] * (i > 0) + [text.strip()] * bool(text.strip())
+    return role, tuple(parts)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text, a special token by name, or an image (`text` None)."""
+
+    text: str | None
+    special: bool = False
+    supervised: bool = False
+
+
+def pieces(turns: Sequence[Turn], template: Template, eos: str) -> list[Piece]:
+    """Write turns as pieces in order; text of the same kind side by side is one piece.
+
+    Turns that end with a question are written up to where the answer begins.
+    """
+    out: list[Piece] = []
+    system = template.system
+    if turns and turns[0].role == "system":
+        system, turns = turns[0].text, turns[1:]
+    if system and not template.fold_system and template.question != "dropped":
+        _add(out, system + template.system_end)
+    folded = system if template.fold_system else ""
+    prefix = template.assistant
+    in_prompt = template.lead if template.lead == "\n" else ""  # a space belongs to the answer's first word instead
+    for turn in turns:
+        if turn.role == "user":
+            prefix = _add_question(out, turn, template, folded)
+            folded = ""
+            continue
+        answer = turn.text
+        supervised = bool(answer)  # an empty answer would only teach to be silent
+        _special(out, template.start_assistant)
+        _add(out, prefix + in_prompt)
+        _add(out, answer if in_prompt or not answer else template.lead + answer, supervised)
+        _special(out, "" if template.end_text else template.end or eos, supervised)
+        _add(out, template.end_text + template.after_end, supervised)
+    if turns and turns[-1].role == "user":
+        _special(out, template.start_assistant)
+        _add(out, prefix + in_prompt)
+    return out
+
+
+def _add_question(out: list[Piece], turn: Turn, template: Template, folded: str) -> str:
+    """Write a user turn and return what precedes its answer."""
+    text = "\n".join(part for part in (folded, turn.text) if part)
+    if template.question == "inline":
+        _special(out, template.start_user)
+        _add(out, template.user + template.lead)
+        parts = ((folded,) if folded else ()) + turn.parts
+        for i, part in enumerate(parts):
+            _add(out, "\n" if i else "")
+            if part is None:
+                out.append(Piece(None))
+            else:
+                _add(out, part)
+        if template.end_user:
+            _special(out, template.end_user)
+            _add(out, template.after_end)
+        return template.assistant
+    out.extend(Piece(None) for _ in range(turn.num_images))
+    if template.question == "dropped":
+        return template.assistant
+    if not text and template.bare_assistant is not None:
+        return template.bare_assistant
+    _add(out, template.user + template.lead + text)
+    return template.assistant
+
+
+def _add(out: list[Piece], text: str, supervised: bool = False) -> None:
+    if not text:
+        return
+    if out and out[-1].text is not None and not out[-1].special and out[-1].supervised == supervised:
+        text = (out.pop().text or "") + text
+    out.append(Piece(text, supervised=supervised))
+
+
+def _special(out: list[Piece], token: str, supervised: bool = False) -> None:
+    if token:
+        out.append(Piece(token, special=True, supervised=supervised))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids, labels: i32 [n]; an image is a run of the image token; labels are IGNORED where nothing is learnt."""
+
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    num_images: int
+    truncated: bool = False
+
+
+class Encoder:
+    """Tokenise pieces as the exported processor tokenises the rendered chat template."""
+
+    def __init__(self, tokenizer: Any, template: Template, image_token: str, tokens_per_image: int) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.image_id = int(tokenizer.convert_tokens_to_ids(image_token))
+        self.image_token = image_token
+        self.tokens_per_image = tokens_per_image
+        missing = [t for t in template.special_tokens if not _is_token(tokenizer, t)]
+        if missing:
+            raise UsageError(f"template {template.name!r} needs {', '.join(missing)}, which the tokenizer does not have")
+        if not template.end and tokenizer.eos_token is None:
+            raise UsageError(f"template {template.name!r} ends answers with the eos token and the tokenizer has none")
+        self.end_token: str = template.end or tokenizer.eos_token
+        self.end_id = int(tokenizer.convert_tokens_to_ids(self.end_token))
+        bare, full = self._ids("a"), list(tokenizer("a")["input_ids"])
+        if full[len(full) - len(bare) :] != bare:
+            raise UsageError("the tokenizer appends tokens to every text (an eos post-processor); remove that first")
+        self.bos_ids = full[: len(full) - len(bare)]
+        # SentencePiece-like tokenizers write a space before the first word of a text: text that continues a text is
+        # then tokenised behind a newline, which is cut off again.
+        newline, inner = self._ids("\n"), self._ids("\na")
+        self._anchor = newline if inner[: len(newline)] == newline and inner[len(newline) :] != bare else []
+        after = list(tokenizer(self.end_token + "a", add_special_tokens=False)["input_ids"])[1:]
+        self._space_after_special = after == bare
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def text_ids(self, text: str, *, after_special: bool) -> list[int]:
+        """Tokenise text that follows other text, or a special token (as at the start of a sequence)."""
+        if not self._anchor or (after_special and self._space_after_special):
+            return self._ids(text)
+        return self._ids("\n" + text)[len(self._anchor) :]
+
+    def piece_ids(self, parts: Sequence[Piece]) -> tuple[list[int], list[int]]:
+        """Return the ids and labels of pieces, the automatic bos token first."""
+        ids = list(self.bos_ids)
+        labels = [IGNORED] * len(ids)
+        after_special = True
+        for piece in parts:
+            if piece.text is None:
+                new = [self.image_id] * self.tokens_per_image
+            elif piece.special:
+                new = [int(self.tokenizer.convert_tokens_to_ids(piece.text))]
+            else:
+                new = self.text_ids(piece.text, after_special=after_special)
+            after_special = piece.text is None or piece.special
+            ids += new
+            labels += new if piece.supervised else [IGNORED] * len(new)
+        return ids, labels
+
+    def encode(self, turns: Sequence[Turn], max_length: int) -> Encoded:
+        """Encode a conversation, cut at `max_length` tokens.
+
+        Raises: Rejected where the cut would tear an image, or nothing is left to learn.
+        """
+        ids, labels = self.piece_ids(pieces(turns, self.template, self.end_token))
+        truncated = len(ids) > max_length
+        if truncated and self.image_id in ids[max_length:]:
+            raise Rejected("image_beyond_max_length")
+        ids, labels = ids[:max_length], labels[:max_length]
+        # A label at position 0 has nothing before it to be predicted from.
+        if not any(label != IGNORED for label in labels[1:]):
+            raise Rejected("no_supervised_token")
+        num_images = sum(turn.num_images for turn in turns)
+        return Encoded(np.array(ids, np.int32), np.array(labels, np.int32), num_images, truncated)
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Return the ids of turns that end with a question, up to where the answer begins."""
+        return self.piece_ids(pieces(turns, self.template, self.end_token))[0]
+
+
+def _is_token(tokenizer: Any, token: str) -> bool:
+    found = tokenizer.convert_tokens_to_ids(token)
+    return found is not None and (found != tokenizer.unk_token_id or token == tokenizer.unk_token)
+
+
+def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Write turns as the messages that `apply_chat_template` takes."""
+    return [
+        {
+            "role": turn.role,
+            "content": [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts],
+        }
+        for turn in turns
+    ]
+
+
+_JINJA = """\
+{%- macro images(content) -%}
+{%- if content is not string %}{% for part in content if part['type'] == 'image' %}{{ IMAGE }}{% endfor %}{% endif -%}
+{%- endmacro -%}
+{%- macro words(content) -%}
+{%- if content is string %}{{ content | trim }}{% else -%}
+{%- for part in content if part['type'] == 'text' and part['text'] | trim -%}
+{{ '' if loop.first else '\\n' }}{{ part['text'] | trim }}
+{%- endfor %}{% endif -%}
+{%- endmacro -%}
+{%- macro both(content) -%}
+{%- if content is string %}{{ content | trim }}{% else -%}
+{%- for part in content if part['type'] == 'image' or part['text'] | trim -%}
+{{ '' if loop.first else '\\n' }}{{ IMAGE if part['type'] == 'image' else part['text'] | trim }}
+{%- endfor %}{% endif -%}
+{%- endmacro -%}
+{%- set state = namespace(folded='', prefix=ASSISTANT, system=SYSTEM) -%}
+{%- if messages and messages[0]['role'] == 'system' and words(messages[0]['content']) -%}
+{%- set state.system = words(messages[0]['content']) -%}
+{%- endif -%}
+{{ BOS }}
+{%- if FOLD -%}{%- set state.folded = state.system -%}
+{%- elif QUESTION != 'dropped' and state.system -%}{{ state.system + SYSTEM_END }}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{%- if QUESTION == 'inline' -%}
+{%- set said = both(message['content']) -%}
+{{ START_USER + USER + LEAD + state.folded + ('\\n' if state.folded and said else '') + said }}
+{{- END_USER + AFTER_END if END_USER else '' -}}
+{%- else -%}
+{{ images(message['content']) }}
+{%- if QUESTION == 'after_images' -%}
+{%- set said = words(message['content']) -%}
+{%- set said = state.folded + ('\\n' if state.folded and said else '') + said -%}
+{%- set state.prefix = ASSISTANT if said else BARE -%}
+{{ USER + LEAD + said if said else '' }}
+{%- endif -%}
+{%- endif -%}
+{%- set state.folded = '' -%}
+{%- elif message['role'] == 'assistant' -%}
+{%- set said = words(message['content']) -%}
+{{ START_ASSISTANT + state.prefix + (LEAD if said or LEAD == '\\n' else '') + said + END + AFTER_END }}
+{%- endif -%}
+{%- endfor -%}
+{{ START_ASSISTANT + state.prefix + (LEAD if LEAD == '\\n' else '') if add_generation_prompt else '' }}"""
+
+
+def chat_template(encoder: Encoder) -> str:
+    """Return the Jinja template that renders what `encoder` encodes."""
+    template, tokenizer = encoder.template, encoder.tokenizer
+    bare = template.assistant if template.bare_assistant is None else template.bare_assistant
+    constants: dict[str, str] = {
+        "IMAGE": encoder.image_token,
+        "BOS": "".join(tokenizer.convert_ids_to_tokens(encoder.bos_ids)),
+        "SYSTEM": template.system,
+        "SYSTEM_END": template.system_end,
+        "START_USER": template.start_user,
+        "USER": template.user,
+        "LEAD": template.lead,
+        "END_USER": template.end_user,
+        "START_ASSISTANT": template.start_assistant,
+        "ASSISTANT": template.assistant,
+        "BARE": bare,
+        "END": template.end_text or encoder.end_token,
+        "AFTER_END": template.after_end,
+        "QUESTION": template.question,
+    }
+    settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in constants.items())
+    return settings + f"{{%- set FOLD = {str(template.fold_system).lower()} -%}}\n" + _JINJA

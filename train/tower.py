@@ -1,0 +1,261 @@
+"""The seeing half: load a vision tower, say how it wants its images, and pick the features it gives.
+
+A tower is a `CLIPVisionModel`, `SiglipVisionModel` or `Dinov2Model` of transformers, from a hub id, a local folder, a
+folder with only a config.json (fresh weights), or an open_clip `local-dir:FOLDER` whose plain ViT is converted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from train.config import Model
+from train.errors import UsageError
+
+OPENCLIP_PREFIX = "local-dir:"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BICUBIC, BILINEAR = 3, 2  # PIL.Image.Resampling
+KINDS = ("clip_vision_model", "siglip_vision_model", "dinov2")
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What the rest must know of a tower. Sizes in pixels; `strategy` as in LlavaConfig."""
+
+    image_size: int
+    patch_size: int
+    has_class_token: bool
+    strategy: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+    short_side: int  # 0: both sides straight to image_size, else the short side to this and a centre crop
+    pad: bool
+
+    @property
+    def tokens_per_image(self) -> int:
+        """How many positions of the language model one image fills."""
+        first = self.has_class_token and self.strategy == "full"
+        return (self.image_size // self.patch_size) ** 2 + int(first)
+
+
+def load_tower(options: Model, dtype: torch.dtype) -> tuple[Any, Vision]:
+    """Load the tower in `dtype` on the CPU, and describe it.  Raises: UsageError."""
+    if options.tower.startswith(OPENCLIP_PREFIX):
+        tower, preprocess = _load_openclip(Path(options.tower.removeprefix(OPENCLIP_PREFIX)))
+        if options.shrink or options.tower_weights == "fresh":
+            tower = _fresh(_shrunk(tower.config) if options.shrink else tower.config, options.seed)
+    else:
+        config = read_config(options.tower, "model.tower")
+        config = getattr(config, "vision_config", config)
+        if config.model_type not in KINDS:
+            raise UsageError(f"model.tower {options.tower!r} is a {config.model_type!r}; expected {', '.join(KINDS)}")
+        preprocess = _read_preprocess(options.tower)
+        if options.shrink:
+            config, preprocess = _shrunk(config), {**preprocess, "size": None, "crop_size": None}
+        if options.shrink or options.tower_weights == "fresh":
+            tower = _fresh(config, options.seed)
+        else:
+            tower = _pretrained(options.tower, config)
+    return tower.to(dtype).eval(), _describe(tower.config, preprocess, options)
+
+
+def feature_layer_index(layer: int, num_layers: int) -> int:
+    """Return how many blocks run before `hidden_states[layer]`.  Raises: UsageError when there is no such layer."""
+    index = layer if layer >= 0 else num_layers + 1 + layer
+    if not 0 <= index <= num_layers:
+        raise UsageError(f"model.feature_layer = {layer}: the tower has hidden states 0 to {num_layers}")
+    return index
+
+
+def trim(tower: Any, layer: int) -> None:
+    """Drop the blocks and heads behind the feature layer: they would run for nothing and can have no gradient."""
+    blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
+    keep = feature_layer_index(layer, len(blocks))
+    del blocks[keep:]
+    if hasattr(tower, "use_head"):
+        tower.use_head = False
+
+
+def features(tower: Any, pixels_nchw: Tensor, index: int, strategy: str) -> Tensor:
+    """Return [n, tokens, width]: the hidden states after `index` blocks, without the class token if "default"."""
+    hidden = cast(Tensor, tower(pixels_nchw, output_hidden_states=True, return_dict=True).hidden_states[index])
+    return hidden[:, 1:] if strategy == "default" else hidden
+
+
+def make_image_processor(vision: Vision) -> Any:
+    """Build the image processor that is used in training and written by the export."""
+    from transformers import LlavaImageProcessorPil
+
+    square = {"height": vision.image_size, "width": vision.image_size}
+    return LlavaImageProcessorPil(
+        do_pad=vision.pad,
+        size={"shortest_edge": vision.short_side} if vision.short_side else square,
+        do_center_crop=bool(vision.short_side),
+        crop_size=square,  # also where nothing is cropped: LlavaProcessor counts image tokens with it
+        resample=vision.resample,
+        image_mean=list(vision.mean),
+        image_std=list(vision.std),
+    )
+
+
+def read_config(source: str, option: str) -> Any:
+    """Read a model's config.json from a folder or the hub, never running code of its own.  Raises: UsageError."""
+    from transformers import AutoConfig
+
+    if not source:
+        raise UsageError(f"{option} is not set; give a hub id or a local folder, e.g. --set {option}=FOLDER")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(cannot_load(source, option, error)) from None
+
+
+def cannot_load(source: str, option: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return f"{option} {source!r} cannot be loaded ({reason}); give a local folder instead: --set {option}=FOLDER"
+
+
+def _pretrained(source: str, config: Any) -> Any:
+    from transformers import AutoModel
+
+    kind = AutoModel._model_mapping[type(config)]
+    try:
+        return kind.from_pretrained(source, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UsageError(cannot_load(source, "model.tower", error)) from None
+
+
+def _fresh(config: Any, seed: int) -> Any:
+    from transformers import AutoModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModel.from_config(config, dtype=torch.float32)
+
+
+def _shrunk(config: Any) -> Any:
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    values = {**config.to_dict(), **small, "image_size": 2 * config.patch_size}
+    if "intermediate_size" in values:
+        values["intermediate_size"] = 64
+    for name in ("out_features", "out_indices", "stage_names"):  # of the backbone interface; they name each layer
+        values.pop(name, None)
+    return type(config).from_dict(values)
+
+
+def _describe(config: Any, preprocess: dict[str, Any], options: Model) -> Vision:
+    siglip = config.model_type == "siglip_vision_model"
+    defaults = {
+        "clip_vision_model": (CLIP_MEAN, CLIP_STD),
+        "siglip_vision_model": ((0.5,) * 3, (0.5,) * 3),
+        "dinov2": (IMAGENET_MEAN, IMAGENET_STD),
+    }
+    mean, std = defaults[config.model_type]
+    size, crop = preprocess.get("size") or {}, preprocess.get("crop_size") or {}
+    if isinstance(size, int):
+        size = {"shortest_edge": size}
+    crop = crop if isinstance(crop, int) else crop.get("height", 0)
+    image_size = crop if crop and preprocess.get("do_center_crop", True) else size.get("height", config.image_size)
+    direct = siglip or options.image == "pad" or "height" in size or preprocess.get("squash", False)
+    strategy = options.feature_strategy
+    if strategy == "auto":
+        strategy = "full" if siglip else "default"
+    if siglip and strategy == "default":
+        raise UsageError('model.feature_strategy = "default" would drop a patch: SigLIP has no class token; use "full"')
+    return Vision(
+        image_size=image_size,
+        patch_size=config.patch_size,
+        has_class_token=not siglip,
+        strategy=strategy,
+        mean=tuple(preprocess.get("image_mean") or mean),
+        std=tuple(preprocess.get("image_std") or std),
+        resample=int(preprocess.get("resample", BICUBIC)),
+        short_side=0 if direct else size.get("shortest_edge", image_size),
+        pad=options.image == "pad",
+    )
+
+
+def _read_preprocess(source: str) -> dict[str, Any]:
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    except (OSError, ValueError):
+        log.info("%s has no preprocessor_config.json: images are prepared as its model type usually is", source)
+        return {}
+    return dict(values)
+
+
+def _load_openclip(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Convert the image tower of an open_clip folder to a CLIPVisionModel with the same pooled output."""
+    from safetensors.torch import load_file
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config_file, weights_file = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise UsageError(f"model.tower {OPENCLIP_PREFIX}{folder}: {file.name} is missing in that folder")
+    document = json.loads(config_file.read_text(encoding="utf-8"))
+    model_cfg, preprocess_cfg = document.get("model_cfg", document), document.get("preprocess_cfg", {})
+    cfg = model_cfg["vision_cfg"]
+    state = {
+        key.removeprefix("visual."): value.float()
+        for key, value in load_file(weights_file).items()
+        if key.startswith("visual.")
+    }
+    width, layers = cfg.get("width", 768), cfg.get("layers", 12)
+    if cfg.get("timm_model_name") or not isinstance(layers, int) or "ln_pre.weight" not in state:
+        raise UsageError(f"model.tower {OPENCLIP_PREFIX}{folder}: only a plain ViT of open_clip can be converted")
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=int(width * cfg.get("mlp_ratio", 4.0)),
+        num_hidden_layers=layers,
+        num_attention_heads=width // cfg.get("head_width", 64),
+        image_size=cfg.get("image_size", 224),
+        patch_size=cfg.get("patch_size", 16),
+        projection_dim=model_cfg.get("embed_dim", 512),
+        hidden_act="quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu",
+        layer_norm_eps=1e-5,
+    )
+    config.architectures = ["CLIPVisionModel"]
+    tower = CLIPVisionModel(config)
+    _, unexpected = tower.load_state_dict(_openclip_names(state, layers), strict=True)
+    assert not unexpected
+    interpolation = {"bilinear": BILINEAR}.get(preprocess_cfg.get("interpolation", "bicubic"), BICUBIC)
+    preprocess = {
+        "image_mean": preprocess_cfg.get("mean", CLIP_MEAN),
+        "image_std": preprocess_cfg.get("std", CLIP_STD),
+        "resample": interpolation,
+        "squash": preprocess_cfg.get("resize_mode") == "squash",
+    }
+    return tower, preprocess
+
+
+def _openclip_names(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    out = {
+        "embeddings.class_embedding": state["class_embedding"],
+        "embeddings.patch_embedding.weight": state["conv1.weight"],
+        "embeddings.position_embedding.weight": state["positional_embedding"],
+    }
+    pairs: list[tuple[str, str]] = [("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post")]
+    for i in range(num_layers):
+        ours, theirs = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
+        pairs += [(ours + "layer_norm1", theirs + "ln_1"), (ours + "layer_norm2", theirs + "ln_2")]
+        pairs += [(ours + "mlp.fc1", theirs + "mlp.c_fc"), (ours + "mlp.fc2", theirs + "mlp.c_proj")]
+        pairs += [(ours + "self_attn.out_proj", theirs + "attn.out_proj")]
+        for kind in ("weight", "bias"):
+            parts = state[f"{theirs}attn.in_proj_{kind}"].chunk(3)
+            for part, tensor in zip("qkv", parts, strict=True):
+                out[f"{ours}self_attn.{part}_proj.{kind}"] = tensor.contiguous()
+    for ours, theirs in pairs:
+        out[f"{ours}.weight"], out[f"{ours}.bias"] = state[f"{theirs}.weight"], state[f"{theirs}.bias"]
+    return out
