@@ -29,7 +29,7 @@ class Task(Protocol):
     def setup(self) -> None:
         """Prepare a worker: load the model, open the index. Called once per process."""
 
-    def __call__(self, item: Any) -> dict[str, Any]:
+    def __call__(self, item: Any, /) -> dict[str, Any]:
         """Work one item. Returns counts for the report (`rows`, `bad`) and whatever the driver needs."""
         ...
 
