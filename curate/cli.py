@@ -1,0 +1,308 @@
+"""The command line: every verb as a thin layer over one documented call.
+
+Inputs come first, the output directory last, and inputs are never modified. Results go to stdout (`--json`: one object),
+progress to stderr. Exit 0 done · 1 finished with failed shards, listed, a rerun resumes · 2 the request was wrong.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from curate.engine import Job
+from curate.errors import CurateError, UsageError
+
+app = typer.Typer(
+    help="Condense image-text pools into coresets. A pool is a directory of tar shards; each verb makes one directory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+
+Workers = Annotated[int, typer.Option(help="Processes (0: one per GPU, else one per core).")]
+Engine = Annotated[str, typer.Option(help="local or ray.")]
+SLICE = typer.Option("--slice", metavar="RANK/WORLD", help="Do only this part of the shards, under any scheduler.")
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make the output anew where it was made otherwise.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+
+
+def _job(workers: int, engine: str, part: str = "", overwrite: bool = False, as_json: bool = False) -> Job:
+    """Build the Job from the options that every verb shares."""
+    if engine not in ("local", "ray"):
+        raise UsageError(f"unknown engine {engine!r}; there are: local, ray")
+    rank_world = None
+    if part:
+        rank, _, world = part.partition("/")
+        if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+            raise UsageError(f"--slice {part!r} is not RANK/WORLD with RANK < WORLD, e.g. --slice 0/8")
+        rank_world = (int(rank), int(world))
+    return Job(workers=workers, engine=engine, gpus=_gpus(), overwrite=overwrite, part=rank_world)
+
+
+def _gpus() -> int:
+    """Count the GPUs without paying for the import of torch where there is no driver."""
+    import os
+
+    if not os.path.exists("/proc/driver/nvidia/version") and not os.path.exists("/dev/nvidiactl"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _finish(verb: str, out: str, make: Callable[[], dict[str, Any]], *, as_json: bool, dry_run: bool = False) -> None:
+    """Carry out a verb, tell what it made, and end with the right exit code."""
+    if dry_run:
+        typer.echo(f"would write {out}: {verb}")
+        return
+    manifest = make()
+    failed = manifest.get("failed", {})
+    if as_json:
+        typer.echo(json.dumps({"directory": out, **manifest}, ensure_ascii=False))
+    else:
+        from curate.show import headline
+
+        typer.echo(headline(verb, manifest).strip() + f" → {out}")
+    if failed:
+        typer.echo(
+            f"{len(failed)} shard(s) failed: {', '.join(list(failed)[:5])}; run the same command again to retry",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; errors for the user become one line and an exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        app()
+    except CurateError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
+    except OSError as error:
+        sys.stderr.write(
+            f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; run again to resume\n"
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; run the same command again to resume\n")
+        sys.exit(130)
+
+
+@app.command()
+def embed(
+    pool: Annotated[str, typer.Argument(help="Tars: a directory, glob, brace pattern or URL.")],
+    out: Annotated[str, typer.Argument(help="Directory for the embeddings.")],
+    model: Annotated[
+        str, typer.Option(help="An open_clip name, local-dir:FOLDER, hf-hub:ID or a config JSON.")
+    ] = "ViT-L-14",
+    pretrained: Annotated[str, typer.Option(help="A tag that open_clip lists, or a local checkpoint.")] = "",
+    precision: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass (0: by device).")] = 0,
+    decoders: Annotated[int, typer.Option(help="Decoding processes per worker (0: by device).")] = 0,
+    workers: Workers = 0,
+    engine: Engine = "local",
+    part: Annotated[str, SLICE] = "",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Embed images and captions with CLIP, shard by shard, and score how well they match.
+
+    Example: `curate embed shards/ emb/ --model ViT-L-14 --pretrained openai` writes `emb/{shard}.arrow`.
+    """
+    from curate.embed import EmbedOptions
+    from curate.embed import embed as stage
+
+    options = EmbedOptions(model, pretrained, precision, batch_size, decoders=decoders)
+    job = _job(workers, engine, part, overwrite)
+    _finish("embed", out, lambda: stage(pool, out, options, job), as_json=as_json, dry_run=dry_run)
+
+
+@app.command()
+def cluster(
+    embeddings: Annotated[str, typer.Argument(help="A directory of `curate embed` or `import`.")],
+    out: Annotated[str, typer.Argument(help="Directory for the clusters.")],
+    k: Annotated[int, typer.Option(help="Clusters (0: from the number of rows).")] = 0,
+    iters: Annotated[int, typer.Option(help="Iterations of k-means.")] = 20,
+    sample: Annotated[int, typer.Option(help="Rows to fit on (0: from k).")] = 0,
+    centroids: Annotated[str, typer.Option(help="Assign to the centroids in this .npy instead of fitting.")] = "",
+    floor: Annotated[float, typer.Option(help="Lowest cosine kept as a near-duplicate edge.")] = 0.80,
+    workers: Workers = 0,
+    engine: Engine = "local",
+    part: Annotated[str, SLICE] = "",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Cluster the images by k-means, assign every row, and relate near-duplicates within clusters.
+
+    Example: `curate cluster emb/ clu/ --k 10000` writes `clu/centroids.npy`, `clu/{shard}.arrow` and `clu/edges.arrow`.
+    """
+    from curate.cluster import ClusterOptions
+    from curate.cluster import cluster as stage
+
+    options = ClusterOptions(k=k, iters=iters, sample=sample, centroids=centroids, floor=floor, seed=seed)
+    job = _job(workers, engine, part, overwrite)
+    _finish("cluster", out, lambda: stage(embeddings, out, options, job), as_json=as_json, dry_run=dry_run)
+
+
+@app.command()
+def select(
+    source: Annotated[
+        str, typer.Argument(help="A directory of `curate cluster`, or of `embed` where no step needs clusters.")
+    ],
+    out: Annotated[str, typer.Argument(help="Directory for the selection.")],
+    step: Annotated[
+        list[str] | None, typer.Option(help="A step, e.g. 'rank(clip_score, 0.4, 0.6)'; repeat in order.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="A named chain of steps [balanced].")] = "",
+    budget: Annotated[str, typer.Option(help="How many to keep at the end: a number or a share such as 20%.")] = "",
+    workers: Workers = 0,
+    engine: Engine = "local",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run a funnel of steps and keep, for every row, the reason why it left.
+
+    Example: `curate select clu/ sel/ --recipe bunny --budget 2000000` writes `sel/{shard}.arrow` and `sel/funnel.json`.
+    """
+    from curate.selection import SelectOptions
+    from curate.selection import select as stage
+
+    options = SelectOptions(steps=tuple(step or ()), recipe=recipe, budget=budget, seed=seed)
+    job = _job(workers, engine, "", overwrite)
+    _finish("select", out, lambda: stage(source, out, options, job), as_json=as_json, dry_run=dry_run)
+    if not as_json and not dry_run:
+        from curate import paths, store
+        from curate.show import funnel_lines
+
+        for line in funnel_lines(store.load_json(paths.join(out, "funnel.json"))):
+            typer.echo(line)
+
+
+@app.command()
+def emit(
+    selection: Annotated[str, typer.Argument(help="A directory of `curate select`.")],
+    out: Annotated[str, typer.Argument(help="Directory for the coreset.")],
+    format: Annotated[
+        str, typer.Option(help="webdataset, llava, datacomp, keys, parquet or clip-retrieval.")
+    ] = "webdataset",
+    shard_size: Annotated[int, typer.Option(help="Samples per output shard.")] = 10_000,
+    prompt: Annotated[str, typer.Option(help="The question put before a caption (llava).")] = "",
+    pool: Annotated[str, typer.Option(help="Where the pool is now, if it moved.")] = "",
+    workers: Workers = 0,
+    engine: Engine = "local",
+    part: Annotated[str, SLICE] = "",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write the coreset, ready to train on: the original members of each kept sample, byte for byte.
+
+    Example: `curate emit sel/ coreset/` writes `coreset/{000000}.tar`.
+    """
+    from curate.emit import EmitOptions
+    from curate.emit import emit as stage
+
+    options = EmitOptions(format=format, shard_size=shard_size, **({"prompt": prompt} if prompt else {}))
+    job = _job(workers, engine, part, overwrite)
+    _finish("emit", out, lambda: stage(selection, out, options, job, pool or None), as_json=as_json, dry_run=dry_run)
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Argument(help="Directory for the demo.")],
+    rows: Annotated[int, typer.Option(help="Samples in the pool.")] = 12_000,
+    shards: Annotated[int, typer.Option(help="Tars in the pool.")] = 6,
+    dirt: Annotated[str, typer.Option(help="dirty, half or clean: how many faults are planted.")] = "dirty",
+    workers: Workers = 0,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Render a pool of captioned pictures with planted faults, instruction data and tests.
+
+    Example: `curate demo out/demo` writes `out/demo/pool/{00000}.tar`, `truth.arrow`, `instruct/`, `text.json` and `test/`.
+    """
+    from curate.pipeline import DemoOptions, render_demo
+
+    options = DemoOptions(rows=rows, seed=seed, shards=shards, dirt=dirt)
+    job = _job(workers, "local", "", overwrite)
+    _finish("demo", out, lambda: render_demo(out, options, job), as_json=as_json, dry_run=dry_run)
+
+
+@app.command()
+def show(
+    directory: Annotated[str, typer.Argument(help="Any directory that a verb made.")],
+    key: Annotated[str, typer.Option(help="Tell the life of this one sample.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Tell what a directory is, how it came about, and what became of one sample.
+
+    Example: `curate show out/demo/selection --key 000000123`
+    """
+    from curate import store
+    from curate.show import show as describe
+    from curate.show import show_key
+
+    if as_json:
+        typer.echo(json.dumps(store.open_input(directory).manifest, ensure_ascii=False))
+        return
+    for line in show_key(directory, key) if key else describe(directory):
+        typer.echo(line)
+
+
+@app.command()
+def run(
+    pipeline: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped pipeline.")] = "",
+    out: Annotated[str, typer.Option(help="Where all directories go [out/NAME].")] = "",
+    pool: Annotated[str, typer.Option(help="Take this pool instead of the pipeline's.")] = "",
+    recipe: Annotated[str, typer.Option(help="Take this recipe instead of the pipeline's steps.")] = "",
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override.")] = None,
+    only: Annotated[str, typer.Option(help="One stage, or the group coreset or train.")] = "",
+    names: Annotated[bool, typer.Option("--list", help="Name the shipped pipelines.")] = False,
+    workers: Workers = 0,
+    engine: Engine = "local",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Carry out every stage of a pipeline, resuming where it stands.
+
+    Example: `curate run demo --out out/demo --only coreset` writes `out/demo/{embeddings,clusters,selection,coreset}`.
+    """
+    from curate import pipeline as pipelines
+
+    if names or not pipeline:
+        for name, about in pipelines.listing():
+            typer.echo(f"{name:<24} {about}")
+        return
+    plan = pipelines.load(pipeline, out or None, pool=pool or None, recipe=recipe or None, settings=settings or [])
+    job = _job(workers, engine, overwrite=overwrite)
+    if dry_run:
+        from curate.estimate import lines
+
+        for line in lines(plan, only or None):
+            typer.echo(line)
+        return
+    made = pipelines.run(plan, job, only or None, echo=(lambda _: None) if as_json else typer.echo)
+    if as_json:
+        typer.echo(json.dumps({label: manifest.get("counts", {}) for label, manifest in made.items()}))
+    if any(manifest.get("failed") for manifest in made.values()):
+        raise typer.Exit(1)
