@@ -1,7 +1,7 @@
 """The command line: every verb as a thin layer over one documented call.
 
-Inputs come first, the output directory last, and inputs are never modified. Results go to stdout (`--json`: one object),
-progress to stderr. Exit 0 done · 1 finished with failed shards, listed, a rerun resumes · 2 the request was wrong.
+Inputs come first, the output directory last, and inputs are never modified. Results go to stdout (`--json`: one
+object), progress to stderr. Exit 0 done · 1 finished with failed shards, listed, a rerun resumes · 2 the request was wrong.
 """
 
 import json
@@ -168,7 +168,7 @@ def select(
         list[str] | None, typer.Option(help="A step, e.g. 'rank(clip_score, 0.4, 0.6)'; repeat in order.")
     ] = None,
     recipe: Annotated[str, typer.Option(help="A named chain of steps [balanced].")] = "",
-    budget: Annotated[str, typer.Option(help="How many to keep at the end: a number or a share such as 20%.")] = "",
+    n: Annotated[str, typer.Option(help="How many rows the recipe keeps: 2000000, or a share such as 2%.")] = "",
     workers: Workers = 0,
     engine: Engine = "local",
     seed: Seed = 0,
@@ -178,12 +178,12 @@ def select(
 ) -> None:
     """Run a funnel of steps and keep, for every row, the reason why it left.
 
-    Example: `curate select clu/ sel/ --recipe bunny --budget 2000000` writes `sel/{shard}.arrow` and `sel/funnel.json`.
+    Example: `curate select clu/ sel/ --recipe bunny --n 2000000` writes `sel/{shard}.arrow` and `sel/funnel.json`.
     """
     from curate.selection import SelectOptions
     from curate.selection import select as stage
 
-    options = SelectOptions(steps=tuple(step or ()), recipe=recipe, budget=budget, seed=seed)
+    options = SelectOptions(steps=tuple(step or ()), recipe=recipe, n=n, seed=seed)
     job = _job(workers, engine, "", overwrite)
     _finish("select", out, lambda: stage(source, out, options, job), as_json=as_json, dry_run=dry_run)
     if not as_json and not dry_run:
@@ -225,6 +225,33 @@ def emit(
 
 
 @app.command()
+def mix(
+    table: Annotated[str, typer.Argument(help="A TOML file with a [mix] table and [mix.sources.NAME] tables.")],
+    out: Annotated[str, typer.Argument(help="Directory for the mixed shards.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="mix.KEY=VALUE", help="Override.")] = None,
+    workers: Workers = 0,
+    engine: Engine = "local",
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws and of the order.")] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Mix instruction data from several sources, text-only data among them, exactly to share and count.
+
+    Example: `curate mix bunny_695k.toml mix/` writes `mix/{000000}.tar`.
+    """
+    from curate import options
+    from curate.mix import mix as stage
+    from curate.mix import read_table
+
+    tables = {"mix": read_table(table)}
+    for setting in [*(settings or []), *([f"mix.seed={seed}"] if seed is not None else [])]:
+        options.assign(tables, setting)
+    job = _job(workers, engine, "", overwrite)
+    _finish("mix", out, lambda: stage(tables["mix"], out, job), as_json=as_json, dry_run=dry_run)
+
+
+@app.command()
 def demo(
     out: Annotated[str, typer.Argument(help="Directory for the demo.")],
     rows: Annotated[int, typer.Option(help="Samples in the pool.")] = 12_000,
@@ -238,7 +265,7 @@ def demo(
 ) -> None:
     """Render a pool of captioned pictures with planted faults, instruction data and tests.
 
-    Example: `curate demo out/demo` writes `out/demo/pool/{00000}.tar`, `truth.arrow`, `instruct/`, `text.json` and `test/`.
+    Example: `curate demo out/demo` writes `out/demo/pool/{00000}.tar`, `truth.arrow`, `instruct/`, `text.json`, `test/`.
     """
     from curate.pipeline import DemoOptions, render_demo
 
