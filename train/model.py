@@ -163,7 +163,7 @@ def lora_targets(model: Any) -> list[str]:
 
 
 def lora_config(stage: Stage, targets: list[str]) -> Any:
-    """Describe the adapter for PEFT, its targets as one expression that can match nothing outside the language model."""
+    """Describe the adapter for PEFT; its targets are one expression that matches only in the language model."""
     from peft import LoraConfig
 
     leaves = sorted({target.rsplit(".", 1)[1] for target in targets})
@@ -264,9 +264,9 @@ def token_losses(model: Any, hidden_nd: Tensor, targets_n: Tensor) -> Tensor:
 
     parts = [
         checkpoint(_slice_losses, model, hidden, targets, use_reentrant=False)
-        for hidden, targets in zip(hidden_nd.split(rows), targets_n.split(rows), strict=True)
+        for hidden, targets in zip(torch.split(hidden_nd, rows), torch.split(targets_n, rows), strict=True)
     ]
-    return torch.cat(cast(list[Tensor], parts))
+    return torch.cat(parts)
 
 
 def _slice_losses(model: Any, hidden_nd: Tensor, targets_n: Tensor) -> Tensor:

@@ -278,7 +278,7 @@ class Encoder:
         self.tokens_per_image = tokens_per_image
         missing = [t for t in template.special_tokens if not _is_token(tokenizer, t)]
         if missing:
-            raise UsageError(f"template {template.name!r} needs {', '.join(missing)}, which the tokenizer does not have")
+            raise UsageError(f"template {template.name!r} needs {', '.join(missing)}, which the tokenizer lacks")
         if not template.end and tokenizer.eos_token is None:
             raise UsageError(f"template {template.name!r} ends answers with the eos token and the tokenizer has none")
         self.end_token: str = template.end or tokenizer.eos_token

@@ -6,6 +6,7 @@ folder with only a config.json (fresh weights), or an open_clip `local-dir:FOLDE
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ def load_tower(options: Model, dtype: torch.dtype) -> tuple[Any, Vision]:
     return tower.to(dtype).eval(), _describe(tower.config, preprocess, options)
 
 
+def describe_tower(options: Model) -> Vision:
+    """Describe a tower; weights are only read where they come with the description."""
+    return load_tower(dataclasses.replace(options, tower_weights="fresh"), torch.float32)[1]
+
+
 def feature_layer_index(layer: int, num_layers: int) -> int:
     """Return how many blocks run before `hidden_states[layer]`.  Raises: UsageError when there is no such layer."""
     index = layer if layer >= 0 else num_layers + 1 + layer
@@ -120,6 +126,7 @@ def read_config(source: str, option: str) -> Any:
 
 
 def cannot_load(source: str, option: str, error: Exception) -> str:
+    """Word the failure to load a model: the reason's first line, and what to type."""
     reason = str(error).strip().splitlines()[0]
     return f"{option} {source!r} cannot be loaded ({reason}); give a local folder instead: --set {option}=FOLDER"
 

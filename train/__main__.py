@@ -1,0 +1,256 @@
+"""The command line: `python -m train VERB`, each also under `torchrun --nproc-per-node N -m train VERB`.
+
+Results go to stdout (one JSON object with --json), everything else to stderr. Exit 0: done; 1: it could not go on;
+2: the request was wrong; 143: stopped by a signal, saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from train import config as configuration
+from train.errors import TrainError, UsageError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+log = logging.getLogger("train")
+
+ConfigOption = Annotated[str | None, typer.Option("--config", help="TOML file with [model], [align], [finetune] …")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override an option: table.key=value. Repeatable.")]
+DataOption = Annotated[str, typer.Option("--data", help="Folder of .tar shards, one shard, or a LLaVA .json/.jsonl.")]
+ImagesOption = Annotated[str | None, typer.Option("--images", help="Folder of the images that a JSON names.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Output directory.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Clear what an earlier run left in --out.")]
+ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run in --out.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def align(
+    data: DataOption,
+    out: OutOption,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    images: ImagesOption = None,
+    resume: ResumeOption = True,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the projector alone.  Example: python -m train align --config X.toml --data MIX --out RUN/align."""
+    _stage("align", config, settings, data, images, None, out, resume, overwrite, as_json)
+
+
+@app.command()
+def finetune(
+    data: DataOption,
+    out: OutOption,
+    align: Annotated[Path | None, typer.Option("--align", help="A finished align run; none: random projector.")] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    images: ImagesOption = None,
+    resume: ResumeOption = True,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train LoRA (or all) of the LM, and the projector.
+
+    Example: python -m train finetune --config X.toml --data MIX --align RUN/align --out RUN/finetune.
+    """
+    _stage("finetune", config, settings, data, images, align, out, resume, overwrite, as_json)
+
+
+def _stage(
+    name: Any,
+    config: str | None,
+    settings: list[str] | None,
+    data: str,
+    images: str | None,
+    align: Path | None,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    options = configuration.load(config, settings or ())
+    if not resume and (out / ".plan.json").is_file() and not overwrite:
+        raise UsageError(f"--no-resume: {out} holds an unfinished run; type --overwrite to start over")
+    from train.stages import run_stage
+
+    manifest = run_stage(name, options, data, out, images=images, align=align, overwrite=overwrite)
+    if int(os.environ.get("RANK", "0")) == 0:
+        result = {key: value for key, value in manifest["result"].items() if key != "trainable"}
+        _show({"out": str(out), **result}, as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished align or finetune run.")],
+    out: OutOption,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge and write an llava-hf folder.  Example: python -m train export RUN/finetune --out RUN/model."""
+    options = configuration.load(config, settings or ())
+    from train.export import export as write
+
+    _show(write(run, out, dtype=options.export.dtype, overwrite=overwrite), as_json)
+
+
+@app.command()
+def merge(
+    models: Annotated[list[Path], typer.Argument(help="Exported models.")],
+    out: OutOption,
+    weight: Annotated[list[float], typer.Option("--weight", help="One a model, in order; they sum to 1.")],
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Average exported models.  Example: python -m train merge A B --weight 0.3 --weight 0.7 --out C."""
+    from train.export import merge as average
+
+    _show(average(models, weight, out, overwrite=overwrite), as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="An exported model.")],
+    data: DataOption,
+    out: OutOption,
+    images: ImagesOption = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="At most so many questions.")] = None,
+    show: Annotated[int | None, typer.Option("--show", help="Print so many answers beside the truth.")] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer held-out questions.  Example: python -m train eval RUN/model --data test.json --out answers.jsonl."""
+    options = configuration.load(config, settings or ()).eval
+    from train.evaluate import evaluate as answer_all
+
+    summary = answer_all(
+        model,
+        data,
+        out,
+        images=images,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        limit=options.limit if limit is None else limit,
+    )
+    if not as_json:
+        for line in out.read_text(encoding="utf-8").splitlines()[: options.show if show is None else show]:
+            row = json.loads(line)
+            mark, asked = "=" if row["right"] else "x", row["question"] or "(image)"
+            _say(f"{mark} {row['key']}  {asked[:60]!r}\n    answer  {row['answer']}\n    truth   {row['truth']}")
+        for task, score in {"all": summary, **summary["tasks"]}.items():
+            _say(f"{task:<12} {score['questions']:>6} questions   accuracy {score['accuracy']:.3f}")
+    else:
+        _show(summary, as_json)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="An exported model.")],
+    image: Annotated[str | None, typer.Option("--image", help="Image file.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The question; without it, a conversation.")] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer about an image.  Example: python -m train generate RUN/model --image X.jpg --prompt "What is it?"."""
+    options = configuration.load(config, settings or ()).generate
+    from train.generate import ask, chat
+
+    if prompt is None and not (image and not sys.stdin.isatty() and as_json):
+        chat(model, image, _questions(), _say, options.max_new_tokens)
+        return
+    answer = ask(model, image, prompt or "", options.max_new_tokens, options.system)
+    _show({"answer": answer}, as_json) if as_json else _say(answer)
+
+
+def _questions() -> Iterator[str]:
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if question:
+            yield question
+
+
+@app.command()
+def inspect(
+    data: DataOption,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    images: ImagesOption = None,
+    stage: Annotated[str, typer.Option("--stage", help="align or finetune.")] = "finetune",
+    num: Annotated[int, typer.Option("--num", help="How many samples.")] = 5,
+) -> None:
+    """Show samples as the model reads them, what is learnt in colour.  Example: python -m train inspect --data MIX."""
+    options = configuration.load(config, settings or ())
+    if stage not in ("align", "finetune"):
+        raise UsageError(f"--stage {stage!r} is not one of align, finetune")
+    from train.inspection import describe
+
+    for text in describe(options, stage, data, images, num, colour=sys.stdout.isatty()):
+        _say(text)
+
+
+@app.command()
+def check(config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
+    """Check a configuration and print what it means.  Example: python -m train check --config X.toml."""
+    options = configuration.load(config, settings or ())
+    from train.prompts import get_template
+
+    for stage in (options.align, options.finetune):
+        get_template(stage.template or options.model.template)
+    _show(dataclasses.asdict(options), as_json)
+
+
+def _show(value: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _say(json.dumps(value, ensure_ascii=False))
+        return
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            _say(f"[{key}]\n" + "\n".join(f"  {k} = {v!r}" for k, v in entry.items()))
+        else:
+            _say(f"{key} = {entry}")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _quiet() -> None:
+    """Leave stderr to our own lines; transformers prints whole configurations otherwise."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of every fork
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    log.setLevel(level)
+
+
+def main(run: Callable[[], None] = app) -> None:
+    """Run the command line and turn our errors into one line and an exit code."""
+    _quiet()
+    try:
+        run()
+    except TrainError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

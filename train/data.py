@@ -1,0 +1,338 @@
+"""Samples on disk: shards of tar files, or a LLaVA JSON with a folder of images.
+
+Tar shards (`DIR/*.tar`, as `curate emit` and `curate mix` write them): `key.jpg|png|webp` optional, `key.json` with
+LLaVA `conversations`, else `key.txt` as the caption. JSON: a list of LLaVA records, or one record a line (`.jsonl`).
+
+Only offsets are kept in memory (about 100 bytes a sample); records and images are read where they lie, by any process.
+A sample that cannot be used is a reason and a count, never a crash: `measure` finds all but broken pixels before the
+first step, and `check_bad` stops the run, with three examples, when they are more than a few.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.errors import DataError, UsageError
+from train.prompts import Encoded, Encoder, Rejected, parse
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
+MAX_OPEN_FILES = 64
+FEW = 3  # so many bad samples never stop a run
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as read: its images are locations that the same source can open."""
+
+    key: str
+    source: str  # which shard or file, and which data set where the record says so
+    conversations: Any
+    images: tuple[Any, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """What training needs of a set of samples; picklable, so that worker processes can have one."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def record(self, index: int) -> Record:
+        """Read one sample without its pixels.  Raises: Rejected."""
+
+    def image_bytes(self, location: Any) -> bytes:
+        """Read one image file.  Raises: Rejected."""
+
+
+class Files:
+    """Read byte ranges of many files through a few open descriptors."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, int] = {}
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Return exactly `size` bytes.  Raises: Rejected("unreadable")."""
+        try:
+            if path not in self._open:
+                while len(self._open) >= MAX_OPEN_FILES:
+                    os.close(self._open.pop(next(iter(self._open))))
+                self._open[path] = os.open(path, os.O_RDONLY)
+            data = os.pread(self._open[path], size, offset)
+        except OSError:
+            raise Rejected("unreadable") from None
+        if len(data) != size:
+            raise Rejected("unreadable")
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_open": {}}
+
+
+class TarSource:
+    """Samples in tar shards, in shard and tar order."""
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self.files, self.shards = Files(), [str(path) for path in shards]
+        self.keys: list[str] = []
+        rows: list[tuple[int, ...]] = []
+        for number, path in enumerate(shards):
+            for key, members in _scan_tar(path):
+                self.keys.append(key)
+                image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), (0, 0))
+                rows.append((number, *members.get("json", (0, 0)), *members.get("txt", (0, 0)), *image))
+        self.rows: NDArray[np.int64] = np.array(rows, np.int64).reshape(-1, 7)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def record(self, index: int) -> Record:
+        """Read the JSON or the caption of one sample."""
+        shard, json_at, json_size, text_at, text_size, image_at, image_size = (int(x) for x in self.rows[index])
+        path = self.shards[shard]
+        fields: dict[str, Any] = {}
+        if json_size:
+            try:
+                parsed = json.loads(self.files.read(path, json_at, json_size))
+            except ValueError:
+                raise Rejected("bad_json") from None
+            fields = parsed if isinstance(parsed, dict) else {}
+        conversations = fields.get("conversations")
+        images = ((path, image_at, image_size),) if image_size else ()
+        if conversations is None:
+            caption = fields.get("caption") if not text_size else None
+            if text_size:
+                try:
+                    caption = self.files.read(path, text_at, text_size).decode()
+                except UnicodeDecodeError:
+                    raise Rejected("bad_utf8") from None
+            if not isinstance(caption, str) or not caption.strip() or not images:
+                raise Rejected("no_caption" if images else "no_image")
+            conversations = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
+        elif fields.get("image") and not images:
+            raise Rejected("missing_image")
+        source = ":".join(filter(None, (Path(path).name, str(fields.get("source") or ""))))
+        return Record(self.keys[index], source, conversations, images, fields)
+
+    def image_bytes(self, location: Any) -> bytes:
+        """Read an image member."""
+        return self.files.read(*location)
+
+
+class JsonSource:
+    """LLaVA records in one JSON or JSON-lines file, images in a folder."""
+
+    def __init__(self, path: Path, images: Path | None) -> None:
+        self.path, self.images, self.files = str(path), images, Files()
+        self.spans: NDArray[np.int64] = np.array(list(_json_spans(path)), np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def record(self, index: int) -> Record:
+        """Read one record and look whether its images exist."""
+        offset, size = (int(x) for x in self.spans[index])
+        try:
+            fields = json.loads(self.files.read(self.path, offset, size))
+        except ValueError:
+            raise Rejected("bad_json") from None
+        if not isinstance(fields, dict):
+            raise Rejected("bad_json")
+        names = fields.get("image") or []
+        names = [names] if isinstance(names, str) else names
+        locations = tuple(self._locate(name) for name in names)
+        key = str(fields.get("id", index))
+        source = ":".join(filter(None, (Path(self.path).name, str(fields.get("source") or ""))))
+        return Record(key, source, fields.get("conversations"), locations, fields)
+
+    def _locate(self, name: Any) -> str:
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ("..",)
+        if ".." in parts or PurePosixPath(name).is_absolute():
+            raise Rejected("image_outside_folder")
+        if self.images is None:
+            raise Rejected("no_image_folder")
+        path = self.images.joinpath(*parts)
+        if not path.is_file():
+            raise Rejected("missing_image")
+        return str(path)
+
+    def image_bytes(self, location: Any) -> bytes:
+        """Read an image file."""
+        try:
+            return Path(location).read_bytes()
+        except OSError:
+            raise Rejected("unreadable") from None
+
+
+def open_source(data: str, images: str | None = None) -> Source:
+    """Open a folder of shards, one shard, or a LLaVA JSON.  Raises: UsageError that says what was found instead."""
+    path = Path(data)
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+        if not shards:
+            seen = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            raise UsageError(f"--data {data}: no *.tar in that folder; it holds {seen}")
+        return _not_empty(TarSource(shards), data)
+    if not path.is_file():
+        raise UsageError(f"--data {data}: no such file or folder")
+    if path.suffix == ".tar":
+        return _not_empty(TarSource([path]), data)
+    if path.suffix in (".json", ".jsonl"):
+        beside = path.parent / "images"
+        folder = Path(images) if images else beside if beside.is_dir() else path.parent
+        if not folder.is_dir():
+            raise UsageError(f"--images {folder}: no such folder")
+        return _not_empty(JsonSource(path, folder), data)
+    raise UsageError(f"--data {data}: expected a folder of .tar shards, a .tar, a .json or a .jsonl")
+
+
+def _not_empty(source: Source, data: str) -> Source:
+    if not len(source):
+        raise UsageError(f"--data {data}: no samples in it")
+    return source
+
+
+def _scan_tar(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Yield each key of a shard with (offset, size) of its members by suffix; a torn tail is dropped with a warning."""
+    groups: dict[str, dict[str, tuple[int, int]]] = {}
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, dot, suffix = name.partition(".")
+                if member.isreg() and dot and member.offset_data + member.size <= size:
+                    key = f"{folder}/{stem}" if folder else stem
+                    groups.setdefault(key, {})[suffix.lower()] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        log.warning("%s is torn (%s): %d samples were read before that", path, error, len(groups))
+    yield from groups.items()
+
+
+def _json_spans(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield byte offset and size of each record of a JSON list or a JSON-lines file."""
+    if path.suffix == ".jsonl":
+        offset = 0
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    yield offset, len(line)
+                offset += len(line)
+        return
+    text = path.read_text(encoding="utf-8")
+    decoder = json.JSONDecoder()
+    at = _skip(text, 0)
+    if text[at : at + 1] != "[":
+        raise UsageError(f"{path}: expected a JSON list of LLaVA records")
+    at, offset = at + 1, len(text[: at + 1].encode())
+    while True:
+        start = _skip(text, at, " \t\r\n,")
+        if start >= len(text) or text[start] == "]":
+            return
+        try:
+            _, end = decoder.raw_decode(text, start)
+        except ValueError as error:
+            raise UsageError(f"{path} is not valid JSON: {error}") from None
+        offset += len(text[at:start].encode())
+        size = len(text[start:end].encode())
+        yield offset, size
+        at, offset = end, offset + size
+
+
+def _skip(text: str, at: int, characters: str = " \t\r\n\ufeff") -> int:
+    while at < len(text) and text[at] in characters:
+        at += 1
+    return at
+
+
+def decode_image(data: bytes) -> Any:
+    """Decode to an RGB PIL image.  Raises: Rejected("bad_image" or "huge_image")."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Rejected("huge_image")
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        raise Rejected("bad_image") from None
+
+
+def encode(source: Source, encoder: Encoder, index: int, max_length: int) -> tuple[Record, Encoded]:
+    """Read and encode one sample.  Raises: Rejected."""
+    record = source.record(index)
+    turns = parse(record.conversations, len(record.images))
+    return record, encoder.encode(turns, max_length)
+
+
+@dataclass
+class Measured:
+    """What each sample costs and why some cannot be used."""
+
+    lengths: NDArray[np.int32]  # tokens, 0 where unusable
+    supervised: NDArray[np.int32]  # positions with a target
+    images: NDArray[np.int32]
+    num_truncated: int
+    reasons: dict[int, str]  # sample index -> why it is skipped
+
+    @property
+    def usable(self) -> NDArray[np.int64]:
+        """The indices of the samples that can be trained on, in order."""
+        return np.flatnonzero(self.lengths)
+
+
+def measure(source: Source, encoder: Encoder, max_length: int) -> Measured:
+    """Encode every sample once, without its pixels."""
+    n = len(source)
+    out = Measured(np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32), 0, {})
+    for index in range(n):
+        try:
+            _, encoded = encode(source, encoder, index, max_length)
+        except Rejected as reason:
+            out.reasons[index] = str(reason)
+            continue
+        out.lengths[index] = len(encoded.ids)
+        out.supervised[index] = int((encoded.labels[1:] >= 0).sum())
+        out.images[index] = encoded.num_images
+        out.num_truncated += encoded.truncated
+    return out
+
+
+def check_bad(source: Source, reasons: dict[int, str], max_share: float) -> None:
+    """Stop when too many samples cannot be used: more than `max_share` and than a few, or half of them.
+
+    Raises: DataError with counts by reason and three examples.
+    """
+    n, bad = len(source), len(reasons)
+    if bad * 2 < n and bad <= max(FEW, max_share * n):
+        return
+    counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).most_common())
+    examples = "; ".join(f"{name(source, index)} ({reasons[index]})" for index in sorted(reasons)[:3])
+    raise DataError(
+        f"{bad:,} of {n:,} samples cannot be used: {counts}. Examples: {examples}. "
+        f"Mend the data, or allow more with --set STAGE.max_bad_share={min(1.0, bad / n + 0.001):.3f}"
+    )
+
+
+def name(source: Source, index: int) -> str:
+    """Return source/key of a sample, readable even where the sample is not."""
+    try:
+        record = source.record(index)
+        return f"{record.source}/{record.key}"
+    except Rejected:
+        if isinstance(source, TarSource):
+            return f"{Path(source.shards[int(source.rows[index][0])]).name}/{source.keys[index]}"
+        return f"{Path(getattr(source, 'path', '?')).name}#{index}"

@@ -1,0 +1,165 @@
+"""Write a run as an llava-hf folder: `AutoModelForImageTextToText` and `AutoProcessor` load it with no code of ours.
+
+LoRA is merged in fp32. Names are those of the llava-hf checkpoints (`vision_tower.vision_model.…`,
+`language_model.model.…`), which transformers reads through its own renaming and vLLM expects; a model composed from
+parts would save itself without the `vision_model.` infix and without `text_config.architectures`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from train import checkpoint
+from train.errors import TrainError, UsageError
+from train.model import Composed, compose
+from train.prompts import Encoder, chat_template
+from train.runs import read_json, relative, write_json
+from train.stages import load_options, make_encoder
+from train.tower import make_image_processor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INFIX = ("clip_vision_model", "siglip_vision_model")  # hub checkpoints of these keep their weights under vision_model.
+log = logging.getLogger("train")
+
+
+def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False) -> dict[str, Any]:
+    """Merge a finished run into its base model and write it to `out`; return what was written.
+
+    Raises: UsageError, TrainError when the base weights are no longer those the run was trained on.
+    """
+    model, stage, _ = load_options(run)
+    manifest = read_json(run / "manifest.json")
+    claim_folder(out, overwrite)
+    composed = compose(model, torch.float32)
+    if composed.fingerprint != manifest["result"]["fingerprint"]:
+        raise TrainError(f"the weights of {model.tower} or {model.lm} have changed since {run} was trained")
+    merge_trained(composed.model, checkpoint.load_trained(run), stage.lora_alpha / stage.lora_rank)
+    encoder = make_encoder(composed, model, stage)
+    write_folder(composed, encoder, out, DTYPES[dtype])
+    record = {"command": "export", "run": relative(str(run), out), "dtype": dtype, "result": manifest["result"]}
+    write_json(out / "train_manifest.json", record)
+    return {"out": str(out), "parameters": sum(p.numel() for p in composed.model.parameters()), "dtype": dtype}
+
+
+def claim_folder(out: Path, overwrite: bool) -> None:
+    """Make an empty folder for a model, clearing an earlier export where asked.  Raises: UsageError."""
+    if out.is_dir() and any(out.iterdir()):
+        if not (overwrite and (out / "config.json").is_file()):
+            raise UsageError(f"--out {out} is not empty; type --overwrite to replace an exported model")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def merge_trained(model: Any, trained: Mapping[str, Tensor], scale: float) -> None:
+    """Copy what was trained into the composed model, LoRA factors as `scale * B @ A` onto their layer."""
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            if ".lora_A." in name:
+                factor_b = trained[name.replace(".lora_A.", ".lora_B.")]
+                weight = model.get_parameter(name.replace(".lora_A.default.weight", ".weight"))
+                weight.add_(scale * (factor_b.float() @ tensor.float()).to(weight.dtype))
+            elif ".lora_B." not in name:
+                parameter = model.get_parameter(name)
+                parameter.copy_(tensor)
+
+
+def llava_hf_name(name: str, vision_type: str) -> str:
+    """Translate a parameter name of `LlavaForConditionalGeneration` to that of the llava-hf checkpoints."""
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    name = name.removeprefix("model.")
+    if vision_type in INFIX:
+        name = re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+    return re.sub(r"^language_model\.(?!model\.)", "language_model.model.", name)
+
+
+def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.dtype) -> None:
+    """Write weights, configuration, processor with its chat template, and generation settings."""
+    from huggingface_hub import save_torch_state_dict
+
+    model, vision_type = composed.model, composed.model.config.vision_config.model_type
+    tied = model.config.tie_word_embeddings
+    state = {
+        llava_hf_name(name, vision_type): tensor.detach().to(dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    save_torch_state_dict(state, out, metadata={"format": "pt"})
+    _set_ends(composed, encoder)
+    config = model.config
+    config.architectures, config.dtype = ["LlavaForConditionalGeneration"], dtype
+    config.text_config.dtype = config.vision_config.dtype = dtype
+    config.save_pretrained(out)
+    model.generation_config.save_pretrained(out)
+    _processor(composed, encoder).save_pretrained(out)
+
+
+def _set_ends(composed: Composed, encoder: Encoder) -> None:
+    """Persist the token that ends answers: in the tokenizer, the generation settings and the text configuration."""
+    from transformers import GenerationConfig
+
+    tokenizer, config = composed.tokenizer, composed.model.config
+    if not encoder.template.end_text:
+        tokenizer.eos_token = encoder.end_token
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids["bos_token_id"] = encoder.bos_ids[0] if encoder.bos_ids else tokenizer.bos_token_id
+    composed.model.generation_config = GenerationConfig(do_sample=False, **ids)
+    for key, value in ids.items():
+        setattr(config.text_config, key, value)
+    config.pad_token_id = tokenizer.pad_token_id
+
+
+def _processor(composed: Composed, encoder: Encoder) -> Any:
+    from transformers import LlavaProcessor
+
+    tokenizer = composed.tokenizer
+    tokenizer.padding_side = "left"  # for generation in batches
+    tokenizer.chat_template = chat_template(encoder)
+    return LlavaProcessor(
+        image_processor=make_image_processor(composed.vision),
+        tokenizer=tokenizer,
+        patch_size=composed.vision.patch_size,
+        vision_feature_select_strategy=composed.vision.strategy,
+        num_additional_image_tokens=int(composed.vision.has_class_token),
+        image_token=composed.image_token,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def merge(models: Sequence[Path], weights: Sequence[float], out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Average exported models weight by weight; everything else is taken from the first.
+
+    Raises: UsageError when their tensors do not match.  Source: Bunny's tutorials, which average two fine-tuned runs.
+    """
+    if len(models) < 2 or len(models) != len(weights) or abs(sum(weights) - 1) > 1e-6:
+        raise UsageError("merge needs two models or more and as many --weight, which sum to 1")
+    for folder in models:
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"{folder} is not an exported model (no config.json)")
+    claim_folder(out, overwrite)
+    for file in sorted(models[0].iterdir()):
+        if file.is_file() and file.suffix != ".safetensors":
+            shutil.copyfile(file, out / file.name)
+    for file in sorted(models[0].glob("*.safetensors")):
+        total: dict[str, Tensor] = {}
+        for folder, weight in zip(models, weights, strict=True):
+            if not (folder / file.name).is_file():
+                raise UsageError(f"{folder} has no {file.name}: the models were not exported alike")
+            part = load_file(folder / file.name)
+            if total and {k: v.shape for k, v in part.items()} != {k: v.shape for k, v in total.items()}:
+                raise UsageError(f"{folder} and {models[0]} hold different tensors")
+            total = {k: total.get(k, torch.zeros(())) + weight * v.float() for k, v in part.items()}
+        dtypes = {k: v.dtype for k, v in load_file(file).items()}
+        checkpoint.write_tensors({k: v.to(dtypes[k]) for k, v in total.items()}, out / file.name)
+    record = {"command": "merge", "models": [relative(str(m), out) for m in models], "weights": list(weights)}
+    write_json(out / "train_manifest.json", record)
+    return {"out": str(out), "models": [str(m) for m in models], "weights": list(weights)}

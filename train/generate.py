@@ -1,0 +1,105 @@
+"""Ask an exported model about an image: one question, many in batches, or a conversation in the terminal.
+
+Only transformers' own classes run the model: what works here works wherever llava-hf models are served.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.data import decode_image
+from train.errors import UsageError
+from train.prompts import Rejected, Turn, to_messages
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """An exported model and its processor, on a device."""
+
+    model: Any
+    processor: Any
+    device: torch.device
+
+    def answers(
+        self, turns: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], max_new_tokens: int
+    ) -> list[str]:
+        """Answer conversations that end with a question, greedily, as one batch; images: PIL images by conversation."""
+        messages = [to_messages(conversation) for conversation in turns]
+        texts = [self.processor.apply_chat_template(m, add_generation_prompt=True) for m in messages]
+        flat = [list(own) for own in images]
+        inputs = self.processor(
+            text=texts,
+            images=flat if any(flat) else None,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not self._has_bos(texts[0]),
+        )
+        inputs.pop("token_type_ids", None)
+        inputs = inputs.to(self.device, dtype=self.model.dtype)
+        with torch.inference_mode():
+            out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def _has_bos(self, text: str) -> bool:
+        bos = self.processor.tokenizer.bos_token
+        return bos is not None and text.startswith(bos)
+
+
+def load_speaker(folder: Path) -> Speaker:
+    """Load an exported folder on the GPU where there is one.  Raises: UsageError."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # bf16 products are slow on most CPUs.
+    dtype = "auto" if device.type == "cuda" else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    return Speaker(model, processor, device)
+
+
+def read_image(path: str) -> Any:
+    """Read an image file.  Raises: UsageError."""
+    try:
+        return decode_image(Path(path).read_bytes())
+    except OSError as error:
+        raise UsageError(f"--image {path}: {error.strerror}") from None
+    except Rejected as reason:
+        raise UsageError(f"--image {path} cannot be used ({reason})") from None
+
+
+def ask(folder: Path, image: str | None, prompt: str, max_new_tokens: int, system: str = "") -> str:
+    """Answer one question about an image, or about none."""
+    images = [read_image(image)] if image else []
+    turns = _open(system) + [Turn("user", (None,) * len(images) + ((prompt,) if prompt else ()))]
+    return load_speaker(folder).answers([turns], [images], max_new_tokens)[0]
+
+
+def chat(
+    folder: Path, image: str | None, questions: Iterator[str], say: Callable[[str], None], max_new_tokens: int
+) -> None:
+    """Hold a conversation about an image until the questions end."""
+    images = [read_image(image)] if image else []
+    speaker = load_speaker(folder)
+    turns: list[Turn] = []
+    for question in questions:
+        first = (None,) * len(images) if not turns else ()
+        turns.append(Turn("user", (*first, question)))
+        answer = speaker.answers([turns], [images], max_new_tokens)[0]
+        turns.append(Turn("assistant", (answer,)))
+        say(answer)
+
+
+def _open(system: str) -> list[Turn]:
+    return [Turn("system", (system,))] if system else []

@@ -1,0 +1,132 @@
+"""A run's directory: what it was asked to do, whether it is done, and refusing to mix two requests in one place.
+
+    .plan.json      the request, while the run is unfinished
+    metrics.jsonl   one line a step                      tensorboard/   the same curves
+    checkpoints/    step-000200/ …                       skipped.jsonl  samples left out, and why
+    manifest.json   the request and the result; written last, so that it exists means that the run is complete
+
+Manifests hold no times and no absolute paths: the same request gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from train.errors import UsageError
+
+FORMAT = 1
+MANIFEST, PLAN = "manifest.json", ".plan.json"
+EXECUTION = frozenset({"workers", "save_every", "keep_last"})  # options that change no result
+Status = Literal["new", "unfinished", "finished"]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: to a temporary name, synced, renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.  Raises: UsageError for a missing or broken file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: {path.parent} is not a finished run") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} does not hold a JSON object")
+    return value
+
+
+def open_run(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> Status:
+    """Claim a directory for a request, or find the same request there, unfinished or finished.
+
+    Raises: UsageError naming the first option that differs, both values, and `--overwrite`.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; give a directory")
+    found = next((out / name for name in (MANIFEST, PLAN) if (out / name).is_file()), None)
+    if overwrite and found is not None:
+        shutil.rmtree(out)
+        found = None
+    if found is None:
+        if out.is_dir() and any(out.iterdir()):
+            raise UsageError(f"--out {out} holds other files; give a new or empty directory")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / PLAN, {"request": request})
+        return "new"
+    there = read_json(found).get("request", {})
+    difference = _difference(there, request)
+    if difference:
+        raise UsageError(f"{out} was made with {difference}; repeat that, choose another --out, or type --overwrite")
+    return "finished" if found.name == MANIFEST else "unfinished"
+
+
+def finish(out: Path, request: dict[str, Any], result: dict[str, Any]) -> None:
+    """Write the manifest, which ends the run."""
+    import peft
+    import torch
+    import transformers
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    write_json(out / MANIFEST, {"format": FORMAT, "request": request, "result": result, "versions": versions})
+    (out / PLAN).unlink(missing_ok=True)
+
+
+def _difference(there: Any, here: Any, name: str = "") -> str:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            if key in EXECUTION:
+                continue
+            inner = _difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+            if inner:
+                return inner
+        return ""
+    return "" if _plain(there) == _plain(here) else f"{name} = {there!r}, not {here!r}"
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def relative(path: str, out: Path) -> str:
+    """Write a local path relative to the directory of a manifest; hub ids stay as they are."""
+    prefix = "local-dir:" if path.startswith("local-dir:") else ""
+    local = Path(path.removeprefix(prefix))
+    return (
+        prefix + Path(os.path.relpath(local.resolve(), out.resolve())).as_posix() if path and local.exists() else path
+    )
+
+
+def absolute(path: str, out: Path) -> str:
+    """Undo `relative`."""
+    prefix = "local-dir:" if path.startswith("local-dir:") else ""
+    local = out.resolve() / path.removeprefix(prefix)
+    return prefix + str(local.resolve()) if path and local.exists() else path
+
+
+def digest_data(data: str) -> str:
+    """Identify a data set: by its manifest, else by a JSON's bytes, else by the names and sizes of its shards."""
+    path = Path(data)
+    digest = hashlib.blake2b(digest_size=16)
+    if (path / MANIFEST).is_file():
+        digest.update((path / MANIFEST).read_bytes())
+    elif path.is_file() and path.suffix != ".tar":
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    else:
+        for shard in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
+            digest.update(f"{shard.name} {shard.stat().st_size}\n".encode())
+    return digest.hexdigest()
