@@ -28,7 +28,10 @@ GONE = {
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A kept row. `members` holds (name, suffix, content) of each original member; none when `gone` names why."""
+    """A kept row. `members` holds (name, suffix, content) of each original member; none when `gone` names why.
+
+    `sample` says where in the tar they lie.
+    """
 
     stem: str
     row: int
@@ -37,6 +40,7 @@ class Fetched:
     caption: str
     members: Sequence[tuple[str, str, bytes]]
     gone: str = ""
+    sample: shards.Sample | None = None
 
     @property
     def image(self) -> tuple[str, str, bytes] | None:
@@ -94,7 +98,7 @@ class Coreset:
             found = at_row if at_row is not None and at_row.key == key else by_key.get(key)
             members: list[tuple[str, str, bytes]] = []
             gone = "gone" if found is None else _read(file, found, members)
-            fetched = Fetched(stem, row, key, uid, caption or "", members, gone)
+            fetched = Fetched(stem, row, key, uid, caption or "", members, gone, found)
             if not gone and self._differs(fetched):
                 gone = "changed"
             yield Fetched(stem, row, key, uid, caption or "", (), gone) if gone else fetched

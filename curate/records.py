@@ -60,7 +60,7 @@ def normalise(record: Any, default_id: str) -> tuple[dict[str, Any] | None, str]
     else:
         return None, "neither conversations, messages nor instruction and output"
     fault = conversation_fault(turns) if isinstance(turns, list) else "no list of turns"
-    if not fault and "image" in record and not isinstance(record["image"], str):
+    if not fault and record.get("image") and not isinstance(record["image"], str):
         fault = "image is not a name"
     if fault:
         return None, fault
@@ -98,9 +98,9 @@ def _from_alpaca(record: Mapping[str, Any]) -> Turns | None:
 def dump(record: Any) -> bytes:
     """Write a record as one line of UTF-8 JSON that reads back equal; lone surrogates stay escapes."""
     try:
-        return json.dumps(record, ensure_ascii=False).encode()
+        return json.dumps(record, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        return json.dumps(record).encode()
+        return json.dumps(record, default=str).encode()
 
 
 def read_records(file: IO[bytes], where: str) -> Iterator[tuple[Any, str]]:

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     **dict.fromkeys(["errors", "__init__"], 0),
     **dict.fromkeys(["encoders", "images", "kmeans", "relate", "steps", "recipes", "demo_words", "demo_world"], 1),
-    **dict.fromkeys(["paths", "records"], 1),
+    **dict.fromkeys(["paths", "records", "rules", "drawing"], 1),
     **dict.fromkeys(["store", "shards", "engine"], 2),
-    **dict.fromkeys(["layouts", "sources", "coreset", "options", "demo", "emit_tables"], 3),
+    **dict.fromkeys(["layouts", "sources", "coreset", "options", "demo", "emit_tables", "spool"], 3),
     **dict.fromkeys(["embed", "importing", "cluster", "selection", "emit", "mix"], 4),
     **dict.fromkeys(["show", "report", "charts"], 5),
     **dict.fromkeys(["pipeline"], 6),

@@ -1,0 +1,386 @@
+"""Mix instruction data from several sources: how much of each, how much text-only, in which order.
+
+In: a `[mix]` table with `[mix.sources.NAME]` tables. Out: `MIX/{000000}.tar` with `key.jpg` (the original bytes; absent
+for text-only) and `key.json` (the record in LLaVA's form, unchanged, plus `source`), or `MIX/mix.json` alone.
+Three stages: each source is read once into a table of scratch (`.spool/NAME.arrow`: record, place of its picture,
+tokens); the driver draws and shuffles row numbers; output shards are an independent map over those. The records never
+pass through memory together, so 665,298 of them need no more than a few hundred MB.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from curate import drawing, engine, options, paths, records, shards, store
+from curate.errors import ContractError, ShardError, UsageError
+from curate.sources import SourceOptions, kind_of
+from curate.spool import Spool, facts_place
+
+SPOOL = ".spool"
+
+
+@dataclass(frozen=True)
+class MixOptions:
+    """The table `[mix]`, without its sources.
+
+    text_share, total: in samples or tokens (`by`). tokenizer: `estimate` (a quarter of the UTF-8 bytes) or the path of
+    a tokenizer.json. image_tokens: what an image counts for. strict: refuse instead of counting faults.
+    """
+
+    seed: int = 0
+    shard_size: int = 5_000
+    shuffle: bool = True
+    format: Literal["webdataset", "llava"] = "webdataset"
+    by: Literal["samples", "tokens"] = "samples"
+    text_share: float | None = None
+    total: int | None = None
+    tokenizer: str = "estimate"
+    image_tokens: int = 0
+    strict: bool = False
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_table(mix_toml: str) -> dict[str, Any]:
+    """Read the `[mix]` table of a TOML file; `{here}` is the file's folder."""
+    try:
+        table = tomllib.loads(Path(mix_toml).read_text("utf-8")).get("mix")
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{mix_toml} is not a readable TOML file: {error}") from None
+    if not isinstance(table, dict):
+        raise UsageError(f"{mix_toml} has no [mix] table.", "write [mix] and [mix.sources.NAME] tables")
+    filled: dict[str, Any] = _fill(table, str(Path(mix_toml).resolve().parent))
+    return filled
+
+
+def _fill(value: Any, here: str) -> Any:
+    if isinstance(value, str):
+        return value.replace("{here}", here)
+    if isinstance(value, dict):
+        return {key: _fill(item, here) for key, item in value.items()}
+    return [_fill(item, here) for item in value] if isinstance(value, list) else value
+
+
+def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, Any]:
+    """Mix the sources of a `[mix]` table (or of the TOML file that holds one) and return the manifest.
+
+    Raises: UsageError for tables that ask for what cannot be had; ContractError when `strict` meets a fault or a source
+    has another number of records than it `expect`s.
+    """
+    chosen = options.build(MixOptions, read_table(table) if isinstance(table, str) else table, "mix")
+    if not chosen.sources:
+        raise UsageError("[mix] names no source.", "add a table [mix.sources.NAME] with path = …")
+    sources = {
+        name: options.build(SourceOptions, source, f"mix.sources.{name}") for name, source in chosen.sources.items()
+    }
+    drawing.check(chosen.text_share, chosen.total, {name: source.amount for name, source in sources.items()})
+    output = store.open_output(out, "mix", _recorded(chosen, sources), _inputs(sources), overwrite=job.overwrite)
+    if output.complete:
+        return output.manifest
+    facts = _spool(output, chosen, sources, job)
+    tables = {name: _Columns.read(output.path(f"{SPOOL}/{name}.arrow")) for name in sources}
+    _refuse_faults(chosen, sources, facts)
+    order = _draw(chosen, sources, tables)
+    accounts = {"sources": _describe(sources, tables, facts, order), **_totals(tables, order)}
+    return _write(output, chosen, sources, order, accounts, job)
+
+
+def _recorded(chosen: MixOptions, sources: Mapping[str, SourceOptions]) -> dict[str, Any]:
+    """List what the mix is made by, without places: those are inputs."""
+    asked: dict[str, Any] = {key: value for key, value in vars(chosen).items() if key != "sources"}
+    asked["tokenizer"] = asked["tokenizer"] if asked["tokenizer"] == "estimate" else _digest_file(chosen.tokenizer)
+    defaults = SourceOptions("")
+    asked["sources"] = {
+        name: {
+            key: value
+            for key, value in vars(source).items()
+            if key not in ("path", "images") and value != getattr(defaults, key)
+        }
+        for name, source in sources.items()
+    }
+    return asked
+
+
+def _inputs(sources: Mapping[str, SourceOptions]) -> dict[str, store.Artefact | Mapping[str, Any]]:
+    """Fingerprint the sources: artefacts by their manifest, files by their bytes, tars by their names and sizes."""
+    from curate.sources import files_of
+
+    found: dict[str, store.Artefact | Mapping[str, Any]] = {}
+    for name, source in sources.items():
+        kind = kind_of(source)
+        if paths.exists(paths.join(source.path, store.MANIFEST)):
+            found[name] = store.open_input(source.path)
+        elif kind == "shards":
+            listed = [[shard.stem, shard.size] for shard in shards.list_pool(source.path)]
+            found[name] = {"path": source.path, "digest": store.digest(listed)}
+        else:
+            digests = [_digest_file(location) for location in files_of(source, kind)]
+            found[name] = {"path": source.path, "digest": store.digest(digests)}
+        if source.images:
+            found[f"{name}.images"] = {"path": source.images, "digest": ""}
+    return found
+
+
+def _digest_file(location: str) -> str:
+    import hashlib
+
+    if not paths.exists(location):
+        raise UsageError(f"{location} does not exist.")
+    with paths.open_read(location) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+
+
+def _spool(
+    output: store.Output, chosen: MixOptions, sources: Mapping[str, SourceOptions], job: engine.Job
+) -> dict[str, dict[str, Any]]:
+    """Read every source once into its table of scratch; returns the facts of each."""
+    place = output.path(SPOOL)
+    paths.make_dir(place)
+    paths.clear_temporaries(place)
+    present = set(paths.listdir(place))
+    missing = [name for name in sources if f"{name}.arrow" not in present]
+    task = Spool(dict(sources), place, chosen.tokenizer, chosen.image_tokens)
+    outcome = engine.run_stage("read", task, missing, replace(job, gpus=0))
+    output.log(stage="mix read", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
+    for name, why in outcome.failed.items():
+        raise ContractError(f"mix source {name} cannot be read: {why}")
+    return {name: store.load_json(facts_place(place, name)) for name in sources}
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What the driver needs of a source, 28 bytes a record."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    rounds: np.ndarray
+    image: np.ndarray
+
+    @classmethod
+    def read(cls, location: str) -> "_Columns":
+        table = store.table(location, ["tokens", "supervised", "rounds", "image_hash"])
+        return cls(*(column.to_numpy() for column in table.columns))
+
+    @property
+    def is_text(self) -> np.ndarray:
+        return np.asarray(self.image == 0)
+
+
+def _refuse_faults(
+    chosen: MixOptions, sources: Mapping[str, SourceOptions], facts: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Hold each source to its `expect`, and under `strict` to having no fault at all."""
+    for name, fact in facts.items():
+        expect = sources[name].expect
+        if expect is not None and fact["read"] != expect:
+            raise ContractError(
+                f"mix source {name} has {fact['read']:,} records, expected {expect:,}.",
+                "fetch the published file again, or change its `expect`",
+            )
+        faults = {why: count for why, count in fact["faults"].items() if why != "left out"}
+        if chosen.strict and (faults or fact["duplicate_ids"]):
+            account = [f"{count:,} {why}" for why, count in faults.items()]
+            account += [f"{fact['duplicate_ids']:,} duplicate ids"] if fact["duplicate_ids"] else []
+            where = next((entry["what"] for entry in fact["listed"]), fact["listed_ids"][:1])
+            raise ContractError(
+                f"mix source {name} has {', '.join(account)} (the first: {where}), and strict is asked for."
+            )
+
+
+def _draw(chosen: MixOptions, sources: Mapping[str, SourceOptions], tables: Mapping[str, _Columns]) -> drawing.Order:
+    """Choose the rows of each source, and their order in the mix."""
+    parts = [
+        drawing.Part(
+            name=name,
+            rows=drawing.choose(len(tables[name].tokens), source.amount, chosen.seed, name),
+            tokens=tables[name].tokens,
+            is_text=tables[name].is_text,
+            weight=source.weight,
+        )
+        for name, source in sources.items()
+    ]
+    return drawing.draw(parts, chosen.text_share, chosen.total, chosen.by, chosen.seed, chosen.shuffle)
+
+
+def _describe(
+    sources: Mapping[str, SourceOptions],
+    tables: Mapping[str, _Columns],
+    facts: Mapping[str, Mapping[str, Any]],
+    order: drawing.Order,
+) -> dict[str, dict[str, Any]]:
+    """Account for each source: what it had, lost and gave."""
+    described = {}
+    for number, name in enumerate(sources):
+        fact, columns = facts[name], tables[name]
+        rows = order.rows[order.source == number]
+        entry: dict[str, Any] = {
+            "read": fact["read"],
+            "usable": len(columns.tokens),
+            "usable_tokens": int(columns.tokens.sum()),
+            **_sums(columns, rows),
+        }
+        asked = sources[name].count
+        if asked is not None and asked > len(columns.tokens):
+            entry["short_of_count"] = asked - len(columns.tokens)
+        for key in ("faults", "listed", "notes", "duplicate_ids", "listed_ids", "reshaped"):
+            if fact.get(key):
+                entry[key] = fact[key]
+        described[name] = entry
+    return described
+
+
+def _sums(columns: _Columns, rows: np.ndarray) -> dict[str, Any]:
+    images, uses = np.unique(columns.image[rows][columns.image[rows] != 0], return_counts=True)
+    return {
+        "samples": len(rows),
+        "distinct": len(np.unique(rows)),
+        "text_only": int(columns.is_text[rows].sum()),
+        "tokens": int(columns.tokens[rows].sum()),
+        "supervised_tokens": int(columns.supervised[rows].sum()),
+        "rounds": int(columns.rounds[rows].sum()),
+        "images": len(images),
+        "image_uses_max": int(uses.max()) if len(uses) else 0,
+    }
+
+
+def _totals(tables: Mapping[str, _Columns], order: drawing.Order) -> dict[str, Any]:
+    """Sum up the whole mix."""
+    gathered = {
+        key: np.concatenate(
+            [
+                getattr(columns, key)[order.rows[order.source == number]]
+                for number, columns in enumerate(tables.values())
+            ]
+        )
+        for key in ("tokens", "supervised", "rounds", "image")
+    }
+    whole = _Columns(**gathered)
+    counts = _sums(whole, np.arange(len(whole.tokens)))
+    text_tokens = int(whole.tokens[whole.is_text].sum())
+    counts["rows"] = counts.pop("samples")
+    counts.pop("distinct")
+    shares = {
+        "text_share_samples": round(counts["text_only"] / max(1, counts["rows"]), 6),
+        "text_share_tokens": round(text_tokens / max(1, counts["tokens"]), 6),
+        "length_percentiles": {
+            str(p): int(np.percentile(whole.tokens, p)) if len(whole.tokens) else 0 for p in (5, 50, 95, 100)
+        },
+    }
+    return {"counts": counts, **shares}
+
+
+def _write(
+    output: store.Output,
+    chosen: MixOptions,
+    sources: Mapping[str, SourceOptions],
+    order: drawing.Order,
+    accounts: Mapping[str, Any],
+    job: engine.Job,
+) -> dict[str, Any]:
+    """Write the mix and complete the directory."""
+    if not len(order.rows):
+        raise UsageError("the mix is empty: no source gave a usable record.")
+    names, place = list(sources), output.path(SPOOL)
+    if chosen.format == "llava":
+        _write_json(output.path("mix.json"), _Reader(place, names), order, sources)
+        finished: dict[str, Any] = {"mix": {"rows": len(order.rows)}}
+    else:
+        stems = [f"{index:06d}" for index in range(-(-len(order.rows) // chosen.shard_size))]
+        task = _WriteShard(output.directory, place, names, order, chosen.shard_size)
+        outcome = engine.run_stage("mix", task, output.missing(job.share(stems), ".tar"), replace(job, gpus=0))
+        output.log(stage="mix", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
+        left = set(output.missing(stems, ".tar"))
+        if left - set(outcome.failed):
+            return {"unfinished": len(left), **output.plan}
+        finished = {stem: {"rows": len(task.positions(stem))} for stem in stems if stem not in left}
+        if outcome.failed:
+            return output.finish(shards=finished, **accounts, failed=outcome.failed)
+    manifest = output.finish(shards=finished, **accounts, versions=store.versions("pyarrow"))
+    paths.remove(place)
+    return manifest
+
+
+class _Reader:
+    """Fetch single rows of the tables of scratch, which are mapped, not read."""
+
+    def __init__(self, place: str, names: list[str]) -> None:
+        self.place, self.names = place, names
+        self.opened = lru_cache(maxsize=None)(self._open)
+
+    def _open(self, source: int) -> tuple[Any, np.ndarray]:
+        reader = store.reader(paths.join(self.place, f"{self.names[source]}.arrow"))
+        sizes = [reader.get_batch(index).num_rows for index in range(reader.num_record_batches)]
+        return reader, np.cumsum([0, *sizes])
+
+    def row(self, source: int, row: int) -> dict[str, Any]:
+        """Return one row as it was written."""
+        reader, starts = self.opened(source)
+        index = int(np.searchsorted(starts, row, side="right")) - 1
+        found: dict[str, Any] = reader.get_batch(index).slice(row - int(starts[index]), 1).to_pylist()[0]
+        return found
+
+
+@dataclass
+class _WriteShard:
+    """Write one tar of the mix."""
+
+    out: str
+    place: str
+    names: list[str]
+    order: drawing.Order
+    shard_size: int
+
+    def setup(self) -> None:
+        """Map the tables of scratch."""
+        self.reader = _Reader(self.place, self.names)
+        self.opened: tuple[str, Any] = ("", None)
+
+    def positions(self, stem: str) -> range:
+        """List the mix's positions that a shard holds."""
+        start = int(stem) * self.shard_size
+        return range(start, min(len(self.order.rows), start + self.shard_size))
+
+    def __call__(self, stem: str, /) -> dict[str, Any]:
+        with paths.atomic_write(paths.join(self.out, f"{stem}.tar")) as file, shards.TarWriter(file) as tar:
+            for position in self.positions(stem):
+                source = int(self.order.source[position])
+                row = self.reader.row(source, int(self.order.rows[position]))
+                key, record = f"{position:09d}", json.loads(row["record"])
+                if row["location"] is not None:
+                    tar.add(f"{key}.{row['suffix']}", self._picture(row))
+                # Differs from plain LLaVA JSON by this one field; a record that has a `source` of its own keeps it.
+                tar.add(f"{key}.json", records.dump({**record, "source": record.get("source", self.names[source])}))
+        return {"rows": len(self.positions(stem))}
+
+    def _picture(self, row: Mapping[str, Any]) -> bytes:
+        location, offset, size = row["location"], row["offset"], row["size"]
+        try:
+            with paths.open_read(location) as file:
+                file.seek(max(offset, 0))
+                data = file.read(size)
+        except OSError as error:
+            raise ShardError(f"the image {location} cannot be read any more: {error.strerror or error}") from None
+        if len(data) != size:
+            raise ShardError(
+                f"the image {location} has changed while the mix was made", "run `curate mix` again with --overwrite"
+            )
+        return data
+
+
+def _write_json(location: str, reader: _Reader, order: drawing.Order, sources: Mapping[str, SourceOptions]) -> None:
+    """Write the mix as one LLaVA JSON list, a record a line, each exactly as it came."""
+    roots = {source.images for source in sources.values()}
+    if len(roots - {""}) > 1:
+        raise UsageError(
+            'format = "llava" copies no images, and the sources have several image folders.',
+            'put them under one folder that every record\'s `image` is relative to, or use format = "webdataset"',
+        )
+    with paths.atomic_write(location) as file:
+        for count, (source, row) in enumerate(zip(order.source.tolist(), order.rows.tolist(), strict=True)):
+            file.write((b"[\n" if count == 0 else b",\n") + reader.row(source, row)["record"])
+        file.write(b"\n]\n")

@@ -1,0 +1,311 @@
+"""Sources of a mix: LLaVA JSON or JSON lines, webdataset shards, selections, text in its common forms, parquet.
+
+In: one `[mix.sources.NAME]` table. Out: `Entry`s, each a record in LLaVA's form and the place of its picture's original
+bytes (a file under the image root, or a stretch of a tar). What cannot be used is counted by reason and listed, never
+replaced: records that are no conversation, pictures that are missing, empty, or named outside their root.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from curate import paths, records, shards, store
+from curate.coreset import open_coreset
+from curate.drawing import Amount
+from curate.errors import ShardError, UsageError
+
+MAX_LISTED = 100
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """A table `[mix.sources.NAME]`.
+
+    path: a JSON, JSON-lines or parquet file (or pattern), a pool, or a directory made by select, emit or mix.
+    images: the folder, or the tars, that the records' `image` names lie in. only, without: which records to take
+    (`without = {source = ["sharegpt"]}` leaves out records whose field has one of the values).
+    expect: the number of records that the source must have. count, fraction, cap: how many to draw; repeat: how often
+    each is seen; weight: the source's part of the mix's `total`.
+    merge: join all records of one image. max_rounds, max_tokens: limits on a record's questions with their answers, and
+    what to do about the second (`overflow`); whole rounds only.
+    """
+
+    path: str
+    images: str = ""
+    kind: Literal["auto", "json", "shards", "selection", "parquet"] = "auto"
+    prompt: str = records.PROMPT
+    only: Literal["all", "image", "text"] = "all"
+    without: dict[str, list[Any]] = field(default_factory=dict)
+    expect: int | None = None
+    merge: bool = False
+    drop_invalid: bool = False
+    max_rounds: int | None = None
+    max_tokens: int | None = None
+    overflow: Literal["truncate", "split", "drop"] = "truncate"
+    count: int | None = None
+    fraction: float | None = None
+    cap: int | None = None
+    repeat: int = 1
+    weight: float | None = None
+
+    @property
+    def amount(self) -> Amount:
+        """Say how much of the source is wanted."""
+        return Amount(self.count, self.fraction, self.cap, self.repeat, self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Where an image's original bytes lie. offset: -1 for a whole file."""
+
+    location: str
+    offset: int
+    size: int
+    suffix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record in LLaVA's form and its picture; none makes it text-only."""
+
+    record: dict[str, Any]
+    picture: Picture | None
+
+
+@dataclass
+class Faults:
+    """What a source lost and why: exact counts of records, the first of each kind by name, and notes on shards."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    listed: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, why: str, what: Any, number: int = 1) -> None:
+        """Count a fault. what: the record's number or id."""
+        self.counts[why] = self.counts.get(why, 0) + number
+        if self.counts[why] <= MAX_LISTED:
+            self.listed.append({"why": why, "what": what})
+
+
+def kind_of(source: SourceOptions) -> str:
+    """Tell how a source is to be read. Raises: UsageError when it is not there."""
+    if source.kind != "auto":
+        return source.kind
+    for suffix, kind in ((".json", "json"), (".jsonl", "json"), (".parquet", "parquet"), (".tar", "shards")):
+        if source.path.endswith(suffix):
+            return kind
+    if not any(mark in source.path for mark in "*?[{") and not paths.exists(source.path):
+        raise UsageError(f"the mix source {source.path} does not exist.")
+    if paths.exists(paths.join(source.path, store.MANIFEST)):
+        made = store.open_input(source.path)
+        if made.command == "select":
+            return "selection"
+        return "json" if made.manifest["options"].get("format") == "llava" else "shards"
+    return "shards" if any(name.endswith(".tar") for name in paths.listdir(source.path)) else "json"
+
+
+def files_of(source: SourceOptions, kind: str) -> list[str]:
+    """List the files of a JSON or parquet source."""
+    if kind == "json" and paths.exists(paths.join(source.path, store.MANIFEST)):
+        return [
+            paths.join(source.path, {"emit": "coreset.json"}.get(store.open_input(source.path).command, "mix.json"))
+        ]
+    found = [name for suffix in _suffixes(kind) for name in paths.expand(source.path, suffix)]
+    found = sorted({name for name in found if name.endswith(_suffixes(kind)) or name == source.path})
+    if not found:
+        raise UsageError(f"no {' or '.join(_suffixes(kind))} file matches the mix source {source.path}.")
+    return found
+
+
+def _suffixes(kind: str) -> tuple[str, ...]:
+    return (".json", ".jsonl") if kind == "json" else (".parquet",)
+
+
+def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
+    """Yield the usable records of a source in their order.
+
+    scratch: a location without suffix under which pictures that lie in no file of their own may be kept.
+    """
+    kind = kind_of(source)
+    if kind == "shards":
+        found = _from_shards(source, faults)
+    elif kind == "selection":
+        found = _from_selection(source, faults)
+    elif kind == "parquet":
+        found = _from_parquet(name, source, faults, scratch)
+    else:
+        found = _from_json(name, source, faults)
+    for entry in found:
+        is_text = entry.picture is None
+        left_out = any(entry.record.get(key) in values for key, values in source.without.items())
+        if left_out or (source.only == "image" and is_text) or (source.only == "text" and not is_text):
+            faults.counts["left out"] = faults.counts.get("left out", 0) + 1
+        else:
+            yield entry
+
+
+def _from_json(name: str, source: SourceOptions, faults: Faults) -> Iterator[Entry]:
+    images = source.images or (
+        paths.join(source.path, "images") if paths.exists(paths.join(source.path, store.MANIFEST)) else ""
+    )
+    album = _Album(images)
+    number = 0
+    for location in files_of(source, "json"):
+        with paths.open_read(location) as file:
+            for value, trouble in records.read_records(file, location):
+                record, why = (None, trouble) if trouble else records.normalise(value, f"{name}-{number}")
+                number += 1
+                if record is None:
+                    faults.note(f"broken: {why}", number - 1)
+                    continue
+                picture, why = album.find(record.get("image"))
+                if why:
+                    faults.note(why, record.get("image"))
+                else:
+                    yield Entry(record, picture)
+
+
+class _Album:
+    """The images of a source by name: files under a folder, or members of tars."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.members: dict[str, Picture] | None = None
+        if root and (not paths.is_dir(root) or _holds_tars(root)):
+            self.members = {}
+            for shard in shards.list_pool(root):
+                with paths.open_read(shard.location) as file:
+                    for sample in shards.read_index(file).samples:
+                        for member in sample.members:
+                            picture = Picture(shard.location, member.offset, member.size, member.suffix)
+                            self.members.setdefault(member.name.removeprefix("./"), picture)
+
+    def find(self, image: Any) -> tuple[Picture | None, str]:
+        """Locate an image. Returns (picture, "") or (None, why not); (None, "") where no image is named."""
+        if not image:
+            return None, ""
+        if not self.root:
+            raise UsageError(
+                f"a record names the image {str(image)[:80]!r}, but its source names no folder of images.",
+                "add images = …",
+            )
+        suffix = str(image).rpartition(".")[2].lower()
+        if not shards.is_safe(image) or suffix not in shards.IMAGE_SUFFIXES:
+            return None, "unsafe or foreign image name"
+        if self.members is not None:
+            picture = self.members.get(image.removeprefix("./"))
+            return (picture, "") if picture is not None else (None, "missing image")
+        location = paths.join(self.root, image)
+        try:
+            size = os.stat(paths.local(location)).st_size if not paths.is_remote(location) else paths.size(location)
+        except (OSError, ValueError):
+            return None, "missing image"
+        return (Picture(location, -1, size, suffix), "") if size else (None, "empty image")
+
+
+def _holds_tars(folder: str) -> bool:
+    return any(name.endswith(".tar") for name in paths.listdir(folder))
+
+
+def _from_shards(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
+    for shard in shards.list_pool(source.path):
+        with paths.open_read(shard.location) as file:
+            try:
+                index = shards.read_index(file)
+            except ShardError as error:
+                faults.notes.append(f"{shard.stem}: {error}")
+                continue
+            faults.notes += [f"{shard.stem}: {note}" for note in index.notes]
+            for sample in index.samples:
+                texts: dict[str, bytes] = {}
+                for suffix in (shards.JSON_SUFFIX, shards.CAPTION_SUFFIX):
+                    member = sample.member(suffix)
+                    if member is not None:
+                        texts[suffix] = shards.read_member(file, member)
+                yield from _from_sample(sample, texts, shard.location, source.prompt, faults)
+
+
+def _from_selection(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
+    coreset = open_coreset(source.path)
+    for stem in coreset.selection.stems:
+        for fetched in coreset.fetch(stem, coreset.kept_rows(stem)):
+            if fetched.sample is None or fetched.gone:
+                faults.note(f"gone: {fetched.gone}", fetched.key)
+                continue
+            texts = {suffix: data for _, suffix, data in fetched.members}
+            yield from _from_sample(fetched.sample, texts, coreset.tars[stem], source.prompt, faults)
+
+
+def _from_sample(
+    sample: shards.Sample, texts: Mapping[str, bytes], location: str, prompt: str, faults: Faults
+) -> Iterator[Entry]:
+    """Make a record of a webdataset sample: its JSON where that is one, its conversation, or its caption."""
+    member = sample.image
+    picture = None if member is None else Picture(location, member.offset, member.size, member.suffix)
+    image = {} if member is None else {"image": paths.name(member.name)}
+    stored = shards.read_json(texts.get(shards.JSON_SUFFIX, b""))
+    turns = records.conversations_of(stored)
+    if stored is not None and turns is not None and "id" in stored:
+        if bool(stored.get("image")) != (picture is not None):
+            faults.note("missing image", sample.key)
+            return
+        yield Entry(stored, picture)
+        return
+    if turns is None:
+        try:
+            caption = texts.get(shards.CAPTION_SUFFIX, b"").decode().strip()
+        except UnicodeDecodeError:
+            caption = ""
+        if not caption or picture is None:
+            faults.note("missing image" if caption else "broken: no conversation and no caption", sample.key)
+            return
+        turns = records.caption_turns(caption, prompt)
+    yield Entry({"id": sample.key, **image, "conversations": turns}, picture)
+
+
+def _from_parquet(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
+    """Read Hugging Face style parquet; pictures inside it are put into a tar beside the scratch, byte for byte."""
+    import pyarrow.parquet
+
+    album = _Album(source.images)
+    number, place = 0, f"{scratch}.tar"
+    with open(paths.local(place), "wb") as file, shards.TarWriter(file) as tar:
+        for location in files_of(source, "parquet"):
+            with paths.open_read(location) as table:
+                for batch in pyarrow.parquet.ParquetFile(table).iter_batches(256):
+                    for value in batch.to_pylist():
+                        entry = _from_row(value, f"{name}-{number}", album, tar, place, faults)
+                        number += 1
+                        if entry is not None:
+                            yield entry
+
+
+def _from_row(
+    value: dict[str, Any], default_id: str, album: _Album, tar: shards.TarWriter, place: str, faults: Faults
+) -> Entry | None:
+    held = value.get("image")
+    data = held.get("bytes") if isinstance(held, dict) else None
+    if isinstance(held, dict):
+        value = {**value, "image": held.get("path") or (f"{default_id}.{_sniff(data)}" if data else None)}
+    value = {key: item for key, item in value.items() if not isinstance(item, bytes)}
+    record, why = records.normalise(value, default_id)
+    if record is None:
+        faults.note(f"broken: {why}", default_id)
+        return None
+    if not data:
+        picture, why = album.find(record.get("image"))
+        if why:
+            faults.note(why, record.get("image"))
+        return None if why else Entry(record, picture)
+    tar.add(f"{default_id}.{_sniff(data)}", data)
+    padded = -(-len(data) // shards.BLOCK) * shards.BLOCK
+    return Entry(record, Picture(place, tar.offset - padded, len(data), _sniff(data)))
+
+
+def _sniff(data: bytes) -> str:
+    """Tell an image's suffix by its first bytes."""
+    for head, suffix in ((b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp")):
+        if data.startswith(head):
+            return suffix
+    return "webp" if data[8:12] == b"WEBP" else "jpg"
