@@ -1,0 +1,217 @@
+"""What to do with groups of near-duplicates: which rows make a group, and which of them stays.
+
+In: the edges of the near-duplicate forest above a threshold, and the rows still alive. Three rules, named because they
+differ (their survivors grow in this order):
+
+    components  one row of each connected component, as Bunny's coreset was made; removes most, since components chain
+    semdedup    drop a row if any row before it is near, dropped or not, as in SemDeDup's code (arXiv:2303.09540)
+    greedy      drop a row if any row kept before it is near: no two survivors are near
+
+The forest decides `components` by itself while no row of a component has been dropped before. Everything else needs the
+products of the rows concerned, which all lie inside components: `vectors` fetches just these.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from curate import relate
+from curate.kmeans import widen
+
+RULES = ("components", "semdedup", "greedy")
+KEEPS = ("middle", "inner-middle", "far", "near", "random", "max:COLUMN", "min:COLUMN")
+GATHER_ROWS = 1 << 16
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
+Fetch = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """keep: bool [n]. component: i64 [n], -1 where not alive. twin: i64 [n], -1: none. similarity: f32 [n], to it."""
+
+    keep: np.ndarray
+    component: np.ndarray
+    twin: np.ndarray
+    similarity: np.ndarray
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def resolve(
+    edges: Edges,
+    alive: np.ndarray,
+    preference: np.ndarray,
+    rule: str,
+    keep: str,
+    threshold: float,
+    vectors: Fetch | None,
+) -> Resolved:
+    """Decide which near-duplicates stay.
+
+    edges: a forest above the threshold over all rows. preference: f64 [n], the smallest is kept first; for the keepers
+    `middle` and `inner-middle` it is the distance to the centroid, up to a monotone map. For `components` a dropped
+    row's similarity is the weakest link of the chain that joins it to its twin: the threshold at which they would part.
+    """
+    edges = _among_alive(edges, alive, threshold, vectors)
+    component = np.where(alive, relate.components(edges[0], edges[1], len(alive)), -1)
+    rows, bounds = _groups(component)
+    order = np.lexsort((rows, preference[rows], component[rows]))
+    rows = rows[order]
+    sizes = np.diff(bounds)
+    if keep == "inner-middle":
+        rows = _by_inner_distance(rows, bounds, vectors)
+    result = Resolved(
+        alive.copy(), component, np.full(len(alive), -1, np.int64), np.full(len(alive), np.nan, np.float32),
+        _describe(edges[2], sizes, int(alive.sum())),
+    )  # fmt: skip
+    if not len(rows):
+        return result
+    if rule == "components":
+        chosen = rows[bounds[:-1] + (sizes // 2 if keep in ("middle", "inner-middle") else 0)]
+        result.keep[rows] = False
+        result.keep[chosen] = True
+        result.twin[rows] = np.repeat(chosen, sizes)
+        result.similarity[:] = weakest_links(edges, chosen, len(alive))
+    else:
+        if keep in ("middle", "inner-middle"):
+            rows = _from_the_middle(rows, bounds)
+        _drop_in_order(rows, bounds, rule, threshold, vectors, result)
+    return result
+
+
+def _describe(similarity: np.ndarray, sizes: np.ndarray, alive: int) -> dict[str, Any]:
+    """Sum up the components: many rows in one, or weak links, are the signs of a threshold that chains."""
+    return {
+        "components": len(sizes),
+        "rows_in_components": int(sizes.sum()),
+        "largest_component": int(sizes.max(initial=0)),
+        "largest_share": float(sizes.max(initial=0) / max(1, alive)),
+        "mean_link": float(similarity.mean(dtype=np.float64)) if len(similarity) else None,
+    }
+
+
+def _groups(component: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """List the rows of components of two and more, by component, and where each begins."""
+    rows = np.flatnonzero(component >= 0)
+    order = np.argsort(component[rows], kind="stable")
+    _, starts, sizes = np.unique(component[rows[order]], return_index=True, return_counts=True)
+    several = np.repeat(sizes > 1, sizes)
+    return rows[order][several], np.concatenate([[0], np.cumsum(sizes[sizes > 1])])
+
+
+def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fetch | None) -> Edges:
+    """Restrict a forest to the rows alive, looking up the pairs that a dropped row between them hides."""
+    a, b, similarity = edges
+    inside = alive[a] & alive[b]
+    if inside.all():
+        return edges
+    whole = relate.components(a, b, len(alive))
+    left = relate.components(a[inside], b[inside], len(alive))
+    rows = np.flatnonzero(alive)
+    pieces = np.unique(np.stack([whole[rows], left[rows]]), axis=1)[0]
+    names, counts = np.unique(pieces, return_counts=True)
+    torn = np.isin(whole, names[counts > 1]) & alive
+    members, bounds = _groups(np.where(torn, whole, -1))
+    found = [(a[inside], b[inside], similarity[inside])]
+    for group, x in _fetch_groups(members, bounds, vectors):
+        forest = relate.Forest(len(group), threshold)
+        for pair in relate.near_pairs(x, np.arange(len(group)), threshold):
+            forest.add(*pair)
+        i, j, cosine = forest.edges()
+        found.append((group[i], group[j], cosine))
+    a, b, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    _, first = np.unique(a * len(alive) + b, return_index=True)
+    chosen = first[relate.spanning_forest(a[first], b[first], similarity[first], len(alive))]
+    return a[chosen], b[chosen], similarity[chosen]
+
+
+def _fetch_groups(
+    rows: np.ndarray, bounds: np.ndarray, vectors: Fetch | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield each group's rows and vectors, fetching many small groups at once."""
+    assert vectors is not None or not len(rows)
+    first = 0
+    while vectors is not None and first + 1 < len(bounds):
+        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + GATHER_ROWS, side="right")) - 1)
+        x = vectors(rows[bounds[first] : bounds[last]])
+        for start, end in zip(bounds[first:last], bounds[first + 1 : last + 1], strict=True):
+            yield rows[start:end], x[start - bounds[first] : end - bounds[first]]
+        first = last
+
+
+def _by_inner_distance(rows: np.ndarray, bounds: np.ndarray, vectors: Fetch | None) -> np.ndarray:
+    """Order each group by the distance to its own mean, ties by row; in a pair both are equally far."""
+    arranged = []
+    for group, x in _fetch_groups(rows, bounds, vectors):
+        group_order = np.argsort(group)
+        group, x = group[group_order], widen(x[group_order]).astype(np.float64)
+        distance = np.zeros(2) if len(group) == 2 else np.linalg.norm(x - x.mean(axis=0), axis=1)
+        arranged.append(group[np.argsort(distance, kind="stable")])
+    return np.concatenate(arranged) if arranged else rows
+
+
+def _from_the_middle(rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Reorder each group so that its middle member comes first, then its neighbours in turn."""
+    sizes = np.diff(bounds)
+    position = np.arange(len(rows)) - np.repeat(bounds[:-1], sizes)
+    offset = np.abs(position - np.repeat(sizes // 2, sizes))
+    return rows[np.lexsort((position, offset, np.repeat(np.arange(len(sizes)), sizes)))]
+
+
+def _drop_in_order(
+    rows: np.ndarray, bounds: np.ndarray, rule: str, threshold: float, vectors: Fetch | None, result: Resolved
+) -> None:
+    """Apply semdedup or greedy to each group, whose rows stand in the order of preference; fills in the result."""
+    for group, x in _fetch_groups(rows, bounds, vectors):
+        dropped = np.zeros(len(group), bool)
+        twin = np.full(len(group), -1)
+        cosine = np.full(len(group), np.nan, np.float32)
+        for i, j, similarity in relate.near_pairs(x, np.arange(len(group)), threshold):
+            starts = np.concatenate([[0], np.flatnonzero(np.diff(i)) + 1, [len(i)]])
+            for first, last in zip(starts[:-1], starts[1:], strict=True):
+                if rule == "greedy" and dropped[i[first]]:
+                    continue
+                later = j[first:last]
+                fresh = ~dropped[later]
+                twin[later[fresh]], cosine[later[fresh]] = i[first], similarity[first:last][fresh]
+                dropped[later] = True
+        for place in np.flatnonzero(dropped):  # a twin stands before its row, so its own twin is known
+            if dropped[twin[place]]:
+                twin[place] = twin[twin[place]]
+                cosine[place] = np.nan
+        result.keep[group[dropped]] = False
+        result.twin[group[dropped]] = group[twin[dropped]]
+        result.similarity[group[dropped]] = cosine[dropped]
+
+
+def weakest_links(edges: Edges, starts: np.ndarray, num_rows: int) -> np.ndarray:
+    """Find for each row the weakest edge on the forest's path to its tree's start, f32 [n]; NaN off the trees.
+
+    starts: i64, one row for each tree. Breadth first from all starts at once, then pointer doubling: O(n log depth).
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import breadth_first_order
+
+    a, b, similarity = edges
+    weakest = np.full(num_rows, np.nan, np.float32)
+    if not len(a):
+        return weakest
+    names, ends = np.unique(np.concatenate([a, b]), return_inverse=True)
+    i, j, root = ends[: len(a)], ends[len(a) :], len(names)
+    tops = np.searchsorted(names, starts)
+    ones = np.ones(len(a) + len(starts), np.int8)
+    graph = coo_array(
+        (ones, (np.concatenate([i, np.full(len(tops), root)]), np.concatenate([j, tops]))), shape=(root + 1, root + 1)
+    )
+    parent = breadth_first_order(graph.tocsr(), root, directed=False)[1][:root]
+    link = np.full(root + 1, np.inf, np.float32)
+    downward = parent[j] == i
+    link[j[downward]] = similarity[downward]
+    link[i[~downward]] = similarity[~downward]
+    parent = np.append(parent, root)
+    while (parent != root).any():
+        link = np.minimum(link, link[parent])
+        parent = parent[parent]
+    weakest[names] = np.where(np.isinf(link[:root]), np.nan, link[:root])
+    return weakest

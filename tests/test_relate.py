@@ -1,0 +1,210 @@
+"""The near-duplicate forest and what rests on it, against slow references written from the definitions."""
+
+import numpy as np
+import pytest
+from clouds import unit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curate import duplicates, relate
+
+
+def cluster_rows(n, dim=16, seed=0, spread=0.5):
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(size=(4, dim))
+    return unit(centers[rng.integers(0, 4, n)] + spread * rng.normal(size=(n, dim))).astype(np.float16)
+
+
+def slow_components(x, threshold):
+    """Breadth-first search on the full cosine graph; a label is the smallest row of its component."""
+    near = x.astype(np.float64) @ x.astype(np.float64).T > threshold
+    labels = np.full(len(x), -1)
+    for row in range(len(x)):
+        queue = [row] if labels[row] < 0 else []
+        while queue:
+            one = queue.pop()
+            if labels[one] < 0:
+                labels[one] = row
+                queue += np.flatnonzero(near[one] & (labels < 0)).tolist()
+    return labels
+
+
+def slow_forest(x, floor):
+    """Kruskal's algorithm over all pairs."""
+    products = x.astype(np.float64) @ x.astype(np.float64).T
+    pairs = [(-products[i, j], i, j) for i in range(len(x)) for j in range(i + 1, len(x)) if products[i, j] > floor]
+    label = list(range(len(x)))
+    chosen = []
+    for weight, i, j in sorted(pairs):
+        if label[i] != label[j]:
+            chosen.append((i, j, -weight))
+            old, new = label[j], label[i]
+            label = [new if each == old else each for each in label]
+    return sorted(chosen)
+
+
+def forest_of(x, floor, bounds=None, **how):
+    return relate.relate_clusters(x, [0, len(x)] if bounds is None else bounds, floor, **how)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 60), st.integers(0, 50), st.sampled_from([0.3, 0.6, 0.9]))
+def test_the_forest_is_kruskals(n, seed, floor):
+    x = cluster_rows(n, seed=seed)
+    a, b, similarity = forest_of(x, floor)
+    expected = slow_forest(x, floor)
+    assert list(zip(a.tolist(), b.tolist(), strict=True)) == [(i, j) for i, j, _ in expected]
+    assert np.allclose(similarity, [weight for _, _, weight in expected], atol=1e-6)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 80), st.integers(0, 50), st.floats(0.4, 0.99))
+def test_any_threshold_above_the_floor_gives_the_true_components(n, seed, threshold):
+    x = cluster_rows(n, seed=seed)
+    a, b, similarity = forest_of(x, 0.4)
+    above = similarity > threshold
+    products = x.astype(np.float64) @ x.astype(np.float64).T
+    if np.abs(products - threshold).min() > 1e-5:
+        assert (relate.components(a[above], b[above], n) == slow_components(x, threshold)).all()
+
+
+@pytest.mark.parametrize("block, merge_at", [(7, 1 << 20), (64, 50), (1000, 1), (33, 333)])
+def test_blocks_and_merges_change_no_byte(block, merge_at):
+    x = np.concatenate([cluster_rows(150, seed=5, spread=0.15), cluster_rows(90, seed=6)])
+    x[20:40] = x[3]  # equal rows tie
+    whole = forest_of(x, 0.5, [0, 150, 240])
+    parts = forest_of(x, 0.5, [0, 150, 240], block=block, merge_at=merge_at)
+    for left, right in zip(whole, parts, strict=True):
+        assert left.tobytes() == right.tobytes()
+
+
+def test_rows_of_different_clusters_are_never_joined():
+    x = np.repeat(cluster_rows(1), 10, axis=0)
+    a, b, _ = forest_of(x, 0.5, [0, 4, 10])
+    assert len(a) == 3 + 5 and ((a < 4) == (b < 4)).all()
+
+
+def test_a_giant_cluster_of_one_picture_is_a_star():
+    x = np.repeat(cluster_rows(2, seed=1), [900, 1], axis=0)
+    a, b, _ = forest_of(x, 0.99, block=100, merge_at=500)
+    assert (a == 0).all() and (b == np.arange(1, 900)).all()
+
+
+def test_permuting_the_rows_permutes_the_components():
+    x = cluster_rows(120, seed=9)
+    order = np.random.default_rng(0).permutation(120)
+
+    def groups(x):
+        a, b, _ = forest_of(x, 0.8)
+        return relate.components(a, b, len(x))
+
+    plain, moved = groups(x), groups(x[order])
+    together = plain[order][:, None] == plain[order][None, :]
+    assert (together == (moved[:, None] == moved[None, :])).all()
+
+
+def test_hamming_counts_bits():
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(0, 1 << 63, (2, 100), dtype=np.uint64)
+    assert relate.hamming(left, right).tolist() == [
+        bin(int(a) ^ int(b)).count("1") for a, b in zip(left, right, strict=True)
+    ]
+
+
+def slow_resolve(x, alive, preference, rule, keep, threshold):
+    """Say which rows stay, by the definitions of the rules, in float64 over all pairs."""
+    products = x.astype(np.float64) @ x.astype(np.float64).T
+    rows = np.flatnonzero(alive)
+    label = np.full(len(x), -1)
+    label[rows] = rows[slow_components(x[rows], threshold)]
+    stay = alive.copy()
+    for name in np.unique(label[rows]):
+        members = [row for row in rows if label[row] == name]
+        order = sorted(members, key=lambda row: (preference[row], row))
+        if keep == "inner-middle":
+            mean = x[members].astype(np.float64).mean(axis=0)
+            far = {row: np.linalg.norm(x[row].astype(np.float64) - mean) if len(members) > 2 else 0 for row in members}
+            order = sorted(members, key=lambda row: (far[row], row))
+        middle = len(order) // 2
+        if rule == "components":
+            chosen = order[middle] if "middle" in keep else order[0]
+            stay[[row for row in members if row != chosen]] = False
+            continue
+        if "middle" in keep:
+            order = [order[i] for i in sorted(range(len(order)), key=lambda i: (abs(i - middle), i))]
+        for position, row in enumerate(order):
+            before = [r for r in order[:position] if rule == "semdedup" or stay[r]]
+            stay[row] = not any(products[row, other] > threshold for other in before)
+    return stay
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(2, 60),
+    st.integers(0, 30),
+    st.sampled_from(duplicates.RULES),
+    st.sampled_from(["middle", "inner-middle", "far"]),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_every_rule_and_keeper_is_the_definition(n, seed, rule, keep, gone):
+    x = cluster_rows(n, seed=seed, spread=0.35)
+    rng = np.random.default_rng(seed)
+    alive, preference = rng.random(n) >= gone, rng.random(n)
+    a, b, similarity = forest_of(x, 0.5)
+    above = similarity > 0.8
+    found = duplicates.resolve(
+        (a[above], b[above], similarity[above]), alive, preference, rule, keep, 0.8, lambda rows: x[rows]
+    )
+    assert (found.keep == slow_resolve(x, alive, preference, rule, keep, 0.8)).all()
+    dropped = alive & ~found.keep
+    assert (
+        found.keep[found.twin[dropped]].all()
+        and (found.component[found.twin[dropped]] == found.component[dropped]).all()
+    )
+    assert (found.component >= 0).tolist() == alive.tolist()
+
+
+def test_survivors_grow_from_components_to_semdedup_to_greedy_and_a_second_pass_drops_nothing():
+    x = cluster_rows(400, seed=2, spread=0.3)
+    a, b, similarity = forest_of(x, 0.7)
+    edges, order = (a, b, similarity), np.random.default_rng(0).random(400)
+    kept = {
+        rule: duplicates.resolve(edges, np.ones(400, bool), order, rule, "near", 0.7, lambda rows: x[rows]).keep
+        for rule in duplicates.RULES
+    }
+    counts = [int(kept[rule].sum()) for rule in duplicates.RULES]
+    assert counts == sorted(counts) and counts[0] < counts[2] < 400
+    assert (kept["greedy"] | ~kept["semdedup"]).all()
+    again = duplicates.resolve(edges, kept["greedy"], order, "greedy", "near", 0.7, lambda rows: x[rows])
+    assert (again.keep == kept["greedy"]).all()
+
+
+def test_rows_fall_into_fewer_components_as_the_threshold_falls():
+    x = cluster_rows(300, seed=4)
+    a, b, similarity = forest_of(x, 0.3)
+    counts = [
+        len(np.unique(relate.components(a[similarity > t], b[similarity > t], 300))) for t in np.linspace(0.3, 1, 30)
+    ]
+    assert counts == sorted(counts)
+
+
+def test_the_weakest_link_is_the_threshold_at_which_two_rows_part():
+    x = cluster_rows(80, seed=3)
+    edges = forest_of(x, 0.3)
+    label = relate.components(edges[0], edges[1], 80)
+    starts = np.unique(label)
+    weakest = duplicates.weakest_links(edges, starts, 80)
+    for row in range(80):
+        if row != label[row]:
+            for threshold, joined in ((weakest[row] - 1e-6, True), (weakest[row], False)):
+                above = edges[2] > threshold
+                parts = relate.components(edges[0][above], edges[1][above], 80)
+                assert (parts[row] == parts[label[row]]) == joined
+
+
+def test_the_nearest_target_is_found_in_any_block():
+    x, targets = cluster_rows(50, seed=1), cluster_rows(70, seed=2)
+    expected = (x.astype(np.float64) @ targets.astype(np.float64).T).max(axis=1)
+    for block in (1, 9, 4096):
+        assert np.allclose(relate.nearest_similarity(x, targets, block), expected, atol=1e-6)
+    assert (relate.nearest_similarity(x, targets[:0]) == -1).all()
