@@ -109,8 +109,19 @@ def vectors(column: pa.FixedSizeListArray) -> np.ndarray:
     if isinstance(column, pa.ChunkedArray):
         raise TypeError("vectors() takes the array of one record batch")
     dim = column.type.list_size
-    flat = column.values.to_numpy(zero_copy_only=True)
+    flat: np.ndarray = column.values.to_numpy(zero_copy_only=True)
     return flat[column.offset * dim : (column.offset + len(column)) * dim].reshape(len(column), dim)
+
+
+def take_vectors(batches: Iterable[pa.RecordBatch], column: str, rows: np.ndarray) -> np.ndarray:
+    """Gather rows (numbers within the sidecar, in any order) of an embedding column as f16 [len(rows), d]."""
+    parts = [vectors(batch.column(column)) for batch in batches]
+    bounds = np.cumsum([0, *map(len, parts)])
+    found = np.empty((len(rows), parts[0].shape[1]), np.float16)
+    for first, last, part in zip(bounds[:-1], bounds[1:], parts, strict=True):
+        here = np.flatnonzero((rows >= first) & (rows < last))
+        found[here] = part[rows[here] - first]
+    return found
 
 
 def write_table(
