@@ -1,0 +1,172 @@
+"""The columns of a pool over all its shards, for selection: read when they are asked for, a few bytes a row.
+
+Global row numbers count through the stems in the manifest's order. A number that is missing is NaN; a row without a
+value makes a group of its own.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property, partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curate import paths, store
+from curate.errors import UsageError
+from curate.frame import UNKNOWN_BITS, Edges, Frame
+
+EDGES = "edges.arrow"
+NUMBERS = ("clip_score", "width", "height")
+CAPTION = ("caption_words", "caption_chars")
+SIZES = ("min_side", "aspect_ratio")
+GROUPS = ("uid", "caption", "url", "phash", "shard")
+
+
+class Pool:
+    """The scalar columns of a pool over all its shards, in stem order; each is read when it is asked for."""
+
+    def __init__(self, found: store.Artefact) -> None:
+        self.clu = found if found.command == "cluster" else None
+        try:
+            self.emb = found.source("embed", "import")
+        except LookupError:
+            raise UsageError(f"the embeddings under {found.directory} are not where its manifest says.") from None
+        if self.clu is not None:
+            store.check_aligned(self.emb, self.clu)
+        self.bounds = np.cumsum([0, *self.emb.rows.values()])
+
+    def extents(self) -> Iterator[tuple[str, int, int]]:
+        """Yield each stem with its first row and the one after its last."""
+        bounds = self.bounds.tolist()
+        yield from zip(self.emb.stems, bounds[:-1], bounds[1:], strict=True)
+
+    def chunks(self, name: str) -> pa.ChunkedArray:
+        """Return a column of the embeddings' sidecars, or of the clusters', over all stems."""
+        source = self.clu if self.clu is not None and name in store.CLUSTER_SCHEMA.names else self.emb
+        tables = [source.table(stem, [name])[name] for stem in self.emb.stems]
+        return pa.chunked_array([chunk for table in tables for chunk in table.chunks], type=tables[0].type)
+
+    @cached_property
+    def _status(self) -> tuple[np.ndarray, list[str]]:
+        names = list(store.STATUSES)
+        given = self.chunks("status").cast(pa.string())
+        codes = pc.index_in(given, pa.array(names)).fill_null(-1).to_numpy()
+        return codes.astype(np.int8), names
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """Count the rows of each status that occurs."""
+        codes, names = self._status
+        return {name: int((codes == i).sum()) for i, name in enumerate(names) if (codes == i).any()}
+
+    def status_rows(self, status: str) -> np.ndarray:
+        """Say which rows have a status, bool."""
+        codes, names = self._status
+        return np.asarray(codes == names.index(status))
+
+    def numbers(self, name: str) -> np.ndarray:
+        """Read a column as floats; a null is NaN."""
+        if name in CAPTION:
+            caption = self.chunks("caption")
+            words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(caption)))
+            found = words if name == "caption_words" else pc.utf8_length(caption)
+            return np.asarray(found.cast(pa.float32()).to_numpy())
+        if name in SIZES:
+            low, high = np.sort([self.numbers("width"), self.numbers("height")], axis=0)
+            return np.asarray(low if name == "min_side" else high / low)
+        if name == "nearest_similarity":
+            return self._nearest()
+        column = self.chunks(name)
+        return np.asarray(column.to_numpy() if name == "cluster" else column.cast(pa.float32()).to_numpy())
+
+    def _nearest(self) -> np.ndarray:
+        """Find each row's highest cosine inside its cluster; the floor stands for anything below it."""
+        assert self.clu is not None
+        nearest = np.full(int(self.bounds[-1]), self.floor, np.float32)
+        a, b, similarity, _ = self.edges()
+        np.maximum.at(nearest, a, similarity)
+        np.maximum.at(nearest, b, similarity)
+        return nearest
+
+    def groups(self, name: str) -> np.ndarray:
+        """Read a column as group numbers i64; a row without a value is a group of its own."""
+        if name == "shard":
+            return np.repeat(np.arange(len(self.emb.stems)), np.diff(self.bounds))
+        column = self.chunks(name)
+        if name == "uid":  # half of a 128-bit hash is a number good enough to tell images apart
+            codes = np.concatenate([_half_numbers(chunk) for chunk in column.chunks])
+        elif pa.types.is_string(column.type):
+            encoded = column.dictionary_encode().unify_dictionaries().chunks
+            codes = pa.chunked_array([chunk.indices for chunk in encoded]).fill_null(0).to_numpy().astype(np.int64)
+        else:
+            codes = column.fill_null(0).to_numpy().astype(np.int64)
+        empty = np.asarray(column.is_null().to_numpy())
+        return np.where(empty, -2 - np.arange(len(codes)), codes)
+
+    @property
+    def floor(self) -> float:
+        """The cosine above which edges were kept."""
+        return float(self.clu.manifest["options"].get("floor", 1)) if self.clu is not None else 1.0
+
+    @cached_property
+    def _edges(self) -> Edges:
+        assert self.clu is not None
+        table = store.table(self.clu.path(EDGES))
+        bits = table["phash_bits"].fill_null(UNKNOWN_BITS).to_numpy()
+        return table["a"].to_numpy(), table["b"].to_numpy(), table["similarity"].to_numpy(), bits
+
+    def edges(self) -> Edges:
+        """Read the near-duplicate forest."""
+        return self._edges
+
+    def keys(self, rows: np.ndarray) -> pa.Array:
+        """Look up keys by global row numbers."""
+        if not len(rows):
+            return pa.array([], pa.string())
+        found = self.chunks("key").take(pa.array(rows))
+        return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Read image embeddings by global row numbers, f16 [len(rows), d]."""
+        stem_of = np.searchsorted(self.bounds, rows, side="right") - 1
+        found: np.ndarray | None = None
+        for index in np.unique(stem_of):
+            here = np.flatnonzero(stem_of == index)
+            part = store.take_vectors(
+                self.emb.batches(self.emb.stems[index]), "image_embedding", rows[here] - self.bounds[index]
+            )
+            found = np.empty((len(rows), part.shape[1]), np.float16) if found is None else found
+            found[here] = part
+        return np.empty((0, 1), np.float16) if found is None else found
+
+    def foreign(self, directory: str) -> tuple[np.ndarray, np.ndarray]:
+        """Read another EMB's good image embeddings f16 [m, d] and uid numbers i64 [m]."""
+        other = Pool(store.open_input(directory, "embed", "import"))
+        rows = np.flatnonzero(other.status_rows("ok"))
+        return other.vectors(rows), other.groups("uid")[rows]
+
+    def frame(self, seed: int) -> Frame:
+        """Make the frame that the steps see."""
+        numbers = [*NUMBERS, *CAPTION, *SIZES]
+        named = [*GROUPS]
+        if self.clu is not None:
+            numbers += ["cluster", "centroid_similarity", "nearest_similarity"]
+            named += ["cluster"]
+        return Frame(
+            good=self.status_rows("ok"),
+            columns={name: partial(self.numbers, name) for name in numbers},
+            groups={name: partial(self.groups, name) for name in named},
+            seed=seed,
+            edges=self.edges if self.clu is not None and paths.exists(self.clu.path(EDGES)) else None,
+            floor=self.floor,
+            vectors=self.vectors,
+            shuffled=None if self.clu is None else self.clu.manifest.get("fit", {}).get("shuffled_clip_score"),
+            foreign=self.foreign,
+        )
+
+
+def _half_numbers(chunk: pa.Array) -> np.ndarray:
+    """Read the first 8 bytes of 16-byte values as numbers i64 >= 0; a null is 0."""
+    filled = pa.concat_arrays([chunk.fill_null(bytes(16))])
+    halves = np.frombuffer(filled.buffers()[1], "<i8").reshape(-1, 2)
+    return halves[filled.offset : filled.offset + len(filled), 0] & np.int64(2**63 - 1)

@@ -1,0 +1,88 @@
+"""The pool as selection steps see it: columns over all rows, which of them are alive, and what a step may ask for.
+
+Everything is an array over all n rows of the pool, in row order; the rows themselves stay where they are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+
+from curate.errors import UsageError, unknown
+
+Column = Annotated[str, "column"]  # numbers
+Group = Annotated[str, "group"]  # any column; equal values make a group
+Count = Annotated[float, "count"]  # rows, or a share of the good rows
+Threshold = Annotated[float, "threshold"]  # a cosine, or "auto" (AUTO)
+Share = Annotated[float, "share"]  # 0 … 1, or "auto" (AUTO)
+AUTO = -1.0
+CLUSTER_FIRST = "run `curate cluster EMB CLU`, then `curate select CLU …`"
+UNKNOWN_BITS = 255
+FROM_CLUSTERS = ("cluster", "centroid_similarity", "nearest_similarity")
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # a, b, similarity, phash_bits (255: unknown)
+
+
+@dataclass
+class Frame:
+    """The pool as the steps see it. Columns come when they are asked for; n is the number of all its rows."""
+
+    good: np.ndarray  # bool [n]
+    columns: Mapping[str, Callable[[], np.ndarray]]
+    groups: Mapping[str, Callable[[], np.ndarray]]
+    seed: int = 0
+    edges: Callable[[], Edges] | None = None
+    floor: float = 1.0
+    vectors: Callable[[np.ndarray], np.ndarray] | None = None
+    shuffled: Sequence[float] | None = None  # clip_score of shuffled pairs, 0 … 100 % quantiles
+    foreign: Callable[[str], tuple[np.ndarray, np.ndarray]] | None = None
+    alive: np.ndarray = field(init=False)
+    component: np.ndarray | None = None  # i64 [n]
+    twin: np.ndarray = field(init=False)  # i64 [n], the row kept in its place, or -1
+    twin_similarity: np.ndarray = field(init=False)
+    cache: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.alive = self.good.copy()
+        self.twin = np.full(len(self.good), -1, np.int64)
+        self.twin_similarity = np.full(len(self.good), np.nan, np.float32)
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of numbers [n]. Raises: UsageError when it is unknown or empty on every good row."""
+        return self._load(name, self.columns)
+
+    def group(self, name: str) -> np.ndarray:
+        """Return a column as group numbers i64 [n]."""
+        return self._load(name, self.groups)
+
+    def _load(self, name: str, known: Mapping[str, Callable[[], np.ndarray]]) -> np.ndarray:
+        self.known(name, known)
+        if name not in self.cache:
+            values = known[name]()
+            if values.dtype.kind == "f" and self.good.any() and np.isnan(values[self.good]).all():
+                raise UsageError(f"the column {name} has no value on any good row.")
+            self.cache[name] = values
+        return self.cache[name]
+
+    def known(self, name: str, columns: Mapping[str, object]) -> None:
+        """Refuse a column that is not there."""
+        if name not in columns and self.edges is None and name in FROM_CLUSTERS:
+            raise UsageError(f"the column {name} needs clusters.", CLUSTER_FIRST)
+        if name not in columns:
+            raise unknown("column", name, columns)
+
+    def count(self, n: float) -> int:
+        """Turn a count into rows; a float up to 1 is a share of the good rows."""
+        return round(n * int(self.good.sum())) if isinstance(n, float) and n <= 1 else int(n)
+
+    def random(self, number: int) -> np.ndarray:
+        """Return f64 [n] in [0, 1), by the seed and the step's number."""
+        return np.random.default_rng([self.seed, number]).random(len(self.good))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which rows stay, bool [n], and what the step worked out on the way, for the funnel."""
+
+    keep: np.ndarray
+    estimates: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,201 @@
+"""Select a coreset: `curate select CLU SEL --step "…"` or `--recipe NAME`.
+
+In: `CLU/{stem}.arrow` and `CLU/edges.arrow` with the scalar columns of `EMB/{stem}.arrow`, or an EMB alone where no
+step needs clusters. Out: `SEL/{stem}.arrow` (kept, or which step dropped the row, and its twin) and `SEL/funnel.json`
+(what every step kept, dropped and estimated, with the curves and histograms of the report).
+
+The funnel runs on the driver over scalar columns, a few dozen bytes a row. Embeddings are read only by steps that
+cannot do without: `exclude`, and `dedup` where an earlier step tore a component or the rule is not `components`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curate import paths, recipes, steps, store
+from curate.columns import Pool
+from curate.engine import Job, Progress
+from curate.errors import CurateError, UsageError
+from curate.frame import Frame
+
+FUNNEL = "funnel.json"
+NUM_BINS = 60
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """What is selected: steps, or a recipe for a budget of n rows (2000, 0.02 or "2%"); neither: `balanced`."""
+
+    steps: tuple[str, ...] = ()
+    recipe: str = ""
+    n: int | float | str = ""
+    seed: int = 0
+
+    def texts(self) -> list[str]:
+        """Write out the steps. Raises: UsageError when steps and recipe, or steps and n, are both given."""
+        if not self.steps:
+            return recipes.steps(self.recipe or recipes.DEFAULT, self.n)
+        if self.recipe or self.n not in ("", 0):
+            other = f"the recipe {self.recipe!r}" if self.recipe else f"n={self.n}"
+            raise UsageError(f"steps and {other} are both given.", "give one; a last step `sample(n)` sets the size")
+        return [text.strip() for text in self.steps]
+
+
+def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str, Any]:
+    """Run the funnel over a clustered (or only embedded) pool and write what became of each row. Returns the manifest.
+
+    Raises: UsageError for steps that cannot be, or that leave no row.
+    """
+    found = store.open_input(source, "cluster", "embed", "import")
+    texts = options.texts()
+    parsed = steps.parse(texts)
+    pool = Pool(found)
+    frame = pool.frame(options.seed)
+    for step in parsed:
+        step.check(frame)
+    recipe = "" if options.steps else options.recipe or recipes.DEFAULT
+    output = store.open_output(
+        out,
+        "select",
+        {"steps": texts, "recipe": recipe, "seed": options.seed},
+        {"clusters" if found.command == "cluster" else "embeddings": found} | _excluded(parsed),
+        overwrite=job.overwrite,
+    )
+    if output.complete:
+        return output.manifest
+    progress = Progress("select", len(parsed), unit="steps", quiet=job.quiet)
+    try:
+        codes, funnel = _run(parsed, frame, pool, progress)
+    except CurateError:
+        if paths.listdir(out) == [store.PLAN]:
+            paths.remove(out)
+        raise
+    progress.close()
+    shards = _write(output, pool, frame, codes, _names(parsed))
+    store.save_json(output.path(FUNNEL), funnel)
+    manifest = output.finish(
+        shards=shards,
+        counts={name: funnel[name] for name in ("kept", "dropped", "bad")},
+        funnel=funnel["steps"],
+        versions=store.versions("numpy", "scipy", "pyarrow"),
+    )
+    output.log(stage="select", rows=funnel["rows"], steps=[step["text"] for step in funnel["steps"]])
+    return manifest
+
+
+def _excluded(parsed: Sequence[steps.Step]) -> dict[str, store.Artefact]:
+    """Open the directories that `exclude` steps name: they are inputs, too."""
+    named = (step.arguments["directory"] for step in parsed if step.name == "exclude")
+    return {f"exclude-{i}": store.open_input(name, "embed", "import") for i, name in enumerate(dict.fromkeys(named), 1)}
+
+
+def _names(parsed: Sequence[steps.Step]) -> list[str]:
+    """Name what may drop a row: the steps' texts, told apart where one is given twice, then the bad statuses."""
+    texts = [step.text for step in parsed]
+    told = [text if texts.count(text) == 1 else f"{text} #{i}" for i, text in enumerate(texts, 1)]
+    return [*told, *(status for status in store.STATUSES if status != "ok")]
+
+
+def _run(
+    parsed: Sequence[steps.Step], frame: Frame, pool: Pool, progress: Progress
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Run the steps. Returns per row the number of what dropped it (-1: kept) and the funnel's account."""
+    names = _names(parsed)
+    codes = np.full(len(frame.good), -1, np.int16)
+    bad: dict[str, int] = {}
+    for status, count in pool.statuses.items():
+        if status != "ok":
+            codes[pool.status_rows(status)] = names.index(status)
+            bad[status] = count
+    account: list[dict[str, Any]] = []
+    for step in parsed:
+        before = int(frame.alive.sum())
+        if not before:
+            last = account[-1]["text"] if account else "the pool's own statuses"
+            raise UsageError(f"no row is left for the step {step.text}: {last} dropped the last.", "loosen that")
+        verdict = step.run(frame)
+        dropped = frame.alive & ~verdict.keep
+        codes[dropped] = step.number - 1
+        frame.alive &= verdict.keep
+        kept = int(frame.alive.sum())
+        facts = {"before": before, "kept": kept, "dropped": int(dropped.sum()), "estimates": verdict.estimates}
+        account.append({"text": step.text, **facts})
+        progress.update(step.number, kept)
+    kept = int(frame.alive.sum())
+    if not kept:
+        last, before = (account[-1]["text"], account[-1]["before"]) if account else ("a bad status", len(codes))
+        raise UsageError(f"the selection is empty: {last} dropped the last {before:,} rows.", "loosen that")
+    parts = {"kept": kept, **{f"{s['text']} [{i}]": s["dropped"] for i, s in enumerate(account)}, **bad}
+    store.reconcile("select", len(codes), parts)
+    return codes, {
+        "rows": len(codes),
+        "kept": kept,
+        "dropped": sum(step["dropped"] for step in account),
+        "bad": sum(bad.values()),
+        "statuses": bad,
+        "steps": account,
+        "curves": _curves(frame, pool),
+        "histograms": _histograms(frame, pool),
+    }
+
+
+def _curves(frame: Frame, pool: Pool) -> dict[str, Any]:
+    """Count what dedup of all good rows would keep at any threshold: each forest edge above it costs one row."""
+    if frame.edges is None:
+        return {}
+    similarity = np.sort(frame.edges()[2])
+    thresholds = np.linspace(frame.floor, 1, 101)
+    merged = len(similarity) - np.searchsorted(similarity, thresholds, side="right")
+    good = int(frame.good.sum())
+    return {"dedup": {"threshold": thresholds.round(6).tolist(), "kept": (good - merged).tolist(), "rows": good}}
+
+
+def _histograms(frame: Frame, pool: Pool) -> dict[str, Any]:
+    """Count good and kept rows by value: {column: {edges, all, kept}}."""
+    made = {}
+    for name in ("clip_score", "centroid_similarity", "nearest_similarity"):
+        if name not in frame.columns:
+            continue
+        values = frame.cache.get(name)
+        values = frame.columns[name]() if values is None else values
+        good = frame.good & ~np.isnan(values)
+        if good.any():
+            edges = np.histogram_bin_edges(values[good], NUM_BINS)
+            counted = {"all": values[good], "kept": values[good & frame.alive]}
+            counts = {key: np.histogram(part, edges)[0].tolist() for key, part in counted.items()}
+            made[name] = {"edges": [float(edge) for edge in edges], **counts}
+    return made
+
+
+def _write(
+    output: store.Output, pool: Pool, frame: Frame, codes: np.ndarray, names: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Write the sidecars, and say per stem how many rows there are and stay."""
+    twins = np.flatnonzero(frame.twin >= 0)
+    twin_keys = pool.keys(frame.twin[twins])
+    missing = set(output.missing(pool.emb.stems))
+    shards = {}
+    for stem, first, last in pool.extents():
+        kept = codes[first:last] < 0
+        shards[stem] = {"rows": last - first, "kept": int(kept.sum())}
+        if stem not in missing:
+            continue
+        here = slice(*np.searchsorted(twins, [first, last]))
+        place = np.full(last - first, -1)
+        place[twins[here] - first] = np.arange(here.start, here.stop)
+        component = np.full(last - first, -1) if frame.component is None else frame.component[first:last]
+        similarity = frame.twin_similarity[first:last]
+        columns = [
+            pool.emb.table(stem, ["key"])["key"].combine_chunks(),
+            pa.array(kept),
+            store.label_codes(codes[first:last], names),
+            pa.array(component, pa.int64(), mask=component < 0),
+            twin_keys.take(pa.array(place, mask=place < 0)),
+            pa.array(similarity, mask=np.isnan(similarity)),
+        ]
+        batch = pa.record_batch(columns, schema=store.SELECTION_SCHEMA)
+        store.write_table(output.path(f"{stem}.arrow"), store.SELECTION_SCHEMA, [batch], shards[stem])
+    return shards

@@ -1,0 +1,215 @@
+"""Whole selections over directories: the funnel against a slow reference, what each row keeps, and refusals."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from clouds import draw
+from conftest import fingerprint
+from test_relate import slow_components
+
+from curate import recipes, store
+from curate.cluster import ClusterOptions, cluster
+from curate.engine import Job
+from curate.errors import ContractError, UsageError
+from curate.selection import SelectOptions, select
+
+QUIET = Job(workers=1, quiet=True)
+STEMS = [f"{i:05d}" for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """A cloud, its clusters, and the facts of its rows as plain arrays."""
+    folder = tmp_path_factory.mktemp("pool")
+    cloud = draw(folder / "emb", mismatched=0.2)
+    cluster(cloud.path, str(folder / "clu"), ClusterOptions(k=8, floor=0.8), QUIET)
+    table = pa.concat_tables([store.table(str(folder / "clu" / f"{stem}.arrow")) for stem in STEMS])
+    cloud.clu = str(folder / "clu")
+    cloud.cluster = table["cluster"].to_numpy()
+    cloud.near = table["centroid_similarity"].to_numpy(zero_copy_only=False)
+    return cloud
+
+
+def selected(directory):
+    table = pa.concat_tables([store.table(str(directory / f"{stem}.arrow")) for stem in STEMS])
+    return {name: table[name].to_pylist() for name in table.column_names}
+
+
+def slow_band(values, alive, lo, hi):
+    rows = sorted((row for row in range(len(values)) if alive[row]), key=lambda row: (-values[row], row))
+    keep = np.zeros(len(values), bool)
+    keep[rows[round(lo * len(rows)) : round(hi * len(rows))]] = True
+    return keep
+
+
+def slow_middle(pool, threshold):
+    """Keep, of each component inside a cluster, the member of median Euclidean distance to the centroid."""
+    centroids = np.load(f"{pool.clu}/centroids.npy").astype(np.float64)
+    keep = np.zeros(len(pool.ok), bool)
+    for number in range(len(centroids)):
+        rows = np.flatnonzero(pool.cluster == number)
+        labels = slow_components(pool.image[rows], threshold)
+        for label in np.unique(labels):
+            members = rows[labels == label]
+            # the unit rows' rounding to 16 bits must not decide: compare what was stored of the cosine
+            distance = np.sqrt(np.maximum(0, 2 - 2 * pool.near[members].astype(np.float64)))
+            keep[members[np.argsort(distance, kind="stable")[len(members) // 2]]] = True
+    return keep
+
+
+def test_the_paper_chain_is_the_slow_reference_row_by_row(pool, tmp_path):
+    manifest = select(pool.clu, str(tmp_path / "sel"), SelectOptions(recipe="bunny", n=9), QUIET)
+    found = selected(tmp_path / "sel")
+    stages = [pool.ok.copy(), slow_middle(pool, 0.86)]
+    stages.append(slow_band(pool.score, stages[-1], 0.40, 0.60))
+    stages.append(slow_band(pool.near, stages[-1], 0.15, 0.35))
+    texts = recipes.steps("bunny", 9)
+    for row in range(len(pool.ok)):
+        gone = next((i for i, stage in enumerate(stages) if not stage[row]), None)
+        if gone is not None:
+            assert found["dropped_by"][row] == ("decode_error" if gone == 0 else texts[gone - 1])
+        else:
+            assert found["kept"][row] or found["dropped_by"][row] == "sample(9)"
+    assert sum(found["kept"]) == manifest["counts"]["kept"] == 9
+    counts = [step["kept"] for step in manifest["funnel"]]
+    assert counts == [int(stage.sum()) for stage in stages[1:]] + [9]
+    n = int(stages[1].sum())
+    assert counts[1] == round(0.6 * n) - round(0.4 * n)
+
+
+def test_every_row_is_accounted_for_once(pool, tmp_path):
+    select(pool.clu, str(tmp_path / "sel"), SelectOptions(recipe="balanced", n="10%"), QUIET)
+    found = selected(tmp_path / "sel")
+    funnel = json.loads((tmp_path / "sel" / "funnel.json").read_text())
+    reasons = {name: found["dropped_by"].count(name) for name in set(found["dropped_by"])}
+    assert found["key"] == pool.keys
+    assert [reason is None for reason in found["dropped_by"]] == found["kept"]
+    assert reasons.pop(None) == funnel["kept"] == round(0.1 * pool.ok.sum())
+    assert reasons.pop("decode_error") == funnel["bad"] == int((~pool.ok).sum())
+    assert reasons == {step["text"]: step["dropped"] for step in funnel["steps"] if step["dropped"]}
+    assert funnel["rows"] == funnel["kept"] + funnel["bad"] + sum(step["dropped"] for step in funnel["steps"])
+
+
+def test_balanced_finds_the_planted_copies_and_mismatches(pool, tmp_path):
+    manifest = select(pool.clu, str(tmp_path / "sel"), SelectOptions(n="10%"), QUIET)
+    dedup, mismatch, _ = manifest["funnel"]
+    good = np.flatnonzero(pool.ok)
+    inside = sum(len(np.unique(pool.source[good[pool.cluster[good] == c]])) for c in range(8))
+    assert dedup["kept"] == inside and 0.95 < dedup["estimates"]["threshold"] < 0.9995
+    assert abs(mismatch["estimates"]["share"] - 0.2) < 0.06
+    found = selected(tmp_path / "sel")
+    assert np.mean(pool.mismatched[found["kept"]]) < 0.03
+    assert manifest["options"]["recipe"] == "balanced"
+
+
+def test_twins_are_kept_rows_of_the_same_component(pool, tmp_path):
+    select(pool.clu, str(tmp_path / "sel"), SelectOptions(steps=("dedup(0.95)",)), QUIET)
+    found = selected(tmp_path / "sel")
+    row_of = {key: row for row, key in enumerate(found["key"])}
+    for row, twin in enumerate(found["twin"]):
+        assert (twin is not None) == (found["dropped_by"][row] == "dedup(0.95)")
+        if twin is not None:
+            other = row_of[twin]
+            assert found["kept"][other] and found["component"][other] == found["component"][row]
+            weakest_link = found["twin_similarity"][row]
+            assert 0.95 < weakest_link <= 1.01 and weakest_link > pool.image[row] @ pool.image[other] - 1e-6
+    assert all((component is None) == (not ok) for component, ok in zip(found["component"], pool.ok, strict=True))
+
+
+def test_dedup_after_a_band_sees_the_graph_of_what_is_left(pool, tmp_path):
+    select(pool.clu, str(tmp_path / "sel"), SelectOptions(steps=("rank(clip_score, 0, 0.6)", "dedup(0.9)")), QUIET)
+    found = selected(tmp_path / "sel")
+    alive = slow_band(pool.score, pool.ok, 0, 0.6)
+    expected = np.zeros(len(alive), bool)
+    for number in range(8):
+        rows = np.flatnonzero((pool.cluster == number) & alive)
+        labels = slow_components(pool.image[rows], 0.9)
+        for label in np.unique(labels):
+            members = rows[labels == label]
+            expected[members[np.argsort(-pool.near[members], kind="stable")[len(members) // 2]]] = True
+    assert found["kept"] == expected.tolist()
+
+
+def test_a_second_selection_reads_no_embeddings(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "vectors", lambda column: pytest.fail("embeddings were read"))
+    for threshold in (0.82, 0.9, 0.97):
+        select(
+            pool.clu, str(tmp_path / str(threshold)), SelectOptions(steps=(f"dedup({threshold})", "sample(5)")), QUIET
+        )
+    select(pool.clu, str(tmp_path / "balanced"), SelectOptions(), QUIET)
+    curve = json.loads((tmp_path / "balanced" / "funnel.json").read_text())["curves"]["dedup"]
+    for threshold in (0.82, 0.9, 0.97):
+        kept = store.open_input(str(tmp_path / str(threshold))).manifest["funnel"][0]["kept"]
+        assert kept == pytest.approx(np.interp(threshold, curve["threshold"], curve["kept"]), abs=1)
+
+
+def test_embeddings_alone_serve_steps_that_need_no_clusters(pool, tmp_path):
+    steps = ("above(width, 65)", "cap(url, 1)", "cap(uid, 1)", "rank(clip_score, 0, 0.3)", "sample(20)")
+    manifest = select(pool.path, str(tmp_path / "sel"), SelectOptions(steps=steps), QUIET)
+    found = selected(tmp_path / "sel")
+    assert manifest["counts"]["kept"] == 20 and set(found["component"]) == {None}
+    rows = np.flatnonzero(found["kept"])
+    assert len(np.unique(pool.source[rows])) == 20 and (rows % 7 > 1).all()
+    with pytest.raises(UsageError, match="needs clusters"):
+        select(pool.path, str(tmp_path / "no"), SelectOptions(), QUIET)
+
+
+def test_derived_columns_are_what_they_say(pool, tmp_path):
+    steps = ("above(caption_words, 2)", "below(caption_chars, 17)", "above(min_side, 47)", "below(aspect_ratio, 1.40)")
+    select(pool.path, str(tmp_path / "sel"), SelectOptions(steps=steps), QUIET)
+    expected = [
+        bool(ok) and len(f"caption number {row % 97}") < 17 and (64 + row % 7) / 48 < 1.4
+        for row, ok in enumerate(pool.ok)
+    ]
+    assert selected(tmp_path / "sel")["kept"] == expected
+
+
+def test_rows_near_an_evaluation_set_are_excluded(pool, tmp_path):
+    other = draw(tmp_path / "eval", rows=40, seed=0, stems=1, bad=0)  # other pixels
+    copy = draw(tmp_path / "same", mismatched=0.2)
+    step = f'exclude("{copy.path}", 0.95)'
+    with pytest.raises(UsageError, match="selection is empty"):
+        select(pool.path, str(tmp_path / "none"), SelectOptions(steps=(step,)), QUIET)
+    assert not (tmp_path / "none").exists()
+    manifest = select(pool.path, str(tmp_path / "sel"), SelectOptions(steps=(f'exclude("{other.path}", 0.5)',)), QUIET)
+    near = (pool.image @ other.image.T).max(axis=1) > 0.5
+    same = np.isin(pool.source, other.source)
+    assert selected(tmp_path / "sel")["kept"] == (pool.ok & ~near & ~same).tolist()
+    assert "exclude-1" in manifest["inputs"]
+
+
+def test_the_same_request_is_recognised_another_refused_and_bytes_repeat(pool, tmp_path):
+    options = SelectOptions(steps=("dedup(0.9)", "sample(7)"), seed=3)
+    first = select(pool.clu, str(tmp_path / "a"), options, QUIET)
+    assert select(pool.clu, str(tmp_path / "a"), options, QUIET) == first
+    with pytest.raises(ContractError, match="was made with steps"):
+        select(pool.clu, str(tmp_path / "a"), SelectOptions(steps=("dedup(0.9)",), seed=3), QUIET)
+    select(pool.clu, str(tmp_path / "x" / "a"), options, QUIET)
+    left, right = fingerprint(tmp_path / "a"), fingerprint(tmp_path / "x" / "a")
+    left.pop("a/manifest.json"), right.pop("a/manifest.json")  # the path to the input differs
+    assert left == right
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (SelectOptions(steps=("above(clip_score, 5)", "sample(3)")), r"no row is left for the step sample\(3\)"),
+        (SelectOptions(steps=("above(clip_score, 5)",)), "selection is empty"),
+        (SelectOptions(steps=("dedup(0.5)",)), "under the floor"),
+        (SelectOptions(steps=("sample(3)",), recipe="bunny"), "both given"),
+        (SelectOptions(steps=("sample(3)",), n=5), "both given"),
+        (SelectOptions(recipe="bunnyy"), "did you mean 'bunny"),
+        (SelectOptions(steps=("cap(source, 3)",)), "unknown column 'source'"),
+    ],
+)
+def test_what_cannot_be_selected_is_refused_and_leaves_nothing(pool, tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        select(pool.clu, str(tmp_path / "sel"), options, QUIET)
+    assert not (tmp_path / "sel").exists()
+
+
+def test_a_step_given_twice_is_told_apart(pool, tmp_path):
+    select(pool.path, str(tmp_path / "sel"), SelectOptions(steps=("sample(0.5)", "sample(0.1)", "sample(0.1)")), QUIET)
+    assert "sample(0.1) #2" in set(selected(tmp_path / "sel")["dropped_by"])

@@ -1,0 +1,217 @@
+"""Steps: how they are written and refused, and that each counts exactly as its definition says."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curate import evidence, recipes, steps
+from curate.errors import UsageError
+from curate.frame import Frame
+from curate.selectors import STEPS, budget_factor, water_fill
+
+
+def frame_of(n=100, seed=0, good=None, **columns):
+    rng = np.random.default_rng(seed)
+    columns = {"clip_score": rng.random(n).astype(np.float32), "cluster": rng.integers(0, 7, n)} | columns
+    return Frame(
+        good=np.ones(n, bool) if good is None else good,
+        columns={name: (lambda values=values: values) for name, values in columns.items()},
+        groups={"cluster": lambda: columns["cluster"]},
+        seed=seed,
+    )
+
+
+def run(frame, *texts):
+    for step in steps.parse(texts):
+        step.check(frame)
+        frame.alive &= step.run(frame).keep
+    return frame.alive
+
+
+def slow_rank(values, alive, lo, hi):
+    rows = [row for row in range(len(values)) if alive[row]]
+    rows.sort(key=lambda row: (np.isnan(values[row]), -values[row], row))
+    return set(rows[round(lo * len(rows)) : round(hi * len(rows))])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 200), st.integers(0, 9), st.tuples(st.floats(0, 1), st.floats(0, 1)), st.booleans())
+def test_bands_are_global_ranks_from_the_top_with_exact_counts(n, seed, band, ties):
+    lo, hi = sorted(band)
+    values = (
+        np.random.default_rng(seed).integers(0, 5, n).astype(float) if ties else np.random.default_rng(seed).random(n)
+    )
+    frame = frame_of(n, seed, good=np.random.default_rng(seed + 1).random(n) > 0.2, clip_score=values)
+    if lo < hi and frame.alive.any():
+        expected = slow_rank(values, frame.alive, lo, hi)
+        assert set(np.flatnonzero(run(frame, f"rank(clip_score, {lo}, {hi})")).tolist()) == expected
+
+
+def test_two_bands_compose_and_three_thirds_share_the_rows():
+    frame = frame_of(1000, other=np.random.default_rng(5).random(1000))
+    first = slow_rank(frame.column("clip_score"), frame.alive, 0.4, 0.6)
+    second = slow_rank(frame.column("other"), np.isin(np.arange(1000), list(first)), 0.15, 0.35)
+    run(frame, "rank(clip_score, 0.40, 0.60)", "rank(other, 0.15, 0.35)")
+    assert set(np.flatnonzero(frame.alive).tolist()) == second and len(second) == 40
+    parts = [run(frame_of(1000), f"rank(clip_score, {i / 3}, {(i + 1) / 3})") for i in range(3)]
+    assert np.sum(parts, axis=0).tolist() == [1] * 1000
+
+
+def test_rows_without_a_value_rank_last_and_pass_no_threshold():
+    values = np.array([0.1, np.nan, 0.3, 0.2])
+    assert run(frame_of(4, clip_score=values), "rank(clip_score, 0, 0.75)").tolist() == [True, False, True, True]
+    assert run(frame_of(4, clip_score=values), "above(clip_score, 0.1)").tolist() == [False, False, True, True]
+    assert run(frame_of(4, clip_score=values), "below(clip_score, 0.3)").tolist() == [True, False, False, True]
+    assert run(frame_of(4, clip_score=values), "top(clip_score, 2)").tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "text, count", [("sample(30)", 30), ("sample(0.3)", 27), ('sample("30%")', 27), ("sample(1_000)", 90)]
+)
+def test_samples_are_exact_and_shares_count_the_good_rows(text, count):
+    frame = frame_of(100, good=np.arange(100) >= 10)
+    assert run(frame, text).sum() == count and not frame.alive[:10].any()
+
+
+def test_a_sample_depends_on_the_seed_and_the_place_in_the_funnel_alone():
+    draws = [run(frame_of(seed=seed), "above(clip_score, -1)", "sample(50)").tolist() for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert run(frame_of(seed=1), "sample(50)").tolist() != draws[0]
+    assert run(frame_of(seed=1), "sample(50, 7)").tolist() == run(frame_of(seed=2), "sample(50, seed=7)").tolist()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.data())
+def test_water_filling_is_exact_and_level(sizes, data):
+    sizes = np.array(sizes)
+    total = data.draw(st.integers(0, int(sizes.sum())))
+    quotas, level = water_fill(sizes, total, np.random.default_rng(0))
+    assert quotas.sum() == total and (quotas <= sizes).all() and (quotas >= 0).all()
+    assert quotas.max() - quotas[quotas < sizes].min(initial=quotas.max()) <= 1  # who is not exhausted is at the level
+    assert ((quotas == level) | (quotas == level + 1) | (quotas == sizes)).all()
+
+
+def test_balance_gives_exactly_n_and_spares_small_groups():
+    groups = np.repeat([0, 1, 2, 3], [50, 3, 20, 27])
+    frame = frame_of(100, cluster=groups)
+    run(frame, "balance(cluster, 33)")
+    assert np.bincount(groups[frame.alive], minlength=4).tolist() == [10, 3, 10, 10]
+    frame = frame_of(100, cluster=groups)
+    verdict = steps.parse(["balance(cluster, 500)"])[0].run(frame)
+    assert verdict.keep.all() and verdict.estimates["asked"] == 500 and verdict.estimates["available"] == 100
+
+
+def test_cap_keeps_at_most_n_of_a_group_by_chance_or_by_value():
+    frame = frame_of(100)
+    groups, values = frame.group("cluster"), frame.column("clip_score")
+    run(frame, 'cap(cluster, 3, keep="max:clip_score")')
+    for group in range(7):
+        members = np.flatnonzero(groups == group)
+        assert set(members[np.argsort(-values[members])[:3]]) == set(members[frame.alive[members]])
+    frame = frame_of(100)
+    assert np.bincount(groups[run(frame, "cap(cluster, 5)")]).tolist() == [min(5, n) for n in np.bincount(groups)]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("rnak(clip_score, 0, 1)", "unknown step 'rnak'.*did you mean 'rank'"),
+        ("rank(clip_scor, 0, 1)", "unknown column 'clip_scor'.*did you mean 'clip_score'"),
+        ("rank(clip_score, low=0, hi=1)", "unknown argument of rank 'low'.*lo"),
+        ("rank(clip_score, 0.5)", r"lacks hi; it is written rank\(column, lo, hi\)"),
+        ("rank(clip_score, 0, 1, 2)", "has 4 arguments"),
+        ("rank(clip_score, 0, lo=1)", "gives lo twice"),
+        ("rank(clip_score, 0.6, 0.4)", "lo < hi"),
+        ("rank(clip_score, '0', 1)", "expected a number"),
+        ("rank(0.1, 0, 1)", "name of a column"),
+        ("rank", "not a call"),
+        ("rank(clip_score, 0, 1); sample(3)", "not a call"),
+        ("__import__('os').system('true')", "not a call"),
+        ("sample(__import__('os'))", "no literal"),
+        ("sample(0)", "number of rows"),
+        ("sample(-5)", "number of rows"),
+        ("sample(2.5)", "number of rows"),
+        ("sample('many')", "number of rows"),
+        ("dedup(0.86)", "needs clusters"),
+        ("dedup(1.5)", "cosine below 1"),
+        ("dedup(0.86, keep=middle)", "no literal"),
+        ("dedup(0.86, rule='cc')", "unknown rule.*components, greedy, semdedup"),
+        ("rank(centroid_similarity, 0, 1)", "needs clusters"),
+        ("cap(cluster, 2, keep='best')", "unknown policy"),
+        ("mismatch(share=2)", "share between 0 and 1"),
+        ("(" * 500, "not a call"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(text, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        run(frame_of(), text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mismatch_share_is_read_off_shuffled_pairs():
+    rng = np.random.default_rng(0)
+    shuffled = np.quantile(rng.normal(0, 1, 50_000), np.linspace(0, 1, 101))
+    for share in (0.0, 0.1, 0.3):
+        wrong = rng.random(20_000) < share
+        scores = np.where(wrong, rng.normal(0, 1, 20_000), rng.normal(5, 1, 20_000))
+        found, _ = evidence.mismatch_share(scores, shuffled)
+        assert abs(found - share) < 0.02
+
+
+def test_mismatch_drops_the_lowest_scores_but_never_eats_the_budget():
+    n = 1000
+    scores = np.arange(n, dtype=float)
+    assert np.flatnonzero(run(frame_of(n, clip_score=scores), "mismatch(0.1, factor=1.5)")).min() == 150
+    assert run(frame_of(n, clip_score=scores), "mismatch(0.1, factor=1.5, budget=990)").sum() == 990
+    assert run(frame_of(n, clip_score=scores), 'mismatch(0.1, budget="2%")').sum() == 800
+    assert run(frame_of(n, clip_score=scores), "mismatch(0.1, budget=500)").sum() == 875
+    factors = [budget_factor(share) for share in (0.001, 0.02, 0.1, 0.3, 0.5, 1)]
+    assert factors == sorted(factors, reverse=True) and factors[0] == factors[1] == 2 and factors[-1] == 1.25
+
+
+def linked(rng, n, twins, split=0.95):
+    """Edges whose pixels agree mostly above `split`."""
+    similarity = np.concatenate([rng.uniform(split, 1, twins), rng.uniform(0.8, split, n - twins)]).astype(np.float32)
+    bits = np.concatenate([rng.integers(0, 6, twins), rng.integers(15, 45, n - twins)]).astype(np.uint8)
+    return similarity, bits
+
+
+def test_the_threshold_lies_where_pixel_twins_become_the_majority():
+    similarity, bits = linked(np.random.default_rng(0), 5_000, 600)
+    found = evidence.find_threshold(similarity, bits, 0.8)
+    assert abs(found.threshold - 0.95) < 0.005 and found.twins == 600
+
+
+def test_without_evidence_the_threshold_is_timid():
+    rng = np.random.default_rng(1)
+    similarity, bits = linked(rng, 5_000, 3)
+    assert evidence.find_threshold(similarity, bits, 0.8).threshold == evidence.TIMID
+    unknown = np.full(5_000, 255, np.uint8)
+    assert "no perceptual" in evidence.find_threshold(similarity, unknown, 0.8).reason
+    few = np.where(rng.random(5_000) < 0.1, 3, 30).astype(np.uint8)  # twins anywhere, nowhere the majority
+    assert evidence.find_threshold(similarity, few, 0.8).threshold > 0.99
+    assert evidence.find_threshold(similarity[:0], bits[:0], 0.8).threshold == evidence.TIMID
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("n", ["", 2_000, 0.02, "2%"])
+def test_every_recipe_is_made_of_steps_that_parse(name, n):
+    parsed = steps.parse(recipes.steps(name, n))
+    assert parsed and all(step.name in STEPS for step in parsed)
+
+
+def test_the_paper_chain_is_written_as_published():
+    assert recipes.steps("bunny", 2_000_000) == [
+        'dedup(0.86, keep="middle", rule="components")',
+        "rank(clip_score, 0.40, 0.60)",
+        "rank(centroid_similarity, 0.15, 0.35)",
+        "sample(2000000)",
+    ]
+
+
+def test_unknown_recipes_and_budgets_are_refused():
+    with pytest.raises(UsageError, match="did you mean 'bunny'"):
+        recipes.steps("buny")
+    with pytest.raises(UsageError, match="--n 20000"):
+        recipes.steps("bunny", "lots")
