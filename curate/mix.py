@@ -7,9 +7,8 @@ tokens); the driver draws and shuffles row numbers; output shards are an indepen
 pass through memory together, so 665,298 of them need no more than a few hundred MB.
 """
 
-import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -312,17 +311,15 @@ class _Reader:
         self.place, self.names = place, names
         self.opened = lru_cache(maxsize=None)(self._open)
 
-    def _open(self, source: int) -> tuple[Any, np.ndarray]:
-        reader = store.reader(paths.join(self.place, f"{self.names[source]}.arrow"))
-        sizes = [reader.get_batch(index).num_rows for index in range(reader.num_record_batches)]
-        return reader, np.cumsum([0, *sizes])
+    def _open(self, source: int) -> tuple[list[Any], np.ndarray]:
+        batches = list(store.batches(paths.join(self.place, f"{self.names[source]}.arrow")))
+        return batches, np.cumsum([0, *(batch.num_rows for batch in batches)])
 
-    def row(self, source: int, row: int) -> dict[str, Any]:
-        """Return one row as it was written."""
-        reader, starts = self.opened(source)
+    def row(self, source: int, row: int, columns: Sequence[str]) -> list[Any]:
+        """Return some columns of one row."""
+        batches, starts = self.opened(source)
         index = int(np.searchsorted(starts, row, side="right")) - 1
-        found: dict[str, Any] = reader.get_batch(index).slice(row - int(starts[index]), 1).to_pylist()[0]
-        return found
+        return [batches[index].column(name)[row - int(starts[index])].as_py() for name in columns]
 
 
 @dataclass
@@ -338,7 +335,6 @@ class _WriteShard:
     def setup(self) -> None:
         """Map the tables of scratch."""
         self.reader = _Reader(self.place, self.names)
-        self.opened: tuple[str, Any] = ("", None)
 
     def positions(self, stem: str) -> range:
         """List the mix's positions that a shard holds."""
@@ -348,28 +344,30 @@ class _WriteShard:
     def __call__(self, stem: str, /) -> dict[str, Any]:
         with paths.atomic_write(paths.join(self.out, f"{stem}.tar")) as file, shards.TarWriter(file) as tar:
             for position in self.positions(stem):
-                source = int(self.order.source[position])
-                row = self.reader.row(source, int(self.order.rows[position]))
-                key, record = f"{position:09d}", json.loads(row["record"])
-                if row["location"] is not None:
-                    tar.add(f"{key}.{row['suffix']}", self._picture(row))
-                # Differs from plain LLaVA JSON by this one field; a record that has a `source` of its own keeps it.
-                tar.add(f"{key}.json", records.dump({**record, "source": record.get("source", self.names[source])}))
+                source, key = int(self.order.source[position]), f"{position:09d}"
+                picture = ("suffix", "location", "offset", "size")
+                row = self.reader.row(source, int(self.order.rows[position]), ("record", "has_source", *picture))
+                record, has_source, suffix, location, offset, size = row
+                if location is not None:
+                    tar.add(f"{key}.{suffix}", _read_picture(location, offset, size))
+                # One field more than the record had, as its last; a record with a `source` of its own keeps that.
+                more = b"}" if has_source else b', "source": ' + records.dump(self.names[source]) + b"}"
+                tar.add(f"{key}.json", record[:-1] + more)
         return {"rows": len(self.positions(stem))}
 
-    def _picture(self, row: Mapping[str, Any]) -> bytes:
-        location, offset, size = row["location"], row["offset"], row["size"]
-        try:
-            with paths.open_read(location) as file:
-                file.seek(max(offset, 0))
-                data = file.read(size)
-        except OSError as error:
-            raise ShardError(f"the image {location} cannot be read any more: {error.strerror or error}") from None
-        if len(data) != size:
-            raise ShardError(
-                f"the image {location} has changed while the mix was made", "run `curate mix` again with --overwrite"
-            )
-        return data
+
+def _read_picture(location: str, offset: int, size: int) -> bytes:
+    """Read a picture's original bytes. Raises: ShardError when they are not what they were."""
+    try:
+        with paths.open_read(location) as file:
+            file.seek(max(offset, 0))
+            data = file.read(size)
+    except OSError as error:
+        raise ShardError(f"the image {location} cannot be read any more: {error.strerror or error}") from None
+    if len(data) != size:
+        again = "run `curate mix` again with --overwrite"
+        raise ShardError(f"the image {location} has changed while the mix was made", again)
+    return data
 
 
 def _write_json(location: str, reader: _Reader, order: drawing.Order, sources: Mapping[str, SourceOptions]) -> None:
@@ -382,5 +380,5 @@ def _write_json(location: str, reader: _Reader, order: drawing.Order, sources: M
         )
     with paths.atomic_write(location) as file:
         for count, (source, row) in enumerate(zip(order.source.tolist(), order.rows.tolist(), strict=True)):
-            file.write((b"[\n" if count == 0 else b",\n") + reader.row(source, row)["record"])
+            file.write((b"[\n" if count == 0 else b",\n") + reader.row(source, row, ["record"])[0])
         file.write(b"\n]\n")

@@ -18,6 +18,7 @@ from curate.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries
 SPOOL_SCHEMA = pa.schema(
     [
         ("record", pa.large_binary()),
+        ("has_source", pa.bool_()),
         ("location", pa.string()),
         ("offset", pa.int64()),
         ("size", pa.int64()),
@@ -119,6 +120,7 @@ class Spool:
             yield pa.record_batch(
                 [
                     pa.array([records.dump(entry.record) for entry in chunk], pa.large_binary()),
+                    pa.array(["source" in entry.record for entry in chunk]),
                     *(
                         pa.array([picture and getattr(picture, key) for picture in pictures], kind)
                         for key, kind in (("location", pa.string()), ("offset", pa.int64()), ("size", pa.int64()))
