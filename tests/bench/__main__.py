@@ -1,0 +1,25 @@
+"""Run every benchmark of this folder, one after the other: `python -m tests.bench [NAME …]`.
+
+Each is a script of its own that measures a stage beside its floor in one run, prints a table and writes a JSON.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    """Run the named scripts, or all of them; returns the number that failed."""
+    names = sys.argv[1:] or sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
+    failed = 0
+    for name in names:
+        sys.stdout.write(f"\n== {name}\n")
+        sys.stdout.flush()
+        failed += subprocess.run([sys.executable, HERE / f"{name}.py"], cwd=HERE.parent.parent).returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
