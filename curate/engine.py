@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -98,10 +98,40 @@ _task: Task | None = None
 def _start_worker(task: Task, devices: Any) -> None:
     """Begin a pool worker: claim a GPU where there are any, then set up its copy of the task."""
     global _task
+    _end_with_parent()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
     task.setup()
     _task = task
+
+
+def _end_with_parent() -> None:
+    """Let this process die with the one that started it, which a killed run could not ask for."""
+    import multiprocessing
+    import multiprocessing.connection
+    import threading
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def helpers(count: int, start: Callable[..., None], arguments: tuple[Any, ...]) -> ProcessPoolExecutor:
+    """Start processes that serve a worker, each begun by `start(*arguments)`; they end with it."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_start_helper, initargs=(start, arguments))
+
+
+def _start_helper(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    _end_with_parent()
+    start(*arguments)
 
 
 def _work(item: Any) -> Report:

@@ -102,11 +102,10 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def is_safe(key: str) -> bool:
-    """Say whether a key stays inside the folder it is written to."""
+    """Say whether a key is UTF-8 and stays inside the folder it is written to."""
     parts = key.replace("\\", "/").split("/")
-    return (
-        bool(key) and ".." not in parts and not key.startswith(("/", "\\")) and ":" not in parts[0] and "\0" not in key
-    )
+    stays = ".." not in parts and not key.startswith(("/", "\\")) and ":" not in parts[0] and "\0" not in key
+    return bool(key) and stays and not any("\ud800" <= letter <= "\udfff" for letter in key)
 
 
 def read_index(file: IO[bytes]) -> Index:
@@ -164,7 +163,7 @@ def _headers(file: IO[bytes], total: int, notes: list[str]) -> Iterable[tuple[st
             if info is None:
                 _note_ending(file, position, total, notes)
                 return
-            tar.members = []  # tarfile would otherwise remember every header
+            tar.members = []  # type: ignore[attr-defined]  # else it remembers every header
             if info.isdir():
                 continue
             if not info.isreg():

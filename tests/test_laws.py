@@ -11,11 +11,11 @@ from curate import store
 ROOT = Path(__file__).parent.parent
 ROOMS = {
     **dict.fromkeys(["errors", "__init__"], 0),
-    **dict.fromkeys(["encoders", "images", "kmeans", "relate", "duplicates", "evidence"], 1),
+    **dict.fromkeys(["checkpoints", "encoders", "images", "kmeans", "relate", "duplicates", "evidence"], 1),
     **dict.fromkeys(["frame", "selectors", "steps", "recipes", "demo_words", "demo_world"], 1),
     **dict.fromkeys(["paths", "records", "rules", "drawing"], 1),
     **dict.fromkeys(["store", "shards", "engine"], 2),
-    **dict.fromkeys(["layouts", "sources", "coreset", "columns", "options", "demo", "emit_tables", "spool"], 3),
+    **dict.fromkeys(["layouts", "rows", "sources", "coreset", "columns", "options", "demo", "emit_tables", "spool"], 3),
     **dict.fromkeys(["embed", "importing", "cluster", "selection", "emit", "mix"], 4),
     **dict.fromkeys(["show", "report", "charts"], 5),
     **dict.fromkeys(["pipeline"], 6),

@@ -1,0 +1,167 @@
+"""Where a model comes from: names, tags, folders and files resolved to a config and a local file of weights.
+
+A model is named as open_clip names it (`ViT-B-32` with a pretrained tag), by `local-dir:FOLDER`, a folder, `hf-hub:ID`
+or a config JSON; weights may always be a local file. What cannot be had is refused in one line before anything runs.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from curate.errors import UsageError, unknown
+
+SMALL_WEIGHTS_BYTES = 64 << 20
+WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+CONFIG = "open_clip_config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, resolved and picklable.
+
+    model: open_clip's name; config: a JSON to register first; checkpoint: a local file; weights: blake2b-128 of it and
+    of the config that lies beside it.
+    preprocess: what the pretrained tag or the caller says about images, over the model's own.
+    """
+
+    model: str
+    config: str
+    checkpoint: str
+    weights: str
+    preprocess: dict[str, Any]
+
+    @property
+    def is_small(self) -> bool:
+        """Say whether the model is too small to gain from half precision on a CPU."""
+        return os.path.getsize(self.checkpoint) < SMALL_WEIGHTS_BYTES
+
+
+def find(model: str, pretrained: str = "") -> Source:
+    """Resolve a model and its weights to local files, downloading what a tag names.
+
+    Raises: UsageError for an unknown model or tag, a missing file, or weights that cannot be had.
+    """
+    given = os.path.expanduser(pretrained)
+    if os.path.isdir(os.path.expanduser(model)):
+        model = f"local-dir:{model}"
+    if model.startswith("local-dir:"):
+        return _find_folder(os.path.expanduser(model.removeprefix("local-dir:")), given)
+    if model.endswith(".json"):
+        return _find_config(os.path.expanduser(model), given)
+    if model.startswith("hf-hub:"):
+        from open_clip.factory import download_pretrained_from_hf
+
+        fetch = partial(download_pretrained_from_hf, model.removeprefix("hf-hub:"))
+        return _source(model, given if os.path.isfile(given) else _download(model, fetch))
+    return _find_named(model.replace("/", "-"), pretrained)
+
+
+def _source(model: str, checkpoint: str, config: str = "", preprocess: dict[str, Any] | None = None) -> Source:
+    digest = hashlib.blake2b(digest_size=16)
+    beside = os.path.join(model.removeprefix("local-dir:"), CONFIG) if model.startswith("local-dir:") else config
+    for path in filter(None, (beside, checkpoint)):
+        with open(path, "rb") as file:
+            while part := file.read(1 << 22):
+                digest.update(part)
+    return Source(model, config, checkpoint, digest.hexdigest(), preprocess or {})
+
+
+def _find_folder(folder: str, given: str) -> Source:
+    """Resolve a folder in open_clip's layout: `open_clip_config.json` and weights."""
+    if not os.path.isfile(os.path.join(folder, CONFIG)):
+        raise UsageError(f"{folder} has no {CONFIG}; a local model is a folder with that and a .safetensors file.")
+    if given and not os.path.isfile(given):
+        raise UsageError(f"the weights {given} do not exist.")
+    held = [name for suffix in WEIGHT_SUFFIXES for name in sorted(os.listdir(folder)) if name.endswith(suffix)]
+    best = next((name for name in WEIGHT_NAMES if name in held), held[0] if held else "")
+    if not given and not best:
+        raise UsageError(f"{folder} holds no weights.", "give them with --pretrained PATH")
+    return _source(f"local-dir:{folder}", given or os.path.join(folder, best))
+
+
+def _find_config(path: str, given: str) -> Source:
+    """Resolve a config JSON, bare or as in a model folder, with weights from a file."""
+    if not os.path.isfile(path):
+        raise UsageError(f"the model config {path} does not exist.")
+    if os.path.basename(path) == CONFIG:
+        return _find_folder(os.path.dirname(path) or ".", given)
+    if not os.path.isfile(given):
+        raise UsageError(f"the config {path} needs weights; {given or 'none'} is no file.", "give --pretrained PATH")
+    try:
+        with open(path, encoding="utf-8") as file:
+            complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(json.load(file))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not readable JSON: {error}") from None
+    if not complete:
+        raise UsageError(
+            f"{path} is no open_clip model config: embed_dim, vision_cfg and text_cfg are expected at its top.",
+            f"a config with model_cfg is named {CONFIG} and given as its folder",
+        )
+    return _source(os.path.basename(path)[: -len(".json")], given, config=path)
+
+
+def _find_named(name: str, pretrained: str) -> Source:
+    """Resolve a model that open_clip lists, with a tag or a file."""
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise unknown("model", name, open_clip.list_models())
+    given = os.path.expanduser(pretrained)
+    if os.path.isfile(given):
+        return _source(name, given)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not pretrained:
+        raise UsageError(f"{name} needs weights: --pretrained TAG or PATH; tags: {', '.join(tags) or 'none'}.")
+    if not open_clip.is_pretrained_cfg(name, pretrained):
+        if os.sep in pretrained or pretrained.endswith(WEIGHT_SUFFIXES):
+            raise UsageError(f"the weights {pretrained} do not exist.")
+        raise unknown(f"pretrained tag of {name}", pretrained, tags)
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if tag.get("quick_gelu", False) != (open_clip.get_model_config(name) or {}).get("quick_gelu", False):
+        # open_clip only warns, and every embedding is then slightly wrong.
+        twin = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+        raise UsageError(f"the weights {pretrained} were trained with another activation than {name}.", f"use {twin}")
+    return _source(
+        name,
+        _download(f"{pretrained} of {name}", partial(open_clip.download_pretrained, tag)),
+        preprocess={key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag},
+    )
+
+
+def _download(what: str, fetch: Callable[[], str]) -> str:
+    """Fetch weights, from the cache alone where the hub cannot be reached. Raises: UsageError in one line."""
+    from huggingface_hub import constants
+
+    hub = logging.getLogger("huggingface_hub")
+    offline, level = constants.HF_HUB_OFFLINE, hub.level
+    try:
+        hub.setLevel(logging.CRITICAL)  # its retries would bury the one line that matters
+        constants.HF_HUB_OFFLINE = offline or not _resolves(constants.ENDPOINT)
+        return str(fetch())
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"the weights {what} cannot be had ({reason[:160]}).", "give local weights with --pretrained PATH"
+        ) from None
+    finally:
+        hub.setLevel(level)
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _resolves(url: str) -> bool:
+    """Say whether a host has an address; behind a proxy only the proxy can tell."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        return bool(socket.getaddrinfo(urllib.parse.urlparse(url).hostname, 443))
+    except OSError:
+        return False

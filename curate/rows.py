@@ -1,0 +1,161 @@
+"""Rows of a pool: what each sample of a tar is, with its image as pixels and its caption as tokens.
+
+In: a tar's samples. Out: the facts of every row (key, uid, phash, status, caption, width, height, url), and pixels and
+tokens of those rows that are ok. A row is never lost: what is wrong with it becomes its status, where the image's fault
+is named before the caption's.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import IO, Any
+
+import numpy as np
+
+from curate import checkpoints, encoders, images, paths, shards
+from curate.errors import ShardError
+
+
+@dataclass
+class Rows:
+    """Consecutive rows of a shard. pixels: u8 [m, h, w, 3] and tokens: i32 [m, context] of the m rows that are ok."""
+
+    facts: list[dict[str, Any]]
+    pixels: np.ndarray
+    tokens: np.ndarray
+
+
+def join(parts: Sequence[Rows]) -> Rows:
+    """Put consecutive rows together."""
+    return Rows(
+        [row for part in parts for row in part.facts],
+        np.concatenate([part.pixels for part in parts]),
+        np.concatenate([part.tokens for part in parts]),
+    )
+
+
+class Reader:
+    """Reads samples into rows for one model; safe to call from several threads.
+
+    preprocess: the model's image config; max_pixels: images of more are refused unseen.
+    """
+
+    def __init__(self, source: checkpoints.Source, preprocess: dict[str, Any], max_pixels: int) -> None:
+        warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files become statuses
+        self.transform = images.transform(preprocess)
+        self.tokenize = encoders.Tokenizer(source)
+        self.max_pixels = max_pixels
+        self.no_pixels = np.empty((0, *encoders.pair(preprocess["size"]), 3), np.uint8)
+
+    def __call__(self, path: str, samples: Sequence[shards.Sample]) -> Rows:
+        """Read samples of the tar at a local path; one image is held in memory at a time."""
+        facts, pixels = [], []
+        with open(path, "rb") as file:
+            for sample in samples:
+                row = blank(sample)
+                facts.append(row)
+                if row["status"] == "ok":
+                    image = self._read(file, sample, row)
+                    if row["status"] == "ok" and image is not None:
+                        pixels.append(image)
+        captions = [row["caption"] for row in facts if row["status"] == "ok"]
+        return Rows(facts, np.stack(pixels) if pixels else self.no_pixels, self.tokenize(captions))
+
+    def _read(self, file: IO[bytes], sample: shards.Sample, row: dict[str, Any]) -> np.ndarray | None:
+        """Fill in a row, and return its pixels u8 [h, w, 3] where there are any."""
+        described = read_description(file, sample)
+        row["url"] = usable_text(described.get("url"))
+        row["caption"], trouble = read_caption(file, sample, described)
+        image = None
+        try:
+            image = self._read_image(file, sample, row)
+        except images.BadImage as bad:
+            trouble = bad.status
+        row["status"] = trouble or "ok"
+        return image
+
+    def _read_image(self, file: IO[bytes], sample: shards.Sample, row: dict[str, Any]) -> np.ndarray:
+        member = sample.image
+        if member is None:
+            raise images.BadImage("no_image")
+        if member.size > shards.MAX_MEMBER_BYTES:
+            raise images.BadImage("too_large")
+        data = read_bytes(file, member) or b""
+        row["uid"] = uid(data) if data else None
+        image = images.decode(data, self.max_pixels)
+        row["phash"] = images.perceptual_hash(image)
+        row["width"], row["height"] = image.size
+        return self.transform(image)
+
+
+def uid(data: bytes) -> bytes:
+    """Name an image by its bytes: blake2b-128."""
+    return blake2b(data, digest_size=16).digest()
+
+
+def blank(sample: shards.Sample) -> dict[str, Any]:
+    """Begin a row, refusing keys that no output may carry. A key that is not UTF-8 is shown escaped."""
+    status = "duplicate_key" if sample.twin else "ok"
+    key = sample.key.encode("utf-8", "backslashreplace").decode()
+    empty = dict.fromkeys(("uid", "phash", "caption", "width", "height", "url"))
+    return {"key": key, "status": status if shards.is_safe(sample.key) else "unsafe_key", **empty}
+
+
+def read_bytes(file: IO[bytes], member: shards.Member) -> bytes | None:
+    """Read a member; None where it cannot be."""
+    try:
+        return shards.read_member(file, member)
+    except ShardError:
+        return None
+
+
+def read_description(file: IO[bytes], sample: shards.Sample) -> dict[str, Any]:
+    """Read a sample's JSON member; empty where there is none that can be read."""
+    member = sample.member(shards.JSON_SUFFIX)
+    if member is None or member.size > shards.MAX_TEXT_BYTES:
+        return {}
+    return shards.read_json(read_bytes(file, member) or b"") or {}
+
+
+def usable_text(value: Any) -> str | None:
+    """Take a JSON value for text: a non-empty string that UTF-8 can hold, else None."""
+    if not isinstance(value, str) or not value.strip():
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return None
+    return value.strip()
+
+
+def read_caption(file: IO[bytes], sample: shards.Sample, described: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Find a sample's caption: its .txt member, else its JSON's. Returns the caption, or the status it deserves."""
+    member = sample.member(shards.CAPTION_SUFFIX)
+    if member is None:
+        caption = usable_text(described.get("caption"))
+        return caption, None if caption else "no_caption"
+    data = read_bytes(file, member) if member.size <= shards.MAX_TEXT_BYTES else None
+    if data is None:
+        return None, "bad_caption"
+    try:
+        caption = data.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return None, "bad_caption"
+    return (caption, None) if caption else (None, "no_caption")
+
+
+@contextmanager
+def local_copy(location: str) -> Iterator[str]:
+    """Have a shard as a local file: itself, or for a remote one a copy read in one go."""
+    if not paths.is_remote(location):
+        yield paths.local(location)
+        return
+    import shutil
+
+    with tempfile.NamedTemporaryFile(suffix=".tar") as copy, paths.open_read(location) as remote:
+        shutil.copyfileobj(remote, copy, 8 << 20)
+        copy.flush()
+        yield copy.name

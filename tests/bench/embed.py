@@ -1,0 +1,153 @@
+"""Embedding against the bare model: rows/s of the real task on real shards, and of the forwards it cannot do without.
+
+    python tests/bench/embed.py [--pool POOL] [--model ViT-B-32] [--precision auto] [--shards N]
+
+Weights are drawn at random: speed does not depend on them. Shard by shard, the bare forwards run on tensors ready in
+memory, each both ways (torch's own threads, and a thread per batch) of which the faster counts; then the task runs on
+the tar: reading, decoding, hashing, both towers, writing. Loading the model is left out of both. CPU seconds stand
+beside wall seconds: on a busy machine only they are steady.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from curate import checkpoints, encoders, engine, rows, shards, store  # noqa: E402
+from curate.embed import CPU_BATCH, GPU_BATCH, TEXTS_PER_IMAGE, EmbedShard  # noqa: E402
+from curate.images import MAX_PIXELS  # noqa: E402
+
+
+def random_weights(model, folder):
+    """Write a model's random weights as a checkpoint."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    path = str(Path(folder) / f"{model}.safetensors")
+    state = open_clip.create_model(model, pretrained_text=False).state_dict()
+    save_file({name: value.contiguous().clone() for name, value in state.items()}, path)
+    return path
+
+
+def clock(work, device):
+    """Time a function: (wall seconds, CPU seconds)."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def bare_forwards(task, shard):
+    """Prepare the forwards of one shard on tensors in memory: a function per part."""
+    encoder, size = task.encoder, task.batch_size
+    reader = task.reader or rows.Reader(task.source, encoder.preprocess, MAX_PIXELS)
+    with open(shard.location, "rb") as file:
+        samples = shards.read_index(file).samples
+    read = reader(shard.location, samples)
+    mean, std = (torch.tensor(encoder.preprocess[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    pixels = torch.from_numpy(read.pixels).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
+    images = pixels.to(encoder.device, encoder.dtype).contiguous().split(size)
+    tokens = torch.from_numpy(read.tokens).long().to(encoder.device)
+    lengths = encoder.lengths(read.tokens)
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    cut = [read.tokens[order[at : at + TEXTS_PER_IMAGE * size]] for at in range(0, len(order), TEXTS_PER_IMAGE * size)]
+
+    def forward(encode, batch):
+        with torch.inference_mode():
+            encode(batch)
+
+    def own_threads(encode, batches):
+        for batch in batches:
+            forward(encode, batch)
+
+    def thread_per_batch(encode, batches):
+        with encoders.single_threaded(), ThreadPoolExecutor(task.threads) as pool:
+            list(pool.map(lambda batch: forward(encode, batch), batches))
+
+    parts = {
+        "image": (encoder.model.encode_image, images),
+        "text, full context": (encoder.model.encode_text, tokens.split(TEXTS_PER_IMAGE * size)),
+        "text, real length": (encoder.texts, cut),
+    }
+    return len(samples), {
+        name: [partial(own_threads, *part), *([partial(thread_per_batch, *part)] if task.device == "cpu" else [])]
+        for name, part in parts.items()
+    }
+
+
+def main():
+    """Measure, print one table and write results/embed.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pool", default=str(ROOT.parent / "shared" / "data" / "pairs"))
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--shards", type=int, default=0, help="only the first N")
+    parser.add_argument("--decoders", type=int, default=0, help="decode in this many processes")
+    given = parser.parse_args()
+    found = {shard.stem: shard for shard in shards.list_pool(given.pool)[: given.shards or None]}
+    device, threads = encoders.choose_device(), engine.cores()
+    decoders = given.decoders or (threads if device == "cuda" else 0)
+    measured = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = checkpoints.find(given.model, random_weights(given.model, folder))
+        precision, reason = encoders.choose_precision(given.precision, device, source)
+        batch = GPU_BATCH if device == "cuda" else CPU_BATCH
+        task = EmbedShard(source, precision, device, batch, MAX_PIXELS, threads, decoders, folder, found)
+        task.setup()
+        rows_done = 0
+        for stem, shard in found.items():
+            count, bare = bare_forwards(task, shard)
+            rows_done += count
+            for name, ways in {**bare, "embed": [partial(task, stem)]}.items():
+                measured.setdefault(name, []).append(min(clock(way, device) for way in ways))
+        task.close()
+    wall = {name: sum(part[0] for part in parts) for name, parts in measured.items()}
+    cpu = {name: sum(part[1] for part in parts) for name, parts in measured.items()}
+    hardware = f"{platform.machine()}, {threads} cores, {encoders.describe_device(device)}"
+    print(f"{given.model} {precision} ({reason}), {rows_done:,} rows, {hardware}")
+    print(f"{'':24} {'rows/s':>9} {'CPU ms/row':>11}")
+    for name in measured:
+        print(f"{name:24} {rows_done / wall[name]:9.1f} {1e3 * cpu[name] / rows_done:11.2f}")
+    ratios = {}
+    for floor in ("text, full context", "text, real length"):
+        parts = zip(measured["image"], measured[floor], measured["embed"], strict=True)
+        each = [(image[0] + text[0]) / whole[0] for image, text, whole in parts]
+        ratios[floor] = {
+            "wall": (wall["image"] + wall[floor]) / wall["embed"],
+            "wall, median shard": statistics.median(each),
+            "cpu": (cpu["image"] + cpu[floor]) / cpu["embed"],
+        }
+        shown = ", ".join(f"{kind} {value:.3f}" for kind, value in ratios[floor].items())
+        print(f"embed ÷ bare (image + {floor}): {shown}")
+    result = {
+        "command": "python tests/bench/embed.py " + " ".join(sys.argv[1:]),
+        "date": str(date.today()),
+        "hardware": hardware,
+        "versions": store.versions("torch", "open_clip_torch", "pillow"),
+        "precision": precision,
+        "rows": rows_done,
+        "rows_per_s": {name: rows_done / seconds for name, seconds in wall.items()},
+        "cpu_ms_per_row": {name: 1e3 * seconds / rows_done for name, seconds in cpu.items()},
+        "ratio_to_bare": ratios,
+    }
+    target = ROOT / "tests" / "bench" / "results" / "embed.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
