@@ -44,7 +44,7 @@ def run_stage(
     Raises: TrainError and its kinds.
     """
     stage: Stage = getattr(config, stage_name)
-    place = Place.find(stage.precision)
+    place = Place.find(stage.precision, stage.workers)
     try:
         source = open_source(data, images)
         request = _request(stage_name, config, stage, data, images, align, out)

@@ -1,0 +1,45 @@
+import pytest
+
+from train.config import load
+from train.errors import UsageError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_reads_tables_expands_here_and_overrides(tmp_path):
+    path = write(tmp_path, '[model]\nlm = "{here}/lm"\n[embed]\nmodel = "x"\n[align]\nlr = 1\nbetas = [0.9, 0.98]\n')
+    config = load(path, ["align.steps=7", "model.template=gemma", "embed.batch=3", "finetune.packing=false"])
+    assert config.model.lm == f"{tmp_path}/lm" and config.model.template == "gemma"
+    assert config.align.lr == 1.0 and config.align.betas == (0.9, 0.98) and config.align.steps == 7
+    assert config.finetune.tune == "lora" and config.finetune.packing is False and config.align.tune == "projector"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "word"),
+    [
+        ("[model]\ntowr = 'x'", [], "did you mean 'tower'"),
+        ("[algin]\nlr = 1", [], "did you mean [align]"),
+        ("[align]\nlr = 'fast'", [], "must be of type float"),
+        ("[align]\nsteps = true", [], "must be of type int"),
+        ("[align]\nlr = -1.0", [], "greater than 0"),
+        ("[finetune]\ntune = 'lota'", [], "not one of"),
+        ("[align]\ntune_tower = true", [], "needs align.tune"),
+        ("[align\n", [], "not valid TOML"),
+        ("", ["lr=1"], "table.key=value"),
+        ("", ["align.lrr=1"], "did you mean 'lr'"),
+        ("", ["aling.lr=1"], "did you mean 'align'"),
+    ],
+)
+def test_refuses_with_one_helpful_line(tmp_path, text, overrides, word):
+    with pytest.raises(UsageError, match=".*") as error:
+        load(write(tmp_path, text), overrides)
+    assert word in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file():
+    with pytest.raises(UsageError, match="no configuration file"):
+        load("nowhere.toml")
