@@ -1,7 +1,8 @@
 """The command line: every verb as a thin layer over one documented call.
 
 Inputs come first, the output directory last, and inputs are never modified. Results go to stdout (`--json`: one
-object), progress to stderr. Exit 0 done · 1 finished with failed shards, listed, a rerun resumes · 2 the request was wrong.
+object), progress to stderr. Exit 0 done · 1 finished with failed shards, listed; a rerun resumes · 2 the request was
+wrong.
 """
 
 import json
@@ -265,13 +266,34 @@ def demo(
 ) -> None:
     """Render a pool of captioned pictures with planted faults, instruction data and tests.
 
-    Example: `curate demo out/demo` writes `out/demo/pool/{00000}.tar`, `truth.arrow`, `instruct/`, `text.json`, `test/`.
+    Example: `curate demo out/demo` writes `out/demo/{pool,instruct,test}/`, `truth.arrow` and `text.json`.
     """
     from curate.pipeline import DemoOptions, render_demo
 
     options = DemoOptions(rows=rows, seed=seed, shards=shards, dirt=dirt)
     job = _job(workers, "local", "", overwrite)
     _finish("demo", out, lambda: render_demo(out, options, job), as_json=as_json, dry_run=dry_run)
+
+
+@app.command()
+def report(
+    directory: Annotated[str, typer.Argument(help="A directory that a verb made, or one that holds such directories.")],
+    out: Annotated[str, typer.Argument(help="The HTML file.")],
+    title: Annotated[str, typer.Option(help="Heading of the page [the directory's name].")] = "",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page: funnel, scores, clusters, twins, what each step dropped.
+
+    Example: `curate report out/demo out/demo/report.html`
+    """
+    from curate.report import ReportOptions
+    from curate.report import report as stage
+
+    options = ReportOptions(seed=seed, title=title)
+    _finish("report", out, lambda: stage(directory, out, options, Job()), as_json=as_json, dry_run=dry_run)
 
 
 @app.command()

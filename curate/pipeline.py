@@ -65,6 +65,9 @@ def listing() -> Iterator[tuple[str, str]]:
         yield path.stem, str(tomllib.loads(path.read_text("utf-8")).get("about", ""))
 
 
+Echo = Callable[[str], None]
+
+
 @dataclass
 class Pipeline:
     """A parsed pipeline. tables: the TOML's, with `--set` applied and `{here}` filled in."""
@@ -220,9 +223,6 @@ def describe(stage: str, manifest: dict[str, Any]) -> str:
     return headline(stage, manifest)
 
 
-Echo = Callable[[str], None]
-
-
 def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = print) -> dict[str, Any]:
     """Carry out the stages; returns the manifest of each.
 
@@ -241,7 +241,43 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
         for label, manifest in _curation(pipeline, stage, job):
             made[label] = manifest
             echo(describe(stage, manifest))
+            if stage == "select":
+                _tell_funnel(paths.join(pipeline.out, label), echo)
+    if "demo" in pipeline.tables and "report" in made:
+        _judge_demo(pipeline, echo)
     return made
+
+
+def _tell_funnel(selection: str, echo: Echo) -> None:
+    """Print a selection's funnel."""
+    from curate import store
+    from curate.show import funnel_lines
+
+    echo(f"  {selection}")
+    for line in funnel_lines(store.load_json(paths.join(selection, "funnel.json"))):
+        echo(line)
+
+
+def _judge_demo(pipeline: Pipeline, echo: Echo) -> None:
+    """Compare every selection with what was planted, print it and keep it in judgement.json."""
+    from curate import store
+    from curate.demo import format_judgement, judge
+
+    truth = store.table(paths.join(pipeline.place("demo"), "truth.arrow"))
+    found = {}
+    for name in paths.listdir(pipeline.out):
+        if not name.startswith("selection") or not paths.exists(paths.join(pipeline.out, name, store.MANIFEST)):
+            continue
+        selection = store.open_input(paths.join(pipeline.out, name), "select")
+        rows = [selection.table(stem, ["key", "kept", "dropped_by"]).to_pydict() for stem in selection.stems]
+        columns = ([value for part in rows for value in part[column]] for column in ("key", "kept", "dropped_by"))
+        label = str(selection.manifest["options"].get("recipe") or "steps")
+        found[label] = judge(*columns, truth)
+        whole = format_judgement(found[label])
+        told = whole if name == "selection" else "\n".join(whole.splitlines()[-2:])
+        echo(f"\nWhat the recipe `{label}` made of the planted faults:\n{told}")
+    store.save_json(paths.join(pipeline.out, "judgement.json"), found)
+    echo(f"\nThe coreset is in {pipeline.place('emit')}, the page to look at is {pipeline.place('report')}")
 
 
 def _curation(pipeline: Pipeline, stage: str, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:

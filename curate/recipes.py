@@ -44,6 +44,14 @@ RECIPES = {
         _balanced,
     ),
     "bunny": Recipe("Bunny: one of each component at 0.86, clip rank 40-60 %, centroid rank 15-35 %, sample", _bunny()),
+    "bunny-auto": Recipe(
+        "Bunny's chain with the near-duplicate threshold read off the pool: 0.86 was chosen for ViT-L/14",
+        _then_sample(
+            'dedup("auto", keep="middle", rule="components")',
+            "rank(clip_score, 0.40, 0.60)",
+            "rank(centroid_similarity, 0.15, 0.35)",
+        ),
+    ),
     "bunny-20-40": Recipe(
         "the released variant with centroid rank 20-40 % (DataComp-medium 37.0 IN / 37.2 avg against 36.8 / 38.5)",
         _bunny(centroid="0.20, 0.40"),
@@ -90,7 +98,8 @@ def steps(name: str, n: int | float | str = "") -> list[str]:
     if n == "" or n == 0:
         return RECIPES[name].steps("")
     try:
-        parse_count(n, "n")
+        budget = parse_count(n, "n")
     except UsageError as error:
         raise UsageError(error.message, "--n 20000, or --n 2%") from None
-    return RECIPES[name].steps(f'"{n}"' if isinstance(n, str) else str(n))
+    share = isinstance(budget, float)
+    return RECIPES[name].steps(f'"{n}"' if share and isinstance(n, str) else str(n if share else budget))

@@ -66,13 +66,19 @@ def funnel_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
         kept, before = int(step["kept"]), int(step["before"])
         bar = "█" * round(BAR * kept / total) if total else ""
         yield f"  {bar:<{BAR}} {kept:>11,}  −{before - kept:,} by {step['text']}"
-        for name, value in (step.get("estimates") or {}).items():
-            if not isinstance(value, list | dict):
-                yield (
-                    f"  {'':<{BAR}} {'':>11}    {name}: {value:.4g}"
-                    if isinstance(value, float)
-                    else (f"  {'':<{BAR}} {'':>11}    {name}: {value}")
-                )
+        told = [f"{name} {_number(value)}" for name, value in (step.get("estimates") or {}).items() if _is_short(value)]
+        for start in range(0, len(told), 4):
+            yield f"  {'':<{BAR}} {'':>11}    {' · '.join(told[start : start + 4])}"
+
+
+def _is_short(value: Any) -> bool:
+    return not isinstance(value, list | dict)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_key(directory: str, key: str) -> Iterator[str]:

@@ -17,9 +17,10 @@ ROOMS = {
     **dict.fromkeys(["store", "shards", "engine"], 2),
     **dict.fromkeys(["layouts", "rows", "sources", "coreset", "columns", "options", "demo", "emit_tables", "spool"], 3),
     **dict.fromkeys(["embed", "importing", "cluster", "selection", "emit", "mix"], 4),
-    **dict.fromkeys(["show", "report", "charts"], 5),
+    **dict.fromkeys(["show", "report", "gallery", "charts"], 5),
     **dict.fromkeys(["pipeline"], 6),
-    **dict.fromkeys(["cli"], 7),
+    **dict.fromkeys(["estimate"], 7),
+    **dict.fromkeys(["cli", "__main__"], 8),
 }
 NUMERICS = ("encoders", "images", "kmeans", "relate", "duplicates", "evidence", "frame", "selectors", "steps", "recipes")
 NUMERICS += ("demo_words", "demo_world")
