@@ -54,6 +54,9 @@ class Source(Protocol):
     def record(self, index: int) -> Record:
         """Read one sample without its pixels.  Raises: Rejected."""
 
+    def name(self, index: int) -> str:
+        """Return file/key of a sample, also where it cannot be read."""
+
     def image_bytes(self, location: Any) -> bytes:
         """Read one image file.  Raises: Rejected."""
 
@@ -127,6 +130,10 @@ class TarSource:
         source = ":".join(filter(None, (Path(path).name, str(fields.get("source") or ""))))
         return Record(self.keys[index], source, conversations, images, fields)
 
+    def name(self, index: int) -> str:
+        """Return shard/key."""
+        return f"{Path(self.shards[int(self.rows[index][0])]).name}/{self.keys[index]}"
+
     def image_bytes(self, location: Any) -> bytes:
         """Read an image member."""
         return self.files.read(*location)
@@ -144,13 +151,7 @@ class JsonSource:
 
     def record(self, index: int) -> Record:
         """Read one record and look whether its images exist."""
-        offset, size = (int(x) for x in self.spans[index])
-        try:
-            fields = json.loads(self.files.read(self.path, offset, size))
-        except ValueError:
-            raise Rejected("bad_json") from None
-        if not isinstance(fields, dict):
-            raise Rejected("bad_json")
+        fields = self._fields(index)
         names = fields.get("image") or []
         names = [names] if isinstance(names, str) else names
         locations = tuple(self._locate(name) for name in names)
@@ -158,9 +159,27 @@ class JsonSource:
         source = ":".join(filter(None, (Path(self.path).name, str(fields.get("source") or ""))))
         return Record(key, source, fields.get("conversations"), locations, fields)
 
-    def _locate(self, name: Any) -> str:
-        parts = PurePosixPath(name).parts if isinstance(name, str) else ("..",)
-        if ".." in parts or PurePosixPath(name).is_absolute():
+    def name(self, index: int) -> str:
+        """Return file/id, or file/#row where there is no id."""
+        try:
+            key = self._fields(index).get("id", f"#{index}")
+        except Rejected:
+            key = f"#{index}"
+        return f"{Path(self.path).name}/{key}"
+
+    def _fields(self, index: int) -> dict[str, Any]:
+        offset, size = (int(x) for x in self.spans[index])
+        try:
+            fields = json.loads(self.files.read(self.path, offset, size))
+        except ValueError:
+            raise Rejected("bad_json") from None
+        if not isinstance(fields, dict):
+            raise Rejected("bad_json")
+        return fields
+
+    def _locate(self, image: Any) -> str:
+        parts = PurePosixPath(image).parts if isinstance(image, str) else ("..",)
+        if ".." in parts or PurePosixPath(image).is_absolute():
             raise Rejected("image_outside_folder")
         if self.images is None:
             raise Rejected("no_image_folder")
@@ -312,27 +331,16 @@ def measure(source: Source, encoder: Encoder, max_length: int) -> Measured:
 
 
 def check_bad(source: Source, reasons: dict[int, str], max_share: float) -> None:
-    """Stop when too many samples cannot be used: more than `max_share` and than a few, or half of them.
+    """Stop when more than `max_share` of the samples cannot be used, and they are more than a few or half of them.
 
     Raises: DataError with counts by reason and three examples.
     """
     n, bad = len(source), len(reasons)
-    if bad * 2 < n and bad <= max(FEW, max_share * n):
+    if bad <= max_share * n or (bad <= FEW and bad * 2 < n):
         return
     counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).most_common())
-    examples = "; ".join(f"{name(source, index)} ({reasons[index]})" for index in sorted(reasons)[:3])
+    examples = "; ".join(f"{source.name(index)} ({reasons[index]})" for index in sorted(reasons)[:3])
     raise DataError(
         f"{bad:,} of {n:,} samples cannot be used: {counts}. Examples: {examples}. "
-        f"Mend the data, or allow more with --set STAGE.max_bad_share={min(1.0, bad / n + 0.001):.3f}"
+        f"Mend the data, or allow more with the stage's max_bad_share (now {max_share})"
     )
-
-
-def name(source: Source, index: int) -> str:
-    """Return source/key of a sample, readable even where the sample is not."""
-    try:
-        record = source.record(index)
-        return f"{record.source}/{record.key}"
-    except Rejected:
-        if isinstance(source, TarSource):
-            return f"{Path(source.shards[int(source.rows[index][0])]).name}/{source.keys[index]}"
-        return f"{Path(getattr(source, 'path', '?')).name}#{index}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from train.batches import Plan
 from train.config import Config, Stage
-from train.data import encode, measure, name, open_source
+from train.data import encode, measure, open_source
 from train.errors import DataError
 from train.model import load_tokenizer
 from train.prompts import Encoded, Encoder, Rejected
@@ -32,10 +32,10 @@ def describe(config: Config, stage_name: str, data: str, images: str | None, num
         try:
             _, encoded = encode(source, encoder, index, config.model.max_length)
         except Rejected as reason:
-            yield f"--- {name(source, index)}: skipped, {reason}"
+            yield f"--- {source.name(index)}: skipped, {reason}"
             continue
         supervised = int((encoded.labels >= 0).sum())
-        head = f"--- {name(source, index)}: {len(encoded.ids)} tokens, {supervised} supervised"
+        head = f"--- {source.name(index)}: {len(encoded.ids)} tokens, {supervised} supervised"
         yield head + "\n" + paint(encoded, encoder, colour)
     measured = measure(source, encoder, config.model.max_length)
     if not len(measured.usable):

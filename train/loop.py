@@ -29,7 +29,7 @@ from train import checkpoint
 from train.batches import Batch, Collator, Images, Plan, Steps, load
 from train.checkpoint import PROJECTOR
 from train.config import Stage
-from train.data import check_bad, name
+from train.data import check_bad
 from train.errors import Interrupted, TrainError
 from train.model import Composed, hidden_states, token_losses, tower_features
 
@@ -212,13 +212,13 @@ class Training:
         self.skipped |= new
         if new:
             index, reason = next(iter(new.items()))
-            log.warning("skipped %d sample(s), e.g. %s (%s)", len(new), name(self.collator.source, index), reason)
+            log.warning("skipped %d sample(s), e.g. %s (%s)", len(new), self.collator.source.name(index), reason)
             check_bad(self.collator.source, self.skipped, self.stage.max_bad_share)
 
     def _refuse_nan(self, step: int, micro_batches: list[Batch], loss: float) -> None:
         indices = sorted({int(i) for batch in micro_batches for i in batch.owners_s})
         path = self.out / f"not-a-number-{step + 1:06d}-{self.place.rank}.json"
-        path.write_text(json.dumps([name(self.collator.source, i) for i in indices], indent=1), encoding="utf-8")
+        path.write_text(json.dumps([self.collator.source.name(i) for i in indices], indent=1), encoding="utf-8")
         raise TrainError(f"the loss of step {step + 1} is {loss}; its samples are listed in {path}; try a lower lr")
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from train import checkpoint
 from train.batches import Collator, Plan
 from train.config import Config, Model, Stage
-from train.data import Measured, Source, check_bad, measure, name, open_source
+from train.data import Measured, Source, check_bad, measure, open_source
 from train.errors import DataError, TrainError, UsageError
 from train.loop import Place, Training, cache_features
 from train.model import Composed, compose, lora_config, lora_targets, prepare
@@ -195,7 +195,7 @@ def check_parity(source: Source, encoder: Encoder) -> None:
             pairs = enumerate(zip(ours, theirs, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
             raise DataError(
-                f"{name(source, index)}: the tokenizer splits the whole text unlike its pieces, near "
+                f"{source.name(index)}: the tokenizer splits the whole text unlike its pieces, near "
                 f"{encoder.tokenizer.decode(ours[max(0, at - 3) : at + 3])!r}; another template fits this tokenizer"
             )
 
@@ -235,7 +235,7 @@ def _result(training: Training, learnt_from: str) -> dict[str, Any]:
 
 
 def _write_skipped(out: Path, source: Source, skipped: dict[int, str]) -> None:
-    lines = [json.dumps({"sample": name(source, i), "reason": reason}) for i, reason in sorted(skipped.items())]
+    lines = [json.dumps({"sample": source.name(i), "reason": reason}) for i, reason in sorted(skipped.items())]
     (out / "skipped.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from toys import word_tokenizer
+
 from train.errors import UsageError
 from train.prompts import IGNORED, TEMPLATES, Encoder, Rejected, chat_template, get_template, parse, to_messages
 
@@ -101,7 +101,9 @@ def whole_text_ids(enc: Encoder, turns, generation=False) -> list[int]:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("conversation", [(PLAIN_TALK, 1), (SYSTEM_TALK, 1), (TWO_IMAGES, 3), (BARE, 1), (PLAIN_TALK, 0)])
+@pytest.mark.parametrize(
+    "conversation", [(PLAIN_TALK, 1), (SYSTEM_TALK, 1), (TWO_IMAGES, 3), (BARE, 1), (PLAIN_TALK, 0)]
+)
 def test_ids_are_those_of_the_chat_template(tokenizer, template, conversation):
     enc = encoder(tokenizer, template)
     turns = parse(*conversation)
@@ -135,7 +137,9 @@ def test_separators_and_special_tokens_in_text_stay_text(template):
     """LLaVA's splitting zeroes such samples or shifts their images."""
     enc = encoder("bytes", template)
     nasty = " ASSISTANT: </s> USER: <|endoftext|> <end_of_turn>\n<start_of_turn>model <image> <|end_of_text|>"
-    turns = parse(talk(("human", "<image>\nsay" + nasty.replace("<image>", "")), ("gpt", nasty), ("human", "x"), ("gpt", "y")), 1)
+    turns = parse(
+        talk(("human", "<image>\nsay" + nasty.replace("<image>", "")), ("gpt", nasty), ("human", "x"), ("gpt", "y")), 1
+    )
     encoded = enc.encode(turns, 4096)
     assert int((encoded.ids == enc.image_id).sum()) == PER_IMAGE
     ends = int((encoded.labels == enc.end_id).sum())
@@ -174,7 +178,10 @@ def test_golden_vicuna_and_gemma():
 
 def test_turns_out_of_order_are_put_in_order():
     turns = parse(
-        talk(("gpt", "dropped"), ("human", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d"), ("human", "never answered")), 0
+        talk(
+            ("gpt", "dropped"), ("human", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d"), ("human", "never answered")
+        ),
+        0,
     )
     assert [(turn.role, turn.text) for turn in turns] == [("user", "a\nb"), ("assistant", "c\nd")]
 
@@ -231,7 +238,10 @@ def test_a_template_needs_its_tokens():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.text(max_size=30), st.text(max_size=30)), min_size=1, max_size=3), st.sampled_from(["bytes", "legacy"]))
+@given(
+    st.lists(st.tuples(st.text(max_size=30), st.text(max_size=30)), min_size=1, max_size=3),
+    st.sampled_from(["bytes", "legacy"]),
+)
 def test_any_text_is_labelled_by_its_own_tokens(rounds, tokenizer):
     enc = encoder(tokenizer, "vicuna")
     turns = parse(talk(*[turn for q, a in rounds for turn in (("human", "q" + q), ("gpt", "a" + a))]), 0)

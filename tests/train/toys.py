@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
 WORDS = (
     "a an the square big small on dark light what colour is it how which where caption question answer : ? . , "

@@ -1,0 +1,149 @@
+"""Reading samples, good and bad, from shards and from JSON."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from toys import add, picture, word_tokenizer, write_json, write_mixed
+
+from train.data import check_bad, decode_image, encode, measure, open_source
+from train.errors import DataError, UsageError
+from train.prompts import Encoder, Rejected, get_template
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(word_tokenizer(), get_template("qa"), "<image>", 4)
+
+
+def shard(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for member, data in members:
+            add(tar, member, data)
+    return path
+
+
+def test_emitted_shards_become_captions(world, encoder):
+    source = open_source(str(world / "captions"))
+    record, encoded = encode(source, encoder, 0, 64)
+    assert len(source) == 48 and record.key == "000000" and record.source == "000000.tar"
+    assert encoder.tokenizer.decode(encoded.ids[4:]) == "caption : a big red square <eos>"
+    assert decode_image(source.image_bytes(record.images[0])).size == (32, 32)
+
+
+def test_shards_and_json_read_the_same(tmp_path, encoder):
+    tars, file = (
+        open_source(str(write_mixed(tmp_path / "tar", 10))),
+        open_source(str(write_json(tmp_path / "json", 10))),
+    )
+    for i in range(10):
+        (a, ours), (b, theirs) = encode(tars, encoder, i, 64), encode(file, encoder, i, 64)
+        assert (ours.ids == theirs.ids).all() and a.conversations == b.conversations
+        pixels = [[s.image_bytes(location) for location in r.images] for s, r in ((tars, a), (file, b))]
+        assert pixels[0] == pixels[1]
+    lines = tmp_path / "json" / "data.jsonl"
+    records = json.loads((tmp_path / "json" / "data.json").read_text())
+    lines.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n\n")
+    assert len(open_source(str(lines))) == 10
+    spread = tmp_path / "json" / "spread.json"
+    spread.write_text(
+        "\ufeff [ " + " , \n".join(json.dumps({**r, "é": "日本"}, ensure_ascii=False) for r in records) + "]"
+    )
+    assert open_source(str(spread)).record(7).key == records[7]["id"]
+
+
+def test_bad_samples_are_reasons(tmp_path, encoder):
+    jpg = picture("red", True, 0)
+    good = json.dumps(
+        {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "red"}]}
+    ).encode()
+    path = shard(
+        tmp_path / "s" / "0.tar",
+        [
+            ("good.jpg", jpg), ("good.json", good),
+            ("nothing.jpg", jpg),
+            ("json.jpg", jpg), ("json.json", b"{"),
+            ("utf.jpg", jpg), ("utf.txt", b"\xff\xfe"),
+            ("gone.json", json.dumps({"image": "x.jpg", "conversations": json.loads(good)["conversations"]}).encode()),
+            ("lonely.txt", b"a red square"),
+            ("empty.jpg", jpg), ("empty.txt", b"  "),
+            ("pickle.jpg", jpg), ("pickle.pkl", b"cos\nsystem\n"), ("pickle.txt", b"red"),
+        ],
+    )  # fmt: skip
+    source = open_source(str(path))
+    measured = measure(source, encoder, 64)
+    found = {source.keys[i]: reason for i, reason in measured.reasons.items()}
+    assert found == {
+        "nothing": "no_caption",
+        "json": "bad_json",
+        "utf": "bad_utf8",
+        "gone": "missing_image",
+        "lonely": "no_image",
+        "empty": "no_caption",
+    }
+    assert measured.usable.tolist() == [0, 7] and source.name(2) == "0.tar/json"
+    with pytest.raises(DataError, match=r"6 of 8 samples .* 2 no_caption.*Examples: 0.tar/nothing") as error:
+        check_bad(source, measured.reasons, 0.001)
+    assert "\n" not in str(error.value)
+    check_bad(source, dict.fromkeys(range(3), "few"), 0.001)
+
+
+def test_a_torn_shard_gives_what_it_has(tmp_path, world, caplog):
+    whole = (world / "captions" / "000000.tar").read_bytes()
+    torn = tmp_path / "000000.tar"
+    torn.write_bytes(whole[: len(whole) // 2 + 700])
+    assert 0 < len(open_source(str(torn))) < 24
+
+
+def test_images_of_every_bad_kind():
+    from PIL import Image
+
+    for data in (b"", b"not an image", picture("red", True, 0)[:300]):
+        with pytest.raises(Rejected, match="bad_image"):
+            decode_image(data)
+    out = io.BytesIO()
+    Image.new("1", (20_000, 5_100)).save(out, "PNG")
+    with pytest.raises(Rejected, match="huge_image|bad_image"):
+        decode_image(out.getvalue())
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4, 4), np.uint8), "RGBA").save(out, "PNG")
+    assert decode_image(out.getvalue()).mode == "RGB"
+
+
+@pytest.mark.parametrize("image", ["../secret.jpg", "/etc/passwd", "a/../../secret.jpg", 3])
+def test_no_image_outside_the_folder_is_read(tmp_path, image):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.jpg").write_bytes(picture("red", True, 0))
+    (tmp_path / "in" / "data.json").write_text(json.dumps([{"image": [image], "conversations": []}]))
+    with pytest.raises(Rejected, match="image_outside_folder"):
+        open_source(str(tmp_path / "in" / "data.json")).record(0)
+
+
+def test_half_of_the_images_missing_stops_with_examples(tmp_path, encoder):
+    path = write_json(tmp_path, 20)
+    for file in sorted((tmp_path / "images").iterdir())[::2]:
+        file.unlink()
+    source = open_source(str(path))
+    with pytest.raises(DataError, match=r"8 of 20 samples cannot be used: 8 missing_image. Examples: data.json/v0"):
+        check_bad(source, measure(source, encoder, 64).reasons, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda p: p / "none", "no such file"),
+        (lambda p: p, "no \\*.tar in that folder; it holds a.txt"),
+        (lambda p: p / "a.txt", "expected a folder"),
+        (lambda p: p / "e.json", "no samples"),
+        (lambda p: p / "d.json", "expected a JSON list"),
+        (lambda p: p / "b.json", "not valid JSON"),
+    ],
+)
+def test_nothing_to_read_is_said(tmp_path, make, word):
+    for file, text in {"a.txt": "x", "e.json": "[]", "d.json": "{}", "b.json": "[{]"}.items():
+        (tmp_path / file).write_text(text)
+    with pytest.raises(UsageError, match=word):
+        open_source(str(make(tmp_path)))
