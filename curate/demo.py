@@ -254,7 +254,7 @@ def render_tests(out: Path, *, per_concept: int, rng: np.random.Generator) -> No
     for i, scene in enumerate(sample_scenes(rng, np.repeat(np.arange(NUM_CONCEPTS), per_concept))):
         name = f"{i:06d}.jpg"
         (out / "images" / name).write_bytes(_encode(draw(scene, rng)))
-        said = {"caption": ("caption :", caption(scene, rng, full=True))}
+        said = {"caption": (QUESTIONS["caption"][0], caption(scene, rng, full=True))}
         said |= {task: (QUESTIONS[task][0], answer(task, *facts(scene))) for task in TASKS}
         for task, (asked, truth) in said.items():
             extra = {"task": task, "concept": NAMES[scene["concept"]]}

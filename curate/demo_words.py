@@ -24,7 +24,7 @@ QUESTIONS = {
     "size": ("how large is it ?", "what size is it ?"),
     "where": ("where is it ?", "in which part of the image is it ?"),
     "background": ("which background is it on ?", "what is behind it ?"),
-    "caption": ("describe the image .", "caption :"),
+    "caption": ("describe the image .", "what does the image show ?"),
 }
 TASKS = ("what", "size", "where", "background")
 DAYS = tuple("monday tuesday wednesday thursday friday saturday sunday".split())
