@@ -17,7 +17,7 @@ ROOMS = {
     **dict.fromkeys(["store", "shards", "engine"], 2),
     **dict.fromkeys(["layouts", "rows", "sources", "coreset", "columns", "options", "demo", "emit_tables", "spool"], 3),
     **dict.fromkeys(["embed", "importing", "cluster", "selection", "emit", "mix"], 4),
-    **dict.fromkeys(["show", "report", "gallery", "charts"], 5),
+    **dict.fromkeys(["show", "report", "gallery", "exhibits", "charts"], 5),
     **dict.fromkeys(["pipeline"], 6),
     **dict.fromkeys(["estimate"], 7),
     **dict.fromkeys(["cli", "__main__"], 8),

@@ -1,0 +1,215 @@
+"""Make one self-contained HTML page about a selection: what was dropped and why, with pictures.
+
+In: a directory that a verb made, or one that holds such directories (a pipeline's). Out: an HTML file that opens from
+disk without a network: its styles, script, charts and thumbnails are inside. Text from the data (captions, keys) is not
+trusted: the template escapes everything, and the page's policy runs no script but its own.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup
+
+from curate import engine, exhibits, paths, shards, store
+from curate.errors import UsageError
+from curate.gallery import Gallery
+
+KEPT, DROPPED, TWINS, BAD, CLUSTER_CARDS = 28, 14, 12, 7, 7
+MAX_STEPS_SHOWN = 14
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What the page shows. seed: which examples are drawn."""
+
+    seed: int = 0
+    title: str = ""
+
+
+@dataclass
+class Found:
+    """The artefacts a page is about, by what they are."""
+
+    selection: store.Artefact | None = None
+    clusters: store.Artefact | None = None
+    embedded: store.Artefact | None = None
+    emitted: store.Artefact | None = None
+    mixed: store.Artefact | None = None
+    others: dict[str, store.Artefact] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def chain(self) -> list[store.Artefact]:
+        """The artefacts in the order in which they were made."""
+        every = (self.embedded, self.clusters, self.selection, self.emitted, self.mixed)
+        return [artefact for artefact in every if artefact is not None]
+
+
+def report(directory: str, out: str, options: ReportOptions, job: engine.Job) -> dict[str, Any]:
+    """Write the page about `directory` to the file `out` and say what is in it.
+
+    Raises: UsageError when the directory holds nothing that curate made.
+    """
+    found = discover(directory)
+    gallery, troubles = _gallery(found, options.seed)
+    context: dict[str, Any] = {
+        "title": options.title or paths.name(paths.local(directory)),
+        "found": found,
+        "troubles": troubles,
+        "chain": [exhibits.provenance(artefact, out) for artefact in found.chain],
+        "speeds": list(exhibits.speeds(found.chain)),
+        "versions": exhibits.versions(found.chain),
+        "funnel": None,
+        "histograms": [],
+        "explorer": None,
+        "sizes": None,
+        "mixture": exhibits.mixture(found.mixed),
+        "losses": list(exhibits.losses(found.runs)),
+        "others": list(_comparison(found)),
+    }
+    if found.selection is not None:
+        funnel = store.load_json(found.selection.path("funnel.json"))
+        context |= {
+            "funnel": exhibits.funnel(funnel),
+            "histograms": list(exhibits.histograms(funnel)),
+            "explorer": exhibits.explorer(funnel),
+        }
+    if found.clusters is not None:
+        context["sizes"] = exhibits.sizes(found.clusters, found.selection)
+    pictures = _choose_cards(context, gallery, found)
+    page = render(context)
+    with paths.atomic_write(out) as file:
+        file.write(page)
+    facts = {"bytes": len(page), "samples_shown": len(gallery.cards) if gallery else 0, "picture_bytes": pictures}
+    return {"command": "report", "counts": facts, "shards": {}}
+
+
+def discover(directory: str) -> Found:
+    """Find what a directory is, or holds, and what it rests on. Raises: UsageError when nothing is found."""
+    found = Found()
+    if paths.exists(paths.join(directory, store.MANIFEST)):
+        _place(found, store.open_input(directory), paths.name(directory))
+    else:
+        for name in paths.listdir(directory):
+            child = paths.join(directory, name)
+            if paths.exists(paths.join(child, "metrics.jsonl")):
+                found.runs[name] = child
+            elif paths.exists(paths.join(child, store.MANIFEST)):
+                manifest = store.load_json(paths.join(child, store.MANIFEST))
+                if manifest.get("command") in ("embed", "import", "cluster", "select", "emit", "mix"):
+                    _place(found, store.open_input(child), name)
+    newest = found.emitted if found.selection is None else found.selection
+    if newest is not None:
+        found.selection = found.selection or _source(newest, "select")
+        found.clusters = _source(newest, "cluster")
+        found.embedded = _source(newest, "embed", "import")
+    elif found.clusters is not None:
+        found.embedded = _source(found.clusters, "embed", "import")
+    if not found.chain:
+        raise UsageError(
+            f"{directory} holds nothing that curate made.", "give a directory of select or emit, or a pipeline's OUT"
+        )
+    return found
+
+
+def _place(found: Found, artefact: store.Artefact, name: str) -> None:
+    """File an artefact under what it is; of several selections the one named `selection`, else the first, leads."""
+    if artefact.command == "select":
+        if found.selection is None or name == "selection":
+            if found.selection is not None:
+                found.others[paths.name(found.selection.directory)] = found.selection
+            found.selection = artefact
+        else:
+            found.others[name] = artefact
+    elif artefact.command == "emit":
+        found.emitted = found.emitted or artefact
+    else:
+        setattr(found, {"cluster": "clusters", "mix": "mixed"}.get(artefact.command, "embedded"), artefact)
+
+
+def _source(artefact: store.Artefact, *commands: str) -> store.Artefact | None:
+    try:
+        return artefact.source(*commands)
+    except LookupError:
+        return None
+
+
+def _gallery(found: Found, seed: int) -> tuple[Gallery | None, list[str]]:
+    """Open the rows that may be shown, and say why there are none or no pictures."""
+    if found.embedded is None:
+        return None, []
+    troubles, tars = [], {}
+    try:
+        pool = found.embedded.input_path("pool")
+        tars = {shard.stem: shard.location for shard in shards.list_pool(pool)}
+    except (KeyError, UsageError):
+        troubles.append("The pool is not where it was when it was embedded, so there are no pictures here.")
+    gallery = Gallery(found.embedded, found.selection, found.clusters, tars, seed)
+    gallery.look()
+    if len(gallery.stems) < len(found.embedded.stems):
+        troubles.append(
+            f"Examples come from {len(gallery.stems)} of {len(found.embedded.stems):,} shards; counts are of all."
+        )
+    return gallery, troubles
+
+
+def _choose_cards(context: dict[str, Any], gallery: Gallery | None, found: Found) -> int:
+    """Fill the page's galleries. Returns the bytes of the pictures."""
+    context |= {"twins": [], "kept": [], "dropped": [], "bad": [], "groups": []}
+    if gallery is None or not gallery.columns:
+        return 0
+    reason, cluster = gallery.columns["reason"], gallery.columns["cluster"]
+    context["twins"] = gallery.twins(TWINS)
+    context["kept"] = gallery.sample(reason < 0, KEPT, "kept") if found.selection is not None else []
+    steps = context["funnel"]["steps"][:MAX_STEPS_SHOWN] if context["funnel"] else []
+    context["dropped"] = [(step, cards) for step in steps if (cards := gallery.dropped(step["text"], DROPPED))]
+    statuses = [name for name in gallery.reasons if name in store.STATUSES]
+    context["bad"] = [(name, store.STATUSES[name], gallery.dropped(name, BAD)) for name in statuses]
+    for group in (context["sizes"] or {}).get("groups", []):
+        cards = gallery.sample(cluster == group["cluster"], CLUSTER_CARDS, f"cluster {group['cluster']}")
+        if cards:
+            context["groups"].append((group, cards))
+    return gallery.fill()
+
+
+def _comparison(found: Found) -> Iterator[dict[str, Any]]:
+    """List the other selections of a pipeline beside the leading one."""
+    every = (
+        {paths.name(found.selection.directory): found.selection, **found.others}
+        if found.selection and found.others
+        else {}
+    )
+    for name, artefact in every.items():
+        steps = artefact.manifest.get("options", {}).get("steps", [])
+        yield {
+            "name": name,
+            "kept": artefact.manifest["counts"].get("kept", 0),
+            "rows": sum(artefact.rows.values()),
+            "steps": steps,
+        }
+
+
+def render(context: Mapping[str, Any]) -> bytes:
+    """Fill the template; every value is escaped but the charts, which escape their own texts."""
+    import jinja2
+
+    loader = jinja2.PackageLoader("curate")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"n": lambda value: f"{value:,}", "pct": lambda value: f"{value:.1f} %"}
+    script, style = (loader.get_source(environment, name)[0] for name in ("report.js", "report.css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.get_template("report.html.j2")
+    page = template.render(**context, script=Markup(script), style=Markup(style), digest=digest, dumps=_script_json)
+    return page.encode("utf-8", "replace")
+
+
+def _script_json(value: Any) -> Markup:
+    """Write JSON that cannot end the element it stands in."""
+    text = json.dumps(value)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

@@ -1,0 +1,224 @@
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from artefacts import members, picture, write_clusters, write_embeddings, write_pool, write_selection
+from PIL import Image
+
+from curate import charts, exhibits, gallery, images, shards, store
+from curate.cluster import ClusterOptions, cluster
+from curate.emit import EmitOptions, emit
+from curate.engine import Job
+from curate.errors import UsageError
+from curate.mix import mix
+from curate.report import ReportOptions, report
+from curate.selection import SelectOptions, select
+
+QUIET = Job(workers=1, quiet=True)
+PAIRS = Path(__file__).parents[2] / "shared" / "data" / "pairs"
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028'\"&"
+
+
+class Page(HTMLParser):
+    """Collect what a browser would make of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self.scripts = [], [], []
+        self.inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag
+
+    def handle_data(self, data):
+        (self.scripts if self.inside == "script" else self.words).append(data)
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def make(
+    tmp_path, *, caption=lambda row: f"a caption {row}", keep=lambda stem, row, key: row % 2 == 0 or "dedup(0.86)"
+):
+    pool = write_pool(tmp_path / "pool", ["00000", "00001"], 12, caption=caption)
+    clu = write_clusters(tmp_path / "clusters", write_embeddings(tmp_path / "embeddings", pool))
+    twins = {"000000001": ("000000000", 0.97), "000000015": ("000000000", 0.91), "000000003": ("gone", 0.9)}
+    half = {"before": 24, "kept": 12, "dropped": 12}
+    funnel = {
+        "rows": 24, "kept": 12, "dropped": 12, "bad": 0, "statuses": {},
+        "steps": [{"text": "dedup(0.86)", **half, "estimates": {"threshold": 0.86, "why": EVIL}}],
+        "curves": {"dedup": {"threshold": [0.8, 0.9, 1.0], "kept": [5, 12, 24], "rows": 24}},
+        "histograms": {"clip_score": {"edges": [0, 0.5, 1.0], "all": [20, 4], "kept": [8, 4]}},
+    }  # fmt: skip
+    sel = write_selection(tmp_path / "selection", clu, keep, funnel=funnel, twins=twins)
+    emit(sel, str(tmp_path / "coreset"), EmitOptions(), QUIET)
+    return tmp_path
+
+
+def page(directory, out, **options):
+    facts = report(str(directory), str(out), ReportOptions(**options), QUIET)
+    text = Path(out).read_text("utf-8")
+    assert facts["counts"]["bytes"] == len(text.encode()) < 20 << 20
+    return text, Page(text)
+
+
+def test_hostile_text_stays_text(tmp_path):
+    folder = make(tmp_path, caption=lambda row: f"{row} {EVIL}")
+    tar = folder / "pool" / "00000.tar"
+    entries = members(tar)
+    with open(tar, "wb") as file, shards.TarWriter(file) as writer:
+        for name, data in entries:
+            writer.add(name.replace("000000004", 'k"><img src=x onerror=alert(3)>'), data)
+    shutil.rmtree(folder / "embeddings"), shutil.rmtree(folder / "clusters"), shutil.rmtree(folder / "selection")
+    shutil.rmtree(folder / "coreset")
+    clu = write_clusters(folder / "clusters", write_embeddings(folder / "embeddings", str(folder / "pool")))
+    step = f"dedup(0.86) {EVIL}"
+    funnel = {
+        "rows": 24,
+        "kept": 12,
+        "bad": 0,
+        "steps": [{"text": step, "before": 24, "kept": 12, "dropped": 12, "estimates": {"why": EVIL}}],
+    }
+    funnel["curves"] = {"dedup": {"threshold": [0.9, 1], "kept": [5, 24], "rows": 24, "note": EVIL}}
+    write_selection(
+        folder / "selection", clu, lambda stem, row, key: row % 2 == 0 or step, funnel=funnel, steps=(step,)
+    )
+    text, found = page(folder, tmp_path / "r.html", title=EVIL)
+    assert len(found.all("script")) == 2 and len(re.findall("<script", text)) == 2
+    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
+    assert all(attributes["src"].startswith("data:image/jpeg;base64,") for attributes in found.all("img"))
+    assert all(attributes["href"].startswith("#") for attributes in found.all("a"))
+    assert not found.all("link") and not found.all("iframe")
+    words = "".join(found.words)
+    assert "alert(1)" in words and 'k"><img src=x onerror=alert(3)>' in words
+    json.loads(found.scripts[0])
+    policy = next(a["content"] for a in found.all("meta") if "content" in a and "default-src" in a["content"])
+    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
+
+
+def test_the_page_tells_the_funnel_and_shows_twins_side_by_side(tmp_path):
+    text, found = page(make(tmp_path), tmp_path / "report.html")
+    words = " ".join("".join(found.words).split())
+    for said in ("24", "−12 (50.0 %)", "dedup(0.86)", "similarity 0.9700", "curate emit selection coreset"):
+        assert said in words, said
+    assert len(found.all("img")) >= 24 and len([a for a in found.all("li") if a.get("class") == "pair"]) == 2
+    assert {a["href"][1:] for a in found.all("a")} <= {a.get("id") for _, a in found.tags}
+    again, _ = page(tmp_path, tmp_path / "report.html")
+    assert again == text
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("selection", "funnel"), ("coreset", "funnel"), ("clusters", "clusters"), ("embeddings", "making")],
+)
+def test_any_directory_has_its_page(tmp_path, name, expected):
+    _, found = page(make(tmp_path) / name, tmp_path / "r.html")
+    assert expected in {a.get("id") for a in found.all("section")}
+
+
+def test_a_mix_and_a_training_run_are_shown(tmp_path):
+    make(tmp_path)
+    mix({"sources": {"coreset": {"path": str(tmp_path / "coreset")}}}, str(tmp_path / "mix"), QUIET)
+    (tmp_path / "align").mkdir()
+    rows = [{"step": step, "loss": 3 / step} for step in range(1, 1000)]
+    (tmp_path / "align" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn": ')
+    _, found = page(tmp_path, tmp_path / "r.html")
+    assert {"mix", "training"} <= {a.get("id") for a in found.all("section")}
+    _, found = page(tmp_path / "mix", tmp_path / "m.html")
+    assert "100.0 %" in "".join(found.words)
+    with pytest.raises(UsageError, match="nothing that curate made"):
+        report(str(tmp_path / "pool"), str(tmp_path / "x.html"), ReportOptions(), QUIET)
+
+
+def test_without_its_pool_the_page_says_so(tmp_path):
+    make(tmp_path)
+    (tmp_path / "pool").rename(tmp_path / "elsewhere")
+    _, found = page(tmp_path / "selection", tmp_path / "r.html")
+    assert not found.all("img") and "no pictures" in "".join(found.words)
+
+
+def test_the_explorer_counts_what_select_would_keep(tmp_path):
+    emb = write_embeddings(tmp_path / "emb", write_pool(tmp_path / "pool", ["a", "b"], 60), dim=3)
+    cluster(emb, str(tmp_path / "clu"), ClusterOptions(k=2), QUIET)
+    sel = str(tmp_path / "sel")
+    select(str(tmp_path / "clu"), sel, SelectOptions(steps=("dedup(0.95)",)), QUIET)
+    page(sel, tmp_path / "r.html")
+    curve = exhibits.explorer(store.load_json(f"{sel}/funnel.json"))["data"]
+    for i in (5, 40, 75, 90, 99):
+        threshold, out = curve["threshold"][i], str(tmp_path / f"at{i}")
+        made = select(str(tmp_path / "clu"), out, SelectOptions(steps=(f"dedup({threshold})",)), QUIET)
+        assert made["counts"]["kept"] == curve["kept"][i]
+    assert len(set(curve["kept"])) > 20
+
+
+def test_thumbnails_are_small_and_bombs_are_refused():
+    assert len(gallery.thumbnail(picture(1, side=400))) < 20_000
+    for mode in ("P", "LA", "CMYK", "1", "I;16"):
+        buffer = io.BytesIO()
+        Image.new(mode, (30, 20)).save(buffer, "TIFF")
+        assert gallery.thumbnail(buffer.getvalue()).startswith("data:image/jpeg")
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 3_000)).save(bomb, "PNG")
+    for bad in (bomb.getvalue(), b"", b"GIF89a", picture(1)[:100]):
+        with pytest.raises(images.BadImage):
+            gallery.thumbnail(bad)
+
+
+def test_charts_hold_up_on_the_edges():
+    for counts in ([0, 0], [1, 0], [0, 10**12]):
+        assert "nan" not in charts.histogram(
+            [0.5, 0.5, 0.5], counts, counts, "<x>", [(None, None, "<b>"), (9, -9, "c")]
+        )
+    line = charts.Line("<l>", [1], [1], "kept")
+    for log in (False, True):
+        drawn = charts.curves([line], "<c>", log_x=log, log_y=log, mark=7)
+        assert "nan" not in drawn and "<l>" not in drawn and "<c>" not in drawn
+    for low, high in ((0, 1), (-3, 2e9), (0.9997, 1), (5, 5)):
+        ticks = charts.Axis(low, high, 0, 1).ticks(5)
+        assert 1 <= len(ticks) <= 6 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium here")
+def test_a_browser_opens_it_without_a_complaint(tmp_path):
+    make(tmp_path, caption=lambda row: EVIL)
+    page(tmp_path, tmp_path / "r.html")
+    words = [
+        "chromium",
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path}/c",
+        "--dump-dom",
+    ]
+    ended = subprocess.run([*words, f"file://{tmp_path}/r.html"], capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in ended.stderr
+    found = Page(ended.stdout)
+    assert next(a for a in found.all("circle"))["cx"] != "-9"  # the script ran
+    assert "disabled" not in next(a for a in found.all("input"))
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not PAIRS.is_dir(), reason="the real pairs are not at hand")
+def test_real_pairs_make_a_page_with_their_pictures(tmp_path):
+    emb = write_embeddings(tmp_path / "emb", str(PAIRS / "0000[01].tar"))
+    cluster(emb, str(tmp_path / "clu"), ClusterOptions(k=8), QUIET)
+    select(
+        str(tmp_path / "clu"),
+        str(tmp_path / "sel"),
+        SelectOptions(steps=("dedup(0.9)", "rank(clip_score, 0.2, 0.6)", "sample(100)")),
+        QUIET,
+    )
+    _, found = page(tmp_path / "sel", tmp_path / "r.html")
+    assert len(found.all("img")) > 100 and np.isfinite(len(found.words))
