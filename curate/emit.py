@@ -79,9 +79,41 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     kept_rows = _RowsOnce(coreset)
     renamed = unique_keys(((span.stem, kept_rows(span)) for spans in plan.values() for span in spans), coreset.keys)
     suffix = ".tar" if options.format == "webdataset" else ".arrow"
-    task = (_WriteTar if options.format == "webdataset" else _WriteImages)(coreset, out, plan, renamed, options.prompt)
+    make: type[_WriteTar] | type[_WriteImages] = _WriteTar if options.format == "webdataset" else _WriteImages
+    task = make(coreset, out, plan, renamed, options.prompt)
     outcome = engine.run_stage("emit", task, output.missing(job.share(list(plan)), suffix), job)
-    return _finish(output, plan, renamed, suffix, outcome, job)
+    output.log(
+        stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers, engine=job.engine
+    )
+    left = set(output.missing(list(plan), suffix)) - set(outcome.failed)
+    if left:
+        return {"unfinished": len(left), **output.plan}
+    replaced = None if outcome.failed else _replace_gone(task, output, suffix)
+    return _finish(output, plan, task.renamed, suffix, outcome.failed, replaced)
+
+
+def _replace_gone(task: "_WriteTar | _WriteImages", output: store.Output, suffix: str) -> str | None:
+    """Write one more shard with the next in rank for what is gone, where the selection names them. Returns its name.
+
+    The funnel's `reserve` lists [stem, row] in the order in which they would have been kept.
+    """
+    name = f"{len(task.plan):06d}"
+    gone = sum(len(store.facts(output.path(f"{made}.arrow"))["gone"]) for made in task.plan)
+    reserve = store.load_json(task.coreset.selection.path("funnel.json")).get("reserve", []) if gone else []
+    if not reserve:
+        return None
+    task.need, task.reserve = gone, [(str(stem), int(row)) for stem, row in reserve]
+    rows = [(stem, np.array([row])) for stem, row in task.reserve]
+    kept = ((stem, task.coreset.kept_rows(stem)) for stem in task.coreset.selection.stems)
+    task.renamed = unique_keys([*kept, *rows], task.coreset.keys)
+    if output.missing([name], suffix):
+        task.setup()
+        task(name)
+    table = store.table(output.path(f"{name}.arrow"), ["source_stem", "source_row"])
+    used = set(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    for stem, row in set(task.reserve) - used:
+        task.renamed.get(stem, {}).pop(row, None)
+    return name
 
 
 def _finish(
@@ -89,27 +121,25 @@ def _finish(
     plan: Mapping[str, list[Span]],
     renamed: Mapping[str, Mapping[int, str]],
     suffix: str,
-    outcome: engine.Outcome,
-    job: engine.Job,
+    failed: Mapping[str, str],
+    replaced: str | None,
 ) -> dict[str, Any]:
-    """Account for every selected sample and complete the directory, unless other slices still have shards to write."""
-    output.log(
-        stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers, engine=job.engine
-    )
-    left = output.missing(list(plan), suffix)
-    if set(left) - set(outcome.failed):
-        return {"unfinished": len(left), **output.plan}
-    made = {name: store.facts(output.path(f"{name}.arrow")) for name in plan if name not in outcome.failed}
+    """Account for every selected sample and complete the directory. replaced: the shard of replacements."""
+    made = {name: store.facts(output.path(f"{name}.arrow")) for name in plan if name not in failed}
     gone = [entry for fact in made.values() for entry in fact["gone"]]
     reasons: dict[str, int] = {}
     for entry in gone:
         reasons[entry["why"]] = reasons.get(entry["why"], 0) + 1
     selected = sum(span.stop - span.start for spans in plan.values() for span in spans)
     counts = {"written": sum(fact["rows"] for fact in made.values()), **dict(sorted(reasons.items()))}
-    if outcome.failed:
-        counts["in_failed_shards"] = sum(span.stop - span.start for name in outcome.failed for span in plan[name])
+    if failed:
+        counts["in_failed_shards"] = sum(span.stop - span.start for name in failed for span in plan[name])
     store.reconcile(output.directory, selected, counts)
-    if suffix == ".arrow" and not outcome.failed:
+    if replaced is not None:
+        made[replaced] = store.facts(output.path(f"{replaced}.arrow"))
+        counts["replaced"] = made[replaced]["rows"]
+        counts["written"] += made[replaced]["rows"]
+    if suffix == ".arrow" and not failed:
         _join_records(output, list(made))
     facts: dict[str, Any] = {
         "shards": {name: {"rows": fact["rows"], "bytes": fact["bytes"]} for name, fact in made.items()},
@@ -122,8 +152,8 @@ def _finish(
         pairs = [(new, f"{stem} row {row}") for stem, rows in renamed.items() for row, new in rows.items()]
         facts["counts"]["renamed"] = len(pairs)
         facts["renamed"] = dict(pairs[:MAX_LISTED])
-    if outcome.failed:
-        facts["failed"] = outcome.failed
+    if failed:
+        facts["failed"] = failed
     return output.finish(**facts)
 
 
@@ -156,13 +186,15 @@ class _RowsOnce:
 
 @dataclass
 class _Write:
-    """What the two writers share. `gone`: what could not be had, in the order met."""
+    """What the two writers share. need, reserve: see `_replace_gone`. gone: what could not be had, in the order met."""
 
     coreset: Coreset
     out: str
     plan: Mapping[str, list[Span]]
-    renamed: Mapping[str, Mapping[int, str]]
+    renamed: dict[str, dict[int, str]]
     prompt: str
+    need: int = 0
+    reserve: list[tuple[str, int]] = field(default_factory=list)
     gone: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -172,15 +204,21 @@ class _Write:
     def samples(self, name: str) -> Iterator[tuple[str, Fetched]]:
         """Yield (output key, sample) of an output shard, noting what is gone."""
         self.gone, self.rows = [], []
+        for sample in self._fetch(name):
+            if sample.gone:
+                self.gone.append({"stem": sample.stem, "row": sample.row, "key": sample.key, "why": sample.gone})
+                continue
+            key = self.renamed.get(sample.stem, {}).get(sample.row, sample.key)
+            self.rows.append({"key": key, "source_stem": sample.stem, "source_row": sample.row, "uid": sample.uid})
+            yield key, sample
+
+    def _fetch(self, name: str) -> Iterator[Fetched]:
         kept_rows = _RowsOnce(self.coreset)
-        for span in self.plan[name]:
-            for sample in self.coreset.fetch(span.stem, kept_rows(span)):
-                if sample.gone:
-                    self.gone.append({"stem": sample.stem, "row": sample.row, "key": sample.key, "why": sample.gone})
-                    continue
-                key = self.renamed.get(sample.stem, {}).get(sample.row, sample.key)
-                self.rows.append({"key": key, "source_stem": sample.stem, "source_row": sample.row, "uid": sample.uid})
-                yield key, sample
+        for span in self.plan.get(name, []):
+            yield from self.coreset.fetch(span.stem, kept_rows(span))
+        for stem, row in self.reserve if name not in self.plan else []:
+            if len(self.rows) < self.need:
+                yield from self.coreset.fetch(stem, np.array([row]))
 
     def write_sidecar(self, name: str, schema: pa.Schema, size: int) -> dict[str, Any]:
         """Write where each sample of an output shard came from. size: bytes of the samples."""

@@ -109,6 +109,26 @@ def test_what_the_pool_lost_is_counted_listed_and_never_replaced_silently(tmp_pa
     assert members(tmp_path / "out" / "000000.tar") == changed[3:]
 
 
+@pytest.mark.parametrize("kind", ["webdataset", "llava"])
+def test_what_is_gone_is_replaced_by_the_next_in_rank(tmp_path, kind):
+    emb = write_embeddings(tmp_path / "emb", write_pool(tmp_path / "pool", ["00000", "00001"], 10))
+    funnel = {"steps": [], "reserve": [["00001", 9], ["00000", 7], ["00000", 3], ["00001", 1]]}
+    kept = lambda stem, row, key: row in (0, 2, 4) or "sample(9)"  # noqa: E731
+    sel = write_selection(tmp_path / "sel", emb, kept, funnel=funnel)
+    entries = members(tmp_path / "pool" / "00000.tar")
+    with open(tmp_path / "pool" / "00000.tar", "wb") as file, shards.TarWriter(file) as tar:
+        for name, data in entries:
+            if int(name[:9]) not in (0, 2, 7):
+                tar.add(name, data)
+    for out in ("once", "twice"):
+        manifest = emit(sel, str(tmp_path / out), EmitOptions(format=kind, shard_size=4), Job(workers=2, quiet=True))
+    assert manifest["counts"] == {"rows": 6, "written": 6, "gone": 2, "replaced": 2}
+    assert [entry["key"] for entry in manifest["gone"]] == ["000000000", "000000002"]
+    names = store.open_input(str(tmp_path / "once")).table("000002")["key"].to_pylist()
+    assert names == ["000000019", "000000003"]
+    assert tree(tmp_path / "once") == tree(tmp_path / "twice")
+
+
 def test_colliding_keys_are_made_unique_and_said_so(tmp_path):
     pool = write_pool(tmp_path / "pool", ["a"], 3)
     write_pool(tmp_path / "pool", ["b.2"], 3)
