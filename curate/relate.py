@@ -117,11 +117,15 @@ def near_pairs(
     x_nd: f16 or f32 [n, d], unit rows; may lie on disk. members: i64 [m], the rows to compare, by their numbers in
     x_nd, which are also what is yielded. O(m^2 d) time, memory for two blocks and their product.
     """
+    from scipy.linalg.blas import ssyrk
+
     for i in range(0, len(members), block):
         left = widen(x_nd[members[i : i + block]])
         for j in range(i, len(members), block):
-            right = left if j == i else widen(x_nd[members[j : j + block]])
-            products = left @ right.T
+            if j == i:  # half the work: only the upper triangle is computed, the rest is zero
+                products = ssyrk(1.0, left.T, trans=1, lower=1).T
+            else:
+                products = left @ widen(x_nd[members[j : j + block]]).T
             found = np.flatnonzero(products.ravel() > floor)
             a, b = np.divmod(found, products.shape[1])
             if j == i:
