@@ -161,8 +161,31 @@ def exclude(frame: Frame, number: int, directory: str, threshold: float = 0.95) 
     return Verdict(_mask(frame, rows[~near & ~same]), {"compared_with": len(vectors), "same_bytes": int(same.sum())})
 
 
+def placeholders(
+    frame: Frame, number: int, copies: int = 50, captions: Share = 0.5, threshold: Threshold = AUTO
+) -> Verdict:
+    """Drop every row of a picture that stands under many captions ("image not found", a logo): not even one stays.
+
+    A picture is a component above the threshold; it goes if it has at least `copies` rows, of which at least the share
+    `captions` have a caption of their own. Put it before dedup, which would leave one with a caption by chance.
+    """
+    if frame.edges is None:
+        raise UsageError("placeholders needs clusters; this directory has none.", CLUSTER_FIRST)
+    a, b, similarity, bits = frame.edges()
+    threshold = evidence.find_threshold(similarity, bits, frame.floor).threshold if threshold == AUTO else threshold
+    linked = (similarity > threshold) & frame.alive[a] & frame.alive[b]
+    rows = np.flatnonzero(frame.alive)
+    picture = np.unique(relate.components(a[linked], b[linked], len(frame.good))[rows], return_inverse=True)[1]
+    distinct = np.unique(np.stack([picture, frame.group("caption")[rows]]), axis=1)[0]
+    sizes = np.bincount(picture)
+    bad = (sizes >= copies) & (np.bincount(distinct, minlength=len(sizes)) >= captions * sizes)
+    facts = {"threshold": threshold, "pictures": int(bad.sum()), "largest": int(sizes[bad].max(initial=0))}
+    return Verdict(_mask(frame, rows[~bad[picture]]), facts)
+
+
 STEPS: dict[str, Callable[..., Verdict]] = {
-    step.__name__: step for step in (dedup, rank, above, below, top, sample, balance, cap, mismatch, exclude)
+    step.__name__: step
+    for step in (dedup, rank, above, below, top, sample, balance, cap, mismatch, placeholders, exclude)
 }
 
 

@@ -213,3 +213,15 @@ def test_what_cannot_be_selected_is_refused_and_leaves_nothing(pool, tmp_path, o
 def test_a_step_given_twice_is_told_apart(pool, tmp_path):
     select(pool.path, str(tmp_path / "sel"), SelectOptions(steps=("sample(0.5)", "sample(0.1)", "sample(0.1)")), QUIET)
     assert "sample(0.1) #2" in set(selected(tmp_path / "sel")["dropped_by"])
+
+
+def test_a_picture_under_many_captions_is_dropped_whole(tmp_path):
+    cloud = draw(tmp_path / "emb", rows=600, copies=0.5, bad=0, groups=4, captions=600)
+    cluster(cloud.path, str(tmp_path / "clu"), ClusterOptions(k=2), QUIET)
+    manifest = select(str(tmp_path / "clu"), str(tmp_path / "sel"),
+                      SelectOptions(steps=("placeholders(8)", "dedup(0.99)")), QUIET)  # fmt: skip
+    sizes = np.bincount(cloud.source, minlength=600)[cloud.source]
+    found = selected(tmp_path / "sel")
+    dropped = np.array([reason == "placeholders(8)" for reason in found["dropped_by"]])
+    assert dropped.any() and (dropped == (sizes >= 8)).all()
+    assert manifest["funnel"][0]["estimates"]["pictures"] == len(np.unique(cloud.source[dropped]))
