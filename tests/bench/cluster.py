@@ -1,0 +1,92 @@
+"""K-means to an equal objective against faiss.Kmeans, and assignment against the bare matrix product.
+
+    python tests/bench/cluster.py [--rows 200000] [--dim 512] [--k 2000] [--iters 8] [--rounds 3]
+
+Everything runs in one process on the same rows, turn by turn, and the median of the rounds counts. CPU seconds stand
+beside wall seconds: on a busy machine only they are steady.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from curate import kmeans, store  # noqa: E402
+
+
+def mixture(rows, dim, clouds):
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(clouds, dim)).astype(np.float32)
+    weights = 1 / np.arange(1, clouds + 1) ** 0.7
+    x = centers[rng.choice(clouds, rows, p=weights / weights.sum())]
+    x += 0.8 * rng.normal(size=(rows, dim)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def clock(work):
+    wall, cpu = time.perf_counter(), time.process_time()
+    made = work()
+    return made, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def bare(x16, centroids, block):
+    """Multiply all rows with the centroids, f32, blocks ready in memory: nothing else."""
+    rows, out = x16[:block].astype(np.float32), np.empty((block, len(centroids)), np.float32)
+    right = np.ascontiguousarray(centroids.T)
+
+    def work():
+        for _ in range(0, len(x16), block):
+            np.matmul(rows, right, out=out)
+
+    return work
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in (("rows", 200_000), ("dim", 512), ("k", 2_000), ("iters", 8), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    chosen = parser.parse_args()
+    x = mixture(chosen.rows, chosen.dim, 20_000)
+    x16 = x.astype(np.float16)
+    times = {name: [] for name in ("kmeans", "superkmeans", "product", "assign")}
+    quality = {}
+    for _ in range(chosen.rounds):
+        for backend in ("kmeans", "superkmeans"):
+            centroids, *spent = clock(lambda b=backend: kmeans.BACKENDS[b](x, chosen.k, chosen.iters, 0))
+            times[backend].append(spent)
+            centroids = kmeans.unit_rows(centroids)
+            quality[backend] = float(kmeans.assign(x16, centroids)[1].mean(dtype=np.float64))
+        work = bare(x16, centroids, max(16, kmeans.BLOCK_ELEMENTS // chosen.k))
+        times["product"].append(clock(work)[1:])
+        times["assign"].append(clock(lambda c=centroids: kmeans.assign(x16, c))[1:])
+    median = {
+        name: {
+            kind: round(statistics.median(spent[i] for spent in found), 3) for i, kind in enumerate(("wall_s", "cpu_s"))
+        }
+        for name, found in times.items()
+    }
+    found = {
+        **vars(chosen),
+        **median,
+        "mean_similarity": quality,
+        "objective_difference": round(abs(quality["superkmeans"] / quality["kmeans"] - 1), 6),
+        "fit_times_faiss_kmeans": round(median["kmeans"]["cpu_s"] / median["superkmeans"]["cpu_s"], 2),
+        "assign_to_product": round(median["assign"]["cpu_s"] / median["product"]["cpu_s"], 3),
+        "date": date.today().isoformat(),
+        "cores": os.cpu_count(),
+        "versions": store.versions("faiss-gpu", "faiss-cpu", "numpy"),
+    }
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

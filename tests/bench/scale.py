@@ -1,0 +1,178 @@
+"""Cluster and select on a pool larger than memory should hold: time, peak memory, and the products that it needs.
+
+    python tests/bench/scale.py [--rows 1000000] [--dim 512] [--k 1000] [--workers 2] [--keep DIR]
+
+Draws f16 embeddings from a mixture of 20,000 clouds with 15 % near-duplicates onto disk, then runs `curate cluster` and
+two selections, each in a process of its own. Memory is sampled: what the processes own (anonymous), and all that they
+map, of which the file pages can be dropped at any time. The bare products are timed in the same run on the same
+machine: the fit's (sample x k x iterations), the assignment's (rows x k) and the pairs' of every cluster.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from curate import store  # noqa: E402
+
+SHARD = 100_000
+CLOUDS = 20_000
+
+
+def draw(folder, rows, dim):
+    """Write the embeddings, shard by shard."""
+    centers = np.random.default_rng(0).normal(size=(CLOUDS, dim)).astype(np.float32)
+    weights = 1 / np.arange(1, CLOUDS + 1) ** 0.7
+    output = store.open_output(str(folder), "embed", {"rows": rows, "dim": dim}, {})
+    schema, shards = store.embedding_schema(dim), {}
+    names = list(store.STATUSES)
+    for first in range(0, rows, SHARD):
+        rng, n = np.random.default_rng([1, first]), min(SHARD, rows - first)
+        cloud = rng.choice(CLOUDS, n, p=weights / weights.sum())
+        image = centers[cloud] + 0.8 * rng.normal(size=(n, dim)).astype(np.float32)
+        copy = np.flatnonzero(rng.random(n) < 0.15)
+        origin = rng.integers(0, n // 10, len(copy))
+        image[copy] = image[origin] + 0.05 * rng.normal(size=(len(copy), dim)).astype(np.float32)
+        image /= np.linalg.norm(image, axis=1, keepdims=True)
+        text = image + 0.04 * rng.normal(size=(n, dim)).astype(np.float32)
+        text /= np.linalg.norm(text, axis=1, keepdims=True)
+        phash = rng.integers(0, 1 << 63, n, dtype=np.uint64)
+        phash[copy] = phash[origin]
+        ok = rng.random(n) > 0.01
+        batch = pa.record_batch(
+            [
+                pa.array([f"{row:09d}" for row in range(first, first + n)]),
+                pa.array([row.to_bytes(16, "little") for row in range(first, first + n)], pa.binary(16)),
+                pa.array(phash, mask=~ok),
+                store.label_codes(np.where(ok, 0, names.index("decode_error")), names),
+                store.vector_column(image.astype(np.float16), ok),
+                store.vector_column(text.astype(np.float16), ok),
+                pa.array((image * text).sum(axis=1), mask=~ok),
+                pa.array(["a caption"] * n),
+                pa.array(np.full(n, 224), pa.int32()),
+                pa.array(np.full(n, 224), pa.int32()),
+                pa.nulls(n, pa.string()),
+            ],
+            schema=schema,
+        )
+        stem = f"{first // SHARD:05d}"
+        store.write_table(output.path(f"{stem}.arrow"), schema, [batch])
+        shards[stem] = {"rows": n}
+        print(f"drawn {first + n:,} of {rows:,}", file=sys.stderr)
+    output.finish(shards=shards, counts={})
+
+
+def memory(pid):
+    """Sum anonymous and resident KiB over a process and its children."""
+    own, mapped = 0, 0
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                own += int(line.split()[1])
+            if line.startswith("VmRSS"):
+                mapped += int(line.split()[1])
+        for child in children:
+            a, b = memory(child)
+            own, mapped = own + a, mapped + b
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return own, mapped
+
+
+def measured(words):
+    """Run curate in a process of its own: seconds and peak GiB, owned and mapped."""
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "curate", *words], cwd=ROOT)
+    peak, done = [0, 0], threading.Event()
+
+    def watch():
+        while not done.wait(0.1):
+            peak[:] = np.maximum(peak, memory(process.pid)).tolist()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    code = process.wait()
+    done.set()
+    thread.join()
+    assert code == 0, words
+    return {
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_own_gib": round(peak[0] / 2**20, 2),
+        "peak_mapped_gib": round(peak[1] / 2**20, 2),
+    }
+
+
+def product_rate(dim, width):
+    """Measure f32 products in GFLOP/s, [1024, dim] x [dim, width], as the stages form them."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((1024, dim), np.float32), rng.random((dim, width), np.float32)
+    out = np.empty((1024, width), np.float32)
+    np.matmul(x, y, out=out)
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        np.matmul(x, y, out=out)
+        times.append(time.perf_counter() - started)
+    return 2e-9 * 1024 * dim * width / sorted(times)[len(times) // 2]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--k", type=int, default=1_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--keep", help="folder for the data; drawn once, kept")
+    chosen = parser.parse_args()
+    folder = Path(chosen.keep or tempfile.mkdtemp())
+    emb, clu = folder / f"emb-{chosen.rows}-{chosen.dim}", folder / "clu"
+    if not (emb / "manifest.json").exists():
+        draw(emb, chosen.rows, chosen.dim)
+    for name in ("clu", "sel-1", "sel-2", "sel-3"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    workers = ["--workers", str(chosen.workers)]
+    found = {"rows": chosen.rows, "dim": chosen.dim, "k": chosen.k, "workers": chosen.workers}
+    found["cluster"] = measured(["cluster", str(emb), str(clu), "--k", str(chosen.k), *workers])
+    steps = (["--recipe", "balanced"], ["--recipe", "bunny"], ["--step", "dedup(0.9)", "--step", "sample(0.1)"])
+    for index, words in enumerate(steps, 1):
+        found[f"select {words[1]}"] = measured(["select", str(clu), str(folder / f"sel-{index}"), *words])
+    manifest = json.loads((clu / "manifest.json").read_text())
+    clusters = np.concatenate([store.table(str(clu / f"{s}.arrow"))["cluster"].to_numpy() for s in manifest["shards"]])
+    sizes = np.bincount(clusters[clusters >= 0])
+    options = manifest["options"]
+    flops = {
+        "fit": 2 * options["sample"] * options["k"] * chosen.dim * (options["iters"] + 1),
+        "assign": 2 * int(sizes.sum()) * options["k"] * chosen.dim,
+        "pairs": int((sizes.astype(np.float64) ** 2).sum()) * chosen.dim,
+    }
+    rate = product_rate(chosen.dim, min(options["k"], 4096))
+    found["largest_cluster"], found["edges"] = int(sizes.max()), manifest["edges"]
+    found["product_gflops_per_s"] = round(rate, 1)
+    found["products_s"] = {name: round(count * 1e-9 / rate, 2) for name, count in flops.items()}
+    found["ratio"] = round(found["cluster"]["seconds"] / sum(found["products_s"].values()), 3)
+    found |= {
+        "date": date.today().isoformat(),
+        "cores": os.cpu_count(),
+        "versions": store.versions("faiss-gpu", "numpy"),
+    }
+    print(json.dumps(found, indent=1))
+    if not chosen.keep:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
