@@ -206,7 +206,7 @@ def trainer_command(pipeline: Pipeline, stage: str) -> list[str]:
         words += ["--data", data.get("finetune", place("mix")), "--out", place("finetune")]
         words += ["--align", place("align")] if "align" in pipeline.tables else []
     elif stage == "export":
-        words += [place("finetune" if "finetune" in pipeline.tables else "align"), place("export")]
+        words += [place("finetune" if "finetune" in pipeline.tables else "align"), "--out", place("export")]
     else:
         if "eval" not in data:
             raise UsageError(f"{pipeline.path.name} has no evaluation data.", "--set data.eval=FILE.json")
@@ -232,11 +232,7 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
     for stage in pipeline.stages(only):
         echo(f"\n▸ {shown_command(pipeline, stage)}")
         if stage in TRAINER:
-            ended = subprocess.run(trainer_command(pipeline, stage), check=False).returncode
-            if ended:
-                raise CurateError(
-                    f"{stage} ended with exit code {ended}", "mend what it says above and run again; it resumes"
-                )
+            _train(pipeline, stage, job)
             continue
         for label, manifest in _curation(pipeline, stage, job):
             made[label] = manifest
@@ -246,6 +242,16 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
     if "demo" in pipeline.tables and "report" in made:
         _judge_demo(pipeline, echo)
     return made
+
+
+def _train(pipeline: Pipeline, stage: str, job: Job) -> None:
+    """Carry out a trainer stage in a process of its own; with --overwrite, anew where its request has changed."""
+    words = trainer_command(pipeline, stage)
+    ended = subprocess.run(words, check=False).returncode
+    if ended == UsageError.exit_code and job.overwrite:
+        ended = subprocess.run([*words, "--overwrite"], check=False).returncode
+    if ended:
+        raise CurateError(f"{stage} ended with exit code {ended}", "mend what it says above and run again; it resumes")
 
 
 def _tell_funnel(selection: str, echo: Echo) -> None:
@@ -270,9 +276,9 @@ def _judge_demo(pipeline: Pipeline, echo: Echo) -> None:
             continue
         selection = store.open_input(paths.join(pipeline.out, name), "select")
         rows = [selection.table(stem, ["key", "kept", "dropped_by"]).to_pydict() for stem in selection.stems]
-        columns = ([value for part in rows for value in part[column]] for column in ("key", "kept", "dropped_by"))
+        keys, kept, dropped_by = ([v for part in rows for v in part[name]] for name in ("key", "kept", "dropped_by"))
         label = str(selection.manifest["options"].get("recipe") or "steps")
-        found[label] = judge(*columns, truth)
+        found[label] = judge(keys, kept, dropped_by, truth)
         whole = format_judgement(found[label])
         told = whole if name == "selection" else "\n".join(whole.splitlines()[-2:])
         echo(f"\nWhat the recipe `{label}` made of the planted faults:\n{told}")

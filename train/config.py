@@ -117,6 +117,7 @@ class Config:
 
 
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
+NEIGHBOURS = ("about", "demo", "pool", "data", "import", "embed", "cluster", "select", "emit", "report", "mix")
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -148,6 +149,8 @@ def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     here = str(path.resolve().parent)
     for name, values in document.items():
+        if name in NEIGHBOURS:
+            continue
         if name not in TABLES:
             near = difflib.get_close_matches(name, TABLES, n=1, cutoff=0.75)
             if near:
@@ -166,7 +169,7 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     table, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
         raise UsageError(f"--set {override!r}: write it as table.key=value, for example align.lr=1e-3")
-    if table not in TABLES and difflib.get_close_matches(table, TABLES, n=1, cutoff=0.75):
+    if table not in (*TABLES, *NEIGHBOURS) and difflib.get_close_matches(table, TABLES, n=1, cutoff=0.75):
         raise UsageError(f"--set {override!r}: unknown table {table!r}{did_you_mean(table, TABLES)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]

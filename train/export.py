@@ -27,6 +27,7 @@ from train.stages import load_options, make_encoder
 from train.tower import make_image_processor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RECORD, UNFINISHED = "train_manifest.json", ".unfinished"
 INFIX = ("clip_vision_model", "siglip_vision_model")  # hub checkpoints of these keep their weights under vision_model.
 log = logging.getLogger("train")
 
@@ -38,6 +39,10 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False) -> dict
     """
     model, stage, _ = load_options(run)
     manifest = read_json(run / "manifest.json")
+    record = {"command": "export", "run": relative(str(run), out), "dtype": dtype, "result": manifest["result"]}
+    if (out / RECORD).is_file() and read_json(out / RECORD) == record and not overwrite:
+        log.info("%s is exported already; nothing to do (--overwrite starts over)", out)
+        return {"out": str(out), "dtype": dtype}
     claim_folder(out, overwrite)
     composed = compose(model, torch.float32)
     if composed.fingerprint != manifest["result"]["fingerprint"]:
@@ -45,18 +50,24 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False) -> dict
     merge_trained(composed.model, checkpoint.load_trained(run), stage.lora_alpha / stage.lora_rank)
     encoder = make_encoder(composed, model, stage)
     write_folder(composed, encoder, out, DTYPES[dtype])
-    record = {"command": "export", "run": relative(str(run), out), "dtype": dtype, "result": manifest["result"]}
-    write_json(out / "train_manifest.json", record)
+    finish_folder(out, record)
     return {"out": str(out), "parameters": sum(p.numel() for p in composed.model.parameters()), "dtype": dtype}
 
 
 def claim_folder(out: Path, overwrite: bool) -> None:
-    """Make an empty folder for a model, clearing an earlier export where asked.  Raises: UsageError."""
+    """Make a folder for a model, clearing an unfinished export, or a finished one where asked.  Raises: UsageError."""
     if out.is_dir() and any(out.iterdir()):
-        if not (overwrite and (out / "config.json").is_file()):
+        if not (out / UNFINISHED).is_file() and not (overwrite and (out / "config.json").is_file()):
             raise UsageError(f"--out {out} is not empty; type --overwrite to replace an exported model")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / UNFINISHED).touch()
+
+
+def finish_folder(out: Path, record: dict[str, Any]) -> None:
+    """Note beside a model how it was made, which makes its folder whole."""
+    write_json(out / RECORD, record)
+    (out / UNFINISHED).unlink()
 
 
 def merge_trained(model: Any, trained: Mapping[str, Tensor], scale: float) -> None:
@@ -161,5 +172,5 @@ def merge(models: Sequence[Path], weights: Sequence[float], out: Path, *, overwr
         dtypes = {k: v.dtype for k, v in load_file(file).items()}
         checkpoint.write_tensors({k: v.to(dtypes[k]) for k, v in total.items()}, out / file.name)
     record = {"command": "merge", "models": [relative(str(m), out) for m in models], "weights": list(weights)}
-    write_json(out / "train_manifest.json", record)
+    finish_folder(out, record)
     return {"out": str(out), "models": [str(m) for m in models], "weights": list(weights)}
