@@ -11,10 +11,11 @@ from PIL import Image
 
 from curate import demo
 from curate.demo_words import NAMES, TASKS, text_task, vocabulary
-from curate.demo_world import DIRT, FAULTS, NUM_CONCEPTS, Plan, concept_weights, draw, plan, sample_scenes
+from curate.demo_world import DIRT, FAULTS, NUM_CONCEPTS, Plan, caption, concept_weights, draw, plan, sample_scenes
 from curate.errors import UsageError
 from curate.shards import read_index, read_json, read_member
 
+MODELS = Path(__file__).parents[1] / "pipelines" / "demo"
 SMALL = {"rows": 240, "shards": 3, "instruct": 12, "tests": 1}
 
 
@@ -207,3 +208,58 @@ def test_judge_counts_what_was_planted_and_what_left():
 def test_wrong_arguments_are_refused(tmp_path, wrong, said):
     with pytest.raises(UsageError, match=said):
         demo.render(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("folder", ["clip", "tower"])
+def test_shipped_clip_loads_plainly_and_tells_right_from_wrong(folder):
+    import open_clip
+    import torch
+
+    assert sum(path.stat().st_size for path in (MODELS / folder).iterdir()) < 5e6
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{MODELS / folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{MODELS / folder}")
+    rng = np.random.default_rng([9, 9])
+    scenes = sample_scenes(rng, np.repeat(np.arange(NUM_CONCEPTS), 2))
+    images = torch.stack([transform(Image.fromarray(draw(scene, rng))) for scene in scenes])
+    tokens = tokenizer([caption(scene, rng) for scene in scenes])
+    assert int((tokens == tokenizer.tokenizer.unk_token_id).sum()) == 0
+    with torch.inference_mode():
+        image = model.eval().encode_image(images, normalize=True).numpy()
+        text = model.encode_text(tokens, normalize=True).numpy()
+        words = model.encode_text(tokenizer([f"a {name}" for name in NAMES]), normalize=True).numpy()
+    right, wrong = (image * text).sum(1), (image * np.roll(text, 17, 0)).sum(1)
+    assert (right[:, None] > wrong[None, :]).mean() > 0.97
+    assert ((image @ words.T).argmax(1) == scenes["concept"]).mean() > 0.4
+
+
+def test_shipped_language_model_reads_and_answers():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert sum(path.stat().st_size for path in (MODELS / "lm").iterdir()) < 5e6
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "lm", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "lm")
+
+    def complete(prompt: str) -> str:
+        given = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(given.input_ids, attention_mask=given.attention_mask, max_new_tokens=12, do_sample=False)
+        assert int(out[0, -1]) == tokenizer.eos_token_id
+        return tokenizer.decode(out[0, given.input_ids.shape[1] :], skip_special_tokens=True).strip()
+
+    assert complete("question : which day comes after monday ? answer :") == "tuesday"
+    bag = "rup small top teal left striped rup top small teal striped left rup rup small top left"
+    assert complete(f"{bag} question : what is this ? answer :") == "rup"
+    assert "rup" in complete(f"{bag} caption :").split()
+
+
+def test_shipped_tokenizers_give_back_what_they_were_given():
+    from transformers import AutoTokenizer
+
+    rng = np.random.default_rng(1)
+    for folder in ("clip", "lm"):
+        tokenizer = AutoTokenizer.from_pretrained(MODELS / folder)
+        for scene in sample_scenes(rng, np.arange(NUM_CONCEPTS)):
+            told = caption(scene, rng)
+            assert tokenizer.decode(tokenizer(told)["input_ids"], skip_special_tokens=True) == told
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<unk>", "<s>", "</s>", "<image>"]) == [0, 1, 2, 3, 4]
+    assert tokenizer("A chat between\na curious user: ASSISTANT: ok.")["input_ids"].count(tokenizer.unk_token_id) == 0
