@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 
+import pyarrow as pa
 import pytest
 
 from conftest import CLIP, ROOT, curate, fingerprint, manifest
@@ -77,6 +79,30 @@ def test_a_killed_stage_resumes_to_the_same_bytes(verb, made, undisturbed, tmp_p
     assert fingerprint(home / made) == fingerprint(undisturbed / made)
 
 
+def test_a_full_disk_leaves_no_half_file_and_a_rerun_finishes(undisturbed, tmp_path, demo):
+    home = pool_in(tmp_path, demo)
+    subprocess.run(["cp", "-r", undisturbed / "emb", undisturbed / "clu", undisturbed / "sel", home], check=True)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
+
+    ended = curate(*STAGES["emit"](home), "--workers", 1, check=False, preexec_fn=limit)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr and "File too large" in ended.stderr
+    assert not list((home / "out").glob("*.tmp")) and not list((home / "out").glob("*.tar"))
+    curate(*STAGES["emit"](home))
+    assert fingerprint(home / "out") == fingerprint(undisturbed / "out")
+
+
+def test_sidecars_whose_rows_do_not_line_up_are_refused(undisturbed, tmp_path, demo):
+    home = pool_in(tmp_path, demo)
+    subprocess.run(["cp", "-r", undisturbed / "emb", undisturbed / "clu", home], check=True)
+    cut = pa.ipc.open_file(home / "clu" / "00001.arrow").read_all().slice(5)
+    with pa.ipc.new_file(home / "clu" / "00001.arrow", cut.schema) as writer:
+        writer.write_table(cut)
+    refused = curate(*STAGES["select"](home), check=False)
+    assert refused.returncode == 2 and "00001.arrow has" in refused.stderr and "--overwrite" in refused.stderr
+
+
 def test_a_finished_stage_is_recognised_and_other_options_are_refused(undisturbed):
     before = artefacts(undisturbed)
     again = curate(*STAGES["select"](undisturbed))
@@ -93,8 +119,6 @@ def test_json_is_one_object_on_stdout(undisturbed):
 
 def test_show_tells_the_life_of_a_sample(undisturbed):
     assert "dedup(0.9)" in curate("show", undisturbed / "sel").stdout
-    import pyarrow as pa
-
     rows = pa.ipc.open_file(undisturbed / "sel" / "00001.arrow").read_all().to_pylist()
     dropped = next(row for row in rows if str(row["dropped_by"]).startswith("dedup"))
     life = curate("show", undisturbed / "out", "--key", dropped["key"]).stdout
