@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Card:
-    """A sample to show. twin: the card beside it, and how similar they are."""
+    """A sample to show. twin: the card beside it; cosine: of the two images; similarity: what select recorded."""
 
     key: str
     stem: str
@@ -43,6 +43,7 @@ class Card:
     score: float | None = None
     cluster: int | None = None
     similarity: float | None = None
+    cosine: float | None = None
     picture: str = ""
     trouble: str = ""
     twin: "Card | None" = None
@@ -137,8 +138,14 @@ class Gallery:
         for place, twin in _spread(shown, number):
             card = self.card(*place)
             card.twin = self.card(*found[twin])
+            card.cosine = float(np.clip(self._vector(*place) @ self._vector(*found[twin]), -1, 1))
             cards.append(card)
         return cards
+
+    def _vector(self, stem: str, row: int) -> np.ndarray:
+        column = self.embedded.table(stem, ["image_embedding"])["image_embedding"].slice(row, 1)
+        [values] = column.to_pylist()
+        return np.asarray(values if values is not None else [0.0] * column.type.list_size, np.float32)
 
     def _find(self, keys: set[str]) -> dict[str, Place]:
         """Find rows by key in the sampled shards."""

@@ -110,7 +110,7 @@ def test_hostile_text_stays_text(tmp_path):
 def test_the_page_tells_the_funnel_and_shows_twins_side_by_side(tmp_path):
     text, found = page(make(tmp_path), tmp_path / "report.html")
     words = " ".join("".join(found.words).split())
-    for said in ("24", "−12 (50.0 %)", "dedup(0.86)", "similarity 0.9700", "curate emit selection coreset"):
+    for said in ("24", "−12 (50.0 %)", "dedup(0.86)", "linked at 0.9700", "curate emit selection coreset"):
         assert said in words, said
     assert len(found.all("img")) >= 24 and len([a for a in found.all("li") if a.get("class") == "pair"]) == 2
     assert {a["href"][1:] for a in found.all("a")} <= {a.get("id") for _, a in found.tags}
