@@ -286,7 +286,7 @@ def _columns(facts: list[dict[str, Any]], image_md: np.ndarray, text_md: np.ndar
     image_nd, text_nd = np.zeros(size, np.float16), np.zeros(size, np.float16)
     image_nd[at], text_nd[at] = image_md[sound], text_md[sound]
     valid, score = np.zeros(len(facts), bool), np.zeros(len(facts), np.float32)
-    valid[at], score[at] = True, cosines(image_nd[at], text_nd[at])
+    valid[at], score[at] = True, encoders.cosines(image_nd[at], text_nd[at])
     schema = store.embedding_schema(1)
     columns = {
         name: pa.array([row[name] for row in facts], schema.field(name).type) for name in facts[0] if name != "status"
@@ -296,10 +296,3 @@ def _columns(facts: list[dict[str, Any]], image_md: np.ndarray, text_md: np.ndar
     columns["text_embedding"] = store.vector_column(text_nd, valid)
     columns["clip_score"] = pa.array(score, pa.float32(), mask=~valid)
     return [columns[name] for name in schema.names]
-
-
-def cosines(a_nd: np.ndarray, b_nd: np.ndarray) -> np.ndarray:
-    """Compute the cosine of each row of a with its row of b: f32 [n]."""
-    a, b = a_nd.astype(np.float32), b_nd.astype(np.float32)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.asarray(np.einsum("nd,nd->n", a, b) / np.maximum(norms, 1e-12), np.float32)

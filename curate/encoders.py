@@ -261,3 +261,10 @@ def _unit(features: Any) -> np.ndarray:
         features = features[0]
     features = features.float()
     return np.asarray((features / features.norm(dim=-1, keepdim=True)).cpu())
+
+
+def cosines(a_nd: np.ndarray, b_nd: np.ndarray) -> np.ndarray:
+    """Compute the cosine of each row of a with its row of b: f32 [n]."""
+    a, b = a_nd.astype(np.float32), b_nd.astype(np.float32)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray(np.einsum("nd,nd->n", a, b) / np.maximum(norms, 1e-12), np.float32)

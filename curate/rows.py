@@ -14,6 +14,7 @@ from hashlib import blake2b
 from typing import IO, Any
 
 import numpy as np
+from PIL.Image import Image
 
 from curate import checkpoints, encoders, images, paths, shards
 from curate.errors import ShardError
@@ -55,40 +56,46 @@ class Reader:
         facts, pixels = [], []
         with open(path, "rb") as file:
             for sample in samples:
-                row = blank(sample)
+                row, image = read_row(file, sample, self.max_pixels)
                 facts.append(row)
-                if row["status"] == "ok":
-                    image = self._read(file, sample, row)
-                    if row["status"] == "ok" and image is not None:
-                        pixels.append(image)
+                if row["status"] == "ok" and image is not None:
+                    try:
+                        pixels.append(self.transform(image))
+                    except images.BadImage as bad:
+                        row["status"] = bad.status
         captions = [row["caption"] for row in facts if row["status"] == "ok"]
         return Rows(facts, np.stack(pixels) if pixels else self.no_pixels, self.tokenize(captions))
 
-    def _read(self, file: IO[bytes], sample: shards.Sample, row: dict[str, Any]) -> np.ndarray | None:
-        """Fill in a row, and return its pixels u8 [h, w, 3] where there are any."""
-        described = read_description(file, sample)
-        row["url"] = usable_text(described.get("url"))
-        row["caption"], trouble = read_caption(file, sample, described)
-        image = None
-        try:
-            image = self._read_image(file, sample, row)
-        except images.BadImage as bad:
-            trouble = bad.status
-        row["status"] = trouble or "ok"
-        return image
 
-    def _read_image(self, file: IO[bytes], sample: shards.Sample, row: dict[str, Any]) -> np.ndarray:
-        member = sample.image
-        if member is None:
-            raise images.BadImage("no_image")
-        if member.size > shards.MAX_MEMBER_BYTES:
-            raise images.BadImage("too_large")
-        data = read_bytes(file, member) or b""
-        row["uid"] = uid(data) if data else None
-        image = images.decode(data, self.max_pixels)
-        row["phash"] = images.perceptual_hash(image)
-        row["width"], row["height"] = image.size
-        return self.transform(image)
+def read_row(file: IO[bytes], sample: shards.Sample, max_pixels: int) -> tuple[dict[str, Any], Image | None]:
+    """Read what a sample is, and its decoded image where there is one. The image's fault names the row."""
+    row = blank(sample)
+    if row["status"] != "ok":
+        return row, None
+    described = read_description(file, sample)
+    row["url"] = usable_text(described.get("url"))
+    row["caption"], trouble = read_caption(file, sample, described)
+    image = None
+    try:
+        image = _read_image(file, sample, row, max_pixels)
+    except images.BadImage as bad:
+        trouble = bad.status
+    row["status"] = trouble or "ok"
+    return row, image
+
+
+def _read_image(file: IO[bytes], sample: shards.Sample, row: dict[str, Any], max_pixels: int) -> Image:
+    member = sample.image
+    if member is None:
+        raise images.BadImage("no_image")
+    if member.size > shards.MAX_MEMBER_BYTES:
+        raise images.BadImage("too_large")
+    data = read_bytes(file, member) or b""
+    row["uid"] = uid(data) if data else None
+    image = images.decode(data, max_pixels)
+    row["phash"] = images.perceptual_hash(image)
+    row["width"], row["height"] = image.size
+    return image
 
 
 def uid(data: bytes) -> bytes:
