@@ -39,7 +39,8 @@ def test_the_wheel_carries_everything_that_runs(wheel):
 def test_the_installed_command_finds_the_shipped_pipelines(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv = ['curate', 'run', '--list']; import curate.cli; curate.cli.main()"
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv = ['curate', 'run', '--list']"
+    code += "; import curate.cli; curate.cli.main()"
     listed = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert listed.returncode == 0, listed.stderr
     assert all(path.stem in listed.stdout for path in PIPELINES)
