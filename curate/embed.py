@@ -79,7 +79,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         sys.stderr.write(f"embed: {options.model} in {precision} on {device} ({reason}), {told}\n")
     task = EmbedShard(source, precision, device, batch_size, options.max_pixels, threads, decoders, out, found)
     try:
-        outcome = engine.run_stage("embed", task, job.share(output.missing(list(found))), job, workers=workers)
+        outcome = engine.run_stage("embed", task, output.missing(job.share(list(found))), job, workers=workers)
     finally:
         task.close()
     return _finish(output, list(found), outcome, device, workers)

@@ -63,12 +63,12 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         return output.manifest
     if not options.pool:
         named = {part.stem: part for part in parts}
-        outcome = engine.run_stage("import", ImportPart(named, out), job.share(output.missing(list(named))), job)
+        outcome = engine.run_stage("import", ImportPart(named, out), output.missing(job.share(list(named))), job)
         return _finish(output, list(named), outcome, {})
     with tempfile.TemporaryDirectory() as folder:
         joined = build_join(parts, options.join, folder)
         task = ImportShard(parts, found, folder, options.join, options.max_pixels, out)
-        outcome = engine.run_stage("import", task, job.share(output.missing(list(found))), job)
+        outcome = engine.run_stage("import", task, output.missing(job.share(list(found))), job)
     return _finish(output, list(found), outcome, joined, quiet=job.quiet)
 
 

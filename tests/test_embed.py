@@ -213,7 +213,7 @@ def test_slices_share_the_shards_and_the_last_one_finishes(tmp_path, model):
     pool, out = write_pool(tmp_path / "pool", ["00000", "00001", "00002"], 3), str(tmp_path / "emb")
     first = embed(pool, out, EmbedOptions(model), Job(quiet=True, part=(0, 2)))
     assert first["unfinished"] == ["00001"] and not os.path.exists(f"{out}/manifest.json")
-    assert embed(pool, out, EmbedOptions(model), Job(quiet=True, part=(0, 1)))["counts"] == {"ok": 9}
+    assert embed(pool, out, EmbedOptions(model), Job(quiet=True, part=(1, 2)))["counts"] == {"ok": 9}
 
 
 @pytest.mark.parametrize(
