@@ -61,15 +61,15 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     if not related:
         missing |= {stem for stem in source.stems if not paths.exists(paths.join(scatter, f"{stem}.arrow"))}
     assigned = run_stage(
-        "assign", Assign(emb, out, buckets), job.share([stem for stem in source.stems if stem in missing]), job
+        "assign", Assign(emb, out, buckets), [stem for stem in job.share(source.stems) if stem in missing], job
     )
     _refuse_failures(assigned.failed)
     if job.part is not None and output.missing(source.stems):
         return {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows}}
     seconds = assigned.seconds
     if not related:
-        todo = [b for b in range(buckets) if not paths.exists(paths.join(scatter, f"edges-{b}.arrow"))]
-        found = run_stage("relate", Relate(emb, out, options.floor), job.share(todo), job)
+        todo = [b for b in job.share(range(buckets)) if not paths.exists(paths.join(scatter, f"edges-{b}.arrow"))]
+        found = run_stage("relate", Relate(emb, out, options.floor), todo, job)
         _refuse_failures(found.failed)
         if not all(paths.exists(paths.join(scatter, f"edges-{b}.arrow")) for b in range(buckets)):
             return {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows, "related": found.rows}}
