@@ -1,8 +1,9 @@
 """Say beforehand what a pipeline would do: the commands, and rows, bytes and time per stage.
 
-Rows and bytes come from the headers of the pool's first, middle and last shards. Time comes from what an earlier run in
-the same place measured (`log.jsonl`), else from a short calibration on this machine: a hundred samples really embedded,
-and one matrix product for the stages that are matrix products. Nothing is written outside a temporary directory.
+Rows and bytes come from the headers of the pool's shards (of many: the first, the middle and the last). Time comes from
+what an earlier run in the same place measured (`log.jsonl`), else from a short calibration on this machine: a hundred
+samples really embedded, and one matrix product for the stages that are matrix products. Nothing is written outside a
+temporary directory.
 """
 
 import json
@@ -19,7 +20,8 @@ from curate.engine import Job, cores
 from curate.errors import CurateError
 from curate.pipeline import TRAINER, Pipeline, shown_command, stage_options
 
-CALIBRATION_ROWS = 96
+CALIBRATION_ROWS = (16, 16, 128)  # the first run pays for imports, the difference of the others is the rate
+MAX_COUNTED = 16  # shards whose headers are all read; of more, the first, the middle and the last
 WRITE_BYTES_PER_S = 300e6  # tar copy and sidecar writing, fsync included; a fifth of an NVMe disk
 ROW_OVERHEAD_BYTES = 120  # key, uid, hash, caption, scores
 
@@ -45,9 +47,9 @@ class Cost:
 
 
 def measure_pool(pool: str) -> tuple[Size, list[shards.Shard]]:
-    """Count the samples of a pool from a few of its shards' headers."""
+    """Count the samples of a pool from its shards' headers, of a large pool from three shards'."""
     found = shards.list_pool(pool)
-    looked = found if len(found) <= 3 else [found[0], found[len(found) // 2], found[-1]]
+    looked = found if len(found) <= MAX_COUNTED else [found[0], found[len(found) // 2], found[-1]]
     rows = seen = 0
     for shard in looked:
         with suppress(CurateError), paths.open_read(shard.location) as file:
@@ -65,9 +67,10 @@ def lines(pipeline: Pipeline, only: str | None) -> Iterator[str]:
         yield f"▸ {shown_command(pipeline, stage)}"
         if stage in TRAINER or stage in ("report", "mix"):
             continue
+        cost = _cost(pipeline, stage, sizes)
         if paths.exists(paths.join(pipeline.place(stage), store.MANIFEST)):
             yield "    stands finished; it is run again only if its request has changed"
-        cost = _cost(pipeline, stage, sizes)
+            continue
         if cost is None:
             yield "    not known before the pool is there"
             continue
@@ -131,21 +134,19 @@ def _logged_rate(location: str) -> tuple[float, int] | None:
 
 
 def _calibrate(pipeline: Pipeline, found: list[shards.Shard]) -> tuple[float, int]:
-    """Embed the pool's first samples twice over, few and more, so that loading the model cancels out."""
+    """Embed the pool's first samples, few and more, so that loading cancels out. Returns rows/s and dimensions."""
     from curate.embed import embed
 
-    seconds, dim = [], 512
+    seconds, rows, dim = [], [], 512
     with tempfile.TemporaryDirectory() as folder:
-        for count in (CALIBRATION_ROWS // 3, CALIBRATION_ROWS):
-            pool = paths.join(folder, f"pool{count}")
-            rows = _copy_head(found[0], paths.join(pool, "00000.tar"), count)
+        for turn, count in enumerate(CALIBRATION_ROWS):
+            pool, out = paths.join(folder, f"pool{turn}"), paths.join(folder, f"emb{turn}")
+            rows.append(_copy_head(found[0], paths.join(pool, "00000.tar"), count))
             started = time.perf_counter()
-            embed(pool, paths.join(folder, f"emb{count}"), stage_options(pipeline, "embed"), Job(workers=1, quiet=True))
+            embed(pool, out, stage_options(pipeline, "embed"), Job(workers=1, quiet=True))
             seconds.append(time.perf_counter() - started)
-        table = store.table(paths.join(folder, f"emb{CALIBRATION_ROWS}", "00000.arrow"), ["image_embedding"])
-        dim = table.schema[0].type.list_size
-    more = max(seconds[1] - seconds[0], 1e-3)
-    return max(rows - CALIBRATION_ROWS // 3, 1) / more, dim
+            dim = store.reader(paths.join(out, "00000.arrow")).schema.field("image_embedding").type.list_size
+    return max(rows[-1] - rows[-2], 1) / max(seconds[-1] - seconds[-2], 1e-3), dim
 
 
 def _copy_head(shard: shards.Shard, target: str, count: int) -> int:

@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,22 +291,22 @@ def _curation(pipeline: Pipeline, stage: str, job: Job) -> Iterator[tuple[str, d
     """Carry out one curation stage, and its companions, as (label, manifest)."""
     place = pipeline.place
     if stage == "demo":
-        yield stage, _fresh(job, lambda job: render_demo(place("demo"), stage_options(pipeline, "demo"), job))
+        yield stage, _fresh(job, partial(render_demo, place("demo"), stage_options(pipeline, "demo")))
     elif stage == "import":
         from curate.importing import import_layout
 
         source, chosen = pipeline.tables["import"]["source"], stage_options(pipeline, stage)
-        yield stage, _fresh(job, lambda job: import_layout(source, place(stage), chosen, job))
+        yield stage, _fresh(job, partial(import_layout, source, place(stage), chosen))
     elif stage == "embed":
         from curate.embed import embed
 
         chosen = stage_options(pipeline, stage)
-        yield stage, _fresh(job, lambda job: embed(pipeline.pool, place(stage), chosen, job))
+        yield stage, _fresh(job, partial(embed, pipeline.pool, place(stage), chosen))
     elif stage == "cluster":
         from curate.cluster import cluster
 
         chosen = stage_options(pipeline, stage)
-        yield stage, _fresh(job, lambda job: cluster(place("embed"), place(stage), chosen, job))
+        yield stage, _fresh(job, partial(cluster, place("embed"), place(stage), chosen))
     elif stage == "select":
         yield from _selections(pipeline, job)
     elif stage == "emit":
@@ -317,7 +318,7 @@ def _curation(pipeline: Pipeline, stage: str, job: Job) -> Iterator[tuple[str, d
     else:
         from curate.mix import mix
 
-        yield stage, _fresh(job, lambda job: mix(pipeline.tables["mix"], place(stage), job))
+        yield stage, _fresh(job, partial(mix, pipeline.tables["mix"], place(stage)))
 
 
 def _selections(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -329,7 +330,7 @@ def _selections(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, A
         label = "selection" if recipe is None else f"selection-{recipe}"
         chosen = stage_options(pipeline, "select", **({} if recipe is None else {"recipe": recipe}))
         target = paths.join(pipeline.out, label)
-        yield label, _fresh(job, lambda job, chosen=chosen, target=target: select(source, target, chosen, job))
+        yield label, _fresh(job, partial(select, source, target, chosen))
 
 
 def _emissions(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -340,10 +341,7 @@ def _emissions(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, An
     for kind in (None, *pipeline.tables["emit"].get("also", [])):
         wanted = chosen if kind is None else replace(chosen, format=kind)
         target = pipeline.place("emit") + ("" if kind is None else f"-{kind}")
-        yield (
-            paths.name(target),
-            _fresh(job, lambda job, wanted=wanted, target=target: emit(pipeline.place("select"), target, wanted, job)),
-        )
+        yield paths.name(target), _fresh(job, partial(emit, pipeline.place("select"), target, wanted))
 
 
 def _fresh(job: Job, stage: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ keys first appear, with the bytes' positions, so that any later stage can fetch 
 
 A thin reader of our own instead of webdataset's, because rows are the contract here: webdataset groups only adjacent
 members, drops incomplete samples, stops at a truncation without saying so, and its default decoders unpickle `.pyd`.
-Headers are parsed here too: `tarfile` takes more than twice as long, hides where an archive broke, and reads whatever length
-an extension header claims. Members are never extracted to disk, links and devices are never followed.
+Headers are parsed here too: `tarfile` takes more than twice as long, hides where an archive broke, and reads whatever
+length an extension header claims. Members are never extracted to disk, links and devices are never followed.
 """
 
 import io

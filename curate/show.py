@@ -16,6 +16,9 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
     rows = sum(int(shard.get("rows", 0)) for shard in manifest.get("shards", {}).values())
     shards = len(manifest.get("shards", {}))
     what = f"{rows:,} rows in {shards:,} shards" if shards else ""
+    fit = manifest.get("fit", {})
+    if fit:
+        account += f" · k = {manifest['clusters']['k']:,} fitted on {fit['fitted_rows']:,} rows"
     return f"  {command}: {' — '.join(part for part in (what, account) if part) or 'done'}"
 
 

@@ -1,0 +1,81 @@
+"""Pipelines: what is checked before anything runs, what is told beforehand, and that a second run does nothing."""
+
+import tomllib
+
+import pytest
+
+from conftest import CLIP, ROOT, curate, fingerprint
+from curate import pipeline
+from curate.errors import UsageError
+
+TABLES = f"""
+[pool]
+path = "POOL"
+[embed]
+model = "{CLIP}"
+[cluster]
+k = 12
+[select]
+recipe = "balanced"
+n = 100
+compare = ["random"]
+[emit]
+shard_size = 40
+"""
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory, demo):
+    path = tmp_path_factory.mktemp("plan") / "mine.toml"
+    path.write_text(TABLES.replace("POOL", str(demo / "pool")))
+    return path
+
+
+def test_the_dry_run_tells_and_does_nothing(plan, tmp_path):
+    told = curate("run", plan, "--out", tmp_path / "out", "--dry-run").stdout
+    assert "curate embed" in told and "599 rows" in told and "calibrated" in told and "TFLOP" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_does_nothing_and_another_recipe_only_what_it_must(plan, tmp_path):
+    out = tmp_path / "out"
+    first = curate("run", plan, "--out", out)
+    assert "balance(cluster, 100)" in first.stdout and (out / "selection-random" / "funnel.json").exists()
+    before = fingerprint(out)
+    assert curate("run", plan, "--out", out).stderr == "" and fingerprint(out) == before
+    refused = curate("run", plan, "--out", out, "--recipe", "laion", check=False)
+    assert refused.returncode == 2 and "--overwrite" in refused.stderr
+    curate("run", plan, "--out", out, "--set", "select.n=50", "--overwrite")
+    after = fingerprint(out)
+    assert {name for name in before if before[name] != after.get(name)} >= {"out/selection/funnel.json"}
+    assert all(after[name] == before[name] for name in before if name.startswith(("out/embeddings", "out/clusters")))
+
+
+def test_settings_and_tables_are_checked_before_anything_runs(plan, tmp_path):
+    for setting, word in [
+        ("embed.modle=x", "did you mean 'model'"),
+        ("cluster.k=many", "cluster.k='many' is not a whole number"),
+        ("sellect.n=3", "did you mean 'select'"),
+        ("data.evil=x", "did you mean 'eval'"),
+    ]:
+        with pytest.raises(UsageError, match=word.replace("(", r"\(")):
+            pipeline.load(str(plan), None, settings=[setting])
+
+
+def test_a_pool_takes_the_place_of_the_demos():
+    plan = pipeline.load("demo", None, pool="shards/")
+    assert plan.pool == "shards/" and "demo" not in plan.tables and plan.stages("coreset")[0] == "embed"
+
+
+def test_trainer_commands_carry_the_file_the_places_and_the_settings():
+    plan = pipeline.load("demo", "there", settings=["align.lr=1e-3", "select.n=5"])
+    words = pipeline.trainer_command(plan, "align")
+    assert words[3:8] == ["align", "--data", "there/coreset", "--out", "there/align"]
+    assert "--set=align.lr=1e-3" in words and not any("select.n" in word for word in words)
+    assert ["--align", "there/align"] == pipeline.trainer_command(plan, "finetune")[8:10]
+
+
+def test_the_listing_names_every_shipped_pipeline():
+    listed = dict(pipeline.listing())
+    for path in (ROOT / "pipelines").glob("*.toml"):
+        assert listed[path.stem] == tomllib.loads(path.read_text()).get("about", "")
