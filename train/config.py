@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import pipelines
 from train.errors import UsageError, did_you_mean
 
 
@@ -141,13 +142,11 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
 def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        with path.open("rb") as file:
-            document = tomllib.load(file)
-    except FileNotFoundError:
-        raise UsageError(f"no configuration file at {path}") from None
-    except tomllib.TOMLDecodeError as error:
+        document = pipelines.read(path)
+    except FileNotFoundError as error:
+        raise UsageError(f"no configuration file at {error.filename}") from None
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
-    here = str(path.resolve().parent)
     for name, values in document.items():
         if name in NEIGHBOURS:
             continue
@@ -157,11 +156,7 @@ def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
                 raise UsageError(f"{path}: unknown table [{name}]; did you mean [{near[0]}]?")
         elif not isinstance(values, dict):
             raise UsageError(f"{path}: {name} must be a table, written [{name}]")
-    return {
-        name: {key: value.replace("{here}", here) if isinstance(value, str) else value for key, value in values.items()}
-        for name, values in document.items()
-        if name in TABLES
-    }
+    return {name: values for name, values in document.items() if name in TABLES}
 
 
 def _parse_override(override: str) -> tuple[str, str, Any]:

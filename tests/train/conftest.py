@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from toys import make_clip, make_lm, write_captions, write_json, write_mixed
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: threads would only wait for each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -1,0 +1,87 @@
+"""The plan of steps: packing, grouping, order, and what a micro-batch holds."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import word_tokenizer
+
+from train.batches import Collator, Plan, group, pack
+from train.config import Stage
+from train.data import measure, open_source
+from train.prompts import Encoder, get_template
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(50, 120))
+def test_packing_fits_each_sample_once_and_wastes_less_than_half(lengths, capacity):
+    rows = pack(lengths, capacity)
+    assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in row) for row in rows]
+    assert max(sums) <= capacity
+    assert sum(a + b <= capacity for a, b in itertools.combinations(sums, 2)) == 0, "first fit leaves no two mergeable"
+    assert pack(lengths, capacity) == rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(50, 400), st.integers(1, 4))
+def test_groups_respect_the_budget_and_the_processes(lengths, budget, world):
+    rows = [[i] for i in range(len(lengths))]
+    groups = group(rows, lengths, budget, world)
+    assert len(groups) % world == 0
+    assert sorted(i for g in groups for row in g for i in row) == list(range(len(lengths)))
+    for g in groups:
+        assert not g or len(g) * max(lengths[i] for row in g for i in row) <= budget
+
+
+def plan_of(world, **stage):
+    source = open_source(str(world / "mixed"))
+    encoder = Encoder(word_tokenizer(), get_template("qa"), "<image>", 5)
+    measured = measure(source, encoder, 64)
+    options = Stage(**{"batch_size": 8, **stage})
+    return Plan(measured, options, 64), Collator(source, encoder, None, 64)
+
+
+def test_each_epoch_visits_each_sample_once_in_its_own_order(world):
+    plan, _ = plan_of(world, epochs=2.0)
+    assert plan.steps == 10
+    seen = [plan.samples(step) for step in range(10)]
+    first, second = list(itertools.chain(*seen[:5])), list(itertools.chain(*seen[5:]))
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+    again, _ = plan_of(world, epochs=2.0)
+    assert [again.samples(step) for step in reversed(range(10))] == seen[::-1], "any step, in any order"
+    assert plan_of(world, epochs=2.0, seed=1)[0].samples(0) != seen[0]
+
+
+def test_a_last_short_step_and_a_wrap_around(world):
+    plan, _ = plan_of(world, batch_size=16)
+    assert [len(plan.samples(step)) for step in range(plan.steps)] == [16, 16, 8]
+    plan, _ = plan_of(world, batch_size=64, steps=3)
+    assert [len(plan.samples(step)) for step in range(plan.steps)] == [64, 64, 64]
+
+
+def test_processes_share_a_step_without_overlap(world):
+    plan, _ = plan_of(world)
+    for processes in (1, 2, 3):
+        groups = plan.micro_batches(0, processes)
+        assert sorted(i for g in groups for row in g for i in row) == sorted(plan.samples(0))
+        assert len(groups) % processes == 0
+
+
+def test_a_packed_batch_holds_each_document_in_its_place(world):
+    plan, collator = plan_of(world)
+    collator.decode = False
+    (rows,) = plan.micro_batches(0, 1)
+    batch = collator(rows)
+    flat, positions = batch.ids_bl.flatten().numpy(), batch.positions_bl.flatten().numpy()
+    for index in plan.samples(0):
+        mine = batch.owners_s.numpy() == index
+        where, targets = batch.supervised_s.numpy()[mine], batch.targets_s.numpy()[mine]
+        assert (flat[where + 1] == targets).all() and len(targets) == plan.measured.supervised[index]
+        assert (np.diff(positions[where]) > 0).all()
+    assert batch.num_tokens == plan.measured.lengths[plan.samples(0)].sum()
+    starts = (batch.positions_bl == 0).sum()
+    assert starts >= len(plan.samples(0))

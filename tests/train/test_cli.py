@@ -1,0 +1,90 @@
+"""The verbs as typed: exit codes, one-line errors, results on stdout alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toys import picture
+
+from train.__main__ import app, main
+
+REPO = Path(__file__).parents[2]
+
+
+def call(capfd, *words):
+    """Run the command line in this process; return exit code, stdout and stderr."""
+    code = 0
+    try:
+        main(lambda: app([str(word) for word in words], standalone_mode=False))
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def test_the_road_from_shards_to_an_answer(world, tmp_path, capfd):
+    config = ("--config", world / "config.toml")
+    align, tuned, model = tmp_path / "run" / "align", tmp_path / "run" / "finetune", tmp_path / "model"
+    code, out, _ = call(capfd, "align", *config, "--data", world / "captions", "--out", align, "--json")
+    assert code == 0 and json.loads(out)["steps"] == 8
+    words = ("finetune", *config, "--data", world / "mixed", "--align", align, "--out", tuned, "--json")
+    assert json.loads(call(capfd, *words)[1])["samples"] == 40
+    assert call(capfd, *words)[0] == 0, "finished is finished"
+    code, out, err = call(capfd, *words, "--set", "finetune.steps=7")
+    assert code == 2 and err.count("\n") == 1 and "stage.steps = 6, not 7" in err and "--overwrite" in err
+    assert call(capfd, "export", tuned, "--out", model, *config)[0] == 0
+    data = world / "llava" / "data.json"
+    code, out, _ = call(capfd, "eval", model, "--data", data, "--out", tmp_path / "a.jsonl", "--show", 2, "--limit", 5)
+    assert code == 0 and out.count("truth") == 2 and "all" in out
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 5
+    (tmp_path / "x.jpg").write_bytes(picture("red", True, 0))
+    words = ("generate", model, "--image", tmp_path / "x.jpg", "--prompt", "what colour is it ?", "--json")
+    assert "answer" in json.loads(call(capfd, *words)[1])
+
+
+def test_inspect_shows_what_is_learnt(world, capfd):
+    words = ("inspect", "--config", world / "config.toml", "--data", world / "mixed", "--num", 1)
+    code, out, _ = call(capfd, *words)
+    assert code == 0
+    assert "<5 image tokens>question : what colour is it ? answer :[[red <eos>]]" in out
+    assert "40 usable samples of 40" in out and "text only 20.0%" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("check", "--set", "align.lrr=1"), "did you mean 'lr'"),
+        (("check", "--set", "model.template=vicunna"), "did you mean 'vicuna'"),
+        (("align", "--data", "nowhere", "--out", "x"), "no such file or folder"),
+        (("export", "nowhere", "--out", "x"), "not a finished run"),
+        (("generate", "nowhere", "--prompt", "x"), "not an exported model"),
+        (("eval", "nowhere", "--data", "x", "--out", "y"), "no such file"),
+    ],
+)
+def test_wrong_requests_end_with_two(words, hint, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capfd, *words)
+    assert code == 2 and hint in err and err.startswith("error: ") and err.count("\n") == 1 and out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_prints_every_option(world, capfd):
+    code, out, _ = call(capfd, "check", "--config", world / "config.toml", "--json")
+    assert code == 0 and json.loads(out)["finetune"]["lora_rank"] == 4
+
+
+def test_help_and_module_entry(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    for verb in ("align", "finetune", "export", "merge", "eval", "generate", "inspect", "check"):
+        assert verb in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "alig"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2

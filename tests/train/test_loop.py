@@ -1,0 +1,300 @@
+"""Whole stages through their front door: equal however they are split, packed, interrupted or decoded."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys import add, picture, write_mixed
+
+from train import config as configuration
+from train.checkpoint import latest, load_trained
+from train.errors import CheckpointError, DataError, TrainError, UsageError
+from train.loop import schedule
+from train.stages import run_stage
+
+REPO = Path(__file__).parents[2]
+
+
+def run(world, out, *settings, stage="finetune", data="mixed", **more):
+    options = configuration.load(str(world / "config.toml"), settings)
+    return run_stage(stage, options, str(world / data), out, **more)
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(a, b, atol=0.0):
+    first, second = load_trained(a), load_trained(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=0, atol=atol, msg=name)
+
+
+@pytest.fixture(scope="module")
+def plain(world, tmp_path_factory):
+    """A fine-tuning of six steps, undisturbed: packed, in one micro-batch, with dropout."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    run(world, out, "finetune.save_every=2")
+    return out
+
+
+@pytest.fixture(scope="module")
+def steady(world, tmp_path_factory):
+    """The same without dropout, which follows the micro-batches."""
+    out = tmp_path_factory.mktemp("steady") / "run"
+    run(world, out, "finetune.lora_dropout=0.0")
+    return out
+
+
+def test_a_stage_learns_and_leaves_its_files(world, tmp_path):
+    manifest = run(world, tmp_path / "run", "align.steps=40", stage="align", data="captions")
+    result = manifest["result"]
+    assert result["last_loss"] < result["first_loss"] - 0.1 and result["steps"] == 40
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoints",
+        "manifest.json",
+        "metrics.jsonl",
+        "projector.safetensors",
+        "skipped.jsonl",
+        "tensorboard",
+    ]
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"loss", "lr", "tokens_per_s", "supervised_per_s", "padding", "data_wait_s", "eta_s"} <= row.keys()
+    assert str(tmp_path) not in (tmp_path / "run" / "manifest.json").read_text()
+
+
+def test_the_loss_is_transformers_own(world, tmp_path):
+    """The first loss, recomputed with the native class, padded batch and labels at every position."""
+    run(world, tmp_path / "run", "align.steps=1", stage="align", data="captions")
+    from train.batches import Collator, Plan
+    from train.data import encode, measure, open_source
+    from train.model import compose, normalise
+    from train.stages import make_encoder
+    from train.tower import make_image_processor
+
+    options = configuration.load(str(world / "config.toml"), ["align.steps=1"])
+    composed = compose(options.model)
+    encoder = make_encoder(composed, options.model, options.align)
+    source = open_source(str(world / "captions"))
+    plan = Plan(measure(source, encoder, 64), options.align, 64)
+    collator = Collator(source, encoder, make_image_processor(composed.vision), 64)
+    total, count = 0.0, 0
+    for index in plan.samples(0):
+        record, encoded = encode(source, encoder, index, 64)
+        pixels = normalise(torch.stack(collator.pixels(record.images)), composed.vision, torch.float32)
+        labels = torch.from_numpy(encoded.labels).long()[None]
+        ids = torch.from_numpy(encoded.ids).long()[None]
+        n = int((labels >= 0).sum())
+        total += n * float(composed.model(input_ids=ids, pixel_values=pixels, labels=labels).loss)
+        count += n
+    assert losses(tmp_path / "run")[0] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_packed_equals_unpacked(world, tmp_path, steady):
+    run(world, tmp_path / "run", "finetune.lora_dropout=0.0", "finetune.packing=false")
+    assert losses(tmp_path / "run") == pytest.approx(losses(steady), abs=1e-5)
+
+
+def test_micro_batches_change_nothing(world, tmp_path, steady):
+    run(world, tmp_path / "run", "finetune.lora_dropout=0.0", "finetune.micro_tokens=70")
+    assert losses(tmp_path / "run") == pytest.approx(losses(steady), abs=1e-5)
+    assert_same_weights(tmp_path / "run", steady, atol=1e-4)
+
+
+def test_cached_features_and_workers_change_nothing(world, tmp_path, plain):
+    run(world, tmp_path / "run", "finetune.cache_features_mb=10", "finetune.workers=2")
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain), abs=1e-5)
+
+
+def command(world, out, *settings, processes=1, stage="finetune", data="mixed"):
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    base = [
+        "-m",
+        "train",
+        stage,
+        "--config",
+        str(world / "config.toml"),
+        "--data",
+        str(world / data),
+        "--out",
+        str(out),
+    ]
+    return start + base + [word for setting in settings for word in ("--set", setting)]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_equal_one(world, tmp_path, steady):
+    arguments = command(world, tmp_path / "run", "finetune.lora_dropout=0.0", processes=2)
+    done = subprocess.run(arguments, env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(steady), abs=1e-5)
+    assert_same_weights(tmp_path / "run", steady, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_resumed_is_bit_equal(world, tmp_path, number):
+    settings = ("finetune.steps=60", "finetune.save_every=7")
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(world, out, *settings), env=environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while (not metrics.exists() or metrics.read_text().count("\n") < 10) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    code = process.wait(timeout=60)
+    assert code == (-9 if number == signal.SIGKILL else 143), process.stderr.read()
+    assert not (out / "manifest.json").exists() and (out / ".plan.json").exists()
+    saved = int(latest(out / "checkpoints").name.removeprefix("step-"))
+    assert 0 < saved < 60 and (number == signal.SIGKILL or saved == metrics.read_text().count("\n"))
+    run(world, out, *settings)
+    run(world, tmp_path / "undisturbed", *settings)
+    assert losses(out) == losses(tmp_path / "undisturbed")
+    assert_same_weights(out, tmp_path / "undisturbed")
+    for name in ("manifest.json", "projector.safetensors", "adapter/adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_the_last_checkpoints_are_kept_and_whole(plain):
+    assert [p.name for p in sorted((plain / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
+    weights = load_file(plain / "checkpoints" / "step-000006" / "weights.safetensors")
+    trained = load_trained(plain)
+    assert weights.keys() == trained.keys() and all(torch.equal(weights[k], trained[k]) for k in weights)
+
+
+def unfinish(out, copy):
+    shutil.copytree(out, copy)
+    request = json.loads((copy / "manifest.json").read_text())["request"]
+    (copy / ".plan.json").write_text(json.dumps({"request": request}))
+    (copy / "manifest.json").unlink()
+    return copy
+
+
+def test_a_corrupt_checkpoint_is_named_and_refused(world, tmp_path, plain):
+    out = unfinish(plain, tmp_path / "run")
+    file = out / "checkpoints" / "step-000006" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match="optimizer.safetensors is corrupt"):
+        run(world, out, "finetune.save_every=2")
+    shutil.rmtree(out / "checkpoints" / "step-000006")
+    run(world, out, "finetune.save_every=2")
+    assert losses(out) == losses(plain)
+
+
+def test_a_foreign_checkpoint_is_refused(world, tmp_path, plain):
+    out = unfinish(plain, tmp_path / "run")
+    state = out / "checkpoints" / "step-000006" / "state.json"
+    state.write_text(state.read_text().replace("q_proj", "x_proj"))
+    with pytest.raises(CheckpointError, match="other parameters"):
+        run(world, out, "finetune.save_every=2")
+
+
+def test_finished_is_finished_and_other_options_are_refused(world, plain, caplog):
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in plain.iterdir())
+    assert run(world, plain, "finetune.save_every=1", "finetune.workers=1")["result"]["steps"] == 6
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in plain.iterdir())
+    with pytest.raises(UsageError, match=r"stage.lr = 0.002, not 0.5; .*--overwrite"):
+        run(world, plain, "finetune.lr=0.5")
+    with pytest.raises(UsageError, match="inputs.data"):
+        run(world, plain, data="captions")
+
+
+def test_overwrite_clears_only_a_run(world, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="holds other files"):
+            run(world, tmp_path / "photos", overwrite=overwrite)
+    assert (tmp_path / "photos" / "mine.jpg").exists()
+    run(world, tmp_path / "run", "finetune.steps=2")
+    assert run(world, tmp_path / "run", "finetune.steps=3", overwrite=True)["result"]["steps"] == 3
+
+
+def test_broken_pixels_are_skipped_alike_and_listed(world, tmp_path):
+    import tarfile
+
+    data = write_mixed(tmp_path / "mixed", 20)
+    with tarfile.open(data / "000001.tar", "w") as tar:
+        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a red square"}]
+        add(tar, "broken.jpg", picture("red", True, 0)[:200])
+        add(tar, "broken.json", json.dumps({"conversations": turns}).encode())
+    results = []
+    for settings in (("finetune.workers=0",), ("finetune.workers=2",), ("finetune.cache_features_mb=10",)):
+        out = tmp_path / f"run{len(results)}"
+        manifest = run(world, out, "finetune.steps=6", *settings, data=data)
+        assert manifest["result"]["skipped"] == {"bad_image": 1}
+        assert json.loads((out / "skipped.jsonl").read_text()) == {
+            "sample": "000001.tar/broken",
+            "reason": "bad_image",
+        }
+        results.append(losses(out))
+    assert results[0] == results[1] and results[2] == pytest.approx(results[0], abs=1e-5)
+
+
+def test_nothing_to_learn_stops_before_the_first_step(world, tmp_path):
+    path = tmp_path / "d.json"
+    turns = [{"from": "human", "value": "what"}, {"from": "gpt", "value": ""}]
+    path.write_text(json.dumps([{"id": i, "conversations": turns} for i in range(9)]))
+    with pytest.raises(DataError, match="9 no_supervised_token. Examples: d.json/0"):
+        run(world, tmp_path / "run", data=path)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_loss_that_is_no_number_stops_with_its_samples(world, tmp_path):
+    with pytest.raises(TrainError, match="the loss of step .* is nan; its samples are listed in") as error:
+        run(world, tmp_path / "run", "finetune.lr=1e30", "finetune.steps=9", "finetune.clip=0.0")
+    path = str(error.value).split("listed in ")[1].split(";")[0]
+    assert json.loads(Path(path).read_text())[0].startswith("000000.tar/")
+
+
+def test_finetune_starts_from_the_projector_of_align(world, tmp_path):
+    run(world, tmp_path / "align", stage="align", data="captions")
+    run(world, tmp_path / "tuned", "finetune.steps=1", "finetune.projector_lr=1e-12", align=tmp_path / "align")
+    a, b = load_trained(tmp_path / "align"), load_trained(tmp_path / "tuned")
+    name = "model.multi_modal_projector.linear_1.weight"
+    torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-9)
+    with pytest.raises(UsageError, match="not an align run"):
+        run(world, tmp_path / "other", align=tmp_path / "tuned")
+    with pytest.raises(UsageError, match="another tower or language model"):
+        run(world, tmp_path / "third", "model.shrink=tiny", align=tmp_path / "align")
+
+
+def test_the_schedule_rises_and_falls():
+    factors = [schedule(step, 100, 0.03) for step in range(100)]
+    assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and factors[3] == 1.0
+    assert all(a >= b for a, b in zip(factors[3:], factors[4:], strict=False)) and 0 < factors[-1] < 1e-3
+    assert schedule(0, 1, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_full_and_tower_tuning_run_and_resume(world, tmp_path, tune):
+    settings = (f"finetune.tune={tune}", "finetune.tune_tower=true", "finetune.lr=1e-4", "finetune.save_every=3")
+    run(world, tmp_path / "run", *settings)
+    names = set(load_trained(tmp_path / "run"))
+    assert any(name.startswith("model.vision_tower.") for name in names)
+    out = unfinish(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(out / "checkpoints" / "step-000006")
+    run(world, out, *settings)
+    assert losses(out) == losses(tmp_path / "run")
+    assert_same_weights(out, tmp_path / "run")
+
+
+def test_the_faithful_switches_change_the_objective(world, tmp_path, steady):
+    settings = ("finetune.lora_dropout=0.0", "finetune.packing=false", "finetune.micro_tokens=40")
+    run(world, tmp_path / "run", *settings, "finetune.loss_norm=microbatch")
+    assert losses(tmp_path / "run")[0] != pytest.approx(losses(steady)[0], abs=1e-4)
