@@ -10,18 +10,23 @@ import numpy as np
 
 TIMID = 0.999
 TWIN_BITS = 8
+BLIND = 0.9  # beyond it real pairs score as shuffled ones do, and their order says nothing
 NUM_BINS = 240
 LEAST_TWINS = 10
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A threshold, and why. twins: linked pairs that are near-duplicates by their pixels, too."""
+    """A threshold, and why. twins: linked pairs that are near-duplicates by their pixels, too.
+
+    timid: there is no evidence of near-duplicates as a kind; only pairs that are pixel twins, too, may be merged.
+    """
 
     threshold: float
     reason: str
     pairs: int
     twins: int
+    timid: bool = False
 
     def facts(self) -> dict[str, Any]:
         """Return what the funnel prints."""
@@ -33,7 +38,7 @@ def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Ev
 
     similarity: f32 [m], the near-duplicate forest's edges. bits: u8 [m], differing bits of their perceptual hashes, 255
     where unknown. The share of pixel twins is fitted as a rising function of similarity (isotonic, on bins even in
-    log(1 - cosine)); the threshold is where it passes one half. Without evidence: 0.999, next to identical.
+    log(1 - cosine)); the threshold is where it passes one half. Without evidence: 0.999, timidly.
     """
     from scipy.optimize import isotonic_regression
 
@@ -42,7 +47,7 @@ def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Ev
     pairs, twins = len(similarity), int(twin.sum())
     if twins < LEAST_TWINS:
         what = "no perceptual hashes" if not pairs else f"only {twins} pixel twins"
-        return Evidence(max(TIMID, floor), f"timid: {what} among the linked pairs", pairs, twins)
+        return Evidence(max(TIMID, floor), f"timid: {what} among the linked pairs", pairs, twins, timid=True)
     edges = 1 - np.logspace(np.log10(1 - floor), -6, NUM_BINS + 1)
     place = np.clip(np.searchsorted(edges, similarity, side="right") - 1, 0, NUM_BINS - 1)
     count = np.bincount(place, minlength=NUM_BINS)
@@ -51,7 +56,7 @@ def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Ev
     rising = isotonic_regression(share, weights=count[full]).x
     passing = full[rising >= 0.5]
     if not len(passing):
-        return Evidence(max(TIMID, floor), "timid: pixel twins are nowhere the majority", pairs, twins)
+        return Evidence(max(TIMID, floor), "timid: pixel twins are nowhere the majority", pairs, twins, timid=True)
     return Evidence(float(edges[passing[0]]), "above it most linked pairs are pixel twins", pairs, twins)
 
 
@@ -68,7 +73,8 @@ def mismatch_share(scores: np.ndarray, shuffled: np.ndarray) -> tuple[float, dic
     levels = np.array([10, 20, 30, 40, 50])
     below = np.searchsorted(np.sort(scores), shuffled[levels], side="right") / len(scores)
     ratios = below / (levels / 100)
-    return float(min(1.0, ratios.min())), {
-        "shuffled_median": float(shuffled[50]),
-        "share_by_median": float(min(1.0, ratios[-1])),
-    }
+    share = float(min(1.0, ratios.min()))
+    facts = {"shuffled_median": float(shuffled[50]), "share_by_median": float(min(1.0, ratios[-1]))}
+    if share > BLIND:
+        return 0.0, facts | {"why": f"{share:.0%} look mismatched: this embedder cannot tell, so none is dropped"}
+    return share, facts

@@ -83,15 +83,17 @@ def dedup(
         raise UsageError("dedup needs clusters; this directory has none.", CLUSTER_FIRST)
     a, b, similarity, bits = frame.edges()
     facts: dict[str, Any] = {}
+    linked = np.ones(len(similarity), bool)
     if threshold == AUTO:
         found_at = evidence.find_threshold(similarity, bits, frame.floor)
         threshold, facts = found_at.threshold, found_at.facts()
+        linked = (bits <= evidence.TWIN_BITS) | (bits > 64) if found_at.timid else linked
     if threshold < frame.floor:
         raise UsageError(
             f"dedup({threshold}) lies under the floor of these clusters, {frame.floor}.",
             f"run `curate cluster … --floor {threshold}`, or use a threshold of at least {frame.floor}",
         )
-    above = similarity > threshold
+    above = (similarity > threshold) & linked
     order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)
     found = duplicates.resolve(
         (a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors

@@ -215,3 +215,18 @@ def test_unknown_recipes_and_budgets_are_refused():
         recipes.steps("buny")
     with pytest.raises(UsageError, match="--n 20000"):
         recipes.steps("bunny", "lots")
+
+
+def test_without_evidence_of_a_kind_only_pixel_twins_are_merged():
+    similarity = np.array([0.9995, 0.9996, 0.9997, 0.95], np.float32)
+    found = evidence.find_threshold(similarity, np.array([3, 30, 255, 2], np.uint8), 0.8)
+    assert found.timid and found.threshold == evidence.TIMID and "only 2 pixel twins" in found.reason
+
+
+def test_an_embedder_that_cannot_tell_pairs_drops_none():
+    rng = np.random.default_rng(0)
+    shuffled = np.quantile(rng.normal(size=10_000), np.linspace(0, 1, 101))
+    share, facts = evidence.mismatch_share(rng.normal(size=5_000).astype(np.float32), shuffled)
+    assert share == 0 and "cannot tell" in facts["why"]
+    scores = np.concatenate([rng.normal(size=1_000), rng.normal(6, 1, size=4_000)]).astype(np.float32)
+    assert abs(evidence.mismatch_share(scores, shuffled)[0] - 0.2) < 0.02
