@@ -11,12 +11,13 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pipelines
 from curate import options, paths
 from curate.engine import Job
 from curate.errors import ContractError, CurateError, UsageError, unknown
@@ -47,8 +48,6 @@ BESIDE = {"import": ("source",), "select": ("compare",), "emit": ("also",)}
 
 def shipped() -> Path:
     """Locate the folder of the pipelines that travel with the package."""
-    import pipelines
-
     return Path(pipelines.__path__[0])
 
 
@@ -109,8 +108,8 @@ def load(
     """
     path = find(name)
     try:
-        tables = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = pipelines.read(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not readable TOML: {error}") from None
     place = out or f"out/{path.stem}"
     for setting in settings:
@@ -122,7 +121,7 @@ def load(
         tables.setdefault("select", {})
         tables["select"] = {key: value for key, value in tables["select"].items() if key not in ("steps", "compare")}
         tables["select"]["recipe"] = recipe
-    tables = _fill(tables, {"{here}": str(path.parent.resolve()), "{out}": place})
+    tables = pipelines.fill(tables, {"{here}": str(path.parent.resolve()), "{out}": place})
     for table in tables:
         if table not in TABLES:
             raise unknown(f"table of {path.name}", table, TABLES)
@@ -134,19 +133,6 @@ def load(
         if key not in DATA_KEYS:
             raise unknown("key of [data]", key, DATA_KEYS)
     return pipeline
-
-
-def _fill(value: Any, words: Mapping[str, str]) -> Any:
-    """Replace `{here}` and `{out}` in every string of a TOML value."""
-    if isinstance(value, str):
-        for word, meaning in words.items():
-            value = value.replace(word, meaning)
-        return value
-    if isinstance(value, dict):
-        return {key: _fill(item, words) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_fill(item, words) for item in value]
-    return value
 
 
 @dataclass(frozen=True)
