@@ -42,6 +42,16 @@ def random_weights(model, folder):
     return path
 
 
+def head(shard, folder, count):
+    """Copy a shard's first samples into a tar of their own."""
+    target = f"{folder}/{shard.stem}.tar"
+    with open(shard.location, "rb") as file, open(target, "wb") as sink, shards.TarWriter(sink) as tar:
+        for sample in shards.read_index(file).samples[:count]:
+            for member in sample.members:
+                tar.add(member.name, shards.read_member(file, member))
+    return shards.Shard(shard.stem, target, Path(target).stat().st_size)
+
+
 def clock(work, device):
     """Time a function: (wall seconds, CPU seconds)."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -96,6 +106,7 @@ def main():
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--shards", type=int, default=0, help="only the first N")
+    parser.add_argument("--rows", type=int, default=0, help="only the first N of each")
     parser.add_argument("--decoders", type=int, default=0, help="decode in this many processes")
     given = parser.parse_args()
     found = {shard.stem: shard for shard in shards.list_pool(given.pool)[: given.shards or None]}
@@ -103,6 +114,8 @@ def main():
     decoders = given.decoders or (threads if device == "cuda" else 0)
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
+        if given.rows:
+            found = {stem: head(shard, folder, given.rows) for stem, shard in found.items()}
         source = checkpoints.find(given.model, random_weights(given.model, folder))
         precision, reason = encoders.choose_precision(given.precision, device, source)
         batch = GPU_BATCH if device == "cuda" else CPU_BATCH
