@@ -210,7 +210,7 @@ def test_wrong_arguments_are_refused(tmp_path, wrong, said):
         demo.render(tmp_path, **wrong)
 
 
-@pytest.mark.parametrize("folder", ["clip", "tower"])
+@pytest.mark.parametrize("folder", ["clip", "clip_reader", "tower"])
 def test_shipped_clip_loads_plainly_and_tells_right_from_wrong(folder):
     import open_clip
     import torch
@@ -230,6 +230,25 @@ def test_shipped_clip_loads_plainly_and_tells_right_from_wrong(folder):
     right, wrong = (image * text).sum(1), (image * np.roll(text, 17, 0)).sum(1)
     assert (right[:, None] > wrong[None, :]).mean() > 0.97
     assert ((image @ words.T).argmax(1) == scenes["concept"]).mean() > 0.4
+
+
+def test_only_the_reader_ranks_printed_words_above_pictures():
+    import open_clip
+    import torch
+
+    rng = np.random.default_rng([9, 8])
+    pool = plan(rng, 300, DIRT["legible"])
+    pixels = [Image.fromarray(draw(scene, rng, label=True)) for scene in pool.shown]
+    printed, clean = pool.fault == FAULTS.index("cheater"), pool.fault == FAULTS.index("clean")
+    won = {}
+    for folder in ("clip", "clip_reader"):
+        model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{MODELS / folder}")
+        tokens = open_clip.get_tokenizer(f"local-dir:{MODELS / folder}")(pool.captions)
+        with torch.inference_mode():
+            image = model.eval().encode_image(torch.stack([transform(p) for p in pixels]), normalize=True)
+            score = (image * model.encode_text(tokens, normalize=True)).sum(1).numpy()
+        won[folder] = (score[printed][:, None] > score[clean][None, :]).mean()
+    assert won["clip_reader"] > 0.7 and won["clip"] < 0.4
 
 
 def test_shipped_language_model_reads_and_answers():
