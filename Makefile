@@ -11,7 +11,7 @@ READY := .venv/.ready
 RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)')
 
 .DEFAULT_GOAL := help
-.PHONY: help install coreset train eval ablation test lint format bench clean
+.PHONY: help install coreset train eval test lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -34,11 +34,8 @@ train: $(READY) ## train on the emitted shards: mix -> align -> finetune -> expo
 eval: $(READY) ## score the trained model again
 	$(RUN) --only eval
 
-ablation: $(READY) ## compare coresets with random sets of the same size by training on both
-	.venv/bin/curate run pipelines/ablation_demo.toml --out out/ablation
-
 test: $(READY) ## run the tests: offline, on the processor alone
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 lint: $(READY) ## ruff and mypy
 	.venv/bin/ruff check .

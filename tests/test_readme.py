@@ -9,7 +9,7 @@ import pytest
 
 from conftest import ROOT
 
-SLOW = ("make coreset", "make train", "make test", "make bench", "make ablation", "git clone")
+SLOW = ("make coreset", "make train", "make test", "make bench", "git clone")
 
 
 def commands(name, marker="```sh run"):
