@@ -130,6 +130,33 @@ def embed(
     _finish("embed", out, lambda: stage(pool, out, options, job), as_json=as_json, dry_run=dry_run)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="The folder of published embeddings.")],
+    out: Annotated[str, typer.Argument(help="Directory for the embeddings.")],
+    layout: Annotated[str, typer.Option(help="clip-retrieval, datacomp, nemo or npy.")],
+    pool: Annotated[str, typer.Option(help="Attach them to your own download: its tars.")] = "",
+    join: Annotated[str, typer.Option(help="What rows are matched by: key, url, sha256 or uid.")] = "",
+    arch: Annotated[str, typer.Option(help="Which of DataComp's two models: l14 or b32.")] = "l14",
+    workers: Workers = 0,
+    engine: Engine = "local",
+    part: Annotated[str, SLICE] = "",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Import published embeddings as sidecars, as they are or joined to your own download.
+
+    Example: `curate import laion/ emb/ --layout clip-retrieval --pool shards/ --join url` writes `emb/{shard}.arrow`.
+    """
+    from curate.importing import ImportOptions, import_layout
+
+    options = ImportOptions(layout, pool=pool, join=join, arch=arch)
+    job = _job(workers, engine, part, overwrite)
+    _finish("import", out, lambda: import_layout(source, out, options, job), as_json=as_json, dry_run=dry_run)
+
+
 @app.command()
 def cluster(
     embeddings: Annotated[str, typer.Argument(help="A directory of `curate embed` or `import`.")],
