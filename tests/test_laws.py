@@ -94,7 +94,7 @@ def test_the_documented_statuses_are_those_that_exist():
 
 def test_files_stay_small():
     for path in [*(ROOT / "curate").glob("*.py"), *(ROOT / "train").glob("*.py")]:
-        assert len(path.read_text().splitlines()) <= 420, path
+        assert len(path.read_text().splitlines()) <= 450, path
 
 
 def test_the_project_names_no_machine_and_no_registry():
