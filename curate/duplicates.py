@@ -115,8 +115,8 @@ def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fet
     members, bounds = _groups(np.where(torn, whole, -1))
     found = [(a[inside], b[inside], similarity[inside])]
     for group, x in _fetch_groups(members, bounds, vectors):
-        forest = relate.Forest(len(group), threshold)
-        for pair in relate.near_pairs(x, np.arange(len(group)), threshold):
+        forest = relate.Forest(len(group))
+        for pair in relate.near_pairs(x, np.arange(len(group)), threshold, thin=True):
             forest.add(*pair)
         i, j, cosine = forest.edges()
         found.append((group[i], group[j], cosine))

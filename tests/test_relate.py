@@ -78,6 +78,21 @@ def test_blocks_and_merges_change_no_byte(block, merge_at):
         assert left.tobytes() == right.tobytes()
 
 
+@pytest.mark.parametrize("spread, ties", [(0.05, False), (0.2, True), (0.5, False)])
+@pytest.mark.parametrize("block", [16, 50, 400])
+def test_a_crowded_block_is_thinned_to_the_same_forest(monkeypatch, spread, ties, block):
+    x = cluster_rows(160, seed=8, spread=spread)
+    if ties:
+        x[30:90] = x[np.random.default_rng(0).integers(0, 30, 60)]
+    plain = forest_of(x, 0.2, block=block)
+    monkeypatch.setattr(relate, "DENSE", 0)
+    thinned = forest_of(x, 0.2, block=block)
+    monkeypatch.setattr(relate, "DENSE", 1 << 40)
+    for found in (plain, thinned):
+        for left, right in zip(found, forest_of(x, 0.2, block=1000), strict=True):
+            assert left.tobytes() == right.tobytes()
+
+
 def test_rows_of_different_clusters_are_never_joined():
     x = np.repeat(cluster_rows(1), 10, axis=0)
     a, b, _ = forest_of(x, 0.5, [0, 4, 10])
@@ -85,9 +100,9 @@ def test_rows_of_different_clusters_are_never_joined():
 
 
 def test_a_giant_cluster_of_one_picture_is_a_star():
-    x = np.repeat(cluster_rows(2, seed=1), [900, 1], axis=0)
+    x = np.repeat(cluster_rows(2, seed=1), [1100, 1], axis=0)
     a, b, _ = forest_of(x, 0.99, block=100, merge_at=500)
-    assert (a == 0).all() and (b == np.arange(1, 900)).all()
+    assert (a == 0).all() and (b == np.arange(1, 1100)).all()
 
 
 def test_permuting_the_rows_permutes_the_components():
