@@ -7,7 +7,6 @@ tokens); the driver draws and shuffles row numbers; output shards are an indepen
 pass through memory together, so 665,298 of them need no more than a few hundred MB.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,9 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+import pipelines
 from curate import drawing, engine, options, paths, records, shards, store
 from curate.errors import ContractError, ShardError, UsageError
-from curate.sources import SourceOptions, kind_of
+from curate.sources import ELSEWHERE, SourceOptions, kind_of
 from curate.spool import Spool, facts_place
 
 SPOOL = ".spool"
@@ -46,23 +46,14 @@ class MixOptions:
 
 
 def read_table(mix_toml: str) -> dict[str, Any]:
-    """Read the `[mix]` table of a TOML file; `{here}` is the file's folder."""
+    """Read the `[mix]` table of a TOML file, laid over its base."""
     try:
-        table = tomllib.loads(Path(mix_toml).read_text("utf-8")).get("mix")
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = pipelines.read(Path(mix_toml)).get("mix")
+    except (OSError, ValueError) as error:
         raise UsageError(f"{mix_toml} is not a readable TOML file: {error}") from None
     if not isinstance(table, dict):
         raise UsageError(f"{mix_toml} has no [mix] table.", "write [mix] and [mix.sources.NAME] tables")
-    filled: dict[str, Any] = _fill(table, str(Path(mix_toml).resolve().parent))
-    return filled
-
-
-def _fill(value: Any, here: str) -> Any:
-    if isinstance(value, str):
-        return value.replace("{here}", here)
-    if isinstance(value, dict):
-        return {key: _fill(item, here) for key, item in value.items()}
-    return [_fill(item, here) for item in value] if isinstance(value, list) else value
+    return table
 
 
 def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, Any]:
@@ -176,11 +167,15 @@ def _refuse_faults(
     """Hold each source to its `expect`, and under `strict` to having no fault at all."""
     for name, fact in facts.items():
         expect = sources[name].expect
-        if expect is not None and fact["read"] != expect:
-            raise ContractError(
-                f"mix source {name} has {fact['read']:,} records, expected {expect:,}.",
-                "fetch the published file again, or change its `expect`",
-            )
+        wanted = expect if isinstance(expect, dict) else {} if expect is None else {"": expect}
+        found = fact["folders"] if isinstance(expect, dict) else {"": fact["read"]}
+        for where in (*wanted, ELSEWHERE):
+            if found.get(where, 0) != wanted.get(where, 0):
+                raise ContractError(
+                    f"mix source {name} has {found.get(where, 0):,} records{where and ' in '}{where}, "
+                    f"expected {wanted.get(where, 0):,}.",
+                    "fetch the published file again, or change its `expect`",
+                )
         faults = {why: count for why, count in fact["faults"].items() if why != "left out"}
         if chosen.strict and (faults or fact["duplicate_ids"]):
             account = [f"{count:,} {why}" for why, count in faults.items()]
@@ -226,7 +221,7 @@ def _describe(
         asked = sources[name].count
         if asked is not None and asked > len(columns.tokens):
             entry["short_of_count"] = asked - len(columns.tokens)
-        for key in ("faults", "listed", "notes", "duplicate_ids", "listed_ids", "reshaped"):
+        for key in ("folders", "faults", "listed", "notes", "duplicate_ids", "listed_ids", "reshaped"):
             if fact.get(key):
                 entry[key] = fact[key]
         described[name] = entry

@@ -16,6 +16,7 @@ from curate.drawing import Amount
 from curate.errors import ShardError, UsageError
 
 MAX_LISTED = 100
+TEXT, ELSEWHERE = "text", "elsewhere"  # beside the folders of `expect`
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class SourceOptions:
     path: a JSON, JSON-lines or parquet file (or pattern), a pool, or a directory made by select, emit or mix.
     images: the folder, or the tars, that the records' `image` names lie in. only, without: which records to take
     (`without = {source = ["sharegpt"]}` leaves out records whose field has one of the values).
-    expect: the number of records that the source must have. count, fraction, cap: how many to draw; repeat: how often
-    each is seen; weight: the source's part of the mix's `total`.
+    expect: the number of records that the source must have; of a JSON source also a table of how many lie under each
+    first folder of their image names, and how many in `text`, without image.
+    count, fraction, cap: how many to draw; repeat: how often each is seen; weight: the source's part of the mix's
+    `total`.
     merge: join all records of one image. max_rounds, max_tokens: limits on a record's questions with their answers, and
     what to do about the second (`overflow`); whole rounds only.
     """
@@ -37,7 +40,7 @@ class SourceOptions:
     prompt: str = records.PROMPT
     only: Literal["all", "image", "text"] = "all"
     without: dict[str, list[Any]] = field(default_factory=dict)
-    expect: int | None = None
+    expect: int | dict[str, int] | None = None
     merge: bool = False
     drop_invalid: bool = False
     max_rounds: int | None = None
@@ -48,6 +51,10 @@ class SourceOptions:
     cap: int | None = None
     repeat: int = 1
     weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.expect, dict) and not all(type(number) is int for number in self.expect.values()):
+            raise UsageError(f"expect={self.expect} is not a table of whole numbers.", "expect = {coco = 364_100, …}")
 
     @property
     def amount(self) -> Amount:
@@ -75,17 +82,28 @@ class Entry:
 
 @dataclass
 class Faults:
-    """What a source lost and why: exact counts of records, the first of each kind by name, and notes on shards."""
+    """What a source lost and why: exact counts of records, the first of each kind by name, and notes on shards.
+
+    folders: how many of all its records, lost ones too, lie where `expect` asks.
+    """
 
     counts: dict[str, int] = field(default_factory=dict)
     listed: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    folders: dict[str, int] = field(default_factory=dict)
 
     def note(self, why: str, what: Any, number: int = 1) -> None:
         """Count a fault. what: the record's number or id."""
         self.counts[why] = self.counts.get(why, 0) + number
         if self.counts[why] <= MAX_LISTED:
             self.listed.append({"why": why, "what": what})
+
+    def place(self, image: Any, expect: int | dict[str, int] | None) -> None:
+        """Count a record by the first folder of its image's name, where those are expected."""
+        if isinstance(expect, dict):
+            folder = str(image).removeprefix("./").partition("/")[0] if image else TEXT
+            folder = folder if folder in expect else ELSEWHERE
+            self.folders[folder] = self.folders.get(folder, 0) + 1
 
 
 def kind_of(source: SourceOptions) -> str:
@@ -159,6 +177,7 @@ def _from_json(name: str, source: SourceOptions, faults: Faults) -> Iterator[Ent
                 if record is None:
                     faults.note(f"broken: {why}", number - 1)
                     continue
+                faults.place(record.get("image"), source.expect)
                 picture, why = album.find(record.get("image"))
                 if why:
                     faults.note(why, record.get("image"))

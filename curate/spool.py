@@ -76,6 +76,7 @@ class Spool:
             store.reconcile(name, read + sum(reshaped.values()), {"usable": usable, **faults.counts})
             facts = {"read": read, "faults": faults.counts, "listed": faults.listed, "notes": faults.notes}
             facts |= {"reshaped": reshaped, "duplicate_ids": found.repeated, "listed_ids": found.listed}
+            facts |= {"folders": faults.folders}
             store.save_json(facts_place(self.place, name), facts)  # before the table, which says that both are there
 
         return {"rows": store.write_table(location, SPOOL_SCHEMA, batches())}
