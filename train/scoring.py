@@ -1,0 +1,310 @@
+"""How each benchmark turns answers into a score: pure functions of items and texts, in the same order.
+
+A scorer takes the items of a task and a text for each, and returns its metrics, the main one first, in percent (MME: in
+points), and the same by category where the benchmark has any. The rules are those of the scripts behind the published
+numbers, odd corners included: LLaVA's `llava/eval` and `scripts/convert_*`, Bunny's `eval/*`, the VQA evaluation's
+answer processor (in mmf's form), MMMU's parser. Where a rule is ours because theirs asks a judge, the function says so.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+LETTERS = "ABCDEFGHIJ"
+PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
+COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a task. Without a prompt it is not asked, and its scorer knows what counts instead."""
+
+    id: int | str
+    prompt: str
+    image: Any = None  # a path, bytes, or (parquet file, row); None: no image
+    truth: Any = None  # a string; for VQA ten strings; for open MMMU questions one or several
+    category: str = ""
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics by name, the main one first, and the main one by category."""
+
+    metrics: dict[str, float]
+    categories: dict[str, float] = field(default_factory=dict)
+
+
+Scorer = Callable[[Sequence[Item], Sequence[str]], Scores]
+
+
+def _percent(right: Iterable[float]) -> float:
+    values = list(right)
+    return 100 * sum(values) / len(values) if values else 0.0
+
+
+def _by_category(items: Sequence[Item], right: Sequence[float]) -> dict[str, float]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for item, value in zip(items, right, strict=True):
+        groups[item.category].append(value)
+    return {name: _percent(values) for name, values in groups.items()}
+
+
+def says_yes(text: str) -> bool:
+    """Read an answer to POPE: no if one of No, no, not is a word of the first sentence, otherwise yes."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"} & set(words)
+
+
+def pope(items: Sequence[Item], texts: Sequence[str]) -> Scores:
+    """Mean over the categories of the F1 of "yes", and of the accuracy.  Truths: yes, no."""
+    pairs: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    for item, text in zip(items, texts, strict=True):
+        pairs[item.category].append((says_yes(text), item.truth != "no"))
+    f1, accuracy = {}, {}
+    for category, answers in pairs.items():
+        hits = sum(said and true for said, true in answers)
+        wrong = sum(said != true for said, true in answers)
+        f1[category] = 100 * 2 * hits / (2 * hits + wrong) if hits else 0.0
+        accuracy[category] = 100 - 100 * wrong / len(answers)
+    yes = _percent(said for answers in pairs.values() for said, _ in answers)
+    metrics = {"f1": sum(f1.values()) / len(f1), "accuracy": sum(accuracy.values()) / len(accuracy), "yes_ratio": yes}
+    detail = {f"f1_{name}": value for name, value in f1.items()}
+    return Scores(metrics, {**detail, **{f"accuracy_{name}": value for name, value in accuracy.items()}})
+
+
+def read_yes_no(text: str) -> str:
+    """Read an answer to MME: yes or no where it begins with one (within four characters), else other."""
+    head = text.lower()[:4]
+    return "yes" if "yes" in head else "no" if "no" in head else "other"
+
+
+def mme(items: Sequence[Item], texts: Sequence[str]) -> Scores:
+    """Points of perception (of 2,000) and cognition (of 800): per category, accuracy by question plus by image.
+
+    An image, told by the items' id, is right if all its questions (two) are.
+    """
+    questions: dict[str, list[bool]] = defaultdict(list)
+    images: dict[str, dict[int | str, bool]] = defaultdict(dict)
+    for item, text in zip(items, texts, strict=True):
+        right = read_yes_no(text) == str(item.truth).lower()
+        questions[item.category].append(right)
+        images[item.category][item.id] = images[item.category].get(item.id, True) and right
+    points = {name: _percent(questions[name]) + _percent(images[name].values()) for name in questions}
+    halves = {"perception": PERCEPTION, "cognition": COGNITION}
+    return Scores({half: sum(points.get(name, 0.0) for name in names) for half, names in halves.items()}, points)
+
+
+def gqa(items: Sequence[Item], texts: Sequence[str]) -> Scores:
+    """Exact match after lower-casing and dropping final full stops."""
+    right = [text.rstrip(".").lower() == item.truth for item, text in zip(items, texts, strict=True)]
+    return Scores({"accuracy": _percent(right)})
+
+
+# Apostrophes that the VQA evaluation puts back; a word is mended if it lacks exactly one of them.
+_CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()
+_MENDED = {w[:i] + w[i + 1 :]: w for w in _CONTRACTIONS for i, character in enumerate(w) if character == "'"}
+_MENDED["somebody'd"] = "somebodyd"  # sic
+_DIGITS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_DIGITS["none"] = "0"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+
+
+def vqa_normalise(text: str) -> str:
+    """Normalise an answer as the VQA evaluation does: punctuation, number words, articles, contractions."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    out = text = text.replace("\n", " ").replace("\t", " ").strip()
+    for mark in _PUNCTUATION:
+        out = out.replace(mark, "" if mark + " " in text or " " + mark in text else " ")
+    # The original hands a flag where the count belongs: re.UNICODE is 32, so later full stops stay.
+    out = re.sub(r"\.(?!\d)", "", out, count=32)
+    words = [_DIGITS.get(word, word) for word in out.lower().split()]
+    return " ".join(_MENDED.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(text: str, truths: Sequence[str]) -> float:
+    """Share of the people who agree, in [0, 1]: over each nine of the ten, full marks from three."""
+    said = vqa_normalise(text)
+    same = [vqa_normalise(truth) == said for truth in truths]
+    total = sum(same)
+    return sum(min(1.0, (total - own) / 3) for own in same) / len(same) if total else 0.0
+
+
+def vqa(items: Sequence[Item], texts: Sequence[str]) -> Scores:
+    """Mean agreement with ten people: VQAv2 and TextVQA."""
+    right = [vqa_accuracy(text, item.truth) for item, text in zip(items, texts, strict=True)]
+    return Scores({"accuracy": _percent(right)})
+
+
+def science_letter(text: str) -> str:
+    """Read an answer to ScienceQA: "B", "B. words", or one "The answer is B" and any character; else FAILED."""
+    if text in tuple("ABCDE"):
+        return text
+    if text[:1] in tuple("ABCDE") and text[1:3] == ". ":
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return found[0] if len(found) == 1 else "FAILED"
+
+
+def sqa(items: Sequence[Item], texts: Sequence[str]) -> Scores:
+    """Accuracy on the questions with an image."""
+    return Scores({"accuracy": _percent(science_letter(t) == i.truth for i, t in zip(items, texts, strict=True))})
+
+
+def option_letter(text: str) -> str:
+    """Return the option that an answer opens with, "b", "(b) …", "B. …", "B: …", as a capital; else an empty string."""
+    found = re.match(r"\s*(?:\(([A-Ja-j])\)|([A-Ja-j])(?=[.):,]|\s*$))", text)
+    return (found[1] or found[2]).upper() if found else ""
+
+
+def mmvp(items: Sequence[Item], texts: Sequence[str]) -> Scores:
+    """Share of the pairs (items 1 and 2, 3 and 4, …) with both right; `single` counts questions.
+
+    Differs from MMVP, which asks GPT-4 whether an answer is right: the prompt asks for the letter, and it is read.
+    """
+    pairs: dict[int, list[bool]] = defaultdict(list)
+    for item, text in zip(items, texts, strict=True):
+        pairs[(int(item.id) - 1) // 2].append(option_letter(text) == item.truth)
+    single = _percent(right for pair in pairs.values() for right in pair)
+    return Scores({"pairs": _percent(all(pair) for pair in pairs.values()), "single": single})
+
+
+def seed(items: Sequence[Item], texts: Sequence[str]) -> Scores:
+    """Share of the answers that are the letter and nothing else, over all and by type of question."""
+    right = [text == item.truth for item, text in zip(items, texts, strict=True)]
+    return Scores({"accuracy": _percent(right)}, _by_category(items, right))
+
+
+def mmbench(items: Sequence[Item], texts: Sequence[str]) -> Scores:
+    """Share of the questions right in every rotation of their options; `vanilla` counts rows.
+
+    Rows whose ids differ by a multiple of 1,000,000 are rotations of one question. Differs from the server, which asks
+    ChatGPT for the option where an answer is not plain: here an answer is the letter and nothing else.
+    """
+    rows = [text.strip() == item.truth for item, text in zip(items, texts, strict=True)]
+    whole: dict[int, bool] = {}
+    first: dict[int, Item] = {}
+    for item, right in zip(items, rows, strict=True):
+        question = int(item.id) % 1_000_000
+        whole[question] = whole.get(question, True) and right
+        first.setdefault(question, item)
+    metrics = {"circular": _percent(whole.values()), "vanilla": _percent(rows)}
+    return Scores(metrics, _by_category(list(first.values()), list(whole.values())))
+
+
+def mmmu_choice(text: str, choices: Sequence[str], rng: random.Random) -> str:
+    """Read an answer to a multiple-choice question of MMMU.
+
+    It is "(B)", else a free-standing "B", else, in more than five words, an option's own words; of several the last; of
+    none one drawn by lot.
+    """
+    letters = LETTERS[: len(choices)]
+    for mark in ",.!?;:'":
+        text = text.strip(mark)
+    text = f" {text} "
+    lower = text.lower()
+    places = {letter: text.rfind(f"({letter})") for letter in letters}
+    if max(places.values()) < 0:
+        places = {letter: text.rfind(f" {letter} ") for letter in letters}
+    if max(places.values()) < 0 and len(text.split()) > 5:
+        places = {letter: lower.rfind(words.lower()) for letter, words in zip(letters, choices, strict=True)}
+    if max(places.values()) < 0:
+        return rng.choice(letters)
+    return max(letters, key=lambda letter: places[letter])
+
+
+_INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_NUMBERS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",  # with commas
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)
+
+
+def _plain(text: str) -> list[str | float]:
+    """Return a number to two places, else lower case; a single character gets a space, so as to match as a word."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def _conclusion(line: str, indicators: Sequence[str]) -> str:
+    """Return the shortest tail of a line that follows one of the indicators."""
+    shortest = ""
+    for indicator in indicators:
+        if indicator in line:
+            tail = line.split(indicator)[-1].strip()
+            shortest = tail if not shortest or len(tail) < len(shortest) else shortest
+    return "" if shortest in tuple(":,.!?;'") else shortest
+
+
+def mmmu_open(text: str, truth: str | Sequence[str]) -> bool:
+    """Judge an answer to an open question of MMMU: one of its conclusions, or of their numbers, is a truth.
+
+    A word is right if a conclusion holds it, a number if they are equal to two places.
+    """
+    response = text.strip().strip(".").lower()
+    lines = response.split("\n")
+    tails = [_conclusion(line, _INDICATORS) for line in lines[:-1]] + [_conclusion(lines[-1], (*_INDICATORS, "="))]
+    found = [tail for tail in tails if tail] or [response]
+    found += [number for tail in list(found) for pattern in _NUMBERS for number in re.findall(pattern, tail)]
+    truths = [plain for one in ([truth] if isinstance(truth, str) else truth) for plain in _plain(one)]
+    for said in (plain for one in found for plain in _plain(one)):
+        if isinstance(said, str) and any(isinstance(true, str) and true in said for true in truths):
+            return True
+        if isinstance(said, float) and said in truths:
+            return True
+    return False
+
+
+def mmmu_answers(items: Sequence[Item], texts: Sequence[str], seed: int = 42) -> list[str]:
+    """Return letters for multiple-choice questions and texts for open ones: what MMMU's server takes.
+
+    Questions that are not asked (options with several images) get a letter by lot, as does an answer without one.
+    """
+    rng, out = random.Random(seed), []
+    for item, text in zip(items, texts, strict=True):
+        if item.choices:
+            drawn = text if item.prompt else rng.choice(LETTERS[: len(item.choices)])
+            out.append(mmmu_choice(drawn, item.choices, rng))
+        else:
+            out.append(text if item.prompt else "INVALID GENERATION FOR MULTIPLE IMAGE INPUTS")
+    return out
+
+
+def mmmu(items: Sequence[Item], texts: Sequence[str]) -> Scores:
+    """Accuracy over all questions, and by subject."""
+    right = [
+        answer == item.truth if item.choices else mmmu_open(answer, item.truth)
+        for item, answer in zip(items, mmmu_answers(items, texts), strict=True)
+    ]
+    return Scores({"accuracy": _percent(right)}, _by_category(items, right))
+
+
+def plain_words(text: str) -> str:
+    """Lower-case, with spaces for underscores, single spaces, and no final full stop."""
+    return " ".join(text.lower().replace("_", " ").split()).removesuffix(".").rstrip()
+
+
+def daquar(items: Sequence[Item], texts: Sequence[str]) -> Scores:
+    """Exact match of normalised answers, beside the best that one constant answer could do on these very questions."""
+    truths = [plain_words(item.truth) for item in items]
+    right = [plain_words(text) == truth for text, truth in zip(texts, truths, strict=True)]
+    majority = Counter(truths).most_common(1)[0][1] if truths else 0
+    return Scores({"accuracy": _percent(right), "majority": 100 * majority / max(1, len(truths))})
