@@ -30,6 +30,7 @@ ImagesOption = Annotated[str | None, typer.Option("--images", help="Folder of th
 OutOption = Annotated[Path, typer.Option("--out", help="Output directory.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Clear what an earlier run left in --out.")]
 ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run in --out.")]
+EvalRootOption = Annotated[Path | None, typer.Option("--eval-root", help="Folder of the benchmarks, as LLaVA has it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -123,27 +124,46 @@ def merge(
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="An exported model.")],
-    data: DataOption,
     out: OutOption,
+    data: Annotated[str | None, typer.Option("--data", help="Held-out records: shards, or a LLaVA .json.")] = None,
     images: ImagesOption = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Benchmarks instead: pope,gqa,mme,…")] = None,
+    eval_root: EvalRootOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="At most so many questions.")] = None,
     show: Annotated[int | None, typer.Option("--show", help="Print so many answers beside the truth.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer held-out questions.  Example: python -m train eval RUN/model --data test.json --out answers.jsonl."""
+    """Answer held-out questions, or those of benchmarks, and score the answers.
+
+    Example: python -m train eval RUN/model --data test.json --out answers.jsonl;
+    python -m train eval RUN/model --tasks pope,gqa --eval-root playground/data/eval --out RUN/eval.
+    """
     options = configuration.load(config, settings or ()).eval
+    options = dataclasses.replace(options, limit=options.limit if limit is None else limit)
+    if (data is None) == (tasks is None):
+        raise UsageError("eval needs either --data FILE or --tasks NAMES --eval-root DIR")
+    if tasks is not None:
+        from train.answers import run_tasks
+        from train.tasks import check_published
+
+        check_published(options.published)
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        results = run_tasks(model, names, _root(eval_root), out, options, overwrite=overwrite)
+        _show_scores(results, options, as_json)
+        return
     from train.evaluate import evaluate as answer_all
 
     summary = answer_all(
         model,
-        data,
+        str(data),
         out,
         images=images,
         batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        limit=options.limit if limit is None else limit,
+        max_new_tokens=options.max_new_tokens or 64,
+        limit=options.limit,
     )
     if not as_json:
         for line in out.read_text(encoding="utf-8").splitlines()[: options.show if show is None else show]:
@@ -154,6 +174,49 @@ def evaluate(
             _say(f"{task:<12} {score['questions']:>6} questions   accuracy {score['accuracy']:.3f}")
     else:
         _show(summary, as_json)
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(help="A benchmark: pope, gqa, mme, …")],
+    answers: Annotated[Path, typer.Option("--answers", help="Answers in LLaVA's form, a JSON object a line.")],
+    eval_root: EvalRootOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where a server's submission goes, without suffix.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Score the questions that have an answer.")] = False,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score answers that are there already.
+
+    Example: python -m train score pope --answers llava-v1.5-13b.jsonl --eval-root playground/data/eval.
+    """
+    options = configuration.load(config, settings or ()).eval
+    from train.answers import score_file
+    from train.tasks import check_published
+
+    check_published(options.published)
+    _show_scores({task: score_file(task, answers, _root(eval_root), out, partial)}, options, as_json)
+
+
+def _root(eval_root: Path | None) -> Path:
+    if eval_root is None or not eval_root.is_dir():
+        raise UsageError(f"--eval-root {eval_root}: give the folder that holds the benchmarks (pope/, gqa/, …)")
+    return eval_root
+
+
+def _show_scores(results: dict[str, Any], options: configuration.Eval, as_json: bool) -> None:
+    from train.answers import compare, table
+
+    lines = compare(results, options.published, options.tolerance)
+    if as_json:
+        held = [dataclasses.asdict(line) for line in lines if line.published is not None]
+        _show({"tasks": results, "published": held, "tolerance": options.tolerance}, True)
+        return
+    _say(table(lines, options.tolerance))
+    for name, result in results.items():
+        if "submission" in result:
+            _say(f"{name}: for its server: {result['submission']}")
 
 
 @app.command()
@@ -210,9 +273,11 @@ def check(config: ConfigOption = None, settings: SetOption = None, as_json: Json
     """Check a configuration and print what it means.  Example: python -m train check --config X.toml."""
     options = configuration.load(config, settings or ())
     from train.prompts import get_template
+    from train.tasks import check_published
 
     for stage in (options.align, options.finetune):
         get_template(stage.template or options.model.template)
+    check_published(options.eval.published)
     _show(dataclasses.asdict(options), as_json)
 
 

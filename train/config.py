@@ -92,9 +92,11 @@ class Eval:
     """How answers are produced for scoring."""
 
     batch_size: int = 16
-    max_new_tokens: int = 64
+    max_new_tokens: int = 0  # 0: 64 for held-out records, for benchmarks as the papers (128; MM-Vet 1024)
     limit: int = 0  # 0: all
     show: int = 8
+    published: dict[str, float] = field(default_factory=dict)  # scores to hold ours against, {pope = 86.8, …}
+    tolerance: float = 0.02  # share of a published score by which ours may miss it
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,11 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
             raise UsageError(f"{name} = {value!r} must be a list of {len(kinds)} numbers")
         return tuple(_coerce(item, kind, name) for item, kind in zip(value, kinds, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UsageError(f"{name} = {value!r} must be a table, written {{name = number, …}}")
+        kind = typing.get_args(hint)[1]
+        return {key: _coerce(item, kind, f"{name}.{key}") for key, item in value.items()}
     assert isinstance(hint, type) and not isinstance(hint, types.UnionType), hint
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -218,5 +225,8 @@ def _check(config: Config) -> None:
                 raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must lie in [0, 1]")
         if stage.tune == "projector" and stage.tune_tower:
             raise UsageError(f'{name}.tune_tower needs {name}.tune = "lora" or "full"')
+    for key, least in (("batch_size", 1), ("max_new_tokens", 0), ("limit", 0), ("tolerance", 0)):
+        if getattr(config.eval, key) < least:
+            raise UsageError(f"eval.{key} = {getattr(config.eval, key)!r} must be at least {least}")
     if config.model.max_length <= 0:
         raise UsageError(f"model.max_length = {config.model.max_length} must be greater than 0")
