@@ -92,11 +92,15 @@ class Pipeline:
         return str(where)
 
     def stages(self, only: str | None = None) -> list[str]:
-        """List the stages to run, in order. only: a stage, or the groups coreset and train."""
+        """List the stages to run, in order; eval only where there are questions to ask, or it is asked for.
+
+        only: a stage, or the groups coreset and train.
+        """
         wanted = STAGES if only is None else GROUPS.get(only, (only,))
         if only is not None and only not in GROUPS and only not in STAGES:
             raise unknown("stage", only, [*GROUPS, *STAGES])
-        return [stage for stage in wanted if stage in self.tables]
+        idle = "eval" not in self.tables.get("data", {}) and only != "eval"
+        return [stage for stage in wanted if stage in self.tables and not (stage == "eval" and idle)]
 
 
 def load(
@@ -226,8 +230,11 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
             echo(describe(stage, manifest))
             if stage == "select":
                 _tell_funnel(paths.join(pipeline.out, label), echo)
-    if "demo" in pipeline.tables and "report" in made:
-        _judge_demo(pipeline, echo)
+            if stage == "report" and "demo" in pipeline.tables:
+                _judge_demo(pipeline, echo)
+    if "report" in pipeline.tables and any(stage in TRAINER for stage in pipeline.stages(only)):
+        made.update(_curation(pipeline, "report", job))  # once more, now with the mix and the loss curves
+        echo(f"\nThe page to look at is {pipeline.place('report')}")
     return made
 
 

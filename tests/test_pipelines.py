@@ -1,8 +1,14 @@
 """The shipped pipelines say what the papers did: bases resolve, numbers agree with a table, mixes come out in count."""
 
+import json
+import subprocess
+import sys
+import tomllib
+
 import pytest
 
 import pipelines
+from house import ROOT
 from curate import pipeline
 from curate.errors import UsageError
 from curate.mix import read_table
@@ -71,3 +77,108 @@ def test_unknown_keys_are_refused_wherever_they_stand(tmp_path):
         config.load(str(tmp_path / "own.toml"))
     with pytest.raises(UsageError, match="modle"):
         pipeline.load(str(tmp_path / "own.toml"), None)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+SIGLIP, EVA, CLIP = "google/siglip-so400m-patch14-384", "QuanSun/EVA-CLIP", "openai/clip-vit-large-patch14-336"
+DINO = "facebook/dinov2-large"
+PHI3, LLAMA3 = "microsoft/Phi-3-mini-4k-instruct", "meta-llama/Meta-Llama-3-8B-Instruct"
+LORA = ("lora", 2e-4, 2e-5, 128, 256)
+# pipeline: tower, lm, template, max_length; align lr; finetune tune, lr, projector_lr, rank, alpha; batches; tower
+BUNNY = {
+    "bunny": (SIGLIP, "microsoft/phi-2", "bunny", 2048, 5e-4, *LORA, 256, 128, False),
+    "bunny_phi_2_eva": (EVA, "microsoft/phi-2", "bunny", 2048, 5e-5, *LORA, 256, 128, False),
+    "bunny_phi_1_5_siglip": (SIGLIP, "microsoft/phi-1_5", "bunny", 2048, 5e-4, *LORA, 256, 128, False),
+    "bunny_phi_1_5_eva": (EVA, "microsoft/phi-1_5", "bunny", 2048, 1e-3, *LORA, 256, 128, False),
+    "bunny_stablelm_2_siglip": (SIGLIP, "stabilityai/stablelm-2-1_6b", "bunny", 2048, 5e-4, *LORA, 256, 128, False),
+    "bunny_stablelm_2_eva": (EVA, "stabilityai/stablelm-2-1_6b", "bunny", 2048, 1e-3, *LORA, 256, 128, False),
+    "bunny_qwen_1_5_siglip": (SIGLIP, "Qwen/Qwen1.5-1.8B", "bunny", 2048, 5e-4, *LORA, 256, 128, False),
+    "bunny_minicpm_siglip": (SIGLIP, "openbmb/MiniCPM-2B-history", "minicpm", 2048, 5e-4, *LORA, 256, 128, False),
+    "bunny_v1_0_4b": (SIGLIP, PHI3, "phi3", 4096, 1e-3, *LORA, 256, 128, False),
+    "bunny_v1_0_4b_second": (SIGLIP, PHI3, "phi3", 4096, 1e-3, *LORA, 256, 128, True),
+    "bunny_v1_1_4b": (SIGLIP, PHI3, "phi3", 4096, 1e-3, *LORA, 256, 128, False),
+    "bunny_v1_1_4b_second": (SIGLIP, PHI3, "phi3", 4096, 1e-3, *LORA, 256, 128, True),
+    "bunny_llama_3_8b": (SIGLIP, LLAMA3, "llama", 2048, 1e-3, *LORA, 256, 128, False),
+    "bunny_llama_3_8b_second": (
+        *(SIGLIP, LLAMA3, "llama", 2048, 1e-3),
+        *("lora", 1e-4, 1e-5, 128, 256, 256, 128, True),
+    ),
+    "bunny_v1_1_llama_3_8b": (
+        *(SIGLIP, LLAMA3, "llama", 4096, 1e-3),
+        *("lora", 1e-4, 1e-5, 256, 256, 256, 128, False),
+    ),
+    "bunny_v1_1_llama_3_8b_second": (
+        *(SIGLIP, LLAMA3, "llama", 4096, 1e-3),
+        *("lora", 1e-4, 1e-5, 256, 256, 256, 128, True),
+    ),
+}
+FULL = ("full", 2e-5, 2e-5, 128, 256)  # no rank, no alpha: those are the defaults
+LLAVA = {
+    "llava_1_5_7b": (CLIP, "lmsys/vicuna-7b-v1.5", "vicuna", 2048, 1e-3, *FULL, 256, 128, False),
+    "llava_1_5_13b": (CLIP, "lmsys/vicuna-13b-v1.5", "vicuna", 2048, 1e-3, *FULL, 256, 128, False),
+    "llava_1_5_7b_lora": (CLIP, "lmsys/vicuna-7b-v1.5", "vicuna", 2048, 1e-3, *LORA, 256, 128, False),
+    "llava_1_5_13b_lora": (CLIP, "lmsys/vicuna-13b-v1.5", "vicuna", 2048, 1e-3, *LORA, 256, 128, False),
+    "llava_phi": (CLIP, "microsoft/phi-2", "bunny", 2048, 1e-3, *FULL, 256, 256, False),
+}
+CELLS = {
+    "llava_gemma": (CLIP, "2b", True),
+    "llava_gemma_2b_clip_unaligned": (CLIP, "2b", False),
+    "llava_gemma_2b_dino": (DINO, "2b", True),
+    "llava_gemma_2b_dino_unaligned": (DINO, "2b", False),
+    "llava_gemma_7b_clip": (CLIP, "7b", True),
+    "llava_gemma_7b_clip_unaligned": (CLIP, "7b", False),
+    "llava_gemma_7b_dino": (DINO, "7b", True),
+    "llava_gemma_7b_dino_unaligned": (DINO, "7b", False),
+}
+GEMMA = {
+    name: (tower, f"google/gemma-{size}-it", "gemma", 2048, 1e-3, *FULL, 256, 128, False)
+    for name, (tower, size, _) in CELLS.items()
+}
+ROWS = {**BUNNY, **LLAVA, **GEMMA}
+ABOUT_ALL = ("mme", "mme_cognition", "vqav2_test", "gqa", "sqa", "pope")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_has_the_papers_numbers(name):
+    options = config.load(str(pipeline.find(name)))
+    model, align, finetune = options.model, options.align, options.finetune
+    found = (model.tower, model.lm, model.template, model.max_length, align.lr)
+    found += (finetune.tune, finetune.lr, finetune.projector_lr, finetune.lora_rank, finetune.lora_alpha)
+    assert (*found, align.batch_size, finetune.batch_size, finetune.tune_tower) == ROWS[name]
+    assert align.tune == "projector"
+    assert align.template == ("plain" if name not in GEMMA or not CELLS[name][2] else "gemma")
+    assert align.epochs == finetune.epochs == 1 and align.warmup == finetune.warmup == 0.03
+    assert finetune.lora_dropout == 0.05 and not align.tune_tower
+    assert align.weight_decay == finetune.weight_decay == (0.1 if name == "llava_phi" else 0.0)
+    assert model.image == "pad"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_states_its_own_published_scores(name):
+    stated = tomllib.loads(pipeline.find(name).read_text())["eval"]["published"]
+    wanted = {*ABOUT_ALL, "mmbench_test", "mmbench", "mmmu", "mmmu_test"} if name in BUNNY else {"pope", "mme"}
+    assert wanted <= set(stated)
+    assert pipeline.load(name, None).tables["eval"]["published"] == stated, "a score of the base shows through"
+    assert all(0 < value < 100 for key, value in stated.items() if not key.startswith("mme"))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_an_unaligned_cell_has_no_align_stage(name):
+    plan = pipeline.load(name, None)
+    stages = ["mix", *(["align"] if CELLS[name][2] else []), "finetune", "export"]
+    assert plan.stages("train") == stages and plan.stages("eval") == ["eval"]
+    plan.tables.setdefault("data", {})["eval"] = "test.json"
+    assert plan.stages("train") == [*stages, "eval"]
+
+
+def test_every_model_pipeline_is_in_the_table():
+    named = {path.stem for path in pipeline.shipped().glob("*.toml") if "model" in pipelines.read(path)}
+    assert named - {"demo", "photos"} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ["bunny", "llava_gemma"])
+def test_the_trainer_checks_it_and_knows_its_scores(name):
+    words = [sys.executable, "-m", "train", "check", "--config", str(pipeline.find(name)), "--json"]
+    checked = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert json.loads(checked.stdout)["eval"]["published"]["pope"] > 80
