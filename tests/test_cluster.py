@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from clouds import draw, unit
-from conftest import fingerprint
 
 from curate import relate, store
 from curate.cluster import ClusterOptions, cluster
 from curate.engine import Job
 from curate.errors import ContractError, ShardError, UsageError
+from house import fingerprint
 
 QUIET = Job(workers=1, quiet=True)
 

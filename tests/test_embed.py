@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 import tiny_clip
 from artefacts import picture, write_pool
-from conftest import ROOT, fingerprint
 from PIL import Image
 from test_encoders import FORMATS, cosines, reference
 
@@ -19,6 +18,7 @@ from curate import shards, store
 from curate.embed import EmbedOptions, ahead, embed
 from curate.engine import Job
 from curate.errors import ContractError, UsageError
+from house import ROOT, fingerprint
 
 QUIET = Job(quiet=True)
 

@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import tiny_clip
-from conftest import REAL_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from curate import checkpoints, encoders, images, shards
 from curate.errors import UsageError
+from house import REAL_DATA
 
 CAPTIONS = ["a red circle", "", "word " * 200, "two dogs on a beach, 1999", "ünïcödé ☃ 漢字"]
 

@@ -11,7 +11,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from conftest import CLIP, ROOT, curate, fingerprint, manifest
+from house import CLIP, ROOT, curate, fingerprint, manifest
 
 STAGES = {
     "embed": lambda home: ["embed", home / "pool", home / "emb", "--model", CLIP],

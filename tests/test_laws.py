@@ -22,8 +22,8 @@ ROOMS = {
     **dict.fromkeys(["estimate"], 7),
     **dict.fromkeys(["cli", "__main__"], 8),
 }
-NUMERICS = ("encoders", "images", "kmeans", "relate", "duplicates", "evidence", "frame", "selectors", "steps", "recipes")
-NUMERICS += ("demo_words", "demo_world")
+NUMERICS = ("encoders", "images", "kmeans", "relate", "duplicates", "evidence", "frame", "selectors", "steps")
+NUMERICS += ("recipes", "demo_words", "demo_world")
 HEAVY = ("torch", "faiss", "open_clip", "transformers", "sklearn", "scipy", "ray", "jinja2", "webdataset")
 
 

@@ -6,7 +6,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from artefacts import picture
-from conftest import REAL_DATA, fingerprint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from curate import layouts, shards, store
 from curate.engine import Job
 from curate.errors import ContractError, ShardError, UsageError
 from curate.importing import ImportOptions, import_layout, unit_rows
+from house import REAL_DATA, fingerprint
 
 QUIET = Job(quiet=True, workers=1)
 DIM = 6

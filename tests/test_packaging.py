@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from conftest import ROOT
+from house import ROOT
 
 PIPELINES = sorted((ROOT / "pipelines").glob("*.toml"))
 

@@ -4,9 +4,9 @@ import tomllib
 
 import pytest
 
-from conftest import CLIP, ROOT, curate, fingerprint
 from curate import pipeline
 from curate.errors import UsageError
+from house import CLIP, ROOT, curate, fingerprint
 
 TABLES = f"""
 [pool]

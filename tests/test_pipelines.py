@@ -8,10 +8,10 @@ import tomllib
 import pytest
 
 import pipelines
-from house import ROOT
 from curate import pipeline
 from curate.errors import UsageError
 from curate.mix import read_table
+from house import ROOT
 from train import config
 from train.errors import UsageError as TrainerUsageError
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from house import ROOT
 
 SLOW = ("make coreset", "make train", "make test", "make bench", "git clone")
 

@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from clouds import draw
-from conftest import fingerprint
 from test_relate import slow_components
 
 from curate import recipes, store
@@ -14,6 +13,7 @@ from curate.cluster import ClusterOptions, cluster
 from curate.engine import Job
 from curate.errors import ContractError, UsageError
 from curate.selection import SelectOptions, select
+from house import fingerprint
 
 QUIET = Job(workers=1, quiet=True)
 STEMS = [f"{i:05d}" for i in range(3)]

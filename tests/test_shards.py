@@ -3,12 +3,12 @@ import tarfile
 import tracemalloc
 
 import pytest
-from conftest import REAL_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate import shards
 from curate.errors import ShardError, UsageError
+from house import REAL_DATA
 
 
 def tar_of(members, kind=tarfile.GNU_FORMAT):

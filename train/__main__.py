@@ -166,7 +166,9 @@ def evaluate(
         limit=options.limit,
     )
     if not as_json:
-        for line in out.read_text(encoding="utf-8").splitlines()[: options.show if show is None else show]:
+        lines = out.read_text(encoding="utf-8").splitlines()
+        shown = min(options.show if show is None else show, len(lines))
+        for line in (lines[(2 * i + 1) * len(lines) // (2 * shown)] for i in range(shown)):  # spread over the questions
             row = json.loads(line)
             mark, asked = "=" if row["right"] else "x", row["question"] or "(image)"
             _say(f"{mark} {row['key']}  {asked[:60]!r}\n    answer  {row['answer']}\n    truth   {row['truth']}")
@@ -286,6 +288,8 @@ def _show(value: dict[str, Any], as_json: bool) -> None:
         _say(json.dumps(value, ensure_ascii=False))
         return
     for key, entry in value.items():
+        if entry in ("", {}):
+            continue
         if isinstance(entry, dict):
             _say(f"[{key}]\n" + "\n".join(f"  {k} = {v!r}" for k, v in entry.items()))
         else:

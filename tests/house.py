@@ -1,0 +1,39 @@
+"""Shared by all tests: where things are, and the command line as a user runs it."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+REAL_DATA = ROOT.parent / "shared" / "data"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.update(OFFLINE)
+
+
+def curate(*words, check=True, **options):
+    """Run the command line in a process of its own; returns it ended, with stdout and stderr as text."""
+    command = [sys.executable, "-m", "curate", *map(str, words)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+    if check:
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended
+
+
+def fingerprint(*directories):
+    """Digest every file of the directories but the logs: two equal fingerprints mean byte-identical artefacts."""
+    found = {}
+    for directory in map(Path, directories):
+        for path in sorted(directory.rglob("*")):
+            if path.is_file() and path.name != "log.jsonl":
+                found[f"{directory.name}/{path.relative_to(directory)}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def manifest(directory):
+    return json.loads((Path(directory) / "manifest.json").read_text())
+
+
+CLIP = f"local-dir:{ROOT / 'pipelines' / 'demo' / 'clip'}"
