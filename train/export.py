@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train import checkpoint
+from train.chat import chat_template
 from train.errors import TrainError, UsageError
 from train.model import Composed, compose
-from train.prompts import Encoder, chat_template
+from train.prompts import Encoder
 from train.runs import read_json, relative, write_json
 from train.stages import load_options, make_encoder
 from train.tower import make_image_processor

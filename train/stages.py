@@ -14,12 +14,13 @@ import torch.distributed as dist
 
 from train import checkpoint
 from train.batches import Collator, Plan
+from train.chat import chat_template
 from train.config import Config, Model, Stage
 from train.data import Measured, Source, check_bad, measure, open_source
 from train.errors import DataError, TrainError, UsageError
 from train.loop import Place, Training, cache_features
 from train.model import Composed, compose, lora_config, lora_targets, prepare
-from train.prompts import Encoder, Rejected, Template, chat_template, get_template, parse, pieces, to_messages
+from train.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
 from train.runs import absolute, digest_data, finish, open_run, read_json, relative
 from train.tower import make_image_processor
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import word_tokenizer
 
+from train.chat import chat_template
 from train.errors import UsageError
-from train.prompts import IGNORED, TEMPLATES, Encoder, Rejected, chat_template, get_template, parse, to_messages
+from train.prompts import IGNORED, TEMPLATES, Encoder, Rejected, get_template, parse, to_messages
 
 PHI2 = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "phi-2"
 SPECIAL = ["<start_of_turn>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<s>", "</s>", "<image>"]
