@@ -42,7 +42,7 @@ PLACES = {
 }
 TRAINER = ("model", "align", "finetune", "export", "eval", "generate")
 TABLES = ("about", "pool", "data", *CORESET, "mix", *TRAINER)
-DATA_KEYS = ("align", "finetune", "eval", "eval_images")
+DATA_KEYS = ("align", "finetune", "eval", "eval_images", "eval_tasks", "eval_root")
 BESIDE = {"import": ("source",), "select": ("compare",), "emit": ("also",)}
 
 
@@ -99,7 +99,7 @@ class Pipeline:
         wanted = STAGES if only is None else GROUPS.get(only, (only,))
         if only is not None and only not in GROUPS and only not in STAGES:
             raise unknown("stage", only, [*GROUPS, *STAGES])
-        idle = "eval" not in self.tables.get("data", {}) and only != "eval"
+        idle = not {"eval", "eval_tasks"} & set(self.tables.get("data", {})) and only != "eval"
         return [stage for stage in wanted if stage in self.tables and not (stage == "eval" and idle)]
 
 
@@ -199,10 +199,7 @@ def trainer_command(pipeline: Pipeline, stage: str) -> list[str]:
     elif stage == "export":
         words += [place("finetune" if "finetune" in pipeline.tables else "align"), "--out", place("export")]
     else:
-        if "eval" not in data:
-            raise UsageError(f"{pipeline.path.name} has no evaluation data.", "--set data.eval=FILE.json")
-        words += [place("export"), "--data", data["eval"], "--out", paths.join(place("eval"), "answers.jsonl")]
-        words += ["--images", data["eval_images"]] if "eval_images" in data else []
+        words += _questions(pipeline, data)
     words += ["--config", str(pipeline.path)]
     return words + [f"--set={setting}" for setting in pipeline.settings if setting.split(".")[0] in TRAINER]
 
@@ -212,6 +209,27 @@ def describe(stage: str, manifest: dict[str, Any]) -> str:
     from curate.show import headline
 
     return headline(stage, manifest)
+
+
+def _questions(pipeline: Pipeline, data: Mapping[str, str]) -> list[str]:
+    """Write what `train eval` is to ask: benchmarks in the LLaVA evaluation layout, or a JSON of one's own."""
+    place = pipeline.place
+    if "eval_tasks" in data:
+        if "eval_root" not in data:
+            raise UsageError("data.eval_tasks needs data.eval_root.", "--set data.eval_root=DIR")
+        return [
+            place("export"),
+            "--tasks",
+            data["eval_tasks"],
+            "--eval-root",
+            data["eval_root"],
+            "--out",
+            place("eval"),
+        ]
+    if "eval" not in data:
+        raise UsageError(f"{pipeline.path.name} has no evaluation data.", "--set data.eval=FILE.json")
+    images = ["--images", data["eval_images"]] if "eval_images" in data else []
+    return [place("export"), "--data", data["eval"], "--out", paths.join(place("eval"), "answers.jsonl"), *images]
 
 
 def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = print) -> dict[str, Any]:

@@ -75,6 +75,21 @@ def test_trainer_commands_carry_the_file_the_places_and_the_settings():
     assert ["--align", "there/align"] == pipeline.trainer_command(plan, "finetune")[8:10]
 
 
+def test_benchmarks_are_asked_where_they_are_named():
+    plan = pipeline.load("bunny", "o", settings=["data.eval_tasks=pope,gqa", "data.eval_root=e"])
+    assert "eval" in plan.stages("train")
+    assert pipeline.trainer_command(plan, "eval")[4:11] == [
+        "o/model",
+        "--tasks",
+        "pope,gqa",
+        "--eval-root",
+        "e",
+        "--out",
+        "o/eval",
+    ]
+    assert "eval" not in pipeline.load("bunny", "o").stages("train")
+
+
 def test_the_listing_names_every_shipped_pipeline():
     listed = dict(pipeline.listing())
     for path in (ROOT / "pipelines").glob("*.toml"):
