@@ -367,7 +367,7 @@ def run(
 
     if names or not pipeline:
         for name, about in pipelines.listing():
-            typer.echo(f"{name:<24} {about}")
+            typer.echo(f"{name:<30} {about}")
         return
     plan = pipelines.load(pipeline, out or None, pool=pool or None, recipe=recipe or None, settings=settings or [])
     job = _job(workers, engine, overwrite=overwrite)
