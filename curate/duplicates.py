@@ -76,7 +76,10 @@ def resolve(
     else:
         if keep in ("middle", "inner-middle"):
             rows = _from_the_middle(rows, bounds)
-        _drop_in_order(rows, bounds, rule, threshold, vectors, result)
+        pairs = np.repeat(sizes == 2, sizes)
+        _drop_seconds(rows[pairs], edges, result)
+        larger = np.concatenate([[0], np.cumsum(sizes[sizes > 2])])
+        _drop_in_order(rows[~pairs], larger, rule, threshold, vectors, result)
     return result
 
 
@@ -157,6 +160,15 @@ def _from_the_middle(rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     position = np.arange(len(rows)) - np.repeat(bounds[:-1], sizes)
     offset = np.abs(position - np.repeat(sizes // 2, sizes))
     return rows[np.lexsort((position, offset, np.repeat(np.arange(len(sizes)), sizes)))]
+
+
+def _drop_seconds(rows: np.ndarray, edges: Edges, result: Resolved) -> None:
+    """Drop the second row of each pair: one edge joins the two, and no rule could judge otherwise."""
+    link = np.full(len(result.keep), np.nan, np.float32)
+    link[edges[0]], link[edges[1]] = edges[2], edges[2]
+    first, second = rows[::2], rows[1::2]
+    result.keep[second] = False
+    result.twin[second], result.similarity[second] = first, link[second]
 
 
 def _drop_in_order(
