@@ -107,6 +107,22 @@ def export(
     _show(write(run, out, dtype=options.export.dtype, overwrite=overwrite), as_json)
 
 
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint of Bunny, LLaVA or LLaVA-Gemma.")],
+    out: Annotated[Path, typer.Argument(help="Output directory.")],
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring released weights into native form.  Example: python -m train import Bunny-v1_0-3B B3 --config X.toml."""
+    options = configuration.load(config, settings or ())
+    from train.released import import_released
+
+    _show(import_released(checkpoint, out, options, overwrite=overwrite), as_json)
+
+
 @app.command()
 def merge(
     models: Annotated[list[Path], typer.Argument(help="Exported models.")],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from train.config import Model, Stage
 from train.errors import UsageError
-from train.tower import Vision, cannot_load, feature_layer_index, features, load_tower, read_config, trim
+from train.tower import HEADS, Vision, cannot_load, feature_layer_index, features, load_tower, read_config, trim
 
 LOGIT_CHUNK = 1 << 25  # elements of one slice of logits: 128 MB in fp32
 log = logging.getLogger("train")
@@ -202,9 +202,8 @@ def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
     model.model.multi_modal_projector.requires_grad_(True)
     if stage.tune_tower:
         model.model.vision_tower.requires_grad_(True)
-        unused = ("post_layernorm", "vision_tower.layernorm.", "vision_tower.head.")
         for name, parameter in model.model.vision_tower.named_parameters(prefix="model.vision_tower"):
-            if any(word in name for word in unused):
+            if any(word in name for word in HEADS):
                 parameter.requires_grad_(False)
             else:
                 expected.add(name)

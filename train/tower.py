@@ -23,6 +23,7 @@ OPENCLIP_PREFIX = "local-dir:"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC, BILINEAR = 3, 2  # PIL.Image.Resampling
+HEADS = ("post_layernorm", "vision_tower.layernorm.", "vision_tower.head.")  # behind every feature layer
 KINDS = ("clip_vision_model", "siglip_vision_model", "dinov2")
 log = logging.getLogger("train")
 

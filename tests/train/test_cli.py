@@ -82,7 +82,7 @@ def test_help_and_module_entry(tmp_path):
         [sys.executable, "-m", "train", "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0
-    for verb in ("align", "finetune", "export", "merge", "eval", "generate", "inspect", "check"):
+    for verb in ("align", "finetune", "export", "import", "merge", "eval", "score", "generate", "inspect", "check"):
         assert verb in done.stdout
     done = subprocess.run(
         [sys.executable, "-m", "train", "alig"], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -1,0 +1,228 @@
+"""Bring a checkpoint that the authors of Bunny, LLaVA or LLaVA-Gemma released into the native form.
+
+In: a folder (or one file) of safetensors, or of `pytorch_model*.bin`, which is read without unpickling code. The
+tokenizer, the configurations and the image preparation are those that `[model]` names. Out: an llava-hf folder, as
+`export` writes it. Three families of names are known:
+
+    Bunny, LLaVA    model.vision_tower.vision_tower.[vision_model.]… · model.mm_projector.{0,2} ·
+                    model.{embed_tokens,layers,norm,final_layernorm} · lm_head
+    llava-hf        vision_tower.[vision_model.]… · multi_modal_projector.linear_{1,2} · language_model.{model,lm_head}
+                    (LLaVA-Gemma was published in these)
+
+Every tensor must find its place and every parameter its tensor, in the right shape, else both are named and refused.
+Exceptions, each said: a tower that the checkpoint leaves out altogether, tower blocks behind the feature layer, and
+rows that the embedding here has beyond theirs, for the image token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from train.config import Config
+from train.errors import CheckpointError, UsageError
+from train.export import DTYPES, claim_folder, finish_folder, write_folder
+from train.model import Composed, compose
+from train.runs import read_json, relative
+from train.stages import make_encoder
+from train.tower import HEADS
+
+LM, TOWER, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
+AUTHORS = re.compile(r"^model\.mm_projector\.")
+RULES = (
+    (r"^model\.mm_projector\.0\.", f"{PROJECTOR}linear_1."),
+    (r"^model\.mm_projector\.2\.", f"{PROJECTOR}linear_2."),
+    (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", TOWER),
+    (r"^model\.(embed_tokens|layers|norm|final_layernorm)\.", rf"{LM}\1."),
+    (r"^vision_tower\.(?:vision_model\.)?", TOWER),
+    (r"^multi_modal_projector\.", PROJECTOR),
+    (r"^language_model\.model\.", LM),
+    (r"^(?:language_model\.)?lm_head\.", "lm_head."),
+)
+BUFFERS = re.compile(r"\.(position_ids|rotary_emb\.inv_freq)$")  # saved by older transformers, computed by newer ones
+FUSED = ".self_attn.query_key_value."
+SCALED_SINCE = (5, 4)  # transformers moved Gemma's factor from the merged embeddings into the table of tokens
+log = logging.getLogger("train")
+
+
+def import_released(source: Path, out: Path, config: Config, *, overwrite: bool = False) -> dict[str, Any]:
+    """Read a released checkpoint into the model that `config` describes, write it to `out`, return what was written.
+
+    Raises: UsageError, CheckpointError naming the tensors that do not fit.
+    """
+    files = checkpoint_files(source)
+    claim_folder(out, overwrite)
+    dtype = DTYPES[config.export.dtype]
+    model = dataclasses.replace(config.model, lm_weights="fresh")  # each of its weights must be in the checkpoint
+    composed = compose(model, dtype)
+    load_released(composed, files, keep_tower=config.model.tower_weights == "pretrained")
+    write_folder(composed, make_encoder(composed, model, config.finetune), out, dtype)
+    finish_folder(out, {"command": "import", "source": relative(str(source), out), "dtype": config.export.dtype})
+    parameters = sum(p.numel() for p in composed.model.parameters())
+    return {"out": str(out), "parameters": parameters, "dtype": config.export.dtype}
+
+
+def checkpoint_files(source: Path) -> list[Path]:
+    """Return the weight files of a checkpoint, safetensors before pickles.  Raises: UsageError."""
+    if source.is_file():
+        return [source]
+    if (source / "adapter_config.json").is_file():
+        raise UsageError(f"{source} holds a LoRA adapter; merge it into its base with PEFT, then import the result")
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        files = sorted(source.glob(pattern))
+        if files:
+            return files
+    raise UsageError(f"{source} holds no model*.safetensors and no pytorch_model*.bin; give a downloaded checkpoint")
+
+
+def our_name(theirs: str) -> str | None:
+    """Translate the name of a released tensor to that of our parameter, or None where no rule knows it."""
+    for pattern, ours in RULES:
+        name, found = re.subn(pattern, ours, theirs)
+        if found:
+            return name
+    return None
+
+
+def load_released(composed: Composed, files: list[Path], *, keep_tower: bool) -> None:
+    """Copy a checkpoint into a composed model, file by file.
+
+    keep_tower: keep the tower as loaded where the checkpoint has none of it.
+    Raises: CheckpointError, UsageError.
+    """
+    parameters: dict[str, Tensor] = dict(composed.model.named_parameters(remove_duplicate=False))
+    tied = bool(composed.model.config.tie_word_embeddings)
+    unknown: list[str] = []
+    filled: set[str] = set()
+    old_names = False
+    with torch.no_grad():
+        for theirs, tensor in read_tensors(files):
+            if BUFFERS.search(theirs):
+                continue
+            old_names |= AUTHORS.match(theirs) is not None
+            name = our_name(theirs)
+            if name == "lm_head.bias":
+                # Bunny's class has none either (bunny_phi.py: bias=False); conversions to other tools add zeros.
+                log.info("%s is dropped%s", theirs, ", though it is not zero" if bool(tensor.any()) else "")
+                continue
+            for part_name, part in _split(name or "", tensor, composed):
+                if part_name not in parameters:
+                    unknown.append(theirs)
+                elif part_name == "lm_head.weight" and tied:
+                    filled.add(part_name)  # the same tensor as the embedding, which the checkpoint has too
+                else:
+                    _copy(parameters[part_name], part, part_name, theirs)
+                    filled.add(part_name)
+        _check_complete(composed, unknown, set(parameters) - filled, tied=tied, keep_tower=keep_tower)
+        if _has_scaled_features(composed, files[0].parent, old_names):
+            _fold_scale(composed)
+
+
+def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of safetensors files, or of pickles of nothing but tensors.  Raises: CheckpointError."""
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118  (the handle is no dict)
+                        yield name, tensors.get_tensor(name)
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+                if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+                    raise CheckpointError(f"{file} does not hold a table of tensors by name")
+                yield from state.items()
+        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{file} cannot be read as weights alone ({reason})") from None
+
+
+def _split(name: str, tensor: Tensor, composed: Composed) -> Iterator[tuple[str, Tensor]]:
+    """Take apart the fused attention of Bunny's first Phi class: rows run by head, then query, key, value, then width.
+
+    Phi-3 is fused as well, but so is its native class. Source: bunny/model/language_model/phi/modeling_phi.py.
+    """
+    if FUSED not in name:
+        yield name, tensor
+        return
+    heads = composed.model.config.text_config.num_attention_heads
+    rows = tensor.reshape(heads, 3, -1, *tensor.shape[1:]) if tensor.shape[0] % (3 * heads) == 0 else None
+    for i, letter in enumerate("qkv"):
+        part = tensor if rows is None else rows[:, i].flatten(0, 1)
+        yield name.replace(FUSED, f".self_attn.{letter}_proj."), part
+
+
+def _copy(parameter: Tensor, tensor: Tensor, name: str, theirs: str) -> None:
+    grown = name in (f"{LM}embed_tokens.weight", "lm_head.weight") and tensor.ndim == 2
+    if grown and len(tensor) < len(parameter) and tensor.shape[1] == parameter.shape[1]:
+        log.info("%s has %d rows of %d; the others stay fresh", theirs, len(tensor), len(parameter))
+        parameter = parameter[: len(tensor)]
+    if tensor.shape != parameter.shape:
+        raise CheckpointError(
+            f"{theirs} is {list(tensor.shape)} in the checkpoint and {list(parameter.shape)} in the model that [model] "
+            "describes; name the tower and language model it was trained from"
+        )
+    parameter.copy_(tensor)
+
+
+def _check_complete(composed: Composed, unknown: list[str], missing: set[str], *, tied: bool, keep_tower: bool) -> None:
+    tower = {name for name, _ in composed.model.named_parameters() if name.startswith(TOWER)}
+    if tied:
+        missing.discard("lm_head.weight")
+    if tower <= missing and keep_tower:
+        log.info("the checkpoint holds no vision tower: that of [model] tower stays")
+        missing -= tower
+    behind = {name for name in missing if _is_behind_features(name, composed.feature_index)}
+    if behind and not missing - behind:
+        log.info("the checkpoint ends its tower at the feature layer: %d tensors behind it stay", len(behind))
+    missing -= behind
+    for names, what in (
+        (unknown, "tensors of the checkpoint have no place in the model"),
+        (missing, "tensors of the model are not in the checkpoint"),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+            raise CheckpointError(f"{len(names)} {what}: {shown}; name the parts it was trained from in [model]")
+
+
+def _is_behind_features(name: str, index: int) -> bool:
+    """Whether a parameter of the tower has no influence on the features, which Bunny's early towers end at."""
+    block = re.match(rf"^{re.escape(TOWER)}encoder\.layers?\.(\d+)\.", name)
+    return any(word in name for word in HEADS) if block is None else int(block.group(1)) >= index
+
+
+def _has_scaled_features(composed: Composed, folder: Path, old_names: bool) -> bool:
+    """Whether a Gemma was trained with image features that were multiplied by sqrt(hidden_size).
+
+    So did transformers before 5.4 with all of the merged embeddings, LLaVA-Gemma's among them; now only the table of
+    tokens is scaled. Known by the authors' names, else by the version that wrote the configuration.
+    """
+    if composed.model.config.text_config.model_type != "gemma":
+        return False
+    if old_names:
+        return True
+    try:
+        version = str(read_json(folder / "config.json")["transformers_version"])
+        numbers = tuple(int(number) for number in version.split(".")[:2])
+    except (UsageError, KeyError, ValueError):
+        raise UsageError(
+            f"{folder}/config.json gives no transformers_version, which tells whether features were scaled; add it"
+        ) from None
+    return numbers < SCALED_SINCE
+
+
+def _fold_scale(composed: Composed) -> None:
+    factor = math.sqrt(composed.model.config.text_config.hidden_size)
+    last = composed.model.model.multi_modal_projector.linear_2
+    last.weight.mul_(factor)
+    last.bias.mul_(factor)
+    log.info("image features were scaled by sqrt(hidden_size) = %.4f: folded into linear_2", factor)
