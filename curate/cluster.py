@@ -149,7 +149,7 @@ def _fit(
         centroids = kmeans.unit_rows(_load_centroids(options.centroids, _dimensions(source)))
     else:
         images = np.concatenate(list(_sample(source, rows_ok, options.sample, options.seed)))
-        backend = kmeans.choose_backend(images.shape[1], gpu=job.gpus > 0)
+        backend = kmeans.choose_backend(images.shape[1], options.k, gpu=job.gpus > 0)
         found = kmeans.fit(kmeans.widen(images), options.k, options.iters, options.seed, backend=backend)
         centroids = found.centroids
         facts = {"fitted_rows": len(images), "backend": backend, "empty": found.empty}

@@ -1,7 +1,7 @@
 """Spherical k-means: centroids fitted on a sample, and the nearest centroid of every row.
 
 Rows and centroids are unit vectors and closeness is the cosine. Fitting is FAISS's: `SuperKmeans` (pruned distance
-computations) on CPU, `Kmeans` where it does not apply, `Kmeans` on GPUs where there are any; one table, `BACKENDS`.
+computations) on CPU for many clusters, `Kmeans` for few, `Kmeans` on GPUs where there are any; one table, `BACKENDS`.
 Assignment is a blocked matrix product and an argmax: 2 n k d operations, memory for one block.
 """
 
@@ -16,6 +16,9 @@ POINTS_PER_CENTROID = 256  # FAISS's own default bound; its silent subsampling i
 LEAST_POINTS_PER_CENTROID = 39  # below it FAISS calls a fit poor
 BLOCK_ELEMENTS = 1 << 22
 PRUNED_DIM = 32  # SuperKmeans refuses fewer dimensions
+PRUNED_K = (
+    1000  # its pruning gains 1.4 to 1.9 times at k = 2,000 and loses up to 3 times at k = 600 (tests/bench/cluster.py)
+)
 
 
 def default_k(rows: int) -> int:
@@ -104,13 +107,14 @@ BACKENDS: dict[str, Callable[[np.ndarray, int, int, int], np.ndarray]] = {
 }
 
 
-def choose_backend(dim: int, *, gpu: bool) -> str:
+def choose_backend(dim: int, k: int, *, gpu: bool) -> str:
     """Name the backend for this machine: GPUs where they are wanted and FAISS sees one, else the faster CPU one."""
     import faiss
 
     if gpu and getattr(faiss, "get_num_gpus", int)() > 0:
         return "kmeans-gpu"
-    return "superkmeans" if dim >= PRUNED_DIM and hasattr(faiss, "SuperKmeans") else "kmeans"
+    pruned = dim >= PRUNED_DIM and k >= PRUNED_K and hasattr(faiss, "SuperKmeans")
+    return "superkmeans" if pruned else "kmeans"
 
 
 def fit(x_nd: np.ndarray, k: int, iters: int, seed: int, *, backend: str) -> Fit:

@@ -24,11 +24,13 @@ from curate import kmeans, store  # noqa: E402
 
 
 def mixture(rows, dim, clouds):
+    """Draw rows whose spectrum falls as that of image embeddings does: a few directions hold much of the variance."""
     rng = np.random.default_rng(0)
-    centers = rng.normal(size=(clouds, dim)).astype(np.float32)
+    spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)
+    centers = rng.standard_normal((clouds, dim), np.float32) * spectrum
     weights = 1 / np.arange(1, clouds + 1) ** 0.7
     x = centers[rng.choice(clouds, rows, p=weights / weights.sum())]
-    x += 0.8 * rng.normal(size=(rows, dim)).astype(np.float32)
+    x += 0.5 * rng.standard_normal((rows, dim), np.float32) * spectrum
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
@@ -55,7 +57,7 @@ def main():
     for name, value in (("rows", 200_000), ("dim", 512), ("k", 2_000), ("iters", 8), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     chosen = parser.parse_args()
-    x = mixture(chosen.rows, chosen.dim, 20_000)
+    x = mixture(chosen.rows, chosen.dim, 2_000)
     x16 = x.astype(np.float16)
     times = {name: [] for name in ("kmeans", "superkmeans", "product", "assign")}
     quality = {}
