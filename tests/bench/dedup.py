@@ -98,6 +98,8 @@ def main():
     with tempfile.NamedTemporaryFile() as file:
         memory = np.memmap(file, np.float32, "w+", shape=x.shape)
         memory[:] = x16
+        semdedup_loop(memory[:500], clusters[:500] % 5, similarity[:500], 5, chosen.threshold)  # imports are not work
+        ours(x16[:500], clusters[:500] % 5, similarity[:500], chosen.threshold)
         loop, loop_time = clock(lambda: semdedup_loop(memory, clusters, similarity, chosen.k, chosen.threshold))
     mine, my_time = clock(lambda: ours(x16, clusters, similarity, chosen.threshold))
     _, product_time = clock(products_alone(x16, clusters, chosen.k))
