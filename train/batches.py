@@ -110,6 +110,7 @@ class Batch:
     pixels_nchw: Tensor | None  # u8; None without images, or where features are cached
     images: list[int]  # the sample index of each image
     num_tokens: int  # without padding
+    num_squares: int  # sum of the documents' squared lengths, which attention costs
     skipped: dict[int, str] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
@@ -201,6 +202,7 @@ def _arrange(
         pixels_nchw=pixels,
         images=images,
         num_tokens=sum(len(part) for parts in ids for part in parts),
+        num_squares=sum(len(part) ** 2 for parts in ids for part in parts),
         skipped=skipped,
     )
 

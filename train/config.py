@@ -76,6 +76,7 @@ class Stage:
     cache_features_mb: int = 0  # keep the frozen tower's features in memory where they all fit
     save_every: int = 200
     keep_last: int = 2
+    peak_tflops: float = 0.0  # of one device, for MFU; 0: of known GPUs in bf16, else no MFU
     max_bad_share: float = 0.001  # stop above this share of samples that cannot be used (never for three or fewer)
     seed: int = 0
 
@@ -217,7 +218,8 @@ def _check(config: Config) -> None:
         for key in positive:
             if getattr(stage, key) <= 0:
                 raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must be greater than 0")
-        for key in ("steps", "projector_lr", "weight_decay", "clip", "row_tokens", "workers", "cache_features_mb"):
+        unsigned = ("steps", "projector_lr", "weight_decay", "clip", "row_tokens", "workers", "cache_features_mb")
+        for key in (*unsigned, "peak_tflops"):
             if getattr(stage, key) < 0:
                 raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must not be negative")
         for key in ("warmup", "lora_dropout", "max_bad_share"):

@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -31,10 +31,12 @@ from train.checkpoint import PROJECTOR
 from train.config import Stage
 from train.data import check_bad
 from train.errors import Interrupted, TrainError
+from train.flops import Cost, peak_flops, peak_memory_gb
 from train.model import Composed, hidden_states, token_losses, tower_features
 
 FEATURE_CHUNK = 64  # images whose cached features are computed together; fixed, so that resuming repeats them
 PROGRESS_EVERY_S = 5.0
+CURVES = ("loss", "lr", "grad_norm", "padding", "tokens_per_s", "supervised_per_s", "data_wait_s")
 log = logging.getLogger("train")
 
 
@@ -112,6 +114,7 @@ class Training:
     out: Path
     skipped: dict[int, str]  # sample index -> reason, found so far
     features: FeatureCache | None = None
+    cost: Cost = field(init=False)
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the end.
@@ -122,6 +125,8 @@ class Training:
         start = self._resume(optimizer)
         if start >= self.plan.steps:
             return
+        self.cost = Cost.of(self.composed, self.stage)
+        peak = peak_flops(self.place.device, self.place.dtype, self.stage.peak_tflops)
         dataset = Steps(self.plan, self.collator, self.place.rank, self.place.world)
         cuda = self.place.device.type == "cuda"
         batches = iter(load(dataset, range(start, self.plan.steps), self.stage.workers, cuda))
@@ -131,7 +136,11 @@ class Training:
                 micro_batches = next(batches)
                 waited = time.perf_counter() - began
                 row, stopping = self._step(step, micro_batches, optimizer, stop.received)
-                recorder.write({**row, "data_wait_s": waited, "step_s": time.perf_counter() - began})
+                seconds = time.perf_counter() - began
+                if peak:
+                    row["mfu"] = row["tflop"] * 1e12 / (seconds * peak * self.place.world)
+                row["peak_memory_gb"] = peak_memory_gb(self.place.device)
+                recorder.write({**row, "data_wait_s": waited, "step_s": seconds})
                 done = step + 1
                 if stopping or done == self.plan.steps or done % self.stage.save_every == 0:
                     self._save(done, optimizer)
@@ -144,7 +153,10 @@ class Training:
         own = [len(b.targets_s) for b in micro_batches]
         counts = [sum(own), sum(b.num_tokens for b in micro_batches), sum(b.ids_bl.numel() for b in micro_batches)]
         counts += [sum(len(b.skipped) for b in micro_batches), int(stop), sum(n > 0 for n in own)]
-        supervised, tokens, padded, skipped, stopping, filled = self.place.total([float(c) for c in counts])
+        cached = self.features is not None
+        useful = sum(self.cost.flops(b, cached=cached) for b in micro_batches)
+        totals = self.place.total([*map(float, counts), useful])
+        supervised, tokens, padded, skipped, stopping, filled, flops = totals
         if skipped:
             self._note_skipped(micro_batches)
         loss = 0.0
@@ -166,6 +178,7 @@ class Training:
         optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "loss": loss, "lr": self.stage.lr * factor, "grad_norm": float(norm)}
         row |= {"tokens": int(tokens), "supervised": int(supervised), "padding": 1 - tokens / max(1.0, padded)}
+        row["tflop"] = flops / 1e12
         return row, stopping > 0
 
     def _backward(self, batch: Batch, normaliser: float) -> float:
@@ -330,8 +343,9 @@ class Recorder:
         row["eta_s"] = self.busy_s / (step - self.start) * (self.steps - step)
         self.file.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
         self.file.flush()
-        for key in ("loss", "lr", "grad_norm", "padding", "tokens_per_s", "supervised_per_s", "data_wait_s"):
-            self.board.add_scalar(key, row[key], step)  # type: ignore[no-untyped-call]
+        for key in (*CURVES, "mfu", "peak_memory_gb"):
+            if key in row:
+                self.board.add_scalar(key, row[key], step)  # type: ignore[no-untyped-call]
         now = time.monotonic()
         if now - self.shown >= PROGRESS_EVERY_S or step == self.steps:
             self.shown = now

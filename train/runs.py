@@ -21,7 +21,7 @@ from train.errors import UsageError
 
 FORMAT = 1
 MANIFEST, PLAN = "manifest.json", ".plan.json"
-EXECUTION = frozenset({"workers", "save_every", "keep_last"})  # options that change no result
+EXECUTION = frozenset({"workers", "save_every", "keep_last", "peak_tflops"})  # options that change no result
 Status = Literal["new", "unfinished", "finished"]
 
 

@@ -1,0 +1,66 @@
+"""The arithmetic of a step, against what torch counts as it runs, and its way into the metrics."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from train import config as configuration
+from train.batches import Batch
+from train.config import Stage
+from train.flops import Cost, peak_flops
+from train.model import compose, hidden_states, prepare, token_losses, tower_features
+from train.stages import run_stage
+
+
+def count(work):
+    """Run and return the result and the operations of its matrix products and convolutions."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        result = work()
+    return result, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("tune", ["projector", "lora", "full"])
+def test_counts_what_torch_counts(world, tune):
+    composed = compose(configuration.load(str(world / "config.toml")).model)
+    stage = Stage(tune=tune, lora_rank=4, lora_alpha=8, lora_dropout=0.0)
+    prepare(composed, stage)
+    config, size = composed.model.config.text_config, composed.vision.image_size
+    ids = torch.tensor([[5, *[composed.image_id] * 5, *range(6, 20)]])
+    supervised, length = torch.arange(10, 15), ids.shape[1]
+    pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    feats, tower = count(lambda: tower_features(composed, pixels))
+
+    def step():
+        hidden = hidden_states(composed, ids, torch.arange(length)[None], feats)
+        token_losses(composed.model, hidden[0][supervised], ids[0][supervised + 1]).sum().backward()
+
+    _, counted = count(step)
+    batch = Batch(ids, ids, supervised, supervised, supervised, None, [0], length, length**2, {})
+    cost = Cost.of(composed, stage)
+    projector = composed.model.model.multi_modal_projector
+    counted += 2 * projector.linear_1.weight.numel() * 5  # the formula's gradient of features, which nothing needs
+    counted -= 6 * config.num_hidden_layers * config.hidden_size * length**2  # torch counts what causality masks
+    rotary = counted - cost.flops(batch, cached=True)
+    assert 0 <= rotary < 2e-3 * counted  # torch counts the angles of positions too
+    patch = composed.model.model.vision_tower.embeddings.patch_embedding.weight.numel()
+    assert cost.tower - 2 * patch == tower  # the class token has no patch
+    assert cost.flops(batch, cached=False) == cost.flops(batch, cached=True) + cost.tower
+
+
+def test_metrics_hold_mfu_where_a_peak_is_known(world, tmp_path):
+    for settings in ((), ("finetune.peak_tflops=0.001",)):
+        options = configuration.load(str(world / "config.toml"), (*settings, "finetune.steps=2"))
+        run_stage("finetune", options, str(world / "mixed"), tmp_path / f"run{len(settings)}")
+    rows = [json.loads(line) for line in (tmp_path / "run0" / "metrics.jsonl").read_text().splitlines()]
+    assert all("mfu" not in row and row["peak_memory_gb"] > 0.01 and row["tflop"] > 0 for row in rows)
+    for line in (tmp_path / "run1" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["mfu"] == pytest.approx(row["tflop"] * 1e12 / (row["step_s"] * 1e9), rel=0.02)
+
+
+def test_a_cpu_has_no_peak_unless_given():
+    assert peak_flops(torch.device("cpu"), torch.bfloat16, 0.0) is None
+    assert peak_flops(torch.device("cpu"), torch.float32, 1.5) == 1.5e12

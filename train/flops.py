@@ -1,0 +1,94 @@
+"""How much useful arithmetic a step holds, and what share of the device's peak that is (MFU).
+
+Multiplications and additions that the mathematics asks for, once each: nothing for recomputed activations or logits,
+nothing for padding. With T tokens, T_sup supervised ones, P weights of linear layers:
+
+    language model   4 P T frozen (forward, gradient of inputs), 6 P T where it learns; LoRA adds 6 P_lora T
+    its attention    6 L d T^2 a document: forward and backward, causal
+    logits           4 d V T_sup, 6 where the head learns
+    projector        6 P T_image
+    tower            2 P T_tower + 4 L d T_tower^2 an image, three times that where it learns, 0 with cached features
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from train.batches import Batch
+from train.config import Stage
+from train.model import Composed
+from train.tower import HEADS
+
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, from NVIDIA's data sheets (SXM)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations by what causes them."""
+
+    token: float
+    square: float  # for each document, times its squared length
+    target: float
+    image: float  # projector
+    tower: float  # an image
+
+    @classmethod
+    def of(cls, composed: Composed, stage: Stage) -> Self:
+        """Count for a model that is prepared for a stage."""
+        config, tower = composed.model.config.text_config, composed.model.config.vision_config
+        inner, vision = composed.model.model, composed.vision
+        learns = 6 if stage.tune == "full" else 4
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        seen = (vision.image_size // vision.patch_size) ** 2 + int(vision.has_class_token)
+        blocks = composed.feature_index
+        forward = 2 * _weights(inner.vision_tower, without=HEADS) * seen + 4 * blocks * tower.hidden_size * seen**2
+        return cls(
+            token=learns * _weights(inner.language_model, without=("lora_",))
+            + 6 * _weights(inner.language_model, only="lora_"),
+            square=6.0 * config.num_hidden_layers * width,
+            target=float(learns * config.hidden_size * config.vocab_size),
+            image=6.0 * _weights(inner.multi_modal_projector) * vision.tokens_per_image,
+            tower=float(forward * (3 if stage.tune_tower else 1)),
+        )
+
+    def flops(self, batch: Batch, *, cached: bool) -> float:
+        """Return the operations of a micro-batch; from its counts alone, so that no device is waited for."""
+        image = self.image + (0.0 if cached else self.tower)
+        words = self.token * batch.num_tokens + self.square * batch.num_squares + self.target * len(batch.targets_s)
+        return words + image * len(batch.images)
+
+
+def _weights(module: Any, *, only: str = "", without: tuple[str, ...] = ()) -> int:
+    return sum(
+        part.weight.numel()
+        for name, part in module.named_modules(prefix="vision_tower")
+        if isinstance(part, (nn.Linear, nn.Conv2d)) and only in name and not any(word in name for word in without)
+    )
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float) -> float | None:
+    """Return one device's operations a second at best: as given, else of a known GPU in bf16, else None."""
+    if given_tflops:
+        return given_tflops * 1e12
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "PCIe" in name or "NVL" in name:  # slower than the SXM boards of the same name
+        return None
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the most memory held so far: of the GPU's tensors, or else of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device) / 1e9)
+    import resource
+    import sys
+
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held / 1e9 * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
