@@ -170,28 +170,35 @@ def evaluate(
         results = run_tasks(model, names, _root(eval_root), out, options, overwrite=overwrite)
         _show_scores(results, options, as_json)
         return
+    show = options.show if show is None else show
+    _answer_records(model, str(data), images, out, dataclasses.replace(options, show=show), as_json)
+
+
+def _answer_records(
+    model: Path, data: str, images: str | None, out: Path, options: configuration.Eval, as_json: bool
+) -> None:
     from train.evaluate import evaluate as answer_all
 
     summary = answer_all(
         model,
-        str(data),
+        data,
         out,
         images=images,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or 64,
         limit=options.limit,
     )
-    if not as_json:
-        lines = out.read_text(encoding="utf-8").splitlines()
-        shown = min(options.show if show is None else show, len(lines))
-        for line in (lines[(2 * i + 1) * len(lines) // (2 * shown)] for i in range(shown)):  # spread over the questions
-            row = json.loads(line)
-            mark, asked = "=" if row["right"] else "x", row["question"] or "(image)"
-            _say(f"{mark} {row['key']}  {asked[:60]!r}\n    answer  {row['answer']}\n    truth   {row['truth']}")
-        for task, score in {"all": summary, **summary["tasks"]}.items():
-            _say(f"{task:<12} {score['questions']:>6} questions   accuracy {score['accuracy']:.3f}")
-    else:
-        _show(summary, as_json)
+    if as_json:
+        _show(summary, True)
+        return
+    lines = out.read_text(encoding="utf-8").splitlines()
+    shown = min(options.show, len(lines))
+    for line in (lines[(2 * i + 1) * len(lines) // (2 * shown)] for i in range(shown)):  # spread over the questions
+        row = json.loads(line)
+        mark, asked = "=" if row["right"] else "x", row["question"] or "(image)"
+        _say(f"{mark} {row['key']}  {asked[:60]!r}\n    answer  {row['answer']}\n    truth   {row['truth']}")
+    for task, score in {"all": summary, **summary["tasks"]}.items():
+        _say(f"{task:<12} {score['questions']:>6} questions   accuracy {score['accuracy']:.3f}")
 
 
 @app.command()
