@@ -60,3 +60,10 @@ def test_progress_prints_whole_lines_elsewhere_than_in_a_terminal(capsys):
     line.close()
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and "2/2 shards  20 rows" in printed and "1 failed" in printed
+
+
+def test_ray_actors_report_what_a_loop_reports():
+    pytest.importorskip("ray", reason="needs the extra: pip install 'data-curate[ray]'")
+    outcome = run_stage("square", Square(), [0, 1, 2, 3, 4, 6], Job(engine="ray", quiet=True), workers=2)
+    assert {item: value["square"] for item, value in outcome.done.items()} == {0: 0, 1: 1, 2: 4, 6: 36}
+    assert outcome.failed == {3: "three is broken", 4: "ValueError: four"}
