@@ -2,7 +2,7 @@
 
     python tests/bench/scale.py [--rows 1000000] [--dim 512] [--k 1000] [--workers 2] [--keep DIR]
 
-Draws f16 embeddings from a mixture of 20,000 clouds with 15 % near-duplicates onto disk, then runs `curate cluster` and
+Draws f16 embeddings from a mixture of 2,000 clouds with 15 % near-duplicates onto disk, then runs `curate cluster` and
 two selections, each in a process of its own. Memory is sampled: what the processes own (anonymous), and all that they
 map, of which the file pages can be dropped at any time. The bare products are timed in the same run on the same
 machine: the fit's (sample x k x iterations), the assignment's (rows x k) and the pairs' of every cluster.
@@ -29,12 +29,13 @@ sys.path.insert(0, str(ROOT))
 from curate import store  # noqa: E402
 
 SHARD = 100_000
-CLOUDS = 20_000
+CLOUDS = 2_000
 
 
 def draw(folder, rows, dim):
     """Write the embeddings, shard by shard."""
-    centers = np.random.default_rng(0).normal(size=(CLOUDS, dim)).astype(np.float32)
+    spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)  # falls as that of image embeddings does
+    centers = np.random.default_rng(0).standard_normal((CLOUDS, dim), np.float32) * spectrum
     weights = 1 / np.arange(1, CLOUDS + 1) ** 0.7
     output = store.open_output(str(folder), "embed", {"rows": rows, "dim": dim}, {})
     schema, shards = store.embedding_schema(dim), {}
@@ -42,12 +43,12 @@ def draw(folder, rows, dim):
     for first in range(0, rows, SHARD):
         rng, n = np.random.default_rng([1, first]), min(SHARD, rows - first)
         cloud = rng.choice(CLOUDS, n, p=weights / weights.sum())
-        image = centers[cloud] + 0.8 * rng.normal(size=(n, dim)).astype(np.float32)
+        image = centers[cloud] + 0.5 * spectrum * rng.standard_normal((n, dim), np.float32)
         copy = np.flatnonzero(rng.random(n) < 0.15)
         origin = rng.integers(0, n // 10, len(copy))
-        image[copy] = image[origin] + 0.05 * rng.normal(size=(len(copy), dim)).astype(np.float32)
+        image[copy] = image[origin] + 0.05 * spectrum * rng.standard_normal((len(copy), dim), np.float32)
         image /= np.linalg.norm(image, axis=1, keepdims=True)
-        text = image + 0.04 * rng.normal(size=(n, dim)).astype(np.float32)
+        text = image + 0.04 * rng.standard_normal((n, dim), np.float32)
         text /= np.linalg.norm(text, axis=1, keepdims=True)
         phash = rng.integers(0, 1 << 63, n, dtype=np.uint64)
         phash[copy] = phash[origin]
