@@ -64,7 +64,8 @@ def test_progress_prints_whole_lines_elsewhere_than_in_a_terminal(capsys):
 
 def test_ray_actors_report_what_a_loop_reports():
     ray = pytest.importorskip("ray", reason="needs the extra: pip install 'data-curate[ray]'")
-    here = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
+    places = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]
+    here = os.pathsep.join(filter(None, places))
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": here}})
     outcome = run_stage("square", Square(), [0, 1, 2, 3, 4, 6], Job(engine="ray", quiet=True), workers=2)
     assert {item: value["square"] for item, value in outcome.done.items()} == {0: 0, 1: 1, 2: 4, 6: 36}
