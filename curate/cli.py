@@ -223,6 +223,23 @@ def select(
 
 
 @app.command()
+def steps() -> None:
+    """List the steps and the recipes that select knows.
+
+    Example: `curate steps`
+    """
+    from curate.recipes import RECIPES
+    from curate.show import step_lines
+
+    typer.echo("steps, for --step:")
+    for line in step_lines():
+        typer.echo(f"  {line}")
+    typer.echo("recipes, for --recipe:")
+    for name, recipe in RECIPES.items():
+        typer.echo(f"  {name:<20} {recipe.about}")
+
+
+@app.command()
 def emit(
     selection: Annotated[str, typer.Argument(help="A directory of `curate select`.")],
     out: Annotated[str, typer.Argument(help="Directory for the coreset.")],

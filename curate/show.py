@@ -84,6 +84,17 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def step_lines() -> Iterator[str]:
+    """Yield each selection step as it is written, with what it does."""
+    import inspect
+
+    from curate.selectors import STEPS
+    from curate.steps import signature
+
+    for name, step in STEPS.items():
+        yield f"{signature(name):<60} {(inspect.getdoc(step) or '').splitlines()[0]}"
+
+
 def show_key(directory: str, key: str) -> Iterator[str]:
     """Yield the life of one sample: what it is, its scores, its cluster, the step that dropped it, its twin.
 

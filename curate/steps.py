@@ -52,7 +52,7 @@ def _parse(text: str, number: int) -> Step:
     if call.func.id not in STEPS:
         raise unknown("step", call.func.id, STEPS)
     known = dict(list(inspect.signature(STEPS[call.func.id]).parameters.items())[2:])
-    usage = f"{call.func.id}({', '.join(_show(parameter) for parameter in known.values())})"
+    usage = signature(call.func.id)
     given: dict[str, ast.expr] = dict(zip(known, call.args, strict=False))
     if len(call.args) > len(known):
         raise UsageError(f"the step {text!r} has {len(call.args)} arguments; it is written {usage}.")
@@ -67,6 +67,12 @@ def _parse(text: str, number: int) -> Step:
         raise UsageError(f"the step {text!r} lacks {missing[0]}; it is written {usage}.")
     arguments = {name: _convert(node, known[name].annotation, f"{name} in {text}") for name, node in given.items()}
     return Step(text, call.func.id, arguments, number)
+
+
+def signature(name: str) -> str:
+    """Write how a step is called, with its defaults."""
+    parameters = list(inspect.signature(STEPS[name]).parameters.values())[2:]
+    return f"{name}({', '.join(map(_show, parameters))})"
 
 
 def _show(parameter: inspect.Parameter) -> str:
