@@ -85,23 +85,32 @@ def run(
 def _attempt(task: Task, item: Any) -> Report:
     try:
         return Report(item, value=task(item))
-    except CurateError as error:
-        return Report(item, error=str(error))
     except Exception as error:
-        log.debug("%s", traceback.format_exc())
-        return Report(item, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return Report(item, error=_words(error))
+
+
+def _words(error: Exception) -> str:
+    """Put an exception into one line; what is not ours keeps its traceback for the debug log."""
+    if isinstance(error, CurateError):
+        return str(error)
+    log.debug("%s", traceback.format_exc())
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 _task: Task | None = None
+_trouble = ""
 
 
 def _start_worker(task: Task, devices: Any) -> None:
     """Begin a pool worker: claim a GPU where there are any, then set up its copy of the task."""
-    global _task
+    global _task, _trouble
     _end_with_parent()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
-    task.setup()
+    try:
+        task.setup()
+    except Exception as error:  # raised here, it would break the pool without a word of what it was
+        _trouble = _words(error)
     _task = task
 
 
@@ -136,7 +145,7 @@ def _start_helper(start: Callable[..., None], arguments: tuple[Any, ...]) -> Non
 
 def _work(item: Any) -> Report:
     assert _task is not None
-    return _attempt(_task, item)
+    return Report(item, error=_trouble) if _trouble else _attempt(_task, item)
 
 
 def _run_pool(task: Task, items: Sequence[Any], workers: int, gpus: int) -> Iterator[Report]:

@@ -42,6 +42,20 @@ def test_a_worker_that_dies_fails_its_items_by_name():
     assert "died" in outcome.failed[5]
 
 
+@dataclass
+class Unready:
+    def setup(self):
+        raise UsageError("the weights are gone")
+
+    def __call__(self, item):
+        return {}
+
+
+def test_a_worker_that_cannot_be_set_up_says_why():
+    outcome = run_stage("unready", Unready(), [1, 2, 3], Job(quiet=True), workers=2)
+    assert outcome.failed == dict.fromkeys([1, 2, 3], "the weights are gone")
+
+
 def test_an_unknown_engine_is_refused():
     with pytest.raises(UsageError, match="local, ray"):
         list(run(Square(), [1], engine="spark"))
