@@ -35,7 +35,7 @@ eval: $(READY) ## score the trained model again
 	$(RUN) --only eval
 
 test: $(READY) ## run the tests: offline, on the processor alone
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 lint: $(READY) ## ruff and mypy
 	.venv/bin/ruff check .
