@@ -95,12 +95,7 @@ def _finish(
     output: store.Output, stems: list[str], outcome: engine.Outcome, device: str, workers: int
 ) -> dict[str, Any]:
     """Account for every row and write the manifest, unless other slices still have shards to do."""
-    missing = set(output.missing(stems))
-    facts = {stem: store.facts(output.path(f"{stem}.arrow")) for stem in stems if stem not in missing}
-    counts: Counter[str] = Counter()
-    for stem, fact in facts.items():
-        store.reconcile(stem, fact["rows"], fact["statuses"])
-        counts.update(fact["statuses"])
+    missing, facts, counts = rows.account(output, stems)
     dim = next((fact["dim"] for fact in facts.values()), 0)
     output.log(stage="embed", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=workers, dim=dim)
     if missing - set(outcome.failed):
@@ -110,7 +105,7 @@ def _finish(
             stem: {"rows": fact["rows"], "size": fact["size"], **({"notes": fact["notes"]} if fact["notes"] else {})}
             for stem, fact in facts.items()
         },
-        counts={name: counts[name] for name in store.STATUSES if counts[name]},
+        counts=counts,
         **({"failed": outcome.failed} if missing else {}),
         versions=store.versions("torch", "open_clip_torch", "pillow"),
         device=encoders.describe_device(device),

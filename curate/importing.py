@@ -76,12 +76,7 @@ def _finish(
     output: store.Output, stems: list[str], outcome: engine.Outcome, joined: dict[str, int], *, quiet: bool = True
 ) -> dict[str, Any]:
     """Account for every row, check that one model made them all, and write the manifest."""
-    missing = set(output.missing(stems))
-    facts = {stem: store.facts(output.path(f"{stem}.arrow")) for stem in stems if stem not in missing}
-    counts: Counter[str] = Counter()
-    for stem, fact in facts.items():
-        store.reconcile(stem, fact["rows"], fact["statuses"])
-        counts.update(fact["statuses"])
+    missing, facts, counts = rows.account(output, stems)
     dims = {fact["dim"]: stem for stem, fact in facts.items() if fact["dim"]}
     if len(dims) > 1:
         told = ", ".join(f"{stem} has {dim}" for dim, stem in dims.items())
@@ -102,7 +97,7 @@ def _finish(
             sys.stderr.write(f"import: {rate}; the source has {joined['source_rows']:,} rows\n")
     return output.finish(
         shards={stem: {"rows": fact["rows"]} for stem, fact in facts.items()},
-        counts={name: counts[name] for name in store.STATUSES if counts[name]},
+        counts=counts,
         **({"joined": joined} if joined else {}),
         **({"failed": outcome.failed} if missing else {}),
     )

@@ -7,6 +7,7 @@ is named before the caption's.
 
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from PIL.Image import Image
 
-from curate import checkpoints, encoders, images, paths, shards
+from curate import checkpoints, encoders, images, paths, shards, store
 from curate.errors import ShardError
 
 
@@ -166,3 +167,17 @@ def local_copy(location: str) -> Iterator[str]:
         shutil.copyfileobj(remote, copy, 8 << 20)
         copy.flush()
         yield copy.name
+
+
+def account(output: store.Output, stems: Sequence[str]) -> tuple[set[str], dict[str, dict[str, Any]], dict[str, int]]:
+    """Say which stems have no sidecar yet, what the others' facts are, and how many of their rows have each status.
+
+    Raises: ContractError when a sidecar's statuses do not add up to its rows.
+    """
+    missing = set(output.missing(stems))
+    facts = {stem: store.facts(output.path(f"{stem}.arrow")) for stem in stems if stem not in missing}
+    counts: Counter[str] = Counter()
+    for stem, fact in facts.items():
+        store.reconcile(stem, fact["rows"], fact["statuses"])
+        counts.update(fact["statuses"])
+    return missing, facts, {name: counts[name] for name in store.STATUSES if counts[name]}
