@@ -8,6 +8,8 @@ The funnel runs on the driver over scalar columns, a few dozen bytes a row. Embe
 cannot do without: `exclude`, and `dedup` where an earlier step tore a component or the rule is not `components`.
 """
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate import paths, recipes, steps, store
+from curate import cuts, paths, recipes, steps, store
 from curate.columns import Pool
 from curate.engine import Job, Progress
 from curate.errors import CurateError, UsageError
@@ -23,6 +25,7 @@ from curate.frame import Frame
 
 FUNNEL = "funnel.json"
 NUM_BINS = 60
+SCORES = ("clip_score", "centroid_similarity")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
     )
     if output.complete:
         return output.manifest
+    started = time.perf_counter()
     progress = Progress("select", len(parsed), unit="steps", quiet=job.quiet)
     try:
         codes, funnel = _run(parsed, frame, pool, progress)
@@ -82,7 +86,8 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
         funnel=funnel["steps"],
         versions=store.versions("numpy", "scipy", "pyarrow"),
     )
-    output.log(stage="select", rows=funnel["rows"], steps=[step["text"] for step in funnel["steps"]])
+    seconds = round(time.perf_counter() - started, 3)
+    output.log(stage="select", rows=funnel["rows"], seconds=seconds, steps=[step["text"] for step in funnel["steps"]])
     return manifest
 
 
@@ -111,6 +116,7 @@ def _run(
             codes[pool.status_rows(status)] = names.index(status)
             bad[status] = count
     account: list[dict[str, Any]] = []
+    movable: list[dict[str, Any]] = []
     for step in parsed:
         before = int(frame.alive.sum())
         if not before:
@@ -118,6 +124,10 @@ def _run(
             raise UsageError(f"no row is left for the step {step.text}: {last} dropped the last.", "loosen that")
         verdict = step.run(frame)
         dropped = frame.alive & ~verdict.keep
+        column = cuts.column_of(step.name, step.arguments)
+        if column is not None:
+            table = cuts.cut(step.name, step.arguments, frame.column(column)[frame.alive], before - int(dropped.sum()))
+            movable.append({"step": step.number - 1, "column": column, **table})
         codes[dropped] = step.number - 1
         frame.alive &= verdict.keep
         kept = int(frame.alive.sum())
@@ -137,36 +147,52 @@ def _run(
         "bad": sum(bad.values()),
         "statuses": bad,
         "steps": account,
-        "curves": _curves(frame, pool),
-        "histograms": _histograms(frame, pool),
+        "curves": _curves(frame),
+        "cuts": movable + _free_cuts(frame, {table["column"] for table in movable}),
+        "histograms": _histograms(frame),
     }
 
 
-def _curves(frame: Frame, pool: Pool) -> dict[str, Any]:
-    """Count what dedup of all good rows would keep at any threshold: each forest edge above it costs one row."""
+def _curves(frame: Frame) -> dict[str, Any]:
+    """Count what dedup of all good rows would keep at any threshold."""
     if frame.edges is None:
         return {}
-    similarity = np.sort(frame.edges()[2])
-    thresholds = np.linspace(frame.floor, 1, 101)
-    merged = len(similarity) - np.searchsorted(similarity, thresholds, side="right")
-    good = int(frame.good.sum())
-    return {"dedup": {"threshold": thresholds.round(6).tolist(), "kept": (good - merged).tolist(), "rows": good}}
+    return {"dedup": cuts.dedup_curve(frame.edges()[2], frame.floor, int(frame.good.sum()))}
 
 
-def _histograms(frame: Frame, pool: Pool) -> dict[str, Any]:
+def _free_cuts(frame: Frame, cut: set[str]) -> list[dict[str, Any]]:
+    """Count what `above` alone would keep of all good rows, for each score that no step cuts."""
+    made = []
+    for name in SCORES:
+        values = _score(frame, name)
+        if name not in cut and values is not None:
+            lowest = math.floor(float(np.nanmin(values[frame.good])) * 1e4 - 1) / 1e4
+            table = cuts.cut("above", {"x": lowest}, values[frame.good], 0)
+            made.append({"step": None, "column": name, **table})
+    return made
+
+
+def _score(frame: Frame, name: str) -> np.ndarray | None:
+    """Return a score of all rows, or None where the good rows have none."""
+    if name not in frame.columns:
+        return None
+    values = frame.cache.get(name)
+    values = frame.columns[name]() if values is None else values
+    return values if (frame.good & ~np.isnan(values)).any() else None
+
+
+def _histograms(frame: Frame) -> dict[str, Any]:
     """Count good and kept rows by value: {column: {edges, all, kept}}."""
     made = {}
-    for name in ("clip_score", "centroid_similarity", "nearest_similarity"):
-        if name not in frame.columns:
+    for name in (*SCORES, "nearest_similarity"):
+        values = _score(frame, name)
+        if values is None:
             continue
-        values = frame.cache.get(name)
-        values = frame.columns[name]() if values is None else values
         good = frame.good & ~np.isnan(values)
-        if good.any():
-            edges = np.histogram_bin_edges(values[good], NUM_BINS)
-            counted = {"all": values[good], "kept": values[good & frame.alive]}
-            counts = {key: np.histogram(part, edges)[0].tolist() for key, part in counted.items()}
-            made[name] = {"edges": [float(edge) for edge in edges], **counts}
+        edges = np.histogram_bin_edges(values[good], NUM_BINS)
+        counted = {"all": values[good], "kept": values[good & frame.alive]}
+        counts = {key: np.histogram(part, edges)[0].tolist() for key, part in counted.items()}
+        made[name] = {"edges": [float(edge) for edge in edges], **counts}
     return made
 
 

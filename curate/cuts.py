@@ -1,0 +1,82 @@
+"""What a score's threshold would keep, wherever it lay: the exact counts behind the report's movable cuts.
+
+In: the values of the rows that a step met. Out: a grid of about 200 places over them, ascending, and for each the
+number of rows that lie beyond it by that step's own rule. The numbers are those that `select` comes to when it is given
+the grid's own text, so nothing has to be computed again to show what a moved threshold would do.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+PLACES = 200
+ONE_SIDED = ("above", "below")
+FROM_THE_TOP = ("mismatch", "top")
+
+
+def column_of(name: str, arguments: Mapping[str, Any]) -> str | None:
+    """Name the score that a step cuts, if it cuts one."""
+    if name == "mismatch":
+        return "clip_score"
+    return str(arguments["column"]) if name in ("rank", *ONE_SIDED, *FROM_THE_TOP) else None
+
+
+def cut(name: str, arguments: Mapping[str, Any], values: np.ndarray, kept: int) -> dict[str, Any]:
+    """Tabulate what a step would keep at each place of its score.
+
+    values: [n] of the rows before the step, NaN where unknown. kept: what it did keep. Returns `kind` band, above or
+    below; `names`, each place as it is written in the step (for a band a share counted from the highest); its `values`;
+    and `kept`: for a band the rows from there to the top, else those strictly above, or below, the place.
+    `low` and `high` are the places of the step itself (high: None where it has no upper end).
+    """
+    if name in ONE_SIDED:
+        return _one_sided(name, float(arguments["x"]), values)
+    size = len(values)
+    if name == "rank":
+        lo, hi = float(arguments["lo"]), float(arguments["hi"])
+    else:
+        lo, hi = 0.0, kept / max(1, size)
+    shares = sorted({*(place / PLACES for place in range(PLACES + 1)), lo, hi}, reverse=True)
+    counts = [round(share * size) for share in shares]
+    known = np.sort(values[~np.isnan(values)])[::-1]
+    at = [float(known[min(max(count - 1, 0), len(known) - 1)]) if len(known) else 0.0 for count in counts]
+    ends = {"low": shares.index(hi), "high": shares.index(lo) if name == "rank" else None}
+    return {
+        "kind": "band",
+        "rows": size,
+        "names": [repr(share) for share in shares],
+        "values": at,
+        "kept": counts,
+        **ends,
+    }
+
+
+def _one_sided(name: str, x: float, values: np.ndarray) -> dict[str, Any]:
+    """Tabulate a cut at a value. Places are compared as the step compares them, in the column's own precision."""
+    known = np.sort(values[~np.isnan(values)])
+    ranks = np.linspace(0, max(len(known) - 1, 0), PLACES + 1).astype(np.int64)
+    places = np.unique(np.append(known[ranks].astype(np.float64).round(4) if len(known) else [], x))
+    typed = places.astype(known.dtype) if known.dtype.kind == "f" else places
+    found = np.searchsorted(known, typed, side="right" if name == "above" else "left")
+    counts = len(known) - found if name == "above" else found
+    return {
+        "kind": name,
+        "rows": len(values),
+        "names": [repr(place) for place in places.tolist()],
+        "values": places.tolist(),
+        "kept": counts.tolist(),
+        "low": int(np.searchsorted(places, x)),
+        "high": None,
+    }
+
+
+def dedup_curve(similarity: np.ndarray, floor: float, good: int) -> dict[str, Any]:
+    """Count what dedup of all good rows keeps at 100 thresholds from the floor up: an edge above one costs a row.
+
+    similarity: of all forest edges, compared in its own precision, as dedup does.
+    """
+    thresholds = np.linspace(floor, 1, 101)[:-1].round(6)
+    ascending = np.sort(similarity)
+    merged = len(ascending) - np.searchsorted(ascending, thresholds.astype(ascending.dtype), side="right")
+    return {"threshold": thresholds.tolist(), "kept": (good - merged).tolist(), "rows": good}
