@@ -71,6 +71,12 @@ class Frame:
         if name not in columns:
             raise unknown("column", name, columns)
 
+    def mask(self, rows: np.ndarray) -> np.ndarray:
+        """Turn row numbers into bool [n]."""
+        keep = np.zeros(len(self.good), bool)
+        keep[rows] = True
+        return keep
+
     def count(self, n: float) -> int:
         """Turn a count into rows; a float up to 1 is a share of the good rows."""
         return round(n * int(self.good.sum())) if isinstance(n, float) and n <= 1 else int(n)
@@ -82,7 +88,16 @@ class Frame:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which rows stay, bool [n], and what the step worked out on the way, for the funnel."""
+    """Which rows stay, bool [n]; what the step worked out on the way, for the funnel; and who would come next.
+
+    reserve: i64, of the rows that the step drops those next in its rank, the first first; none where it has no rank.
+    """
 
     keep: np.ndarray
     estimates: dict[str, Any] = field(default_factory=dict)
+    reserve: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+def shortage(wanted: int, found: int) -> dict[str, Any]:
+    """Note that fewer rows were found than wanted."""
+    return {"asked": wanted, "available": found} if found < wanted else {}

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from curate import evidence, recipes, steps
 from curate.errors import UsageError
 from curate.frame import Frame
-from curate.selectors import STEPS, budget_factor, water_fill
+from curate.quotas import water_fill, water_fill_tree, weighted_fill
+from curate.selectors import STEPS, budget_factor
 
 
 def frame_of(n=100, seed=0, good=None, **columns):
@@ -230,3 +231,61 @@ def test_an_embedder_that_cannot_tell_pairs_drops_none():
     assert share == 0 and "cannot tell" in facts["why"]
     scores = np.concatenate([rng.normal(size=1_000), rng.normal(6, 1, size=4_000)]).astype(np.float32)
     assert abs(evidence.mismatch_share(scores, shuffled)[0] - 0.2) < 0.02
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 30), st.floats(0.01, 5)), min_size=1, max_size=20), st.data())
+def test_a_weighted_budget_is_exact_and_proportional_until_a_group_is_full(groups, data):
+    sizes, weights = (np.array(column) for column in zip(*groups, strict=True))
+    total = data.draw(st.integers(0, int(sizes.sum())))
+    quotas = weighted_fill(sizes, weights, total)
+    assert quotas.sum() == total and (quotas <= sizes).all() and (quotas >= 0).all()
+    low, high = 0.0, 1e5
+    for _ in range(100):  # the level at which min(size, level * weight) sums to the total
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.minimum(sizes, middle * weights).sum() <= total else (low, middle)
+    assert np.abs(quotas - np.minimum(sizes, low * weights)).max() < 1 + 1e-6
+
+
+def test_groups_of_no_weight_take_what_nobody_else_can():
+    assert weighted_fill(np.array([4, 4, 4]), np.array([0.0, 1.0, 0.0]), 8).tolist() == [2, 4, 2]
+
+
+def slow_tree(sizes, parents, total, rng):
+    """Follow one row at a time: each goes down the tree to the least filled branch that has room."""
+    quotas = np.zeros(len(sizes), int)
+    path = [[leaf] for leaf in range(len(sizes))]
+    for leaf in path:
+        for above in parents:
+            leaf.append(int(above[leaf[-1]]))
+    for _ in range(total):
+        open_leaves = [leaf for leaf in range(len(sizes)) if quotas[leaf] < sizes[leaf]]
+        for level in range(len(parents), -1, -1):
+            filled = {}
+            for leaf in range(len(sizes)):
+                filled[path[leaf][level]] = filled.get(path[leaf][level], 0) + quotas[leaf]
+            least = min(filled[path[leaf][level]] for leaf in open_leaves)
+            node = min(path[leaf][level] for leaf in open_leaves if filled[path[leaf][level]] == least)
+            open_leaves = [leaf for leaf in open_leaves if path[leaf][level] == node]
+        quotas[open_leaves[0]] += 1
+    return quotas
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 4), st.integers(1, 2))
+def test_a_budget_down_a_tree_is_exact_and_even_at_every_node(seed, leaves, nodes, tops):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(0, 12, leaves)
+    parents = [rng.integers(0, nodes, leaves), rng.integers(0, tops, nodes)]
+    parents[0][: min(nodes, leaves)] = np.arange(min(nodes, leaves))
+    nodes = int(parents[0].max()) + 1
+    parents[1] = np.unique(parents[1][:nodes], return_inverse=True)[1]
+    total = int(rng.integers(0, sizes.sum() + 1))
+    quotas = water_fill_tree(sizes, parents, total, rng)
+    assert quotas.sum() == total and (quotas <= sizes).all()
+    slow = slow_tree(sizes, parents, total, rng)
+    for above in (None, *parents):  # who gets the last row of a node is drawn; all else is the one-by-one rule
+        if above is not None:
+            quotas, slow = np.bincount(above, quotas), np.bincount(above, slow)
+        assert abs(quotas - slow).max(initial=0) <= len(parents)
+    assert sorted(quotas) == sorted(slow)

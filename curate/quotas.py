@@ -1,0 +1,90 @@
+"""How a budget is shared among groups: evenly, by weight, or down a tree, and always to the last row.
+
+Quotas are whole numbers, at most a group's size, that sum to the budget. Arrays in, arrays out.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def water_fill(sizes: np.ndarray, total: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """Find quotas min(level, size) that sum to exactly `total`; what is left over goes to groups at random, one each.
+
+    Returns i64 quotas and the level. Raises nothing: total is at most the sum of the sizes.
+    """
+    low, high = 0, int(sizes.max(initial=0))
+    while low < high:  # the highest level that does not exceed the total
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if int(np.minimum(sizes, middle).sum()) <= total else (low, middle - 1)
+    quotas = np.minimum(sizes, low).astype(np.int64)
+    larger = np.flatnonzero(sizes > low)
+    quotas[rng.permutation(larger)[: total - int(quotas.sum())]] += 1
+    return quotas, low
+
+
+def water_fill_tree(
+    sizes: np.ndarray, parents: Sequence[np.ndarray], total: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Share a budget down a tree: evenly over the top's nodes, each node's part evenly over its children, and so on.
+
+    sizes: i64 [k], rows of the leaves. parents: for each level from the leaves up, the node above each node of that
+    level; parents[0] is i64 [k]. Returns i64 [k] quotas that sum to `total`, at most the sum of the sizes.
+    Source: hierarchical sampling of ssl-data-curation (arXiv:2405.15613, section 3.4), without repeats.
+    """
+    levels = [np.asarray(sizes, np.int64)]
+    for above in parents:
+        levels.append(np.bincount(above, levels[-1], minlength=int(above.max(initial=-1)) + 1).astype(np.int64))
+    quotas = water_fill(levels[-1], total, rng)[0]
+    for below, above in zip(levels[-2::-1], parents[::-1], strict=True):
+        order = np.argsort(above, kind="stable")
+        bounds = np.searchsorted(above[order], np.arange(len(quotas) + 1))
+        shared = np.zeros(len(below), np.int64)
+        for node, part in enumerate(quotas):
+            children = order[bounds[node] : bounds[node + 1]]
+            shared[children] = water_fill(below[children], int(part), rng)[0]
+        quotas = shared
+    return quotas
+
+
+def weighted_fill(sizes: np.ndarray, weights: np.ndarray, total: int) -> np.ndarray:
+    """Find quotas proportional to weights >= 0, at most the sizes, that sum to exactly `total`.
+
+    What a full group cannot take goes to the others by their weights; rounding goes to the largest fractions, ties to
+    the lowest number. Groups of weight 0 get what nobody else can take, evenly. Returns i64 [k].
+    """
+    sizes = np.asarray(sizes, np.int64)
+    quotas = np.zeros(len(sizes))
+    weights = np.asarray(weights, np.float64)
+    open_groups = sizes > 0
+    left = float(total)
+    while left > 0.5 and open_groups.any():
+        share = np.where(open_groups, weights, 0.0)
+        if share.sum() <= 0:
+            share = open_groups.astype(np.float64)
+        wanted = left * share / share.sum()
+        full = open_groups & (wanted >= sizes)
+        if not full.any():
+            quotas[open_groups] = wanted[open_groups]
+            break
+        quotas[full] = sizes[full]
+        left -= float(sizes[full].sum())
+        open_groups &= ~full
+    whole = np.minimum(np.floor(quotas + 1e-9).astype(np.int64), sizes)
+    for _ in range(len(sizes)):
+        missing = total - int(whole.sum())
+        if missing <= 0:
+            break
+        order = np.argsort(-(quotas - whole), kind="stable")
+        whole[order[whole[order] < sizes[order]][:missing]] += 1
+    return np.asarray(whole)
+
+
+def position_in_group(groups: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Rank each row inside its group by ascending `order`, ties by row. Returns i64 [n], from 0."""
+    arranged = np.lexsort((order, groups))
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(groups[arranged])) + 1]) if len(groups) else np.zeros(0, int)
+    sizes = np.diff(np.append(starts, len(groups)))
+    position = np.empty(len(groups), np.int64)
+    position[arranged] = np.arange(len(groups)) - np.repeat(starts, sizes)
+    return position
