@@ -1,0 +1,91 @@
+"""Scores of image-text pairs from stored embeddings: how well they match among others, and how near a target they are.
+
+Numerics on unit vectors; `fetch` returns the vectors of some rows, f16 or f32 [m, d] (an array's `x.__getitem__`).
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from curate.kmeans import unit_rows, widen
+from curate.relate import nearest_similarity
+
+TEMPERATURE = 0.01  # CLIP's learned one, and the paper's
+BATCH_SIZE = 32_768  # the paper's
+BATCHES = 10
+BLOCK = 1024
+READ_ROWS = 1 << 14
+Fetch = Callable[[np.ndarray], np.ndarray]
+
+
+def neg_clip_loss(
+    image: Fetch,
+    text: Fetch,
+    rows: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    temperature: float = TEMPERATURE,
+    batch_size: int = BATCH_SIZE,
+    batches: int = BATCHES,
+) -> np.ndarray:
+    """Score pairs by the negative CLIP loss: the cosine, less what the pair's image and caption have with any other.
+
+    s_ii - t/2 (log sum_j exp(s_ij / t) + log sum_j exp(s_ji / t)), the mean over random batches that each row is in. Up
+    to `batch_size` rows are one batch, and the score is exact. rows: i64 [m]. Returns f32 [m], higher is better.
+    O(batches m batch_size d) time; memory for two batches of vectors.
+    Source: negCLIPLoss, also s-CLIPLoss (arXiv:2405.19547), definition 3.1, t = 0.01, batches of 32,768.
+    """
+    total = np.zeros(len(rows))
+    pieces = -(-len(rows) // batch_size)
+    rounds = batches if pieces > 1 else 1
+    for _ in range(rounds):
+        order = rng.permutation(len(rows)) if pieces > 1 else np.arange(len(rows))
+        for cut in np.array_split(order, pieces) if pieces else []:
+            chosen = rows[np.sort(cut)]  # in row order, which is how they lie on disk
+            total[np.sort(cut)] += _batch_scores(image(chosen), text(chosen), temperature)
+    return (total / rounds).astype(np.float32)
+
+
+def _batch_scores(image_bd: np.ndarray, text_bd: np.ndarray, temperature: float) -> np.ndarray:
+    """Score the pairs of one batch, f64 [b], block by block of the b x b matrix."""
+    image, text = unit_rows(widen(image_bd)), unit_rows(widen(text_bd))
+    size = len(image)
+    matched = np.einsum("nd,nd->n", image, text, dtype=np.float64)
+    over_texts = np.empty(size)
+    peak, summed = np.full(size, -np.inf, np.float32), np.zeros(size)
+    for first in range(0, size, BLOCK):
+        logits = image[first : first + BLOCK] @ text.T
+        logits *= np.float32(1 / temperature)
+        highest = logits.max(axis=0)
+        raised = np.maximum(peak, highest)
+        summed *= np.exp((peak - raised).astype(np.float64))
+        summed += np.exp(logits - raised).sum(axis=0, dtype=np.float64)
+        peak = raised
+        own = logits.max(axis=1)
+        logits -= own[:, None]
+        over_texts[first : first + BLOCK] = own + np.log(np.exp(logits, out=logits).sum(axis=1, dtype=np.float64))
+    return np.asarray(matched - temperature / 2 * (over_texts + peak + np.log(summed)))
+
+
+def norm_sim(fetch: Fetch, rows: np.ndarray, targets: Iterable[np.ndarray], p: float = np.inf) -> np.ndarray:
+    """Score how near rows are to a target set: the p-norm of their cosines to all targets.
+
+    rows: i64 [m]. targets: blocks of unit rows, f16 or f32 [t, d], which may lie on disk; read once for every 16,384
+    rows. p: inf (the highest cosine) or 2. Returns f32 [m]. O(m t d) time for inf, O((m + t) d^2) for 2.
+    Source: NormSim (arXiv:2405.19547), definition 3.2.
+    """
+    blocks = list(targets)
+    if p == 2:
+        gram = sum(block.T @ block for block in map(lambda each: widen(each).astype(np.float64), blocks))
+    found = np.empty(len(rows), np.float32)
+    for first in range(0, len(rows), READ_ROWS):
+        x = fetch(rows[first : first + READ_ROWS])
+        if p == 2:
+            wide = widen(x).astype(np.float64)
+            found[first : first + READ_ROWS] = np.sqrt(np.maximum(0, np.einsum("nd,nd->n", wide @ gram, wide)))
+        else:
+            highest = np.full(len(x), -1, np.float32)
+            for block in blocks:
+                np.maximum(highest, nearest_similarity(x, block), out=highest)
+            found[first : first + READ_ROWS] = highest
+    return found
