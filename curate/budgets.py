@@ -3,11 +3,14 @@
 A step with a budget says how many rows there were where they do not suffice, and names who would come next.
 """
 
+from typing import Any
+
 import numpy as np
 
+from curate import kmeans
 from curate.errors import UsageError, unknown
-from curate.frame import Count, Frame, Group, Verdict, shortage
-from curate.quotas import position_in_group, water_fill
+from curate.frame import CLUSTER_FIRST, Count, Frame, Group, Keep, Levels, Verdict, shortage
+from curate.quotas import position_in_group, water_fill, water_fill_tree
 
 KEEPS = ("near", "far", "random", "max:COLUMN", "min:COLUMN")
 
@@ -21,25 +24,65 @@ def sample(frame: Frame, number: int, n: Count, seed: int | None = None) -> Verd
     return Verdict(frame.mask(order[:wanted]), shortage(wanted, len(order)), order[wanted:])
 
 
-def balance(frame: Frame, number: int, column: Group, n: Count) -> Verdict:
-    """Keep exactly n rows, as evenly over the groups as their sizes allow, at random inside each (water-filling)."""
+def balance(frame: Frame, number: int, column: Group, n: Count, keep: Keep = "random") -> Verdict:
+    """Keep exactly n rows, as evenly over the groups as their sizes allow (water-filling), at random inside each.
+
+    keep: inside a group rather those with the highest `max:column` or lowest `min:column`, or `near` the centroid.
+    """
     rows = np.flatnonzero(frame.alive)
-    groups = frame.group(column)[rows]
-    lots = frame.random(number)[rows]
+    names, place, sizes = np.unique(frame.group(column)[rows], return_inverse=True, return_counts=True)
     wanted = min(frame.count(n), len(rows))
-    names, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     quotas, level = water_fill(sizes, wanted, np.random.default_rng([frame.seed, number, 1]))
-    position = position_in_group(place, lots)
+    return _fill(frame, number, keep, (rows, place, quotas), {"groups": len(names), "level": level}, frame.count(n))
+
+
+def balance_tree(frame: Frame, number: int, n: Count, levels: Levels = (), keep: Keep = "random") -> Verdict:
+    """Keep exactly n rows, as evenly as can be over a tree: clusters of clusters, the clusters inside, their rows.
+
+    levels: how many clusters of clusters, the finest first, as in [1000, 100]; the root of the number of clusters where
+    not told. The centroids are clustered again by spherical k-means, each level by that below.
+    Source: hierarchical k-means and sampling (arXiv:2405.15613), without its resampling and without repeats.
+    """
+    if frame.centroids is None:
+        raise UsageError("balance_tree needs clusters; this directory has none.", CLUSTER_FIRST)
+    rows = np.flatnonzero(frame.alive & (frame.group("cluster") >= 0))
+    place = frame.group("cluster")[rows]
+    points, parents = frame.centroids(), []
+    sizes = np.bincount(place, minlength=len(points))
+    for k in levels or (max(1, round(len(points) ** 0.5)),):
+        if k > len(points):
+            raise UsageError(f"balance_tree: a level of {k} clusters over {len(points)}; expected fewer than that.")
+        points_above = kmeans.fit(points, k, 20, frame.seed, backend="kmeans").centroids
+        parents.append(kmeans.assign(points, points_above)[0].astype(np.int64))
+        points = points_above
+    wanted = min(frame.count(n), len(rows))
+    quotas = water_fill_tree(sizes, parents, wanted, np.random.default_rng([frame.seed, number, 1]))
+    facts = {"groups": int((sizes > 0).sum()), "nodes": [len(np.unique(above)) for above in parents]}
+    return _fill(frame, number, keep, (rows, place, quotas), facts, frame.count(n))
+
+
+def _fill(
+    frame: Frame,
+    number: int,
+    keep: str,
+    shared: tuple[np.ndarray, np.ndarray, np.ndarray],
+    facts: dict[str, Any],
+    asked: int,
+) -> Verdict:
+    """Keep of each group its quota, by preference; the rest come next level by level."""
+    rows, place, quotas = shared
+    order = preference(frame, keep, number)[rows]
+    position = position_in_group(place, order)
     left = position >= quotas[place]
-    facts = {"groups": len(names), "level": level, "groups_taken_whole": int((sizes <= quotas).sum())}
+    whole = int((np.bincount(place, minlength=len(quotas)) <= quotas).sum())
     return Verdict(
         frame.mask(rows[~left]),
-        facts | shortage(frame.count(n), wanted),
-        rows[left][np.lexsort((lots[left], position[left]))],
+        facts | {"groups_taken_whole": whole} | shortage(asked, len(rows)),
+        rows[left][np.lexsort((rows[left], order[left], position[left]))],
     )
 
 
-def cap(frame: Frame, number: int, column: Group, n: int, keep: str = "random") -> Verdict:
+def cap(frame: Frame, number: int, column: Group, n: int, keep: Keep = "random") -> Verdict:
     """Keep at most n rows of each group: at random, or those with the highest `max:column` or lowest `min:column`."""
     if n < 1:
         raise UsageError(f"cap({column}, {n}): at least one row of a group must stay.")

@@ -4,6 +4,7 @@ Global row numbers count through the stems in the manifest's order. A number tha
 value makes a group of its own.
 """
 
+import io
 from collections.abc import Iterator
 from functools import cached_property, partial
 
@@ -15,7 +16,7 @@ from curate import paths, store
 from curate.errors import UsageError
 from curate.frame import UNKNOWN_BITS, Edges, Frame
 
-EDGES = "edges.arrow"
+EDGES, CENTROIDS = "edges.arrow", "centroids.npy"
 NUMBERS = ("clip_score", "width", "height")
 CAPTION = ("caption_words", "caption_chars")
 SIZES = ("min_side", "aspect_ratio")
@@ -126,24 +127,44 @@ class Pool:
         found = self.chunks("key").take(pa.array(rows))
         return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
-    def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """Read image embeddings by global row numbers, f16 [len(rows), d]."""
+    def vectors(self, rows: np.ndarray, column: str = "image_embedding") -> np.ndarray:
+        """Read embeddings by global row numbers, f16 [len(rows), d]."""
         stem_of = np.searchsorted(self.bounds, rows, side="right") - 1
         found: np.ndarray | None = None
         for index in np.unique(stem_of):
             here = np.flatnonzero(stem_of == index)
-            part = store.take_vectors(
-                self.emb.batches(self.emb.stems[index]), "image_embedding", rows[here] - self.bounds[index]
-            )
+            part = store.take_vectors(self.emb.batches(self.emb.stems[index]), column, rows[here] - self.bounds[index])
             found = np.empty((len(rows), part.shape[1]), np.float16) if found is None else found
             found[here] = part
         return np.empty((0, 1), np.float16) if found is None else found
 
-    def foreign(self, directory: str) -> tuple[np.ndarray, np.ndarray]:
-        """Read another EMB's good image embeddings f16 [m, d] and uid numbers i64 [m]."""
+    def captions(self, rows: np.ndarray) -> list[str]:
+        """Read captions by global row numbers; "" where there is none."""
+        if not len(rows):
+            return []
+        found = self.chunks("caption").take(pa.array(rows)).fill_null("")
+        return list(found.to_pylist())
+
+    def foreign(self, directory: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield another EMB's good image embeddings f16 [m, d], mapped where they can be, and uid numbers i64 [m]."""
         other = Pool(store.open_input(directory, "embed", "import"))
-        rows = np.flatnonzero(other.status_rows("ok"))
-        return other.vectors(rows), other.groups("uid")[rows]
+        uids, good = other.groups("uid"), other.status_rows("ok")
+        for stem, first, _ in other.extents():
+            for batch in other.emb.batches(stem):
+                here = slice(first, first + batch.num_rows)
+                first = here.stop
+                vectors = store.vectors(batch.column("image_embedding"))
+                yield vectors if good[here].all() else vectors[good[here]], uids[here][good[here]]
+
+    def centroids(self) -> np.ndarray:
+        """Read the clusters' centroids, f32 [k, d]."""
+        assert self.clu is not None
+        with paths.open_read(self.clu.path(CENTROIDS)) as file:
+            return np.asarray(np.load(io.BytesIO(file.read()), allow_pickle=False))
+
+    @property
+    def _has_text(self) -> bool:
+        return "text_embedding" in store.reader(self.emb.path(f"{self.emb.stems[0]}.arrow")).schema.names
 
     def frame(self, seed: int) -> Frame:
         """Make the frame that the steps see."""
@@ -160,6 +181,10 @@ class Pool:
             edges=self.edges if self.clu is not None and paths.exists(self.clu.path(EDGES)) else None,
             floor=self.floor,
             vectors=self.vectors,
+            text_vectors=partial(self.vectors, column="text_embedding") if self._has_text else None,
+            captions=self.captions,
+            centroids=self.centroids if self.clu is not None else None,
+            lines=lambda location: paths.read_text(location).splitlines(),
             shuffled=None if self.clu is None else self.clu.manifest.get("fit", {}).get("shuffled_clip_score"),
             foreign=self.foreign,
         )

@@ -6,12 +6,13 @@ rows of one group are ever compared. A group of more than `PART` rows is cut at 
 that are worked one by one, so that no matrix is larger than PART x PART; smaller groups are exact.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from curate.frame import Fetch
 from curate.kmeans import unit_rows, widen
 from curate.quotas import position_in_group, weighted_fill
 
@@ -20,7 +21,6 @@ READ_ROWS = 1 << 16  # rows of many small groups are fetched at once
 BLOCK = 1 << 14
 NEAREST = 1e-4  # a mean distance below it is rounding: equal rows
 SAME_CONCEPT = 0.9  # COINCIDE: centroids closer than this are no other concept
-Fetch = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ independent map. A sample that the pool no longer has is counted by reason and l
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -89,7 +90,13 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     if left:
         return {"unfinished": len(left), **output.plan}
     replaced = None if outcome.failed else _replace_gone(task, output, suffix)
-    return _finish(output, plan, task.renamed, suffix, outcome.failed, replaced)
+    manifest = _finish(output, plan, task.renamed, suffix, outcome.failed, replaced)
+    counts = manifest["counts"]
+    lost = counts["rows"] - counts["written"] + counts.get("replaced", 0)
+    if lost and not job.quiet:
+        told = f"{counts.get('replaced', 0):,} replaced by the next in rank, {counts['written']:,} written"
+        sys.stderr.write(f"emit: {lost:,} of {counts['rows']:,} samples could not be had; {told}\n")
+    return manifest
 
 
 def _replace_gone(task: "_WriteTar | _WriteImages", output: store.Output, suffix: str) -> str | None:

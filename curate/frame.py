@@ -3,7 +3,7 @@
 Everything is an array over all n rows of the pool, in row order; the rows themselves stay where they are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -11,15 +11,20 @@ import numpy as np
 
 from curate.errors import UsageError, unknown
 
-Column = Annotated[str, "column"]  # numbers
+Column = Annotated[str, "column"]  # numbers, stored or computed
 Group = Annotated[str, "group"]  # any column; equal values make a group
 Count = Annotated[float, "count"]  # rows, or a share of the good rows
 Threshold = Annotated[float, "threshold"]  # a cosine, or "auto" (AUTO)
 Share = Annotated[float, "share"]  # 0 … 1, or "auto" (AUTO)
+Levels = Annotated[tuple[int, ...], "levels"]  # falling numbers of clusters
+Keep = Annotated[str, "keep"]  # who of a group stays; max:COLUMN and min:COLUMN among them
+Directory = Annotated[str, "directory"]  # made by embed or import
+File = Annotated[str, "file"]
 AUTO = -1.0
 CLUSTER_FIRST = "run `curate cluster EMB CLU`, then `curate select CLU …`"
 UNKNOWN_BITS = 255
 FROM_CLUSTERS = ("cluster", "centroid_similarity", "nearest_similarity")
+Fetch = Callable[[np.ndarray], np.ndarray]  # row numbers to vectors f16 [m, d]
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # a, b, similarity, phash_bits (255: unknown)
 
 
@@ -33,9 +38,13 @@ class Frame:
     seed: int = 0
     edges: Callable[[], Edges] | None = None
     floor: float = 1.0
-    vectors: Callable[[np.ndarray], np.ndarray] | None = None
+    vectors: Fetch | None = None
+    text_vectors: Fetch | None = None
+    captions: Callable[[np.ndarray], list[str]] | None = None
+    centroids: Callable[[], np.ndarray] | None = None  # f32 [k, d]
     shuffled: Sequence[float] | None = None  # clip_score of shuffled pairs, 0 … 100 % quantiles
-    foreign: Callable[[str], tuple[np.ndarray, np.ndarray]] | None = None
+    foreign: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None  # another EMB's vectors and uids
+    lines: Callable[[str], list[str]] | None = None  # of a text file
     alive: np.ndarray = field(init=False)
     component: np.ndarray | None = None  # i64 [n]
     twin: np.ndarray = field(init=False)  # i64 [n], the row kept in its place, or -1
@@ -48,7 +57,14 @@ class Frame:
         self.twin_similarity = np.full(len(self.good), np.nan, np.float32)
 
     def column(self, name: str) -> np.ndarray:
-        """Return a column of numbers [n]. Raises: UsageError when it is unknown or empty on every good row."""
+        """Return a column of numbers [n], stored or computed.
+
+        Raises: UsageError when it is unknown or empty on every good row.
+        """
+        if name not in self.columns and name not in self.cache:
+            from curate import computed  # which builds on the frame
+
+            self.cache[name] = computed.compute(self, name)
         return self._load(name, self.columns)
 
     def group(self, name: str) -> np.ndarray:
@@ -56,20 +72,20 @@ class Frame:
         return self._load(name, self.groups)
 
     def _load(self, name: str, known: Mapping[str, Callable[[], np.ndarray]]) -> np.ndarray:
-        self.known(name, known)
         if name not in self.cache:
+            self.known(name, known)
             values = known[name]()
             if values.dtype.kind == "f" and self.good.any() and np.isnan(values[self.good]).all():
                 raise UsageError(f"the column {name} has no value on any good row.")
             self.cache[name] = values
         return self.cache[name]
 
-    def known(self, name: str, columns: Mapping[str, object]) -> None:
-        """Refuse a column that is not there."""
+    def known(self, name: str, columns: Iterable[str], also: Iterable[str] = ()) -> None:
+        """Refuse a column that is not there. also: what could have been written besides."""
         if name not in columns and self.edges is None and name in FROM_CLUSTERS:
             raise UsageError(f"the column {name} needs clusters.", CLUSTER_FIRST)
         if name not in columns:
-            raise unknown("column", name, columns)
+            raise unknown("column", name, [*columns, *also])
 
     def mask(self, rows: np.ndarray) -> np.ndarray:
         """Turn row numbers into bool [n]."""

@@ -91,7 +91,7 @@ def steps(name: str, n: int | float | str = "") -> list[str]:
 
     Raises: UsageError for an unknown recipe or a budget that is none.
     """
-    from curate.steps import parse_count
+    from curate.calls import parse_count
 
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)

@@ -3,10 +3,11 @@
 Numerics on unit vectors; `fetch` returns the vectors of some rows, f16 or f32 [m, d] (an array's `x.__getitem__`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
+from curate.frame import Fetch
 from curate.kmeans import unit_rows, widen
 from curate.relate import nearest_similarity
 
@@ -15,7 +16,6 @@ BATCH_SIZE = 32_768  # the paper's
 BATCHES = 10
 BLOCK = 1024
 READ_ROWS = 1 << 14
-Fetch = Callable[[np.ndarray], np.ndarray]
 
 
 def neg_clip_loss(

@@ -10,7 +10,7 @@ cannot do without: `exclude`, and `dedup` where an earlier step tore a component
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,10 @@ from curate import cuts, paths, recipes, steps, store
 from curate.columns import Pool
 from curate.engine import Job, Progress
 from curate.errors import CurateError, UsageError
-from curate.frame import Frame
+from curate.frame import Directory, Frame
 
 FUNNEL = "funnel.json"
+LEAST_RESERVE, MAX_RESERVE = 100, 100_000  # else a fiftieth of the rows kept
 NUM_BINS = 60
 SCORES = ("clip_score", "centroid_similarity")
 
@@ -64,7 +65,7 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
         out,
         "select",
         {"steps": texts, "recipe": recipe, "seed": options.seed},
-        {"clusters" if found.command == "cluster" else "embeddings": found} | _excluded(parsed),
+        {"clusters" if found.command == "cluster" else "embeddings": found} | _read_besides(parsed),
         overwrite=job.overwrite,
     )
     if output.complete:
@@ -91,10 +92,15 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
     return manifest
 
 
-def _excluded(parsed: Sequence[steps.Step]) -> dict[str, store.Artefact]:
-    """Open the directories that `exclude` steps name: they are inputs, too."""
-    named = (step.arguments["directory"] for step in parsed if step.name == "exclude")
-    return {f"exclude-{i}": store.open_input(name, "embed", "import") for i, name in enumerate(dict.fromkeys(named), 1)}
+def _read_besides(parsed: Sequence[steps.Step]) -> dict[str, store.Artefact | Mapping[str, Any]]:
+    """Open what steps and computed columns name besides the pool: it is input, too."""
+    found: dict[str, store.Artefact | Mapping[str, Any]] = {}
+    for number, (location, kind) in enumerate(dict.fromkeys(each for step in parsed for each in step.reads()), 1):
+        if kind is Directory:
+            found[f"target-{number}"] = store.open_input(location, "embed", "import")
+        else:
+            found[f"file-{number}"] = {"path": location, "digest": store.digest(paths.read_text(location))}
+    return found
 
 
 def _names(parsed: Sequence[steps.Step]) -> list[str]:
@@ -117,27 +123,27 @@ def _run(
             bad[status] = count
     account: list[dict[str, Any]] = []
     movable: list[dict[str, Any]] = []
+    reserve = np.empty(0, np.int64)
     for step in parsed:
-        before = int(frame.alive.sum())
-        if not before:
+        if not frame.alive.any():
             last = account[-1]["text"] if account else "the pool's own statuses"
             raise UsageError(f"no row is left for the step {step.text}: {last} dropped the last.", "loosen that")
+        before = frame.alive.copy()
         verdict = step.run(frame)
-        dropped = frame.alive & ~verdict.keep
-        column = cuts.column_of(step.name, step.arguments)
-        if column is not None:
-            table = cuts.cut(step.name, step.arguments, frame.column(column)[frame.alive], before - int(dropped.sum()))
-            movable.append({"step": step.number - 1, "column": column, **table})
-        codes[dropped] = step.number - 1
         frame.alive &= verdict.keep
-        kept = int(frame.alive.sum())
-        facts = {"before": before, "kept": kept, "dropped": int(dropped.sum()), "estimates": verdict.estimates}
-        account.append({"text": step.text, **facts})
+        codes[before & ~frame.alive] = step.number - 1
+        kept, reserve = int(frame.alive.sum()), verdict.reserve
+        facts = {"before": int(before.sum()), "kept": kept, "dropped": int(before.sum()) - kept}
+        account.append({"text": step.text, **facts, "estimates": verdict.estimates})
+        movable += _movable(step, frame, before, kept)
+        if "available" in verdict.estimates:
+            asked, there = verdict.estimates["asked"], verdict.estimates["available"]
+            progress.write(f"select: {step.text} asked for {asked:,} rows, only {there:,} were there: all are kept")
         progress.update(step.number, kept)
     kept = int(frame.alive.sum())
     if not kept:
-        last, before = (account[-1]["text"], account[-1]["before"]) if account else ("a bad status", len(codes))
-        raise UsageError(f"the selection is empty: {last} dropped the last {before:,} rows.", "loosen that")
+        last, met = (account[-1]["text"], account[-1]["before"]) if account else ("a bad status", len(codes))
+        raise UsageError(f"the selection is empty: {last} dropped the last {met:,} rows.", "loosen that")
     parts = {"kept": kept, **{f"{s['text']} [{i}]": s["dropped"] for i, s in enumerate(account)}, **bad}
     store.reconcile("select", len(codes), parts)
     return codes, {
@@ -150,7 +156,25 @@ def _run(
         "curves": _curves(frame),
         "cuts": movable + _free_cuts(frame, {table["column"] for table in movable}),
         "histograms": _histograms(frame),
+        "reserve": _reserve(reserve, kept, pool),
     }
+
+
+def _movable(step: steps.Step, frame: Frame, before: np.ndarray, kept: int) -> list[dict[str, Any]]:
+    """Tabulate what another threshold of the step would have kept, where it cuts a score."""
+    column = cuts.column_of(step.name, step.arguments)
+    if column is None:
+        return []
+    table = cuts.cut(step.name, step.arguments, frame.column(column)[before], kept)
+    return [{"step": step.number - 1, "column": column, **table}]
+
+
+def _reserve(rows: np.ndarray, kept: int, pool: Pool) -> list[list[str | int]]:
+    """Name the rows next in the last step's rank, [stem, row] each: for what emit finds gone."""
+    rows = rows[: min(MAX_RESERVE, max(LEAST_RESERVE, kept // 50))]
+    stem_of = np.searchsorted(pool.bounds, rows, side="right") - 1
+    places = rows - pool.bounds[stem_of]
+    return [[pool.emb.stems[stem], place] for stem, place in zip(stem_of.tolist(), places.tolist(), strict=True)]
 
 
 def _curves(frame: Frame) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A step is a function of the frame, its place in the funnel (which seeds its random draws) and its arguments. Its
 signature is the schema of how it is written. Here are the table of all steps and those that rest on near-duplicates and
-mismatches; steps by value are in `ranks`, steps with a budget in `budgets`.
+mismatches; steps by value are in `ranks`, steps with a budget in `budgets` and
+`representatives`, steps that compare with another set in `targets`.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from curate import budgets, duplicates, evidence, ranks, relate
+from curate import budgets, duplicates, evidence, ranks, relate, representatives, targets
 from curate.budgets import preference
 from curate.errors import UsageError, unknown
 from curate.frame import AUTO, CLUSTER_FIRST, Count, Frame, Share, Threshold, Verdict
@@ -79,20 +80,6 @@ def budget_factor(share: float) -> float:
     return float(2 - 0.75 * position)
 
 
-def exclude(frame: Frame, number: int, directory: str, threshold: float = 0.95) -> Verdict:
-    """Drop the rows whose image has cosine > threshold to an image of another EMB, or the same bytes (its uid)."""
-    if frame.foreign is None or frame.vectors is None:
-        raise UsageError("exclude() needs embeddings to compare with.")
-    vectors, uids = frame.foreign(directory)
-    rows = np.flatnonzero(frame.alive)
-    near = np.zeros(len(rows), bool)
-    for first in range(0, len(rows), 1 << 14):
-        part = slice(first, first + (1 << 14))
-        near[part] = relate.nearest_similarity(frame.vectors(rows[part]), vectors) > threshold
-    same = np.isin(frame.group("uid")[rows], uids)
-    return Verdict(frame.mask(rows[~near & ~same]), {"compared_with": len(vectors), "same_bytes": int(same.sum())})
-
-
 def placeholders(
     frame: Frame, number: int, copies: int = 50, captions: Share = 0.5, threshold: Threshold = AUTO
 ) -> Verdict:
@@ -119,7 +106,8 @@ STEPS: dict[str, Callable[..., Verdict]] = {
     step.__name__: step
     for step in (
         *(dedup, ranks.rank, ranks.above, ranks.at_least, ranks.below, ranks.at_most, ranks.top, ranks.bottom),
-        *(budgets.sample, budgets.balance, budgets.cap),
-        *(mismatch, placeholders, exclude),
+        *(budgets.sample, budgets.balance, budgets.balance_tree, budgets.cap),
+        *(representatives.typical, representatives.coincide),
+        *(mismatch, placeholders, targets.exclude, targets.image_based),
     )
 }

@@ -78,3 +78,17 @@ def draw(
     return Cloud(
         str(path), image.astype(np.float32), text.astype(np.float32), ok, group, source, swapped, score, phash, keys
     )
+
+
+def clustered(folder):
+    """Draw a pool with mismatches, cluster it, and add the facts of its rows as plain arrays."""
+    from curate.cluster import ClusterOptions, cluster
+    from curate.engine import Job
+
+    cloud = draw(folder / "emb", mismatched=0.2)
+    cloud.clu = str(folder / "clu")
+    cluster(cloud.path, cloud.clu, ClusterOptions(k=8, floor=0.8), Job(workers=1, quiet=True))
+    table = pa.concat_tables([store.table(f"{cloud.clu}/{i:05d}.arrow") for i in range(3)])
+    cloud.cluster = table["cluster"].to_numpy()
+    cloud.near = table["centroid_similarity"].to_numpy(zero_copy_only=False)
+    return cloud

@@ -13,7 +13,8 @@ ROOMS = {
     **dict.fromkeys(["errors", "__init__"], 0),
     **dict.fromkeys(["checkpoints", "encoders", "images", "kmeans", "relate", "duplicates", "evidence"], 1),
     **dict.fromkeys(["frame", "selectors", "steps", "recipes", "cuts", "demo_words", "demo_world"], 1),
-    **dict.fromkeys(["quotas", "coverage", "scores", "ranks", "budgets"], 1),
+    **dict.fromkeys(["calls", "computed", "quotas", "coverage", "scores"], 1),
+    **dict.fromkeys(["ranks", "budgets", "representatives", "targets"], 1),
     **dict.fromkeys(["paths", "records", "rules", "drawing"], 1),
     **dict.fromkeys(["store", "shards", "engine"], 2),
     **dict.fromkeys(["layouts", "rows", "sources", "coreset", "columns", "options", "demo", "emit_tables", "spool"], 3),
@@ -24,7 +25,8 @@ ROOMS = {
     **dict.fromkeys(["cli", "__main__"], 8),
 }
 NUMERICS = ("encoders", "images", "kmeans", "relate", "duplicates", "evidence", "frame", "selectors", "steps")
-NUMERICS += ("quotas", "coverage", "scores", "ranks", "budgets", "recipes", "cuts", "demo_words", "demo_world")
+NUMERICS += ("calls", "computed", "quotas", "coverage", "scores", "ranks", "budgets", "representatives", "targets")
+NUMERICS += ("recipes", "cuts", "demo_words", "demo_world")
 HEAVY = ("torch", "faiss", "open_clip", "transformers", "sklearn", "scipy", "ray", "jinja2", "webdataset")
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from clouds import draw
+from clouds import clustered, draw
 from test_relate import slow_components
 
 from curate import recipes, store
@@ -21,15 +21,7 @@ STEMS = [f"{i:05d}" for i in range(3)]
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
-    """A cloud, its clusters, and the facts of its rows as plain arrays."""
-    folder = tmp_path_factory.mktemp("pool")
-    cloud = draw(folder / "emb", mismatched=0.2)
-    cluster(cloud.path, str(folder / "clu"), ClusterOptions(k=8, floor=0.8), QUIET)
-    table = pa.concat_tables([store.table(str(folder / "clu" / f"{stem}.arrow")) for stem in STEMS])
-    cloud.clu = str(folder / "clu")
-    cloud.cluster = table["cluster"].to_numpy()
-    cloud.near = table["centroid_similarity"].to_numpy(zero_copy_only=False)
-    return cloud
+    return clustered(tmp_path_factory.mktemp("pool"))
 
 
 def selected(directory):
@@ -177,7 +169,7 @@ def test_rows_near_an_evaluation_set_are_excluded(pool, tmp_path):
     near = (pool.image @ other.image.T).max(axis=1) > 0.5
     same = np.isin(pool.source, other.source)
     assert selected(tmp_path / "sel")["kept"] == (pool.ok & ~near & ~same).tolist()
-    assert "exclude-1" in manifest["inputs"]
+    assert "target-1" in manifest["inputs"]
 
 
 def test_the_same_request_is_recognised_another_refused_and_bytes_repeat(pool, tmp_path):

@@ -1,0 +1,43 @@
+"""Steps that compare the pool with another set of images: its EMB, made by the same model."""
+
+from typing import Any
+
+import numpy as np
+
+from curate import kmeans, scores
+from curate.errors import UsageError
+from curate.frame import CLUSTER_FIRST, Directory, Frame, Verdict
+
+
+def exclude(frame: Frame, number: int, directory: Directory, threshold: float = 0.95) -> Verdict:
+    """Drop the rows whose image has cosine > threshold to an image of another EMB, or the same bytes (its uid)."""
+    if frame.foreign is None or frame.vectors is None:
+        raise UsageError("exclude() needs embeddings to compare with.")
+    rows = np.flatnonzero(frame.alive)
+    blocks = list(frame.foreign(directory))
+    uids = np.concatenate([each for _, each in blocks]) if blocks else np.empty(0, np.int64)
+    near = scores.norm_sim(frame.vectors, rows, [vectors for vectors, _ in blocks]) > threshold
+    same = np.isin(frame.group("uid")[rows], uids)
+    facts = {"compared_with": len(uids), "near": int(near.sum()), "same_bytes": int(same.sum())}
+    return Verdict(frame.mask(rows[~near & ~same]), facts)
+
+
+def image_based(frame: Frame, number: int, directory: Directory) -> Verdict:
+    """Keep the clusters that are the nearest one to at least one image of another EMB (DataComp's image-based)."""
+    if frame.centroids is None or frame.foreign is None:
+        raise UsageError("image_based() needs clusters; this directory has none.", CLUSTER_FIRST)
+    centroids = frame.centroids()
+    wanted = np.zeros(len(centroids), bool)
+    facts: dict[str, Any] = {"clusters": len(centroids), "compared_with": 0}
+    for vectors, _ in frame.foreign(directory):
+        if vectors.shape[1] != centroids.shape[1]:
+            raise UsageError(
+                f"{directory} has {vectors.shape[1]} dimensions, the clusters {centroids.shape[1]}.",
+                "embed both with one model",
+            )
+        wanted[kmeans.assign(vectors, centroids)[0]] = True
+        facts["compared_with"] += len(vectors)
+    cluster = frame.group("cluster")
+    keep = frame.alive & (cluster >= 0)
+    keep[keep] = wanted[cluster[keep]]
+    return Verdict(keep, {**facts, "clusters_kept": int(wanted.sum())})
