@@ -277,6 +277,9 @@ def mix(
     workers: Workers = 0,
     engine: Engine = "local",
     seed: Annotated[int | None, typer.Option(help="Seed of the draws and of the order.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse faults and repeated ids instead of counting.")
+    ] = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -290,7 +293,8 @@ def mix(
     from curate.mix import read_table
 
     tables = {"mix": read_table(table)}
-    for setting in [*(settings or []), *([f"mix.seed={seed}"] if seed is not None else [])]:
+    flags = [*([f"mix.seed={seed}"] if seed is not None else []), *(["mix.strict=true"] if strict else [])]
+    for setting in [*(settings or []), *flags]:
         options.assign(tables, setting)
     job = _job(workers, engine, "", overwrite)
     _finish("mix", out, lambda: stage(tables["mix"], out, job), as_json=as_json, dry_run=dry_run)

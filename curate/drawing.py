@@ -2,8 +2,9 @@
 
 Within a source, records come in a seeded order that depends on the seed and the source's name alone, so that adding a
 source changes nothing about the others. Sources are interleaved by how much of each is used up: any beginning of the
-interleaved list holds every source in proportion to its weight, and a target is met by taking the beginning whose sum
-is nearest to it: exactly, in samples; within one record, in tokens.
+interleaved list holds every source in proportion to its weight, and a target is met by taking the longest beginning
+that it does not exceed, and of the rest the one record that fills the gap best: exactly, in samples; in tokens exactly
+wherever the rest has a record of the gap's length.
 """
 
 from collections.abc import Mapping, Sequence
@@ -142,7 +143,7 @@ class _Supply:
     weights: Sequence[float | None]
 
     def take(self, pool: np.ndarray, target: float) -> np.ndarray:
-        """Take, of the records in `pool`, the interleaved beginning whose size is nearest to the target.
+        """Take, of the records in `pool`, the longest interleaved beginning within the target, and what fills the gap.
 
         Returns them ascending. Raises: UsageError when the pool, or one source at its weight, is smaller than that.
         """
@@ -158,8 +159,13 @@ class _Supply:
             middles = np.cumsum(sizes[here]) - sizes[here] / 2
             position[here] = middles / (sizes[here].sum() if weight is None else weight) if len(middles) else 0
         order = np.lexsort((source, position))
-        ends = np.concatenate([[0.0], np.cumsum(sizes[order])])
-        taken = order[: int(np.abs(ends - target).argmin())]
+        ends = np.cumsum(sizes[order])
+        number = int(np.searchsorted(ends, target, side="right"))
+        taken, rest = order[:number], order[number:]
+        gap = target - (float(ends[number - 1]) if number else 0.0)
+        misses = np.abs(sizes[rest] - gap)
+        if len(rest) and misses.min() < gap:
+            taken = np.append(taken, rest[int(misses.argmin())])
         weights = [weight if (source == number).any() else None for number, weight in enumerate(self.weights)]
         for number, weight in enumerate(weights):
             here = sizes[source == number]

@@ -156,8 +156,8 @@ def mixture(mixed: store.Artefact | None) -> dict[str, Any] | None:
     rows = [
         {
             "name": name,
-            "faults": {},
             **source,
+            "faults": {**source.get("faults", {}), **source.get("ruled_out", {})},
             "sample_share": 100 * source["samples"] / max(1, counts["rows"]),
             "token_share": 100 * source["tokens"] / max(1, counts["tokens"]),
         }

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 import pipelines
-from curate import drawing, engine, options, paths, records, shards, store
-from curate.errors import ContractError, ShardError, UsageError
-from curate.sources import ELSEWHERE, SourceOptions, kind_of
+from curate import accounts, drawing, engine, options, paths, records, shards, store
+from curate.accounts import Columns
+from curate.errors import ContractError, UsageError, unknown
+from curate.sources import ELSEWHERE, Picture, SourceOptions, read_picture
 from curate.spool import Spool, facts_place
 
 SPOOL = ".spool"
@@ -63,66 +64,32 @@ def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, 
     has another number of records than it `expect`s.
     """
     chosen = options.build(MixOptions, read_table(table) if isinstance(table, str) else table, "mix")
-    if not chosen.sources:
-        raise UsageError("[mix] names no source.", "add a table [mix.sources.NAME] with path = …")
-    sources = {
-        name: options.build(SourceOptions, source, f"mix.sources.{name}") for name, source in chosen.sources.items()
-    }
-    drawing.check(chosen.text_share, chosen.total, {name: source.amount for name, source in sources.items()})
-    output = store.open_output(out, "mix", _recorded(chosen, sources), _inputs(sources), overwrite=job.overwrite)
+    sources = build_sources(chosen)
+    request, inputs = accounts.recorded(vars(chosen), sources), accounts.inputs(sources)
+    output = store.open_output(out, "mix", request, inputs, overwrite=job.overwrite)
     if output.complete:
         return output.manifest
     facts = _spool(output, chosen, sources, job)
-    tables = {name: _Columns.read(output.path(f"{SPOOL}/{name}.arrow")) for name in sources}
+    tables = {name: Columns.read(output.path(f"{SPOOL}/{name}.arrow")) for name in sources}
     _refuse_faults(chosen, sources, facts)
     order = _draw(chosen, sources, tables)
-    accounts = {"sources": _describe(sources, tables, facts, order), **_totals(tables, order)}
-    return _write(output, chosen, sources, order, accounts, job)
+    return _write(output, chosen, sources, order, accounts.describe(sources, tables, facts, order), job)
 
 
-def _recorded(chosen: MixOptions, sources: Mapping[str, SourceOptions]) -> dict[str, Any]:
-    """List what the mix is made by, without places: those are inputs."""
-    asked: dict[str, Any] = {key: value for key, value in vars(chosen).items() if key != "sources"}
-    asked["tokenizer"] = asked["tokenizer"] if asked["tokenizer"] == "estimate" else _digest_file(chosen.tokenizer)
-    defaults = SourceOptions("")
-    asked["sources"] = {
-        name: {
-            key: value
-            for key, value in vars(source).items()
-            if key not in ("path", "images") and value != getattr(defaults, key)
-        }
-        for name, source in sources.items()
-    }
-    return asked
+def build_sources(chosen: MixOptions) -> dict[str, SourceOptions]:
+    """Build the sources' options, without those that another replaces.
 
-
-def _inputs(sources: Mapping[str, SourceOptions]) -> dict[str, store.Artefact | Mapping[str, Any]]:
-    """Fingerprint the sources: artefacts by their manifest, files by their bytes, tars by their names and sizes."""
-    from curate.sources import files_of
-
-    found: dict[str, store.Artefact | Mapping[str, Any]] = {}
-    for name, source in sources.items():
-        kind = kind_of(source)
-        if paths.exists(paths.join(source.path, store.MANIFEST)):
-            found[name] = store.open_input(source.path)
-        elif kind == "shards":
-            listed = [[shard.stem, shard.size] for shard in shards.list_pool(source.path)]
-            found[name] = {"path": source.path, "digest": store.digest(listed)}
-        else:
-            digests = [_digest_file(location) for location in files_of(source, kind)]
-            found[name] = {"path": source.path, "digest": store.digest(digests)}
-        if source.images:
-            found[f"{name}.images"] = {"path": source.images, "digest": ""}
-    return found
-
-
-def _digest_file(location: str) -> str:
-    import hashlib
-
-    if not paths.exists(location):
-        raise UsageError(f"{location} does not exist.")
-    with paths.open_read(location) as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+    Raises: UsageError for a key that does not exist, or amounts that contradict each other.
+    """
+    if not chosen.sources:
+        raise UsageError("[mix] names no source.", "add a table [mix.sources.NAME] with path = …")
+    built = {name: options.build(SourceOptions, table, f"mix.sources.{name}") for name, table in chosen.sources.items()}
+    replaced = {source.replaces for source in built.values()} - {""}
+    for name in replaced - set(built):
+        raise unknown("source that another replaces", name, built)
+    sources = {name: source for name, source in built.items() if name not in replaced}
+    drawing.check(chosen.text_share, chosen.total, {name: source.amount for name, source in sources.items()})
+    return sources
 
 
 def _spool(
@@ -142,25 +109,6 @@ def _spool(
     return {name: store.load_json(facts_place(place, name)) for name in sources}
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """What the driver needs of a source, 28 bytes a record."""
-
-    tokens: np.ndarray
-    supervised: np.ndarray
-    rounds: np.ndarray
-    image: np.ndarray
-
-    @classmethod
-    def read(cls, location: str) -> "_Columns":
-        table = store.table(location, ["tokens", "supervised", "rounds", "image_hash"])
-        return cls(*(column.to_numpy() for column in table.columns))
-
-    @property
-    def is_text(self) -> np.ndarray:
-        return np.asarray(self.image == 0)
-
-
 def _refuse_faults(
     chosen: MixOptions, sources: Mapping[str, SourceOptions], facts: Mapping[str, Mapping[str, Any]]
 ) -> None:
@@ -176,7 +124,7 @@ def _refuse_faults(
                     f"expected {wanted.get(where, 0):,}.",
                     "fetch the published file again, or change its `expect`",
                 )
-        faults = {why: count for why, count in fact["faults"].items() if why != "left out"}
+        faults = fact["faults"]
         if chosen.strict and (faults or fact["duplicate_ids"]):
             account = [f"{count:,} {why}" for why, count in faults.items()]
             account += [f"{fact['duplicate_ids']:,} duplicate ids"] if fact["duplicate_ids"] else []
@@ -186,7 +134,7 @@ def _refuse_faults(
             )
 
 
-def _draw(chosen: MixOptions, sources: Mapping[str, SourceOptions], tables: Mapping[str, _Columns]) -> drawing.Order:
+def _draw(chosen: MixOptions, sources: Mapping[str, SourceOptions], tables: Mapping[str, Columns]) -> drawing.Order:
     """Choose the rows of each source, and their order in the mix."""
     parts = [
         drawing.Part(
@@ -201,79 +149,12 @@ def _draw(chosen: MixOptions, sources: Mapping[str, SourceOptions], tables: Mapp
     return drawing.draw(parts, chosen.text_share, chosen.total, chosen.by, chosen.seed, chosen.shuffle)
 
 
-def _describe(
-    sources: Mapping[str, SourceOptions],
-    tables: Mapping[str, _Columns],
-    facts: Mapping[str, Mapping[str, Any]],
-    order: drawing.Order,
-) -> dict[str, dict[str, Any]]:
-    """Account for each source: what it had, lost and gave."""
-    described = {}
-    for number, name in enumerate(sources):
-        fact, columns = facts[name], tables[name]
-        rows = order.rows[order.source == number]
-        entry: dict[str, Any] = {
-            "read": fact["read"],
-            "usable": len(columns.tokens),
-            "usable_tokens": int(columns.tokens.sum()),
-            **_sums(columns, rows),
-        }
-        asked = sources[name].count
-        if asked is not None and asked > len(columns.tokens):
-            entry["short_of_count"] = asked - len(columns.tokens)
-        for key in ("folders", "faults", "listed", "notes", "duplicate_ids", "listed_ids", "reshaped"):
-            if fact.get(key):
-                entry[key] = fact[key]
-        described[name] = entry
-    return described
-
-
-def _sums(columns: _Columns, rows: np.ndarray) -> dict[str, Any]:
-    images, uses = np.unique(columns.image[rows][columns.image[rows] != 0], return_counts=True)
-    return {
-        "samples": len(rows),
-        "distinct": len(np.unique(rows)),
-        "text_only": int(columns.is_text[rows].sum()),
-        "tokens": int(columns.tokens[rows].sum()),
-        "supervised_tokens": int(columns.supervised[rows].sum()),
-        "rounds": int(columns.rounds[rows].sum()),
-        "images": len(images),
-        "image_uses_max": int(uses.max()) if len(uses) else 0,
-    }
-
-
-def _totals(tables: Mapping[str, _Columns], order: drawing.Order) -> dict[str, Any]:
-    """Sum up the whole mix."""
-    gathered = {
-        key: np.concatenate(
-            [
-                getattr(columns, key)[order.rows[order.source == number]]
-                for number, columns in enumerate(tables.values())
-            ]
-        )
-        for key in ("tokens", "supervised", "rounds", "image")
-    }
-    whole = _Columns(**gathered)
-    counts = _sums(whole, np.arange(len(whole.tokens)))
-    text_tokens = int(whole.tokens[whole.is_text].sum())
-    counts["rows"] = counts.pop("samples")
-    counts.pop("distinct")
-    shares = {
-        "text_share_samples": round(counts["text_only"] / max(1, counts["rows"]), 6),
-        "text_share_tokens": round(text_tokens / max(1, counts["tokens"]), 6),
-        "length_percentiles": {
-            str(p): int(np.percentile(whole.tokens, p)) if len(whole.tokens) else 0 for p in (5, 50, 95, 100)
-        },
-    }
-    return {"counts": counts, **shares}
-
-
 def _write(
     output: store.Output,
     chosen: MixOptions,
     sources: Mapping[str, SourceOptions],
     order: drawing.Order,
-    accounts: Mapping[str, Any],
+    account: Mapping[str, Any],
     job: engine.Job,
 ) -> dict[str, Any]:
     """Write the mix and complete the directory."""
@@ -293,8 +174,8 @@ def _write(
             return {"unfinished": len(left), **output.plan}
         finished = {stem: {"rows": len(task.positions(stem))} for stem in stems if stem not in left}
         if outcome.failed:
-            return output.finish(shards=finished, **accounts, failed=outcome.failed)
-    manifest = output.finish(shards=finished, **accounts, versions=store.versions("pyarrow"))
+            return output.finish(shards=finished, **account, failed=outcome.failed)
+    manifest = output.finish(shards=finished, **account, versions=store.versions("pyarrow"))
     paths.remove(place)
     return manifest
 
@@ -344,25 +225,11 @@ class _WriteShard:
                 row = self.reader.row(source, int(self.order.rows[position]), ("record", "has_source", *picture))
                 record, has_source, suffix, location, offset, size = row
                 if location is not None:
-                    tar.add(f"{key}.{suffix}", _read_picture(location, offset, size))
+                    tar.add(f"{key}.{suffix}", read_picture(Picture(location, offset, size, suffix)))
                 # One field more than the record had, as its last; a record with a `source` of its own keeps that.
                 more = b"}" if has_source else b', "source": ' + records.dump(self.names[source]) + b"}"
                 tar.add(f"{key}.json", record[:-1] + more)
         return {"rows": len(self.positions(stem))}
-
-
-def _read_picture(location: str, offset: int, size: int) -> bytes:
-    """Read a picture's original bytes. Raises: ShardError when they are not what they were."""
-    try:
-        with paths.open_read(location) as file:
-            file.seek(max(offset, 0))
-            data = file.read(size)
-    except OSError as error:
-        raise ShardError(f"the image {location} cannot be read any more: {error.strerror or error}") from None
-    if len(data) != size:
-        again = "run `curate mix` again with --overwrite"
-        raise ShardError(f"the image {location} has changed while the mix was made", again)
-    return data
 
 
 def _write_json(location: str, reader: _Reader, order: drawing.Order, sources: Mapping[str, SourceOptions]) -> None:

@@ -2,8 +2,9 @@
 
 A record is `{"id", "image"?, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}`;
 without `image` it is text-only. Records already in that form pass through unchanged, with their key order and unknown
-fields. Alpaca (`instruction`, `input`, `output`, `history`) and `messages` (`role`, `content`) are rewritten; ShareGPT
-is LLaVA's form already. Files are read record by record: a list of any length needs the memory of its largest record.
+fields. Alpaca (`instruction`, `input`, `output`, `history`), `messages` (`role`, `content`) and `texts` (`user`,
+`assistant`, as in The Cauldron and FineVision) are rewritten; ShareGPT is LLaVA's form already. Files are read record
+by record: a list of any length needs the memory of its largest record.
 """
 
 import codecs
@@ -57,8 +58,10 @@ def normalise(record: Any, default_id: str) -> tuple[dict[str, Any] | None, str]
         turns, rest = _from_messages(record["messages"]), ("messages",)
     elif "instruction" in record and "output" in record:
         turns, rest = _from_alpaca(record), ("instruction", "input", "output", "history")
+    elif "texts" in record:
+        turns, rest = _from_texts(record["texts"], bool(record.get("image"))), ("texts",)
     else:
-        return None, "neither conversations, messages nor instruction and output"
+        return None, "neither conversations, messages, texts nor instruction and output"
     fault = conversation_fault(turns) if isinstance(turns, list) else "no list of turns"
     if not fault and record.get("image") and not isinstance(record["image"], str):
         fault = "image is not a name"
@@ -76,10 +79,27 @@ def _from_messages(messages: Any) -> Turns | None:
     turns: Turns = []
     for message in messages:
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if isinstance(content, list):  # parts; a part that is not text makes the record one we cannot read
-            texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if isinstance(content, list):  # parts; one that is neither text nor image makes the record unreadable
+            texts = [_part(part) for part in content]
             content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]
         turns.append({"from": ROLES.get(str(role), role), "value": content})
+    return turns
+
+
+def _part(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return None
+    return IMAGE_MARK if part.get("type") == "image" else part.get("text")
+
+
+def _from_texts(texts: Any, has_image: bool) -> Turns | None:
+    if not isinstance(texts, list) or not all(isinstance(each, dict) for each in texts):
+        return None
+    turns: Turns = []
+    for each in texts:
+        turns += [{"from": "human", "value": each.get("user")}, {"from": "gpt", "value": each.get("assistant")}]
+    if turns and has_image and isinstance(turns[0]["value"], str) and IMAGE_MARK not in turns[0]["value"]:
+        turns[0]["value"] = f"{IMAGE_MARK}\n{turns[0]['value']}"
     return turns
 
 
@@ -160,6 +180,11 @@ def _read_list(file: IO[bytes], where: str) -> Iterator[Any]:
         except UnicodeDecodeError as error:
             raise ContractError(f"{where} is not UTF-8 after record {number:,}: {error.reason}") from None
         ended, wanted = not chunk, wanted * 2
+
+
+def whole_text(record: Mapping[str, Any]) -> str:
+    """Return all that is said in a record's conversation, without image marks."""
+    return "\n".join(turn["value"].replace(IMAGE_MARK, "").strip() for turn in record["conversations"])
 
 
 def estimate_tokens(text: str) -> int:

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from PIL.Image import Image
 
-from curate import checkpoints, encoders, images, paths, shards, store
+from curate import checkpoints, encoders, images, paths, records, shards, store
 from curate.errors import ShardError
 
 
@@ -140,10 +140,15 @@ def usable_text(value: Any) -> str | None:
 
 
 def read_caption(file: IO[bytes], sample: shards.Sample, described: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Find a sample's caption: its .txt member, else its JSON's. Returns the caption, or the status it deserves."""
+    """Find a sample's caption: its .txt member, else its JSON's, else what is said in its JSON's conversation.
+
+    Returns the caption, or the status it deserves.
+    """
     member = sample.member(shards.CAPTION_SUFFIX)
     if member is None:
         caption = usable_text(described.get("caption"))
+        if caption is None and records.conversations_of(described):
+            caption = usable_text(records.whole_text(described))
         return caption, None if caption else "no_caption"
     data = read_bytes(file, member) if member.size <= shards.MAX_TEXT_BYTES else None
     if data is None:

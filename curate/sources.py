@@ -8,6 +8,7 @@ replaced: records that are no conversation, pictures that are missing, empty, or
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal
 
 from curate import paths, records, shards, store
@@ -30,6 +31,10 @@ class SourceOptions:
     first folder of their image names, and how many in `text`, without image.
     count, fraction, cap: how many to draw; repeat: how often each is seen; weight: the source's part of the mix's
     `total`.
+    replaces: another source, whose place this one takes.
+    selection: a directory made by `curate select`; records whose picture it did not keep, by the picture's bytes, go.
+    exclude_text: files of benchmark questions; records that share 13 words in a row with one go. dedup_text: of
+    conversations (about one picture, or without any) with this Jaccard similarity or more, the first stays.
     merge: join all records of one image. max_rounds, max_tokens: limits on a record's questions with their answers, and
     what to do about the second (`overflow`); whole rounds only.
     """
@@ -41,8 +46,12 @@ class SourceOptions:
     only: Literal["all", "image", "text"] = "all"
     without: dict[str, list[Any]] = field(default_factory=dict)
     expect: int | dict[str, int] | None = None
-    merge: bool = False
+    replaces: str = ""
     drop_invalid: bool = False
+    selection: str = ""
+    exclude_text: list[str] = field(default_factory=list)
+    dedup_text: float | None = None
+    merge: bool = False
     max_rounds: int | None = None
     max_tokens: int | None = None
     overflow: Literal["truncate", "split", "drop"] = "truncate"
@@ -55,6 +64,8 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if isinstance(self.expect, dict) and not all(type(number) is int for number in self.expect.values()):
             raise UsageError(f"expect={self.expect} is not a table of whole numbers.", "expect = {coco = 364_100, …}")
+        if self.dedup_text is not None and not 0.5 <= self.dedup_text <= 1:
+            raise UsageError(f"dedup_text={self.dedup_text} is not a similarity from 0.5 to 1.", "dedup_text = 0.8")
 
     @property
     def amount(self) -> Amount:
@@ -72,6 +83,25 @@ class Picture:
     suffix: str
 
 
+def read_picture(picture: Picture) -> bytes:
+    """Read a picture's original bytes. Raises: ShardError when they are not what they were."""
+    try:
+        with paths.open_read(picture.location) as file:
+            file.seek(max(picture.offset, 0))
+            data = file.read(picture.size)
+    except OSError as error:
+        raise ShardError(f"the image {picture.location} cannot be read any more: {error.strerror or error}") from None
+    if len(data) != picture.size:
+        again = "run `curate mix` again with --overwrite"
+        raise ShardError(f"the image {picture.location} has changed while the mix was made", again)
+    return data
+
+
+def picture_uid(picture: Picture) -> bytes:
+    """Name a picture by its bytes, as its row in the embeddings does: blake2b-128."""
+    return blake2b(read_picture(picture), digest_size=16).digest()
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A record in LLaVA's form and its picture; none makes it text-only."""
@@ -84,10 +114,11 @@ class Entry:
 class Faults:
     """What a source lost and why: exact counts of records, the first of each kind by name, and notes on shards.
 
-    folders: how many of all its records, lost ones too, lie where `expect` asks.
+    left_out: records that were not asked for. folders: how many of all records, lost ones too, lie where `expect` asks.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0
     listed: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     folders: dict[str, int] = field(default_factory=dict)
@@ -158,7 +189,7 @@ def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> I
         is_text = entry.picture is None
         left_out = any(entry.record.get(key) in values for key, values in source.without.items())
         if left_out or (source.only == "image" and is_text) or (source.only == "text" and not is_text):
-            faults.counts["left out"] = faults.counts.get("left out", 0) + 1
+            faults.left_out += 1
         else:
             yield entry
 
@@ -191,7 +222,7 @@ class _Album:
     def __init__(self, root: str) -> None:
         self.root = root
         self.members: dict[str, Picture] | None = None
-        if root and (not paths.is_dir(root) or _holds_tars(root)):
+        if root and is_tars(root):
             self.members = {}
             for shard in shards.list_pool(root):
                 with paths.open_read(shard.location) as file:
@@ -223,8 +254,9 @@ class _Album:
         return (Picture(location, -1, size, suffix), "") if size else (None, "empty image")
 
 
-def _holds_tars(folder: str) -> bool:
-    return any(name.endswith(".tar") for name in paths.listdir(folder))
+def is_tars(root: str) -> bool:
+    """Say whether images lie in tars, rather than as files under a folder."""
+    return not paths.is_dir(root) or any(name.endswith(".tar") for name in paths.listdir(root))
 
 
 def _from_shards(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
@@ -303,7 +335,12 @@ def _from_parquet(name: str, source: SourceOptions, faults: Faults, scratch: str
 def _from_row(
     value: dict[str, Any], default_id: str, album: _Album, tar: shards.TarWriter, place: str, faults: Faults
 ) -> Entry | None:
-    held = value.get("image")
+    held, several = value.get("image"), value.get("images")
+    if isinstance(several, list):
+        if len(several) > 1:
+            faults.note("several images", value.get("id", default_id))
+            return None
+        held, value = (several or [None])[0], {key: item for key, item in value.items() if key != "images"}
     data = held.get("bytes") if isinstance(held, dict) else None
     if isinstance(held, dict):
         value = {**value, "image": held.get("path") or (f"{default_id}.{_sniff(data)}" if data else None)}

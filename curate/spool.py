@@ -1,19 +1,21 @@
 """Read a source of a mix once, by its rules, into a table of scratch that later rows are fetched from.
 
 In: a source. Out: `NAME.arrow`, a row per usable record: its JSON as one line, where its picture's bytes lie, tokens,
-supervised tokens (those of the answers) and rounds; its facts hold what was read, lost, reshaped and repeated by id.
+supervised tokens (those of the answers) and rounds; its facts hold what was read, lost, ruled out, reshaped and
+repeated by id.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from curate import paths, records, rules, store
-from curate.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries
+from curate import paths, records, rules, store, texts
+from curate.coreset import kept_pictures
+from curate.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries, picture_uid
 
 SPOOL_SCHEMA = pa.schema(
     [
@@ -30,8 +32,6 @@ SPOOL_SCHEMA = pa.schema(
     ]
 )
 BATCH = 1024
-INVALID, TOO_LONG = "invalid: ", "over max_tokens"
-RULED_OUT = (INVALID, TOO_LONG)
 Count = Callable[[list[str]], list[int]]
 
 
@@ -60,38 +60,32 @@ class Spool:
 
     def __call__(self, name: str, /) -> dict[str, Any]:
         """Read one source and write its table."""
-        location, faults = paths.join(self.place, f"{name}.arrow"), Faults()
+        location, faults, ruled_out = paths.join(self.place, f"{name}.arrow"), Faults(), Faults()
         found = _Census(entries(name, self.sources[name], faults, paths.join(self.place, name)))
         reshaped: dict[str, int] = {}
-        shaped = self._shape(found, self.sources[name], faults, reshaped)
+        shaped = self._shape(found, self.sources[name], ruled_out, reshaped)
 
         def batches() -> Iterator[pa.RecordBatch]:
             usable = 0
             for batch in self._rows(shaped):
                 usable += batch.num_rows
                 yield batch
-            lost = sum(faults.counts.values())
-            unusable = sum(count for why, count in faults.counts.items() if why.startswith(RULED_OUT))
-            read = found.yielded + lost - unusable
-            store.reconcile(name, read + sum(reshaped.values()), {"usable": usable, **faults.counts})
-            facts = {"read": read, "faults": faults.counts, "listed": faults.listed, "notes": faults.notes}
-            facts |= {"reshaped": reshaped, "duplicate_ids": found.repeated, "listed_ids": found.listed}
-            facts |= {"folders": faults.folders}
+            read = found.yielded + faults.left_out + sum(faults.counts.values())
+            rules_took = {**({"left out": faults.left_out} if faults.left_out else {}), **ruled_out.counts}
+            store.reconcile(name, read + sum(reshaped.values()), {"usable": usable, **faults.counts, **rules_took})
+            facts = {"read": read, "faults": faults.counts, "ruled_out": rules_took, "reshaped": reshaped}
+            facts |= {"listed": faults.listed + ruled_out.listed, "notes": faults.notes, "folders": faults.folders}
+            facts |= {"duplicate_ids": found.repeated, "listed_ids": found.listed}
             store.save_json(facts_place(self.place, name), facts)  # before the table, which says that both are there
 
         return {"rows": store.write_table(location, SPOOL_SCHEMA, batches())}
 
     def _shape(
-        self, found: Iterable[Entry], source: SourceOptions, faults: Faults, reshaped: dict[str, int]
+        self, found: Iterable[Entry], source: SourceOptions, ruled_out: Faults, reshaped: dict[str, int]
     ) -> Iterator[Entry]:
         """Apply the source's rules. reshaped: how many records each rule added or took away."""
-        if source.merge:
-            found = _merge(found, reshaped)
-        for entry in found:
-            trouble = rules.invalid(entry.record, entry.picture is not None) if source.drop_invalid else ""
-            if trouble:
-                faults.note(f"{INVALID}{trouble}", entry.record.get("id"))
-                continue
+        found = _Sieve(source, ruled_out).passing(found)
+        for entry in _merge(found, reshaped) if source.merge else found:
             parts = [entry.record]
             if source.max_rounds is not None:
                 parts = rules.segment(entry.record, source.max_rounds)
@@ -102,7 +96,7 @@ class Spool:
                     fitted = rules.fit(part, source.max_tokens, source.overflow, lambda text: self.count([text])[0])
                     reshaped["max_tokens"] = reshaped.get("max_tokens", 0) + max(0, len(fitted) - 1)
                 if not fitted:
-                    faults.note(TOO_LONG, part.get("id"))
+                    ruled_out.note("over max_tokens", part.get("id"))
                 yield from (Entry(record, entry.picture) for record in fitted)
 
     def _rows(self, found: Iterator[Entry]) -> Iterator[pa.RecordBatch]:
@@ -136,6 +130,49 @@ class Spool:
                 ],
                 schema=SPOOL_SCHEMA,
             )
+
+
+@dataclass
+class _Sieve:
+    """The rules that judge a record whole: is it fit, selected, no benchmark's, and new?"""
+
+    source: SourceOptions
+    ruled_out: Faults
+    kept: set[bytes] = field(default_factory=set)
+    benchmark: set[str] = field(default_factory=set)
+    remembered: texts.Remembered | None = None
+
+    def passing(self, found: Iterable[Entry]) -> Iterator[Entry]:
+        """Yield the records that no rule takes out, and count the others."""
+        source = self.source
+        if source.selection:
+            self.kept = kept_pictures(source.selection)
+        for pattern in source.exclude_text:
+            for location in paths.expand(pattern, ".json") or [pattern]:
+                with paths.open_read(location) as file:
+                    for value, _ in records.read_records(file, location):
+                        self.benchmark.update(texts.runs(value) if isinstance(value, dict) else ())
+        if source.dedup_text is not None:
+            self.remembered = texts.Remembered(source.dedup_text)
+        for entry in found:
+            why = self._judge(entry)
+            if why:
+                self.ruled_out.note(why, entry.record.get("id"))
+            else:
+                yield entry
+
+    def _judge(self, entry: Entry) -> str:
+        record, picture, source = entry.record, entry.picture, self.source
+        trouble = rules.invalid(record, picture is not None) if source.drop_invalid else ""
+        if trouble:
+            return f"invalid: {trouble}"
+        if source.selection and picture is not None and picture_uid(picture) not in self.kept:
+            return "picture not selected"
+        if self.benchmark and any(run in self.benchmark for run in texts.runs(record)):
+            return "benchmark text"
+        if self.remembered is not None and self.remembered.near(records.whole_text(record), picture):
+            return "near-duplicate text"
+        return ""
 
 
 class _Census:

@@ -15,9 +15,11 @@ ROOMS = {
     **dict.fromkeys(["frame", "selectors", "steps", "recipes", "cuts", "demo_words", "demo_world"], 1),
     **dict.fromkeys(["calls", "computed", "quotas", "coverage", "scores"], 1),
     **dict.fromkeys(["ranks", "budgets", "representatives", "targets"], 1),
-    **dict.fromkeys(["paths", "records", "rules", "drawing"], 1),
+    **dict.fromkeys(["paths", "records", "rules", "drawing", "texts"], 1),
     **dict.fromkeys(["store", "shards", "engine"], 2),
-    **dict.fromkeys(["layouts", "rows", "sources", "coreset", "columns", "options", "demo", "emit_tables", "spool"], 3),
+    **dict.fromkeys(
+        ["layouts", "rows", "sources", "coreset", "columns", "options", "demo", "emit_tables", "spool", "accounts"], 3
+    ),
     **dict.fromkeys(["embed", "importing", "cluster", "selection", "emit", "mix"], 4),
     **dict.fromkeys(["show", "report", "gallery", "exhibits", "charts"], 5),
     **dict.fromkeys(["pipeline"], 6),

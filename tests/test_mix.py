@@ -175,7 +175,7 @@ def test_faults_are_counted_listed_and_refused_when_strict(tmp_path):
         "empty image": 1,
         "unsafe or foreign image name": 1,
         "broken: not a JSON object": 1,
-        "broken: neither conversations, messages nor instruction and output": 1,
+        "broken: neither conversations, messages, texts nor instruction and output": 1,
         "broken: no turns": 1,
         "broken: image is not a name": 1,
         "broken: a turn without from and value": 1,
@@ -383,7 +383,7 @@ def test_rules_in_a_mix_and_one_source_in_the_place_of_another(tmp_path):
     second = mix(swap, str(tmp_path / "swapped"), QUIET)
     names = [record["source"] for record, _ in mixed(tmp_path / "swapped")]
     assert sorted(set(names)) == ["new", "vqa"] and names.count("vqa") == entry["samples"]
-    assert second["sources"]["base"]["faults"] == {"left out": 6}
+    assert second["sources"]["base"]["ruled_out"] == {"left out": 6}
 
 
 def test_parquet_with_pictures_inside(tmp_path):
