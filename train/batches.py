@@ -1,9 +1,10 @@
-"""Which samples go into which step, row and process, and the tensors that come of it.
+"""Which samples go into which step, micro-batch and process, and the tensors that come of it.
 
-A step takes the next `batch_size` samples of the seeded epoch order. They are packed into rows (first-fit decreasing)
-or lie one to a row, and rows are grouped into micro-batches of at most `micro_tokens` positions. The loss is normalised
-over the step, so this arrangement, like the number of processes, changes speed and not the result. The plan is a pure
-function of lengths, seed and step number: resuming at step n needs no cursor but n.
+A step takes the next `batch_size` samples of the seeded epoch order. They are packed into micro-batches (first-fit
+decreasing over measured lengths, at most `micro_tokens` tokens and `micro_images` images each): one row of documents
+side by side, so nothing is padded. Without packing, samples of similar length lie in padded rows. The loss is
+normalised over the step, so this arrangement, like the number of processes, changes speed and not the result. The plan
+is a pure function of lengths, seed and step number: resuming at step n needs no cursor but n.
 """
 
 from __future__ import annotations
@@ -22,54 +23,76 @@ from train.config import Stage
 from train.data import Measured, Source, decode_image, encode
 from train.prompts import Encoder, Rejected
 
+Groups = list[list[int]]
 Rows = list[list[int]]  # sample indices, row by row
 
 
-def pack(lengths: Sequence[int], capacity: int) -> Rows:
-    """First-fit decreasing: return rows of positions into `lengths`, each summing to at most `capacity`.
+def pack(lengths: Sequence[int], images: Sequence[int], capacity: int, most_images: int) -> Groups:
+    """First-fit decreasing: return groups of positions into `lengths`, each within both capacities.
 
-    Deterministic: ties go by position. A length above the capacity has a row of its own.
+    Deterministic: ties go by position. What alone exceeds a capacity has a group of its own.
     """
-    rows: Rows = []
-    room: list[int] = []
+    groups: Groups = []
+    room: list[tuple[int, int]] = []
     for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[position]
-        row = next((r for r, free in enumerate(room) if free >= length), None)
-        if row is None:
-            rows.append([])
-            room.append(capacity)
-            row = len(rows) - 1
-        rows[row].append(position)
-        room[row] -= length
-    return rows
+        length, shown = lengths[position], images[position]
+        at = next((g for g, (tokens, more) in enumerate(room) if tokens >= length and more >= shown), len(groups))
+        if at == len(groups):
+            groups.append([])
+            room.append((capacity, most_images))
+        groups[at].append(position)
+        room[at] = room[at][0] - length, room[at][1] - shown
+    return groups
 
 
-def group(rows: Rows, row_lengths: Sequence[int], micro_tokens: int, world: int) -> list[Rows]:
-    """Group rows of similar length into micro-batches of at most `micro_tokens`, a multiple of `world` in number."""
-    groups: list[Rows] = []
-    longest = 0
-    for r in sorted(range(len(rows)), key=lambda r: (-row_lengths[r], r)):
-        if groups and (len(groups[-1]) + 1) * longest <= micro_tokens:
-            groups[-1].append(rows[r])
+def pack_evenly(lengths: Sequence[int], images: Sequence[int], stage: Stage, world: int) -> Groups:
+    """Pack into as few micro-batches as `pack` needs, a multiple of `world`, and of like size: no process then waits.
+
+    The size is the smallest, in steps of 2 %, at which first-fit decreasing still needs no more of them.
+    """
+    packed = pack(lengths, images, stage.micro_tokens, stage.micro_images)
+    num = -(-len(packed) // world) * world
+    share = -(-sum(lengths) // max(1, num))
+    while share < stage.micro_tokens:
+        even = pack(lengths, images, share, stage.micro_images)
+        if len(even) <= num:
+            packed = even
+            break
+        share += 1 + share // 50
+    return spread(packed, world)
+
+
+def pad_alike(lengths: Sequence[int], images: Sequence[int], stage: Stage, world: int) -> Groups:
+    """Group samples of similar length so that the padded rows of a group respect both limits."""
+    groups: Groups = []
+    longest = shown = 0
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = groups and (len(groups[-1]) + 1) * longest <= stage.micro_tokens
+        if fits and shown + images[position] <= stage.micro_images:
+            groups[-1].append(position)
+            shown += images[position]
         else:
-            groups.append([rows[r]])
-            longest = row_lengths[r]
+            groups.append([position])
+            longest, shown = lengths[position], images[position]
+    return spread(groups, world)
+
+
+def spread(groups: Groups, world: int) -> Groups:
+    """Halve the groups of most samples until their number is a multiple of `world`; some may then be empty."""
+    groups = list(groups)
     while len(groups) % world:
         big = max(range(len(groups)), key=lambda g: (len(groups[g]), -g))
-        half = len(groups[big]) // 2
-        tail = groups[big][half:] if half else []
-        groups[big] = groups[big][:half] if half else groups[big]
-        groups.insert(big + 1, tail)
+        half = -(-len(groups[big]) // 2)
+        groups[big : big + 1] = [groups[big][:half], groups[big][half:]]
     return groups
 
 
 class Plan:
     """The samples of every step."""
 
-    def __init__(self, measured: Measured, stage: Stage, max_length: int) -> None:
+    def __init__(self, measured: Measured, stage: Stage) -> None:
         self.measured, self.stage = measured, stage
         self.usable = measured.usable
-        self.row_tokens = max(stage.row_tokens or max_length, int(measured.lengths.max(initial=1)))
         self.num_samples = round(stage.epochs * len(self.usable))
         self.steps = stage.steps or -(-self.num_samples // stage.batch_size)
         if stage.steps:
@@ -91,16 +114,21 @@ class Plan:
 
     def micro_batches(self, step: int, world: int) -> list[Rows]:
         """Return the step's micro-batches; process r of `world` takes each world-th from the r-th on."""
-        samples = self.samples(step)
+        samples, stage = self.samples(step), self.stage
         lengths = [int(self.measured.lengths[i]) for i in samples]
-        packed = pack(lengths, self.row_tokens) if self.stage.packing else [[i] for i in range(len(samples))]
-        rows = [[samples[i] for i in row] for row in packed]
-        return group(rows, [sum(lengths[i] for i in row) for row in packed], self.stage.micro_tokens, world)
+        images = [int(self.measured.images[i]) for i in samples]
+        if stage.packing:
+            groups = pack_evenly(lengths, images, stage, world)
+            return [[[samples[i] for i in group]] if group else [] for group in groups]
+        return [[[samples[i]] for i in group] for group in pad_alike(lengths, images, stage, world)]
 
 
 @dataclass
 class Batch:
-    """One micro-batch. b rows of l positions, s supervised positions, n images in order of appearance."""
+    """One micro-batch. b rows of l positions, s supervised positions, n images in order of appearance.
+
+    Either one row of documents side by side, or a document a row, padded on the right.
+    """
 
     ids_bl: Tensor  # i64
     positions_bl: Tensor  # i64, from 0 in each document
@@ -109,9 +137,23 @@ class Batch:
     owners_s: Tensor  # i64: the sample index of each target
     pixels_nchw: Tensor | None  # u8; None without images, or where features are cached
     images: list[int]  # the sample index of each image
-    num_tokens: int  # without padding
-    num_squares: int  # sum of the documents' squared lengths, which attention costs
+    lengths: list[int]  # of the documents, row by row
     skipped: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.lengths)
+
+    @property
+    def num_squares(self) -> int:
+        """The sum of the documents' squared lengths, which attention costs."""
+        return sum(length * length for length in self.lengths)
+
+    @property
+    def documents(self) -> list[int]:
+        """The lengths of the documents that share a row; none where each row is one document."""
+        return self.lengths if len(self.lengths) > len(self.ids_bl) else []
 
     def to(self, device: torch.device) -> Batch:
         """Move the tensors."""
@@ -177,15 +219,11 @@ def _arrange(
 ) -> Batch:
     width = max((sum(map(len, parts)) for parts in ids), default=0)
     ids_bl = np.zeros((len(ids), width), np.int64)
-    positions_bl = np.zeros((len(ids), width), np.int64)
+    positions_bl = np.tile(np.arange(width), (len(ids), 1))
     for r, parts in enumerate(ids):
-        at = 0
-        for part in parts:
-            ids_bl[r, at : at + len(part)] = part
-            positions_bl[r, at : at + len(part)] = np.arange(len(part))
-            at += len(part)
-        # Padding behind a single document goes on counting: without a second document no mask need be built.
-        positions_bl[r, at:] = np.arange(width - at) + (at if len(parts) == 1 else 0)
+        row = np.concatenate(parts)
+        ids_bl[r, : len(row)] = row
+        positions_bl[r, : len(row)] = np.concatenate([np.arange(len(part)) for part in parts])
     where, targets, owners = [], [], []
     for r, start, labels, index in documents:
         learnt = np.flatnonzero(labels[1:] >= 0)
@@ -201,8 +239,7 @@ def _arrange(
         owners_s=torch.from_numpy(np.concatenate(owners or empty).astype(np.int64)),
         pixels_nchw=pixels,
         images=images,
-        num_tokens=sum(len(part) for parts in ids for part in parts),
-        num_squares=sum(len(part) ** 2 for parts in ids for part in parts),
+        lengths=[len(part) for parts in ids for part in parts],
         skipped=skipped,
     )
 

@@ -1,8 +1,9 @@
 """What a run has learnt, on disk.
 
 `checkpoints/step-000200/`: weights.safetensors (what learns, fp32, by parameter name), optimizer.safetensors (moments
-by name) and state.json (step, names, digests of both files, samples skipped so far). Written beside its place and
-renamed, so that a checkpoint is whole or absent. It holds no random state: each micro-batch seeds its own.
+by name) and state.json (step, names, digests of the files, samples skipped so far, mean loss since the one before).
+Written beside its place and renamed, so that a checkpoint is whole or absent. It holds no random state: each
+micro-batch seeds its own. Tensors that processes share are written whole, so that any number of processes goes on.
 
 The finished weights of a run: projector.safetensors (llava-hf names), adapter/ (PEFT's own format, where LoRA was
 trained), weights.safetensors (whatever else was trained, by parameter name). Nothing here is ever unpickled.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -23,9 +25,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.errors import CheckpointError
 
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 PROJECTOR = "model.multi_modal_projector."
 _LORA = re.compile(r"^(.*\.lora_[AB])\.default\.weight$")
 _STEP = re.compile(r"^step-(\d{6,})$")
@@ -39,38 +43,62 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that several processes share; each of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def collect(
+    trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None, *, keep: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Bring weights and moments together, file by file, on the CPU of the process that is to keep them."""
+    weights, moments = dict(trainable), {}
+    for name, parameter in trainable.items():
+        for kind, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
+            if isinstance(value, Tensor):
+                moments[f"{kind}/{name}"] = value
+    files: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, OPTIMIZER: {}}
+    for file, tensors in zip(files.values(), (weights, moments), strict=True):
+        for key, tensor in tensors.items():
+            value = whole(tensor.detach())
+            if keep:
+                file[key] = value.cpu().contiguous()
+    return files
+
+
 def save(
-    folder: Path,
-    step: int,
-    trainable: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep_last: int,
+    folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep_last: int
 ) -> Path:
-    """Write the checkpoint of a step and delete all but the last `keep_last`."""
+    """Write the checkpoint of a step and delete all but the last `keep_last` and the one of the lowest loss.
+
+    files: tensors by file and name, from `collect`.  state: with the mean `loss` since the checkpoint before.
+    """
     path, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights = {name: p.detach().cpu().contiguous() for name, p in trainable.items()}
-    write_tensors(weights, partial / "weights.safetensors")
-    moments = {
-        f"{kind}/{name}": value.detach().cpu().contiguous()
-        for name, parameter in trainable.items()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
-    write_tensors(moments, partial / "optimizer.safetensors")
-    files = {name: _digest(partial / name) for name in ("weights.safetensors", "optimizer.safetensors")}
-    body = {**state, "step": step, "trainable": sorted(trainable), "files": files}
+    for name, tensors in files.items():
+        write_tensors(tensors, partial / name)
+    digests = {name: _digest(partial / name) for name in files}
+    body = {**state, "step": step, "trainable": sorted(files[WEIGHTS]), "files": digests}
     (partial / "state.json").write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
     for file in partial.iterdir():
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
-    for old in _steps(folder)[:-keep_last]:
-        shutil.rmtree(old)
+    steps = _steps(folder)
+    best = min(steps, key=lambda step: (_loss(step), step))
+    for old in steps[:-keep_last]:
+        if old != best:
+            shutil.rmtree(old)
     return path
+
+
+def _loss(path: Path) -> float:
+    try:
+        return float(json.loads((path / "state.json").read_text(encoding="utf-8"))["loss"])
+    except (OSError, ValueError, KeyError):
+        return math.inf
 
 
 def latest(folder: Path) -> Path | None:
@@ -90,7 +118,7 @@ def restore(path: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.
         broken = [name for name, digest in state["files"].items() if _digest(path / name) != digest]
         if broken:
             raise CheckpointError(f"{path}/{broken[0]} is corrupt (its digest differs); {advice}")
-        weights, moments = load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
+        weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from None
     if state["trainable"] != sorted(trainable):
@@ -100,13 +128,19 @@ def restore(path: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.
         for name, parameter in trainable.items():
             if weights[name].shape != parameter.shape:
                 raise CheckpointError(f"{path}: {name} is {list(weights[name].shape)}, not {list(parameter.shape)}")
-            parameter.copy_(weights[name])
+            parameter.copy_(_share(weights[name], parameter))
     for key, value in moments.items():
         kind, _, name = key.partition("/")
         parameter = trainable[name]
-        device = "cpu" if kind == "step" else parameter.device
-        optimizer.state[parameter][kind] = value.to(device)
+        optimizer.state[parameter][kind] = value if kind == "step" else _share(value.to(parameter.device), parameter)
     return dict(state)
+
+
+def _share(value: Tensor, like: Tensor) -> Tensor:
+    """Cut a whole tensor as another is cut among processes."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def save_trained(out: Path, trained: Mapping[str, Tensor], lora_config: Any | None) -> None:

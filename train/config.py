@@ -42,7 +42,7 @@ class Model:
     image_token: str = "<image>"
     max_length: int = 2048
     shrink: Literal["", "tiny"] = ""  # tiny: same classes with a few thousand fresh weights a layer
-    attention: str = "sdpa"
+    attention: str = "documents"  # see attention.py; or one of transformers' (sdpa, eager, flash_attention_2, …)
     gradient_checkpointing: bool = False
     seed: int = 0  # of the projector and of fresh weights
 
@@ -68,12 +68,15 @@ class Stage:
     lora_rank: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.05
-    packing: bool = True  # several samples in a row, each seeing only itself
-    row_tokens: int = 0  # longest packed row; 0: model.max_length
+    packing: bool = True  # samples side by side in one row, each seeing only itself; false: padded rows
     micro_tokens: int = 16384  # most tokens, padding included, in one forward pass
+    micro_images: int = 64  # most images in one forward pass
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     workers: int = 1  # decoding processes per rank; 0: in the training process
     cache_features_mb: int = 0  # keep the frozen tower's features in memory where they all fit
+    shard: bool = False  # FSDP2: cut the model among the processes, for what one GPU cannot hold
+    losses: bool = False  # write each sample's loss to RUN/losses, a sidecar that `curate select --losses` reads
+    tracker: Literal["", "trackio", "wandb"] = ""  # besides TensorBoard, where it is installed
     save_every: int = 200
     keep_last: int = 2
     peak_tflops: float = 0.0  # of one device, for MFU; 0: of known GPUs in bf16, else no MFU
@@ -113,7 +116,7 @@ class Config:
     """Everything a TOML file says to this program."""
 
     model: Model = field(default_factory=Model)
-    align: Stage = field(default_factory=lambda: Stage(template="plain", packing=False))
+    align: Stage = field(default_factory=lambda: Stage(template="plain"))
     finetune: Stage = field(default_factory=lambda: Stage(tune="lora", batch_size=128, lr=2e-4, projector_lr=2e-5))
     export: Export = field(default_factory=Export)
     eval: Eval = field(default_factory=Eval)
@@ -215,10 +218,10 @@ def _check(config: Config) -> None:
     for name in ("align", "finetune"):
         stage = getattr(config, name)
         positive = ("batch_size", "lr", "micro_tokens", "save_every", "keep_last", "lora_rank", "lora_alpha", "epochs")
-        for key in positive:
+        for key in (*positive, "micro_images"):
             if getattr(stage, key) <= 0:
                 raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must be greater than 0")
-        unsigned = ("steps", "projector_lr", "weight_decay", "clip", "row_tokens", "workers", "cache_features_mb")
+        unsigned = ("steps", "projector_lr", "weight_decay", "clip", "workers", "cache_features_mb")
         for key in (*unsigned, "peak_tflops"):
             if getattr(stage, key) < 0:
                 raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must not be negative")

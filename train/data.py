@@ -57,6 +57,12 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Return file/key of a sample, also where it cannot be read."""
 
+    def key(self, index: int) -> str:
+        """Return the key of a sample, also where it cannot be read."""
+
+    def extents(self) -> Iterator[tuple[str, int, int]]:
+        """Yield each file's stem with its first sample and the one after its last."""
+
     def image_bytes(self, location: Any) -> bytes:
         """Read one image file.  Raises: Rejected."""
 
@@ -134,6 +140,16 @@ class TarSource:
         """Return shard/key."""
         return f"{Path(self.shards[int(self.rows[index][0])]).name}/{self.keys[index]}"
 
+    def key(self, index: int) -> str:
+        """Return the key."""
+        return self.keys[index]
+
+    def extents(self) -> Iterator[tuple[str, int, int]]:
+        """Yield each shard's stem and rows."""
+        edges = np.searchsorted(self.rows[:, 0], np.arange(len(self.shards) + 1)).tolist()
+        for path, start, stop in zip(self.shards, edges[:-1], edges[1:], strict=True):
+            yield Path(path).stem, start, stop
+
     def image_bytes(self, location: Any) -> bytes:
         """Read an image member."""
         return self.files.read(*location)
@@ -160,12 +176,19 @@ class JsonSource:
         return Record(key, source, fields.get("conversations"), locations, fields)
 
     def name(self, index: int) -> str:
-        """Return file/id, or file/#row where there is no id."""
+        """Return file/key."""
+        return f"{Path(self.path).name}/{self.key(index)}"
+
+    def key(self, index: int) -> str:
+        """Return the record's id, or #row where there is none."""
         try:
-            key = self._fields(index).get("id", f"#{index}")
+            return str(self._fields(index).get("id", f"#{index}"))
         except Rejected:
-            key = f"#{index}"
-        return f"{Path(self.path).name}/{key}"
+            return f"#{index}"
+
+    def extents(self) -> Iterator[tuple[str, int, int]]:
+        """Yield the file's stem and records."""
+        yield Path(self.path).stem, 0, len(self)
 
     def _fields(self, index: int) -> dict[str, Any]:
         offset, size = (int(x) for x in self.spans[index])

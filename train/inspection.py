@@ -40,7 +40,7 @@ def describe(config: Config, stage_name: str, data: str, images: str | None, num
     measured = measure(source, encoder, config.model.max_length)
     if not len(measured.usable):
         raise DataError(f"--data {data}: no sample can be used: {dict(Counter(measured.reasons.values()))}")
-    yield summary(Plan(measured, stage, config.model.max_length))
+    yield summary(Plan(measured, stage))
 
 
 def paint(encoded: Encoded, encoder: Encoder, colour: bool) -> str:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from train import attention
 from train.config import Model, Stage
 from train.errors import UsageError
 from train.tower import HEADS, Vision, cannot_load, feature_layer_index, features, load_tower, read_config, trim
@@ -84,6 +86,7 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
 def _load_lm(options: Model, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    attention.register()
     config = read_config(options.lm, "model.lm")
     if options.shrink:
         config = _shrunk(config)
@@ -234,11 +237,13 @@ def tower_features(composed: Composed, pixels_nchw: Tensor, *, tuned: bool = Fal
         return features(tower, pixels, composed.feature_index, composed.vision.strategy)
 
 
-def hidden_states(composed: Composed, ids_bl: Tensor, positions_bl: Tensor, feats: Tensor | None) -> Tensor:
+def hidden_states(
+    composed: Composed, ids_bl: Tensor, positions_bl: Tensor, feats: Tensor | None, documents: Sequence[int] = ()
+) -> Tensor:
     """Return the language model's last hidden states [b, l, d].
 
-    positions restart at 0 where a document starts: transformers then keeps documents from seeing each other. Rows are
-    padded on the right, where causal attention keeps real tokens from seeing the padding, so no mask is needed.
+    documents: the lengths of the documents that share the one row, whose positions restart at 0 and which do not see
+    each other. Without them a row is a document, padded on the right, where causal attention cannot look: no mask.
     """
     inner = composed.model.model
     embeds = inner.language_model.get_input_embeddings()(ids_bl)
@@ -246,7 +251,8 @@ def hidden_states(composed: Composed, ids_bl: Tensor, positions_bl: Tensor, feat
         projected = inner.multi_modal_projector(feats.to(_projector_dtype(inner)))
         where = (ids_bl == composed.image_id).unsqueeze(-1)
         embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
-    out = inner.language_model(inputs_embeds=embeds, position_ids=positions_bl, use_cache=False)
+    with attention.apart(documents, ids_bl.device):
+        out = inner.language_model(inputs_embeds=embeds, position_ids=positions_bl, use_cache=False)
     return cast(Tensor, out.last_hidden_state)
 
 

@@ -21,7 +21,9 @@ from train.errors import UsageError
 
 FORMAT = 1
 MANIFEST, PLAN = "manifest.json", ".plan.json"
-EXECUTION = frozenset({"workers", "save_every", "keep_last", "peak_tflops"})  # options that change no result
+# Options that change no result, or (how a step is cut into passes) only which dropout is drawn and the rounding.
+EXECUTION = frozenset({"workers", "save_every", "keep_last", "peak_tflops", "tracker", "shard"})
+EXECUTION |= {"micro_tokens", "micro_images", "gradient_checkpointing", "attention"}
 Status = Literal["new", "unfinished", "finished"]
 
 

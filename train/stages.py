@@ -12,14 +12,17 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from train import checkpoint
+from train import checkpoint, sharding
 from train.batches import Collator, Plan
 from train.chat import chat_template
 from train.config import Config, Model, Stage
 from train.data import Measured, Source, check_bad, measure, open_source
 from train.errors import DataError, TrainError, UsageError
-from train.loop import Place, Training, cache_features
+from train.features import cache_features
+from train.loop import Training, out_of_memory
+from train.losses import SampleLosses
 from train.model import Composed, compose, lora_config, lora_targets, prepare
+from train.place import Place
 from train.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
 from train.runs import absolute, digest_data, finish, open_run, read_json, relative
 from train.tower import make_image_processor
@@ -56,13 +59,16 @@ def run_stage(
         log.info("%s on %s", stage_name, place.reason)
         training, learnt_from = _assemble(config, stage, stage_name, source, place, out, align)
         training.run()
+        trained = checkpoint.collect(training.trainable, None, keep=place.rank == 0)[checkpoint.WEIGHTS]
         if place.rank == 0:
             result = _result(training, learnt_from)
             targets = lora_config(stage, lora_targets_of(training.composed)) if stage.tune == "lora" else None
-            checkpoint.save_trained(out, training.trainable, targets)
+            checkpoint.save_trained(out, trained, targets)
             _write_skipped(out, source, training.skipped)
+            if training.sample_losses is not None:
+                training.sample_losses.write(out / "losses", source)
             finish(out, request, result)
-        _barrier(place)
+        place.barrier()
         return read_json(out / "manifest.json")
     finally:
         if dist.is_initialized():
@@ -146,16 +152,22 @@ def _assemble(
     max_length = config.model.max_length
     measured = measure(source, encoder, max_length)
     check_bad(source, measured.reasons, stage.max_bad_share)
-    plan = Plan(measured, stage, max_length)
+    plan = Plan(measured, stage)
     trainable = prepare(composed, stage)
     _announce(measured, plan, trainable, composed, stage_name)
     if config.model.gradient_checkpointing:
         composed.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         composed.model.model.language_model.train()
-    composed.model.to(place.device)
+    with out_of_memory(stage):
+        if stage.shard and place.world > 1:
+            trainable = sharding.shard(composed, stage, place)
+            log.info("the model is cut among %d processes", place.world)
+        composed.model.to(place.device)
     collator = Collator(source, encoder, make_image_processor(composed.vision), max_length)
     training = Training(composed, stage, trainable, plan, collator, place, out, dict(measured.reasons))
-    cache_features(training)
+    training.sample_losses = SampleLosses(len(source)) if stage.losses else None
+    with out_of_memory(stage):
+        cache_features(training)
     return training, learnt_from
 
 
@@ -238,8 +250,3 @@ def _result(training: Training, learnt_from: str) -> dict[str, Any]:
 def _write_skipped(out: Path, source: Source, skipped: dict[int, str]) -> None:
     lines = [json.dumps({"sample": source.name(i), "reason": reason}) for i, reason in sorted(skipped.items())]
     (out / "skipped.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def _barrier(place: Place) -> None:
-    if place.world > 1:
-        dist.barrier()

@@ -7,34 +7,51 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import word_tokenizer
 
-from train.batches import Collator, Plan, group, pack
+from train.batches import Collator, Plan, pack, pack_evenly, pad_alike
 from train.config import Stage
 from train.data import measure, open_source
 from train.prompts import Encoder, get_template
 
-LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+SAMPLES = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=40)
+
+
+def costs(groups, lengths, images):
+    return [(sum(lengths[i] for i in g), sum(images[i] for i in g)) for g in groups]
 
 
 @settings(max_examples=100, deadline=None)
-@given(LENGTHS, st.integers(50, 120))
-def test_packing_fits_each_sample_once_and_wastes_less_than_half(lengths, capacity):
-    rows = pack(lengths, capacity)
-    assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
-    sums = [sum(lengths[i] for i in row) for row in rows]
-    assert max(sums) <= capacity
-    assert sum(a + b <= capacity for a, b in itertools.combinations(sums, 2)) == 0, "first fit leaves no two mergeable"
-    assert pack(lengths, capacity) == rows
+@given(SAMPLES, st.integers(50, 120), st.integers(3, 12))
+def test_packing_fits_each_sample_once_and_wastes_less_than_half(samples, capacity, most):
+    lengths, images = zip(*samples, strict=True)
+    groups = pack(lengths, images, capacity, most)
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+    sums = costs(groups, lengths, images)
+    assert all(tokens <= capacity and shown <= most for tokens, shown in sums)
+    for (a, m), (b, n) in itertools.combinations(sums, 2):
+        assert a + b > capacity or m + n > most, "first fit leaves no two mergeable"
+    assert pack(lengths, images, capacity, most) == groups
 
 
 @settings(max_examples=100, deadline=None)
-@given(LENGTHS, st.integers(50, 400), st.integers(1, 4))
-def test_groups_respect_the_budget_and_the_processes(lengths, budget, world):
-    rows = [[i] for i in range(len(lengths))]
-    groups = group(rows, lengths, budget, world)
+@given(SAMPLES, st.integers(50, 400), st.integers(3, 12), st.integers(1, 4), st.sampled_from([pack_evenly, pad_alike]))
+def test_micro_batches_respect_the_limits_and_the_processes(samples, tokens, most, world, arrange):
+    lengths, images = zip(*samples, strict=True)
+    groups = arrange(lengths, images, Stage(micro_tokens=tokens, micro_images=most), world)
     assert len(groups) % world == 0
-    assert sorted(i for g in groups for row in g for i in row) == list(range(len(lengths)))
-    for g in groups:
-        assert not g or len(g) * max(lengths[i] for row in g for i in row) <= budget
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+    for group, (filled, shown) in zip(groups, costs(groups, lengths, images), strict=True):
+        padded = len(group) * max((lengths[i] for i in group), default=0)
+        assert (padded if arrange is pad_alike else filled) <= tokens and shown <= most
+    if arrange is pack_evenly:
+        fewest = len(pack(lengths, images, tokens, most))
+        assert len(groups) == -(-fewest // world) * world
+
+
+def test_micro_batches_are_even():
+    lengths = np.random.default_rng(0).integers(20, 900, 128).tolist()
+    groups = pack_evenly(lengths, [0] * 128, Stage(micro_tokens=16384), 4)
+    filled = [tokens for tokens, _ in costs(groups, lengths, [0] * 128)]
+    assert len(groups) == 4 and max(filled) < 1.03 * sum(filled) / 4
 
 
 def plan_of(world, **stage):
@@ -42,7 +59,7 @@ def plan_of(world, **stage):
     encoder = Encoder(word_tokenizer(), get_template("qa"), "<image>", 5)
     measured = measure(source, encoder, 64)
     options = Stage(**{"batch_size": 8, **stage})
-    return Plan(measured, options, 64), Collator(source, encoder, None, 64)
+    return Plan(measured, options), Collator(source, encoder, None, 64)
 
 
 def test_each_epoch_visits_each_sample_once_in_its_own_order(world):
@@ -83,5 +100,5 @@ def test_a_packed_batch_holds_each_document_in_its_place(world):
         assert (flat[where + 1] == targets).all() and len(targets) == plan.measured.supervised[index]
         assert (np.diff(positions[where]) > 0).all()
     assert batch.num_tokens == plan.measured.lengths[plan.samples(0)].sum()
-    starts = (batch.positions_bl == 0).sum()
-    assert starts >= len(plan.samples(0))
+    assert (batch.positions_bl == 0).sum() == len(plan.samples(0)) == len(batch.documents)
+    assert batch.ids_bl.shape == (1, batch.num_tokens), "nothing is padded"

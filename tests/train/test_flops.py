@@ -38,7 +38,7 @@ def test_counts_what_torch_counts(world, tune):
         token_losses(composed.model, hidden[0][supervised], ids[0][supervised + 1]).sum().backward()
 
     _, counted = count(step)
-    batch = Batch(ids, ids, supervised, supervised, supervised, None, [0], length, length**2, {})
+    batch = Batch(ids, ids, supervised, supervised, supervised, None, [0], [length])
     cost = Cost.of(composed, stage)
     projector = composed.model.model.multi_modal_projector
     counted += 2 * projector.linear_1.weight.numel() * 5  # the formula's gradient of features, which nothing needs

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +17,12 @@ from safetensors.torch import load_file
 from toys import add, picture, write_mixed
 
 from train import config as configuration
+from train import sharding
 from train.__main__ import main
-from train.checkpoint import latest, load_trained
+from train.checkpoint import OPTIMIZER, WEIGHTS, latest, load_trained, save
+from train.config import Stage
 from train.errors import CheckpointError, DataError, TrainError, UsageError
-from train.loop import schedule
+from train.loop import out_of_memory, schedule
 from train.stages import run_stage
 
 REPO = Path(__file__).parents[2]
@@ -87,7 +90,7 @@ def test_the_loss_is_transformers_own(world, tmp_path):
     composed = compose(options.model)
     encoder = make_encoder(composed, options.model, options.align)
     source = open_source(str(world / "captions"))
-    plan = Plan(measure(source, encoder, 64), options.align, 64)
+    plan = Plan(measure(source, encoder, 64), options.align)
     collator = Collator(source, encoder, make_image_processor(composed.vision), 64)
     total, count = 0.0, 0
     for index in plan.samples(0):
@@ -148,6 +151,56 @@ def test_two_processes_equal_one(world, tmp_path, steady):
     assert_same_weights(tmp_path / "run", steady, atol=1e-4)
 
 
+def run_by_two(*arguments):
+    """What torchrun does, with forks of this process, which has paid for its imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        shard, cut = sharding.shard, []
+
+        def checked(*given):
+            learnt = shard(*given)
+            cut.extend(p.to_local().numel() <= -(-p.shape[0] // 2) * p[0].numel() for p in learnt.values())
+            return learnt
+
+        sharding.shard = checked
+        main(lambda: run(*arguments))
+        assert cut and all(cut), "each process holds half of every weight"
+
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def test_a_sharded_model_goes_on_with_a_whole_one_and_back(world, tmp_path):
+    """FSDP2: full tuning, tower and all, with processes that have no work in some rounds."""
+    settings = ("finetune.tune=full", "finetune.tune_tower=true", "finetune.lr=1e-3", "finetune.save_every=2")
+    run(world, tmp_path / "one", *settings, "finetune.keep_last=3")
+    out = unfinish(tmp_path / "one", tmp_path / "two")
+    for step in (4, 6):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:06d}")
+    more = ("finetune.shard=true", "finetune.micro_tokens=40", "model.gradient_checkpointing=true")
+    run_by_two(world, out, *settings, *more)
+    assert losses(out) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert_same_weights(out, tmp_path / "one", atol=1e-4)
+    back = unfinish(out, tmp_path / "back")
+    shutil.rmtree(back / "checkpoints" / "step-000006")
+    run(world, back, *settings)
+    assert losses(back) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert_same_weights(back, tmp_path / "one", atol=1e-4)
+    from train.export import export
+
+    export(out, tmp_path / "model", dtype="fp32")
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
 LONG = ("finetune.steps=50", "finetune.save_every=7")
 
 
@@ -180,8 +233,12 @@ def test_killed_and_resumed_is_bit_equal(world, tmp_path, number, undisturbed):
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
-def test_the_last_checkpoints_are_kept_and_whole(plain):
+def test_the_last_checkpoints_and_the_best_are_kept_and_whole(tmp_path, plain):
     assert [p.name for p in sorted((plain / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
+    for step, loss in enumerate((3.0, 1.0, 2.0, 4.0), 1):
+        save(tmp_path, step, {WEIGHTS: {"a": torch.zeros(1)}, OPTIMIZER: {}}, {"loss": loss}, keep_last=1)
+    assert {p.name for p in tmp_path.iterdir()} == {"step-000002", "step-000004"}
+    assert latest(tmp_path).name == "step-000004", "a run goes on from the last"
     weights = load_file(plain / "checkpoints" / "step-000006" / "weights.safetensors")
     trained = load_trained(plain)
     assert weights.keys() == trained.keys() and all(torch.equal(weights[k], trained[k]) for k in weights)
@@ -266,10 +323,88 @@ def test_nothing_to_learn_stops_before_the_first_step(world, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_with_its_samples(world, tmp_path):
-    with pytest.raises(TrainError, match="the loss of step .* is nan; its samples are listed in") as error:
+    with pytest.raises(TrainError, match="step .* is nan.*its samples are listed in") as error:
         run(world, tmp_path / "run", "finetune.lr=1e30", "finetune.steps=9", "finetune.clip=0.0")
     path = str(error.value).split("listed in ")[1].split(";")[0]
     assert json.loads(Path(path).read_text())[0].startswith("000000.tar/")
+    saved = load_file(Path(path).with_suffix(".safetensors"))
+    assert {"0.ids_bl", "0.targets_s", "0.owners_s", "0.pixels_nchw"} <= saved.keys()
+
+
+@pytest.mark.parametrize(
+    ("tune", "error", "hint"),
+    [
+        ("lora", torch.OutOfMemoryError("CUDA out of memory"), "quantize"),
+        ("full", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "shard = true"),
+        ("projector", MemoryError(), "micro_images"),
+    ],
+)
+def test_out_of_memory_names_what_to_change(tune, error, hint):
+    with (
+        pytest.raises(TrainError, match=f"lower micro_tokens .now 16,384.*gradient_checkpointing = true.*{hint}"),
+        out_of_memory(Stage(tune=tune)),
+    ):
+        raise error
+    with pytest.raises(RuntimeError, match="shape"), out_of_memory(Stage()):
+        raise RuntimeError("shape mismatch")
+
+
+def test_memory_that_cannot_be_had_ends_in_one_line(world, tmp_path, monkeypatch):
+    """A real allocation fails: the tower's features of a batch would fill 2^62 bytes."""
+    from train import loop
+
+    monkeypatch.setattr(loop, "tower_features", lambda *_, **__: torch.empty(1 << 60))
+    with pytest.raises(TrainError, match="out of memory; lower micro_tokens"):
+        run(world, tmp_path / "run")
+
+
+def test_a_smaller_micro_batch_may_go_on_with_a_run(world, tmp_path, steady):
+    out = unfinish(steady, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    run(world, out, "finetune.lora_dropout=0.0", "finetune.micro_tokens=60", "model.gradient_checkpointing=true")
+    assert losses(out) == pytest.approx(losses(steady), abs=1e-5)
+
+
+def test_a_tracker_hears_of_every_step(world, tmp_path, monkeypatch):
+    import types
+
+    heard = []
+    stub = types.ModuleType("trackio")
+    stub.init = lambda **options: heard.append(options)
+    stub.log = lambda row, step: heard.append((step, row["loss"]))
+    stub.finish = lambda: heard.append("done")
+    monkeypatch.setitem(sys.modules, "trackio", stub)
+    run(world, tmp_path / "run", "finetune.tracker=trackio", "finetune.steps=2")
+    assert heard[0]["config"]["batch_size"] == 8 and [step for step, _ in heard[1:3]] == [1, 2]
+    assert [loss for _, loss in heard[1:3]] == pytest.approx(losses(tmp_path / "run")) and heard[3] == "done"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="pip install wandb"):
+        run(world, tmp_path / "other", "finetune.tracker=wandb")
+
+
+def test_sample_losses_are_a_sidecar_and_survive_a_restart(world, tmp_path, steady):
+    import pyarrow as pa
+
+    settings = ("finetune.lora_dropout=0.0", "finetune.losses=true", "finetune.save_every=2")
+    run(world, tmp_path / "run", *settings)
+    assert losses(tmp_path / "run") == losses(steady), "to note is not to disturb"
+    path = tmp_path / "run" / "losses" / "000000.arrow"
+    with pa.memory_map(str(path)) as file:
+        rows = pa.ipc.open_file(file).read_all().to_pylist()
+    assert [row["key"] for row in rows] == [f"{i:06d}" for i in range(40)]
+    for step in range(1, 6):  # five steps are an epoch
+        own = [row for row in rows if row["step"] == step]
+        mean = sum(row["loss"] * row["tokens"] for row in own) / max(1, sum(row["tokens"] for row in own))
+        if len(own) == 8:
+            assert mean == pytest.approx(losses(steady)[step - 1], abs=1e-5)
+    assert sum(row["step"] == 6 for row in rows) == 8 and all(row["loss"] is not None for row in rows)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    assert manifest["shards"] == {"000000": {"rows": 40}}
+    out = unfinish(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(out / "checkpoints" / "step-000006")
+    shutil.rmtree(out / "losses")
+    run(world, out, *settings)
+    assert (out / "losses" / "000000.arrow").read_bytes() == path.read_bytes()
 
 
 def test_finetune_starts_from_the_projector_of_align(world, tmp_path):
