@@ -5,7 +5,8 @@ Goes in: a folder, a seed, and how dirty the pool shall be. Comes out:
   truth.arrow              one row per planned sample: what it shows, what was done to it (TRUTH). No stage reads it.
   instruct/instruct.json   LLaVA conversations about the clean pictures in instruct/images/
   text.json                LLaVA conversations without a picture
-  test/test.json           held-out clean pictures in test/images/, one record per question; the gpt turn is the truth
+  test/test.json           held-out clean pictures in test/images/, one record per question, and tasks without a picture
+                           (task "text"); the gpt turn is the truth
 The same arguments give the same bytes. About 3,000 pictures a second on one core.
 
 `judge` compares a selection with the truth: what share of each planted fault left, and at what cost in clean samples.
@@ -248,7 +249,10 @@ def write_texts(path: Path, *, rows: int, rng: np.random.Generator) -> None:
 
 
 def render_tests(out: Path, *, per_concept: int, rng: np.random.Generator) -> None:
-    """Write held-out pictures, equally many of each concept, with one record per task: TASKS and `caption`."""
+    """Write held-out pictures, equally many of each concept, with one record per task: TASKS and `caption`.
+
+    As many tasks without a picture follow as there are pictures.
+    """
     (out / "images").mkdir(parents=True, exist_ok=True)
     records = []
     for i, scene in enumerate(sample_scenes(rng, np.repeat(np.arange(NUM_CONCEPTS), per_concept))):
@@ -260,6 +264,8 @@ def render_tests(out: Path, *, per_concept: int, rng: np.random.Generator) -> No
             extra = {"task": task, "concept": NAMES[scene["concept"]]}
             turns = _turns((f"<image>\n{asked}", truth))
             records.append({"id": f"test-{i:06d}-{task}", "image": name, "conversations": turns, **extra})
+    for i in range(NUM_CONCEPTS * per_concept):
+        records.append({"id": f"test-{i:06d}-text", "conversations": _turns(text_task(rng)), "task": "text"})
     _write_json(out / "test.json", records)
 
 

@@ -157,14 +157,17 @@ def test_instruction_and_test_records_are_llava(dirty):
     for folder, file in (("instruct", "instruct.json"), ("test", "test.json")):
         records = json.loads((dirty / folder / file).read_text())
         assert len({record["id"] for record in records}) == len(records)
-        for record in records:
+        pictured = [record for record in records if record.get("task") != "text"]
+        for record in pictured:
             assert (dirty / folder / "images" / record["image"]).is_file()
             turns = record["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
             assert turns[0]["value"].startswith("<image>\n")
             assert not any("<image>" in turn["value"] for turn in turns[1:])
-    tests = Counter((record["concept"], record["task"]) for record in records)
+    tests = Counter((record["concept"], record["task"]) for record in pictured)
     assert tests == {(name, task): 1 for name in NAMES for task in (*TASKS, "caption")}
+    held_out = [record for record in records if record["task"] == "text"]
+    assert len(held_out) == len(NAMES) and not any("image" in record for record in held_out)
     texts = json.loads((dirty / "text.json").read_text())
     assert len(texts) == SMALL["instruct"] and not any("image" in record for record in texts)
 

@@ -306,6 +306,15 @@ def check(config: ConfigOption = None, settings: SetOption = None, as_json: Json
     _show(dataclasses.asdict(options), as_json)
 
 
+@app.command()
+def work() -> None:
+    """Carry out commands from stdin, a JSON list of words a line.  Example: echo '["check"]' | python -m train work."""
+    from train.work import answers
+
+    for answer in answers(sys.stdin, lambda words: app(words, standalone_mode=False)):
+        _say(json.dumps(answer, ensure_ascii=False))
+
+
 def _show(value: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _say(json.dumps(value, ensure_ascii=False))

@@ -4,14 +4,17 @@ Input: LLaVA records (JSON with an image folder, or shards); each answer turn is
 it. Output: one JSON line a question, and accuracies. Two rules: exact match after lower-casing and trimming; and for
 records with `task` "caption" and a `concept` word, that the first word of the answer which is any record's concept is
 this record's (source of the rule: a caption may say more than its concept, and only the concept is judged).
+Beside accuracy stands the perplexity of the true answers, each token given those before it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +65,8 @@ def evaluate(
     speaker = load_speaker(folder)
     concepts = {q.concept for q in questions if q.concept}
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(questions), batch_size):
-        rows += _answer(speaker, source, questions[start : start + batch_size], concepts, max_new_tokens)
+    for batch in batches(questions, batch_size):
+        rows += _answer(speaker, source, batch, concepts, max_new_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return {**summarise(rows), "skipped": skipped, "answers": str(out)}
@@ -92,6 +95,13 @@ def collect(source: Source, limit: int = 0) -> tuple[list[Question], int]:
     return questions[:limit] if limit else questions, skipped
 
 
+def batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
+    """Cut questions into batches in order; those with pictures and those without do not share one."""
+    for _, alike in itertools.groupby(questions, key=lambda question: bool(question.images)):
+        own = list(alike)
+        yield from (own[start : start + size] for start in range(0, len(own), size))
+
+
 def _answer(
     speaker: Speaker, source: Source, questions: Sequence[Question], concepts: set[str], max_new_tokens: int
 ) -> list[dict[str, Any]]:
@@ -99,27 +109,35 @@ def _answer(
     for question in questions:
         shown = sum(turn.num_images for turn in question.turns)
         images.append([decode_image(source.image_bytes(location)) for location in question.images[:shown]])
-    answers = speaker.answers([q.turns for q in questions], images, max_new_tokens)
+    turns = [q.turns for q in questions]
+    answers = speaker.answers(turns, images, max_new_tokens)
+    losses = speaker.truth_losses(turns, images, [q.truth for q in questions])
     rows = []
-    for question, answer in zip(questions, answers, strict=True):
+    for question, answer, (loss, tokens) in zip(questions, answers, losses, strict=True):
         if question.task == "caption" and question.concept:
             right = concept_of(answer, concepts) == question.concept
         else:
             right = normalise(answer) == normalise(question.truth)
         asked = question.turns[-1].text
         row = {"key": question.key, "task": question.task, "question": asked, "answer": answer}
-        rows.append({**row, "truth": question.truth, "right": right})
+        row |= {"concept": question.concept} if question.concept else {}
+        rows.append({**row, "truth": question.truth, "right": right, "truth_loss": round(loss, 5), "tokens": tokens})
     return rows
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return counts and accuracies, overall and by task."""
-    tasks: dict[str, list[bool]] = defaultdict(list)
+    """Return counts, accuracies and perplexities, overall and by task."""
+    tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        tasks[row["task"]].append(row["right"])
-    by_task = {
-        task or "(none)": {"questions": len(right), "accuracy": round(sum(right) / len(right), 4)}
-        for task, right in sorted(tasks.items())
+        tasks[row["task"]].append(row)
+    by_task = {task or "(none)": _score(own) for task, own in sorted(tasks.items())}
+    return {**_score(rows), "tasks": by_task}
+
+
+def _score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    mean_loss = sum(row["truth_loss"] for row in rows) / max(1, sum(row["tokens"] for row in rows))
+    return {
+        "questions": len(rows),
+        "accuracy": round(sum(row["right"] for row in rows) / len(rows), 4),
+        "perplexity": round(math.exp(min(mean_loss, 100.0)), 4),
     }
-    right = [row["right"] for row in rows]
-    return {"questions": len(rows), "accuracy": round(sum(right) / len(rows), 4), "tasks": by_task}

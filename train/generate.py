@@ -34,20 +34,42 @@ class Speaker:
         """Answer conversations that end with a question, greedily, as one batch; images: PIL images by conversation."""
         messages = [to_messages(conversation) for conversation in turns]
         texts = [self.processor.apply_chat_template(m, add_generation_prompt=True) for m in messages]
+        inputs = self._encode(texts, images)
+        with torch.inference_mode():
+            out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def truth_losses(
+        self, turns: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], truths: Sequence[str]
+    ) -> list[tuple[float, int]]:
+        """Return for each conversation the summed cross-entropy of its true answer, end included, and its tokens."""
+        prompts = [self.processor.apply_chat_template(to_messages(c), add_generation_prompt=True) for c in turns]
+        answered = [[*c, Turn("assistant", (truth,))] for c, truth in zip(turns, truths, strict=True)]
+        wholes = [self.processor.apply_chat_template(to_messages(c)) for c in answered]
+        asked = self._encode(prompts, images)["attention_mask"].sum(1)
+        inputs = self._encode(wholes, images)
+        ids = inputs["input_ids"]
+        sizes = [int(n) for n in inputs["attention_mask"].sum(1) - asked]  # padded on the left: answers end together
+        with torch.inference_mode():
+            logits = self.model(**inputs, logits_to_keep=max(sizes) + 1).logits.float()
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), ids[:, -max(sizes) :].flatten(), reduction="none"
+        ).view(len(ids), -1)
+        return [(float(row[len(row) - size :].sum()), size) for row, size in zip(losses, sizes, strict=True)]
+
+    def _encode(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+        """Encode conversations as one batch, padded on the left."""
         flat = [list(own) for own in images]
         inputs = self.processor(
-            text=texts,
+            text=list(texts),
             images=flat if any(flat) else None,
             padding=True,
             return_tensors="pt",
             add_special_tokens=not self._has_bos(texts[0]),
         )
         inputs.pop("token_type_ids", None)
-        inputs = inputs.to(self.device, dtype=self.model.dtype)
-        with torch.inference_mode():
-            out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = out[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return inputs.to(self.device, dtype=self.model.dtype)
 
     def _has_bos(self, text: str) -> bool:
         bos = self.processor.tokenizer.bos_token

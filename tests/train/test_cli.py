@@ -45,6 +45,26 @@ def test_the_road_from_shards_to_an_answer(world, tmp_path, capfd):
     assert "answer" in json.loads(call(capfd, *words)[1])
 
 
+def test_one_process_carries_out_many_commands(world, tmp_path):
+    """Each answer has its command's exit code and output; a request that fails does not end the process."""
+    requests = [
+        ["check", "--config", str(world / "config.toml"), "--json"],
+        ["check", "--set", "align.lrr=1"],
+        ["export", str(tmp_path / "nothing"), "--out", str(tmp_path / "model")],
+        ["no-such-verb"],
+        {"not": "a list"},
+        ["check", "--json"],
+    ]
+    lines = "".join(json.dumps(request) + "\n" for request in requests)
+    words = [sys.executable, "-m", "train", "work"]
+    ended = subprocess.run(words, input=lines, capture_output=True, text=True, cwd=REPO, check=True)
+    answers = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [answer["exit"] for answer in answers] == [0, 2, 2, 2, 2, 0]
+    assert json.loads(answers[0]["said"])["model"]["template"] == "qa"
+    assert "did you mean 'lr'" in answers[1]["error"] and "no-such-verb" in answers[3]["error"]
+    assert json.loads(answers[5]["said"])["align"]["packing"] is False
+
+
 def test_inspect_shows_what_is_learnt(world, capfd):
     words = ("inspect", "--config", world / "config.toml", "--data", world / "mixed", "--num", 1)
     code, out, _ = call(capfd, *words)

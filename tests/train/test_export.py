@@ -14,7 +14,7 @@ from toys import conversation, picture, sample, write_captions, write_mixed
 from train import config as configuration
 from train.data import decode_image, encode, open_source
 from train.errors import TrainError, UsageError
-from train.evaluate import collect, concept_of, evaluate, normalise
+from train.evaluate import Question, batches, collect, concept_of, evaluate, normalise
 from train.export import export, llava_hf_name, merge
 from train.generate import ask, chat, load_speaker
 from train.model import compose, hidden_states, prepare, tower_features
@@ -178,6 +178,36 @@ def test_a_batch_answers_as_one_by_one(world, model):
     assert together == [speaker.answers([q], [i], 6)[0] for q, i in zip(questions, images, strict=True)]
 
 
+def test_the_loss_of_a_true_answer_is_that_of_a_plain_forward(world, model):
+    """Two by themselves, unpadded, the answer's tokens found by encoding it alone."""
+    speaker = load_speaker(model)
+    asked = [
+        [Turn("user", (None, "what colour is it ?"))],
+        [Turn("user", (None, "how big is it on the dark square ?"))],
+    ]
+    images, truths = (
+        [[decode_image(picture("red", True, 0))], [decode_image(picture("blue", False, 1))]],
+        ["red", "big"],
+    )
+    together = speaker.truth_losses(asked, images, truths)
+    for turns, own, truth, (loss, tokens) in zip(asked, images, truths, together, strict=True):
+        text = speaker.processor.apply_chat_template(to_messages(turns), add_generation_prompt=True)
+        inputs = speaker.processor(text=text, images=own, return_tensors="pt", add_special_tokens=False)
+        tokenizer = speaker.processor.tokenizer
+        answer = [*tokenizer(f" {truth}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)
+        with torch.inference_mode():
+            logits = speaker.model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0]
+        logs = logits.log_softmax(-1)[-len(answer) - 1 : -1]
+        assert tokens == len(answer)
+        assert loss == pytest.approx(-float(sum(logs[i, t] for i, t in enumerate(answer))), rel=1e-4)
+
+
+def test_pictures_and_text_do_not_share_a_batch():
+    kinds = [Question("", "", "", (), images, "") for images in ((1,), (1,), (1,), (), (), (1,))]
+    assert [[len(q.images) for q in batch] for batch in batches(kinds, 2)] == [[1, 1], [1], [0, 0], [1]]
+
+
 def test_a_conversation_goes_on(model, tmp_path):
     (tmp_path / "x.jpg").write_bytes(picture("red", True, 0))
     said = []
@@ -200,7 +230,8 @@ def test_learns_what_it_is_shown(world, tmp_path):
         records.append(record)
     (tmp_path / "test.json").write_text(json.dumps(records))
     summary = evaluate(tmp_path / "model", str(tmp_path / "test.json"), tmp_path / "answers.jsonl", batch_size=5)
-    assert summary["tasks"]["caption"] == {"questions": 12, "accuracy": summary["accuracy"]}
+    assert summary["tasks"]["caption"] == {key: summary[key] for key in ("questions", "accuracy", "perplexity")}
+    assert summary["questions"] == 12 and summary["perplexity"] > 1
     assert summary["accuracy"] >= 0.75
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == [record["id"] for record in records]

@@ -1,0 +1,45 @@
+"""Carry out many commands in one process: a request a line on stdin, an answer a line on stdout.
+
+A request is a JSON list, the words of a `python -m train` command; the answer is `{"exit": 0, "said": …}`, or
+`{"exit": 1, "error": …}` with the code that the command would have ended with. Start-up and imports cost more than a
+small model's training, and are paid once here; what a command leaves on disk is what it leaves when it runs alone.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from train.errors import Interrupted, TrainError
+
+
+def answers(lines: Iterable[str], run: Callable[[list[str]], None]) -> Iterator[dict[str, Any]]:
+    """Yield the answer to each request; `run` carries out the words of one command.
+
+    Raises: Interrupted, after which the process has to end.
+    """
+    for line in lines:
+        if line.strip():
+            yield _answer(line, run)
+
+
+def _answer(line: str, run: Callable[[list[str]], None]) -> dict[str, Any]:
+    said = io.StringIO()
+    try:
+        words = json.loads(line)
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError("a request is a JSON list of words")
+        with contextlib.redirect_stdout(said):
+            run(words)
+    except Interrupted:
+        raise
+    except TrainError as error:
+        return {"exit": error.exit_code, "error": str(error)}
+    except ValueError as error:
+        return {"exit": 2, "error": f"{line.strip()[:200]}: {error}"}
+    except Exception as error:  # a misspelt verb has an exit code; whatever else fails here is not the next command's
+        if hasattr(error, "format_message"):
+            return {"exit": getattr(error, "exit_code", 2), "error": error.format_message()}
+        return {"exit": 1, "error": f"{type(error).__name__}: {error}"}
+    return {"exit": 0, "said": said.getvalue()}
