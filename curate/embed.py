@@ -121,7 +121,7 @@ def _check_members(found: Sequence[shards.Shard]) -> None:
     image = caption = False
     for shard in found:
         try:
-            with rows.local_copy(shard.location) as path, open(path, "rb") as file:
+            with paths.local_copy(shard.location) as path, open(path, "rb") as file:
                 samples = shards.read_index(file).samples
                 seen.update(member.suffix for sample in samples for member in sample.members)
                 image = image or any(sample.image for sample in samples)
@@ -181,7 +181,7 @@ class EmbedShard:
     def __call__(self, stem: str) -> dict[str, Any]:
         """Embed one shard. Returns its rows and how many of them are bad."""
         shard = self.found[stem]
-        with rows.local_copy(shard.location) as path, encoders.single_threaded():
+        with paths.local_copy(shard.location) as path, encoders.single_threaded():
             with open(path, "rb") as file:
                 index = shards.read_index(file)
             facts, image, tokens = self._embed_images(path, index.samples)

@@ -238,7 +238,7 @@ class ImportShard:
 
     def __call__(self, stem: str) -> dict[str, Any]:
         """Import the rows of one shard."""
-        with rows.local_copy(self.found[stem].location) as path, open(path, "rb") as file:
+        with paths.local_copy(self.found[stem].location) as path, open(path, "rb") as file:
             index = shards.read_index(file)
             facts = [rows.read_row(file, sample, self.max_pixels)[0] for sample in index.samples]
             given = [self._value(file, sample) for sample in index.samples]

@@ -1,18 +1,29 @@
 """Locations: local paths and fsspec URLs under one small set of verbs.
 
-A location is a `str`. Local files are mapped, fsynced and renamed into place; a remote object appears whole when its
-upload ends, which is the same promise: that a name exists means that its content is complete.
+A location is a `str`. Local files are mapped, fsynced and renamed into place; a remote object is written to a local
+temporary file and appears whole when its upload ends, which is the same promise: that a name exists means that its
+content is complete. What fails in passing (a 503, a cut connection, a silent server) is tried again after a pause;
+s3fs does so for single requests, this room for whole reads and uploads, and for every driver.
 """
 
 import glob
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from curate.errors import UsageError
+
+TRIES, FIRST_PAUSE_S = 5, 0.5  # 0.5 + 1 + 2 + 4 s
+FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
+log = logging.getLogger("curate")
+Result = TypeVar("Result")
 
 
 def is_remote(location: str) -> bool:
@@ -29,7 +40,8 @@ def _remote(location: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        fs, path = fsspec.core.url_to_fs(location)
+        # No cached listings: what another process has written since must be seen.
+        fs, path = fsspec.core.url_to_fs(location, use_listings_cache=False)
     except ImportError as error:
         raise UsageError(
             f"cannot open {location}: {error}", "install the fsspec driver, e.g. `pip install s3fs`"
@@ -37,6 +49,33 @@ def _remote(location: str) -> tuple[Any, str]:
     except ValueError as error:
         raise UsageError(f"cannot open {location}: {error}") from None
     return fs, path
+
+
+def _patiently(location: str, work: Callable[[Any, str], Result]) -> Result:
+    """Do work(filesystem, path) on a remote location, again after a pause while it fails in passing.
+
+    Raises: OSError when it goes on failing, or what the driver raises for good (no such file, no permission).
+    """
+    fs, path = _remote(location)
+    for attempt in range(TRIES):
+        try:
+            return work(fs, path)
+        except Exception as error:
+            if not _passes(error):
+                raise
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if attempt + 1 == TRIES:
+                raise OSError(f"{location}: {reason}, {TRIES} times over") from None
+            log.info("%s: %s; trying again", location, reason)
+            time.sleep(FIRST_PAUSE_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _passes(error: Exception) -> bool:
+    """Say whether an error may pass by itself: one of the network's, or of a driver's client library."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FINAL)
+    return type(error).__module__.split(".")[0] in CLIENTS and "Credentials" not in type(error).__name__
 
 
 def join(directory: str, *names: str) -> str:
@@ -72,34 +111,29 @@ def resolve(written: str, start: str) -> str:
 def exists(location: str) -> bool:
     """Say whether a file or directory is there."""
     if is_remote(location):
-        fs, path = _remote(location)
-        return bool(fs.exists(path))
+        return bool(_patiently(location, lambda fs, path: fs.exists(path)))
     return os.path.exists(local(location))
 
 
 def is_dir(location: str) -> bool:
     """Say whether a location is a directory (for object stores: a prefix with objects)."""
     if is_remote(location):
-        fs, path = _remote(location)
-        return bool(fs.isdir(path))
+        return bool(_patiently(location, lambda fs, path: fs.isdir(path)))
     return os.path.isdir(local(location))
 
 
 def size(location: str) -> int:
     """Return a file's size in bytes."""
     if is_remote(location):
-        fs, path = _remote(location)
-        return int(fs.size(path))
+        return int(_patiently(location, lambda fs, path: fs.size(path)))
     return os.path.getsize(local(location))
 
 
 def listdir(directory: str) -> list[str]:
     """List the names in a directory, sorted; none where it does not exist."""
     if is_remote(directory):
-        fs, path = _remote(directory)
-        if not fs.isdir(path):
-            return []
-        return sorted(name(entry) for entry in fs.ls(path, detail=False) if name(entry) != name(path))
+        found = _patiently(directory, lambda fs, path: fs.ls(path, detail=False) if fs.isdir(path) else [])
+        return sorted(name(entry) for entry in found if name(entry) != name(directory))
     return sorted(os.listdir(local(directory))) if os.path.isdir(local(directory)) else []
 
 
@@ -115,9 +149,7 @@ def make_dir(directory: str) -> None:
 def remove(location: str) -> None:
     """Delete a file or a whole directory, if it is there."""
     if is_remote(location):
-        fs, path = _remote(location)
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        _patiently(location, lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None)
         return
     path = local(location)
     if os.path.isdir(path) and not os.path.islink(path):
@@ -131,15 +163,31 @@ def remove(location: str) -> None:
 def open_read(location: str) -> IO[bytes]:
     """Open a file for reading bytes; seekable, local or remote."""
     if is_remote(location):
-        fs, path = _remote(location)
-        return cast(IO[bytes], fs.open(path, "rb"))
+        return _patiently(location, lambda fs, path: cast(IO[bytes], fs.open(path, "rb")))
     return open(local(location), "rb")
+
+
+def read_bytes(location: str) -> bytes:
+    """Read a file whole."""
+    if is_remote(location):
+        return _patiently(location, lambda fs, path: cast(bytes, fs.cat_file(path)))
+    return Path(local(location)).read_bytes()
 
 
 def read_text(location: str) -> str:
     """Read a small UTF-8 file."""
-    with open_read(location) as file:
-        return file.read().decode("utf-8")
+    return read_bytes(location).decode("utf-8")
+
+
+@contextmanager
+def local_copy(location: str, suffix: str = "") -> Iterator[str]:
+    """Have a file as a local one: itself, or for a remote one a copy, deleted afterwards."""
+    if not is_remote(location):
+        yield local(location)
+        return
+    with tempfile.NamedTemporaryFile(suffix=suffix) as copy:
+        _patiently(location, lambda fs, path: fs.get_file(path, copy.name))
+        yield copy.name
 
 
 @contextmanager
@@ -149,15 +197,10 @@ def atomic_write(location: str) -> Iterator[IO[bytes]]:
     On an error nothing appears, and what was there before stays.
     """
     if is_remote(location):
-        fs, path = _remote(location)
-        file = fs.open(path, "wb")
-        try:
-            yield file
-        except BaseException:
-            if hasattr(file, "discard"):
-                file.discard()
-            raise
-        file.close()
+        with tempfile.NamedTemporaryFile() as copy:
+            yield cast(IO[bytes], copy)
+            copy.flush()
+            _patiently(location, lambda fs, path: fs.put_file(copy.name, path))
         return
     path = local(location)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -218,26 +261,32 @@ def expand(pattern: str, suffix: str) -> list[str]:
     Raises: UsageError when a brace names a file that does not exist, or nothing matches.
     """
     found: list[str] = []
-    for location in braces(pattern):
-        if is_remote(location):
-            fs, path = _remote(location)
-            scheme = location.split("://", 1)[0]
-            if any(mark in path for mark in "*?["):
-                found += [f"{scheme}://{match}" for match in fs.glob(path)]
-            elif fs.isdir(path):
-                found += [join(location, entry) for entry in listdir(location) if entry.endswith(suffix)]
-            elif fs.exists(path):
-                found.append(location)
-            else:
-                raise UsageError(f"{location} does not exist")
+    listings: dict[str, set[str]] = {}
+    names = braces(pattern)
+    for location in names:
+        remote = is_remote(location)
+        if remote and len(names) > 1 and location.endswith(suffix):  # one listing instead of a request for each name
+            folder = parent(location)
+            if folder not in listings:
+                listings[folder] = set(listdir(folder))
+            there = name(location) in listings[folder]
+        elif any(mark in location for mark in "*?[") and (remote or not os.path.exists(local(location))):
+            found += _glob(location)
+            continue
+        elif is_dir(location):
+            folder = location if remote else local(location)
+            found += [join(folder, entry) for entry in listdir(location) if entry.endswith(suffix)]
+            continue
         else:
-            path = local(location)
-            if os.path.isdir(path):
-                found += [join(path, entry) for entry in listdir(path) if entry.endswith(suffix)]
-            elif any(mark in path for mark in "*?[") and not os.path.exists(path):
-                found += glob.glob(path, recursive=True)
-            elif os.path.exists(path):
-                found.append(path)
-            else:
-                raise UsageError(f"{location} does not exist")
+            there = exists(location)
+        if not there:
+            raise UsageError(f"{location} does not exist")
+        found.append(location if remote else local(location))
     return sorted(set(found))
+
+
+def _glob(pattern: str) -> list[str]:
+    if not is_remote(pattern):
+        return glob.glob(local(pattern), recursive=True)
+    scheme = pattern.split("://", 1)[0]
+    return [f"{scheme}://{match}" for match in _patiently(pattern, lambda fs, path: fs.glob(path))]

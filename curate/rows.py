@@ -5,11 +5,9 @@ tokens of those rows that are ok. A row is never lost: what is wrong with it bec
 is named before the caption's.
 """
 
-import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import IO, Any
@@ -17,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 from PIL.Image import Image
 
-from curate import checkpoints, encoders, images, paths, records, shards, store
+from curate import checkpoints, encoders, images, records, shards, store
 from curate.errors import ShardError
 
 
@@ -158,20 +156,6 @@ def read_caption(file: IO[bytes], sample: shards.Sample, described: dict[str, An
     except UnicodeDecodeError:
         return None, "bad_caption"
     return (caption, None) if caption else (None, "no_caption")
-
-
-@contextmanager
-def local_copy(location: str) -> Iterator[str]:
-    """Have a shard as a local file: itself, or for a remote one a copy read in one go."""
-    if not paths.is_remote(location):
-        yield paths.local(location)
-        return
-    import shutil
-
-    with tempfile.NamedTemporaryFile(suffix=".tar") as copy, paths.open_read(location) as remote:
-        shutil.copyfileobj(remote, copy, 8 << 20)
-        copy.flush()
-        yield copy.name
 
 
 def account(output: store.Output, stems: Sequence[str]) -> tuple[set[str], dict[str, dict[str, Any]], dict[str, int]]:

@@ -141,8 +141,7 @@ def reader(location: str) -> pa.ipc.RecordBatchFileReader:
     """Open a sidecar; local files are mapped to memory. Raises: ContractError when it is not an Arrow file."""
     try:
         if paths.is_remote(location):
-            with paths.open_read(location) as file:
-                return pa.ipc.open_file(pa.py_buffer(file.read()))
+            return pa.ipc.open_file(pa.py_buffer(paths.read_bytes(location)))
         return pa.ipc.open_file(pa.memory_map(paths.local(location)))
     except FileNotFoundError:
         raise ContractError(f"{location} does not exist") from None

@@ -1,0 +1,213 @@
+"""Pools and outputs on S3: a real S3 server on loopback (moto's), undisturbed and behind a proxy that breaks things."""
+
+import http.client
+import http.server
+import itertools
+import logging
+import threading
+import time
+from collections import Counter
+
+import pytest
+import tiny_clip
+from artefacts import write_pool
+
+from curate import paths, shards
+from curate.cluster import ClusterOptions, cluster
+from curate.embed import EmbedOptions, embed
+from curate.emit import EmitOptions, emit
+from curate.engine import Job
+from curate.errors import UsageError
+from curate.selection import SelectOptions, select
+
+pytest.importorskip("s3fs", reason="needs an S3 driver: pip install 's3fs' 'moto[s3]' flask flask-cors")
+pytest.importorskip("flask_cors", reason="needs an S3 server: pip install 's3fs' 'moto[s3]' flask flask-cors")
+moto = pytest.importorskip("moto.server", reason="needs an S3 server: pip install 's3fs' 'moto[s3]' flask flask-cors")
+QUIET = Job(workers=1, quiet=True)
+SILENCE_S = 1.5
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """Forward to an S3 server. `faults(method, path)` names what befalls a request: 503, cut, slow, or None."""
+
+    daemon_threads = True
+
+    def __init__(self, target):
+        super().__init__(("127.0.0.1", 0), Forward)
+        self.target, self.faults, self.seen = target, lambda method, path: None, Counter()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """A client that hung up is what this is about."""
+
+
+class Forward(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *words):
+        pass
+
+    def forward(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.server.faults(self.command, self.path)
+        self.server.seen[fault] += 1
+        if fault == "503":
+            told = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+            self.answer(503, [("Content-Type", "application/xml")], told)
+            return
+        if fault == "slow":
+            time.sleep(SILENCE_S)
+        link = http.client.HTTPConnection(*self.server.target)
+        link.request(self.command, self.path, body, dict(self.headers))
+        reply = link.getresponse()
+        content = reply.read()
+        head = [pair for pair in reply.getheaders() if pair[0].lower() not in ("connection", "transfer-encoding")]
+        if fault == "cut":
+            content = content[: len(content) // 2]
+            self.close_connection = True
+        self.answer(reply.status, head, content, length=len(content) if fault != "cut" else len(content) + 1)
+
+    def answer(self, status, head, content, length=None):
+        self.send_response_only(status)
+        for name, value in head:
+            if name.lower() != "content-length" or self.command == "HEAD":
+                self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(content) if length is None else length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
+
+
+@pytest.fixture(scope="module")
+def proxy():
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    made = Proxy(server.get_host_and_port())
+    yield made
+    made.shutdown()
+    server.stop()
+
+
+@pytest.fixture
+def bucket(proxy, monkeypatch):
+    """An empty bucket behind the proxy, as a location; readers give up on a silent server after a second."""
+    import s3fs
+
+    patience = {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 1}}}
+    monkeypatch.setattr("fsspec.config.conf", {"s3": patience})
+    monkeypatch.setattr(paths, "FIRST_PAUSE_S", 0.05)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    proxy.faults = lambda method, path: None
+    proxy.seen.clear()
+    name = f"pool{time.monotonic_ns()}"
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A small pool on disk, a model, and what the pipeline makes of it there."""
+    home = tmp_path_factory.mktemp("here")
+    write_pool(home / "pool", ["00000", "00001"], 12)
+    model = tiny_clip.write(home / "model")
+    walk(str(home), str(home / "pool"), model)
+    return home, model
+
+
+def walk(home, pool, model):
+    embed(pool, f"{home}/emb", EmbedOptions(model), QUIET)
+    cluster(f"{home}/emb", f"{home}/clu", ClusterOptions(k=3, floor=0.5), QUIET)
+    select(f"{home}/clu", f"{home}/sel", SelectOptions(steps=("sample(10)",)), QUIET)
+    emit(f"{home}/sel", f"{home}/out", EmitOptions(shard_size=4), QUIET)
+    emit(f"{home}/sel", f"{home}/llava", EmitOptions(format="llava", shard_size=4), QUIET)
+
+
+def upload(home, bucket):
+    import s3fs
+
+    s3fs.S3FileSystem().put(f"{home}/pool", f"{bucket}/pool", recursive=True)
+
+
+def content(bucket, folder):
+    """Download what a folder of the bucket holds."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    return {name.split(f"{folder}/", 1)[1]: fs.cat_file(name) for name in fs.find(f"{bucket}/{folder}")}
+
+
+def same_files(home, bucket):
+    """Compare all but what names the pool: manifests hold the location of their inputs, as a digest too."""
+    for folder in ("emb", "clu", "sel", "out", "llava"):
+        there = content(bucket, folder)
+        on_disk = {str(path.relative_to(home / folder)) for path in (home / folder).rglob("*") if path.is_file()}
+        assert set(there) == on_disk - {"log.jsonl"}
+        for name, data in there.items():
+            if name not in ("manifest.json", ".plan.json", "fit.json"):
+                assert data == (home / folder / name).read_bytes(), f"{folder}/{name}"
+
+
+def test_the_whole_road_on_s3_leaves_the_files_of_a_local_run(here, bucket):
+    home, model = here
+    upload(home, bucket)
+    walk(bucket, f"{bucket}/pool", model)
+    same_files(home, bucket)
+
+
+def test_faults_on_the_way_are_outlived(here, bucket, proxy):
+    """Of the requests that are made for the first time, many meet a 503, a cut connection or silence."""
+    home, model = here
+    upload(home, bucket)
+    turn, met = itertools.cycle([*["503", None, "cut", None] * 6, "slow"]), {}
+    lock = threading.Lock()
+
+    def faults(method, path):
+        with lock:
+            first = (method, path) not in met
+            return met.setdefault((method, path), next(turn)) if first else None
+
+    proxy.faults = faults
+    walk(bucket, f"{bucket}/pool", model)
+    proxy.faults = lambda method, path: None
+    assert proxy.seen["503"] >= 10 and proxy.seen["cut"] >= 10 and proxy.seen["slow"] >= 2
+    same_files(home, bucket)
+
+
+def test_a_server_that_stays_broken_is_given_up_in_one_line(here, bucket, proxy):
+    proxy.faults = lambda method, path: "503"
+    before = time.monotonic()
+    with pytest.raises(OSError, match="times over"):
+        paths.read_bytes(f"{bucket}/none")
+    assert time.monotonic() - before < 60
+
+
+def test_an_upload_appears_whole_or_not_at_all(bucket):
+    with pytest.raises(RuntimeError), paths.atomic_write(f"{bucket}/half") as file:
+        file.write(b"x" * 9_000_000)
+        raise RuntimeError
+    assert not paths.exists(f"{bucket}/half") and paths.listdir(bucket) == []
+    with paths.atomic_write(f"{bucket}/whole") as file:
+        file.write(b"words")
+    assert paths.read_text(f"{bucket}/whole") == "words" and paths.size(f"{bucket}/whole") == 5
+    with paths.local_copy(f"{bucket}/whole") as path, open(path) as copy:
+        assert copy.read() == "words"
+
+
+def test_remote_pools_are_listed_by_folder_glob_and_braces(here, bucket):
+    home, _ = here
+    upload(home, bucket)
+    for pattern in ("", "/*.tar", "/{00000..00001}.tar"):
+        assert [shard.stem for shard in shards.list_pool(f"{bucket}/pool{pattern}")] == ["00000", "00001"]
+    assert shards.list_pool(f"{bucket}/pool/00001.tar")[0].size == (home / "pool" / "00001.tar").stat().st_size
+    for pattern in ("/{00000..00002}.tar", "/00009.tar", "s"):
+        with pytest.raises(UsageError, match="does not exist"):
+            shards.list_pool(f"{bucket}/pool{pattern}")
