@@ -6,29 +6,34 @@ the grid's own text, so nothing has to be computed again to show what a moved th
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 PLACES = 200
-ONE_SIDED = ("above", "below")
-FROM_THE_TOP = ("mismatch", "top")
+ONE_SIDED: dict[str, Literal["left", "right"]] = {
+    "above": "right",
+    "at_least": "left",
+    "below": "left",
+    "at_most": "right",
+}  # the side on which x itself falls
+DOWNWARD = ("below", "at_most")
 
 
 def column_of(name: str, arguments: Mapping[str, Any]) -> str | None:
     """Name the score that a step cuts, if it cuts one."""
     if name == "mismatch":
         return "clip_score"
-    return str(arguments["column"]) if name in ("rank", *ONE_SIDED, *FROM_THE_TOP) else None
+    return str(arguments["column"]) if name in ("rank", "top", *ONE_SIDED) else None
 
 
 def cut(name: str, arguments: Mapping[str, Any], values: np.ndarray, kept: int) -> dict[str, Any]:
     """Tabulate what a step would keep at each place of its score.
 
-    values: [n] of the rows before the step, NaN where unknown. kept: what it did keep. Returns `kind` band, above or
-    below; `names`, each place as it is written in the step (for a band a share counted from the highest); its `values`;
-    and `kept`: for a band the rows from there to the top, else those strictly above, or below, the place.
-    `low` and `high` are the places of the step itself (high: None where it has no upper end).
+    values: [n] of the rows before the step, NaN where unknown. kept: what it did keep. Returns `kind`, band or the
+    step's name; `names`, each place as it is written in the step (for a band a share counted from the highest); its
+    `values`; and `kept`: for a band the rows from there to the top, else those that the step keeps there.
+    `low` and `high` are the places of the step itself, None where what it keeps is open at that end.
     """
     if name in ONE_SIDED:
         return _one_sided(name, float(arguments["x"]), values)
@@ -58,16 +63,17 @@ def _one_sided(name: str, x: float, values: np.ndarray) -> dict[str, Any]:
     ranks = np.linspace(0, max(len(known) - 1, 0), PLACES + 1).astype(np.int64)
     places = np.unique(np.append(known[ranks].astype(np.float64).round(4) if len(known) else [], x))
     typed = places.astype(known.dtype) if known.dtype.kind == "f" else places
-    found = np.searchsorted(known, typed, side="right" if name == "above" else "left")
-    counts = len(known) - found if name == "above" else found
+    found = np.searchsorted(known, typed, side=ONE_SIDED[name])
+    counts = found if name in DOWNWARD else len(known) - found
+    own = int(np.searchsorted(places, x))
     return {
         "kind": name,
         "rows": len(values),
         "names": [repr(place) for place in places.tolist()],
         "values": places.tolist(),
         "kept": counts.tolist(),
-        "low": int(np.searchsorted(places, x)),
-        "high": None,
+        "low": None if name in DOWNWARD else own,
+        "high": own if name in DOWNWARD else None,
     }
 
 

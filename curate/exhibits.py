@@ -12,12 +12,7 @@ import numpy as np
 
 from curate import charts, paths, shards, store
 
-MAX_ROWS_FOR_SIZES = 200_000_000
-TITLES = {
-    "clip_score": "clip_score: how well image and caption agree (cosine)",
-    "centroid_similarity": "centroid_similarity: how typical an image is of its cluster (cosine)",
-    "nearest_similarity": "nearest_similarity: cosine to the nearest other image of the cluster",
-}
+PACE = {"tokens_per_s": "tokens/s", "mfu": "MFU", "peak_memory_gb": "GB at the peak"}
 
 
 def funnel(funnel: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,89 +60,6 @@ def _fact(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def histograms(funnel: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Draw each score's spread, with the bands that the steps cut out of it."""
-    for column, counted in funnel.get("histograms", {}).items():
-        bands = [band for step in funnel["steps"] if (band := _band(step, column))]
-        chart = charts.histogram(
-            counted["edges"], counted["all"], counted["kept"], f"spread of {column}, all rows and kept rows", bands
-        )
-        yield {"title": TITLES.get(column, column), "chart": chart, "bands": [title for _, _, title in bands]}
-
-
-def _band(step: Mapping[str, Any], column: str) -> tuple[float | None, float | None, str] | None:
-    """Find the stretch of a score that a step left: between its `lowest` and `highest`, or under its threshold."""
-    name, _, arguments = step["text"].partition("(")
-    facts = step.get("estimates") or {}
-    if column == "nearest_similarity" and name == "dedup" and "threshold" in facts:
-        return None, facts["threshold"], f"{step['text']}: near-duplicates lie to the right"
-    about = column in arguments or (name == "mismatch" and column == "clip_score")
-    if about and "lowest" in facts:
-        return facts["lowest"], facts["highest"], f"{step['text']} kept {facts['lowest']:.4g} to {facts['highest']:.4g}"
-    return None
-
-
-def explorer(funnel: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Prepare the retention explorer: what dedup alone would keep at any threshold, as stored, exactly."""
-    curve = funnel.get("curves", {}).get("dedup")
-    if not curve:
-        return None
-    chosen = next(
-        (s["estimates"]["threshold"] for s in funnel["steps"] if "threshold" in (s.get("estimates") or {})), None
-    )
-    line = charts.Line("rows that dedup keeps", curve["threshold"], curve["kept"], "kept")
-    chart = charts.curves([line], "rows kept by dedup at each threshold", mark=chosen, from_zero=True, identity="curve")
-    start = int(np.abs(np.array(curve["threshold"]) - (chosen if chosen is not None else 0.95)).argmin())
-    return {"chart": chart, "data": {**curve, "chosen": chosen}, "start": start, "last": len(curve["threshold"]) - 1}
-
-
-def sizes(clusters: store.Artefact, selection: store.Artefact | None) -> dict[str, Any] | None:
-    """Compare the clusters' sizes before and after, and choose the ones to show: giants, the middle, the tail."""
-    k = int(clusters.manifest["options"].get("k") or 0)
-    if not k or sum(clusters.rows.values()) > MAX_ROWS_FOR_SIZES:
-        return None
-    before, after = np.zeros(k, np.int64), np.zeros(k, np.int64)
-    for stem in clusters.stems:
-        label = clusters.table(stem, ["cluster"])["cluster"].to_numpy()
-        before += np.bincount(label[label >= 0], minlength=k)
-        if selection is not None:
-            kept = selection.table(stem, ["kept"])["kept"].to_numpy(zero_copy_only=False)
-            after += np.bincount(label[(label >= 0) & kept], minlength=k)
-    order = np.argsort(-before, kind="stable")
-    order = order[before[order] > 0]
-    ranks = np.unique(np.geomspace(1, len(order), min(len(order), 200)).astype(int)) if len(order) else np.empty(0, int)
-    lines = [charts.Line("all rows", ranks.tolist(), before[order][ranks - 1].tolist(), "all")]
-    if after.any():
-        descending = np.sort(after)[::-1]
-        there = ranks[descending[ranks - 1] > 0]
-        lines.append(charts.Line("kept rows", there.tolist(), descending[there - 1].tolist(), "kept"))
-    picks = [("giant", order[:3]), ("middling", order[len(order) // 2 : len(order) // 2 + 2]), ("tail", order[-3:])]
-    groups, seen = [], set()
-    for kind, members in picks:
-        for cluster in members.tolist():
-            if cluster not in seen:
-                groups.append(
-                    {"kind": kind, "cluster": cluster, "before": int(before[cluster]), "after": int(after[cluster])}
-                )
-            seen.add(cluster)
-    return {
-        "chart": charts.curves(lines, "cluster sizes by rank, all rows and kept rows", log_x=True, log_y=True)
-        if len(ranks)
-        else None,
-        "k": k,
-        "empty": int((before == 0).sum()),
-        "without": int(((before > 0) & (after == 0)).sum()) if after.any() else None,
-        "effective": (_effective(before), _effective(after)),
-        "groups": groups,
-    }
-
-
-def _effective(sizes: np.ndarray) -> float:
-    """Compute the number of clusters that rows are as evenly spread over: the exponential of the entropy."""
-    shares = sizes[sizes > 0] / max(1, sizes.sum())
-    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
-
-
 def mixture(mixed: store.Artefact | None) -> dict[str, Any] | None:
     """Lay out the shares of a mix's sources, in samples and in tokens."""
     if mixed is None:
@@ -167,20 +79,105 @@ def mixture(mixed: store.Artefact | None) -> dict[str, Any] | None:
 
 
 def losses(runs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Draw the loss of each training run, thinned to what a chart can show."""
+    """Draw the loss of each training run, step by step and smoothed, with its pace."""
     for name, place in runs.items():
-        points = []
-        for text in paths.read_text(paths.join(place, "metrics.jsonl")).splitlines():
-            entry = shards.read_json(text.encode())
-            if entry and isinstance(entry.get("loss"), int | float) and isinstance(entry.get("step"), int):
-                points.append((entry["step"], float(entry["loss"])))
-        points = points[:: max(1, len(points) // 400)]
-        if len(points) > 1:
-            steps, losses = zip(*points, strict=True)
-            chart = charts.curves(
-                [charts.Line("loss", steps, losses, "kept")], f"loss of {name} by step", from_zero=True
-            )
-            yield {"name": name, "chart": chart, "last": losses[-1], "steps": steps[-1]}
+        entries = [
+            entry
+            for entry in _lines(paths.join(place, "metrics.jsonl"))
+            if isinstance(entry.get("loss"), int | float) and isinstance(entry.get("step"), int)
+        ]
+        if len(entries) < 2:
+            continue
+        steps, loss = [entry["step"] for entry in entries], np.array([entry["loss"] for entry in entries], float)
+        width = max(1, len(loss) // 40)
+        ends = np.cumsum(np.insert(loss, 0, 0.0))
+        starts = np.maximum(np.arange(len(loss)) - width + 1, 0)
+        smooth = (ends[1:] - ends[starts]) / (np.arange(len(loss)) - starts + 1)
+        thin = slice(None, None, max(1, len(steps) // 400))
+        lines = [
+            charts.Line("loss of each step", steps[thin], loss[thin].tolist(), "all"),
+            charts.Line(f"mean of {width} steps", steps[thin], smooth[thin].tolist(), "kept"),
+        ]
+        facts = {key: float(np.median(found)) for key in PACE if (found := _numbers(entries, key))}
+        chart = charts.curves(lines, f"loss of {name} by step", from_zero=True)
+        yield {
+            "name": name,
+            "chart": chart,
+            "last": float(smooth[-1]),
+            "width": width,
+            "steps": steps[-1],
+            "facts": facts,
+        }
+
+
+def training(runs: Mapping[str, str], out: str) -> Iterator[dict[str, str]]:
+    """Write the command of each training run, with its model, as its manifest (or, unfinished, its plan) has them."""
+    for place in runs.values():
+        found = next(
+            (paths.join(place, n) for n in (store.MANIFEST, store.PLAN) if paths.exists(paths.join(place, n))), None
+        )
+        manifest = store.load_json(found) if found else {}
+        request = manifest.get("request", {})
+        words = ["python", "-m", "train", str(request.get("command", "finetune"))]
+        for option in ("data", "images", "align"):
+            if isinstance(value := request.get("inputs", {}).get(option), str) and value:
+                words += [f"--{option}", paths.relative(paths.resolve(value, place), paths.parent(out))]
+        words += ["--config", "PIPELINE.toml", "--out", paths.relative(place, paths.parent(out))]
+        model = request.get("model", {})
+        facts = {key: model.get(key) for key in ("tower", "lm", "template")} | manifest.get("versions", {})
+        account = [f"{key} {value}" for key, value in facts.items() if value]
+        yield {
+            "command": shlex.join(words),
+            "account": " · ".join([*account, "" if found else "no manifest yet"]).strip(" ·"),
+        }
+
+
+def scores(evals: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Read what a trained model was asked: its accuracy by task, and some answers beside the truth."""
+    for name, place in evals.items():
+        tasks: dict[str, list[bool]] = {}
+        examples: list[Mapping[str, Any]] = []
+        for entry in _lines(paths.join(place, "answers.jsonl")):
+            if isinstance(entry.get("right"), bool):
+                found = tasks.setdefault(str(entry.get("task") or "all"), [])
+                found.append(entry["right"])
+                if len(found) <= 3:
+                    examples.append(entry)
+        table = [
+            {"task": task, "questions": len(right), "accuracy": 100 * sum(right) / len(right)}
+            for task, right in sorted(tasks.items())
+        ]
+        published = [
+            {"task": child, "scores": {k: v for k, v in result.get("scores", {}).items() if _is_number(v)}}
+            for child in paths.listdir(place)
+            if is_benchmark(paths.join(place, child))
+            for result in (store.load_json(paths.join(place, child, store.MANIFEST)).get("result", {}),)
+        ]
+        if table or published:
+            yield {"name": name, "tasks": table, "examples": examples, "benchmarks": published}
+
+
+def is_benchmark(place: str) -> bool:
+    """Say whether a directory holds a finished benchmark: its answers and the manifest with its scores."""
+    return all(paths.exists(paths.join(place, name)) for name in ("answers.jsonl", store.MANIFEST))
+
+
+def _lines(location: str) -> Iterator[Mapping[str, Any]]:
+    """Read the objects of a JSON lines file; a line torn by a kill is passed over."""
+    if paths.exists(location):
+        with paths.open_read(location) as file:
+            for line in file:
+                entry = shards.read_json(line)
+                if isinstance(entry, Mapping):
+                    yield entry
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(entries: list[Mapping[str, Any]], key: str) -> list[float]:
+    return [float(entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
 
 
 def provenance(artefact: store.Artefact, out: str) -> dict[str, Any]:
@@ -207,14 +204,28 @@ def provenance(artefact: store.Artefact, out: str) -> dict[str, Any]:
     }
 
 
+def select_words(selection: store.Artefact, out: str) -> list[str]:
+    """Write the beginning of a select that differs in its steps alone, places as seen from the page."""
+    [source] = (name for name in selection.manifest["inputs"] if name in ("clusters", "embeddings"))
+    here = paths.parent(out)
+    words = ["curate", "select", paths.relative(selection.input_path(source), here)]
+    words.append(paths.relative(selection.directory, here) + "-moved")
+    seed = selection.manifest["options"].get("seed")
+    return [shlex.quote(word) for word in (*words, *([f"--seed={seed}"] if seed else []))]
+
+
+def bad_counts(embedded: store.Artefact | None) -> dict[str, int]:
+    """Count the unusable rows by status, the most frequent first."""
+    counts = embedded.manifest.get("counts", {}) if embedded is not None else {}
+    found = {name: int(counts[name]) for name in store.STATUSES if name != "ok" and counts.get(name)}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 def speeds(chain: list[store.Artefact]) -> Iterator[dict[str, Any]]:
     """Read how fast each stage ran from the logs beside the artefacts."""
     for artefact in chain:
-        if not paths.exists(artefact.path(store.LOG)):
-            continue
-        for text in paths.read_text(artefact.path(store.LOG)).splitlines():
-            entry = shards.read_json(text.encode())
-            if entry and entry.get("seconds") and entry.get("rows"):
+        for entry in _lines(artefact.path(store.LOG)):
+            if entry.get("seconds") and entry.get("rows"):
                 yield {**entry, "rate": entry["rows"] / entry["seconds"]}
 
 

@@ -7,7 +7,7 @@ under a pixel limit, so that a page about any pool costs the same memory.
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate import images, paths, shards, store
+from curate import concepts, images, paths, shards, store
 from curate.errors import ShardError
 
 MAX_STEMS = 48
@@ -116,6 +116,22 @@ class Gallery:
     def card(self, stem: str, row: int) -> Card:
         """Ask for a row to be shown."""
         return self.cards.setdefault((stem, row), Card("", stem, row))
+
+    def compare_captions(self) -> dict[str, Any] | None:
+        """Compare what the sampled shards' usable captions speak of with what the kept ones do."""
+        return concepts.compare(self._captions())
+
+    def _captions(self) -> Iterator[tuple[str, bool]]:
+        most = -(-concepts.MAX_CAPTIONS // max(1, len(self.stems)))
+        start = 0
+        for stem, rows in ((stem, self.embedded.rows[stem]) for stem in self.stems):
+            table = self.embedded.table(stem, ["status", "caption"]).slice(0, most)
+            kept = self.columns["reason"][start : start + rows] < 0
+            status = table["status"].cast(pa.string()).to_pylist()
+            for i, caption in enumerate(table["caption"].to_pylist()):
+                if status[i] == "ok" and caption:
+                    yield caption, bool(kept[i])
+            start += rows
 
     def twins(self, number: int) -> list[Card]:
         """Choose dropped rows beside the kept twin of each, over the whole range of similarity, no twin too often."""

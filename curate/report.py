@@ -14,12 +14,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from curate import engine, exhibits, paths, shards, store
+from curate import clustermap, engine, exhibits, movable, paths, shards, store, trials
 from curate.errors import UsageError
 from curate.gallery import Gallery
 
 KEPT, DROPPED, TWINS, BAD, CLUSTER_CARDS = 28, 14, 12, 7, 7
 MAX_STEPS_SHOWN = 14
+COMMANDS = ("embed", "import", "cluster", "select", "emit", "mix")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Found:
     mixed: store.Artefact | None = None
     others: dict[str, store.Artefact] = field(default_factory=dict)
     runs: dict[str, str] = field(default_factory=dict)
+    evals: dict[str, str] = field(default_factory=dict)
+    ablation: str = ""
 
     @property
     def chain(self) -> list[store.Artefact]:
@@ -64,22 +67,27 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
         "speeds": list(exhibits.speeds(found.chain)),
         "versions": exhibits.versions(found.chain),
         "funnel": None,
-        "histograms": [],
-        "explorer": None,
+        "figures": [],
+        "select_words": [],
         "sizes": None,
+        "concepts": gallery.compare_captions() if gallery and found.selection is not None else None,
         "mixture": exhibits.mixture(found.mixed),
         "losses": list(exhibits.losses(found.runs)),
+        "scores": list(exhibits.scores(found.evals)),
+        "runs": list(exhibits.training(found.runs, out)),
+        "trials": trials.exhibit(found.ablation) if found.ablation else None,
+        "looked": _looked(gallery, found),
         "others": list(_comparison(found)),
     }
     if found.selection is not None:
         funnel = store.load_json(found.selection.path("funnel.json"))
         context |= {
             "funnel": exhibits.funnel(funnel),
-            "histograms": list(exhibits.histograms(funnel)),
-            "explorer": exhibits.explorer(funnel),
+            "figures": list(movable.figures(funnel)),
+            "select_words": exhibits.select_words(found.selection, out),
         }
     if found.clusters is not None:
-        context["sizes"] = exhibits.sizes(found.clusters, found.selection)
+        context["sizes"] = clustermap.exhibit(found.clusters, found.selection)
     pictures = _choose_cards(context, gallery, found)
     page = render(context)
     with paths.atomic_write(out) as file:
@@ -91,17 +99,18 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
 def discover(directory: str) -> Found:
     """Find what a directory is, or holds, and what it rests on. Raises: UsageError when nothing is found."""
     found = Found()
-    if paths.exists(paths.join(directory, store.MANIFEST)):
-        _place(found, store.open_input(directory), paths.name(directory))
-    else:
-        for name in paths.listdir(directory):
-            child = paths.join(directory, name)
-            if paths.exists(paths.join(child, "metrics.jsonl")):
-                found.runs[name] = child
-            elif paths.exists(paths.join(child, store.MANIFEST)):
-                manifest = store.load_json(paths.join(child, store.MANIFEST))
-                if manifest.get("command") in ("embed", "import", "cluster", "select", "emit", "mix"):
-                    _place(found, store.open_input(child), name)
+    if paths.exists(paths.join(directory, trials.FILE)):
+        found.ablation = paths.join(directory, trials.FILE)
+    for name, place in ((paths.name(directory), directory), *_children(directory)):
+        if paths.exists(paths.join(place, "metrics.jsonl")):
+            found.runs[name] = place
+        elif _is_eval(place):
+            found.evals[name] = place
+        elif paths.exists(paths.join(place, store.MANIFEST)):
+            if store.load_json(paths.join(place, store.MANIFEST)).get("command") in COMMANDS:
+                _place(found, store.open_input(place), name)
+        if place == directory and (found.chain or found.runs or found.evals):
+            break  # it is such a directory itself
     newest = found.emitted if found.selection is None else found.selection
     if newest is not None:
         found.selection = found.selection or _source(newest, "select")
@@ -109,11 +118,22 @@ def discover(directory: str) -> Found:
         found.embedded = _source(newest, "embed", "import")
     elif found.clusters is not None:
         found.embedded = _source(found.clusters, "embed", "import")
-    if not found.chain:
+    if not (found.chain or found.runs or found.evals or found.ablation):
         raise UsageError(
             f"{directory} holds nothing that curate made.", "give a directory of select or emit, or a pipeline's OUT"
         )
     return found
+
+
+def _children(directory: str) -> Iterator[tuple[str, str]]:
+    yield from ((name, paths.join(directory, name)) for name in paths.listdir(directory))
+
+
+def _is_eval(place: str) -> bool:
+    """Say whether a directory holds a trained model's answers, its own or by benchmark."""
+    if paths.exists(paths.join(place, "answers.jsonl")):
+        return True
+    return any(exhibits.is_benchmark(child) for _, child in _children(place))
 
 
 def _place(found: Found, artefact: store.Artefact, name: str) -> None:
@@ -136,6 +156,13 @@ def _source(artefact: store.Artefact, *commands: str) -> store.Artefact | None:
         return artefact.source(*commands)
     except LookupError:
         return None
+
+
+def _looked(gallery: Gallery | None, found: Found) -> str:
+    """Say of how many shards the examples and captions come, where that is not all of them."""
+    if gallery is None or found.embedded is None or len(gallery.stems) == len(found.embedded.stems):
+        return ""
+    return f" in {len(gallery.stems):,} of {len(found.embedded.stems):,} shards"
 
 
 def _gallery(found: Found, seed: int) -> tuple[Gallery | None, list[str]]:
@@ -167,8 +194,8 @@ def _choose_cards(context: dict[str, Any], gallery: Gallery | None, found: Found
     context["kept"] = gallery.sample(reason < 0, KEPT, "kept") if found.selection is not None else []
     steps = context["funnel"]["steps"][:MAX_STEPS_SHOWN] if context["funnel"] else []
     context["dropped"] = [(step, cards) for step in steps if (cards := gallery.dropped(step["text"], DROPPED))]
-    statuses = [name for name in gallery.reasons if name in store.STATUSES]
-    context["bad"] = [(name, store.STATUSES[name], gallery.dropped(name, BAD)) for name in statuses]
+    counts = exhibits.bad_counts(found.embedded)
+    context["bad"] = [(name, store.STATUSES[name], n, gallery.dropped(name, BAD)) for name, n in counts.items()]
     for group in (context["sizes"] or {}).get("groups", []):
         cards = gallery.sample(cluster == group["cluster"], CLUSTER_CARDS, f"cluster {group['cluster']}")
         if cards:

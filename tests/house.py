@@ -16,7 +16,7 @@ os.environ.update(OFFLINE)
 def curate(*words, check=True, **options):
     """Run the command line in a process of its own; returns it ended, with stdout and stderr as text."""
     command = [sys.executable, "-m", "curate", *map(str, words)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
+    ended = subprocess.run(command, capture_output=True, text=True, **{"cwd": ROOT, **options})
     if check:
         assert ended.returncode == 0, ended.stderr[-2000:]
     return ended

@@ -24,7 +24,7 @@ def moved(table, low, high):
     """Write the step at other places, as the page does."""
     names = table["names"]
     if table["kind"] != "band":
-        return f"{table['kind']}({table['column']}, {names[low]})"
+        return f"{table['kind']}({table['column']}, {names[low if high is None else high]})"
     upper = "0" if high is None else names[high]
     return f"rank({table['column']}, {upper}, {names[low]})"
 
@@ -38,6 +38,8 @@ def moved(table, low, high):
         "top(clip_score, 20)",
         "above(clip_score, 0.1)",
         "below(centroid_similarity, 0.9731)",
+        "at_least(clip_score, 0.1)",
+        "at_most(centroid_similarity, 0.98)",
         "above(width, 12.5)",
     ],
 )
@@ -50,11 +52,15 @@ def test_a_moved_cut_keeps_what_select_keeps(clustered, tmp_path, step):
     low, high = table["low"], table["high"]
 
     def count(low, high):
+        if table["kind"] in ("below", "at_most"):
+            return table["kept"][high]
         return table["kept"][low] - (table["kept"][high] if high is not None else 0)
 
     assert count(low, high) == funnel["steps"][1]["kept"]
     last = len(table["names"]) - 1
-    places = [(low, high), (last // 3, None if high is None else 2 * last // 3), (last // 2, None), (0, high)]
+    places = [(low, high), (last // 3, None if high is None else 2 * last // 3), (0, high)]
+    if table["kind"] in ("below", "at_most"):
+        places = [(None, high), (None, last // 2), (None, last)]
     for number, (i, j) in enumerate(places):
         if count(i, j) < 5:
             continue
@@ -86,7 +92,7 @@ def test_cuts_hold_up_on_ties_and_missing_values():
     tie = cuts.cut("above", {"column": "c", "x": 1 / 3}, np.array([third, 1], np.float32), 1)
     assert tie["kept"][tie["low"]] == int((np.array([third, 1], np.float32) > 1 / 3).sum())
     empty = cuts.cut("below", {"column": "c", "x": 1.0}, np.full(3, np.nan, np.float32), 0)
-    assert empty["kept"] == [0]
+    assert empty["kept"] == [0] and empty["high"] == 0 and empty["low"] is None
 
 
 def test_the_dedup_curve_counts_ties_as_dedup_does():

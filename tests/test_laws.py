@@ -21,7 +21,9 @@ ROOMS = {
         ["layouts", "rows", "sources", "coreset", "columns", "options", "demo", "emit_tables", "spool", "accounts"], 3
     ),
     **dict.fromkeys(["embed", "importing", "cluster", "selection", "emit", "mix"], 4),
-    **dict.fromkeys(["show", "report", "gallery", "exhibits", "charts"], 5),
+    **dict.fromkeys(
+        ["show", "report", "gallery", "exhibits", "movable", "clustermap", "concepts", "trials", "charts"], 5
+    ),
     **dict.fromkeys(["pipeline"], 6),
     **dict.fromkeys(["estimate"], 7),
     **dict.fromkeys(["cli", "__main__"], 8),

@@ -1,0 +1,105 @@
+"""What the captions speak of, before and after: frequent words and two-word phrases with their share of either side.
+
+In: captions of the pool and which of them were kept. Out: the phrases that most captions have, and those that rose or
+fell most, by how far they are from what a random choice of as many captions would leave. A caption counts once for each
+phrase; a phrase is one word, or two that stand side by side, without the small words of the list below. Memory is
+bounded: at most `MAX_CAPTIONS` captions are read, and rare phrases are forgotten when there are too many.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+MAX_CAPTIONS, MAX_PHRASES, MAX_WORDS = 300_000, 400_000, 40
+MAX_LETTERS = 60
+SHOWN = 14
+SMALL = frozenset(
+    "a an the of in on at to and or with for from by is are was were be been being this that these those it its as "
+    "into onto over under up down out off near next there here has have had do does did not no so we i you he she they "
+    "them his her their our your my me us who which what where when how very some any all one two s t http https www "
+    "com jpg".split()
+)
+WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A phrase: in how many of the pool's captions it stands, and in how many of the kept ones."""
+
+    phrase: str
+    pool: int
+    kept: int
+    captions: int
+    chosen: int
+
+    @property
+    def pool_share(self) -> float:
+        """Share of the pool's captions that have it."""
+        return self.pool / self.captions
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the kept captions that have it."""
+        return self.kept / self.chosen
+
+    @property
+    def shift(self) -> float:
+        """Say how far the kept captions that have it are from as many as chance would leave, in standard deviations."""
+        expected = self.pool_share * self.chosen
+        return (self.kept - expected) / math.sqrt(expected)
+
+
+def phrases(caption: str) -> set[str]:
+    """List a caption's phrases: lower-cased words that are not small, and pairs of such that follow each other."""
+    words = [word[:MAX_LETTERS] for word in WORD.findall(caption[:2000].lower())[:MAX_WORDS]]
+    found = {word for word in words if word not in SMALL}
+    return found | {f"{a} {b}" for a, b in zip(words, words[1:], strict=False) if a not in SMALL and b not in SMALL}
+
+
+def compare(captions: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:
+    """Compare the kept captions with all of them. captions: (caption, kept). None where there is nothing to compare."""
+    pool: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    seen = chosen = 0
+    for caption, is_kept in captions:
+        if seen >= MAX_CAPTIONS:
+            break
+        found = phrases(caption)
+        pool.update(found)
+        seen += 1
+        if is_kept:
+            kept.update(found)
+            chosen += 1
+        least = 1
+        while len(pool) > MAX_PHRASES:
+            pool = Counter({phrase: count for phrase, count in pool.items() if count > least})
+            least += 1
+    if not seen or not chosen:
+        return None
+    least = max(5, seen // 1000)
+    every = [Shares(phrase, count, kept[phrase], seen, chosen) for phrase, count in pool.items() if count >= least]
+    frequent = list(_distinct(sorted(every, key=lambda s: (-s.pool, s.phrase))))
+    moved = sorted(every, key=lambda s: (-s.shift, s.phrase))
+    return {
+        "captions": seen,
+        "kept": chosen,
+        "frequent": frequent,
+        "gained": list(_distinct(s for s in moved if s.shift > 0)),
+        "lost": list(_distinct(s for s in reversed(moved) if s.shift < 0)),
+    }
+
+
+def _distinct(ordered: Iterable[Shares]) -> Iterator[Shares]:
+    """Take the first few, leaving out a phrase that nearly always stands within, or around, one already taken."""
+    taken: list[Shares] = []
+    for shares in ordered:
+        if len(taken) == SHOWN:
+            return
+        words = set(shares.phrase.split())
+        akin = (t for t in taken if words <= set(t.phrase.split()) or words >= set(t.phrase.split()))
+        if not any(min(t.pool, shares.pool) > 0.8 * max(t.pool, shares.pool) for t in akin):
+            taken.append(shares)
+            yield shares

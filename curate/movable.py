@@ -1,0 +1,145 @@
+"""The report's scores: each histogram with the cut that a step made in it, which the reader can move.
+
+In: `funnel.json`. Out: figures, each with its chart and, where the counts are stored (`cuts`, `curves`), a control: the
+places among which the page's script moves and the number of rows that stay at each. The script only looks numbers up,
+so that what it shows is what `curate select` comes to.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from curate import charts, steps
+from curate.errors import UsageError
+
+TITLES = {
+    "clip_score": "clip_score: how well image and caption agree (cosine)",
+    "centroid_similarity": "centroid_similarity: how typical an image is of its cluster (cosine)",
+    "nearest_similarity": "nearest_similarity: cosine to the nearest other image of the cluster",
+}
+Funnel = Mapping[str, Any]
+
+
+def figures(funnel: Funnel) -> Iterator[dict[str, Any]]:
+    """Draw every score, in the order of the steps that cut it; those that no step cuts come last."""
+    histograms = dict(funnel.get("histograms", {}))
+    texts = [str(step["text"]) for step in funnel["steps"]]
+    shown = set()
+    tables = [table for table in funnel.get("cuts", []) if table["column"] in histograms]
+    near = _dedup_control(funnel, texts)
+    if near is not None:
+        shown.add("nearest_similarity")
+        yield from _dedup_figures(funnel, near)
+    for number, table in enumerate(tables):
+        control = _control(f"cut{number}", table, texts)
+        shown.add(table["column"])
+        chart = _histogram(histograms, table["column"], control)
+        yield _figure(table["column"], chart, control)
+    for column in histograms:
+        if column not in shown:
+            yield _figure(column, _histogram(histograms, column, None), None)
+
+
+def _figure(
+    column: str, chart: Markup, control: dict[str, Any] | None, heading: str = "No step cuts here"
+) -> dict[str, Any]:
+    return {"title": TITLES.get(column, column), "chart": chart, "control": control, "heading": heading}
+
+
+def _histogram(histograms: Mapping[str, Any], column: str, control: Mapping[str, Any] | None) -> Markup:
+    counted = histograms[column]
+    window = _window(control) if control else None
+    label = f"spread of {column}, all rows and kept rows"
+    return charts.histogram(counted["edges"], counted["all"], counted["kept"], label, window)
+
+
+def _window(control: Mapping[str, Any]) -> charts.Window:
+    low, high = (None if control[end] is None else control["values"][control[end]] for end in ("low", "high"))
+    return charts.Window(low, high, "what stays", control["id"])
+
+
+def _control(identity: str, table: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """Describe a movable cut: the text around its places, the steps around it, and where it stands."""
+    column, kind, place = table["column"], table["kind"], table["step"]
+    head = f"{kind}({column}, " if kind != "band" else f"rank({column}, "
+    if kind == "band" and table["high"] is None:
+        head += "0, "
+    before, after = ([], []) if place is None else (list(texts[:place]), list(texts[place + 1 :]))
+    stay = table["kept"][table["low" if table["low"] is not None else "high"]]
+    stay -= table["kept"][table["high"]] if kind == "band" and table["high"] is not None else 0
+    kept = {name: table[name] for name in ("rows", "names", "values", "kept", "low", "high")}
+    return {
+        "id": identity,
+        "step": None if place is None else texts[place],
+        "alone": place is None,
+        **kept,
+        "from_top": table["low"] is not None,
+        "head": head,
+        "tail": ")",
+        "before": before,
+        "after": after,
+        "stay": stay,
+    }
+
+
+def _dedup_control(funnel: Funnel, texts: Sequence[str]) -> dict[str, Any] | None:
+    """Describe dedup's movable threshold: alone on all usable rows, which is its place in the funnel if it is first."""
+    curve = funnel.get("curves", {}).get("dedup")
+    if not curve:
+        return None
+    values, kept = list(curve["threshold"]), list(curve["kept"])
+    found = next(((i, s) for i, s in enumerate(funnel["steps"]) if "threshold" in (s.get("estimates") or {})), None)
+    start, head, tail, first = 0, "dedup(", ")", False
+    if found is not None:
+        chosen = float(found[1]["estimates"]["threshold"])
+        keep = _keep(found[1]["text"])
+        first = found[0] == 0 and keep is not None
+        tail = tail if not keep else f", keep={keep!r})"
+        start = sum(value < chosen for value in values)
+        if first and (start == len(values) or values[start] != chosen):
+            values.insert(start, chosen)
+            kept.insert(start, int(found[1]["kept"]))
+        start = min(start, len(values) - 1)
+    else:
+        start = len(values) - 1
+    return {
+        "id": "dedup",
+        "step": found[1]["text"] if found is not None else None,
+        "alone": not first,
+        "rows": curve["rows"],
+        "names": [repr(value) for value in values],
+        "values": values,
+        "kept": kept,
+        "low": None,
+        "high": start,
+        "from_top": False,
+        "head": head,
+        "tail": tail,
+        "before": [],
+        "after": list(texts[1:]) if first else [],
+        "stay": kept[start],
+    }
+
+
+def _keep(text: str) -> str | None:
+    """Find a dedup step's policy; None where the curve, which is of components, is not about this step."""
+    try:
+        [step] = steps.parse([text])
+    except UsageError:
+        return None
+    ours = step.name == "dedup" and step.arguments.get("rule", "components") == "components"
+    return str(step.arguments.get("keep", "")) if ours else None
+
+
+def _dedup_figures(funnel: Funnel, control: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Draw dedup's threshold twice: over the similarities, and on the curve of what stays."""
+    histograms = funnel.get("histograms", {})
+    line = charts.Line("rows that dedup keeps", control["values"], control["kept"], "kept")
+    curve = charts.curves([line], "rows kept by dedup at each threshold", window=_window(control), from_zero=True)
+    if "nearest_similarity" in histograms:
+        chart = _histogram(histograms, "nearest_similarity", control)
+        yield _figure("nearest_similarity", chart, control)
+        yield _figure("rows that dedup alone would keep, by threshold", curve, None, "The same threshold on its curve")
+    else:
+        yield _figure("rows that dedup alone would keep, by threshold", curve, control)

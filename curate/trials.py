@@ -1,0 +1,143 @@
+"""An ablation in the report: which claims held, and each arm beside the reference with its interval.
+
+In: `ablation.json` as curate/README.md describes it. Out: tables and charts, one group for each
+combination of the axes that are not compared; within it the arms by the compared axis. Means come with their
+standard deviation and number of seeds, differences are paired and come with their 95 % interval.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from curate import charts, paths, store
+
+FILE = "ablation.json"
+MAX_CHARTS, MAX_FAILED = 60, 20
+Ablation = Mapping[str, Any]
+
+
+def exhibit(location: str) -> dict[str, Any]:
+    """Lay out an ablation: its claims, and for every measure the arms in groups."""
+    found = store.load_json(location)
+    return {
+        "name": str(found.get("name", paths.name(paths.parent(location)))),
+        "about": found.get("about", ""),
+        "axes": {axis: ", ".join(map(str, values)) for axis, values in found["axes"].items()},
+        "compare": found["compare"],
+        "reference": found["reference"],
+        "seeds": len(found["seeds"]),
+        "trials": len(found["trials"]),
+        "bars": [{**bar, **_measure(found, bar["measure"])} for bar in found.get("bars", [])],
+        "measures": list(measures(found)),
+        "failed": found.get("failed", [])[:MAX_FAILED],
+        "num_failed": len(found.get("failed", [])),
+    }
+
+
+def measures(found: Ablation) -> Iterator[dict[str, Any]]:
+    """Lay out each measure: its arms in groups, charts while there are few, and a sweep where an axis is a scale."""
+    drawn = 0
+    for name in found["measures"]:
+        cells = [cell for cell in found["summary"] if cell["measure"] == name]
+        groups = []
+        for key in dict.fromkeys(_others(cell["arm"], found["compare"]) for cell in cells):
+            rows = [_row(cell, found) for cell in cells if _others(cell["arm"], found["compare"]) == key]
+            chart = _chart(rows, name) if drawn < MAX_CHARTS else None
+            drawn += chart is not None
+            groups.append({"name": key, "rows": rows, "chart": chart})
+        if groups:
+            yield {"name": name, **_measure(found, name), "groups": groups, "sweeps": list(_sweeps(found, cells, name))}
+
+
+def _measure(found: Ablation, name: str) -> dict[str, Any]:
+    """Say how a measure is meant and written."""
+    known = found["measures"].get(name, {})
+    unit = known.get("unit", "number")
+    return {
+        "means": known.get("about", ""),
+        "better": known.get("better", ""),
+        "unit": unit,
+        "percent": unit == "share",
+    }
+
+
+def _others(arm: Mapping[str, Any], compare: str) -> str:
+    return ", ".join(f"{axis} {value}" for axis, value in arm.items() if axis != compare)
+
+
+def _row(cell: Mapping[str, Any], found: Ablation) -> dict[str, Any]:
+    """Write one arm: the compared value, its mean, and whether it differs from the reference for better or worse."""
+    difference = cell.get("difference")
+    better = found["measures"].get(cell["measure"], {}).get("better", "")
+    verdict = ""
+    if difference and difference.get("low") is not None and better:
+        up = difference["low"] > 0
+        if up or difference["high"] < 0:
+            verdict = "better" if up == (better == "higher") else "worse"
+    scale = 100 if found["measures"].get(cell["measure"], {}).get("unit") == "share" else 1
+    return {
+        "value": str(cell["arm"].get(found["compare"], "")),
+        "n": cell["n"],
+        "mean": scale * cell["mean"],
+        "sd": None if cell.get("sd") is None else scale * cell["sd"],
+        "difference": {k: _scaled(v, scale, k) for k, v in difference.items()} if difference else None,
+        "verdict": verdict,
+    }
+
+
+def _scaled(value: Any, scale: float, name: str) -> Any:
+    return scale * value if name in ("mean", "sd", "low", "high") and value is not None else value
+
+
+def _chart(rows: Sequence[Mapping[str, Any]], name: str) -> Markup | None:
+    """Draw the paired differences of a group with their intervals; None where no arm has one."""
+    shown = [
+        charts.Interval(
+            row["value"],
+            row["difference"]["mean"],
+            row["difference"]["low"],
+            row["difference"]["high"],
+            row["verdict"] or "par",
+        )
+        for row in rows
+        if row["difference"] and row["difference"].get("low") is not None
+    ]
+    return charts.intervals(shown, f"{name}: differences from the reference", zero=True) if shown else None
+
+
+def _sweeps(found: Ablation, cells: Sequence[Mapping[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """Draw the means over each axis that is a scale of three values or more, a line for each compared value."""
+    for axis, values in found["axes"].items():
+        places = {str(value): _as_number(value) for value in values}
+        if axis == found["compare"] or len(values) < 3 or None in places.values():
+            continue
+        groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for cell in cells:
+            arm = {other: value for other, value in cell["arm"].items() if other != axis}
+            place = places.get(str(cell["arm"].get(axis)))
+            if place is not None:
+                lines = groups.setdefault(_others(arm, found["compare"]), {})
+                lines.setdefault(str(arm.get(found["compare"], "")), []).append((place, float(cell["mean"])))
+        for group, lines in groups.items():
+            drawn = [
+                charts.Line(label, [x for x, _ in sorted(points)], [y for _, y in sorted(points)], f"c{number % 6}")
+                for number, (label, points) in enumerate(lines.items())
+            ]
+            low, high = (
+                min(p for p in places.values() if p is not None),
+                max(p for p in places.values() if p is not None),
+            )
+            chart = charts.curves(drawn, f"{name} by {axis}", log_x=low > 0 and high / low >= 8)
+            yield {"axis": axis, "group": group, "chart": chart, "lines": [(line.label, line.kind) for line in drawn]}
+
+
+def _as_number(value: Any) -> float | None:
+    """Read a number, or a share such as "2%"; None where it is neither."""
+    if isinstance(value, bool):
+        return None
+    text = str(value).strip().replace("_", "")
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
