@@ -304,3 +304,11 @@ def test_real_shards_are_read_whole():
             index = shards.read_index(file)
         assert len(index.samples) == 440 and not index.notes
         assert all({member.suffix for member in sample.members} == {"jpg", "txt", "json"} for sample in index.samples)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=130), st.integers(0, 2**36))
+def test_headers_are_tarfiles_own(name, size):
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    assert shards._header(name, size) == info.tobuf(tarfile.GNU_FORMAT)

@@ -20,6 +20,7 @@ SIZES = {
     "bunny_695k": 694_610,
     "bunny_llava_1_4m": 694_610 + 665_298,
     "lcs_558k": 558_128,
+    "cc3m_595k": 595_375,
 }
 PREFIX = {
     "coco": "coco/train2017/{:012d}.jpg",
@@ -78,12 +79,15 @@ def published(tmp_path_factory):
             for n in range(40)
         ]
         (data / f"ALLaVA-Instruct-{name}-4V.json").write_text(json.dumps(made))
-    captions = [
-        {"id": f"{n:09d}", "image": stub(data / "lcs_558k", f"{n % STUBS:05d}/{n % STUBS}.jpg")}
-        | {"conversations": talk(n, True)}
-        for n in range(round(558_128 / SCALE))
-    ]
-    (data / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(captions))
+    for path, folder, image, number in (
+        ("blip_laion_cc_sbu_558k.json", "lcs_558k", "{0:05d}/{0}.jpg", 558_128),
+        ("chat.json", "cc3m", "GCC_train_{0:09d}.jpg", 595_375),
+    ):
+        captions = [
+            {"id": f"{n:09d}", "image": stub(data / folder, image.format(n % STUBS)), "conversations": talk(n, True)}
+            for n in range(round(number / SCALE))
+        ]
+        (data / path).write_text(json.dumps(captions))
     return data.parent
 
 
@@ -120,6 +124,7 @@ def test_a_set_comes_out_of_its_published_files_in_count(name, published, tmp_pa
         "allava_laion": 40,
         "allava_vflan": 40,
         "lcs": 5_581,
+        "cc3m": 5_954,
     }
     found = {source: entry["samples"] for source, entry in manifest["sources"].items()}
     assert found == {source: wanted[source] for source in found}
