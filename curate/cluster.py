@@ -21,6 +21,7 @@ import pyarrow as pa
 from curate import kmeans, paths, relate, store
 from curate.engine import Job, run_stage
 from curate.errors import ContractError, ShardError, UsageError
+from curate.products import widen
 
 BUCKET_BYTES = 128 << 20
 MAX_BUCKETS = 1024
@@ -150,7 +151,7 @@ def _fit(
     else:
         images = np.concatenate(list(_sample(source, rows_ok, options.sample, options.seed)))
         backend = kmeans.choose_backend(images.shape[1], options.k, gpu=job.gpus > 0)
-        found = kmeans.fit(kmeans.widen(images), options.k, options.iters, options.seed, backend=backend)
+        found = kmeans.fit(widen(images), options.k, options.iters, options.seed, backend=backend)
         centroids = found.centroids
         facts = {"fitted_rows": len(images), "backend": backend, "empty": found.empty}
         facts["mean_similarity"] = found.mean_similarity
@@ -277,12 +278,11 @@ class Relate:
         rows, clusters = table["row"].to_numpy()[order], clusters[order]
         bounds = np.concatenate([[0], np.flatnonzero(np.diff(clusters)) + 1, [len(clusters)]])
         with _matrix(len(rows), parts[0].schema.field("vector").type.list_size) as vectors:
-            place = np.argsort(order)
             start = 0
             for part in parts:
-                vectors[place[start : start + part.num_rows]] = store.vectors(part.column("vector"))
+                vectors[start : start + part.num_rows] = store.vectors(part.column("vector"))
                 start += part.num_rows
-            a, b, similarity = relate.relate_clusters(vectors, bounds, self.floor)
+            a, b, similarity = relate.relate_clusters(vectors, order, bounds, self.floor)
         hashes, unknown = _hashes(table["phash"], order)
         bits = pa.array(relate.hamming(hashes[a], hashes[b]), pa.uint8(), mask=unknown[a] | unknown[b])
         columns = [pa.array(clusters[a]), pa.array(rows[a]), pa.array(rows[b]), pa.array(similarity), bits]

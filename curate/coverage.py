@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from curate.frame import Fetch
-from curate.kmeans import unit_rows, widen
+from curate.kmeans import unit_rows
+from curate.products import widen
 from curate.quotas import position_in_group, weighted_fill
 
 PART = 4096

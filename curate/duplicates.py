@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from curate import relate
-from curate.kmeans import widen
+from curate.products import widen
 
 RULES = ("components", "semdedup", "greedy")
 KEEPS = ("middle", "inner-middle", "far", "near", "random", "max:COLUMN", "min:COLUMN")
@@ -117,12 +117,12 @@ def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fet
     torn = np.isin(whole, names[counts > 1]) & alive
     members, bounds = _groups(np.where(torn, whole, -1))
     found = [(a[inside], b[inside], similarity[inside])]
-    for group, x in _fetch_groups(members, bounds, vectors):
-        forest = relate.Forest(len(group))
-        for pair in relate.near_pairs(x, np.arange(len(group)), threshold, thin=True):
-            forest.add(*pair)
+    for part, cuts, x in _fetch_groups(members, bounds, vectors):
+        forest = relate.Forest(len(part))
+        for pairs in relate.near_pairs(x, np.arange(len(part)), cuts, threshold, thin=True):
+            forest.add(*pairs)
         i, j, cosine = forest.edges()
-        found.append((group[i], group[j], cosine))
+        found.append((part[i], part[j], cosine))
     a, b, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
     _, first = np.unique(a * len(alive) + b, return_index=True)
     chosen = first[relate.spanning_forest(a[first], b[first], similarity[first], len(alive))]
@@ -131,27 +131,28 @@ def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fet
 
 def _fetch_groups(
     rows: np.ndarray, bounds: np.ndarray, vectors: Fetch | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield each group's rows and vectors, fetching many small groups at once."""
-    assert vectors is not None or not len(rows)
-    first = 0
-    while vectors is not None and first + 1 < len(bounds):
-        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + GATHER_ROWS, side="right")) - 1)
-        x = vectors(rows[bounds[first] : bounds[last]])
-        for start, end in zip(bounds[first:last], bounds[first + 1 : last + 1], strict=True):
-            yield rows[start:end], x[start - bounds[first] : end - bounds[first]]
-        first = last
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the rows of as many whole groups as are fetched at once, where each begins, and the vectors."""
+    if vectors is None:
+        assert not len(rows)
+        return
+    for first, last in relate.batches_of_groups(bounds, GATHER_ROWS):
+        part = rows[bounds[first] : bounds[last]]
+        yield part, bounds[first : last + 1] - bounds[first], vectors(part)
 
 
 def _by_inner_distance(rows: np.ndarray, bounds: np.ndarray, vectors: Fetch | None) -> np.ndarray:
     """Order each group by the distance to its own mean, ties by row; in a pair both are equally far."""
-    arranged = []
-    for group, x in _fetch_groups(rows, bounds, vectors):
-        group_order = np.argsort(group)
-        group, x = group[group_order], widen(x[group_order]).astype(np.float64)
-        distance = np.zeros(2) if len(group) == 2 else np.linalg.norm(x - x.mean(axis=0), axis=1)
-        arranged.append(group[np.argsort(distance, kind="stable")])
-    return np.concatenate(arranged) if arranged else rows
+    arranged = [rows[:0]]
+    for part, cuts, x in _fetch_groups(rows, bounds, vectors):
+        sizes = np.diff(cuts)
+        group = np.repeat(np.arange(len(sizes)), sizes)
+        x = widen(x)
+        mean = np.add.reduceat(x, cuts[:-1], axis=0, dtype=np.float64) / sizes[:, None]
+        parts = [slice(at, at + 4096) for at in range(0, len(x), 4096)]
+        distance = np.concatenate([np.linalg.norm(x[one] - mean[group[one]], axis=1) for one in parts])
+        arranged.append(part[np.lexsort((part, np.where(sizes[group] == 2, 0, distance), group))])
+    return np.concatenate(arranged)
 
 
 def _from_the_middle(rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -175,26 +176,41 @@ def _drop_in_order(
     rows: np.ndarray, bounds: np.ndarray, rule: str, threshold: float, vectors: Fetch | None, result: Resolved
 ) -> None:
     """Apply semdedup or greedy to each group, whose rows stand in the order of preference; fills in the result."""
-    for group, x in _fetch_groups(rows, bounds, vectors):
-        dropped = np.zeros(len(group), bool)
-        twin = np.full(len(group), -1)
-        cosine = np.full(len(group), np.nan, np.float32)
-        for i, j, similarity in relate.near_pairs(x, np.arange(len(group)), threshold):
-            starts = np.concatenate([[0], np.flatnonzero(np.diff(i)) + 1, [len(i)]])
-            for first, last in zip(starts[:-1], starts[1:], strict=True):
-                if rule == "greedy" and dropped[i[first]]:
-                    continue
-                later = j[first:last]
-                fresh = ~dropped[later]
-                twin[later[fresh]], cosine[later[fresh]] = i[first], similarity[first:last][fresh]
-                dropped[later] = True
-        for place in np.flatnonzero(dropped):  # a twin stands before its row, so its own twin is known
-            if dropped[twin[place]]:
-                twin[place] = twin[twin[place]]
-                cosine[place] = np.nan
-        result.keep[group[dropped]] = False
-        result.twin[group[dropped]] = group[twin[dropped]]
-        result.similarity[group[dropped]] = cosine[dropped]
+    for part, cuts, x in _fetch_groups(rows, bounds, vectors):
+        dropped = np.zeros(len(part), bool)
+        twin = np.full(len(part), len(part))
+        cosine = np.full(len(part), np.nan, np.float32)
+        for i, j, similarity in relate.near_pairs(x, np.arange(len(part)), cuts, threshold):
+            if rule == "greedy":
+                _drop_greedily(i, j, dropped)
+                kept = ~dropped[i]
+                i, j, similarity = i[kept], j[kept], similarity[kept]
+            dropped[j] = True
+            np.minimum.at(twin, j, i)  # the first in the order of preference
+            nearest = twin[j] == i
+            cosine[j[nearest]] = similarity[nearest]
+        gone = np.flatnonzero(dropped)
+        while len(chained := gone[dropped[twin[gone]]]):  # a twin may be gone too: its own stands in for it
+            twin[chained] = twin[twin[chained]]
+            cosine[chained] = np.nan
+        result.keep[part[gone]] = False
+        result.twin[part[gone]] = part[twin[gone]]
+        result.similarity[part[gone]] = cosine[gone]
+
+
+def _drop_greedily(i: np.ndarray, j: np.ndarray, dropped: np.ndarray) -> None:
+    """Drop every j that is near a row kept before it. Each i's own fate follows from pairs seen before or here.
+
+    Round by round, the rows that no undecided row precedes are decided for all groups at once.
+    """
+    while True:
+        open_pairs = ~dropped[i] & ~dropped[j]
+        i, j = i[open_pairs], j[open_pairs]
+        if not len(i):
+            return
+        preceded = np.zeros(len(dropped), bool)
+        preceded[j] = True
+        dropped[j[~preceded[i]]] = True
 
 
 def weakest_links(edges: Edges, starts: np.ndarray, num_rows: int) -> np.ndarray:

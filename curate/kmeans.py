@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from curate.products import widen
+
 FIT_BYTES = 1 << 30
 POINTS_PER_CENTROID = 256  # FAISS's own default bound; its silent subsampling is switched off below
 LEAST_POINTS_PER_CENTROID = 39  # below it FAISS calls a fit poor
@@ -33,20 +35,6 @@ def default_sample(rows: int, k: int, dim: int) -> int:
     """Choose how many rows to fit on: 256 a centroid within 1 GiB of f32, but no fewer than 39 a centroid."""
     wanted = min(POINTS_PER_CENTROID * k, FIT_BYTES // (4 * dim))
     return min(rows, max(wanted, LEAST_POINTS_PER_CENTROID * k))
-
-
-def widen(x_nd: np.ndarray) -> np.ndarray:
-    """Convert finite f16 to f32, exactly, at four times the speed of `astype`; f32 passes through.
-
-    Moves exponent and fraction to their places in an f32 and mends the exponent's bias by a multiplication.
-    """
-    if x_nd.dtype != np.float16:
-        return x_nd.astype(np.float32, copy=False)
-    bits = x_nd.view(np.int16).astype(np.int32)
-    np.left_shift(bits, 13, out=bits)
-    np.bitwise_and(bits, np.int32(-0x70000001), out=bits)  # the sign extension fills the three bits above the exponent
-    wide = bits.view(np.float32)
-    return np.multiply(wide, np.float32(2.0**112), out=wide)
 
 
 def unit_rows(x_nd: np.ndarray) -> np.ndarray:

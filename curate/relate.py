@@ -4,25 +4,30 @@ Two rows of a cluster are joined by an edge where their cosine is above a floor.
 forest is kept (at most n - 1 edges of n rows): the connected components at any threshold above the floor are those of
 the forest's edges above it, so that every threshold and a whole retention curve cost no second look at the vectors.
 
-Products are made block by block, and a forest is merged with what a block adds (an edge that closes a cycle and is its
-weakest can never be needed), so a cluster of any size needs memory for one block and one forest. A block full of edges
-is thinned to its own forest first. Edges are ordered by their cosine on a grid of 2 ** -20, ties by row numbers: which
-of two equal edges stays does not depend on the blocks.
+A cluster is compared tile by tile: a fast product screens, an exact one decides (`products`), so that no byte depends
+on the tiles, the library or the machine. Tiles full of edges are multiplied exactly and thinned to their own forest. A
+cluster of any size needs memory for one panel of rows, one tile and one forest. Equal edges are ordered by row numbers.
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from curate.kmeans import widen
+from curate.products import Screen, exact_cosines, exact_products, has_int8, widen
 
-BLOCK = 1024
+TILE = 512
+PANEL = 1 << 15  # rows that are prepared for the fast product at a time
+SMALL = 8  # up to so many rows all pairs are decided exactly at once
 LARGE = 1024  # rows of a cluster from which equal rows are looked for first
+DENSE = 1 / 32  # share of a tile's pairs from which multiplying it exactly costs less than deciding them one by one
+CROWDED = 8  # edges a row of a tile above which the tile is thinned to its forest
+BATCH = 1 << 14  # pairs that are decided together
+GROUP_ROWS = 1 << 16  # rows of clusters whose forests are found together
 MERGE_AT = 1 << 20
-BLOCK_BITS = 11  # a block's rows are numbered within 2 ** 11
+TILE_BITS = 11  # a tile's rows are numbered within 2 ** 11
 NO_EDGE = np.iinfo(np.int64).min
-GRID = np.float32(1 << 20)  # similarities closer than this count as equal when the forest is chosen
-DENSE = 8  # edges a row of a block above which the block is thinned first
+INT8_WORK = 2e11  # products from which loading torch pays
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Forest:
@@ -31,8 +36,8 @@ class Forest:
     def __init__(self, num_rows: int, merge_at: int = MERGE_AT) -> None:
         self.num_rows = num_rows
         self.merge_at = merge_at
-        self.kept = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
-        self.pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.kept: Edges = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        self.pending: list[Edges] = []
         self.num_pending = 0
 
     def add(self, a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
@@ -42,7 +47,7 @@ class Forest:
         if self.num_pending >= self.merge_at:
             self._merge()
 
-    def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def edges(self) -> Edges:
         """Return the forest: a, b i64 and similarity f32, sorted by a, then b."""
         self._merge()
         a, b, similarity = self.kept
@@ -64,11 +69,11 @@ def spanning_forest(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, num_ro
 
     if not len(a):
         return np.empty(0, np.int64)
-    order = np.lexsort((b, a, -np.rint(similarity * GRID)))
-    names, ends = np.unique(np.concatenate([a, b]), return_inverse=True)
+    order = np.lexsort((b, a, -similarity))
+    names, i, j = _renumber(a, b, num_rows)
     place = np.empty(len(a))
     place[order] = np.arange(1, len(a) + 1)  # weight 0 would mean that there is no edge
-    graph = coo_array((place, (ends[: len(a)], ends[len(a) :])), shape=(len(names), len(names))).tocsr()
+    graph = coo_array((place, (i, j)), shape=(len(names), len(names))).tocsr()
     tree = minimum_spanning_tree(graph)
     return np.sort(order[tree.data.astype(np.int64) - 1])
 
@@ -81,8 +86,8 @@ def components(a: np.ndarray, b: np.ndarray, num_rows: int) -> np.ndarray:
     labels = np.arange(num_rows)
     if not len(a):
         return labels
-    names, ends = np.unique(np.concatenate([a, b]), return_inverse=True)
-    graph = coo_array((np.ones(len(a), np.int8), (ends[: len(a)], ends[len(a) :])), shape=(len(names), len(names)))
+    names, i, j = _renumber(a, b, num_rows)
+    graph = coo_array((np.ones(len(a), np.int8), (i, j)), shape=(len(names), len(names)))
     count, found = connected_components(graph, directed=False)
     first = np.full(count, num_rows, np.int64)
     np.minimum.at(first, found, names)
@@ -90,45 +95,157 @@ def components(a: np.ndarray, b: np.ndarray, num_rows: int) -> np.ndarray:
     return labels
 
 
+def _renumber(a: np.ndarray, b: np.ndarray, num_rows: int) -> Edges:
+    """List the rows that have an edge, ascending, and number the edges' ends by their places in the list, i32."""
+    touched = np.zeros(num_rows, bool)
+    touched[a] = touched[b] = True
+    names = np.flatnonzero(touched)
+    place = np.empty(num_rows, np.int32)
+    place[names] = np.arange(len(names), dtype=np.int32)
+    return names, place[a], place[b]
+
+
 def near_pairs(
-    x_nd: np.ndarray, members: np.ndarray, floor: float, block: int = BLOCK, *, thin: bool = False
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield the pairs of members with cosine > floor, block by block, as (a, b, cosine) with a before b.
+    x_nd: np.ndarray,
+    rows: np.ndarray,
+    bounds: Sequence[int] | np.ndarray,
+    floor: float,
+    *,
+    tile: int = TILE,
+    int8: bool | None = None,
+    thin: bool = False,
+) -> Iterator[Edges]:
+    """Yield the pairs inside each group with cosine > floor, in batches: places a < b in `rows` and the cosine f32.
 
-    x_nd: f16 or f32 [n, d], unit rows; may lie on disk. members: i64 [m], the rows to compare, by their numbers in
-    x_nd, which are also what is yielded. thin: of a block with very many pairs yield only its maximum spanning forest.
-    O(m^2 d) time, memory for two blocks and their product.
+    x_nd: f16 [n, d], unit rows; may lie on disk. rows: i64, which of them to compare; group g is
+    rows[bounds[g] : bounds[g + 1]]. thin: of a tile with very many pairs yield only its maximum spanning
+    forest. int8: how to screen; by default where the processor has it and the work is worth loading torch.
+    No pair comes before one whose b is its a. O(sum of m^2 d) time, memory for a panel of prepared rows and a tile.
     """
-    from scipy.linalg.blas import ssyrk
-
-    for i in range(0, len(members), block):
-        left = widen(x_nd[members[i : i + block]])
-        for j in range(i, len(members), block):
-            if j == i:  # half the work: only the upper triangle is computed, the rest is zero
-                products = ssyrk(1.0, left.T, trans=1, lower=1).T
-            else:
-                products = left @ widen(x_nd[members[j : j + block]]).T
-            found = np.flatnonzero(products.ravel() > floor)
-            a, b = np.divmod(found, products.shape[1])
-            if j == i:
-                upper = a < b
-                a, b, found = a[upper], b[upper], found[upper]
-            if thin and len(found) > DENSE * sum(products.shape):
-                a, b = block_forest(products, floor, square=j == i)
-                found = a * products.shape[1] + b
-            if len(a):
-                yield members[a + i], members[b + j], products.ravel()[found]
+    bounds = np.asarray(bounds)
+    sizes = np.diff(bounds)
+    if int8 is None:
+        int8 = float((sizes.astype(np.float64) ** 2).sum()) * x_nd.shape[1] > INT8_WORK and has_int8()
+    waiting = [_pairs_of_small_groups(bounds)]
+    count = len(waiting[0][0])
+    for a, b, cosine in _compare_groups(x_nd, rows, bounds, Screen(floor, int8=int8), tile, thin):
+        if cosine is None:
+            waiting.append((a, b))
+            count += len(a)
+        if count and (count >= BATCH or cosine is not None):
+            yield _decide(x_nd, rows, waiting, floor)
+            waiting, count = [], 0
+        if cosine is not None:
+            yield a, b, cosine
+    if count:
+        yield _decide(x_nd, rows, waiting, floor)
 
 
-def block_forest(products: np.ndarray, floor: float, *, square: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Find the maximum spanning forest of a block of products, in the same order of edges as `spanning_forest`.
+def _pairs_of_small_groups(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """List all pairs of the groups of 2 … SMALL rows."""
+    sizes = np.diff(bounds)
+    left, right = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for size in range(2, SMALL + 1):
+        starts = bounds[:-1][sizes == size]
+        i, j = np.triu_indices(size, 1)
+        left.append((starts[:, None] + i).ravel())
+        right.append((starts[:, None] + j).ravel())
+    return np.concatenate(left), np.concatenate(right)
+
+
+def _decide(x_nd: np.ndarray, rows: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]], floor: float) -> Edges:
+    """Keep the pairs whose exact cosine is above the floor."""
+    a, b = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    cosine = exact_cosines(x_nd, rows[a], rows[b])
+    above = cosine > floor
+    return a[above], b[above], cosine[above]
+
+
+def _compare_groups(
+    x_nd: np.ndarray, rows: np.ndarray, bounds: np.ndarray, screen: Screen, tile: int, thin: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Compare each group with itself. Yields pairs that may be near; of dense tiles those that are, with their cosine.
+
+    Rows are prepared a panel at a time: many groups, or a part of one.
+    """
+    for first, last in batches_of_groups(bounds, PANEL):
+        start, end = int(bounds[first]), int(bounds[last])
+        if (np.diff(bounds[first : last + 1]) <= SMALL).all():
+            continue
+        panel = max(1, PANEL // tile) * tile
+        for i in range(start, end, panel):
+            left = screen.prepare(x_nd, rows[i : min(i + panel, end)])
+            for j in range(i, end, panel):
+                right = left if j == i else screen.prepare(x_nd, rows[j : min(j + panel, end)])
+                bound = screen.bound(left, right)
+                for above, below in _tiles(bounds[first : last + 1], i, j, panel, tile):
+                    p, q = slice(above.start - i, above.stop - i), slice(below.start - j, below.stop - j)
+                    found = screen.near(left.rows[p], right.rows[q], bound)
+                    if len(found):
+                        a, b, cosine = _judge_tile(x_nd, rows[above], rows[below], found, screen, thin)
+                        yield a + above.start, b + below.start, cosine
+
+
+def _tiles(bounds: np.ndarray, i: int, j: int, panel: int, tile: int) -> Iterator[tuple[slice, slice]]:
+    """List the tiles of all groups with rows in two panels, none below the diagonal, by their rows."""
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        if end - start > SMALL:
+            for p in range(max(start, i), min(end, i + panel), tile):
+                for q in range(max(start, j, p), min(end, j + panel), tile):
+                    yield slice(p, min(p + tile, end, i + panel)), slice(q, min(q + tile, end, j + panel))
+
+
+def batches_of_groups(bounds: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
+    """Cut groups that lie one after the other into runs [first, last) of at most `limit` rows, or of one group."""
+    first = 0
+    while first + 1 < len(bounds):
+        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + limit, side="right")) - 1)
+        yield first, last
+        first = last
+
+
+def _judge_tile(
+    x_nd: np.ndarray, above: np.ndarray, below: np.ndarray, found: np.ndarray, screen: Screen, thin: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Turn what was found in a tile into places in it; where it is much, look again, finer and at last exactly."""
+    much = DENSE * len(above) * len(below)
+    if screen.int8 and len(found) > much:
+        finer = Screen(screen.floor, int8=False)
+        left, right = finer.prepare(x_nd, above), finer.prepare(x_nd, below)
+        found = finer.near(left.rows, right.rows, finer.bound(left, right))
+    if len(found) > much:
+        return _multiply_exactly(x_nd, above, below, screen.floor, thin)
+    a, b = np.divmod(found, len(below))
+    if above[0] == below[0]:
+        upper = a < b
+        a, b = a[upper], b[upper]
+    return a, b, None
+
+
+def _multiply_exactly(x_nd: np.ndarray, above: np.ndarray, below: np.ndarray, floor: float, thin: bool) -> Edges:
+    """Find the near pairs of a tile from its exact products; where they are very many, if wanted, its forest only."""
+    square = bool(above[0] == below[0])
+    products = exact_products(x_nd[above], x_nd[below])
+    if square:
+        products[np.tril_indices(len(above))] = -2
+    found = np.flatnonzero(products.ravel() > floor)
+    if thin and len(found) > CROWDED * sum(products.shape):
+        a, b = tile_forest(products, floor, square=square)
+    else:
+        a, b = np.divmod(found, len(below))
+    return a, b, products[a, b]
+
+
+def tile_forest(products: np.ndarray, floor: float, *, square: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Find the maximum spanning forest of a tile of products, in the same order of edges as `spanning_forest`.
 
     products: f32 [p, q], of left with right rows; square: left and right are the same rows, and only entries above the
     diagonal count. Returns the edges' positions. Prim's algorithm on the dense matrix: O((p + q)^2) and no sorting.
     """
     p, q = products.shape
-    rank = np.rint(products * GRID).astype(np.int64) << 2 * BLOCK_BITS
-    rank -= (np.arange(p)[:, None] << BLOCK_BITS) + np.arange(q)
+    bits = products.view(np.int32)
+    rank = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64) << 2 * TILE_BITS  # in their order
+    rank -= (np.arange(p)[:, None] << TILE_BITS) + np.arange(q)
     rank[products <= floor] = NO_EDGE
     if square:
         rank[np.tril_indices(p)] = NO_EDGE
@@ -156,41 +273,61 @@ def block_forest(products: np.ndarray, floor: float, *, square: bool) -> tuple[n
 
 
 def relate_clusters(
-    x_nd: np.ndarray, bounds: Sequence[int] | np.ndarray, floor: float, *, block: int = BLOCK, merge_at: int = MERGE_AT
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the forests of clusters that lie one after the other.
+    x_nd: np.ndarray,
+    rows: np.ndarray,
+    bounds: Sequence[int] | np.ndarray,
+    floor: float,
+    *,
+    tile: int = TILE,
+    merge_at: int = MERGE_AT,
+    int8: bool | None = None,
+) -> Edges:
+    """Find the forests of clusters.
 
-    x_nd: f16 [n, d], unit rows; cluster c is rows bounds[c] … bounds[c + 1] - 1.
-    Returns a, b i64 (a < b, positions in x_nd) and the cosine f32, sorted by a, then b; the same for any block size.
+    x_nd: f16 [n, d], unit rows. rows: i64; cluster c is rows[bounds[c] : bounds[c + 1]].
+    Returns places a < b in `rows`, i64, and the cosine f32, sorted by a, then b; the same for any tile and however the
+    tiles are screened.
     """
-    forest = Forest(len(x_nd), merge_at)
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-        members = np.arange(first, last)
-        if last - first > LARGE:
-            # one picture under many keys can fill a giant cluster: its equal copies hang on the first of them
-            copies, originals = _copies(x_nd, members)
-            for at in range(0, len(copies), block):
-                a, b = originals[at : at + block], copies[at : at + block]
-                norms = np.einsum("nd,nd->n", widen(x_nd[a]), widen(x_nd[b]))
-                forest.add(a[norms > floor], b[norms > floor], norms[norms > floor])
-            members = np.setdiff1d(members, copies, assume_unique=True)
-        for edges in near_pairs(x_nd, members, floor, block, thin=True):
-            forest.add(*edges)
-    return forest.edges()
+    bounds = np.asarray(bounds)
+    found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+    for first, last in batches_of_groups(bounds, GROUP_ROWS):
+        start, parts = int(bounds[first]), bounds[first : last + 1] - bounds[first]
+        here = rows[start : bounds[last]]
+        forest = Forest(len(here), merge_at)
+        copies, originals = _copies(x_nd, here, parts)
+        norms = exact_cosines(x_nd, here[originals], here[copies])
+        forest.add(originals[norms > floor], copies[norms > floor], norms[norms > floor])
+        different = np.ones(len(here), bool)
+        different[copies] = False
+        left, parts = np.flatnonzero(different), np.append(0, np.cumsum(different))[parts]
+        for a, b, cosine in near_pairs(x_nd, here[left], parts, floor, tile=tile, int8=int8, thin=True):
+            forest.add(left[a], left[b], cosine)
+        a, b, similarity = forest.edges()
+        found.append((a + start, b + start, similarity))
+    a, b, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
+    return a, b, similarity
 
 
-def _copies(x_nd: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the rows that equal an earlier one, by a 64-bit hash of their bytes: (copies, the first row like each)."""
-    weights = np.random.default_rng(0).integers(1 << 63, size=x_nd.shape[1], dtype=np.uint64) * 2 + 1
-    words = np.dtype(f"u{x_nd.itemsize}")
-    hashes = np.empty(len(members), np.uint64)
-    for at in range(0, len(members), BLOCK):
-        rows = np.ascontiguousarray(x_nd[members[at : at + BLOCK]])
-        hashes[at : at + BLOCK] = (rows.view(words).astype(np.uint64) * weights).sum(axis=1, dtype=np.uint64)
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    original = first[inverse]
-    copies = np.flatnonzero(original != np.arange(len(members)))
-    return members[copies], members[original[copies]]
+def _copies(x_nd: np.ndarray, rows: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the rows that equal an earlier one of their large cluster: places of copies, and of the first like each.
+
+    One picture under many keys can fill a giant cluster: its copies hang on the first of them, and need no comparing.
+    """
+    copies, originals = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    words = np.dtype(np.uint64 if x_nd.shape[1] * x_nd.itemsize % 8 == 0 else f"u{x_nd.itemsize}")
+    weights = np.asarray(np.random.default_rng(0).integers(1 << 63, size=x_nd.shape[1], dtype=np.uint64)) * 2 + 1
+    for group in np.flatnonzero(np.diff(bounds) > LARGE).tolist():
+        here = rows[bounds[group] : bounds[group + 1]]
+        hashes = np.empty(len(here), np.uint64)
+        for at in range(0, len(here), TILE):
+            values = x_nd[here[at : at + TILE]].view(words).astype(np.uint64, copy=False)
+            hashes[at : at + TILE] = np.einsum("nw,w->n", values, weights[: values.shape[1]])
+        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        original = first[inverse]
+        copy = np.flatnonzero(original != np.arange(len(original)))
+        copies.append(copy + bounds[group])
+        originals.append(original[copy] + bounds[group])
+    return np.concatenate(copies), np.concatenate(originals)
 
 
 def hamming(left: np.ndarray, right: np.ndarray) -> np.ndarray:

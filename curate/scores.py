@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from curate.frame import Fetch
-from curate.kmeans import unit_rows, widen
+from curate.kmeans import unit_rows
+from curate.products import widen
 from curate.relate import nearest_similarity
 
 TEMPERATURE = 0.01  # CLIP's learned one, and the paper's

@@ -57,7 +57,7 @@ def test_the_edges_are_each_clusters_forest(cloud, tmp_path, monkeypatch):
     for number in range(5):
         rows = np.flatnonzero(found == number)
         here = edges.filter(pa.compute.equal(edges["cluster"], number))
-        a, b, similarity = relate.relate_clusters(cloud.image[rows], [0, len(rows)], 0.7)
+        a, b, similarity = relate.relate_clusters(cloud.image, rows, [0, len(rows)], 0.7)
         assert here["a"].to_pylist() == rows[a].tolist() and here["b"].to_pylist() == rows[b].tolist()
         assert here["similarity"].to_numpy().tobytes() == similarity.tobytes()
         bits = [

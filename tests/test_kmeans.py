@@ -6,7 +6,7 @@ from clouds import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate import kmeans
+from curate import kmeans, products
 
 
 def rows_of(n, dim, seed=0):
@@ -53,7 +53,7 @@ def test_assigning_follows_a_permutation_of_the_rows():
 def test_widening_is_exact_for_every_finite_half():
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(-1, 1)
-    assert kmeans.widen(halves).tobytes() == halves.astype(np.float32).tobytes()
+    assert products.widen(halves).tobytes() == halves.astype(np.float32).tobytes()
 
 
 @pytest.mark.parametrize("backend", ["superkmeans", "kmeans"])

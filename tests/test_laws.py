@@ -11,7 +11,7 @@ from curate import store
 ROOT = Path(__file__).parent.parent
 ROOMS = {
     **dict.fromkeys(["errors", "__init__"], 0),
-    **dict.fromkeys(["checkpoints", "encoders", "images", "kmeans", "relate", "duplicates", "evidence"], 1),
+    **dict.fromkeys(["checkpoints", "encoders", "images", "products", "kmeans", "relate", "duplicates", "evidence"], 1),
     **dict.fromkeys(["frame", "selectors", "steps", "recipes", "cuts", "demo_words", "demo_world"], 1),
     **dict.fromkeys(["calls", "computed", "quotas", "coverage", "scores"], 1),
     **dict.fromkeys(["ranks", "budgets", "representatives", "targets"], 1),
@@ -28,8 +28,19 @@ ROOMS = {
     **dict.fromkeys(["estimate"], 7),
     **dict.fromkeys(["cli", "__main__"], 8),
 }
-NUMERICS = ("encoders", "images", "kmeans", "relate", "duplicates", "evidence", "frame", "selectors", "steps")
-NUMERICS += ("calls", "computed", "quotas", "coverage", "scores", "ranks", "budgets", "representatives", "targets")
+NUMERICS = ("encoders", "images", "products", "kmeans", "relate", "duplicates", "evidence", "frame", "selectors")
+NUMERICS += (
+    "steps",
+    "calls",
+    "computed",
+    "quotas",
+    "coverage",
+    "scores",
+    "ranks",
+    "budgets",
+    "representatives",
+    "targets",
+)
 NUMERICS += ("recipes", "cuts", "demo_words", "demo_world")
 HEAVY = ("torch", "faiss", "open_clip", "transformers", "sklearn", "scipy", "ray", "jinja2", "webdataset")
 

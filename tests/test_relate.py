@@ -6,7 +6,7 @@ from clouds import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate import duplicates, relate
+from curate import duplicates, products, relate
 
 
 def cluster_rows(n, dim=16, seed=0, spread=0.5):
@@ -31,8 +31,8 @@ def slow_components(x, threshold):
 
 def slow_forest(x, floor):
     """Kruskal's algorithm over all pairs."""
-    products = x.astype(np.float64) @ x.astype(np.float64).T
-    pairs = [(-products[i, j], i, j) for i in range(len(x)) for j in range(i + 1, len(x)) if products[i, j] > floor]
+    cosines = slow_cosines(x)
+    pairs = [(-cosines[i, j], i, j) for i in range(len(x)) for j in range(i + 1, len(x)) if cosines[i, j] > floor]
     label = list(range(len(x)))
     chosen = []
     for weight, i, j in sorted(pairs):
@@ -44,7 +44,13 @@ def slow_forest(x, floor):
 
 
 def forest_of(x, floor, bounds=None, **how):
-    return relate.relate_clusters(x, [0, len(x)] if bounds is None else bounds, floor, **how)
+    return relate.relate_clusters(x, np.arange(len(x)), [0, len(x)] if bounds is None else bounds, floor, **how)
+
+
+def slow_cosines(x):
+    """All cosines by their definition: exact sums of exact products, rounded once."""
+    whole = [[int(value) for value in row] for row in (x.astype(np.float64) * 2.0**24).tolist()]
+    return np.array([[np.float32(sum(map(int.__mul__, a, b)) / 2**48) for b in whole] for a in whole])
 
 
 @settings(deadline=None, max_examples=20)
@@ -54,7 +60,7 @@ def test_the_forest_is_kruskals(n, seed, floor):
     a, b, similarity = forest_of(x, floor)
     expected = slow_forest(x, floor)
     assert list(zip(a.tolist(), b.tolist(), strict=True)) == [(i, j) for i, j, _ in expected]
-    assert np.allclose(similarity, [weight for _, _, weight in expected], atol=1e-6)
+    assert similarity.tolist() == [weight for _, _, weight in expected]
 
 
 @settings(deadline=None, max_examples=20)
@@ -68,29 +74,56 @@ def test_any_threshold_above_the_floor_gives_the_true_components(n, seed, thresh
         assert (relate.components(a[above], b[above], n) == slow_components(x, threshold)).all()
 
 
-@pytest.mark.parametrize("block, merge_at", [(7, 1 << 20), (64, 50), (1000, 1), (33, 333)])
-def test_blocks_and_merges_change_no_byte(block, merge_at):
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("tile, merge_at", [(7, 1 << 20), (64, 50), (1000, 1), (33, 333)])
+def test_tiles_merges_and_the_screen_change_no_byte(monkeypatch, tile, merge_at, int8):
+    monkeypatch.setattr(relate, "PANEL", 70)
+    monkeypatch.setattr(relate, "LARGE", 100)
     x = np.concatenate([cluster_rows(150, seed=5, spread=0.15), cluster_rows(90, seed=6)])
     x[20:40] = x[3]  # equal rows tie
-    whole = forest_of(x, 0.5, [0, 150, 240])
-    parts = forest_of(x, 0.5, [0, 150, 240], block=block, merge_at=merge_at)
+    whole = forest_of(x, 0.5, [0, 150, 240], int8=False)
+    parts = forest_of(x, 0.5, [0, 150, 240], tile=tile, merge_at=merge_at, int8=int8)
     for left, right in zip(whole, parts, strict=True):
         assert left.tobytes() == right.tobytes()
 
 
 @pytest.mark.parametrize("spread, ties", [(0.05, False), (0.2, True), (0.5, False)])
-@pytest.mark.parametrize("block", [16, 50, 400])
-def test_a_crowded_block_is_thinned_to_the_same_forest(monkeypatch, spread, ties, block):
+@pytest.mark.parametrize("tile", [16, 50, 400])
+def test_dense_and_crowded_tiles_have_the_same_forest(monkeypatch, spread, ties, tile):
     x = cluster_rows(160, seed=8, spread=spread)
     if ties:
         x[30:90] = x[np.random.default_rng(0).integers(0, 30, 60)]
-    plain = forest_of(x, 0.2, block=block)
-    monkeypatch.setattr(relate, "DENSE", 0)
-    thinned = forest_of(x, 0.2, block=block)
-    monkeypatch.setattr(relate, "DENSE", 1 << 40)
-    for found in (plain, thinned):
-        for left, right in zip(found, forest_of(x, 0.2, block=1000), strict=True):
+    plain = forest_of(x, 0.2, tile=1000)
+    for dense, crowded in ((0, 0), (0, 1 << 40), (2, 0)):
+        monkeypatch.setattr(relate, "DENSE", dense)
+        monkeypatch.setattr(relate, "CROWDED", crowded)
+        for left, right in zip(plain, forest_of(x, 0.2, tile=tile), strict=True):
             assert left.tobytes() == right.tobytes()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 40), st.integers(0, 99), st.sampled_from([-0.5, 0.06, 0.3, 0.8, 0.95]), st.booleans())
+def test_pairs_are_decided_by_the_exact_cosine_and_none_is_missed(n, seed, floor, int8):
+    x = cluster_rows(n, dim=8, seed=seed, spread=0.4)
+    expected = slow_cosines(x)
+    found = list(relate.near_pairs(x, np.arange(n), [0, n // 3, n], floor, tile=9, int8=int8))
+    a, b, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else np.zeros((3, 0))
+    near = np.triu(expected > np.float32(floor), 1)
+    near[: n // 3, n // 3 :] = False
+    assert sorted(zip(a, b, cosine, strict=True)) == [(i, j, expected[i, j]) for i, j in np.argwhere(near)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 600), st.integers(0, 99), st.sampled_from([-0.2, 0.06, 0.5, 0.9]))
+def test_the_fast_product_errs_by_less_than_its_slack(dim, seed, floor):
+    rng = np.random.default_rng(seed)
+    x = unit(rng.normal(size=(30, dim)) * 10.0 ** rng.integers(-3, 3, dim)).astype(np.float16)
+    near = set(np.flatnonzero(products.exact_products(x, x).ravel() > floor).tolist())
+    for int8 in (False, True):
+        screen = products.Screen(floor, int8=int8)
+        left, right = screen.prepare(x, np.arange(30)), screen.prepare(x, np.arange(30)[::-1])
+        mirrored = screen.near(left.rows, right.rows, screen.bound(left, right))
+        assert near <= {flat - flat % 30 + 29 - flat % 30 for flat in mirrored.tolist()}
 
 
 def test_rows_of_different_clusters_are_never_joined():
@@ -101,7 +134,7 @@ def test_rows_of_different_clusters_are_never_joined():
 
 def test_a_giant_cluster_of_one_picture_is_a_star():
     x = np.repeat(cluster_rows(2, seed=1), [1100, 1], axis=0)
-    a, b, _ = forest_of(x, 0.99, block=100, merge_at=500)
+    a, b, _ = forest_of(x, 0.99, tile=100, merge_at=500)
     assert (a == 0).all() and (b == np.arange(1, 1100)).all()
 
 
