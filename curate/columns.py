@@ -184,10 +184,23 @@ class Pool:
             text_vectors=partial(self.vectors, column="text_embedding") if self._has_text else None,
             captions=self.captions,
             centroids=self.centroids if self.clu is not None else None,
-            lines=lambda location: paths.read_text(location).splitlines(),
+            lines=_lines,
             shuffled=None if self.clu is None else self.clu.manifest.get("fit", {}).get("shuffled_clip_score"),
             foreign=self.foreign,
         )
+
+
+def _lines(location: str) -> list[str]:
+    """Read a text file's lines, or the texts of a JSON list. Raises: UsageError when it is neither."""
+    try:
+        if not location.endswith(".json"):
+            return paths.read_text(location).splitlines()
+        listed = store.load_json(location)
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise UsageError(f"{location} cannot be read as UTF-8 text: {error}") from None
+    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+        raise UsageError(f"{location} is no JSON list of texts.")
+    return listed
 
 
 def _half_numbers(chunk: pa.Array) -> np.ndarray:

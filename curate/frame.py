@@ -20,6 +20,7 @@ Levels = Annotated[tuple[int, ...], "levels"]  # falling numbers of clusters
 Keep = Annotated[str, "keep"]  # who of a group stays; max:COLUMN and min:COLUMN among them
 Directory = Annotated[str, "directory"]  # made by embed or import
 File = Annotated[str, "file"]
+POOL = "pool"  # in the place of a file: read it off the pool itself
 AUTO = -1.0
 CLUSTER_FIRST = "run `curate cluster EMB CLU`, then `curate select CLU …`"
 UNKNOWN_BITS = 255

@@ -3,7 +3,7 @@
 A step is a function of the frame, its place in the funnel (which seeds its random draws) and its arguments. Its
 signature is the schema of how it is written. Here are the table of all steps and those that rest on near-duplicates and
 mismatches; steps by value are in `ranks`, steps with a budget in `budgets` and
-`representatives`, steps that compare with another set in `targets`.
+`representatives`, steps over captions in `vocabulary`, steps that compare with another set in `targets`.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from curate import budgets, duplicates, evidence, ranks, relate, representatives, targets
+from curate import budgets, duplicates, evidence, ranks, relate, representatives, targets, vocabulary
 from curate.budgets import preference
 from curate.errors import UsageError, unknown
 from curate.frame import AUTO, CLUSTER_FIRST, Count, Frame, Share, Threshold, Verdict
@@ -108,6 +108,7 @@ STEPS: dict[str, Callable[..., Verdict]] = {
         *(dedup, ranks.rank, ranks.above, ranks.at_least, ranks.below, ranks.at_most, ranks.top, ranks.bottom),
         *(budgets.sample, budgets.balance, budgets.balance_tree, budgets.cap),
         *(representatives.typical, representatives.coincide),
+        *(vocabulary.noun_phrases, vocabulary.metaclip),
         *(mismatch, placeholders, targets.exclude, targets.image_based),
     )
 }

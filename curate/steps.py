@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from curate import calls, computed
-from curate.frame import Column, Directory, File, Frame, Group, Keep, Verdict
+from curate.frame import POOL, Column, Directory, File, Frame, Group, Keep, Verdict
 from curate.selectors import STEPS
 
 HIDDEN = 2  # the frame and the step's number are not written
@@ -44,7 +44,8 @@ class Step:
     def reads(self) -> list[tuple[str, Any]]:
         """List what the step reads besides the pool: (path, Directory or File), those of its columns included."""
         kinds = calls.parameters(STEPS[self.name], HIDDEN)
-        found = [(value, kinds[name]) for name, value in self.arguments.items() if kinds[name] in (Directory, File)]
+        named = [(value, kinds[name]) for name, value in self.arguments.items() if kinds[name] in (Directory, File)]
+        found = [(value, kind) for value, kind in named if value != POOL]
         return [*found, *(each for column in self._columns() for each in computed.reads(column))]
 
 

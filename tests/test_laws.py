@@ -14,7 +14,7 @@ ROOMS = {
     **dict.fromkeys(["checkpoints", "encoders", "images", "products", "kmeans", "relate", "duplicates", "evidence"], 1),
     **dict.fromkeys(["frame", "selectors", "steps", "recipes", "cuts", "demo_words", "demo_world"], 1),
     **dict.fromkeys(["calls", "computed", "quotas", "coverage", "scores"], 1),
-    **dict.fromkeys(["ranks", "budgets", "representatives", "targets"], 1),
+    **dict.fromkeys(["ranks", "budgets", "representatives", "targets", "phrases", "vocabulary"], 1),
     **dict.fromkeys(["paths", "records", "rules", "drawing", "texts"], 1),
     **dict.fromkeys(["store", "shards", "engine"], 2),
     **dict.fromkeys(
@@ -28,20 +28,8 @@ ROOMS = {
     **dict.fromkeys(["estimate"], 7),
     **dict.fromkeys(["cli", "__main__"], 8),
 }
-NUMERICS = ("encoders", "images", "products", "kmeans", "relate", "duplicates", "evidence", "frame", "selectors")
-NUMERICS += (
-    "steps",
-    "calls",
-    "computed",
-    "quotas",
-    "coverage",
-    "scores",
-    "ranks",
-    "budgets",
-    "representatives",
-    "targets",
-)
-NUMERICS += ("recipes", "cuts", "demo_words", "demo_world")
+PLAIN = ("checkpoints", "paths", "records", "rules", "drawing", "texts")
+NUMERICS = [room for room, floor in ROOMS.items() if floor == 1 and room not in PLAIN]
 HEAVY = ("torch", "faiss", "open_clip", "transformers", "sklearn", "scipy", "ray", "jinja2", "webdataset")
 
 
