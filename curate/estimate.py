@@ -18,9 +18,10 @@ import numpy as np
 from curate import paths, shards, store
 from curate.engine import Job, cores
 from curate.errors import CurateError
-from curate.pipeline import TRAINER, Pipeline, shown_command, stage_options
+from curate.pipeline import TRAINER, Pipeline, check_trainer, shown_command, stage_options
 
 CALIBRATION_ROWS = (16, 16, 128)  # the first run pays for imports, the difference of the others is the rate
+RECORDS = (store.MANIFEST, "train_manifest.json", "answers.manifest.json")  # each says that a stage is done
 MAX_COUNTED = 16  # shards whose headers are all read; of more, the first, the middle and the last
 WRITE_BYTES_PER_S = 300e6  # tar copy and sidecar writing, fsync included; a fifth of an NVMe disk
 ROW_OVERHEAD_BYTES = 120  # key, uid, hash, caption, scores
@@ -61,17 +62,20 @@ def measure_pool(pool: str) -> tuple[Size, list[shards.Shard]]:
 
 def lines(pipeline: Pipeline, only: str | None) -> Iterator[str]:
     """Yield the plan of a pipeline, one stage after the other."""
+    check_trainer(pipeline, only)
     total = 0.0
     sizes: dict[str, int] = {}
     for stage in pipeline.stages(only):
         yield f"▸ {shown_command(pipeline, stage)}"
+        if any(paths.exists(paths.join(pipeline.place(stage), name)) for name in RECORDS):
+            yield "    stands finished; it is run again only if its request has changed"
+            continue
+        if stage == "mix":
+            yield from _sources(pipeline)
         if stage in TRAINER or stage in ("report", "mix"):
             continue
         cost = _cost(pipeline, stage, sizes)
-        if paths.exists(paths.join(pipeline.place(stage), store.MANIFEST)):
-            yield "    stands finished; it is run again only if its request has changed"
-            continue
-        if cost is None:
+        if cost is None or not cost.rows:
             yield "    not known before the pool is there"
             continue
         total += cost.seconds or 0.0
@@ -80,6 +84,20 @@ def lines(pipeline: Pipeline, only: str | None) -> Iterator[str]:
         yield f"    {cost.rows:,} rows · {volume(cost.size_bytes)} written · {spell}{why}"
     if total:
         yield f"about {duration(total)} in all on this machine, as it is now"
+
+
+def _sources(pipeline: Pipeline) -> Iterator[str]:
+    """Say what each source of the mix is expected to hold, and what is not there yet."""
+    for name, source in stage_options(pipeline, "mix").items():
+        expect = source.expect if isinstance(source.expect, dict) else {"": source.expect}
+        known = None not in expect.values()
+        holds = f"{sum(expect.values()):,} records expected" if known else "as many records as it holds"
+        lacking = [each for each in (source.path, source.images) if each and not _there(each)]
+        yield f"    {name}: {holds}" + (f"; not there yet: {', '.join(lacking)}" if lacking else "")
+
+
+def _there(location: str) -> bool:
+    return any(mark in location for mark in "*?[{") or paths.exists(location)
 
 
 def _cost(pipeline: Pipeline, stage: str, sizes: dict[str, int]) -> Cost | None:

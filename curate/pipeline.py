@@ -130,7 +130,7 @@ def load(
         if table not in TABLES:
             raise unknown(f"table of {path.name}", table, TABLES)
     pipeline = Pipeline(path, place, tables, list(settings))
-    for stage in CORESET:
+    for stage in (*CORESET, "mix"):
         if stage in tables:
             stage_options(pipeline, stage)
     for key in tables.get("data", {}):
@@ -155,7 +155,21 @@ def stage_options(pipeline: Pipeline, stage: str, **changes: Any) -> Any:
     """Build the options object of a curation stage from its table; every key is checked."""
     beside = BESIDE.get(stage, ())
     table = {key: value for key, value in pipeline.tables[stage].items() if key not in beside} | changes
+    if stage == "mix":
+        from curate.mix import MixOptions, build_sources
+
+        return build_sources(options.build(MixOptions, table, stage))
     return options.build(_kind(stage), table, stage)
+
+
+def check_trainer(pipeline: Pipeline, only: str | None = None) -> None:
+    """Have the trainer check its tables, where any of its stages is to run. Raises: UsageError in its words."""
+    if not set(pipeline.stages(only)) & set(TRAINER):
+        return
+    words = [sys.executable, "-m", "train", "check", "--config", str(pipeline.path), *_trainer_settings(pipeline)]
+    ended = subprocess.run(words, check=False, capture_output=True, text=True)
+    if ended.returncode:
+        raise UsageError(ended.stderr.strip().splitlines()[-1].removeprefix("error: "))
 
 
 def _kind(stage: str) -> type[Any]:
@@ -200,8 +214,11 @@ def trainer_command(pipeline: Pipeline, stage: str) -> list[str]:
         words += [place("finetune" if "finetune" in pipeline.tables else "align"), "--out", place("export")]
     else:
         words += _questions(pipeline, data)
-    words += ["--config", str(pipeline.path)]
-    return words + [f"--set={setting}" for setting in pipeline.settings if setting.split(".")[0] in TRAINER]
+    return [*words, "--config", str(pipeline.path), *_trainer_settings(pipeline)]
+
+
+def _trainer_settings(pipeline: Pipeline) -> list[str]:
+    return [f"--set={setting}" for setting in pipeline.settings if setting.split(".")[0] in TRAINER]
 
 
 def describe(stage: str, manifest: dict[str, Any]) -> str:
@@ -238,6 +255,7 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
     Raises: what the stages raise; CurateError with exit code 1 when a trainer stage fails.
     """
     made: dict[str, Any] = {}
+    check_trainer(pipeline, only)
     for stage in pipeline.stages(only):
         echo(f"\n▸ {shown_command(pipeline, stage)}")
         if stage in TRAINER:
@@ -395,6 +413,9 @@ def shown_command(pipeline: Pipeline, stage: str) -> str:
         "report": pipeline.out,
         "mix": str(pipeline.path),
     }[stage]
+    if stage == "mix":
+        flags = [f"--set={setting}" for setting in pipeline.settings if setting.startswith("mix.")]
+        return shlex.join(["curate", "mix", between, place(stage), *flags])
     flags = [
         f"--{key.replace('_', '-')}={value}"
         for key, value in pipeline.tables[stage].items()

@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from curate import pipeline
+from curate import estimate, pipeline
 from curate.errors import UsageError
 from house import CLIP, ROOT, curate, fingerprint
 
@@ -60,6 +60,22 @@ def test_settings_and_tables_are_checked_before_anything_runs(plan, tmp_path):
     ]:
         with pytest.raises(UsageError, match=word.replace("(", r"\(")):
             pipeline.load(str(plan), None, settings=[setting])
+
+
+def test_the_mix_and_the_trainers_tables_are_checked_too():
+    for setting, word in [("mix.shufle=true", "did you mean 'shuffle'"), ("mix.sources.text.cap=-1", "negative")]:
+        with pytest.raises(UsageError, match=word):
+            pipeline.load("demo", None, settings=[setting])
+    plan = pipeline.load("demo", None, settings=["align.lrr=1"])
+    pipeline.check_trainer(plan, "coreset")  # none of its stages, so none of its business
+    with pytest.raises(UsageError, match="did you mean 'lr'"):
+        pipeline.check_trainer(plan)
+
+
+def test_the_dry_run_of_a_mix_says_what_it_expects_and_what_is_missing():
+    told = list(estimate.lines(pipeline.load("mix_665k", "o", settings=["mix.seed=3"]), None))
+    assert told[0].startswith("▸ curate mix ") and told[0].endswith("mix_665k.toml o/mix --set=mix.seed=3")
+    assert "665,298 records expected; not there yet: data/llava_v1_5_mix665k.json, data/images" in told[1]
 
 
 def test_a_pool_takes_the_place_of_the_demos():

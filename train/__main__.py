@@ -171,11 +171,11 @@ def evaluate(
         _show_scores(results, options, as_json)
         return
     show = options.show if show is None else show
-    _answer_records(model, str(data), images, out, dataclasses.replace(options, show=show), as_json)
+    _answer_records(model, str(data), images, out, dataclasses.replace(options, show=show), overwrite, as_json)
 
 
 def _answer_records(
-    model: Path, data: str, images: str | None, out: Path, options: configuration.Eval, as_json: bool
+    model: Path, data: str, images: str | None, out: Path, options: configuration.Eval, overwrite: bool, as_json: bool
 ) -> None:
     from train.evaluate import evaluate as answer_all
 
@@ -187,6 +187,7 @@ def _answer_records(
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or 64,
         limit=options.limit,
+        overwrite=overwrite,
     )
     if as_json:
         _show(summary, True)

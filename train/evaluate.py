@@ -5,12 +5,15 @@ it. Output: one JSON line a question, and accuracies. Two rules: exact match aft
 records with `task` "caption" and a `concept` word, that the first word of the answer which is any record's concept is
 this record's (source of the rule: a caption may say more than its concept, and only the concept is judged).
 Beside accuracy stands the perplexity of the true answers, each token given those before it.
+
+    OUT.jsonl           the answers            OUT.manifest.json   the request and the result, written last
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import re
 from collections import defaultdict
@@ -19,10 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train import runs
+from train.answers import digest_weights
 from train.data import Source, decode_image, open_source
 from train.errors import UsageError
 from train.generate import Speaker, load_speaker
 from train.prompts import Rejected, Turn, parse
+
+log = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,21 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 64,
     limit: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write an answer a line to `out`; return accuracies, overall and by task, and what was skipped."""
+    """Write an answer a line to `out`; return accuracies, overall and by task, and what was skipped.
+
+    Answers that stand there already for the same model, data and options are not given again.
+    """
     source = open_source(data, images)
+    request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": runs.digest_data(data)}
+    request |= {"max_new_tokens": max_new_tokens, "limit": limit}
+    record = out.with_name(f"{out.stem}.manifest.json")
+    if record.is_file() and out.is_file() and not overwrite:
+        found = runs.read_json(record)
+        if found.get("request") == request:
+            log.info("%s stands already; nothing to do (--overwrite answers again)", out)
+            return {**found["result"], "answers": str(out)}
     questions, skipped = collect(source, limit)
     if not questions:
         raise UsageError(f"--data {data}: no question with an answer in it")
@@ -68,8 +87,11 @@ def evaluate(
     for batch in batches(questions, batch_size):
         rows += _answer(speaker, source, batch, concepts, max_new_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return {**summarise(rows), "skipped": skipped, "answers": str(out)}
+    result = {**summarise(rows), "skipped": skipped}
+    runs.write_json(record, {"format": runs.FORMAT, "request": request, "result": result})
+    return {**result, "answers": str(out)}
 
 
 def collect(source: Source, limit: int = 0) -> tuple[list[Question], int]:

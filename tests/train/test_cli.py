@@ -37,9 +37,14 @@ def test_the_road_from_shards_to_an_answer(world, tmp_path, capfd):
     assert code == 2 and err.count("\n") == 1 and "stage.steps = 6, not 7" in err and "--overwrite" in err
     assert call(capfd, "export", tuned, "--out", model, *config)[0] == 0
     data = world / "llava" / "data.json"
-    code, out, _ = call(capfd, "eval", model, "--data", data, "--out", tmp_path / "a.jsonl", "--show", 2, "--limit", 5)
+    words = ("eval", model, "--data", data, "--out", tmp_path / "a.jsonl", "--show", 2)
+    code, out, _ = call(capfd, *words, "--limit", 5)
     assert code == 0 and out.count("truth") == 2 and "all" in out
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 5
+    stamp = (tmp_path / "a.jsonl").stat().st_mtime_ns
+    assert call(capfd, *words, "--limit", 5)[:2] == (0, out), "what stands already is shown again"
+    assert (tmp_path / "a.jsonl").stat().st_mtime_ns == stamp
+    assert call(capfd, *words, "--limit", 4)[0] == 0 and len((tmp_path / "a.jsonl").read_text().splitlines()) == 4
     (tmp_path / "x.jpg").write_bytes(picture("red", True, 0))
     words = ("generate", model, "--image", tmp_path / "x.jpg", "--prompt", "what colour is it ?", "--json")
     assert "answer" in json.loads(call(capfd, *words)[1])
