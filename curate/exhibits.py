@@ -3,14 +3,12 @@
 Arrays are scalar columns, one shard at a time; charts come back as SVG that escapes its own texts.
 """
 
-import platform
-import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from curate import charts, paths, shards, store
+from curate import charts, making, paths, store
 
 PACE = {"tokens_per_s": "tokens/s", "mfu": "MFU", "peak_memory_gb": "GB at the peak"}
 
@@ -83,7 +81,7 @@ def losses(runs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for name, place in runs.items():
         entries = [
             entry
-            for entry in _lines(paths.join(place, "metrics.jsonl"))
+            for entry in making.entries(paths.join(place, "metrics.jsonl"))
             if isinstance(entry.get("loss"), int | float) and isinstance(entry.get("step"), int)
         ]
         if len(entries) < 2:
@@ -98,7 +96,7 @@ def losses(runs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
             charts.Line("loss of each step", steps[thin], loss[thin].tolist(), "all"),
             charts.Line(f"mean of {width} steps", steps[thin], smooth[thin].tolist(), "kept"),
         ]
-        facts = {key: float(np.median(found)) for key in PACE if (found := _numbers(entries, key))}
+        facts = {name: float(np.median(found)) for key, name in PACE.items() if (found := _numbers(entries, key))}
         chart = charts.curves(lines, f"loss of {name} by step", from_zero=True)
         yield {
             "name": name,
@@ -110,34 +108,12 @@ def losses(runs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         }
 
 
-def training(runs: Mapping[str, str], out: str) -> Iterator[dict[str, str]]:
-    """Write the command of each training run, with its model, as its manifest (or, unfinished, its plan) has them."""
-    for place in runs.values():
-        found = next(
-            (paths.join(place, n) for n in (store.MANIFEST, store.PLAN) if paths.exists(paths.join(place, n))), None
-        )
-        manifest = store.load_json(found) if found else {}
-        request = manifest.get("request", {})
-        words = ["python", "-m", "train", str(request.get("command", "finetune"))]
-        for option in ("data", "images", "align"):
-            if isinstance(value := request.get("inputs", {}).get(option), str) and value:
-                words += [f"--{option}", paths.relative(paths.resolve(value, place), paths.parent(out))]
-        words += ["--config", "PIPELINE.toml", "--out", paths.relative(place, paths.parent(out))]
-        model = request.get("model", {})
-        facts = {key: model.get(key) for key in ("tower", "lm", "template")} | manifest.get("versions", {})
-        account = [f"{key} {value}" for key, value in facts.items() if value]
-        yield {
-            "command": shlex.join(words),
-            "account": " · ".join([*account, "" if found else "no manifest yet"]).strip(" ·"),
-        }
-
-
 def scores(evals: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Read what a trained model was asked: its accuracy by task, and some answers beside the truth."""
     for name, place in evals.items():
         tasks: dict[str, list[bool]] = {}
         examples: list[Mapping[str, Any]] = []
-        for entry in _lines(paths.join(place, "answers.jsonl")):
+        for entry in making.entries(paths.join(place, "answers.jsonl")):
             if isinstance(entry.get("right"), bool):
                 found = tasks.setdefault(str(entry.get("task") or "all"), [])
                 found.append(entry["right"])
@@ -162,16 +138,6 @@ def is_benchmark(place: str) -> bool:
     return all(paths.exists(paths.join(place, name)) for name in ("answers.jsonl", store.MANIFEST))
 
 
-def _lines(location: str) -> Iterator[Mapping[str, Any]]:
-    """Read the objects of a JSON lines file; a line torn by a kill is passed over."""
-    if paths.exists(location):
-        with paths.open_read(location) as file:
-            for line in file:
-                entry = shards.read_json(line)
-                if isinstance(entry, Mapping):
-                    yield entry
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -180,58 +146,8 @@ def _numbers(entries: list[Mapping[str, Any]], key: str) -> list[float]:
     return [float(entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
 
 
-def provenance(artefact: store.Artefact, out: str) -> dict[str, Any]:
-    """Write the command that made an artefact, places as seen from the page."""
-    here = paths.parent(out)
-    inputs = [paths.relative(artefact.input_path(name), here) for name in artefact.manifest["inputs"]]
-    words = ["curate", artefact.command, *inputs[:1], paths.relative(artefact.directory, here)]
-    for key, value in artefact.manifest.get("options", {}).items():
-        if key == "steps":
-            words += [f"--step={step}" for step in value]
-        elif artefact.command != "mix" and value not in ("", None) and not isinstance(value, list | dict):
-            words.append(f"--{key.replace('_', '-')}={value}")
-    if artefact.command == "select":  # its steps say all that a recipe would
-        words = [word for word in words if not word.startswith("--recipe")]
-    counts = {key: value for key, value in artefact.manifest.get("counts", {}).items() if isinstance(value, int)}
-    return {
-        "command": shlex.join(words),
-        "verb": artefact.command,
-        "counts": counts,
-        "digest": artefact.digest,
-        "device": artefact.manifest.get("device", ""),
-        "failed": artefact.manifest.get("failed", {}),
-        "gone": artefact.manifest.get("gone", []),
-    }
-
-
-def select_words(selection: store.Artefact, out: str) -> list[str]:
-    """Write the beginning of a select that differs in its steps alone, places as seen from the page."""
-    [source] = (name for name in selection.manifest["inputs"] if name in ("clusters", "embeddings"))
-    here = paths.parent(out)
-    words = ["curate", "select", paths.relative(selection.input_path(source), here)]
-    words.append(paths.relative(selection.directory, here) + "-moved")
-    seed = selection.manifest["options"].get("seed")
-    return [shlex.quote(word) for word in (*words, *([f"--seed={seed}"] if seed else []))]
-
-
 def bad_counts(embedded: store.Artefact | None) -> dict[str, int]:
     """Count the unusable rows by status, the most frequent first."""
     counts = embedded.manifest.get("counts", {}) if embedded is not None else {}
     found = {name: int(counts[name]) for name in store.STATUSES if name != "ok" and counts.get(name)}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def speeds(chain: list[store.Artefact]) -> Iterator[dict[str, Any]]:
-    """Read how fast each stage ran from the logs beside the artefacts."""
-    for artefact in chain:
-        for entry in _lines(artefact.path(store.LOG)):
-            if entry.get("seconds") and entry.get("rows"):
-                yield {**entry, "rate": entry["rows"] / entry["seconds"]}
-
-
-def versions(chain: list[store.Artefact]) -> dict[str, str]:
-    """Gather the versions that the stages recorded."""
-    found = {"python": platform.python_version()}
-    for artefact in chain:
-        found |= {name: str(version) for name, version in artefact.manifest.get("versions", {}).items()}
-    return found

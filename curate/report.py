@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from curate import clustermap, engine, exhibits, movable, paths, shards, store, trials
+from curate import clustermap, engine, exhibits, making, movable, paths, shards, store, trials
 from curate.errors import UsageError
 from curate.gallery import Gallery
 
@@ -63,9 +63,10 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
         "title": options.title or paths.name(paths.local(directory)),
         "found": found,
         "troubles": troubles,
-        "chain": [exhibits.provenance(artefact, out) for artefact in found.chain],
-        "speeds": list(exhibits.speeds(found.chain)),
-        "versions": exhibits.versions(found.chain),
+        "chain": [making.provenance(artefact, out) for artefact in found.chain],
+        "speeds": list(making.speeds(found.chain)),
+        "versions": making.versions(found.chain),
+        "typed": making.typed(found.chain),
         "funnel": None,
         "figures": [],
         "select_words": [],
@@ -74,7 +75,7 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
         "mixture": exhibits.mixture(found.mixed),
         "losses": list(exhibits.losses(found.runs)),
         "scores": list(exhibits.scores(found.evals)),
-        "runs": list(exhibits.training(found.runs, out)),
+        "runs": list(making.training(found.runs, out)),
         "trials": trials.exhibit(found.ablation) if found.ablation else None,
         "looked": _looked(gallery, found),
         "others": list(_comparison(found)),
@@ -84,7 +85,7 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
         context |= {
             "funnel": exhibits.funnel(funnel),
             "figures": list(movable.figures(funnel)),
-            "select_words": exhibits.select_words(found.selection, out),
+            "select_words": making.select_words(found.selection, out),
         }
     if found.clusters is not None:
         context["sizes"] = clustermap.exhibit(found.clusters, found.selection)

@@ -9,6 +9,8 @@ nothing that differs between two runs of the same request: times and speeds go t
 import hashlib
 import importlib.metadata
 import json
+import shlex
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -239,11 +241,17 @@ class Output:
         return self.manifest
 
     def log(self, **entry: Any) -> None:
-        """Append a line to `log.jsonl`: speeds, times, workers; never part of the artefact's identity."""
+        """Append a line to `log.jsonl`: times, speeds, workers, what was typed; no part of the artefact's identity."""
         if paths.is_remote(self.directory):
             return
         with open(paths.local(self.path(LOG)), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry}) + "\n")
+            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry, **_typed()}) + "\n")
+
+
+def _typed() -> dict[str, str]:
+    """Return the command line that this process was started with, where it is one of ours."""
+    ours = paths.name(sys.argv[0]) == "curate" or sys.argv[0].endswith("curate/__main__.py")
+    return {"typed": shlex.join(["curate", *sys.argv[1:]])} if ours else {}
 
 
 def open_output(

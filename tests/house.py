@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,21 @@ def manifest(directory):
 
 
 CLIP = f"local-dir:{ROOT / 'pipelines' / 'demo' / 'clip'}"
+
+
+def parse(line):
+    """Parse a command line by the verbs' own signatures, without carrying it out; returns the verb and its values."""
+    import typer
+
+    words = shlex.split(line)
+    if words[:3] == ["python", "-m", "train"] or words[0] == "torchrun":
+        from train.__main__ import app
+
+        words = words[words.index("train") :]
+    else:
+        assert words[0] == "curate", line
+        from curate.cli import app
+    group = typer.main.get_command(app)
+    context = group.make_context(words[0], words[1:])
+    name, verb, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+    return name, verb.make_context(name, rest, parent=context).params

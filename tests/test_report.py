@@ -1,7 +1,9 @@
+import html
 import io
 import json
 import re
 import shutil
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from curate.errors import UsageError
 from curate.mix import mix
 from curate.report import ReportOptions, report
 from curate.selection import SelectOptions, select
-from house import ROOT
+from house import ROOT, curate, fingerprint, parse
 
 QUIET = Job(workers=1, quiet=True)
 PAIRS = Path(__file__).parents[2] / "shared" / "data" / "pairs"
@@ -143,6 +145,30 @@ def test_a_mix_and_a_training_run_are_shown(tmp_path):
     assert "100.0 %" in "".join(found.words)
     with pytest.raises(UsageError, match="nothing that curate made"):
         report(str(tmp_path / "pool"), str(tmp_path / "x.html"), ReportOptions(), QUIET)
+
+
+def test_the_commands_on_the_page_are_commands(tmp_path):
+    home = tmp_path / "out"
+    emb = write_embeddings(home / "embeddings", write_pool(home / "pool", ["a"], 40))
+    cluster(emb, str(home / "clusters"), ClusterOptions(k=2), QUIET)
+    curate("select", home / "clusters", home / "selection", "--step", "sample(30)")
+    emit(str(home / "selection"), str(home / "coreset"), EmitOptions(), QUIET)
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+    (home / "text.json").write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(9)]))
+    table = {"text_share": 0.5, "total": 20, "sources": {"a": {"path": str(home / "coreset"), "cap": 30}}}
+    table["sources"]["b"] = {"path": str(home / "text.json"), "repeat": 2}
+    mix(table, str(home / "mix"), QUIET)
+    text, found = page(home, home / "r.html")
+    lines = [html.unescape(line) for line in re.findall(r"<pre>((?:curate|python) .*?)</pre>", text, flags=re.S)]
+    assert [parse(line)[0] for line in lines] == ["embed", "cluster", "select", "emit", "mix"]
+    typed = [html.unescape(line) for line in re.findall(r'<pre class="typed">(.*?)</pre>', text, flags=re.S)]
+    assert typed == [f"curate select {home}/clusters {home}/selection --step 'sample(30)'"]
+    [toml] = [html.unescape(t) for t in re.findall(r"TABLE.toml</summary><pre>(.*?)</pre>", text, flags=re.S)]
+    read = tomllib.loads(toml)["mix"]
+    assert read["sources"]["a"] == {"path": "coreset", "cap": 30} and read["sources"]["b"]["repeat"] == 2
+    (home / "table.toml").write_text(toml)
+    curate("mix", "table.toml", "again", cwd=home)
+    assert fingerprint(home / "again") == {k.replace("mix/", "again/"): v for k, v in fingerprint(home / "mix").items()}
 
 
 def test_without_its_pool_the_page_says_so(tmp_path):
