@@ -26,8 +26,8 @@ from train.errors import UsageError, did_you_mean
 class Model:
     """A vision tower, a language model, and how they meet.
 
-    tower, lm: hub id, local folder with weights, or folder with only a config.json (then `*_weights = "fresh"`);
-    tower may also be an open_clip `local-dir:FOLDER` that holds a plain ViT.
+    tower, lm: hub id (or ID@REVISION), local folder with weights, or folder with only a config.json (then `*_weights =
+    "fresh"`); tower may also be an open_clip `local-dir:FOLDER` that holds a plain ViT, or a file with an EVA02-CLIP-L.
     """
 
     tower: str = ""
@@ -38,6 +38,9 @@ class Model:
     image: Literal["square", "pad"] = "square"  # pad: fill to a square with the mean colour before resizing
     feature_layer: int = -2  # index into the tower's hidden states; LLaVA and Bunny take the last but one
     feature_strategy: Literal["auto", "default", "full"] = "auto"  # default drops the first (class) token
+    scales: int = 1  # S²: also see the image at 2, 3, … times the tower's size, in tiles; Bunny v1.1 takes 3
+    lm_head_bias: Literal["fold", "drop"] = "fold"  # of Phi's head; drop: Bunny's class has none, so it was lost there
+    scale_features: bool = False  # times sqrt(hidden_size): what transformers before 5.4 did to Gemma's image features
     template: str = "vicuna"
     image_token: str = "<image>"
     max_length: int = 2048
@@ -233,5 +236,6 @@ def _check(config: Config) -> None:
     for key, least in (("batch_size", 1), ("max_new_tokens", 0), ("limit", 0), ("tolerance", 0)):
         if getattr(config.eval, key) < least:
             raise UsageError(f"eval.{key} = {getattr(config.eval, key)!r} must be at least {least}")
-    if config.model.max_length <= 0:
-        raise UsageError(f"model.max_length = {config.model.max_length} must be greater than 0")
+    for key in ("max_length", "scales"):
+        if getattr(config.model, key) <= 0:
+            raise UsageError(f"model.{key} = {getattr(config.model, key)} must be greater than 0")

@@ -21,7 +21,7 @@ from torch import Tensor
 from train import checkpoint
 from train.chat import chat_template
 from train.errors import TrainError, UsageError
-from train.model import Composed, compose
+from train.model import Composed, compose, fold_feature_scale
 from train.prompts import Encoder
 from train.runs import read_json, relative, write_json
 from train.stages import load_options, make_encoder
@@ -49,6 +49,7 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False) -> dict
     if composed.fingerprint != manifest["result"]["fingerprint"]:
         raise TrainError(f"the weights of {model.tower} or {model.lm} have changed since {run} was trained")
     merge_trained(composed.model, checkpoint.load_trained(run), stage.lora_alpha / stage.lora_rank)
+    fold_feature_scale(composed.model, composed.feature_scale)
     encoder = make_encoder(composed, model, stage)
     write_folder(composed, encoder, out, DTYPES[dtype])
     finish_folder(out, record)

@@ -7,7 +7,8 @@ nothing for padding. With T tokens, T_sup supervised ones, P weights of linear l
     its attention    6 L d T^2 a document: forward and backward, causal
     logits           4 d V T_sup, 6 where the head learns
     projector        6 P T_image
-    tower            2 P T_tower + 4 L d T_tower^2 an image, three times that where it learns, 0 with cached features
+    tower            2 P T_tower + 4 L d T_tower^2 an image (each of its tiles with S²), three times that where it
+                     learns, 0 with cached features
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ class Cost:
         learns = 6 if stage.tune == "full" else 4
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        seen = (vision.image_size // vision.patch_size) ** 2 + int(vision.has_class_token)
+        one = getattr(tower, "tower_config", tower)  # of the tiles, where the tower stands behind several scales
+        first = int(vision.has_class_token) + getattr(tower, "tokens_skipped", 0)
+        seen = (vision.image_size // vision.patch_size) ** 2 + first
         blocks = composed.feature_index
-        forward = 2 * _weights(inner.vision_tower, without=HEADS) * seen + 4 * blocks * tower.hidden_size * seen**2
+        forward = 2 * _weights(inner.vision_tower, without=HEADS) * seen + 4 * blocks * one.hidden_size * seen**2
+        forward *= getattr(tower, "num_tiles", 1)
         return cls(
             token=learns * _weights(inner.language_model, without=("lora_",))
             + 6 * _weights(inner.language_model, only="lora_"),

@@ -16,6 +16,7 @@ import torch
 from train.data import decode_image
 from train.errors import UsageError
 from train.prompts import Rejected, Turn, to_messages
+from train.published import register_own_classes
 
 log = logging.getLogger("train")
 
@@ -78,17 +79,22 @@ class Speaker:
 
 def load_speaker(folder: Path) -> Speaker:
     """Load an exported folder on the GPU where there is one.  Raises: UsageError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # bf16 products are slow on most CPUs.
+    model, processor = load_native(folder, "auto" if device.type == "cuda" else torch.float32)
+    processor.tokenizer.padding_side = "left"
+    return Speaker(model.to(device).eval(), processor, device)
+
+
+def load_native(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    """Load an exported folder and its processor, the towers of our own among them.  Raises: UsageError."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # bf16 products are slow on most CPUs.
-    dtype = "auto" if device.type == "cuda" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    processor.tokenizer.padding_side = "left"
-    return Speaker(model, processor, device)
+    register_own_classes()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    return model, AutoProcessor.from_pretrained(folder)
 
 
 def read_image(path: str) -> Any:

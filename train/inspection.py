@@ -11,7 +11,7 @@ from train.batches import Plan
 from train.config import Config, Stage
 from train.data import encode, measure, open_source
 from train.errors import DataError
-from train.model import load_tokenizer
+from train.language import load_tokenizer
 from train.prompts import Encoded, Encoder, Rejected
 from train.stages import stage_template
 from train.tower import describe_tower
@@ -22,10 +22,10 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 def describe(config: Config, stage_name: str, data: str, images: str | None, num: int, colour: bool) -> Iterator[str]:
     """Yield a paragraph a sample, then one on lengths, shares and packing.  Raises: UsageError, DataError."""
     stage: Stage = getattr(config, stage_name)
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.lm)
+    tokenizer = load_tokenizer(config.model)
     if tokenizer.convert_tokens_to_ids(config.model.image_token) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [config.model.image_token]})
-    tokens = describe_tower(config.model).tokens_per_image
+    tokens = describe_tower(config.model)[1].tokens_per_image
     encoder = Encoder(tokenizer, stage_template(config.model, stage), config.model.image_token, tokens)
     source = open_source(data, images)
     for index in range(min(num, len(source))):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 from train import attention
 from train.config import Model, Stage
 from train.errors import UsageError
-from train.tower import HEADS, Vision, cannot_load, feature_layer_index, features, load_tower, read_config, trim
+from train.language import add_image_token, load_lm, load_tokenizer, read_lm_config, room_for, shrunk
+from train.published import known_words
+from train.tower import EVA, HEADS, MULTISCALE, Vision, describe_tower, feature_layer_index, features, load_tower, trim
 
 LOGIT_CHUNK = 1 << 25  # elements of one slice of logits: 128 MB in fp32
+OWN_TOWERS = {EVA: "the EVA02-CLIP tower", MULTISCALE: "a tower behind several scales (S²)"}
 log = logging.getLogger("train")
 
 
@@ -36,6 +40,7 @@ class Composed:
     image_token: str
     fingerprint: str  # of the tower's and the language model's weights as loaded
     feature_index: int
+    feature_scale: float = 1.0  # on projected features while training; an export folds it into the projector
 
     @property
     def image_id(self) -> int:
@@ -48,22 +53,14 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
 
     The projector is drawn from `options.seed` as torch draws linear layers (as LLaVA does).  Raises: UsageError.
     """
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     tower, vision = load_tower(options, dtype)
-    lm = _load_lm(options, dtype)
-    tokenizer = load_tokenizer(options.tokenizer or options.lm)
-    image_id = _image_token(lm, tokenizer, options.image_token)
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=lm.config,
-        image_token_index=image_id,
-        image_seq_length=vision.tokens_per_image,
-        vision_feature_layer=options.feature_layer,
-        vision_feature_select_strategy=vision.strategy,
-        tie_word_embeddings=bool(lm.config.tie_word_embeddings),
-    )
+    tokenizer = load_tokenizer(options)
+    lm = load_lm(options, tokenizer, dtype)
+    image_id = add_image_token(lm, tokenizer, options.image_token)
+    config = _native_config(options, tower.config, lm.config, vision, image_id)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower
@@ -72,77 +69,107 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
         torch.manual_seed(options.seed)
         model.model.multi_modal_projector = LlavaMultiModalProjector(config)
     head = lm.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        # Also dropped by Bunny (bunny_phi.py: bias=False), so its Phi models are reproduced as they are.
-        log.info("the language model's lm_head.bias is dropped: the llava class has none")
     model.lm_head.weight = head.weight
+    if getattr(head, "bias", None) is not None:
+        place_head_bias(model, head.bias, options.lm_head_bias)
     index = feature_layer_index(options.feature_layer, tower.config.num_hidden_layers)
     model.requires_grad_(False).eval()
     leftover = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     assert not leftover, leftover
-    return Composed(model, tokenizer, vision, options.image_token, _fingerprint(model), index)
+    if limits(config):
+        log.warning("%s", limits(config))
+    scale = math.sqrt(lm.config.hidden_size) if options.scale_features else 1.0
+    return Composed(model, tokenizer, vision, options.image_token, _fingerprint(model), index, scale)
 
 
-def _load_lm(options: Model, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+def blueprint(options: Model) -> tuple[Any, Vision]:
+    """Build the model on the meta device, from descriptions alone: no weights, and no hub for published models.
 
-    attention.register()
-    config = read_config(options.lm, "model.lm")
-    if options.shrink:
-        config = _shrunk(config)
-    if options.shrink or options.lm_weights == "fresh":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed + 1)
-            lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=options.attention)
+    Raises: UsageError.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    options = replace(options, tower_weights="fresh", lm_weights="fresh")
+    tower_config, vision = describe_tower(options)
+    lm_config = read_lm_config(options)
+    words = known_words(options.tokenizer or options.lm)
+    if options.shrink or words is None:
+        tokenizer = load_tokenizer(options)
+        lm_config = shrunk(lm_config, tokenizer) if options.shrink else lm_config
+        known = tokenizer.convert_tokens_to_ids(options.image_token)
+        image_id = len(tokenizer) if known in (None, tokenizer.unk_token_id) else known
     else:
-        try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                options.lm, dtype=dtype, attn_implementation=options.attention, trust_remote_code=False
+        image_id = words.size
+    lm_config.vocab_size = room_for(image_id, lm_config.vocab_size)
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(_native_config(options, tower_config, lm_config, vision, image_id)), vision
+
+
+def _native_config(options: Model, tower_config: Any, lm_config: Any, vision: Vision, image_id: int) -> Any:
+    from transformers import LlavaConfig
+
+    return LlavaConfig(
+        vision_config=tower_config,
+        text_config=lm_config,
+        image_token_index=image_id,
+        image_seq_length=vision.tokens_per_image,
+        vision_feature_layer=options.feature_layer,
+        vision_feature_select_strategy=vision.strategy,
+        tie_word_embeddings=bool(lm_config.tie_word_embeddings),
+    )
+
+
+def limits(config: Any) -> str:
+    """Say in one line what cannot be done with a model of this configuration, or "" where everything can."""
+    own = OWN_TOWERS.get(config.vision_config.model_type)
+    if own is None:
+        return ""
+    return (
+        f"{own} is no class of transformers: export writes a folder that `python -m train generate`, `eval` and "
+        "`merge` read, which is not native llava-hf (vLLM and plain transformers refuse it), and no --parts"
+    )
+
+
+def place_head_bias(model: Any, bias_v: Tensor, how: str) -> None:
+    """Fold the bias of a language model's head into the head's weight and the norm before it, or drop it.
+
+    The llava class has a head without bias. Behind a layer norm that is no loss: z = w n + c, where n has mean zero, so
+    u z with u = 1/w is the constant u c, and W + b u/(u c) gives W z + b. First c is moved by w, which makes that
+    constant about the width and so keeps the sum exact in bf16.
+    Raises: UsageError where the norm does not allow it.
+    """
+    if not bool(bias_v.any()):
+        return
+    if how == "drop":
+        log.info("the language model's lm_head.bias is dropped, as in Bunny (model.lm_head_bias)")
+        return
+    norm: Any = getattr(model.model.language_model, "final_layernorm", None)
+    layered = isinstance(norm, nn.LayerNorm) and norm.bias is not None and not model.config.tie_word_embeddings
+    if not layered or float(norm.weight.detach().abs().min()) < 1e-3:
+        raise UsageError('the language model\'s lm_head.bias cannot be folded; set model.lm_head_bias = "drop"')
+    bias_v = nn.functional.pad(bias_v, (0, len(model.lm_head.weight) - len(bias_v)))  # rows of added tokens
+    with torch.no_grad():
+        w_d, head_vd = norm.weight.double(), model.lm_head.weight
+        moved_d = norm.bias.double() + w_d
+        norm.bias.copy_(moved_d)
+        u_d = 1 / w_d
+        # Of the values as they are stored, so that rounding the moved bias costs nothing.
+        constant = float(u_d @ norm.bias.double())
+        shift_d = norm.bias.double() - (moved_d - w_d)
+        for rows in torch.split(torch.arange(len(head_vd)), 4096):
+            part = head_vd[rows].double()
+            head_vd[rows] = (part + torch.outer((bias_v[rows].double() - part @ shift_d) / constant, u_d)).to(
+                head_vd.dtype
             )
-        except (OSError, ValueError) as error:
-            raise UsageError(cannot_load(options.lm, "model.lm", error)) from None
-    lm.config.architectures = [type(lm).__name__]  # other readers of llava-hf build the language model from it
-    return lm
+    log.info("the language model's lm_head.bias is folded into its head and last norm, which changes no logit")
 
 
-def _shrunk(config: Any) -> Any:
-    values = {**config.to_dict(), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    values |= {"num_attention_heads": 4, "num_key_value_heads": 2 if config.num_key_value_heads else None}
-    if "head_dim" in values:
-        values["head_dim"] = 8
-    for name in ("layer_types", "rope_scaling"):
-        values.pop(name, None)
-    return type(config).from_dict(values)
-
-
-def load_tokenizer(source: str) -> Any:
-    """Load a tokenizer without running code of its own, with a pad token.  Raises: UsageError."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(cannot_load(source, "model.tokenizer", error)) from None
-    if not tokenizer.is_fast:
-        raise UsageError(f"the tokenizer of {source!r} has no fast form (tokenizer.json), which labels are built on")
-    if tokenizer.pad_token is None:  # only generation pads by id; training goes by lengths, so eos is safe
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
-def _image_token(lm: Any, tokenizer: Any, token: str) -> int:
-    """Return the id of the image token: one the tokenizer has, a spare row of the embedding, or else a new row."""
-    from tokenizers import AddedToken
-
-    known = tokenizer.convert_tokens_to_ids(token)
-    if known is None or (known == tokenizer.unk_token_id and token != tokenizer.unk_token):
-        tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(token, normalized=False, special=True)]})
-        known = tokenizer.convert_tokens_to_ids(token)
-    rows = lm.get_input_embeddings().num_embeddings
-    if known >= rows:
-        log.info("the language model has no spare row for %s: its embedding grows from %d rows", token, rows)
-        lm.resize_token_embeddings(known + 1, pad_to_multiple_of=64 if rows % 64 == 0 else None, mean_resizing=False)
-    return int(known)
+def fold_feature_scale(model: Any, factor: float) -> None:
+    """Multiply the projector's last layer, and so the image features, by a factor."""
+    last = model.model.multi_modal_projector.linear_2
+    with torch.no_grad():
+        last.weight.mul_(factor)
+        last.bias.mul_(factor)
 
 
 def _fingerprint(model: Any) -> str:
@@ -248,7 +275,7 @@ def hidden_states(
     inner = composed.model.model
     embeds = inner.language_model.get_input_embeddings()(ids_bl)
     if feats is not None:
-        projected = inner.multi_modal_projector(feats.to(_projector_dtype(inner)))
+        projected = inner.multi_modal_projector(feats.to(_projector_dtype(inner))) * composed.feature_scale
         where = (ids_bl == composed.image_id).unsqueeze(-1)
         embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
     with attention.apart(documents, ids_bl.device):

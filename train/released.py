@@ -4,8 +4,8 @@ In: a folder (or one file) of safetensors, or of `pytorch_model*.bin`, which is 
 tokenizer, the configurations and the image preparation are those that `[model]` names. Out: an llava-hf folder, as
 `export` writes it. Three families of names are known:
 
-    Bunny, LLaVA    model.vision_tower.vision_tower.[vision_model.]… · model.mm_projector.{0,2} ·
-                    model.{embed_tokens,layers,norm,final_layernorm} · lm_head
+    Bunny, LLaVA    model.vision_tower.vision_tower.[vision_model.]… (model.… for EVA02-CLIP, under the names of its
+                    authors) · model.mm_projector.{0,2} · model.{embed_tokens,layers,norm,final_layernorm} · lm_head
     llava-hf        vision_tower.[vision_model.]… · multi_modal_projector.linear_{1,2} · language_model.{model,lm_head}
                     (LLaVA-Gemma was published in these)
 
@@ -19,26 +19,27 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train.config import Config
 from train.errors import CheckpointError, UsageError
 from train.export import DTYPES, claim_folder, finish_folder, write_folder
-from train.model import Composed, compose
+from train.language import FOLDED, fold_into_norm
+from train.model import Composed, compose, fold_feature_scale, place_head_bias
 from train.runs import read_json, relative
 from train.stages import make_encoder
-from train.tower import HEADS
+from train.tower import HEADS, MULTISCALE
+from train.weights import read_tensors
 
 LM, TOWER, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
 AUTHORS = re.compile(r"^model\.mm_projector\.")
+EVA_PREFIX = "model.vision_tower.vision_tower.model."
 RULES = (
     (r"^model\.mm_projector\.0\.", f"{PROJECTOR}linear_1."),
     (r"^model\.mm_projector\.2\.", f"{PROJECTOR}linear_2."),
@@ -65,7 +66,8 @@ def import_released(source: Path, out: Path, config: Config, *, overwrite: bool 
     dtype = DTYPES[config.export.dtype]
     model = dataclasses.replace(config.model, lm_weights="fresh")  # each of its weights must be in the checkpoint
     composed = compose(model, dtype)
-    load_released(composed, files, keep_tower=config.model.tower_weights == "pretrained")
+    keep_tower = config.model.tower_weights == "pretrained"
+    load_released(composed, files, keep_tower=keep_tower, head_bias=config.model.lm_head_bias)
     write_folder(composed, make_encoder(composed, model, config.finetune), out, dtype)
     finish_folder(out, {"command": "import", "source": relative(str(source), out), "dtype": config.export.dtype})
     parameters = sum(p.numel() for p in composed.model.parameters())
@@ -85,19 +87,29 @@ def checkpoint_files(source: Path) -> list[Path]:
     raise UsageError(f"{source} holds no model*.safetensors and no pytorch_model*.bin; give a downloaded checkpoint")
 
 
-def our_name(theirs: str) -> str | None:
-    """Translate the name of a released tensor to that of our parameter, or None where no rule knows it."""
+def our_name(theirs: str, vision_type: str = "") -> str | None:
+    """Translate the name of a released tensor to that of our parameter.
+
+    vision_type: the tower's model_type; one behind several scales stands a level deeper.
+    Returns "" for a tensor that is not needed, None where no rule knows it.
+    """
+    if theirs.startswith(EVA_PREFIX):
+        from train.eva import our_name as eva_name
+
+        below = eva_name(theirs.removeprefix(EVA_PREFIX))
+        return TOWER + below if below else below
+    inner = f"{TOWER}tower." if vision_type == MULTISCALE else TOWER
     for pattern, ours in RULES:
         name, found = re.subn(pattern, ours, theirs)
         if found:
-            return name
+            return re.sub(rf"^{re.escape(TOWER)}(?:tower\.)?", inner, name)
     return None
 
 
-def load_released(composed: Composed, files: list[Path], *, keep_tower: bool) -> None:
+def load_released(composed: Composed, files: list[Path], *, keep_tower: bool, head_bias: str = "fold") -> None:
     """Copy a checkpoint into a composed model, file by file.
 
-    keep_tower: keep the tower as loaded where the checkpoint has none of it.
+    keep_tower: keep the tower as loaded where the checkpoint has none of it.  head_bias: as model.lm_head_bias.
     Raises: CheckpointError, UsageError.
     """
     parameters: dict[str, Tensor] = dict(composed.model.named_parameters(remove_duplicate=False))
@@ -105,15 +117,17 @@ def load_released(composed: Composed, files: list[Path], *, keep_tower: bool) ->
     unknown: list[str] = []
     filled: set[str] = set()
     old_names = False
+    bias = torch.zeros(0)  # of a head that has one; Bunny's has none, and conversions to other tools add zeros
+    vision_type = composed.model.config.vision_config.model_type
     with torch.no_grad():
         for theirs, tensor in read_tensors(files):
             if BUFFERS.search(theirs):
                 continue
             old_names |= AUTHORS.match(theirs) is not None
-            name = our_name(theirs)
+            name = our_name(theirs, vision_type)
             if name == "lm_head.bias":
-                # Bunny's class has none either (bunny_phi.py: bias=False); conversions to other tools add zeros.
-                log.info("%s is dropped%s", theirs, ", though it is not zero" if bool(tensor.any()) else "")
+                bias = tensor
+            if name in ("", "lm_head.bias"):
                 continue
             for part_name, part in _split(name or "", tensor, composed):
                 if part_name not in parameters:
@@ -124,26 +138,13 @@ def load_released(composed: Composed, files: list[Path], *, keep_tower: bool) ->
                     _copy(parameters[part_name], part, part_name, theirs)
                     filled.add(part_name)
         _check_complete(composed, unknown, set(parameters) - filled, tied=tied, keep_tower=keep_tower)
+        if old_names and hasattr(composed.model.config.text_config, FOLDED):
+            fold_into_norm(composed.model.model.language_model, getattr(composed.model.config.text_config, FOLDED))
+        place_head_bias(composed.model, bias, head_bias)
         if _has_scaled_features(composed, files[0].parent, old_names):
-            _fold_scale(composed)
-
-
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of safetensors files, or of pickles of nothing but tensors.  Raises: CheckpointError."""
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118  (the handle is no dict)
-                        yield name, tensors.get_tensor(name)
-            else:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-                if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-                    raise CheckpointError(f"{file} does not hold a table of tensors by name")
-                yield from state.items()
-        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{file} cannot be read as weights alone ({reason})") from None
+            factor = math.sqrt(composed.model.config.text_config.hidden_size)
+            fold_feature_scale(composed.model, factor)
+            log.info("image features were scaled by sqrt(hidden_size) = %.4f: folded into linear_2", factor)
 
 
 def _split(name: str, tensor: Tensor, composed: Composed) -> Iterator[tuple[str, Tensor]]:
@@ -196,7 +197,7 @@ def _check_complete(composed: Composed, unknown: list[str], missing: set[str], *
 
 def _is_behind_features(name: str, index: int) -> bool:
     """Whether a parameter of the tower has no influence on the features, which Bunny's early towers end at."""
-    block = re.match(rf"^{re.escape(TOWER)}encoder\.layers?\.(\d+)\.", name)
+    block = re.match(rf"^{re.escape(TOWER)}(?:tower\.)?encoder\.layers?\.(\d+)\.", name)
     return any(word in name for word in HEADS) if block is None else int(block.group(1)) >= index
 
 
@@ -218,11 +219,3 @@ def _has_scaled_features(composed: Composed, folder: Path, old_names: bool) -> b
             f"{folder}/config.json gives no transformers_version, which tells whether features were scaled; add it"
         ) from None
     return numbers < SCALED_SINCE
-
-
-def _fold_scale(composed: Composed) -> None:
-    factor = math.sqrt(composed.model.config.text_config.hidden_size)
-    last = composed.model.model.multi_modal_projector.linear_2
-    last.weight.mul_(factor)
-    last.bias.mul_(factor)
-    log.info("image features were scaled by sqrt(hidden_size) = %.4f: folded into linear_2", factor)

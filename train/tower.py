@@ -1,7 +1,8 @@
 """The seeing half: load a vision tower, say how it wants its images, and pick the features it gives.
 
-A tower is a `CLIPVisionModel`, `SiglipVisionModel` or `Dinov2Model` of transformers, from a hub id, a local folder, a
-folder with only a config.json (fresh weights), or an open_clip `local-dir:FOLDER` whose plain ViT is converted.
+A tower is a `CLIPVisionModel`, `SiglipVisionModel` or `Dinov2Model` of transformers or the EVA02-CLIP of eva.py, from a
+hub id, a local folder, a folder with only a config.json (fresh weights), or an open_clip `local-dir:FOLDER` whose plain
+ViT is converted. With `scales` above 1 it looks at several sizes of the image (multiscale.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,14 +19,25 @@ import torch
 from torch import Tensor
 
 from train.config import Model
-from train.errors import UsageError
+from train.errors import CheckpointError, UsageError
+from train.published import cannot_load, locate, read_config, read_preprocess, register_own_classes, shipped
+from train.weights import read_tensors
 
 OPENCLIP_PREFIX = "local-dir:"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC, BILINEAR = 3, 2  # PIL.Image.Resampling
-HEADS = ("post_layernorm", "vision_tower.layernorm.", "vision_tower.head.")  # behind every feature layer
-KINDS = ("clip_vision_model", "siglip_vision_model", "dinov2")
+HEADS = ("post_layernorm", ".layernorm.", ".head.")  # behind every feature layer
+EVA, MULTISCALE = "eva02_clip_vision_model", "multiscale_vision_model"
+COLOURS = {  # what each kind of tower was trained on, where no preprocessor_config.json says so
+    "clip_vision_model": (CLIP_MEAN, CLIP_STD),
+    "siglip_vision_model": ((0.5,) * 3, (0.5,) * 3),
+    "dinov2": (IMAGENET_MEAN, IMAGENET_STD),
+    EVA: (CLIP_MEAN, CLIP_STD),
+}
+# The files that EVA02-CLIP is published in: open_clip's, timm's, the authors'.
+EVA_AUTHORS = "EVA02_CLIP_L_336_psz14_s6B.pt"
+EVA_FILES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin", EVA_AUTHORS)
 log = logging.getLogger("train")
 
 
@@ -51,28 +64,76 @@ class Vision:
 
 def load_tower(options: Model, dtype: torch.dtype) -> tuple[Any, Vision]:
     """Load the tower in `dtype` on the CPU, and describe it.  Raises: UsageError."""
-    if options.tower.startswith(OPENCLIP_PREFIX):
-        tower, preprocess = _load_openclip(Path(options.tower.removeprefix(OPENCLIP_PREFIX)))
-        if options.shrink or options.tower_weights == "fresh":
-            tower = _fresh(_shrunk(tower.config) if options.shrink else tower.config, options.seed)
+    config, preprocess, load = _find(options)
+    whole, vision = _adapt(config, preprocess, options)
+    if options.shrink or options.tower_weights == "fresh":
+        tower = _fresh(whole, options.seed)
+    elif whole is config:
+        tower = load()
     else:
-        config = read_config(options.tower, "model.tower")
-        config = getattr(config, "vision_config", config)
-        if config.model_type not in KINDS:
-            raise UsageError(f"model.tower {options.tower!r} is a {config.model_type!r}; expected {', '.join(KINDS)}")
-        preprocess = _read_preprocess(options.tower)
-        if options.shrink:
-            config, preprocess = _shrunk(config), {**preprocess, "size": None, "crop_size": None}
-        if options.shrink or options.tower_weights == "fresh":
-            tower = _fresh(config, options.seed)
-        else:
-            tower = _pretrained(options.tower, config)
-    return tower.to(dtype).eval(), _describe(tower.config, preprocess, options)
+        tower = _fresh(whole, options.seed)
+        tower.tower = load()
+    return tower.to(dtype).eval(), vision
 
 
-def describe_tower(options: Model) -> Vision:
-    """Describe a tower; weights are only read where they come with the description."""
-    return load_tower(dataclasses.replace(options, tower_weights="fresh"), torch.float32)[1]
+def describe_tower(options: Model) -> tuple[Any, Vision]:
+    """Return a tower's configuration and description; weights are only read where they come with it.
+
+    Raises: UsageError.
+    """
+    config, preprocess, _ = _find(options)
+    return _adapt(config, preprocess, options)
+
+
+def _find(options: Model) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
+    """Return the published configuration, how images are prepared, and what loads the weights."""
+    source = options.tower.removeprefix(OPENCLIP_PREFIX)
+    files = _eva_files(source)
+    if files:
+        tower = _read_eva(files, source)
+        return tower.config, read_preprocess(source), lambda: tower
+    if options.tower.startswith(OPENCLIP_PREFIX):
+        tower, preprocess = _load_openclip(Path(source))
+        return tower.config, preprocess, lambda: tower
+    facts = shipped(source)
+    described = bool(options.shrink) or options.tower_weights == "fresh"
+    eva = facts is not None and read_config(str(facts), "model.tower").model_type == EVA
+    config = read_config(source, "model.tower", described=described or eva)
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in COLOURS:
+        raise UsageError(f"model.tower {source!r} is a {config.model_type!r}; expected {', '.join(COLOURS)}")
+    preprocess = read_preprocess(source, described=described or eva)
+    if not preprocess:
+        log.info("%s has no preprocessor_config.json: images are prepared as its model type usually is", source)
+    return config, preprocess, lambda: _download_eva(source) if eva else _pretrained(source, config)
+
+
+def _adapt(config: Any, preprocess: dict[str, Any], options: Model) -> tuple[Any, Vision]:
+    """Shrink a tower where that is asked for, put it behind several scales where that is; describe what results."""
+    if options.shrink:
+        config, preprocess = _shrunk(config), {**preprocess, "size": None, "crop_size": None}
+    vision = _describe(config, preprocess, options)
+    if options.scales == 1:
+        return config, vision
+    if config.model_type == "dinov2" or vision.image_size != config.image_size:
+        raise UsageError(f"model.scales = {options.scales} needs a tower that sees images of one size: SigLIP or CLIP")
+    from train.multiscale import MultiscaleConfig
+
+    register_own_classes()
+    whole = MultiscaleConfig(
+        tower_config=config,
+        scales=options.scales,
+        feature_index=feature_layer_index(options.feature_layer, config.num_hidden_layers),
+        tokens_skipped=int(vision.has_class_token),
+    )
+    return whole, dataclasses.replace(
+        vision,
+        image_size=whole.image_size,
+        patch_size=whole.patch_size,
+        short_side=vision.short_side * options.scales,
+        has_class_token=False,
+        strategy="full",
+    )
 
 
 def feature_layer_index(layer: int, num_layers: int) -> int:
@@ -88,13 +149,16 @@ def trim(tower: Any, layer: int) -> None:
     blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
     keep = feature_layer_index(layer, len(blocks))
     del blocks[keep:]
+    tower = getattr(tower, "tower", tower)
     if hasattr(tower, "use_head"):
         tower.use_head = False
 
 
 def features(tower: Any, pixels_nchw: Tensor, index: int, strategy: str) -> Tensor:
     """Return [n, tokens, width]: the hidden states after `index` blocks, without the class token if "default"."""
-    hidden = cast(Tensor, tower(pixels_nchw, output_hidden_states=True, return_dict=True).hidden_states[index])
+    # Only that one is kept, not those of every block.
+    states = tower(pixels_nchw, output_hidden_states=index or True, return_dict=True).hidden_states
+    hidden = cast(Tensor, states[index])
     return hidden[:, 1:] if strategy == "default" else hidden
 
 
@@ -114,30 +178,12 @@ def make_image_processor(vision: Vision) -> Any:
     )
 
 
-def read_config(source: str, option: str) -> Any:
-    """Read a model's config.json from a folder or the hub, never running code of its own.  Raises: UsageError."""
-    from transformers import AutoConfig
-
-    if not source:
-        raise UsageError(f"{option} is not set; give a hub id or a local folder, e.g. --set {option}=FOLDER")
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(cannot_load(source, option, error)) from None
-
-
-def cannot_load(source: str, option: str, error: Exception) -> str:
-    """Word the failure to load a model: the reason's first line, and what to type."""
-    reason = str(error).strip().splitlines()[0]
-    return f"{option} {source!r} cannot be loaded ({reason}); give a local folder instead: --set {option}=FOLDER"
-
-
 def _pretrained(source: str, config: Any) -> Any:
     from transformers import AutoModel
 
     kind = AutoModel._model_mapping[type(config)]
     try:
-        return kind.from_pretrained(source, config=config, dtype=torch.float32)
+        return kind.from_pretrained(**locate(source), config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UsageError(cannot_load(source, "model.tower", error)) from None
 
@@ -162,12 +208,7 @@ def _shrunk(config: Any) -> Any:
 
 def _describe(config: Any, preprocess: dict[str, Any], options: Model) -> Vision:
     siglip = config.model_type == "siglip_vision_model"
-    defaults = {
-        "clip_vision_model": (CLIP_MEAN, CLIP_STD),
-        "siglip_vision_model": ((0.5,) * 3, (0.5,) * 3),
-        "dinov2": (IMAGENET_MEAN, IMAGENET_STD),
-    }
-    mean, std = defaults[config.model_type]
+    mean, std = COLOURS[config.model_type]
     size, crop = preprocess.get("size") or {}, preprocess.get("crop_size") or {}
     if isinstance(size, int):
         size = {"shortest_edge": size}
@@ -192,15 +233,44 @@ def _describe(config: Any, preprocess: dict[str, Any], options: Model) -> Vision
     )
 
 
-def _read_preprocess(source: str) -> dict[str, Any]:
-    from transformers.image_processing_base import ImageProcessingMixin
+def _eva_files(source: str) -> list[Path]:
+    """Return the local files that hold an EVA02-CLIP: one named by itself, or that of a folder which says so."""
+    from train.eva import TIMM_NAME
+
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    files = [path / name for name in EVA_FILES if (path / name).is_file()]
+    for name in ("open_clip_config.json", "config.json"):
+        if files and (path / name).is_file():
+            said = json.loads((path / name).read_text(encoding="utf-8"))
+            names = (said.get("architecture"), said.get("model_cfg", said).get("vision_cfg", {}).get("timm_model_name"))
+            return files[:1] if TIMM_NAME in names else []
+    return files if [file.name for file in files] == [EVA_AUTHORS] else []
+
+
+def _read_eva(files: list[Path], source: str) -> Any:
+    from train.eva import from_tensors
 
     try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    except (OSError, ValueError):
-        log.info("%s has no preprocessor_config.json: images are prepared as its model type usually is", source)
-        return {}
-    return dict(values)
+        return from_tensors(read_tensors(files))
+    except (ValueError, CheckpointError) as error:
+        raise UsageError(cannot_load(source, "model.tower", error)) from None
+
+
+def _download_eva(source: str) -> Any:
+    from transformers.utils.hub import cached_file
+
+    where = locate(source)
+    repository = where.pop("pretrained_model_name_or_path")
+    for name in EVA_FILES:
+        try:
+            file = cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
+        except OSError as error:
+            raise UsageError(cannot_load(source, "model.tower", error)) from None
+        if file:
+            return _read_eva([Path(file)], source)
+    raise UsageError(f"model.tower {source!r} has none of {', '.join(EVA_FILES)}; give a local folder with one")
 
 
 def _load_openclip(folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from train import config as configuration
 from train.batches import Batch
-from train.config import Stage
+from train.config import Model, Stage
 from train.flops import Cost, peak_flops
 from train.model import compose, hidden_states, prepare, token_losses, tower_features
 from train.stages import run_stage
@@ -48,6 +48,22 @@ def test_counts_what_torch_counts(world, tune):
     patch = composed.model.model.vision_tower.embeddings.patch_embedding.weight.numel()
     assert cost.tower - 2 * patch == tower  # the class token has no patch
     assert cost.flops(batch, cached=False) == cost.flops(batch, cached=True) + cost.tower
+
+
+@pytest.mark.parametrize("scales", [1, 3])
+@pytest.mark.parametrize(
+    "tower", ["google/siglip-so400m-patch14-384", "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k"]
+)
+def test_counts_the_tiles_of_several_scales(world, tower, scales):
+    composed = compose(Model(tower=tower, lm=str(world / "lm"), scales=scales, shrink="tiny"))
+    prepare(composed, Stage())
+    size, inner = composed.vision.image_size, composed.model.model.vision_tower
+    pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    _, tower_flops = count(lambda: tower_features(composed, pixels))
+    patch = getattr(inner, "tower", inner).embeddings.patch_embedding.weight.numel()
+    first = composed.vision.has_class_token or (scales > 1 and "eva" in tower)
+    tiles = 14 if scales == 3 else 1
+    assert Cost.of(composed, Stage()).tower == pytest.approx(tower_flops + 2 * patch * tiles * first, rel=1e-3)
 
 
 def test_metrics_hold_mfu_where_a_peak_is_known(world, tmp_path):

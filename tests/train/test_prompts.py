@@ -259,9 +259,10 @@ def test_any_text_is_labelled_by_its_own_tokens(rounds, tokenizer):
 @pytest.mark.realdata
 @pytest.mark.skipif(not PHI2.is_dir(), reason="the phi-2 tokenizer of ../shared/data is absent")
 def test_phi2_tokenizer_end_to_end():
-    from train.model import load_tokenizer
+    from train.config import Model
+    from train.language import load_tokenizer
 
-    tokenizer = load_tokenizer(str(PHI2))
+    tokenizer = load_tokenizer(Model(lm=str(PHI2)))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     enc = Encoder(tokenizer, get_template("bunny"), "<image>", 729)
     for conversation, images in ((PLAIN_TALK, 1), (SYSTEM_TALK, 1), (TWO_IMAGES, 3), (BARE, 1)):

@@ -14,6 +14,7 @@ from train.__main__ import app
 from train.config import Model
 from train.errors import CheckpointError, UsageError
 from train.model import compose, normalise
+from train.published import CONFIGS
 from train.released import checkpoint_files, load_released, our_name
 
 TOWER, PROJECTOR, LM = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
@@ -40,19 +41,23 @@ def hub(tmp_path_factory):
         "small_phi": tf.PhiConfig(**vocabulary, **small),
     }.items():
         config.save_pretrained(root / name)
+    (root / "minicpm").mkdir()
+    facts = (CONFIGS / "openbmb--MiniCPM-2B-history" / "config.json").read_text()
+    (root / "minicpm" / "config.json").write_text(json.dumps({**json.loads(facts), "vocab_size": 300}))
     return root
 
 
-def model_options(hub, tower, lm, seed=0):
-    names = {"tower": str(hub / tower), "lm": str(hub / lm), "tokenizer": str(hub / "tokenizer")}
+def model_options(hub, tower, lm, seed=0, **more):
+    tower_id = tower if "/" in tower else str(hub / tower)
+    names = {"tower": tower_id, "lm": str(hub / lm), "tokenizer": str(hub / "tokenizer")}
     if tower == "small":  # small as it is, with as many keys as queries
         return Model(**names, tower_weights="fresh", lm_weights="fresh", seed=seed)
-    return Model(**names, shrink="tiny", seed=seed)
+    return Model(**names, shrink="tiny", seed=seed, **more)
 
 
-def trained(hub, tower, lm):
+def trained(hub, tower, lm, **more):
     """A model whose weights all differ from what `compose` draws, norms and biases too."""
-    composed = compose(model_options(hub, tower, lm, seed=7))
+    composed = compose(model_options(hub, tower, lm, seed=7, **more))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in composed.model.parameters():
@@ -98,8 +103,8 @@ def logits(composed):
 
 
 def imported(hub, tower, lm, files, **more):
-    composed = compose(model_options(hub, tower, lm))
-    load_released(composed, files, keep_tower=more.pop("keep_tower", False))
+    composed = compose(model_options(hub, tower, lm, scales=more.pop("scales", 1)))
+    load_released(composed, files, **{"keep_tower": False, **more})
     return composed
 
 
@@ -115,6 +120,59 @@ def test_a_mapped_checkpoint_gives_equal_logits(hub, tmp_path, tower, lm):
     assert torch.equal(logits(after), logits(before))
 
 
+EVA = "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k"
+
+
+def eva_names(state):
+    """Bunny's names for EVA02-CLIP: below its own prefix those of the authors, with what a tower does not need."""
+    out = {}
+    words = {"encoder.layers.": "blocks.", ".layer_norm": ".norm", ".self_attn.": ".attn.", "out_proj": "proj"}
+    words |= {"q_proj.bias": "q_bias", "v_proj.bias": "v_bias", "attn.norm.": "attn.inner_attn_ln."}
+    words |= {"mlp.gate": "mlp.w1", "mlp.fc1": "mlp.w2", "mlp.norm.": "mlp.ffn_ln.", "mlp.fc2": "mlp.w3"}
+    words |= {"embeddings.patch_embedding": "patch_embed.proj", "embeddings.class_embedding": "cls_token"}
+    words |= {"embeddings.position_embedding": "pos_embed", "post_layernorm": "norm"}
+    for name, tensor in state.items():
+        prefix, found, below = name.partition(AUTHORS[TOWER])
+        for ours, theirs in words.items() if found else ():
+            below = below.replace(ours, theirs)
+        out[f"model.vision_tower.vision_tower.model.{below}" if found else prefix] = tensor
+    extra = ("head.weight", "rope.freqs_cos", "blocks.0.attn.rope.freqs_sin")
+    return out | {f"model.vision_tower.vision_tower.model.{name}": torch.ones(2) for name in extra}
+
+
+def test_bunnys_eva_gives_equal_logits(hub, tmp_path):
+    before = trained(hub, EVA, "stablelm")
+    state = eva_names(released(before))
+    assert {f"model.vision_tower.vision_tower.model.blocks.1.{n}" for n in ("mlp.w3.bias", "attn.q_bias")} <= set(state)
+    after = imported(hub, EVA, "stablelm", write(state, tmp_path / "released"))
+    assert torch.equal(logits(after), logits(before))
+
+
+@pytest.mark.parametrize("lm", ["phi3", "llama"])
+def test_bunnys_s2_gives_equal_logits(hub, tmp_path, lm):
+    before = trained(hub, "siglip", lm, scales=3)
+    state = {name.replace(".vision_model.tower.", ".vision_model."): t for name, t in released(before).items()}
+    assert "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight" in state
+    assert state["model.mm_projector.0.weight"].shape == (32, 3 * 32)
+    after = imported(hub, "siglip", lm, write(state, tmp_path / "released"), scales=3)
+    assert torch.equal(logits(after), logits(before))
+    with pytest.raises(
+        CheckpointError, match=r"mm_projector\.0\.weight is \[32, 96\] in the checkpoint and \[32, 32\]"
+    ):
+        imported(hub, "siglip", lm, checkpoint_files(tmp_path / "released"))
+
+
+def test_bunnys_minicpm_gives_equal_logits(hub, tmp_path):
+    """Its norm is as MiniCPM has it: what divides the logits is folded in on the way."""
+    before = trained(hub, "siglip", "minicpm")
+    state = released(before)
+    factor = before.model.config.text_config.folded_logits_scaling
+    assert factor == 9.0
+    state["model.norm.weight"] = factor * state["model.norm.weight"]
+    after = imported(hub, "siglip", "minicpm", write(state, tmp_path / "released"))
+    torch.testing.assert_close(logits(after), logits(before), rtol=0, atol=1e-5)
+
+
 def test_names_of_each_family():
     assert our_name("model.vision_tower.vision_tower.vision_model.head.probe") == "model.vision_tower.head.probe"
     assert (
@@ -128,17 +186,18 @@ def test_names_of_each_family():
     assert our_name("model.image_newline") is None
 
 
-def test_buffers_and_the_bias_of_phis_head_are_left_out(hub, tmp_path, caplog):
+@pytest.mark.parametrize("how", ["fold", "drop"])
+def test_buffers_are_left_out_and_the_bias_of_phis_head_is_folded(hub, tmp_path, how):
     before = trained(hub, "siglip", "phi")
+    bias = torch.linspace(-2, 2, 300)
     state = released(before) | {
-        "lm_head.bias": torch.ones(300),
+        "lm_head.bias": bias,
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
         "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(4)[None],
     }
-    with caplog.at_level("INFO", "train"):
-        after = imported(hub, "siglip", "phi", write(state, tmp_path / "released"))
-    assert "lm_head.bias is dropped, though it is not zero" in caplog.text
-    assert torch.equal(logits(after), logits(before))
+    after = imported(hub, "siglip", "phi", write(state, tmp_path / "released"), head_bias=how)
+    expected = logits(before) + (bias if how == "fold" else 0)
+    torch.testing.assert_close(logits(after), expected, rtol=0, atol=1e-5)
 
 
 def test_fused_attention_is_taken_apart_by_head(hub, tmp_path):
