@@ -93,18 +93,23 @@ def _stage(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A finished align or finetune run.")],
+    run: Annotated[Path, typer.Argument(help="A finished align or finetune run; for --parts also a model.")],
     out: OutOption,
+    parts: Annotated[bool, typer.Option("--parts", help="Write tower, projector and LM apart, for GGUF.")] = False,
     config: ConfigOption = None,
     settings: SetOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge and write an llava-hf folder.  Example: python -m train export RUN/finetune --out RUN/model."""
+    """Merge and write an llava-hf folder, or its parts.
+
+    Example: python -m train export RUN/finetune --out RUN/model;
+    python -m train export RUN/model --parts --out RUN/parts.
+    """
     options = configuration.load(config, settings or ())
     from train.export import export as write
 
-    _show(write(run, out, dtype=options.export.dtype, overwrite=overwrite), as_json)
+    _show(write(run, out, dtype=options.export.dtype, overwrite=overwrite, parts=parts), as_json)
 
 
 @app.command("import")
@@ -296,7 +301,10 @@ def inspect(
 
 @app.command()
 def check(config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
-    """Check a configuration and print what it means.  Example: python -m train check --config X.toml."""
+    """Check a configuration and print what it means, the model's size too.
+
+    Example: python -m train check --config X.toml.
+    """
     options = configuration.load(config, settings or ())
     from train.prompts import get_template
     from train.tasks import check_published
@@ -304,7 +312,21 @@ def check(config: ConfigOption = None, settings: SetOption = None, as_json: Json
     for stage in (options.align, options.finetune):
         get_template(stage.template or options.model.template)
     check_published(options.eval.published)
-    _show(dataclasses.asdict(options), as_json)
+    _show({**dataclasses.asdict(options), "composed": _composed(options.model)}, as_json)
+
+
+def _composed(model: configuration.Model) -> dict[str, Any]:
+    """Count the model from descriptions alone, where they are at hand."""
+    if not (model.tower and model.lm):
+        return {}
+    from train.model import blueprint, limits
+
+    try:
+        native, vision = blueprint(model)
+    except UsageError as error:
+        return {"unknown": str(error)}
+    counts = {"parameters": sum(p.numel() for p in native.parameters()), "tokens_per_image": vision.tokens_per_image}
+    return {**counts, "limits": limits(native.config)}
 
 
 @app.command()

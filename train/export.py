@@ -22,6 +22,7 @@ from train import checkpoint
 from train.chat import chat_template
 from train.errors import TrainError, UsageError
 from train.model import Composed, compose, fold_feature_scale
+from train.parts import INFIX, write_parts
 from train.prompts import Encoder
 from train.runs import read_json, relative, write_json
 from train.stages import load_options, make_encoder
@@ -29,18 +30,21 @@ from train.tower import make_image_processor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECORD, UNFINISHED = "train_manifest.json", ".unfinished"
-INFIX = ("clip_vision_model", "siglip_vision_model")  # hub checkpoints of these keep their weights under vision_model.
 log = logging.getLogger("train")
 
 
-def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False) -> dict[str, Any]:
+def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False, parts: bool = False) -> dict[str, Any]:
     """Merge a finished run into its base model and write it to `out`; return what was written.
 
+    parts: write the parts instead (parts.py), of a run or of a model that is exported, imported or merged already.
     Raises: UsageError, TrainError when the base weights are no longer those the run was trained on.
     """
+    if parts and (run / "config.json").is_file():
+        return _split(run, out, dtype, overwrite)
     model, stage, _ = load_options(run)
     manifest = read_json(run / "manifest.json")
     record = {"command": "export", "run": relative(str(run), out), "dtype": dtype, "result": manifest["result"]}
+    record |= {"parts": True} if parts else {}
     if (out / RECORD).is_file() and read_json(out / RECORD) == record and not overwrite:
         log.info("%s is exported already; nothing to do (--overwrite starts over)", out)
         return {"out": str(out), "dtype": dtype}
@@ -51,15 +55,30 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False) -> dict
     merge_trained(composed.model, checkpoint.load_trained(run), stage.lora_alpha / stage.lora_rank)
     fold_feature_scale(composed.model, composed.feature_scale)
     encoder = make_encoder(composed, model, stage)
-    write_folder(composed, encoder, out, DTYPES[dtype])
+    if parts:
+        _set_ends(composed, encoder)
+        processor = _processor(composed, encoder)
+        write_parts(composed.model, processor.tokenizer, processor.image_processor, out, DTYPES[dtype])
+    else:
+        write_folder(composed, encoder, out, DTYPES[dtype])
     finish_folder(out, record)
     return {"out": str(out), "parameters": sum(p.numel() for p in composed.model.parameters()), "dtype": dtype}
+
+
+def _split(folder: Path, out: Path, dtype: str, overwrite: bool) -> dict[str, Any]:
+    from train.generate import load_native
+
+    claim_folder(out, overwrite)
+    model, processor = load_native(folder, DTYPES[dtype])
+    write_parts(model, processor.tokenizer, processor.image_processor, out, DTYPES[dtype])
+    finish_folder(out, {"command": "export", "model": relative(str(folder), out), "dtype": dtype, "parts": True})
+    return {"out": str(out), "parameters": sum(p.numel() for p in model.parameters()), "dtype": dtype}
 
 
 def claim_folder(out: Path, overwrite: bool) -> None:
     """Make a folder for a model, clearing an unfinished export, or a finished one where asked.  Raises: UsageError."""
     if out.is_dir() and any(out.iterdir()):
-        if not (out / UNFINISHED).is_file() and not (overwrite and (out / "config.json").is_file()):
+        if not (out / UNFINISHED).is_file() and not (overwrite and (out / RECORD).is_file()):
             raise UsageError(f"--out {out} is not empty; type --overwrite to replace an exported model")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)

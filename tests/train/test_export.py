@@ -16,12 +16,10 @@ from train.data import decode_image, encode, open_source
 from train.errors import TrainError, UsageError
 from train.evaluate import Question, batches, collect, concept_of, evaluate, normalise
 from train.export import export, llava_hf_name, merge
-from train.generate import ask, chat, load_speaker
+from train.generate import chat, load_speaker
 from train.model import compose, hidden_states, prepare, tower_features
 from train.prompts import Turn, parse, to_messages
 from train.stages import make_encoder, run_stage
-
-TOWERS, LMS = ("clip", "siglip", "dinov2"), ("phi", "gemma", "stablelm", "phi3", "llama", "qwen2")
 
 
 def train(config, data, out, stage="finetune", settings=(), **more):
@@ -44,11 +42,11 @@ def model(run):
     return out
 
 
-def trained_logits(world, run, ids, pixels):
+def trained_logits(world, run, ids, pixels, settings=()):
     """Logits of the model as it stood in training, adapters unmerged."""
     from train.checkpoint import load_trained
 
-    options = configuration.load(str(world / "config.toml"))
+    options = configuration.load(str(world / "config.toml"), settings)
     composed = compose(options.model)
     trainable = prepare(composed, options.finetune)
     with torch.no_grad():
@@ -145,28 +143,84 @@ def test_the_adapter_loads_in_peft(world, run):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("tower", "lm"), zip(TOWERS * 2, LMS, strict=True))
-def test_every_class_trains_exports_and_answers(tmp_path, world, tower, lm):
-    import transformers as tf
+def test_scaled_features_are_folded_when_exported(world, tmp_path):
+    """As transformers before 5.4 trained Gemmas: the factor acts in training, and the export needs to know nothing."""
+    settings = ["model.scale_features=true", "finetune.steps=2"]
+    options = train(world / "config.toml", world / "mixed", tmp_path / "run", settings=settings)
+    export(tmp_path / "run", tmp_path / "model", dtype="fp32")
+    speaker = load_speaker(tmp_path / "model")
+    composed = compose(options.model)
+    assert composed.feature_scale == 8.0  # sqrt(64)
+    ids = torch.tensor([[5, *[composed.image_id] * 5, 6, 7]])
+    pixels = torch.randint(0, 255, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = trained_logits(world, tmp_path / "run", ids, pixels, settings)
+    served = speaker.model(input_ids=ids, pixel_values=pixel_values(composed, pixels)).logits
+    torch.testing.assert_close(served, expected, rtol=0, atol=1e-4)
+    plain = train(world / "config.toml", world / "mixed", tmp_path / "plain", settings=settings[1:])
+    assert plain.model.scale_features is False
+    first, other = (load_file(tmp_path / run / "projector.safetensors") for run in ("run", "plain"))
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
-    vocabulary = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
-    towers = {"clip": tf.CLIPVisionConfig, "siglip": tf.SiglipVisionConfig, "dinov2": tf.Dinov2Config}
-    lms = {"phi": tf.PhiConfig, "gemma": tf.GemmaConfig, "stablelm": tf.StableLmConfig, "phi3": tf.Phi3Config}
-    lms |= {"llama": tf.LlamaConfig, "qwen2": tf.Qwen2Config}
-    towers[tower](image_size=224, patch_size=14).save_pretrained(tmp_path / "tower")
-    lms[lm](**vocabulary).save_pretrained(tmp_path / "lm")
-    config = tmp_path / "c.toml"
-    config.write_text(
-        f'[model]\ntower = "{{here}}/tower"\nlm = "{{here}}/lm"\ntokenizer = "{world}/lm"\nshrink = "tiny"\n'
-        'template = "qa"\nmax_length = 64\n'
-        '[align]\ntemplate = "plain"\nsteps = 1\nbatch_size = 4\nworkers = 0\n'
-        "[finetune]\nsteps = 1\nbatch_size = 4\nlora_rank = 2\nworkers = 0\n"
-    )
-    train(config, world / "captions", tmp_path / "align", "align")
-    train(config, world / "mixed", tmp_path / "tuned", align=tmp_path / "align")
-    export(tmp_path / "tuned", tmp_path / "model", dtype="fp32")
-    (tmp_path / "x.png").write_bytes(picture("red", True, 0))
-    assert isinstance(ask(tmp_path / "model", str(tmp_path / "x.png"), "what colour is it ?", 4), str)
+
+def pixel_values(composed, pixels):
+    from train.model import normalise as normalise_pixels
+
+    return normalise_pixels(pixels, composed.vision, torch.float32)
+
+
+@pytest.mark.parametrize("source", ["run", "model"])
+def test_parts_load_by_themselves_and_make_the_whole(run, model, tmp_path, source):
+    """In a process that cannot import this project: plain classes of transformers, and a torch file."""
+    export(run if source == "run" else model, tmp_path / "parts", dtype="fp32", parts=True)
+    names = {file.name for file in (tmp_path / "parts").iterdir()}
+    assert names == {"language_model", "vision_tower", "llava.projector", "README.md", "train_manifest.json"}
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor
+from transformers import CLIPVisionModel
+parts, whole = sys.argv[1:]
+lm, info = AutoModelForCausalLM.from_pretrained(parts + "/language_model", output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+tower, info = CLIPVisionModel.from_pretrained(parts + "/vision_tower", output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+projector = torch.load(parts + "/llava.projector", weights_only=True)
+assert sorted(projector) == [f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("bias", "weight")]
+tokenizer = AutoTokenizer.from_pretrained(parts + "/language_model")
+assert AutoImageProcessor.from_pretrained(parts + "/vision_tower").image_mean
+assert "train" not in sys.modules and tokenizer.chat_template
+image = tokenizer.convert_tokens_to_ids("<image>")
+ids = torch.tensor([[5, *[image] * 5, 6, 7]])
+pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
+    for i in (0, 2):
+        weight, bias = projector[f"model.mm_projector.{i}.weight"], projector[f"model.mm_projector.{i}.bias"]
+        hidden = torch.nn.functional.linear(hidden, weight, bias)
+        hidden = torch.nn.functional.gelu(hidden) if i == 0 else hidden
+    embeds = lm.get_input_embeddings()(ids)
+    embeds[0, 1:6] = hidden[0]
+    ours = lm(inputs_embeds=embeds).logits
+    served = AutoModelForImageTextToText.from_pretrained(whole)(input_ids=ids, pixel_values=pixels).logits
+torch.testing.assert_close(ours, served, rtol=0, atol=1e-5)
+"""
+    arguments = [sys.executable, "-c", script, str(tmp_path / "parts"), str(model)]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env={"PATH": "/usr/bin"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_parts_are_named_and_described_as_converters_expect(model, tmp_path):
+    """llama.cpp reads the tower's config.json itself, and transformers 4 its weights."""
+    export(model, tmp_path / "parts", dtype="fp32", parts=True)
+    config = json.loads((tmp_path / "parts" / "vision_tower" / "config.json").read_text())
+    wanted = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
+    assert all(key in config for key in (*wanted, "num_attention_heads", "layer_norm_eps", "projection_dim"))
+    names = load_file(tmp_path / "parts" / "vision_tower" / "model.safetensors")
+    assert all(name.startswith("vision_model.") for name in names)
+    text = (tmp_path / "parts" / "README.md").read_text()
+    assert "--clip-model-is-vision" in text and "--image-mean 0.43 0.43 0.43" in text
+    assert json.loads((tmp_path / "parts" / "language_model" / "config.json").read_text())["architectures"]
+    with pytest.raises(UsageError, match="not empty"):
+        export(model, tmp_path / "parts", dtype="fp32", parts=True)
 
 
 def test_a_batch_answers_as_one_by_one(world, model):
