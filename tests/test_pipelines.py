@@ -81,8 +81,8 @@ def test_unknown_keys_are_refused_wherever_they_stand(tmp_path):
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
-SIGLIP, EVA, CLIP = "google/siglip-so400m-patch14-384", "QuanSun/EVA-CLIP", "openai/clip-vit-large-patch14-336"
-DINO = "facebook/dinov2-large"
+SIGLIP, CLIP = "google/siglip-so400m-patch14-384", "openai/clip-vit-large-patch14-336"
+DINO, EVA = "facebook/dinov2-large", "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k"
 PHI3, LLAMA3 = "microsoft/Phi-3-mini-4k-instruct", "meta-llama/Meta-Llama-3-8B-Instruct"
 LORA = ("lora", 2e-4, 2e-5, 128, 256)
 # pipeline: tower, lm, template, max_length; align lr; finetune tune, lr, projector_lr, rank, alpha; batches; tower
@@ -151,7 +151,7 @@ def test_a_row_has_the_papers_numbers(name):
     assert align.epochs == finetune.epochs == 1 and align.warmup == finetune.warmup == 0.03
     assert finetune.lora_dropout == 0.05 and not align.tune_tower
     assert align.weight_decay == finetune.weight_decay == (0.1 if name == "llava_phi" else 0.0)
-    assert model.image == "pad"
+    assert model.image == "pad" and model.scales == (3 if "v1_1" in name else 1)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -181,4 +181,6 @@ def test_every_model_pipeline_is_in_the_table():
 def test_the_trainer_checks_it_and_knows_its_scores(name):
     words = [sys.executable, "-m", "train", "check", "--config", str(pipeline.find(name)), "--json"]
     checked = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert json.loads(checked.stdout)["eval"]["published"]["pope"] > 80
+    said = json.loads(checked.stdout)
+    assert said["eval"]["published"]["pope"] > 80
+    assert said["composed"]["tokens_per_image"] in (576, 729) and said["composed"]["parameters"] > 2e9
