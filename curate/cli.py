@@ -166,6 +166,7 @@ def cluster(
     sample: Annotated[int, typer.Option(help="Rows to fit on (0: from k).")] = 0,
     centroids: Annotated[str, typer.Option(help="Assign to the centroids in this .npy instead of fitting.")] = "",
     floor: Annotated[float, typer.Option(help="Lowest cosine kept as a near-duplicate edge.")] = 0.80,
+    neighbours: Annotated[int, typer.Option(help="Compare across this many nearest clusters, 1 or 2.")] = 1,
     workers: Workers = 0,
     engine: Engine = "local",
     part: Annotated[str, SLICE] = "",
@@ -181,7 +182,9 @@ def cluster(
     from curate.cluster import ClusterOptions
     from curate.cluster import cluster as stage
 
-    options = ClusterOptions(k=k, iters=iters, sample=sample, centroids=centroids, floor=floor, seed=seed)
+    options = ClusterOptions(
+        k=k, iters=iters, sample=sample, centroids=centroids, floor=floor, neighbours=neighbours, seed=seed
+    )
     job = _job(workers, engine, part, overwrite)
     _finish("cluster", out, lambda: stage(embeddings, out, options, job), as_json=as_json, dry_run=dry_run)
 

@@ -10,7 +10,6 @@ disk until the end. Memory: the sample (1 GiB by default) on the driver, then on
 
 import hashlib
 import io
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,15 +17,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate import kmeans, paths, relate, store
+from curate import graph, kmeans, paths, store
 from curate.engine import Job, run_stage
 from curate.errors import ContractError, ShardError, UsageError
+from curate.graph import BUCKETS, EDGES
 from curate.products import widen
 
-BUCKET_BYTES = 128 << 20
 MAX_BUCKETS = 1024
 NULL_ROWS = 1 << 16
-CENTROIDS, FIT, EDGES, BUCKETS = "centroids.npy", "fit.json", "edges.arrow", ".buckets"
+RECALL_SAMPLE = 1 << 16
+CENTROIDS, FIT = "centroids.npy", "fit.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class ClusterOptions:
     sample: int = 0
     centroids: str = ""
     floor: float = 0.80
+    neighbours: int = 1
     seed: int = 0
 
 
@@ -55,14 +56,18 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
         return output.manifest
     if not paths.exists(output.path(FIT)):
         _fit(source, rows_ok, options, output, job)
-    buckets = min(MAX_BUCKETS, -(-sum(rows_ok.values()) * dim * 2 // BUCKET_BYTES)) or 1
+    scattered = sum(rows_ok.values()) * options.neighbours
+    buckets = min(MAX_BUCKETS, -(-scattered * dim * 2 // graph.BUCKET_BYTES)) or 1
     scatter = output.path(BUCKETS)
     related = paths.exists(output.path(EDGES))
     missing = set(output.missing(source.stems))
     if not related:
         missing |= {stem for stem in source.stems if not paths.exists(paths.join(scatter, f"{stem}.arrow"))}
     assigned = run_stage(
-        "assign", Assign(emb, out, buckets), [stem for stem in job.share(source.stems) if stem in missing], job
+        "assign",
+        Assign(emb, out, buckets, options.neighbours),
+        [stem for stem in job.share(source.stems) if stem in missing],
+        job,
     )
     _refuse_failures(assigned.failed)
     if job.part is not None and output.missing(source.stems):
@@ -70,14 +75,14 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     seconds = assigned.seconds
     if not related:
         todo = [b for b in job.share(range(buckets)) if not paths.exists(paths.join(scatter, f"edges-{b}.arrow"))]
-        found = run_stage("relate", Relate(emb, out, options.floor), todo, job)
+        found = run_stage("relate", graph.Relate(emb, out, options.floor), todo, job)
         _refuse_failures(found.failed)
         if not all(paths.exists(paths.join(scatter, f"edges-{b}.arrow")) for b in range(buckets)):
             return {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows, "related": found.rows}}
-        _join_edges(output, scatter, buckets)
+        graph.join_edges(output, buckets, options.neighbours)
         seconds += found.seconds
     paths.remove(scatter)
-    manifest = _finish(source, output, rows_ok)
+    manifest = _finish(source, output, rows_ok, _recall(source, rows_ok, options, output))
     output.log(stage="cluster", rows=sum(rows_ok.values()), seconds=round(seconds, 3), workers=job.workers)
     return manifest
 
@@ -105,13 +110,16 @@ def _resolve(
     inputs: dict[str, Any] = {"embeddings": source}
     if not rows:
         raise UsageError(f"{source.directory} has no good row to cluster.", f"curate show {source.directory}")
+    if options.neighbours not in (1, 2):
+        raise UsageError(f"neighbours={options.neighbours} is neither 1 nor 2 clusters.", "--neighbours 2")
     if not -1 < options.floor < 1:
         raise UsageError(f"floor={options.floor} is no cosine; it must lie between -1 and 1.", "--floor 0.80")
     if options.centroids:
         given = _load_centroids(options.centroids, dim)
         digest = hashlib.blake2b(given.tobytes(), digest_size=16).hexdigest()
         inputs["centroids"] = {"path": options.centroids, "digest": digest}
-        return replace(options, k=len(given), sample=0, iters=0), inputs
+        neighbours = min(len(given), options.neighbours)
+        return replace(options, k=len(given), sample=0, iters=0, neighbours=neighbours), inputs
     k = options.k or kmeans.default_k(rows)
     if k < 1 or k > rows:
         hint = f"--k {kmeans.default_k(rows)}"
@@ -121,7 +129,7 @@ def _resolve(
         raise UsageError(f"a sample of {sample:,} rows cannot fit k={k:,} clusters.", f"--sample {min(rows, 256 * k)}")
     if options.iters < 1:
         raise UsageError(f"iters={options.iters} is not at least 1.", "--iters 20")
-    return replace(options, k=k, sample=sample), inputs
+    return replace(options, k=k, sample=sample, neighbours=min(k, options.neighbours)), inputs
 
 
 def _recorded(options: ClusterOptions) -> dict[str, Any]:
@@ -199,19 +207,19 @@ class Assign:
     emb: str
     out: str
     buckets: int
+    neighbours: int
 
     def setup(self) -> None:
         """Load the centroids."""
         self.source = store.open_input(self.emb)
-        with paths.open_read(paths.join(self.out, CENTROIDS)) as file:
-            self.centroids = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        self.centroids = _centroids(paths.join(self.out, CENTROIDS))
         rows = list(self.source.rows.values())
         self.first_row = dict(zip(self.source.stems, np.cumsum([0, *rows]).tolist(), strict=False))
 
     def __call__(self, stem: str) -> dict[str, Any]:
         """Work one shard. Returns rows and good rows."""
         ok = _is_ok(self.source, stem)
-        clusters = np.full(len(ok), -1, np.int32)
+        places = np.full((self.neighbours, len(ok)), -1, np.int32)
         similarity = np.zeros(len(ok), np.float32)
         start = 0
         for batch in self.source.batches(stem):
@@ -222,102 +230,15 @@ class Assign:
                 raise ContractError(
                     f"{stem}.arrow has {vectors.shape[1]} dimensions, the centroids {self.centroids.shape[1]}"
                 )
-            clusters[rows], similarity[rows] = kmeans.assign(vectors, self.centroids)
-        clusters[~ok] = -1
-        self._scatter(stem, clusters)
-        table = pa.record_batch([pa.array(clusters), pa.array(similarity, mask=~ok)], schema=store.CLUSTER_SCHEMA)
+            find = kmeans.assign if self.neighbours == 1 else kmeans.nearest_two
+            places[:, rows], similarity[rows] = find(vectors, self.centroids)
+        places[:, ~ok] = -1
+        scattered = paths.join(self.out, BUCKETS, f"{stem}.arrow")
+        graph.scatter(scattered, self.source, stem, self.first_row[stem], places, self.buckets)
+        table = pa.record_batch([pa.array(places[0]), pa.array(similarity, mask=~ok)], schema=store.CLUSTER_SCHEMA)
         facts = {"rows": len(ok), "ok": int(ok.sum())}
         store.write_table(paths.join(self.out, f"{stem}.arrow"), store.CLUSTER_SCHEMA, [table], facts)
         return facts
-
-    def _scatter(self, stem: str, clusters: np.ndarray) -> None:
-        """Write the good rows with their vectors, one record batch for each bucket."""
-        good = np.flatnonzero(clusters >= 0)
-        bucket = clusters[good] % self.buckets
-        order = np.argsort(bucket, kind="stable")
-        bounds = np.searchsorted(bucket[order], np.arange(self.buckets + 1))
-        shard = list(self.source.batches(stem))
-        hashes = self.source.table(stem, ["phash"])["phash"]
-        schema = _scatter_schema(self.centroids.shape[1])
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-                rows = good[order[first:last]]
-                vectors = store.take_vectors(shard, "image_embedding", rows)
-                phash = hashes.take(pa.array(rows)).combine_chunks()
-                columns = [pa.array(rows + self.first_row[stem]), pa.array(clusters[rows]), phash]
-                yield pa.record_batch([*columns, store.vector_column(vectors, np.ones(len(rows), bool))], schema=schema)
-
-        store.write_table(paths.join(self.out, BUCKETS, f"{stem}.arrow"), schema, batches())
-
-
-def _scatter_schema(dim: int) -> pa.Schema:
-    return pa.schema(
-        [("row", pa.int64()), ("cluster", pa.int32()), ("phash", pa.uint64()), ("vector", pa.list_(pa.float16(), dim))]
-    )
-
-
-@dataclass
-class Relate:
-    """Find the near-duplicate forests of all clusters of a bucket."""
-
-    emb: str
-    out: str
-    floor: float
-
-    def setup(self) -> None:
-        """List the shards."""
-        self.stems = store.open_input(self.emb).stems
-
-    def __call__(self, bucket: int) -> dict[str, Any]:
-        """Work one bucket. Returns its rows and edges."""
-        parts = [store.reader(paths.join(self.out, BUCKETS, f"{stem}.arrow")).get_batch(bucket) for stem in self.stems]
-        table = pa.Table.from_batches(parts)
-        clusters = table["cluster"].to_numpy()
-        order = np.argsort(clusters, kind="stable")
-        rows, clusters = table["row"].to_numpy()[order], clusters[order]
-        bounds = np.concatenate([[0], np.flatnonzero(np.diff(clusters)) + 1, [len(clusters)]])
-        with _matrix(len(rows), parts[0].schema.field("vector").type.list_size) as vectors:
-            start = 0
-            for part in parts:
-                vectors[start : start + part.num_rows] = store.vectors(part.column("vector"))
-                start += part.num_rows
-            a, b, similarity = relate.relate_clusters(vectors, order, bounds, self.floor)
-        hashes, unknown = _hashes(table["phash"], order)
-        bits = pa.array(relate.hamming(hashes[a], hashes[b]), pa.uint8(), mask=unknown[a] | unknown[b])
-        columns = [pa.array(clusters[a]), pa.array(rows[a]), pa.array(rows[b]), pa.array(similarity), bits]
-        found = pa.record_batch(columns, schema=store.EDGE_SCHEMA)
-        store.write_table(paths.join(self.out, BUCKETS, f"edges-{bucket}.arrow"), store.EDGE_SCHEMA, [found])
-        return {"rows": len(rows), "edges": len(a)}
-
-
-class _matrix:
-    """An f16 matrix in memory, or on disk where it is larger than a few buckets (a giant cluster)."""
-
-    def __init__(self, rows: int, dim: int) -> None:
-        self.shape = (rows, dim)
-        self.file = tempfile.TemporaryFile() if rows * dim * 2 > 8 * BUCKET_BYTES else None
-
-    def __enter__(self) -> np.ndarray:
-        if self.file is None:
-            return np.empty(self.shape, np.float16)
-        return np.memmap(self.file, np.float16, "w+", shape=self.shape)
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-
-def _hashes(column: pa.ChunkedArray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return perceptual hashes u64 in the given order, and which are unknown."""
-    unknown = column.is_null().to_numpy()[order]
-    return column.fill_null(0).to_numpy()[order], unknown
-
-
-def _join_edges(output: store.Output, scatter: str, buckets: int) -> None:
-    """Write the buckets' edges into one file, bucket after bucket."""
-    parts = (batch for b in range(buckets) for batch in store.batches(paths.join(scatter, f"edges-{b}.arrow")))
-    store.write_table(output.path(EDGES), store.EDGE_SCHEMA, parts)
 
 
 def _refuse_failures(failed: dict[Any, str]) -> None:
@@ -326,7 +247,23 @@ def _refuse_failures(failed: dict[Any, str]) -> None:
         raise ShardError(f"{len(failed)} part(s) failed, first {name}: {why}", "mend it and run again; it resumes")
 
 
-def _finish(source: store.Artefact, output: store.Output, rows_ok: dict[str, int]) -> dict[str, Any]:
+def _recall(
+    source: store.Artefact, rows_ok: dict[str, int], options: ClusterOptions, output: store.Output
+) -> dict[str, Any]:
+    """Estimate the share of near pairs that were compared."""
+    images = np.concatenate(list(_sample(source, rows_ok, RECALL_SAMPLE, options.seed)))
+    shuffled = images[np.random.default_rng([options.seed, 0x4EC]).permutation(len(images))]
+    return graph.recall(shuffled, _centroids(output.path(CENTROIDS)), options.neighbours, options.floor)
+
+
+def _centroids(location: str) -> np.ndarray:
+    with paths.open_read(location) as file:
+        return np.asarray(np.load(io.BytesIO(file.read()), allow_pickle=False))
+
+
+def _finish(
+    source: store.Artefact, output: store.Output, rows_ok: dict[str, int], recall: dict[str, Any]
+) -> dict[str, Any]:
     """Check the counts and write the manifest."""
     shards = {}
     k = int(output.plan["options"]["k"])
@@ -343,5 +280,6 @@ def _finish(source: store.Artefact, output: store.Output, rows_ok: dict[str, int
         fit=store.load_json(output.path(FIT)),
         clusters={"k": k, "used": int((sizes > 0).sum()), "largest": int(sizes.max())},
         edges=store.num_rows(output.path(EDGES)),
+        recall=recall,
         versions=store.versions("faiss-gpu", "faiss-cpu", "numpy", "scipy", "pyarrow"),
     )

@@ -185,6 +185,7 @@ class Pool:
             captions=self.captions,
             centroids=self.centroids if self.clu is not None else None,
             lines=_lines,
+            recall={} if self.clu is None else self.clu.manifest.get("recall", {}),
             shuffled=None if self.clu is None else self.clu.manifest.get("fit", {}).get("shuffled_clip_score"),
             foreign=self.foreign,
         )

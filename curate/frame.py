@@ -44,6 +44,7 @@ class Frame:
     captions: Callable[[np.ndarray], list[str]] | None = None
     centroids: Callable[[], np.ndarray] | None = None  # f32 [k, d]
     shuffled: Sequence[float] | None = None  # clip_score of shuffled pairs, 0 … 100 % quantiles
+    recall: Mapping[str, Any] = field(default_factory=dict)  # of near pairs, as the clusters' manifest has it
     foreign: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None  # another EMB's vectors and uids
     lines: Callable[[str], list[str]] | None = None  # of a text file
     alive: np.ndarray = field(init=False)

@@ -6,7 +6,7 @@ Assignment is a blocked matrix product and an argmax: 2 n k d operations, memory
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,18 +126,36 @@ def assign(x_nd: np.ndarray, centroids_kd: np.ndarray) -> tuple[np.ndarray, np.n
 
     x_nd: f16 or f32 [n, d], unit rows. centroids_kd: f32 [k, d], unit rows. Returns i32 [n] and the cosine f32 [n].
     """
+    clusters, similarity = np.empty(len(x_nd), np.int32), np.empty(len(x_nd), np.float32)
+    for block, scores in _scores(x_nd, centroids_kd):
+        best = scores.argmax(axis=1)
+        clusters[block], similarity[block] = best, scores[np.arange(len(scores)), best]
+    return clusters, similarity
+
+
+def nearest_two(x_nd: np.ndarray, centroids_kd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find each row's nearest and second nearest of at least two centroids: i32 [2, n], and the first's cosine f32 [n].
+
+    The first is `assign`'s.
+    """
+    clusters, similarity = np.empty((2, len(x_nd)), np.int32), np.empty(len(x_nd), np.float32)
+    for block, scores in _scores(x_nd, centroids_kd):
+        rows, best = np.arange(len(scores)), scores.argmax(axis=1)
+        clusters[0, block], similarity[block] = best, scores[rows, best]
+        scores[rows, best] = -np.inf
+        clusters[1, block] = scores.argmax(axis=1)
+    return clusters, similarity
+
+
+def _scores(x_nd: np.ndarray, centroids_kd: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the cosines of a block of rows with all centroids, in memory that is used again."""
     n, k = len(x_nd), len(centroids_kd)
-    clusters, similarity = np.empty(n, np.int32), np.empty(n, np.float32)
     block = max(16, BLOCK_ELEMENTS // k)
     centroids_dk = np.ascontiguousarray(centroids_kd.T)
     products = np.empty((min(block, n), k), np.float32)
     for first in range(0, n, block):
         rows = widen(x_nd[first : first + block])
-        scores = np.matmul(rows, centroids_dk, out=products[: len(rows)])
-        best = scores.argmax(axis=1)
-        clusters[first : first + block] = best
-        similarity[first : first + block] = scores[np.arange(len(rows)), best]
-    return clusters, similarity
+        yield slice(first, first + len(rows)), np.matmul(rows, centroids_dk, out=products[: len(rows)])
 
 
 def shuffled_scores(image_nd: np.ndarray, text_nd: np.ndarray, seed: int, shuffles: int = 8) -> np.ndarray:

@@ -111,6 +111,7 @@ def near_pairs(
     bounds: Sequence[int] | np.ndarray,
     floor: float,
     *,
+    heads: np.ndarray | None = None,
     tile: int = TILE,
     int8: bool | None = None,
     thin: bool = False,
@@ -118,17 +119,19 @@ def near_pairs(
     """Yield the pairs inside each group with cosine > floor, in batches: places a < b in `rows` and the cosine f32.
 
     x_nd: f16 [n, d], unit rows; may lie on disk. rows: i64, which of them to compare; group g is
-    rows[bounds[g] : bounds[g + 1]]. thin: of a tile with very many pairs yield only its maximum spanning
+    rows[bounds[g] : bounds[g + 1]]. heads: i64, of each group compare its first so many rows with all of it, and the
+    rest not with one another; by default all. thin: of a tile with very many pairs yield only its maximum spanning
     forest. int8: how to screen; by default where the processor has it and the work is worth loading torch.
     No pair comes before one whose b is its a. O(sum of m^2 d) time, memory for a panel of prepared rows and a tile.
     """
     bounds = np.asarray(bounds)
     sizes = np.diff(bounds)
+    heads = sizes if heads is None else heads
     if int8 is None:
-        int8 = float((sizes.astype(np.float64) ** 2).sum()) * x_nd.shape[1] > INT8_WORK and has_int8()
-    waiting = [_pairs_of_small_groups(bounds)]
+        int8 = float((sizes.astype(np.float64) * heads).sum()) * x_nd.shape[1] > INT8_WORK and has_int8()
+    waiting = [_pairs_of_small_groups(bounds, heads)]
     count = len(waiting[0][0])
-    for a, b, cosine in _compare_groups(x_nd, rows, bounds, Screen(floor, int8=int8), tile, thin):
+    for a, b, cosine in _compare_groups(x_nd, rows, bounds, heads, Screen(floor, int8=int8), tile, thin):
         if cosine is None:
             waiting.append((a, b))
             count += len(a)
@@ -141,15 +144,16 @@ def near_pairs(
         yield _decide(x_nd, rows, waiting, floor)
 
 
-def _pairs_of_small_groups(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pairs_of_small_groups(bounds: np.ndarray, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """List all pairs of the groups of 2 … SMALL rows."""
     sizes = np.diff(bounds)
     left, right = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for size in range(2, SMALL + 1):
-        starts = bounds[:-1][sizes == size]
+        starts = bounds[:-1][sizes == size][:, None]
         i, j = np.triu_indices(size, 1)
-        left.append((starts[:, None] + i).ravel())
-        right.append((starts[:, None] + j).ravel())
+        wanted = i < heads[sizes == size][:, None]
+        left.append((starts + i)[wanted])
+        right.append((starts + j)[wanted])
     return np.concatenate(left), np.concatenate(right)
 
 
@@ -162,7 +166,7 @@ def _decide(x_nd: np.ndarray, rows: np.ndarray, pairs: list[tuple[np.ndarray, np
 
 
 def _compare_groups(
-    x_nd: np.ndarray, rows: np.ndarray, bounds: np.ndarray, screen: Screen, tile: int, thin: bool
+    x_nd: np.ndarray, rows: np.ndarray, bounds: np.ndarray, heads: np.ndarray, screen: Screen, tile: int, thin: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Compare each group with itself. Yields pairs that may be near; of dense tiles those that are, with their cosine.
 
@@ -173,12 +177,20 @@ def _compare_groups(
         if (np.diff(bounds[first : last + 1]) <= SMALL).all():
             continue
         panel = max(1, PANEL // tile) * tile
-        for i in range(start, end, panel):
+        shown = [
+            *zip(
+                bounds[first:last].tolist(),
+                heads[first:last].tolist(),
+                bounds[first + 1 : last + 1].tolist(),
+                strict=True,
+            )
+        ]
+        for i in range(start, end if last - first > 1 else start + shown[0][1], panel):
             left = screen.prepare(x_nd, rows[i : min(i + panel, end)])
             for j in range(i, end, panel):
                 right = left if j == i else screen.prepare(x_nd, rows[j : min(j + panel, end)])
                 bound = screen.bound(left, right)
-                for above, below in _tiles(bounds[first : last + 1], i, j, panel, tile):
+                for above, below in _tiles(shown, i, j, panel, tile):
                     p, q = slice(above.start - i, above.stop - i), slice(below.start - j, below.stop - j)
                     found = screen.near(left.rows[p], right.rows[q], bound)
                     if len(found):
@@ -186,13 +198,17 @@ def _compare_groups(
                         yield a + above.start, b + below.start, cosine
 
 
-def _tiles(bounds: np.ndarray, i: int, j: int, panel: int, tile: int) -> Iterator[tuple[slice, slice]]:
-    """List the tiles of all groups with rows in two panels, none below the diagonal, by their rows."""
-    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        if end - start > SMALL:
-            for p in range(max(start, i), min(end, i + panel), tile):
-                for q in range(max(start, j, p), min(end, j + panel), tile):
-                    yield slice(p, min(p + tile, end, i + panel)), slice(q, min(q + tile, end, j + panel))
+def _tiles(groups: list[tuple[int, int, int]], i: int, j: int, panel: int, tile: int) -> Iterator[tuple[slice, slice]]:
+    """List the tiles that groups (start, heads, end) have in two panels, none below the diagonal, by their rows."""
+    for start, heads, end in groups:
+        if end - start <= SMALL:
+            continue
+        head_end = start + heads
+        for p in range(max(start, i), min(head_end, i + panel), tile):
+            above = slice(p, min(p + tile, head_end, i + panel))
+            last = min(end, j + panel)
+            for q in (*range(max(p, j), min(head_end, last), tile), *range(max(head_end, j), last, tile)):
+                yield above, slice(q, min(q + tile, last, head_end if q < head_end else last))
 
 
 def batches_of_groups(bounds: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
@@ -278,13 +294,15 @@ def relate_clusters(
     bounds: Sequence[int] | np.ndarray,
     floor: float,
     *,
+    heads: np.ndarray | None = None,
     tile: int = TILE,
     merge_at: int = MERGE_AT,
     int8: bool | None = None,
 ) -> Edges:
     """Find the forests of clusters.
 
-    x_nd: f16 [n, d], unit rows. rows: i64; cluster c is rows[bounds[c] : bounds[c + 1]].
+    x_nd: f16 [n, d], unit rows. rows: i64; cluster c is rows[bounds[c] : bounds[c + 1]], of which the first heads[c]
+    belong to it and the rest, which belong to others, are not compared with one another.
     Returns places a < b in `rows`, i64, and the cosine f32, sorted by a, then b; the same for any tile and however the
     tiles are screened.
     """
@@ -299,8 +317,10 @@ def relate_clusters(
         forest.add(originals[norms > floor], copies[norms > floor], norms[norms > floor])
         different = np.ones(len(here), bool)
         different[copies] = False
-        left, parts = np.flatnonzero(different), np.append(0, np.cumsum(different))[parts]
-        for a, b, cosine in near_pairs(x_nd, here[left], parts, floor, tile=tile, int8=int8, thin=True):
+        left, before = np.flatnonzero(different), np.append(0, np.cumsum(different))
+        own = None if heads is None else before[parts[:-1] + heads[first:last]] - before[parts[:-1]]
+        pairs = near_pairs(x_nd, here[left], before[parts], floor, heads=own, tile=tile, int8=int8, thin=True)
+        for a, b, cosine in pairs:
             forest.add(left[a], left[b], cosine)
         a, b, similarity = forest.edges()
         found.append((a + start, b + start, similarity))

@@ -47,7 +47,13 @@ def dedup(
     frame.component = found.component
     frame.twin[gone] = found.twin[gone]
     frame.twin_similarity[gone] = found.similarity[gone]
-    return Verdict(found.keep, {"threshold": threshold, **facts, **found.facts})
+    return Verdict(found.keep, {"threshold": threshold, **facts, **found.facts, **_compared(frame, threshold)})
+
+
+def _compared(frame: Frame, threshold: float) -> dict[str, Any]:
+    """Say which share of the pairs above a threshold clustering compared, by its estimate at the next lower level."""
+    levels = [level for level in frame.recall.get("levels", []) if level["above"] <= threshold]
+    return {"pairs_compared": levels[-1]["found"]} if levels and levels[-1]["pairs"] else {}
 
 
 def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 0.0, budget: Count = 0) -> Verdict:

@@ -31,7 +31,7 @@ def show(directory: str) -> Iterator[str]:
     yield headline(artefact.command, manifest).strip()
     for name, value in manifest.items():
         if name not in ("format", "command", "options", "inputs", "shards", "counts", "failed", "funnel", "versions"):
-            yield f"  {name}: {_brief(value)}"
+            yield f"  {name}: {recall_line(value) if name == 'recall' else _brief(value)}"
     if paths.exists(artefact.path("funnel.json")):
         yield from funnel_lines(store.load_json(artefact.path("funnel.json")))
     notes = [(stem, note) for stem, shard in manifest.get("shards", {}).items() for note in shard.get("notes", [])]
@@ -54,6 +54,17 @@ def _lineage(artefact: store.Artefact) -> Iterator[str]:
             if upstream.digest != source.get("digest"):
                 yield f"  WARNING: {location} has changed since"
             yield from ("  " + line for line in _lineage(upstream))
+
+
+def recall_line(recall: Mapping[str, Any]) -> str:
+    """Say which share of a sample's near pairs met in a cluster, by level of cosine."""
+    shares = [
+        f"{level['found']:.1%} of {level['pairs']:,} above {level['above']}"
+        for level in recall["levels"]
+        if level["pairs"]
+    ]
+    sample = f"(brute force on {recall['compared']:,} of {recall['sample']:,} sampled rows)"
+    return f"near pairs that were compared: {' · '.join(shares) or 'none to be found'} {sample}"
 
 
 def _brief(value: Any, limit: int = 100) -> str:

@@ -15,7 +15,7 @@ from curate import relate, store
 from curate.cluster import ClusterOptions, cluster
 from curate.engine import Job
 from curate.errors import ContractError, ShardError, UsageError
-from house import fingerprint
+from house import fingerprint, manifest
 
 QUIET = Job(workers=1, quiet=True)
 
@@ -49,7 +49,7 @@ def test_every_good_row_lies_at_its_nearest_centroid(cloud, tmp_path):
 
 
 def test_the_edges_are_each_clusters_forest(cloud, tmp_path, monkeypatch):
-    monkeypatch.setattr("curate.cluster.BUCKET_BYTES", 9_000)  # many buckets
+    monkeypatch.setattr("curate.graph.BUCKET_BYTES", 9_000)  # many buckets
     cluster(cloud.path, str(tmp_path / "clu"), ClusterOptions(k=5, floor=0.7), QUIET)
     found, _ = columns(tmp_path / "clu", STEMS)
     edges = store.table(str(tmp_path / "clu" / "edges.arrow"))
@@ -68,11 +68,46 @@ def test_the_edges_are_each_clusters_forest(cloud, tmp_path, monkeypatch):
     assert seen == len(edges)
 
 
-def test_workers_change_no_byte(cloud, tmp_path):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_neighbours_compare_the_rows_of_both_nearest_clusters(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr("curate.graph.BUCKET_BYTES", 9_000)
+    drawn = draw(tmp_path / "emb", rows=400, seed=seed, spread=0.9)
+    out = {}
+    for neighbours in (1, 2):
+        out[neighbours] = tmp_path / f"clu{neighbours}"
+        cluster(drawn.path, str(out[neighbours]), ClusterOptions(k=9, floor=0.6, neighbours=neighbours), QUIET)
+    one, two = (columns(out[n], STEMS)[0] for n in (1, 2))
+    assert (one == two).all()
+    centroids = np.load(out[2] / "centroids.npy").astype(np.float64)
+    home, other = np.argsort(-(drawn.image @ centroids.T), axis=1, kind="stable")[:, :2].T
+    cosine = drawn.image.astype(np.float64) @ drawn.image.astype(np.float64).T
+    met = (home[:, None] == home) | (home[:, None] == other) | (other[:, None] == home)
+    good = np.outer(drawn.ok, drawn.ok) & np.triu(np.ones((400, 400), bool), 1)
+    true = good & (cosine > 0.6)
+    edges = store.table(str(out[2] / "edges.arrow"))
+    a, b, similarity = (edges[name].to_numpy() for name in ("a", "b", "similarity"))
+    assert (np.diff(a) >= 0).all() and (a < b).all() and met[a, b].all() and true[a, b].all()
+    assert np.abs(cosine[a, b] - similarity).max() < 1e-6
+    for threshold in (0.6, 0.75, 0.9):  # the components are those of the whole graph of compared pairs
+        i, j = np.nonzero(true & met & (cosine > threshold))
+        above = similarity > threshold
+        expected, found = relate.components(i, j, 400), relate.components(a[above], b[above], 400)
+        assert (expected == found).all()
+    recalls = {n: {level["above"]: level for level in manifest(out[n])["recall"]["levels"]} for n in (1, 2)}
+    for level in (0.6, 0.85, 0.95):
+        wanted = true & (cosine > level)
+        assert recalls[1][level]["pairs"] == recalls[2][level]["pairs"] == wanted.sum()
+        assert recalls[1][level]["found"] == round((wanted & (home[:, None] == home)).sum() / wanted.sum(), 4)
+        assert recalls[2][level]["found"] == round((wanted & met).sum() / wanted.sum(), 4)
+    assert recalls[2][0.6]["found"] > recalls[1][0.6]["found"]
+
+
+@pytest.mark.parametrize("neighbours", [1, 2])
+def test_workers_change_no_byte(cloud, tmp_path, neighbours):
     prints = []
     for workers in (1, 2):
         out = tmp_path / str(workers) / "clu"
-        cluster(cloud.path, str(out), ClusterOptions(k=6), Job(workers=workers, quiet=True))
+        cluster(cloud.path, str(out), ClusterOptions(k=6, neighbours=neighbours), Job(workers=workers, quiet=True))
         prints.append(fingerprint(out))
     assert prints[0] == prints[1] and len(prints[0]) == 7
 

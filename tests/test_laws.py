@@ -18,7 +18,20 @@ ROOMS = {
     **dict.fromkeys(["paths", "records", "rules", "drawing", "texts"], 1),
     **dict.fromkeys(["store", "shards", "engine"], 2),
     **dict.fromkeys(
-        ["layouts", "rows", "sources", "coreset", "columns", "options", "demo", "emit_tables", "spool", "accounts"], 3
+        [
+            "layouts",
+            "rows",
+            "sources",
+            "coreset",
+            "columns",
+            "options",
+            "demo",
+            "emit_tables",
+            "spool",
+            "accounts",
+            "graph",
+        ],
+        3,
     ),
     **dict.fromkeys(["embed", "importing", "cluster", "selection", "emit", "mix"], 4),
     **dict.fromkeys(

@@ -106,10 +106,13 @@ def test_dense_and_crowded_tiles_have_the_same_forest(monkeypatch, spread, ties,
 def test_pairs_are_decided_by_the_exact_cosine_and_none_is_missed(n, seed, floor, int8):
     x = cluster_rows(n, dim=8, seed=seed, spread=0.4)
     expected = slow_cosines(x)
-    found = list(relate.near_pairs(x, np.arange(n), [0, n // 3, n], floor, tile=9, int8=int8))
+    heads = np.array([n // 3, np.random.default_rng(seed).integers(0, n - n // 3, endpoint=True)])
+    how = {"heads": heads, "tile": 9, "int8": int8}
+    found = list(relate.near_pairs(x, np.arange(n), [0, n // 3, n], floor, **how))
     a, b, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else np.zeros((3, 0))
     near = np.triu(expected > np.float32(floor), 1)
     near[: n // 3, n // 3 :] = False
+    near[n // 3 + heads[1] :] = False
     assert sorted(zip(a, b, cosine, strict=True)) == [(i, j, expected[i, j]) for i, j in np.argwhere(near)]
 
 
