@@ -2,17 +2,19 @@
 
 A function's signature is the schema, so that an unknown name or argument is refused with the list of those that exist.
 A bare word is a column, and so is a call of one that is computed. A count is a whole number of rows, or a share of the
-pool's good rows: `0.02` or `"2%"`.
+pool's good rows: `0.02`, `2%` or `"2%"`.
 """
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from curate.errors import UsageError, unknown
 from curate.frame import AUTO, Column, Count, Directory, File, Group, Keep, Levels, Share, Threshold
 
+PERCENT = re.compile(r"(?<=[\s(,=])(\d[\d_.]*%)(?=\s*[,)])")  # 2%, which Python cannot read
 Table = Mapping[str, Callable[..., Any]]
 
 
@@ -22,10 +24,7 @@ def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[st
     noun, like: what it is, and an example. hidden: parameters of the functions that are not written.
     Raises: UsageError naming the text, what is wrong with it and what there is.
     """
-    try:
-        call = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        call = None
+    call = _parse(text) or _parse(PERCENT.sub(r'"\1"', text))
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise UsageError(f"the {noun} {text!r} is not a call like {like}.")
     name = call.func.id
@@ -46,6 +45,13 @@ def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[st
     if missing:
         raise UsageError(f"the {noun} {text!r} lacks {missing[0]}; it is written {usage}.")
     return name, {key: _convert(node, known[key].annotation, f"{key} in {text}") for key, node in given.items()}
+
+
+def _parse(text: str) -> ast.expr | None:
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
 
 
 def parameters(function: Callable[..., Any], hidden: int) -> dict[str, Any]:

@@ -210,6 +210,9 @@ def select(
     """Run a funnel of steps and keep, for every row, the reason why it left.
 
     Example: `curate select clu/ sel/ --recipe bunny --n 2000000` writes `sel/{shard}.arrow` and `sel/funnel.json`.
+
+    By hand: `curate select clu/ sel/ --step 'dedup(0.9)' --step 'rank(clip_score, 0, 0.5)' --step 'sample(10_000)'`;
+    `curate steps` lists them all.
     """
     from curate.selection import SelectOptions
     from curate.selection import select as stage
@@ -227,19 +230,14 @@ def select(
 
 @app.command()
 def steps() -> None:
-    """List the steps and the recipes that select knows.
+    """List the steps, columns and recipes that select knows, one line each.
 
     Example: `curate steps`
     """
-    from curate.recipes import RECIPES
     from curate.show import step_lines
 
-    typer.echo("steps, for --step:")
     for line in step_lines():
-        typer.echo(f"  {line}")
-    typer.echo("recipes, for --recipe:")
-    for name, recipe in RECIPES.items():
-        typer.echo(f"  {name:<20} {recipe.about}")
+        typer.echo(line)
 
 
 @app.command()

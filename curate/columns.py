@@ -19,8 +19,17 @@ from curate.frame import UNKNOWN_BITS, Edges, Frame
 EDGES, CENTROIDS = "edges.arrow", "centroids.npy"
 NUMBERS = ("clip_score", "width", "height")
 CAPTION = ("caption_words", "caption_chars")
+HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@]*@)?(?P<host>[^/:?#]+)"
 SIZES = ("min_side", "aspect_ratio")
-GROUPS = ("uid", "caption", "url", "phash", "shard")
+ABOUT = {
+    "clip_score": "cosine of image and caption",
+    "width, height": "pixels, as stored",
+    "min_side, aspect_ratio": "the shorter side; the longer by the shorter",
+    "caption_words, caption_chars": "how long the caption is",
+    "centroid_similarity": "cosine to the cluster's centroid",
+    "nearest_similarity": "highest cosine inside the cluster, as far as the clusters' floor",
+}
+GROUPS = ("uid", "caption", "url", "host", "phash", "shard")
 
 
 class Pool:
@@ -93,7 +102,10 @@ class Pool:
         """Read a column as group numbers i64; a row without a value is a group of its own."""
         if name == "shard":
             return np.repeat(np.arange(len(self.emb.stems)), np.diff(self.bounds))
-        column = self.chunks(name)
+        if name == "host":
+            column = pc.struct_field(pc.extract_regex(self.chunks("url"), HOST), "host")
+        else:
+            column = self.chunks(name)
         if name == "uid":  # half of a 128-bit hash is a number good enough to tell images apart
             codes = np.concatenate([_half_numbers(chunk) for chunk in column.chunks])
         elif pa.types.is_string(column.type):

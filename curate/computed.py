@@ -25,7 +25,7 @@ def neg_clip_loss(
     batch_size: int = scores.BATCH_SIZE,
     batches: int = scores.BATCHES,
 ) -> np.ndarray:
-    """Score the cosine of image and caption, less what either has with any other of a batch (negCLIPLoss)."""
+    """Compute the cosine of image and caption, less what either has with any other of a batch (negCLIPLoss)."""
     if temperature <= 0 or batch_size < 2 or batches < 1:
         raise UsageError(
             "neg_clip_loss needs a temperature above 0, a batch_size of 2 or more and batches of 1 or more."
@@ -40,7 +40,7 @@ def neg_clip_loss(
 
 
 def norm_sim(frame: Frame, directory: Directory, p: str = "inf") -> np.ndarray:
-    """Score nearness to another EMB: the highest cosine to its images, or the root of the squares' sum (p="2")."""
+    """Measure nearness to another EMB: the highest cosine to its images, or the root of the squares' sum (p="2")."""
     if p not in ("inf", "2"):
         raise UsageError(f'norm_sim: p is {p!r}, expected "inf" or "2".')
     rows = np.flatnonzero(frame.alive)
@@ -49,7 +49,7 @@ def norm_sim(frame: Frame, directory: Directory, p: str = "inf") -> np.ndarray:
 
 
 def typicality(frame: Frame, neighbours: int = 20) -> np.ndarray:
-    """Score one over the mean distance to the nearest neighbours in the row's cluster (TypiClust): high is typical."""
+    """Compute one over the mean distance to the nearest neighbours in the row's cluster (TypiClust): high is typical."""
     if neighbours < 1:
         raise UsageError(f"typicality: {neighbours} neighbours, expected at least 1.")
     groups = np.where(frame.alive, frame.group("cluster"), -1)
@@ -57,7 +57,7 @@ def typicality(frame: Frame, neighbours: int = 20) -> np.ndarray:
 
 
 def redundancy(frame: Frame, column: Group = "") -> np.ndarray:
-    """Score the mean cosine to all other rows (of a group, where one is named) about their common mean (PRISM)."""
+    """Compute the mean cosine to all other rows (of a group, where one is named) about their common mean (PRISM)."""
     groups = np.unique(frame.group(column), return_inverse=True)[1] if column else np.zeros(len(frame.good), np.int64)
     return coverage.redundancy(_images(frame, "redundancy"), np.where(frame.alive, groups, -1))
 

@@ -7,6 +7,7 @@ A stage that stands finished for the same request is not run again; one that a k
 The tables of the trainer are checked and carried out by `python -m train`, in a process of its own.
 """
 
+import re
 import shlex
 import subprocess
 import sys
@@ -356,7 +357,7 @@ def _selections(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, A
 
     source = pipeline.place("cluster" if "cluster" in pipeline.tables else "embed")
     for recipe in (None, *pipeline.tables["select"].get("compare", [])):
-        label = "selection" if recipe is None else f"selection-{recipe}"
+        label = "selection" if recipe is None else f"selection-{re.sub(r'[^0-9A-Za-z]+', '-', recipe).strip('-')}"
         chosen = stage_options(pipeline, "select", **({} if recipe is None else {"recipe": recipe}))
         target = paths.join(pipeline.out, label)
         yield label, _fresh(job, partial(select, source, target, chosen))

@@ -2,8 +2,8 @@
 
 A step is a function of the frame, its place in the funnel (which seeds its random draws) and its arguments. Its
 signature is the schema of how it is written. Here are the table of all steps and those that rest on near-duplicates and
-mismatches; steps by value are in `ranks`, steps with a budget in `budgets` and
-`representatives`, steps over captions in `vocabulary`, steps that compare with another set in `targets`.
+mismatches; steps by value are in `ranks`, steps with a budget in `budgets` and `representatives`, steps over captions
+in `vocabulary`, steps that compare with another set in `targets`.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Tell in the terminal what a directory is, how it came about, and what became of one sample."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from curate import paths, store
@@ -96,14 +96,31 @@ def _number(value: Any) -> str:
 
 
 def step_lines() -> Iterator[str]:
-    """Yield each selection step as it is written, with what it does."""
+    """Yield the steps, columns and recipes of select, as they are written, with what each does or is."""
     import inspect
 
+    from curate import columns, computed, recipes, steps
     from curate.selectors import STEPS
-    from curate.steps import signature
 
-    for name, step in STEPS.items():
-        yield f"{signature(name):<60} {(inspect.getdoc(step) or '').splitlines()[0]}"
+    def about(function: object) -> str:
+        return (inspect.getdoc(function) or "").splitlines()[0]
+
+    yield "steps, for --step:"
+    yield from _aligned((steps.signature(name), about(step)) for name, step in STEPS.items())
+    yield "columns of numbers, for rank, above, top and the like:"
+    made = ((computed.signature(name), about(column)) for name, column in computed.COLUMNS.items())
+    yield from _aligned([*columns.ABOUT.items(), *made])
+    yield "columns of groups, for balance and cap:"
+    yield f"  {', '.join((*columns.GROUPS, 'cluster'))}"
+    yield "recipes, for --recipe, with --n for the number of rows:"
+    yield from _aligned((recipe.signature(name), recipe.about) for name, recipe in recipes.RECIPES.items())
+
+
+def _aligned(lines: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield pairs as one line each, the second in a column of its own where the first leaves it room."""
+    pairs = list(lines)
+    width = min(50, max(len(left) for left, _ in pairs))
+    yield from (f"  {left:<{width}}  {right}" for left, right in pairs)
 
 
 def show_key(directory: str, key: str) -> Iterator[str]:

@@ -158,6 +158,13 @@ def test_derived_columns_are_what_they_say(pool, tmp_path):
     assert selected(tmp_path / "sel")["kept"] == expected
 
 
+def test_a_host_gives_no_more_than_its_cap(pool, tmp_path):
+    select(pool.path, str(tmp_path / "sel"), SelectOptions(steps=("cap(host, 20)",)), QUIET)
+    kept = np.flatnonzero(selected(tmp_path / "sel")["kept"])
+    # every third row has a url, all of them http://x/…; the others are each a group of their own
+    assert (kept % 3 == 0).sum() == 20 and (kept % 3 > 0).sum() == (pool.ok & (np.arange(len(pool.ok)) % 3 > 0)).sum()
+
+
 def test_rows_near_an_evaluation_set_are_excluded(pool, tmp_path):
     other = draw(tmp_path / "eval", rows=40, seed=0, stems=1, bad=0)  # other pixels
     copy = draw(tmp_path / "same", mismatched=0.2)

@@ -68,7 +68,8 @@ def test_rows_without_a_value_rank_last_and_pass_no_threshold():
 
 
 @pytest.mark.parametrize(
-    "text, count", [("sample(30)", 30), ("sample(0.3)", 27), ('sample("30%")', 27), ("sample(1_000)", 90)]
+    "text, count",
+    [("sample(30)", 30), ("sample(0.3)", 27), ('sample("30%")', 27), ("sample(n=30%)", 27), ("sample(1_000)", 90)],
 )
 def test_samples_are_exact_and_shares_count_the_good_rows(text, count):
     frame = frame_of(100, good=np.arange(100) >= 10)
@@ -198,7 +199,8 @@ def test_without_evidence_the_threshold_is_timid():
 @pytest.mark.parametrize("name", recipes.RECIPES)
 @pytest.mark.parametrize("n", ["", 2_000, 0.02, "2%"])
 def test_every_recipe_is_made_of_steps_that_parse(name, n):
-    parsed = steps.parse(recipes.steps(name, n))
+    needs_target = name in ("datacomp-image", "datacomp-best", "neg-clip-loss-norm-sim")
+    parsed = steps.parse(recipes.steps(f'{name}("emb/target")' if needs_target else name, n))
     assert parsed and all(step.name in STEPS for step in parsed)
 
 
@@ -216,6 +218,25 @@ def test_unknown_recipes_and_budgets_are_refused():
         recipes.steps("buny")
     with pytest.raises(UsageError, match="--n 20000"):
         recipes.steps("bunny", "lots")
+    with pytest.raises(UsageError, match=r"datacomp_image\(\)' lacks target"):
+        recipes.steps("datacomp-image")
+    with pytest.raises(UsageError, match="unknown argument of llava_cc3m 'extract'"):
+        recipes.steps("llava-cc3m(extract='simple')")
+    with pytest.raises(UsageError, match="has 1 arguments"):
+        recipes.steps("bunny(0.9)")
+
+
+def test_recipes_take_arguments():
+    assert recipes.steps('datacomp-best("emb/imagenet")', "2%") == [
+        "rank(clip_score, 0, 0.30)",
+        "above(caption_words, 1)",
+        "above(caption_chars, 5)",
+        "image_based('emb/imagenet')",
+        'sample("2%")',
+    ]
+    assert recipes.steps("llava-cc3m(extractor='simple')")[0].endswith("extractor='simple')")
+    assert recipes.RECIPES["metaclip"].signature("metaclip") == "metaclip(entries='pool', t=20000)"
+    assert recipes.RECIPES["bunny"].signature("bunny") == "bunny"
 
 
 def test_without_evidence_of_a_kind_only_pixel_twins_are_merged():
