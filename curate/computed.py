@@ -49,7 +49,7 @@ def norm_sim(frame: Frame, directory: Directory, p: str = "inf") -> np.ndarray:
 
 
 def typicality(frame: Frame, neighbours: int = 20) -> np.ndarray:
-    """Compute one over the mean distance to the nearest neighbours in the row's cluster (TypiClust): high is typical."""
+    """Compute one over the mean distance to the nearest neighbours in the cluster (TypiClust): high is typical."""
     if neighbours < 1:
         raise UsageError(f"typicality: {neighbours} neighbours, expected at least 1.")
     groups = np.where(frame.alive, frame.group("cluster"), -1)
