@@ -14,7 +14,7 @@ import numpy as np
 from curate import budgets, duplicates, evidence, ranks, relate, representatives, targets, vocabulary
 from curate.budgets import preference
 from curate.errors import UsageError, unknown
-from curate.frame import AUTO, CLUSTER_FIRST, Count, Frame, Share, Threshold, Verdict
+from curate.frame import AUTO, CLUSTER_FIRST, Count, Frame, Group, Share, Threshold, Verdict
 from curate.ranks import descending, value_range
 
 
@@ -87,25 +87,40 @@ def budget_factor(share: float) -> float:
 
 
 def placeholders(
-    frame: Frame, number: int, copies: int = 50, captions: Share = 0.5, threshold: Threshold = AUTO
+    frame: Frame,
+    number: int,
+    copies: int = 50,
+    captions: Share = 0.5,
+    threshold: Threshold = AUTO,
+    by: Group = "caption",
+    exact: bool = False,
 ) -> Verdict:
     """Drop every row of a picture that stands under many captions ("image not found", a logo): not even one stays.
 
-    A picture is a component above the threshold; it goes if it has at least `copies` rows, of which at least the share
-    `captions` have a caption of their own. Put it before dedup, which would leave one with a caption by chance.
+    A picture is a component of near-duplicates above the threshold whose pixels agree, too, as far as they are known;
+    exact: rows of the same bytes, for which no clusters are needed. It goes if at least `copies` good rows of the pool
+    have it, earlier steps or not, and at least the share `captions` of them have a caption of their own. by: another
+    column than the caption, such as url, for pools where an error picture stands under one alt text.
     """
-    if frame.edges is None:
-        raise UsageError("placeholders needs clusters; this directory has none.", CLUSTER_FIRST)
-    a, b, similarity, bits = frame.edges()
-    threshold = evidence.find_threshold(similarity, bits, frame.floor).threshold if threshold == AUTO else threshold
-    linked = (similarity > threshold) & frame.alive[a] & frame.alive[b]
-    rows = np.flatnonzero(frame.alive)
-    picture = np.unique(relate.components(a[linked], b[linked], len(frame.good))[rows], return_inverse=True)[1]
-    distinct = np.unique(np.stack([picture, frame.group("caption")[rows]]), axis=1)[0]
+    rows = np.flatnonzero(frame.good)
+    facts: dict[str, Any] = {}
+    if exact:
+        labels = frame.group("uid")
+    elif frame.edges is None:
+        raise UsageError("placeholders needs clusters, or exact=True; this directory has none.", CLUSTER_FIRST)
+    else:
+        a, b, similarity, bits = frame.edges()
+        threshold = evidence.find_threshold(similarity, bits, frame.floor).threshold if threshold == AUTO else threshold
+        linked = (similarity > threshold) & ((bits <= evidence.TWIN_BITS) | (bits > 64))
+        labels = relate.components(a[linked], b[linked], len(frame.good))
+        facts["threshold"] = threshold
+    picture = np.unique(labels[rows], return_inverse=True)[1]
+    told = np.unique(frame.group(by)[rows], return_inverse=True)[1]
+    distinct = np.unique(picture * (int(told.max(initial=0)) + 1) + told) // (int(told.max(initial=0)) + 1)
     sizes = np.bincount(picture)
     bad = (sizes >= copies) & (np.bincount(distinct, minlength=len(sizes)) >= captions * sizes)
-    facts = {"threshold": threshold, "pictures": int(bad.sum()), "largest": int(sizes[bad].max(initial=0))}
-    return Verdict(frame.mask(rows[~bad[picture]]), facts)
+    facts |= {"pictures": int(bad.sum()), "largest": int(sizes[bad].max(initial=0))}
+    return Verdict(frame.alive & ~frame.mask(rows[bad[picture]]), facts)
 
 
 STEPS: dict[str, Callable[..., Verdict]] = {
