@@ -356,14 +356,14 @@ def show(
     Example: `curate show out/demo/selection --key 000000123`
     """
     from curate import store
+    from curate.life import show_key
     from curate.show import show as describe
-    from curate.show import show_key
 
     if as_json:
         typer.echo(json.dumps(store.open_input(directory).manifest, ensure_ascii=False))
         return
     for line in show_key(directory, key) if key else describe(directory):
-        typer.echo(line)
+        typer.echo("".join(letter if letter.isprintable() else "�" for letter in line))  # captions and keys: no escapes
 
 
 @app.command()

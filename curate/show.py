@@ -1,12 +1,26 @@
-"""Tell in the terminal what a directory is, how it came about, and what became of one sample."""
+"""Tell in the terminal, in one screen, what a directory is and how it came about.
 
-from collections.abc import Iterable, Iterator, Mapping
+Any directory of curate or of the trainer, a pipeline's or an ablation's: its rows and what became of them, the funnel
+and the spread of the scores, the sources of a mix, the loss of a run, the claims of an ablation, what it rests on.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from curate import paths, store
+from curate import making, paths, store, trials
 from curate.errors import UsageError
 
-BAR = 24
+BAR, MOST = 24, 8
+BLOCKS = " ▁▂▃▄▅▆▇█"
+HEADINGS = {
+    "demo": "a rendered pool with planted faults",
+    "embed": "embeddings",
+    "import": "imported embeddings",
+    "cluster": "clusters",
+    "select": "a selection",
+    "emit": "a coreset",
+    "mix": "a mix of instruction data",
+}
 
 
 def headline(command: str, manifest: Mapping[str, Any]) -> str:
@@ -23,37 +37,80 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
 
 
 def show(directory: str) -> Iterator[str]:
-    """Yield the lines that describe a directory: its making, its counts, its funnel, its troubles."""
-    artefact = store.open_input(directory)
+    """Yield the lines that describe a directory. Raises: UsageError when nobody here made it."""
+    if paths.exists(paths.join(directory, trials.FILE)):
+        yield from _ablation(directory)
+    elif paths.exists(paths.join(directory, "metrics.jsonl")):
+        yield from _run(directory)
+    elif paths.exists(paths.join(directory, "answers.jsonl")):
+        yield from _answers(directory)
+    elif paths.exists(paths.join(directory, store.MANIFEST)) or paths.exists(paths.join(directory, store.PLAN)):
+        yield from _artefact(store.open_input(directory))
+    elif paths.exists(paths.join(directory, "train_manifest.json")):
+        yield from _model(directory)
+    else:
+        yield from _pipeline(directory)
+
+
+def _artefact(artefact: store.Artefact) -> Iterator[str]:
+    """Describe a directory that a verb of curate made."""
     manifest = artefact.manifest
-    yield f"{directory}: made by `curate {artefact.command}`"
-    yield from _lineage(artefact)
-    yield headline(artefact.command, manifest).strip()
-    for name, value in manifest.items():
-        if name not in ("format", "command", "options", "inputs", "shards", "counts", "failed", "funnel", "versions"):
-            yield f"  {name}: {recall_line(value) if name == 'recall' else _brief(value)}"
-    if paths.exists(artefact.path("funnel.json")):
-        yield from funnel_lines(store.load_json(artefact.path("funnel.json")))
-    notes = [(stem, note) for stem, shard in manifest.get("shards", {}).items() for note in shard.get("notes", [])]
-    yield from (f"  note: {stem}: {note}" for stem, note in notes[:10])
-    if len(notes) > 10:
-        yield f"  … and {len(notes) - 10:,} more notes in {artefact.path(store.MANIFEST)}"
-    for stem, why in manifest.get("failed", {}).items():
-        yield f"  FAILED {stem}: {why}"
+    yield f"{artefact.directory}: {HEADINGS.get(artefact.command, 'made')}, by `curate {artefact.command}`"
+    yield headline(artefact.command, manifest)
+    if artefact.command == "mix":
+        yield from _sources(manifest)
+    chain = list(lineage(artefact))
+    selection = next((each for each in chain if each.command == "select"), None)
+    if selection is not None:
+        funnel = store.load_json(selection.path("funnel.json"))
+        yield from funnel_lines(funnel)
+        yield from score_lines(funnel)
+    if artefact.command == "cluster":
+        yield f"  clusters: {_brief(manifest.get('clusters', {}))} · near-duplicate edges {manifest.get('edges', 0):,}"
+        if "recall" in manifest:
+            yield f"  {recall_line(manifest['recall'])}"
+    yield from _troubles(artefact)
+    for each in chain:
+        given = {
+            key: v for key, v in each.manifest.get("options", {}).items() if v not in ("", None) and key != "steps"
+        }
+        options = " ".join(f"{key}={_brief(v, 40)}" for key, v in given.items())
+        label = "made with" if each is artefact else f"from {each.directory}:"
+        yield f"  {label} {_brief(options, 110)}"
+    yield from _changed(chain)
+    for name in chain[-1].manifest.get("inputs", {}):
+        yield f"  from {chain[-1].input_path(name)}"
 
 
-def _lineage(artefact: store.Artefact) -> Iterator[str]:
-    """Yield one line per directory that this one rests on, nearest first."""
-    options = " ".join(f"{key}={_brief(value)}" for key, value in artefact.manifest.get("options", {}).items())
-    yield f"  options: {options or 'none'}"
-    for name, source in artefact.manifest.get("inputs", {}).items():
+def lineage(artefact: store.Artefact) -> Iterator[store.Artefact]:
+    """Yield an artefact and all that it rests on and is still there, nearest first."""
+    yield artefact
+    for name in artefact.manifest.get("inputs", {}):
         location = artefact.input_path(name)
-        yield f"  {name}: {location}"
         if paths.exists(paths.join(location, store.MANIFEST)):
-            upstream = store.open_input(location)
-            if upstream.digest != source.get("digest"):
+            yield from lineage(store.open_input(location))
+
+
+def _changed(chain: Sequence[store.Artefact]) -> Iterator[str]:
+    """Warn of inputs that are no longer what they were."""
+    for each in chain:
+        for name, source in each.manifest.get("inputs", {}).items():
+            location = each.input_path(name)
+            upstream = next((other for other in chain if other.directory == location), None)
+            if upstream is not None and upstream.digest != source.get("digest"):
                 yield f"  WARNING: {location} has changed since"
-            yield from ("  " + line for line in _lineage(upstream))
+
+
+def _troubles(artefact: store.Artefact) -> Iterator[str]:
+    """List what went wrong: notes, failed shards, samples that were gone."""
+    manifest = artefact.manifest
+    notes = [f"{stem}: {note}" for stem, shard in manifest.get("shards", {}).items() for note in shard.get("notes", [])]
+    failed = [f"FAILED {stem}: {why}" for stem, why in manifest.get("failed", {}).items()]
+    gone = [f"gone from the pool: {entry.get('key')} ({entry.get('why')})" for entry in manifest.get("gone", [])]
+    for kind in (notes, failed, gone):
+        yield from (f"  {text}" for text in kind[:MOST])
+        if len(kind) > MOST:
+            yield f"  … and {len(kind) - MOST:,} more in {artefact.path(store.MANIFEST)}"
 
 
 def recall_line(recall: Mapping[str, Any]) -> str:
@@ -85,6 +142,22 @@ def funnel_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {'':<{BAR}} {'':>11}    {' · '.join(told[start : start + 4])}"
 
 
+def score_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
+    """Draw each score's spread as two lines of blocks: all rows, and the kept ones."""
+    for column, counted in funnel.get("histograms", {}).items():
+        low, high = counted["edges"][0], counted["edges"][-1]
+        yield f"  {column:<20} {low:>8.3f} {sparkline(counted['all'])} {high:.3f}  all"
+        yield f"  {'':<20} {'':>8} {sparkline(counted['kept'])} {'':<{len(f'{high:.3f}')}}  kept"
+
+
+def sparkline(values: Sequence[float], width: int = 30) -> str:
+    """Draw values as blocks, neighbours added up until they fit the width."""
+    group = max(1, -(-len(values) // width))
+    sums = [sum(values[start : start + group]) for start in range(0, len(values), group)]
+    top = max(sums, default=0)
+    return "".join(BLOCKS[0 if not value else max(1, round(8 * value / top))] for value in sums)
+
+
 def _is_short(value: Any) -> bool:
     return not isinstance(value, list | dict)
 
@@ -93,6 +166,120 @@ def _number(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _sources(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Draw a mix's sources by their share of the samples, with their share of the tokens."""
+    sources, counts = manifest.get("sources", {}), manifest["counts"]
+    for name, source in list(sources.items())[: 2 * MOST]:
+        share = source["samples"] / max(1, counts["rows"])
+        shares = f"{share:.1%} of samples, {source['tokens'] / max(1, counts['tokens']):.1%} of tokens"
+        lost = "".join(f" · {count:,} {why}" for why, count in source.get("faults", {}).items() if count)
+        yield f"  {'█' * round(BAR * share):<{BAR}} {source['samples']:>11,}  {name}: {shares}{lost}"
+    if len(sources) > 2 * MOST:
+        yield f"  … and {len(sources) - 2 * MOST} more sources"
+    samples, tokens = (float(manifest.get(f"text_share_{by}", 0)) for by in ("samples", "tokens"))
+    yield f"  text-only: {samples:.2%} of the samples, {tokens:.2%} of the tokens"
+
+
+def _run(directory: str) -> Iterator[str]:
+    """Describe a training run: its command, its loss and its pace, whether it is finished."""
+    [made] = making.training({paths.name(directory): directory}, paths.join(directory, "page"))
+    rows = [entry for entry in making.entries(paths.join(directory, "metrics.jsonl")) if "loss" in entry]
+    done = paths.exists(paths.join(directory, store.MANIFEST))
+    yield f"{directory}: a training run, {'finished' if done else 'UNFINISHED: the same command goes on'}"
+    yield f"  {made['account']}"
+    if rows:
+        losses = [float(entry["loss"]) for entry in rows]
+        step = max(1, len(losses) // 60)
+        means = [sum(losses[i : i + step]) / len(losses[i : i + step]) for i in range(0, len(losses), step)]
+        lowest = min(means)
+        shape = "".join(BLOCKS[1 + round(7 * (mean - lowest) / ((max(means) - lowest) or 1))] for mean in means)
+        yield f"  loss {means[0]:.4f} {shape} {means[-1]:.4f} at step {rows[-1].get('step', len(rows)):,}"
+        pace = {"tokens_per_s": "tokens/s", "mfu": "MFU", "peak_memory_gb": "GB at the peak", "eta_s": "s to go"}
+        facts = [f"{float(rows[-1][key]):,.4g} {name}" for key, name in pace.items() if key in rows[-1]]
+        yield f"  {' · '.join(facts)}"
+    if done:
+        result = store.load_json(paths.join(directory, store.MANIFEST)).get("result", {})
+        numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
+        yield f"  {' · '.join(f'{_number(value)} {key}' for key, value in numbers.items())}"
+        if result.get("skipped"):
+            yield f"  skipped: {_brief(result['skipped'])}"
+    yield f"  {made['command']}"
+
+
+def _answers(directory: str) -> Iterator[str]:
+    """Describe a trained model's answers: how many are right, by task."""
+    tasks: dict[str, list[bool]] = {}
+    for entry in making.entries(paths.join(directory, "answers.jsonl")):
+        if isinstance(entry.get("right"), bool):
+            tasks.setdefault(str(entry.get("task") or "all"), []).append(entry["right"])
+    yield f"{directory}: a model's answers to {sum(map(len, tasks.values())):,} held-out questions"
+    for task, right in sorted(tasks.items()):
+        share = sum(right) / len(right)
+        yield f"  {'█' * round(BAR * share):<{BAR}} {share:>7.1%}  {task} ({len(right):,})"
+    if paths.exists(paths.join(directory, store.MANIFEST)):
+        result = store.load_json(paths.join(directory, store.MANIFEST)).get("result", {})
+        yield f"  scores: {_brief(result.get('scores', {}))}"
+
+
+def _model(directory: str) -> Iterator[str]:
+    """Describe an exported model."""
+    config = store.load_json(paths.join(directory, "config.json"))
+    parts = [str(config.get(part, {}).get("model_type", "?")) for part in ("vision_config", "text_config")]
+    yield f"{directory}: an exported model, {config.get('architectures', ['?'])[0]} of {' and '.join(parts)}"
+    yield "  transformers loads it as it is: AutoModelForImageTextToText.from_pretrained(…)"
+    yield f"  python -m train generate {directory} --image X.jpg"
+
+
+def _ablation(directory: str) -> Iterator[str]:
+    """Describe an ablation: what was claimed and held, and each arm beside the reference."""
+    found = trials.exhibit(paths.join(directory, trials.FILE))
+    yield f"{directory}: an ablation, {found['name']}: {found['trials']:,} trials over {found['seeds']} seeds"
+    yield f"  {found['about']}"
+    for bar in found["bars"]:
+        scale, unit = (100, " %") if bar["percent"] else (1, "")
+        facts = f"{scale * bar['mean']:+.2f}{unit}, t {_number(bar['t'])}, p {_number(bar['p'])}, n {bar['n']}"
+        yield f"  {'held    ' if bar['met'] else 'NOT HELD'}  {bar['claim']}: {bar['measure']} {facts}"
+    for measure in found["measures"][:3]:
+        for group in measure["groups"][:2]:
+            yield f"  {measure['name']} ({measure['means']}){group['name'] and ', ' + group['name']}"
+            unit = " %" if measure["percent"] else ""
+            for row in group["rows"][:10]:
+                beside = row["difference"]
+                told = f"{beside['mean']:+.2f}{unit} to {found['reference']}" if beside else "the reference"
+                mean = f"{row['mean']:.4g}{unit} ± {_number(row['sd'] or 0.0)}"
+                yield f"    {row['value']:<24} {mean:<20} {told} {row['verdict']}"
+    if found["num_failed"]:
+        yield f"  {found['num_failed']:,} trials FAILED: run the same command again"
+    yield f"  all of it: {paths.join(directory, trials.FILE)}, or `curate report {directory} report.html`"
+
+
+def _pipeline(directory: str) -> Iterator[str]:
+    """Describe a pipeline's directory: a line for each stage, then the funnel. Raises: UsageError for any other."""
+    lines, selection = [], None
+    for name in paths.listdir(directory):
+        place = paths.join(directory, name)
+        if any(
+            paths.exists(paths.join(place, file)) for file in ("metrics.jsonl", "answers.jsonl", "train_manifest.json")
+        ):
+            lines.append(f"  {name:<20} {next(show(place)).removeprefix(place + ': ')}")
+        elif paths.exists(paths.join(place, store.PLAN)):
+            lines.append(f"  {name:<20} UNFINISHED: the same command goes on")
+        elif paths.exists(paths.join(place, store.MANIFEST)):
+            artefact = store.open_input(place)
+            lines.append(f"  {name:<20} {headline(artefact.command, artefact.manifest).strip()}")
+            selection = (
+                artefact if name == "selection" or selection is None and artefact.command == "select" else selection
+            )
+    if not lines:
+        raise UsageError(
+            f"{directory} holds nothing that curate or train made.", "give a stage's directory, or a pipeline's OUT"
+        )
+    yield f"{directory}: {len(lines)} directories"
+    yield from (line if len(line) <= 150 else line[:149] + "…" for line in lines)
+    if selection is not None:
+        yield from funnel_lines(store.load_json(selection.path("funnel.json")))
 
 
 def step_lines() -> Iterator[str]:
@@ -121,48 +308,3 @@ def _aligned(lines: Iterable[tuple[str, str]]) -> Iterator[str]:
     pairs = list(lines)
     width = min(50, max(len(left) for left, _ in pairs))
     yield from (f"  {left:<{width}}  {right}" for left, right in pairs)
-
-
-def show_key(directory: str, key: str) -> Iterator[str]:
-    """Yield the life of one sample: what it is, its scores, its cluster, the step that dropped it, its twin.
-
-    Raises: UsageError when no sidecar has the key.
-    """
-    artefact = store.open_input(directory)
-    chain = list(_chain(artefact))
-    embedded = next((each for each in chain if each.command in ("embed", "import")), None)
-    if embedded is None:
-        raise UsageError(
-            f"{directory} does not rest on embeddings", "give a directory of embed, cluster, select or emit"
-        )
-    found = list(_find(embedded, key))
-    if not found:
-        raise UsageError(f"no sample has the key {key!r} in {embedded.directory}")
-    for stem, row in found:
-        yield f"{key} · row {row:,} of {stem}"
-        for each in reversed(chain):
-            if each.command in ("embed", "import", "cluster", "select"):
-                record = each.table(stem).slice(row, 1).to_pylist()[0]
-                yield f"  {each.command}"
-                for column, value in record.items():
-                    if column.endswith("_embedding") or column == "key" or value is None:
-                        continue
-                    yield f"    {column}: {value.hex() if isinstance(value, bytes) else value}"
-
-
-def _chain(artefact: store.Artefact) -> Iterator[store.Artefact]:
-    """Yield an artefact and all that it rests on, nearest first."""
-    yield artefact
-    for name in artefact.manifest.get("inputs", {}):
-        location = artefact.input_path(name)
-        if paths.exists(paths.join(location, store.MANIFEST)):
-            yield from _chain(store.open_input(location))
-
-
-def _find(embedded: store.Artefact, key: str) -> Iterator[tuple[str, int]]:
-    """Yield the places of a key, reading one column of one shard at a time."""
-    import pyarrow.compute as pc
-
-    for stem in embedded.stems:
-        matches = pc.indices_nonzero(pc.equal(embedded.table(stem, ["key"])["key"], key))
-        yield from ((stem, int(row)) for row in matches.to_pylist())

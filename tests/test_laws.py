@@ -35,7 +35,20 @@ ROOMS = {
     ),
     **dict.fromkeys(["embed", "importing", "cluster", "selection", "emit", "mix"], 4),
     **dict.fromkeys(
-        ["show", "report", "gallery", "exhibits", "movable", "clustermap", "concepts", "trials", "charts", "making"], 5
+        [
+            "show",
+            "report",
+            "gallery",
+            "exhibits",
+            "movable",
+            "clustermap",
+            "concepts",
+            "trials",
+            "charts",
+            "making",
+            "life",
+        ],
+        5,
     ),
     **dict.fromkeys(["pipeline"], 6),
     **dict.fromkeys(["estimate"], 7),

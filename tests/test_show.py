@@ -1,0 +1,102 @@
+"""What `curate show` tells: one screen for every kind of directory, and the life of one sample."""
+
+import json
+import re
+
+import pytest
+from artefacts import write_embeddings, write_pool
+
+from curate import show, trials
+from curate.cluster import ClusterOptions, cluster
+from curate.emit import EmitOptions, emit
+from curate.engine import Job
+from curate.errors import UsageError
+from curate.life import show_key
+from curate.mix import mix
+from curate.selection import SelectOptions, select
+from house import ROOT, curate
+
+QUIET = Job(workers=1, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("show")
+    pool = write_pool(home / "pool", ["a", "b"], 30, caption=lambda row: f"row \x1b[31m{row}")
+    cluster(write_embeddings(home / "embeddings", pool, dim=4), str(home / "clusters"), ClusterOptions(k=3), QUIET)
+    steps = ("dedup(0.9)", "rank(clip_score, 0, 0.9)", "sample(12)")
+    select(str(home / "clusters"), str(home / "selection"), SelectOptions(steps=steps), QUIET)
+    emit(str(home / "selection"), str(home / "coreset"), EmitOptions(), QUIET)
+    mix({"sources": {"coreset": {"path": str(home / "coreset")}}}, str(home / "mix"), QUIET)
+    run = home / "align"
+    run.mkdir()
+    rows = [{"step": step, "loss": 3 / step, "tokens_per_s": 100.0} for step in range(1, 200)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    request = {"command": "align", "inputs": {"data": "../coreset"}, "model": {"tower": "clip", "lm": "phi"}}
+    (run / "manifest.json").write_text(json.dumps({"request": request, "result": {"steps": 199}, "versions": {}}))
+    (home / "eval").mkdir()
+    answers = [{"task": "where", "right": i % 4 == 0} for i in range(40)]
+    (home / "eval" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    (home / "ablation").mkdir()
+    text = (ROOT / "curate" / "README.md").read_text().split("### ablations")[1]
+    (home / "ablation" / trials.FILE).write_text(re.search(r"```json\n(.*?)```", text, flags=re.S)[1])
+    return home
+
+
+TOLD = {
+    "embeddings": ["60 rows in 2 shards", "pool"],
+    "clusters": ["k 3", "near-duplicate edges"],
+    "selection": ["dedup(0.9)", "12", "clip_score", "▁", "made with", "from"],
+    "coreset": ["12 written", "sample(12)"],
+    "mix": ["coreset: 100.0% of samples, 100.0% of tokens", "text-only: 0.00%"],
+    "align": ["finished", "tower clip", "at step 199", "--data ../coreset"],
+    "eval": ["40 held-out questions", "25.0%  where (40)"],
+    "ablation": ["held      on dirty pools balanced beats random", "+14.00 %", "balanced"],
+    "": ["selection", "12 kept", "a training run, finished", "sample(12)"],
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_every_kind_of_directory_has_its_story_in_one_screen(home, name):
+    lines = list(show.show(str(home / name).rstrip("/")))
+    told = "\n".join(lines)
+    assert all(part in told for part in TOLD[name]), told
+    assert 2 <= len(lines) <= 40
+
+
+def test_what_nobody_made_is_refused(home, tmp_path):
+    with pytest.raises(UsageError, match="nothing that curate or train made"):
+        list(show.show(str(tmp_path)))
+
+
+def test_an_input_that_changed_is_warned_of(home, tmp_path):
+    emb = write_embeddings(tmp_path / "emb", str(home / "pool"), dim=4)
+    select(emb, str(tmp_path / "sel"), SelectOptions(steps=("sample(3)",)), QUIET)
+    manifest = json.loads((tmp_path / "emb" / "manifest.json").read_text())
+    (tmp_path / "emb" / "manifest.json").write_text(json.dumps({**manifest, "device": "another"}))
+    assert any("WARNING" in line and "has changed since" in line for line in show.show(str(tmp_path / "sel")))
+
+
+def test_the_life_of_a_sample_is_told_with_its_twin(home):
+    import pyarrow as pa
+
+    rows = pa.ipc.open_file(pa.memory_map(str(home / "selection" / "a.arrow"))).read_all().to_pylist()
+    dropped = next(row for row in rows if row["dropped_by"] == "dedup(0.9)")
+    told = "\n".join(show_key(str(home / "coreset"), dropped["key"]))
+    parts = ["of a", "24 × 24 px", "above about", "in cluster", "dropped by dedup(0.9), step 1 of 3", "emitted    no"]
+    assert all(part in told for part in [*parts, f"twin       {dropped['twin']}", "cosine 0."]), told
+    kept = next(row for row in rows if row["kept"])
+    told = "\n".join(show_key(str(home / "coreset"), kept["key"]))
+    assert "kept by all 3 steps" in told and f"emitted    as {kept['key']}, in shard 000000" in told
+    with pytest.raises(UsageError, match="no sample has the key"):
+        list(show_key(str(home / "coreset"), "none such"))
+
+
+def test_a_caption_cannot_command_the_terminal(home):
+    told = curate("show", home / "selection", "--key", "000000003").stdout
+    assert "row �[31m3" in told and "\x1b" not in told
+
+
+def test_blocks_keep_the_proportions():
+    assert show.sparkline([0, 1, 8, 4]) == " ▁█▄" and show.sparkline([]) == "" and show.sparkline([0, 0]) == "  "
+    assert len(show.sparkline(range(1000))) <= 30
