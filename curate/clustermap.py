@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from curate import charts, paths, store
+from curate.show import recall_line
 
 MAX_ROWS, MAX_SPOTS = 200_000_000, 1500
 KINDS = (("none", 0.0), ("fewer", 0.5), ("par", 2.0), ("more", 4.0), ("most", np.inf))
@@ -41,6 +42,7 @@ def exhibit(clusters: store.Artefact, selection: store.Artefact | None) -> dict[
         "without": int(((before > 0) & (after == 0)).sum()) if chosen is not None else None,
         "effective": (effective(before), effective(after)),
         "groups": _groups(order, before, after),
+        "recall": recall_line(clusters.manifest["recall"]) if "recall" in clusters.manifest else "",
     }
 
 

@@ -45,7 +45,7 @@ def home(tmp_path_factory):
 
 TOLD = {
     "embeddings": ["60 rows in 2 shards", "pool"],
-    "clusters": ["k 3", "near-duplicate edges"],
+    "clusters": ["k 3", "near-duplicate edges", "near pairs that were compared"],
     "selection": ["dedup(0.9)", "12", "clip_score", "▁", "made with", "from"],
     "coreset": ["12 written", "sample(12)"],
     "mix": ["coreset: 100.0% of samples, 100.0% of tokens", "text-only: 0.00%"],
