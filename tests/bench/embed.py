@@ -1,17 +1,22 @@
 """Embedding against the bare model: rows/s of the real task on real shards, and of the forwards it cannot do without.
 
-    python tests/bench/embed.py [--pool POOL] [--model ViT-B-32] [--precision auto] [--shards N]
+    python tests/bench/embed.py [--pool POOL] [--model ViT-B-32] [--precision auto] [--shards N] [--peer PROGRAM]
 
 Weights are drawn at random: speed does not depend on them. Shard by shard, the bare forwards run on tensors ready in
 memory, each both ways (torch's own threads, and a thread per batch) of which the faster counts; then the task runs on
 the tar: reading, decoding, hashing, both towers, writing. Loading the model is left out of both. CPU seconds stand
 beside wall seconds: on a busy machine only they are steady.
+
+`--peer` is the `clip-retrieval` program of an environment of its own (`pip install clip-retrieval`); its `inference`
+runs on the same tars with the same weights, as many workers as it defaults to, and is timed by the statistics that it
+keeps itself, which leave out loading as well.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -99,6 +104,18 @@ def bare_forwards(task, shard):
     }
 
 
+def peer(program, model, weights, found, folder):
+    """Run clip-retrieval's inference on the shards: rows/s by its own clock, from its first batch read to its last."""
+    target = Path(folder) / "peer"
+    names = ",".join(shard.location for shard in found.values())
+    words = [program, "inference", "--input_dataset", f"{{{names}}}" if len(found) > 1 else names]
+    words += ["--output_folder", target, "--input_format", "webdataset", "--enable_metadata", "True"]
+    words += ["--clip_model", f"open_clip:{model}/{weights}", "--num_prepro_workers", min(4, len(found))]
+    subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
+    told = [json.loads(path.read_text()) for path in (target / "stats").glob("*.json")]
+    return sum(each["sample_count"] for each in told) / sum(each["total_duration"] for each in told)
+
+
 def main():
     """Measure, print one table and write results/embed.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -108,6 +125,7 @@ def main():
     parser.add_argument("--shards", type=int, default=0, help="only the first N")
     parser.add_argument("--rows", type=int, default=0, help="only the first N of each")
     parser.add_argument("--decoders", type=int, default=0, help="decode in this many processes")
+    parser.add_argument("--peer", help="the program clip-retrieval, to run beside")
     given = parser.parse_args()
     found = {shard.stem: shard for shard in shards.list_pool(given.pool)[: given.shards or None]}
     device, threads = encoders.choose_device(), engine.cores()
@@ -116,7 +134,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if given.rows:
             found = {stem: head(shard, folder, given.rows) for stem, shard in found.items()}
-        source = checkpoints.find(given.model, random_weights(given.model, folder))
+        weights = random_weights(given.model, folder)
+        source = checkpoints.find(given.model, weights)
         precision, reason = encoders.choose_precision(given.precision, device, source)
         batch = GPU_BATCH if device == "cuda" else CPU_BATCH
         task = EmbedShard(source, precision, device, batch, MAX_PIXELS, threads, decoders, folder, found)
@@ -128,6 +147,7 @@ def main():
             for name, ways in {**bare, "embed": [partial(task, stem)]}.items():
                 measured.setdefault(name, []).append(min(clock(way, device) for way in ways))
         task.close()
+        peer_rate = peer(given.peer, given.model, weights, found, folder) if given.peer else None
     wall = {name: sum(part[0] for part in parts) for name, parts in measured.items()}
     cpu = {name: sum(part[1] for part in parts) for name, parts in measured.items()}
     hardware = f"{platform.machine()}, {threads} cores, {encoders.describe_device(device)}"
@@ -146,8 +166,11 @@ def main():
         }
         shown = ", ".join(f"{kind} {value:.3f}" for kind, value in ratios[floor].items())
         print(f"embed ÷ bare (image + {floor}): {shown}")
+    if peer_rate:
+        print(f"{'clip-retrieval':24} {peer_rate:9.1f}; embed is {rows_done / wall['embed'] / peer_rate:.2f} x as fast")
     result = {
-        "command": "python tests/bench/embed.py " + " ".join(sys.argv[1:]),
+        "command": "python tests/bench/embed.py "
+        + " ".join("clip-retrieval" if "/" in word else word for word in sys.argv[1:]),
         "date": str(date.today()),
         "hardware": hardware,
         "versions": store.versions("torch", "open_clip_torch", "pillow"),
@@ -156,6 +179,7 @@ def main():
         "rows_per_s": {name: rows_done / seconds for name, seconds in wall.items()},
         "cpu_ms_per_row": {name: 1e3 * seconds / rows_done for name, seconds in cpu.items()},
         "ratio_to_bare": ratios,
+        **({"clip_retrieval_rows_per_s": peer_rate} if peer_rate else {}),
     }
     target = ROOT / "tests" / "bench" / "results" / "embed.json"
     target.parent.mkdir(exist_ok=True)
