@@ -32,6 +32,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make the output an
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+Columns = Annotated[str, typer.Option(metavar="A,B,…", help="Fields of the JSON or table beside to keep as columns.")]
 
 
 def _job(workers: int, engine: str, part: str = "", overwrite: bool = False, as_json: bool = False) -> Job:
@@ -45,6 +46,11 @@ def _job(workers: int, engine: str, part: str = "", overwrite: bool = False, as_
             raise UsageError(f"--slice {part!r} is not RANK/WORLD with RANK < WORLD, e.g. --slice 0/8")
         rank_world = (int(rank), int(world))
     return Job(workers=workers, engine=engine, gpus=_gpus(), overwrite=overwrite, part=rank_world)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    """Split a list of names."""
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 def _gpus() -> int:
@@ -100,6 +106,33 @@ def main() -> None:
 
 
 @app.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="A folder of files, or parquet files with images in a column.")],
+    out: Annotated[str, typer.Argument(help="Directory for the pool.")],
+    layout: Annotated[str, typer.Option(help="auto, files or parquet.")] = "auto",
+    image: Annotated[str, typer.Option(help="The column of images (parquet).")] = "",
+    caption: Annotated[str, typer.Option(help="The column of captions (parquet).")] = "",
+    shard_size: Annotated[int, typer.Option(help="Samples per tar, at most.")] = 10_000,
+    workers: Workers = 0,
+    engine: Engine = "local",
+    part: Annotated[str, SLICE] = "",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Make a pool of images that are not in tars yet, byte for byte.
+
+    Example: `curate pack download/ pool/` writes `pool/{folder}.tar`.
+    """
+    from curate.packing import PackOptions
+    from curate.packing import pack as stage
+
+    options = PackOptions(layout, image, caption, shard_size)
+    job = _job(workers, engine, part, overwrite)
+    _finish("pack", out, lambda: stage(source, out, options, job), as_json=as_json, dry_run=dry_run)
+
+
+@app.command()
 def embed(
     pool: Annotated[str, typer.Argument(help="Tars: a directory, glob, brace pattern or URL.")],
     out: Annotated[str, typer.Argument(help="Directory for the embeddings.")],
@@ -110,6 +143,8 @@ def embed(
     precision: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass (0: by device).")] = 0,
     decoders: Annotated[int, typer.Option(help="Decoding processes per worker (0: by device).")] = 0,
+    columns: Columns = "",
+    captions: Annotated[str, typer.Option(help="A TSV of captions and urls, for samples without a caption.")] = "",
     workers: Workers = 0,
     engine: Engine = "local",
     part: Annotated[str, SLICE] = "",
@@ -125,7 +160,8 @@ def embed(
     from curate.embed import EmbedOptions
     from curate.embed import embed as stage
 
-    options = EmbedOptions(model, pretrained, precision, batch_size, decoders=decoders)
+    more: dict[str, Any] = {"decoders": decoders, "columns": _names(columns), "captions": captions}
+    options = EmbedOptions(model, pretrained, precision, batch_size, **more)
     job = _job(workers, engine, part, overwrite)
     _finish("embed", out, lambda: stage(pool, out, options, job), as_json=as_json, dry_run=dry_run)
 
@@ -138,6 +174,7 @@ def import_(
     pool: Annotated[str, typer.Option(help="Attach them to your own download: its tars.")] = "",
     join: Annotated[str, typer.Option(help="What rows are matched by: key, url, sha256 or uid.")] = "",
     arch: Annotated[str, typer.Option(help="Which of DataComp's two models: l14 or b32.")] = "l14",
+    columns: Columns = "",
     workers: Workers = 0,
     engine: Engine = "local",
     part: Annotated[str, SLICE] = "",
@@ -152,7 +189,7 @@ def import_(
     """
     from curate.importing import ImportOptions, import_layout
 
-    options = ImportOptions(layout, pool=pool, join=join, arch=arch)
+    options = ImportOptions(layout, pool=pool, join=join, arch=arch, columns=_names(columns))
     job = _job(workers, engine, part, overwrite)
     _finish("import", out, lambda: import_layout(source, out, options, job), as_json=as_json, dry_run=dry_run)
 

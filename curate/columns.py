@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate import paths, store
+from curate import paths, records, store
 from curate.errors import UsageError
 from curate.frame import UNKNOWN_BITS, Edges, Frame
 
@@ -21,6 +21,7 @@ NUMBERS = ("clip_score", "width", "height")
 CAPTION = ("caption_words", "caption_chars")
 HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@]*@)?(?P<host>[^/:?#]+)"
 SIZES = ("min_side", "aspect_ratio")
+UID = np.dtype([("f0", "<u8"), ("f1", "<u8")])  # as DataComp's subset files have them
 ABOUT = {
     "clip_score": "cosine of image and caption",
     "width, height": "pixels, as stored",
@@ -176,12 +177,42 @@ class Pool:
 
     @property
     def _has_text(self) -> bool:
-        return "text_embedding" in store.reader(self.emb.path(f"{self.emb.stems[0]}.arrow")).schema.names
+        return "text_embedding" in self._schema.names
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        stems = self.emb.stems
+        return store.reader(self.emb.path(f"{stems[0]}.arrow")).schema if stems else store.embedding_schema(1)
+
+    def listed(self, location: str) -> np.ndarray:
+        """Say which rows' uids a DataComp subset file has, bool: the pool's own uids where it gave them.
+
+        Raises: UsageError when the file is none.
+        """
+        try:
+            with paths.open_read(location) as file:
+                subset = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
+        if subset.dtype != UID or subset.ndim != 1:
+            raise UsageError(f"{location} holds {subset.dtype} {subset.shape}, not a subset of uids, u8,u8 [n].")
+        own = "source_uid" if "source_uid" in self._schema.names else "uid"
+        found = [records.uid_bytes(uid) for uid in self.chunks(own).to_pylist()]
+        uids = np.frombuffer(b"".join(uid or bytes(16) for uid in found), ">u8").reshape(-1, 2)
+        rows = uids.astype("<u8").view(UID).reshape(-1)
+        given = np.array([uid is not None for uid in found], bool)
+        return np.asarray(np.isin(rows, subset) & given)
 
     def frame(self, seed: int) -> Frame:
         """Make the frame that the steps see."""
-        numbers = [*NUMBERS, *CAPTION, *SIZES]
-        named = [*GROUPS]
+        extra = store.extra_columns(self._schema)
+        numbers = [
+            *NUMBERS,
+            *CAPTION,
+            *SIZES,
+            *(each for each in extra if self._schema.field(each).type == pa.float64()),
+        ]
+        named = [*GROUPS, *extra]
         if self.clu is not None:
             numbers += ["cluster", "centroid_similarity", "nearest_similarity"]
             named += ["cluster"]
@@ -198,6 +229,7 @@ class Pool:
             centroids=self.centroids if self.clu is not None else None,
             lines=_lines,
             recall={} if self.clu is None else self.clu.manifest.get("recall", {}),
+            listed=self.listed,
             shuffled=None if self.clu is None else self.clu.manifest.get("fit", {}).get("shuffled_clip_score"),
             foreign=self.foreign,
         )

@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from curate import checkpoints, encoders, engine, images, paths, rows, shards, store
+from curate import checkpoints, encoders, engine, extras, images, paths, rows, shards, store
 from curate.engine import Job
 from curate.errors import ShardError, UsageError
 
@@ -35,6 +35,8 @@ Result = TypeVar("Result")
 class EmbedOptions:
     """What is embedded, and how exactly. batch_size 0: 32 on CPU, 256 on a GPU.
 
+    columns: fields of the samples' JSON to keep as columns; captions: a TSV of captions by url, for samples without.
+
     decoders: processes that decode, per worker; it changes nothing in the output. 0: on a CPU the model's own threads
     decode, on a GPU there is a process for every core.
     """
@@ -45,6 +47,8 @@ class EmbedOptions:
     batch_size: int = 0
     max_pixels: int = images.MAX_PIXELS
     decoders: int = 0
+    columns: tuple[str, ...] = ()
+    captions: str = ""
 
 
 def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any]:
@@ -55,7 +59,10 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     if options.batch_size < 0 or options.decoders < 0 or options.max_pixels < 1:
         raise UsageError("batch_size and decoders cannot be negative, and max_pixels is at least 1.")
     found = {shard.stem: shard for shard in shards.list_pool(pool)}
-    _check_members(list(found.values()))
+    if options.captions:
+        extras.caption_places(options.captions)
+    _check_members(list(found.values()), captions=bool(options.captions))
+    extra = extras.Extras(extras.column_kinds(list(found.values()), options.columns), options.captions)
     source, device = checkpoints.find(options.model, options.pretrained), encoders.choose_device()
     precision, reason = encoders.choose_precision(options.precision, device, source)
     batch_size = options.batch_size or (GPU_BATCH if device == "cuda" else CPU_BATCH)
@@ -66,9 +73,13 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         "precision": precision,
         "batch_size": batch_size,
         "max_pixels": options.max_pixels,
+        **({"columns": dict(extra.columns)} if extra.columns else {}),
     }
     listing = store.digest([[shard.stem, shard.size] for shard in found.values()])
-    output = store.open_output(out, "embed", made, {"pool": {"path": pool, "digest": listing}}, overwrite=job.overwrite)
+    inputs = {"pool": {"path": pool, "digest": listing}}
+    if options.captions:
+        inputs["captions"] = {"path": options.captions, "digest": store.digest(paths.size(options.captions))}
+    output = store.open_output(out, "embed", made, inputs, overwrite=job.overwrite)
     if output.complete:
         return output.manifest
     workers = max(1, min(job.workers or (job.gpus or 1 if device == "cuda" else 1), len(found)))
@@ -77,7 +88,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     if not job.quiet:
         told = f"{workers} worker(s), {decoders or threads} decoding {'processes' if decoders else 'threads'} each"
         sys.stderr.write(f"embed: {options.model} in {precision} on {device} ({reason}), {told}\n")
-    task = EmbedShard(source, precision, device, batch_size, options.max_pixels, threads, decoders, out, found)
+    task = EmbedShard(source, precision, device, batch_size, options.max_pixels, threads, decoders, out, found, extra)
     try:
         outcome = engine.run_stage("embed", task, output.missing(job.share(list(found))), job, workers=workers)
     finally:
@@ -100,25 +111,31 @@ def _finish(
     output.log(stage="embed", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=workers, dim=dim)
     if missing - set(outcome.failed):
         return {"format": store.FORMAT, **output.plan, "unfinished": sorted(missing), "failed": outcome.failed}
+    downloads: Counter[str] = Counter()
+    for fact in facts.values():
+        downloads.update(fact.get("downloads", {}))
     return output.finish(
         shards={
             stem: {"rows": fact["rows"], "size": fact["size"], **({"notes": fact["notes"]} if fact["notes"] else {})}
             for stem, fact in facts.items()
         },
         counts=counts,
+        **({"downloads": dict(sorted(downloads.items()))} if downloads else {}),
         **({"failed": outcome.failed} if missing else {}),
         versions=store.versions("torch", "open_clip_torch", "pillow"),
         device=encoders.describe_device(device),
     )
 
 
-def _check_members(found: Sequence[shards.Shard]) -> None:
+def _check_members(found: Sequence[shards.Shard], *, captions: bool) -> None:
     """Look for one image and one caption, from the first shard on, before any model is loaded.
+
+    captions: they come from elsewhere.
 
     Raises: UsageError naming the members seen when the whole pool has none.
     """
     seen: Counter[str] = Counter()
-    image = caption = False
+    image, caption = False, captions
     for shard in found:
         try:
             with paths.local_copy(shard.location) as path, open(path, "rb") as file:
@@ -141,7 +158,7 @@ def _has_caption(file: IO[bytes], samples: Sequence[shards.Sample]) -> bool:
         return True
     described = (sample for sample in samples if sample.member(shards.JSON_SUFFIX))
     return any(
-        rows.read_caption(file, sample, rows.read_description(file, sample))[0]
+        rows.read_caption(file, sample, shards.describe(file, sample))[0]
         for sample in itertools.islice(described, PROBED_JSON)
     )
 
@@ -159,13 +176,14 @@ class EmbedShard:
     decoders: int
     out: str
     found: dict[str, shards.Shard]
+    extra: extras.Extras = rows.PLAIN
 
     def setup(self) -> None:
         """Load the model and start what decodes."""
         self.encoder = encoders.Encoder(self.source, self.precision, self.device)
         # Two threads keep a GPU fed: one waits for its batch while the other queues the next.
         self.runners = ThreadPoolExecutor(2 if self.device == "cuda" else self.threads)
-        reading = (self.source, self.encoder.preprocess, self.max_pixels)
+        reading = (self.source, self.encoder.preprocess, self.max_pixels, self.extra)
         self.pool = engine.helpers(self.decoders, _start_decoder, reading) if self.decoders else None
         self.reader = None if self.decoders else rows.Reader(*reading)
 
@@ -186,13 +204,29 @@ class EmbedShard:
                 index = shards.read_index(file)
             facts, image, tokens = self._embed_images(path, index.samples)
             text = self._embed_texts(tokens)
-        columns = _columns(facts, image, text)
+        beside = self._read_beside(shard, facts, index)
+        schema = store.embedding_schema(self.encoder.dim, self.extra.fields)
+        columns = _columns(facts, image, text, schema)
         statuses = Counter(row["status"] for row in facts)
-        meta = {"statuses": dict(statuses), "notes": index.notes, "size": shard.size, "dim": self.encoder.dim}
-        schema = store.embedding_schema(self.encoder.dim)
+        meta = {"statuses": dict(statuses), "notes": index.notes, "size": shard.size, "dim": self.encoder.dim, **beside}
         batch = pa.RecordBatch.from_arrays(columns, schema=schema)
         store.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], {"rows": len(facts), **meta})
         return {"rows": len(facts), "bad": len(facts) - statuses["ok"]}
+
+    def _read_beside(self, shard: shards.Shard, facts: list[dict[str, Any]], index: shards.Index) -> dict[str, Any]:
+        """Account for img2dataset's downloads, and fill columns that the samples' JSON lacks from its side table."""
+        side = extras.read_side_table(shard.location, list(self.extra.columns))
+        if side is None:
+            return {}
+        for row in facts:
+            row |= {
+                name: value for name, value in self.extra.values(side.rows.get(row["key"])).items() if row[name] is None
+            }
+        if side.ended.get("success", 0) != len(facts):
+            index.notes.append(
+                f"{len(facts)} samples, but its side table says {side.ended.get('success', 0)} downloads"
+            )
+        return {"downloads": side.ended}
 
     def _embed_images(
         self, path: str, samples: list[shards.Sample]
@@ -243,9 +277,9 @@ class EmbedShard:
 _reader: rows.Reader | None = None
 
 
-def _start_decoder(source: checkpoints.Source, preprocess: dict[str, Any], max_pixels: int) -> None:
+def _start_decoder(*reading: Any) -> None:
     global _reader
-    _reader = rows.Reader(source, preprocess, max_pixels)
+    _reader = rows.Reader(*reading)
 
 
 def _decode_ahead(path: str, samples: Sequence[shards.Sample]) -> rows.Rows:
@@ -268,7 +302,9 @@ def ahead(pool: Executor, work: Callable[[In], Result], items: Iterable[In], dep
             future.cancel()
 
 
-def _columns(facts: list[dict[str, Any]], image_md: np.ndarray, text_md: np.ndarray) -> list[pa.Array]:
+def _columns(
+    facts: list[dict[str, Any]], image_md: np.ndarray, text_md: np.ndarray, schema: pa.Schema
+) -> list[pa.Array]:
     """Build a sidecar's columns from the rows' facts and the vectors f32 [m, d] of those that are ok.
 
     A row whose vectors are not finite becomes `bad_embedding`. The score is the cosine of the vectors as stored.
@@ -282,7 +318,6 @@ def _columns(facts: list[dict[str, Any]], image_md: np.ndarray, text_md: np.ndar
     image_nd[at], text_nd[at] = image_md[sound], text_md[sound]
     valid, score = np.zeros(len(facts), bool), np.zeros(len(facts), np.float32)
     valid[at], score[at] = True, encoders.cosines(image_nd[at], text_nd[at])
-    schema = store.embedding_schema(1)
     columns = {
         name: pa.array([row[name] for row in facts], schema.field(name).type) for name in facts[0] if name != "status"
     }

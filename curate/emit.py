@@ -1,8 +1,8 @@
 """Write a selection out as something to train on.
 
 In: SEL, and through its manifests the embeddings and the pool. Out, by `format`:
-    webdataset  OUT/{000000}.tar   the original members of each kept sample byte for byte, and OUT/{000000}.arrow, which
-                says where each sample came from, one row per sample
+    webdataset  OUT/{000000}.tar   the original members of each kept sample byte for byte, a key.txt where its caption
+                came from elsewhere, and OUT/{000000}.arrow, which says where each sample came from
     llava       OUT/coreset.json + OUT/images/{000000}/…, the same sidecars
     keys, datacomp, parquet, clip-retrieval   lists and tables, no samples: see emit_tables
 Which samples go to which output shard is computed once on the driver from the `kept` columns, so output shards are an
@@ -153,6 +153,9 @@ def _finish(
         "counts": {"rows": selected, **counts},
         "versions": store.versions("pyarrow"),
     }
+    captioned = sum(fact["captioned"] for fact in made.values())
+    if captioned:
+        facts["captions_added"] = captioned
     if gone:
         facts["gone"] = gone[:MAX_LISTED]
     if renamed:
@@ -204,13 +207,14 @@ class _Write:
     reserve: list[tuple[str, int]] = field(default_factory=list)
     gone: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    captioned: int = 0
 
     def setup(self) -> None:
         """Nothing to prepare."""
 
     def samples(self, name: str) -> Iterator[tuple[str, Fetched]]:
         """Yield (output key, sample) of an output shard, noting what is gone."""
-        self.gone, self.rows = [], []
+        self.gone, self.rows, self.captioned = [], [], 0
         for sample in self._fetch(name):
             if sample.gone:
                 self.gone.append({"stem": sample.stem, "row": sample.row, "key": sample.key, "why": sample.gone})
@@ -230,7 +234,7 @@ class _Write:
     def write_sidecar(self, name: str, schema: pa.Schema, size: int) -> dict[str, Any]:
         """Write where each sample of an output shard came from. size: bytes of the samples."""
         batch = pa.RecordBatch.from_pylist(self.rows, schema)
-        facts = {"rows": len(self.rows), "bytes": size, "gone": self.gone}
+        facts = {"rows": len(self.rows), "bytes": size, "gone": self.gone, "captioned": self.captioned}
         store.write_table(paths.join(self.out, f"{name}.arrow"), schema, [batch], facts)
         return {"rows": len(self.rows), "bad": len(self.gone)}
 
@@ -244,7 +248,17 @@ class _WriteTar(_Write):
                 for key, sample in self.samples(name):
                     for member, _, data in sample.members:
                         tar.add(key + member[len(sample.key) :], data)
+                    if sample.caption and not _says_something(sample):
+                        tar.add(f"{key}.{shards.CAPTION_SUFFIX}", sample.caption.encode())
+                        self.captioned += 1
             return self.write_sidecar(name, EMITTED_SCHEMA, tar.offset)
+
+
+def _says_something(sample: Fetched) -> bool:
+    """Say whether a sample has a caption of its own, or a conversation: in its text member or its JSON."""
+    described = shards.read_json(sample.text(shards.JSON_SUFFIX) or b"") or {}
+    own = records.usable_text(described.get("caption")) or records.conversations_of(described)
+    return bool(own) or sample.text(shards.CAPTION_SUFFIX) is not None
 
 
 class _WriteImages(_Write):

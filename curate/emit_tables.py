@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate import engine, paths, store
+from curate import engine, paths, records, store
 from curate.coreset import Coreset
 
 FORMATS = ("keys", "datacomp", "parquet", "clip-retrieval")
@@ -56,12 +56,18 @@ def _account(coreset: Coreset, output: store.Output, written: int, missing: int)
 
 
 def _write_subset(coreset: Coreset, location: str) -> dict[str, int]:
-    """Write DataComp's subset file: dtype u8,u8, the two halves of each uid read as hexadecimal numbers, sorted."""
+    """Write DataComp's subset file: dtype u8,u8, the two halves of each uid read as hexadecimal numbers, sorted.
+
+    The uids are those that the pool's own JSON gives, where it does.
+    """
     halves, without = [np.empty(0, UID)], 0
     for stem in coreset.selection.stems:
-        uids = coreset.embedded.table(stem, ["uid"])["uid"].take(coreset.kept_rows(stem)).drop_null()
-        without += len(coreset.kept_rows(stem)) - len(uids)
-        pairs = np.frombuffer(b"".join(uids.to_pylist()), ">u8").reshape(-1, 2)
+        table = coreset.embedded.table(stem)
+        given = table["source_uid" if "source_uid" in table.column_names else "uid"]
+        uids = [records.uid_bytes(uid) for uid in given.take(coreset.kept_rows(stem)).to_pylist()]
+        found = [uid for uid in uids if uid is not None]
+        without += len(uids) - len(found)
+        pairs = np.frombuffer(b"".join(found), ">u8").reshape(-1, 2)
         halves.append(pairs.astype("<u8").view(UID).reshape(-1))
     subset = np.sort(np.concatenate(halves))
     with paths.atomic_write(location) as file:
@@ -120,9 +126,8 @@ class _WriteParquet(_Write):
     def __call__(self, stem: str, /) -> dict[str, Any]:
         chosen, embedded = self.coreset.selection.table(stem), self.coreset.embedded.table(stem)
         columns: dict[str, Any] = {"key": chosen["key"], "stem": pa.array([stem] * chosen.num_rows)}
-        for name in EMBEDDED_COLUMNS:
-            if name in embedded.column_names:
-                columns[name] = embedded[name]
+        for name in (*EMBEDDED_COLUMNS, *store.extra_columns(embedded.schema)):
+            columns[name] = embedded[name]
         columns["uid"] = pa.array([uid and uid.hex() for uid in embedded["uid"].to_pylist()], pa.string())
         try:
             clusters = self.coreset.selection.source("cluster").table(stem)

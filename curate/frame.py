@@ -47,6 +47,7 @@ class Frame:
     recall: Mapping[str, Any] = field(default_factory=dict)  # of near pairs, as the clusters' manifest has it
     foreign: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None  # another EMB's vectors and uids
     lines: Callable[[str], list[str]] | None = None  # of a text file
+    listed: Callable[[str], np.ndarray] | None = None  # bool [n]: the rows whose uid a DataComp subset file has
     alive: np.ndarray = field(init=False)
     component: np.ndarray | None = None  # i64 [n]
     twin: np.ndarray = field(init=False)  # i64 [n], the row kept in its place, or -1

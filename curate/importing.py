@@ -17,9 +17,10 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from curate import encoders, engine, images, layouts, paths, rows, shards, store
+from curate import encoders, engine, images, layouts, paths, records, rows, shards, store
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
+from curate.extras import Extras, fit, stored, table_kinds
 
 JOINS = ("key", "url", "sha256", "uid")
 CHUNK_ROWS = 65_536
@@ -31,7 +32,7 @@ OPEN_PARTS = 4
 class ImportOptions:
     """What is imported. pool, join: attach to the rows of your own download by key, url, sha256 or uid.
 
-    arch: which of DataComp's two models, l14 or b32.
+    arch: which of DataComp's two models, l14 or b32. columns: further columns of the source's tables to keep.
     """
 
     layout: str
@@ -39,6 +40,7 @@ class ImportOptions:
     join: str = ""
     arch: str = "l14"
     max_pixels: int = images.MAX_PIXELS
+    columns: tuple[str, ...] = ()
 
 
 def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> dict[str, Any]:
@@ -57,19 +59,29 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
     if options.pool:
         sizes = store.digest([[shard.stem, shard.size] for shard in found.values()])
         inputs["pool"] = {"path": options.pool, "digest": sizes}
-    made = {name: getattr(options, name) for name in ("layout", "join", "arch", "max_pixels")}
+    made: dict[str, Any] = {name: getattr(options, name) for name in ("layout", "join", "arch", "max_pixels")}
+    extra = _extras(parts[0], options.columns)
+    if extra.columns:
+        made["columns"] = dict(extra.columns)
     output = store.open_output(out, "import", made, inputs, overwrite=job.overwrite)
     if output.complete:
         return output.manifest
     if not options.pool:
         named = {part.stem: part for part in parts}
-        outcome = engine.run_stage("import", ImportPart(named, out), output.missing(job.share(list(named))), job)
+        outcome = engine.run_stage("import", ImportPart(named, out, extra), output.missing(job.share(list(named))), job)
         return _finish(output, list(named), outcome, {})
     with tempfile.TemporaryDirectory() as folder:
         joined = build_join(parts, options.join, folder)
-        task = ImportShard(parts, found, folder, options.join, options.max_pixels, out)
+        task = ImportShard(parts, found, folder, options.join, options.max_pixels, out, extra)
         outcome = engine.run_stage("import", task, output.missing(job.share(list(found))), job)
     return _finish(output, list(found), outcome, joined, quiet=job.quiet)
+
+
+def _extras(part: layouts.Part, names: Sequence[str]) -> Extras:
+    """Look up the types of further columns in the first part's table."""
+    if names and not part.table:
+        raise UsageError(f"{part.image} has no table beside it, so there are no columns {', '.join(names)}.")
+    return Extras(table_kinds(layouts.table_schema(part), names, part.table) if names else {})
 
 
 def _finish(
@@ -130,18 +142,19 @@ class ImportPart:
 
     parts: dict[str, layouts.Part]
     out: str
+    extra: Extras
 
     def setup(self) -> None:
         """Nothing is shared between parts."""
 
     def __call__(self, stem: str) -> dict[str, Any]:
         """Import a part in chunks, however large it is."""
-        table = layouts.open_part(self.parts[stem])
+        table = layouts.open_part(self.parts[stem], tuple(self.extra.columns))
         starts = range(0, table.rows, CHUNK_ROWS)
         bad = sum(int((~self._vectors(table, start)[2]).sum()) for start in starts)
         statuses = {name: count for name, count in (("ok", table.rows - bad), ("bad_embedding", bad)) if count}
         dim = table.image.shape[1]
-        schema = store.embedding_schema(dim)
+        schema = store.embedding_schema(dim, self.extra.fields)
         meta = {"rows": table.rows, "statuses": statuses, "dim": dim}
         batches = (self._batch(stem, table, schema, start) for start in starts)
         store.write_table(paths.join(self.out, f"{stem}.arrow"), schema, batches, meta)
@@ -160,14 +173,19 @@ class ImportPart:
         columns["status"] = store.labels(np.where(ok, "ok", "bad_embedding"), list(store.STATUSES))
         given = {name: layouts.values(column, start, start + len(ok)) for name, column in table.columns.items()}
         for name in ("key", "caption", "url"):
-            texts = [rows.usable_text(value) for value in given.get(name, [None] * len(ok))]
+            texts = [records.usable_text(value) for value in given.get(name, [None] * len(ok))]
             if name == "key":
                 texts = [text or f"{stem}_{start + row:09d}" for row, text in enumerate(texts)]
             columns[name] = pa.array(texts, pa.string())
         for name in ("width", "height"):
             columns[name] = pa.array([_side(value) for value in given.get(name, [None] * len(ok))], pa.int32())
-        columns["uid"] = pa.array([_uid(value) for value in given.get("uid", [None] * len(ok))], pa.binary(16))
+        columns["uid"] = pa.array(
+            [records.uid_bytes(value) for value in given.get("uid", [None] * len(ok))], pa.binary(16)
+        )
         columns["phash"] = pa.nulls(len(ok), pa.uint64())
+        for name, kind in self.extra.columns.items():
+            values = [fit(value, kind) for value in given.get(name, [None] * len(ok))]
+            columns[stored(name)] = pa.array(values, self.extra.fields[stored(name)])
         return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
@@ -175,15 +193,6 @@ def _side(value: Any) -> int | None:
     """Take a width or height that fits the column, whatever type the source gave it."""
     number = isinstance(value, int | float) and value == value
     return int(value) if number and 0 < value < 1 << 31 else None
-
-
-def _uid(value: Any) -> bytes | None:
-    """Take a uid of 32 hex digits, as DataComp has them, for the 16 bytes it is."""
-    try:
-        found = bytes.fromhex(value)
-    except (TypeError, ValueError):
-        return None
-    return found if len(found) == 16 else None
 
 
 def build_join(parts: Sequence[layouts.Part], join: str, folder: str) -> dict[str, int]:
@@ -229,18 +238,22 @@ class ImportShard:
     join: str
     max_pixels: int
     out: str
+    extra: Extras
 
     def setup(self) -> None:
         """Map the index of the source."""
         self.hashes = np.load(f"{self.folder}/hashes.npy", mmap_mode="r")
         self.places = np.load(f"{self.folder}/places.npy", mmap_mode="r")
-        self.open = functools.lru_cache(OPEN_PARTS)(lambda number: layouts.open_part(self.parts[number]))
+        self.open = functools.lru_cache(OPEN_PARTS)(
+            lambda number: layouts.open_part(self.parts[number], tuple(self.extra.columns))
+        )
 
     def __call__(self, stem: str) -> dict[str, Any]:
         """Import the rows of one shard."""
         with paths.local_copy(self.found[stem].location) as path, open(path, "rb") as file:
             index = shards.read_index(file)
-            facts = [rows.read_row(file, sample, self.max_pixels)[0] for sample in index.samples]
+            none = self.extra.values()
+            facts = [rows.read_row(file, sample, self.max_pixels)[0] | none for sample in index.samples]
             given = [self._value(file, sample) for sample in index.samples]
         wanted = np.array([join_hash(value, self.join) or 0 for value in given], np.uint64)
         at = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
@@ -251,8 +264,8 @@ class ImportShard:
         ok = np.array([fact["status"] == "ok" for fact in facts])
         columns = _vector_columns(image, text, ok)
         columns["status"] = store.labels([fact["status"] for fact in facts], list(store.STATUSES))
-        schema = store.embedding_schema(image.shape[1])
-        for name in ("key", "uid", "phash", "caption", "width", "height", "url"):
+        schema = store.embedding_schema(image.shape[1], self.extra.fields)
+        for name in ("key", "uid", "phash", "caption", "width", "height", "url", *self.extra.fields):
             columns[name] = pa.array([fact[name] for fact in facts], schema.field(name).type)
         statuses = dict(Counter(fact["status"] for fact in facts))
         meta = {
@@ -271,7 +284,7 @@ class ImportShard:
         """Find what a sample is joined by; a sha256 that its JSON lacks is that of the image's bytes."""
         if self.join == "key":
             return sample.key
-        value = rows.read_description(file, sample).get(self.join)
+        value = shards.describe(file, sample).get(self.join)
         if value is None and self.join == "sha256" and sample.image is not None:
             data = rows.read_bytes(file, sample.image)
             return hashlib.sha256(data).hexdigest() if data else None
@@ -282,7 +295,7 @@ class ImportShard:
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Fetch vectors by place (−1: none): unit rows f16 [n, d], and which rows have sound ones.
 
-        A caption that the pool lacks is taken from the source.
+        A caption that the pool lacks is taken from the source, and so are the extra columns.
         """
         sample = self.open(0)
         image = np.zeros((len(facts), sample.image.shape[1]), np.float16)
@@ -298,10 +311,14 @@ class ImportShard:
             if text is not None and table.text is not None:
                 text[at], sound = unit_rows(table.text[rows_there])
                 ok[at] &= sound
+            for name, kind in self.extra.columns.items():
+                held = table.columns[name].take(pa.array(rows_there)).to_pylist() if name in table.columns else []
+                for row, value in zip(at, held, strict=False):
+                    facts[row][stored(name)] = fit(value, kind)
             captions = table.columns.get("caption")
             for row, there in zip(at, rows_there, strict=True):
                 if facts[row]["caption"] is None and captions is not None:
-                    facts[row]["caption"] = rows.usable_text(captions[int(there)].as_py())
+                    facts[row]["caption"] = records.usable_text(captions[int(there)].as_py())
         return image, text, ok
 
 

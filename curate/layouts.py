@@ -3,7 +3,8 @@
 A part is one file of vectors and what lies beside it; it becomes one sidecar, or the table that a pool is joined to.
 
     clip-retrieval   img_emb/img_emb_{i}.npy, text_emb/text_emb_{i}.npy, metadata/metadata_{i}.parquet; LAION published
-                     its embeddings in the same form                              github.com/rom1504/clip-retrieval
+                     its embeddings in the same form, the tables in a folder named …-metadata
+                                                                                  github.com/rom1504/clip-retrieval
     datacomp         {uid}.parquet beside {uid}.npz with {arch}_img and {arch}_txt  github.com/mlfoundations/datacomp
     nemo             *.parquet with image_id and embedding; images only            NeMo Curator's ImageEmbeddingStage
     npy              {name}.npy, and where they exist {name}.text.npy and {name}.parquet
@@ -11,7 +12,7 @@ A part is one file of vectors and what lies beside it; it becomes one sidecar, o
 Row order ties the files of a part together, and is checked. Arrays are mapped where they can be, never unpickled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,8 @@ def list_parts(source: str, layout: str, arch: str) -> list[Part]:
 
 
 def _clip_retrieval(source: str, arch: str) -> tuple[list[Part], str]:
-    texts, tables = (set(paths.listdir(paths.join(source, folder))) for folder in ("text_emb", "metadata"))
+    beside = next((name for name in paths.listdir(source) if name.endswith("-metadata")), "metadata")
+    texts, tables = (set(paths.listdir(paths.join(source, folder))) for folder in ("text_emb", beside))
     parts = []
     for name in paths.listdir(paths.join(source, "img_emb")):
         number = name.removeprefix("img_emb_").removesuffix(".npy")
@@ -86,7 +88,7 @@ def _clip_retrieval(source: str, arch: str) -> tuple[list[Part], str]:
                 number,
                 paths.join(source, "img_emb", name),
                 paths.join(source, "text_emb", text) if text in texts else "",
-                paths.join(source, "metadata", table) if table in tables else "",
+                paths.join(source, beside, table) if table in tables else "",
             )
         )
     return parts, "img_emb/img_emb_{i}.npy"
@@ -131,9 +133,12 @@ LAYOUTS: dict[str, Callable[[str, str], tuple[list[Part], str]]] = {
 }
 
 
-def open_part(part: Part) -> Table:
-    """Open a part. Raises: ShardError when a file cannot be read or the rows do not line up."""
-    columns = read_columns(part, tuple(NAMES)) if part.table else {}
+def open_part(part: Part, more: Sequence[str] = ()) -> Table:
+    """Open a part. more: further columns of its table, by their own names.
+
+    Raises: ShardError when a file cannot be read or the rows do not line up.
+    """
+    columns = read_columns(part, (*NAMES, *more)) if part.table else {}
     image = _vectors(part.image, part.entries[0])
     text = _vectors(part.text, part.entries[1]) if part.text else None
     held = {"images": len(image), "texts": len(image if text is None else text)}
@@ -146,15 +151,26 @@ def open_part(part: Part) -> Table:
     return Table(len(image), columns, image, text)
 
 
+def table_schema(part: Part) -> pa.Schema:
+    """Read which columns a part's table has. Raises: ShardError."""
+    import pyarrow.parquet as pq
+
+    try:
+        with paths.open_read(part.table) as file:
+            return pq.ParquetFile(file).schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{part.table} cannot be read: {str(error).splitlines()[0]}") from None
+
+
 def read_columns(part: Part, wanted: tuple[str, ...]) -> dict[str, pa.Array]:
-    """Read a part's table under our names: those of the wanted columns that it has. Raises: ShardError."""
+    """Read those of the wanted columns that a part's table has, by our names or its own. Raises: ShardError."""
     import pyarrow.parquet as pq
 
     try:
         with paths.open_read(part.table) as file:
             held = pq.ParquetFile(file)
             there = set(held.schema_arrow.names)
-            chosen = {ours: next((name for name in NAMES[ours] if name in there), None) for ours in wanted}
+            chosen = {ours: next((name for name in NAMES.get(ours, (ours,)) if name in there), None) for ours in wanted}
             read = held.read(columns=sorted({name for name in chosen.values() if name}))
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{part.table} cannot be read: {str(error).splitlines()[0]}") from None

@@ -137,6 +137,18 @@ def listdir(directory: str) -> list[str]:
     return sorted(os.listdir(local(directory))) if os.path.isdir(local(directory)) else []
 
 
+def entries(directory: str) -> tuple[list[str], list[str]]:
+    """List the files and the folders in a directory, each sorted. Links to folders are in neither."""
+    if is_remote(directory):
+        found = _patiently(directory, lambda fs, path: fs.ls(path, detail=True))
+        named = [(name(each["name"]), each["type"]) for each in found if name(each["name"]) != name(directory)]
+        files, folders = ([each for each, kind in named if kind == wanted] for wanted in ("file", "directory"))
+        return sorted(files), sorted(folders)
+    with os.scandir(local(directory)) as found:
+        listed = [(each.name, each.is_dir(follow_symlinks=False), each.is_file()) for each in found]
+    return sorted(each for each, _, file in listed if file), sorted(each for each, folder, _ in listed if folder)
+
+
 def make_dir(directory: str) -> None:
     """Create a directory and its parents."""
     if not is_remote(directory):

@@ -24,6 +24,26 @@ CHUNK_BYTES = 4 << 20
 MAX_RECORD_CHARS = 64 << 20
 
 
+def usable_text(value: Any) -> str | None:
+    """Take a JSON value for text: a non-empty string that UTF-8 can hold, without the space around it; else None."""
+    if not isinstance(value, str) or not value.strip():
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return None
+    return value.strip()
+
+
+def uid_bytes(uid: Any) -> bytes | None:
+    """Take a uid for its 16 bytes: as they are, or written in hexadecimal digits as DataComp does; None otherwise."""
+    try:
+        found = bytes.fromhex(uid) if isinstance(uid, str) else uid
+    except ValueError:
+        return None
+    return found if isinstance(found, bytes) and len(found) == 16 else None
+
+
 def caption_turns(caption: str, prompt: str = PROMPT) -> Turns:
     """Ask for a caption and answer with it."""
     return [{"from": "human", "value": f"{IMAGE_MARK}\n{prompt}"}, {"from": "gpt", "value": caption}]

@@ -1,8 +1,8 @@
 """Rows of a pool: what each sample of a tar is, with its image as pixels and its caption as tokens.
 
-In: a tar's samples. Out: the facts of every row (key, uid, phash, status, caption, width, height, url), and pixels and
-tokens of those rows that are ok. A row is never lost: what is wrong with it becomes its status, where the image's fault
-is named before the caption's.
+In: a tar's samples. Out: the facts of every row (key, uid, phash, status, caption, width, height, url, and the extra
+columns that were asked for), and pixels and tokens of those rows that are ok. A row is never lost: what is wrong with
+it becomes its status, where the image's fault is named before the caption's.
 """
 
 import warnings
@@ -17,6 +17,9 @@ from PIL.Image import Image
 
 from curate import checkpoints, encoders, images, records, shards, store
 from curate.errors import ShardError
+from curate.extras import Captions, Extras
+
+PLAIN = Extras({})
 
 
 @dataclass
@@ -43,11 +46,15 @@ class Reader:
     preprocess: the model's image config; max_pixels: images of more are refused unseen.
     """
 
-    def __init__(self, source: checkpoints.Source, preprocess: dict[str, Any], max_pixels: int) -> None:
+    def __init__(
+        self, source: checkpoints.Source, preprocess: dict[str, Any], max_pixels: int, extras: Extras = PLAIN
+    ) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files become statuses
         self.transform = images.transform(preprocess)
         self.tokenize = encoders.Tokenizer(source)
         self.max_pixels = max_pixels
+        self.extras = extras
+        self.captions = Captions(extras.captions) if extras.captions else None
         self.no_pixels = np.empty((0, *encoders.pair(preprocess["size"]), 3), np.uint8)
 
     def __call__(self, path: str, samples: Sequence[shards.Sample]) -> Rows:
@@ -55,7 +62,7 @@ class Reader:
         facts, pixels = [], []
         with open(path, "rb") as file:
             for sample in samples:
-                row, image = read_row(file, sample, self.max_pixels)
+                row, image = read_row(file, sample, self.max_pixels, self.extras, self.captions)
                 facts.append(row)
                 if row["status"] == "ok" and image is not None:
                     try:
@@ -66,14 +73,27 @@ class Reader:
         return Rows(facts, np.stack(pixels) if pixels else self.no_pixels, self.tokenize(captions))
 
 
-def read_row(file: IO[bytes], sample: shards.Sample, max_pixels: int) -> tuple[dict[str, Any], Image | None]:
-    """Read what a sample is, and its decoded image where there is one. The image's fault names the row."""
-    row = blank(sample)
+def read_row(
+    file: IO[bytes],
+    sample: shards.Sample,
+    max_pixels: int,
+    extras: Extras = PLAIN,
+    captions: Captions | None = None,
+) -> tuple[dict[str, Any], Image | None]:
+    """Read what a sample is, and its decoded image where there is one. The image's fault names the row.
+
+    captions: where a sample without a caption finds one by its url.
+    """
+    row = blank(sample) | extras.values()
     if row["status"] != "ok":
         return row, None
-    described = read_description(file, sample)
-    row["url"] = usable_text(described.get("url"))
+    described = shards.describe(file, sample)
+    row |= extras.values(described)
+    row["url"] = records.usable_text(described.get("url"))
     row["caption"], trouble = read_caption(file, sample, described)
+    if trouble == "no_caption" and captions is not None and row["url"]:
+        row["caption"] = captions.get(row["url"])
+        trouble = None if row["caption"] else trouble
     image = None
     try:
         image = _read_image(file, sample, row, max_pixels)
@@ -118,25 +138,6 @@ def read_bytes(file: IO[bytes], member: shards.Member) -> bytes | None:
         return None
 
 
-def read_description(file: IO[bytes], sample: shards.Sample) -> dict[str, Any]:
-    """Read a sample's JSON member; empty where there is none that can be read."""
-    member = sample.member(shards.JSON_SUFFIX)
-    if member is None or member.size > shards.MAX_TEXT_BYTES:
-        return {}
-    return shards.read_json(read_bytes(file, member) or b"") or {}
-
-
-def usable_text(value: Any) -> str | None:
-    """Take a JSON value for text: a non-empty string that UTF-8 can hold, else None."""
-    if not isinstance(value, str) or not value.strip():
-        return None
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return None
-    return value.strip()
-
-
 def read_caption(file: IO[bytes], sample: shards.Sample, described: dict[str, Any]) -> tuple[str | None, str | None]:
     """Find a sample's caption: its .txt member, else its JSON's, else what is said in its JSON's conversation.
 
@@ -144,9 +145,9 @@ def read_caption(file: IO[bytes], sample: shards.Sample, described: dict[str, An
     """
     member = sample.member(shards.CAPTION_SUFFIX)
     if member is None:
-        caption = usable_text(described.get("caption"))
+        caption = records.usable_text(described.get("caption"))
         if caption is None and records.conversations_of(described):
-            caption = usable_text(records.whole_text(described))
+            caption = records.usable_text(records.whole_text(described))
         return caption, None if caption else "no_caption"
     data = read_bytes(file, member) if member.size <= shards.MAX_TEXT_BYTES else None
     if data is None:

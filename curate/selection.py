@@ -99,7 +99,7 @@ def _read_besides(parsed: Sequence[steps.Step]) -> dict[str, store.Artefact | Ma
         if kind is Directory:
             found[f"target-{number}"] = store.open_input(location, "embed", "import")
         else:
-            found[f"file-{number}"] = {"path": location, "digest": store.digest(paths.read_text(location))}
+            found[f"file-{number}"] = {"path": location, "digest": store.file_digest(location)}
     return found
 
 

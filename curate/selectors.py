@@ -130,6 +130,6 @@ STEPS: dict[str, Callable[..., Verdict]] = {
         *(budgets.sample, budgets.balance, budgets.balance_tree, budgets.cap),
         *(representatives.typical, representatives.coincide),
         *(vocabulary.noun_phrases, vocabulary.metaclip),
-        *(mismatch, placeholders, targets.exclude, targets.image_based),
+        *(mismatch, placeholders, targets.exclude, targets.image_based, targets.subset),
     )
 }

@@ -259,6 +259,17 @@ def read_json(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def describe(file: IO[bytes], sample: Sample) -> dict[str, Any]:
+    """Read a sample's JSON member; empty where there is none that can be read."""
+    member = sample.member(JSON_SUFFIX)
+    if member is None or member.size > MAX_TEXT_BYTES:
+        return {}
+    try:
+        return read_json(read_member(file, member)) or {}
+    except ShardError:
+        return {}
+
+
 def _tar_info(name: str, size: int) -> bytes:
     info = tarfile.TarInfo(name)
     info.size = size

@@ -42,8 +42,8 @@ STATUSES = {
 }
 
 
-def embedding_schema(dim: int) -> pa.Schema:
-    """Describe `EMB/{stem}.arrow` for embeddings of `dim` dimensions."""
+def embedding_schema(dim: int, extra: Mapping[str, pa.DataType] | None = None) -> pa.Schema:
+    """Describe `EMB/{stem}.arrow` for embeddings of `dim` dimensions. extra: columns of the pool's own, by name."""
     return pa.schema(
         [
             ("key", pa.string()),
@@ -57,8 +57,14 @@ def embedding_schema(dim: int) -> pa.Schema:
             ("width", pa.int32()),
             ("height", pa.int32()),
             ("url", pa.string()),
+            *(extra or {}).items(),
         ]
     )
+
+
+def extra_columns(schema: pa.Schema) -> list[str]:
+    """Name the columns of an embedding sidecar that are the pool's own."""
+    return [name for name in schema.names if name not in embedding_schema(1).names]
 
 
 CLUSTER_SCHEMA = pa.schema([("cluster", pa.int32()), ("centroid_similarity", pa.float32())])
@@ -180,6 +186,15 @@ def digest(value: Any) -> str:
     """Fingerprint a JSON value: blake2b-128 in hex over its canonical text."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def file_digest(location: str) -> str:
+    """Fingerprint a file's bytes: blake2b-128 in hex."""
+    found = hashlib.blake2b(digest_size=16)
+    with paths.open_read(location) as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -377,7 +392,7 @@ class Artefact:
             return self
         for name, recorded in self.manifest["inputs"].items():
             location = self.input_path(name)
-            if not paths.exists(paths.join(location, MANIFEST)):
+            if name == "pool" or not paths.exists(paths.join(location, MANIFEST)):
                 continue
             upstream = open_input(location)
             if upstream.digest != recorded["digest"]:

@@ -1,4 +1,4 @@
-"""Steps that compare the pool with another set of images: its EMB, made by the same model."""
+"""Steps that compare the pool with another set of images: its EMB, made by the same model, or a list of its uids."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from curate import kmeans, scores
 from curate.errors import UsageError
-from curate.frame import CLUSTER_FIRST, Directory, Frame, Verdict
+from curate.frame import CLUSTER_FIRST, Directory, File, Frame, Verdict
 
 
 def exclude(frame: Frame, number: int, directory: Directory, threshold: float = 0.95) -> Verdict:
@@ -41,3 +41,10 @@ def image_based(frame: Frame, number: int, directory: Directory) -> Verdict:
     keep = frame.alive & (cluster >= 0)
     keep[keep] = wanted[cluster[keep]]
     return Verdict(keep, {**facts, "clusters_kept": int(wanted.sum())})
+
+
+def subset(frame: Frame, number: int, file: File) -> Verdict:
+    """Keep the rows whose uid a DataComp subset file lists (npy of u8,u8)."""
+    assert frame.listed is not None
+    listed = frame.listed(file)
+    return Verdict(frame.alive & listed, {"listed": int(listed.sum())})

@@ -17,23 +17,9 @@ ROOMS = {
     **dict.fromkeys(["ranks", "budgets", "representatives", "targets", "phrases", "vocabulary"], 1),
     **dict.fromkeys(["paths", "records", "rules", "drawing", "texts"], 1),
     **dict.fromkeys(["store", "shards", "engine"], 2),
-    **dict.fromkeys(
-        [
-            "layouts",
-            "rows",
-            "sources",
-            "coreset",
-            "columns",
-            "options",
-            "demo",
-            "emit_tables",
-            "spool",
-            "accounts",
-            "graph",
-        ],
-        3,
-    ),
-    **dict.fromkeys(["embed", "importing", "cluster", "selection", "emit", "mix"], 4),
+    **dict.fromkeys(["layouts", "extras", "rows", "sources", "coreset", "columns", "options", "demo"], 3),
+    **dict.fromkeys(["emit_tables", "spool", "accounts", "graph"], 3),
+    **dict.fromkeys(["embed", "importing", "packing", "cluster", "selection", "emit", "mix"], 4),
     **dict.fromkeys(
         [
             "show",
