@@ -206,10 +206,11 @@ def _score(frame: Frame, name: str) -> np.ndarray | None:
 
 
 def _histograms(frame: Frame) -> dict[str, Any]:
-    """Count good and kept rows by value: {column: {edges, all, kept}}."""
+    """Count good and kept rows by value: {column: {edges, all, kept}}; computed columns among them, where they were."""
     made = {}
-    for name in (*SCORES, "nearest_similarity"):
-        values = _score(frame, name)
+    computed = [name for name in frame.cache if name not in frame.columns and name not in frame.groups]
+    for name in (*SCORES, "nearest_similarity", *computed):
+        values = frame.cache[name] if name in computed else _score(frame, name)
         if values is None:
             continue
         good = frame.good & ~np.isnan(values)

@@ -8,7 +8,10 @@ from test_selection import QUIET, selected, slow_band
 from test_vector_steps import best
 
 from curate import recipes
+from curate.computed import COLUMNS
 from curate.selection import SelectOptions, select
+from curate.selectors import STEPS
+from house import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,12 @@ def test_laions_rule_drops_what_is_below(pool, tmp_path):
 def test_a_recipe_keeps_exactly_its_budget(pool, tmp_path, recipe):
     assert kept(pool, tmp_path / "sel", recipe, 9).sum() == 9
     assert kept(pool, tmp_path / "share", recipe, "1%").sum() == round(0.01 * pool.ok.sum())
+
+
+def test_every_recipe_and_every_step_is_written_down():
+    pages = [(ROOT / folder / "README.md").read_text() for folder in ("pipelines", "curate")]
+    assert [name for name in recipes.RECIPES if f"`{name}" not in pages[0] and name != "random"] == []
+    assert [name for name in (*STEPS, *COLUMNS) if f"`{name}`" not in pages[1]] == []
 
 
 def test_prism_and_presel_keep_their_published_shares(pool, tmp_path):

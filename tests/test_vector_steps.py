@@ -56,6 +56,8 @@ def test_norm_sim_ranks_by_nearness_to_a_target_set(pool, tmp_path):
     found, manifest = kept(pool.path, tmp_path / "sel", step)
     mostly(found, best(cosines.max(axis=1), pool.ok, round(0.2 * pool.ok.sum())))
     assert manifest["inputs"]["target-1"]["path"] == "../target"
+    funnel = json.loads((tmp_path / "sel" / "funnel.json").read_text())
+    assert sum(funnel["histograms"][f"norm_sim('{target.path}')"]["all"]) == pool.ok.sum()
     found, _ = kept(pool.path, tmp_path / "two", f'top(norm_sim("{target.path}", p="2"), 90)')
     mostly(found, best(np.linalg.norm(cosines, axis=1), pool.ok, 90))
     found, manifest = kept(pool.path, tmp_path / "cap", f"""cap(shard, 9, keep='max:norm_sim("{target.path}")')""")
