@@ -3,13 +3,19 @@
 Both are read off facts that clustering stored, so that they cost no look at the embeddings.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 TIMID = 0.999
-TWIN_BITS = 8
+TWIN_BITS = 8  # at most: near-duplicates by their pixels, whatever the embedder says
+NEAR_BITS = 16  # at most: 95 % of near-duplicates, crops and borders among them; 2 to 5 % of look-alikes
+FAR_BITS = 24  # more: 1 % of near-duplicates, at least two thirds of look-alikes
+FAR_LOOKALIKES = 2 / 3
+DOUBT = 0.5  # share of look-alikes up to which pixels decide a pair
+CERTAIN = 0.01  # share of look-alikes up to which the cosine alone decides
 BLIND = 0.9  # beyond it real pairs score as shuffled ones do, and their order says nothing
 NUM_BINS = 240
 LEAST_TWINS = 10
@@ -17,48 +23,61 @@ LEAST_TWINS = 10
 
 @dataclass(frozen=True)
 class Evidence:
-    """A threshold, and why. twins: linked pairs that are near-duplicates by their pixels, too.
-
-    timid: there is no evidence of near-duplicates as a kind; only pairs that are pixel twins, too, may be merged.
-    """
+    """From which cosine on pairs are duplicates if their pixels agree, from which on they are anyhow, and why."""
 
     threshold: float
+    anyhow: float
+    bits: int
     reason: str
     pairs: int
     twins: int
-    timid: bool = False
+
+    def linked(self, similarity: np.ndarray, bits: np.ndarray) -> np.ndarray:
+        """Say which pairs are near-duplicates, bool. bits: u8, above 64 where unknown: the cosine must do alone."""
+        agree = (similarity > self.threshold) & (bits <= self.bits)
+        return np.asarray(agree | (similarity > np.where(bits > 64, min(self.anyhow, TIMID), self.anyhow)))
 
     def facts(self) -> dict[str, Any]:
         """Return what the funnel prints."""
-        return {"why": self.reason, "linked_pairs": self.pairs, "pixel_twins": self.twins}
+        told = {"why": self.reason, "linked_pairs": self.pairs, "pixel_twins": self.twins, "most_bits": self.bits}
+        return told | ({"anyhow_above": self.anyhow} if self.anyhow < math.inf else {})
 
 
 def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Evidence:
-    """Find the cosine above which linked images are more likely than not near-duplicates by their pixels.
+    """Find the cosine above which linked images are more likely than not near-duplicates, from their pixels.
 
     similarity: f32 [m], the near-duplicate forest's edges. bits: u8 [m], differing bits of their perceptual hashes, 255
-    where unknown. The share of pixel twins is fitted as a rising function of similarity (isotonic, on bins even in
-    log(1 - cosine)); the threshold is where it passes one half. Without evidence: 0.999, timidly.
+    where unknown. Distinct images that an embedder takes for alike differ in more than FAR_BITS bits in two thirds of
+    the cases, near-duplicates hardly ever, so that 1.5 times the share of such pairs estimates the share of look-alikes
+    (looked at: photographs under an ImageNet classifier, a descriptor of colours and gradients and the demo's CLIP, and
+    the demo's pools of three degrees of dirt). It is fitted as a falling function of similarity (isotonic, on bins
+    even in log(1 - cosine)). Where it passes one half, pairs whose pixels agree are duplicates; where it passes one in
+    a hundred, all are. Without evidence that there are duplicates at all only pixel twins above 0.999 are.
     """
     from scipy.optimize import isotonic_regression
 
     known = bits <= 64
-    similarity, twin = similarity[known], bits[known] <= TWIN_BITS
-    pairs, twins = len(similarity), int(twin.sum())
+    similarity, bits = similarity[known], bits[known]
+    pairs, twins = len(similarity), int((bits <= TWIN_BITS).sum())
     if twins < LEAST_TWINS:
         what = "no perceptual hashes" if not pairs else f"only {twins} pixel twins"
-        return Evidence(max(TIMID, floor), f"timid: {what} among the linked pairs", pairs, twins, timid=True)
+        return Evidence(max(TIMID, floor), math.inf, TWIN_BITS, f"timid: {what} among the linked pairs", pairs, twins)
     edges = 1 - np.logspace(np.log10(1 - floor), -6, NUM_BINS + 1)
     place = np.clip(np.searchsorted(edges, similarity, side="right") - 1, 0, NUM_BINS - 1)
     count = np.bincount(place, minlength=NUM_BINS)
     full = np.flatnonzero(count)
-    share = np.bincount(place, weights=twin, minlength=NUM_BINS)[full] / count[full]
-    rising = isotonic_regression(share, weights=count[full])
-    error = np.sqrt(rising.x * (1 - rising.x) / np.repeat(rising.weights, np.diff(rising.blocks)))
-    passing = full[rising.x - error >= 0.5]
-    if not len(passing):
-        return Evidence(max(TIMID, floor), "timid: pixel twins are nowhere the majority", pairs, twins, timid=True)
-    return Evidence(float(edges[passing[0]]), "above it most linked pairs are pixel twins", pairs, twins)
+    far = np.bincount(place, weights=bits > FAR_BITS, minlength=NUM_BINS)[full]
+    falling = isotonic_regression(far / count[full], weights=count[full], increasing=False)
+    weight = np.repeat(falling.weights, np.diff(falling.blocks))
+    share = (falling.x * weight + 1) / (weight + 2)
+    at_most = (share + np.sqrt(share * (1 - share) / weight)) / FAR_LOOKALIKES
+    likely, certain = (full[at_most <= limit] for limit in (DOUBT, CERTAIN))
+    if not len(likely):
+        why = "timid: most linked pairs differ in their pixels at any cosine"
+        return Evidence(max(TIMID, floor), math.inf, TWIN_BITS, why, pairs, twins)
+    anyhow = float(edges[certain[0]]) if len(certain) else math.inf
+    why = f"above it most linked pairs are duplicates; those of at most {NEAR_BITS} differing bits are taken"
+    return Evidence(float(edges[likely[0]]), anyhow, NEAR_BITS, why, pairs, twins)
 
 
 def mismatch_share(scores: np.ndarray, shuffled: np.ndarray) -> tuple[float, dict[str, Any]]:

@@ -87,7 +87,7 @@ class Relate:
                 start += part.num_rows
             a, b, similarity = relate.relate_clusters(vectors, order, bounds, self.floor, heads=heads)
         hashes, unknown = _hashes(table["phash"], order)
-        bits = pa.array(relate.hamming(hashes[a], hashes[b]), pa.uint8(), mask=unknown[a] | unknown[b])
+        bits = pa.array(relate.differing_bits(hashes[a], hashes[b]), pa.uint8(), mask=unknown[a] | unknown[b])
         ends = np.minimum(rows[a], rows[b]), np.maximum(rows[a], rows[b])
         columns = [pa.array(clusters[a]), *map(pa.array, ends), pa.array(similarity), bits]
         found = pa.record_batch(columns, schema=store.EDGE_SCHEMA)

@@ -24,6 +24,7 @@ CROWDED = 8  # edges a row of a tile above which the tile is thinned to its fore
 BATCH = 1 << 14  # pairs that are decided together
 GROUP_ROWS = 1 << 16  # rows of clusters whose forests are found together
 MERGE_AT = 1 << 20
+MIRROR = np.uint64(0xAAAAAAAAAAAAAAAA)
 TILE_BITS = 11  # a tile's rows are numbered within 2 ** 11
 NO_EDGE = np.iinfo(np.int64).min
 INT8_WORK = 2e11  # products from which loading torch pays
@@ -350,9 +351,12 @@ def _copies(x_nd: np.ndarray, rows: np.ndarray, bounds: np.ndarray) -> tuple[np.
     return np.concatenate(copies), np.concatenate(originals)
 
 
-def hamming(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Count the differing bits of u64 hashes, u8."""
-    return np.asarray(np.bitwise_count(left ^ right))
+def differing_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Count the bits in which perceptual hashes u64 differ, or, where fewer, one and the other's mirror image, u8.
+
+    To mirror an image turns the signs of the odd horizontal frequencies, which are every second bit.
+    """
+    return np.asarray(np.minimum(np.bitwise_count(left ^ right), np.bitwise_count(left ^ right ^ MIRROR)))
 
 
 def nearest_similarity(x_nd: np.ndarray, targets_md: np.ndarray, block: int = 4096) -> np.ndarray:

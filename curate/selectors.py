@@ -21,24 +21,22 @@ from curate.ranks import descending, value_range
 def dedup(
     frame: Frame, number: int, threshold: Threshold = 0.86, keep: str = "middle", rule: str = "components"
 ) -> Verdict:
-    """Keep one row of each group of near-duplicates (cosine > threshold inside a cluster)."""
+    """Keep one row of each group of near-duplicates (cosine > threshold; "auto": by the pool's own pixels)."""
     if rule not in duplicates.RULES:
         raise unknown("rule of dedup", rule, duplicates.RULES)
     if frame.edges is None:
         raise UsageError("dedup needs clusters; this directory has none.", CLUSTER_FIRST)
     a, b, similarity, bits = frame.edges()
     facts: dict[str, Any] = {}
-    linked = np.ones(len(similarity), bool)
+    above = similarity > threshold
     if threshold == AUTO:
-        found_at = evidence.find_threshold(similarity, bits, frame.floor)
-        threshold, facts = found_at.threshold, found_at.facts()
-        linked = (bits <= evidence.TWIN_BITS) | (bits > 64) if found_at.timid else linked
+        told = evidence.find_threshold(similarity, bits, frame.floor)
+        threshold, facts, above = told.threshold, told.facts(), told.linked(similarity, bits)
     if threshold < frame.floor:
         raise UsageError(
             f"dedup({threshold}) lies under the floor of these clusters, {frame.floor}.",
             f"run `curate cluster … --floor {threshold}`, or use a threshold of at least {frame.floor}",
         )
-    above = (similarity > threshold) & linked
     order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)
     found = duplicates.resolve(
         (a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors

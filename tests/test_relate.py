@@ -5,8 +5,10 @@ import pytest
 from clouds import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
 from curate import duplicates, products, relate
+from curate.images import perceptual_hash
 
 
 def cluster_rows(n, dim=16, seed=0, spread=0.5):
@@ -154,12 +156,23 @@ def test_permuting_the_rows_permutes_the_components():
     assert (together == (moved[:, None] == moved[None, :])).all()
 
 
-def test_hamming_counts_bits():
+def test_differing_bits_are_those_of_the_images_or_of_one_and_the_others_mirror_image():
     rng = np.random.default_rng(0)
     left, right = rng.integers(0, 1 << 63, (2, 100), dtype=np.uint64)
-    assert relate.hamming(left, right).tolist() == [
-        bin(int(a) ^ int(b)).count("1") for a, b in zip(left, right, strict=True)
+    mirror = sum(1 << bit for bit in range(64) if bit % 2)  # the first bit of a hash is its highest: frequency 1, odd
+    assert relate.differing_bits(left, right).tolist() == [
+        min(bin(int(a) ^ int(b)).count("1"), bin(int(a) ^ int(b) ^ mirror).count("1"))
+        for a, b in zip(left, right, strict=True)
     ]
+
+
+def test_a_mirrored_picture_differs_in_few_bits():
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        small = rng.integers(0, 255, (6, 7, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((90, 70), Image.Resampling.BICUBIC)
+        hashes = [np.array([perceptual_hash(each)], np.uint64) for each in (image, ImageOps.mirror(image))]
+        assert relate.differing_bits(*hashes)[0] <= 8 < 20 < np.bitwise_count(hashes[0] ^ hashes[1])[0]
 
 
 def slow_resolve(x, alive, preference, rule, keep, threshold):

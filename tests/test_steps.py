@@ -172,27 +172,39 @@ def test_mismatch_drops_the_lowest_scores_but_never_eats_the_budget():
     assert factors == sorted(factors, reverse=True) and factors[0] == factors[1] == 2 and factors[-1] == 1.25
 
 
-def linked(rng, n, twins, split=0.95):
-    """Edges whose pixels agree mostly above `split`."""
-    similarity = np.concatenate([rng.uniform(split, 1, twins), rng.uniform(0.8, split, n - twins)]).astype(np.float32)
-    bits = np.concatenate([rng.integers(0, 6, twins), rng.integers(15, 45, n - twins)]).astype(np.uint8)
-    return similarity, bits
+def linked(rng, n, copies, split=0.95):
+    """Edges: look-alikes, and above `split` near-copies, a third of which are no pixel twins."""
+    similarity = np.concatenate([rng.uniform(split, 1, copies), 1 - 0.2 * rng.random(n - copies) ** 0.3])
+    bits = np.where(rng.random(copies) < 2 / 3, rng.integers(0, 9, copies), rng.integers(9, 17, copies))
+    bits = np.concatenate([bits, np.clip(rng.normal(28, 5, n - copies), 0, 64)])
+    return similarity.astype(np.float32), bits.astype(np.uint8)
 
 
-def test_the_threshold_lies_where_pixel_twins_become_the_majority():
+def test_the_threshold_lies_where_most_pairs_are_duplicates_by_their_pixels():
     similarity, bits = linked(np.random.default_rng(0), 5_000, 600)
     found = evidence.find_threshold(similarity, bits, 0.8)
-    assert abs(found.threshold - 0.95) < 0.005 and found.twins == 600
+    taken = found.linked(similarity, bits)
+    assert 0.93 < found.threshold < 0.97 and taken[:600].mean() > 0.9 and taken[600:].sum() < 5
+
+
+@pytest.mark.parametrize("copies", [30, 100, 1_000, 3_000])
+@pytest.mark.parametrize("n", [4_000, 20_000])
+def test_few_or_many_duplicates_are_found_and_few_look_alikes_with_them(copies, n):
+    similarity, bits = linked(np.random.default_rng(copies), n, copies, 0.99)
+    taken = evidence.find_threshold(similarity, bits, 0.8).linked(similarity, bits)
+    assert taken[copies:].sum() < 0.002 * n and (taken[:copies].mean() > 0.9 or copies == 30)
 
 
 def test_without_evidence_the_threshold_is_timid():
     rng = np.random.default_rng(1)
     similarity, bits = linked(rng, 5_000, 3)
-    assert evidence.find_threshold(similarity, bits, 0.8).threshold == evidence.TIMID
+    found = evidence.find_threshold(similarity, bits, 0.8)
+    assert found.threshold == evidence.TIMID and found.linked(similarity, bits).sum() <= 3
     unknown = np.full(5_000, 255, np.uint8)
     assert "no perceptual" in evidence.find_threshold(similarity, unknown, 0.8).reason
+    assert (evidence.find_threshold(similarity, unknown, 0.8).linked(similarity, unknown) == (similarity > 0.999)).all()
     few = np.where(rng.random(5_000) < 0.1, 3, 30).astype(np.uint8)  # twins anywhere, nowhere the majority
-    assert evidence.find_threshold(similarity, few, 0.8).threshold > 0.99
+    assert evidence.find_threshold(similarity, few, 0.8).threshold == evidence.TIMID
     assert evidence.find_threshold(similarity[:0], bits[:0], 0.8).threshold == evidence.TIMID
 
 
@@ -242,7 +254,8 @@ def test_recipes_take_arguments():
 def test_without_evidence_of_a_kind_only_pixel_twins_are_merged():
     similarity = np.array([0.9995, 0.9996, 0.9997, 0.95], np.float32)
     found = evidence.find_threshold(similarity, np.array([3, 30, 255, 2], np.uint8), 0.8)
-    assert found.timid and found.threshold == evidence.TIMID and "only 2 pixel twins" in found.reason
+    assert found.threshold == evidence.TIMID and "only 2 pixel twins" in found.reason
+    assert found.linked(similarity, np.array([3, 30, 255, 2], np.uint8)).tolist() == [True, False, True, False]
 
 
 def test_an_embedder_that_cannot_tell_pairs_drops_none():
