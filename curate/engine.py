@@ -21,6 +21,7 @@ from curate.errors import CurateError, UsageError
 log = logging.getLogger("curate")
 IN_FLIGHT_PER_WORKER = 2
 PLAIN_INTERVAL_S = 10.0
+RAY_TRIES = 3  # of an item whose worker dies
 
 
 class Task(Protocol):
@@ -204,25 +205,54 @@ def _drain(pool: ProcessPoolExecutor, items: Sequence[Any], in_flight: int) -> I
 
 
 def _run_ray(task: Task, items: Sequence[Any], workers: int, gpus: int) -> Iterator[Report]:
-    """Schedule items on Ray actors; Ray carries shard names, never data."""
+    """Schedule items on Ray actors; Ray carries shard names, never data.
+
+    When an actor or its node dies, a new one does the item again. Actors without further work are let go, so that there
+    is room for the new one even where the lost node had the last free core.
+    """
     try:
         import ray
-        from ray.util.actor_pool import ActorPool
     except ImportError:
         raise UsageError("--engine ray needs Ray", "pip install 'data-curate[ray]'") from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
+    here = os.getcwd()
 
     class Worker:
         def __init__(self) -> None:
-            task.setup()
+            self.trouble = ""
+            try:
+                os.chdir(here)  # relative locations mean the same on every node, of a shared file system
+                task.setup()
+            except Exception as error:  # raised here, it would be lost among Ray's own
+                self.trouble = _words(error)
 
         def work(self, item: Any) -> Report:
-            return _attempt(task, item)
+            return Report(item, error=self.trouble) if self.trouble else _attempt(task, item)
 
-    actor = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=3, max_task_retries=3)(Worker)
-    pool = ActorPool([actor.remote() for _ in range(min(workers, max(1, len(items))))])
-    yield from pool.map_unordered(lambda worker, item: worker.work.remote(item), list(items))
+    actor = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1)(Worker)
+    idle = [actor.remote() for _ in range(min(workers, len(items)))]
+    running: dict[Any, tuple[Any, Any]] = {}
+    queue, tries = list(reversed(items)), dict.fromkeys(items, 0)
+    while queue or running:
+        while queue and idle:
+            worker, item = idle.pop(), queue.pop()
+            running[worker.work.remote(item)] = worker, item
+        if not queue:
+            idle.clear()
+        [done], _ = ray.wait(list(running), num_returns=1)
+        worker, item = running.pop(done)
+        try:
+            report = ray.get(done)
+        except ray.exceptions.RayError as error:  # Ray's own retries are spent before it knows that a node is dead
+            tries[item] += 1
+            worker, report = actor.remote(), Report(item, error=f"its worker died {RAY_TRIES} times ({_words(error)})")
+            if tries[item] < RAY_TRIES:
+                queue.append(item)
+                report = None
+        idle.append(worker)
+        if report is not None:
+            yield report
 
 
 @dataclass

@@ -76,12 +76,22 @@ def test_progress_prints_whole_lines_elsewhere_than_in_a_terminal(capsys):
     assert printed.count("\n") == 1 and "2/2 shards  20 rows" in printed and "1 failed" in printed
 
 
-def test_ray_actors_report_what_a_loop_reports():
-    ray = pytest.importorskip("ray", reason="needs the extra: pip install 'data-curate[ray]'")
-    places = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]
-    here = os.pathsep.join(filter(None, places))
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": here}})
-    outcome = run_stage("square", Square(), [0, 1, 2, 3, 4, 6], Job(engine="ray", quiet=True), workers=2)
-    assert {item: value["square"] for item, value in outcome.done.items()} == {0: 0, 1: 1, 2: 4, 6: 36}
-    assert outcome.failed == {3: "three is broken", 4: "ValueError: four"}
-    ray.shutdown()
+@dataclass
+class Device:
+    def setup(self):
+        """Note what this worker sees."""
+
+    def __call__(self, item):
+        time.sleep(0.3)
+        return {"rows": 1, "device": os.environ.get("CUDA_VISIBLE_DEVICES"), "process": os.getpid()}
+
+
+@pytest.mark.parametrize("visible, expected", [(None, {"0", "1"}), ("5,GPU-7", {"5", "GPU-7"})])
+def test_each_of_several_workers_sees_one_gpu_of_those_that_are_visible(monkeypatch, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    outcome = run_stage("device", Device(), list(range(6)), Job(gpus=2, quiet=True))
+    devices = {value["process"]: value["device"] for value in outcome.done.values()}
+    assert set(devices.values()) == expected and len(devices) == 2
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
