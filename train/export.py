@@ -21,6 +21,7 @@ from torch import Tensor
 from train import checkpoint
 from train.chat import chat_template
 from train.errors import TrainError, UsageError
+from train.language import name_for_older_readers
 from train.model import Composed, compose, fold_feature_scale
 from train.parts import INFIX, write_parts
 from train.prompts import Encoder
@@ -133,6 +134,7 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
     config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
     _processor(composed, encoder).save_pretrained(out)
+    name_for_older_readers(out)
 
 
 def _set_ends(composed: Composed, encoder: Encoder) -> None:

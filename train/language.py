@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from train.config import Model
 from train.errors import UsageError
 from train.prompts import TEMPLATES
 from train.published import Words, cannot_load, known_words, locate, read_config
+from train.runs import read_json, write_json
 
 FOLDED = "folded_logits_scaling"  # key of the configuration: by what the last norm's weight was divided
 log = logging.getLogger("train")
@@ -99,7 +101,10 @@ def load_tokenizer(options: Model) -> Any:
     source = options.tokenizer or options.lm
     words = known_words(source) if options.shrink else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**locate(source), trust_remote_code=False)
+        # A rehearsal asks no hub: it takes what lies here, in a folder or in the cache.
+        tokenizer = AutoTokenizer.from_pretrained(
+            **locate(source), trust_remote_code=False, local_files_only=words is not None
+        )
     except (OSError, ValueError) as error:
         if words is None:
             raise UsageError(cannot_load(source, "model.tokenizer", error)) from None
@@ -134,6 +139,13 @@ def tiny_tokenizer(words: Words, image_token: str) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, made_for_rehearsal=True, **names
     )
+
+
+def name_for_older_readers(folder: Path) -> None:
+    """Call a saved tokenizer's class by the name that transformers 4 knows too, as vLLM and converters may read it."""
+    values = read_json(folder / "tokenizer_config.json")
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        write_json(folder / "tokenizer_config.json", {**values, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def is_tiny(tokenizer: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from train.errors import UsageError
+from train.language import name_for_older_readers
 from train.model import limits
 from train.runs import write_json
 
@@ -43,6 +44,7 @@ def write_parts(model: Any, tokenizer: Any, image_processor: Any, out: Path, dty
     _language_model(model, dtype).save_pretrained(out / "language_model")
     model.generation_config.save_pretrained(out / "language_model")
     tokenizer.save_pretrained(out / "language_model")
+    name_for_older_readers(out / "language_model")
     _write_tower(model, image_processor, out / "vision_tower", dtype)
     layers = {"linear_1": "0", "linear_2": "2"}
     projector = {

@@ -67,7 +67,7 @@ def test_one_process_carries_out_many_commands(world, tmp_path):
     assert [answer["exit"] for answer in answers] == [0, 2, 2, 2, 2, 0]
     assert json.loads(answers[0]["said"])["model"]["template"] == "qa"
     assert "did you mean 'lr'" in answers[1]["error"] and "no-such-verb" in answers[3]["error"]
-    assert json.loads(answers[5]["said"])["align"]["packing"] is False
+    assert json.loads(answers[5]["said"])["align"]["template"] == "plain"
 
 
 def test_inspect_shows_what_is_learnt(world, capfd):

@@ -106,6 +106,7 @@ def test_names_and_settings_are_those_of_llava_hf(model):
     assert config["architectures"] == ["LlavaForConditionalGeneration"]
     assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]
     assert (config["vision_feature_select_strategy"], config["image_seq_length"]) == ("full", 5)
+    assert json.loads((model / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert json.loads((model / "generation_config.json").read_text())["eos_token_id"] == 2
     assert str(model.parent) not in (model / "train_manifest.json").read_text()
 
