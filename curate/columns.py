@@ -153,10 +153,13 @@ class Pool:
 
     def captions(self, rows: np.ndarray) -> list[str]:
         """Read captions by global row numbers; "" where there is none."""
-        if not len(rows):
-            return []
-        found = self.chunks("caption").take(pa.array(rows)).fill_null("")
-        return list(found.to_pylist())
+        stem_of = np.searchsorted(self.bounds, rows, side="right") - 1
+        found = np.empty(len(rows), object)
+        for index in np.unique(stem_of):
+            here = np.flatnonzero(stem_of == index)
+            column = self.emb.table(self.emb.stems[index], ["caption"])["caption"]
+            found[here] = column.take(pa.array(rows[here] - self.bounds[index])).fill_null("").to_pylist()
+        return list(found)
 
     def foreign(self, directory: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield another EMB's good image embeddings f16 [m, d], mapped where they can be, and uid numbers i64 [m]."""

@@ -119,7 +119,8 @@ def by_spacy(model: str) -> tuple[Extractor, str]:
         for document in pipeline.pipe(captions, batch_size=1000):
             yield [phrase for chunk in document.noun_chunks if (phrase := _chunk(chunk))]
 
-    return extract, f"spacy {spacy.__version__}, {model} {pipeline.meta.get('version', '?')}"
+    made = pipeline.meta
+    return extract, f"spacy {spacy.__version__}, {made['lang']}_{made['name']} {made['version']}"
 
 
 def _chunk(chunk: Iterable[object]) -> str:

@@ -27,15 +27,13 @@ def noun_phrases(frame: Frame, number: int, min: int = 3, cap: int = 100, extrac
     if min < 1 or cap < 1:
         raise UsageError(f"noun_phrases: min={min}, cap={cap}; expected both at least 1.")
     extract, name = phrases.extractor(extractor)
-    rows, named = [], []
+    rows, names = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
     for some, captions in _captions(frame, "noun_phrases"):
-        for row, found in zip(some.tolist(), extract(captions), strict=True):
-            hashes = {_hash(phrase) for phrase in found}
-            rows += [row] * len(hashes)
-            named += sorted(hashes)
-    kept, facts = balance_phrases(
-        np.array(rows, np.int64), np.array(named, np.uint64), min, cap, np.random.default_rng([frame.seed, number])
-    )
+        hashes = [sorted({_hash(phrase) for phrase in found}) for found in extract(captions)]
+        rows.append(np.repeat(some, [len(each) for each in hashes]))
+        names.append(np.array([each for part in hashes for each in part], np.uint64))
+    rng = np.random.default_rng([frame.seed, number])
+    kept, facts = balance_phrases(np.concatenate(rows), np.concatenate(names), min, cap, rng)
     return Verdict(frame.mask(kept), {"extractor": name, **facts})
 
 
