@@ -162,8 +162,18 @@ class Pool:
         return list(found)
 
     def foreign(self, directory: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield another EMB's good image embeddings f16 [m, d], mapped where they can be, and uid numbers i64 [m]."""
+        """Yield another EMB's good image embeddings f16 [m, d], mapped where they can be, and uid numbers i64 [m].
+
+        Raises: UsageError when it was made by another model, as far as that is recorded.
+        """
         other = Pool(store.open_input(directory, "embed", "import"))
+        (ours, our_model), (theirs, their_model) = self._embedder, other._embedder
+        if ours != theirs or (our_model and their_model and our_model != their_model):
+            raise UsageError(
+                f"{directory} has {theirs} dimensions of {their_model or 'an unnamed model'}, "
+                f"this pool {ours} of {our_model or 'an unnamed model'}.",
+                "embed both with one model",
+            )
         uids, good = other.groups("uid"), other.status_rows("ok")
         for stem, first, _ in other.extents():
             for batch in other.emb.batches(stem):
@@ -177,6 +187,14 @@ class Pool:
         assert self.clu is not None
         with paths.open_read(self.clu.path(CENTROIDS)) as file:
             return np.asarray(np.load(io.BytesIO(file.read()), allow_pickle=False))
+
+    @property
+    def _embedder(self) -> tuple[int, str]:
+        """Return the embeddings' dimensions and the model's name, empty where it is not recorded."""
+        schema = store.reader(self.emb.path(f"{self.emb.stems[0]}.arrow")).schema
+        options = self.emb.manifest.get("options", {})
+        named = [str(options[key]) for key in ("model", "pretrained", "weights") if options.get(key)]
+        return schema.field("image_embedding").type.list_size, " ".join(named)
 
     @property
     def _has_text(self) -> bool:

@@ -44,7 +44,7 @@ def norm_sim(frame: Frame, directory: Directory, p: str = "inf") -> np.ndarray:
     if p not in ("inf", "2"):
         raise UsageError(f'norm_sim: p is {p!r}, expected "inf" or "2".')
     rows = np.flatnonzero(frame.alive)
-    targets = [vectors for vectors, _ in _needs(frame.foreign, "norm_sim", "embeddings to compare with")(directory)]
+    targets = (vectors for vectors, _ in _needs(frame.foreign, "norm_sim", "embeddings to compare with")(directory))
     return _spread(frame, rows, scores.norm_sim(_images(frame, "norm_sim"), rows, targets, float(p)))
 
 

@@ -3,7 +3,7 @@
 Numerics on unit vectors; `fetch` returns the vectors of some rows, f16 or f32 [m, d] (an array's `x.__getitem__`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -17,6 +17,7 @@ BATCH_SIZE = 32_768  # the paper's
 BATCHES = 10
 BLOCK = 1024
 READ_ROWS = 1 << 14
+TARGET_ROWS = 1 << 16
 
 
 def neg_clip_loss(
@@ -71,22 +72,33 @@ def _batch_scores(image_bd: np.ndarray, text_bd: np.ndarray, temperature: float)
 def norm_sim(fetch: Fetch, rows: np.ndarray, targets: Iterable[np.ndarray], p: float = np.inf) -> np.ndarray:
     """Score how near rows are to a target set: the p-norm of their cosines to all targets.
 
-    rows: i64 [m]. targets: blocks of unit rows, f16 or f32 [t, d], which may lie on disk; read once for every 16,384
-    rows. p: inf (the highest cosine) or 2. Returns f32 [m]. O(m t d) time for inf, O((m + t) d^2) for 2.
+    rows: i64 [m]. targets: blocks of unit rows, f16 or f32 [t, d], used one after the other. p: inf (the highest
+    cosine, -1 without targets) or 2. Returns f32 [m]. O(m t d) time for inf, the rows read once for every 65,536
+    targets; O((m + t) d^2) for 2, the rows read once.
     Source: NormSim (arXiv:2405.19547), definition 3.2.
     """
-    blocks = list(targets)
+    cuts = [slice(first, first + READ_ROWS) for first in range(0, len(rows), READ_ROWS)]
     if p == 2:
-        gram = sum(block.T @ block for block in map(lambda each: widen(each).astype(np.float64), blocks))
-    found = np.empty(len(rows), np.float32)
-    for first in range(0, len(rows), READ_ROWS):
-        x = fetch(rows[first : first + READ_ROWS])
-        if p == 2:
-            wide = widen(x).astype(np.float64)
-            found[first : first + READ_ROWS] = np.sqrt(np.maximum(0, np.einsum("nd,nd->n", wide @ gram, wide)))
-        else:
-            highest = np.full(len(x), -1, np.float32)
-            for block in blocks:
-                np.maximum(highest, nearest_similarity(x, block), out=highest)
-            found[first : first + READ_ROWS] = highest
-    return found
+        gram = sum(wide.T @ wide for wide in (widen(block).astype(np.float64) for block in targets))
+        squares = np.zeros(len(rows))
+        for cut in cuts:
+            wide = widen(fetch(rows[cut])).astype(np.float64)
+            squares[cut] = np.einsum("nd,nd->n", wide @ gram, wide)
+        return np.sqrt(np.maximum(0, squares)).astype(np.float32)
+    highest = np.full(len(rows), -1, np.float32)
+    for block in _gathered(targets):
+        for cut in cuts:
+            np.maximum(highest[cut], nearest_similarity(fetch(rows[cut]), block), out=highest[cut])
+    return highest
+
+
+def _gathered(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Join small blocks, so that the rows need not be read again for each."""
+    held: list[np.ndarray] = []
+    for block in blocks:
+        if held and sum(map(len, held)) + len(block) > TARGET_ROWS:
+            yield np.concatenate(held)
+            held = []
+        held.append(block)
+    if held:
+        yield np.concatenate(held)

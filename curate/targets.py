@@ -1,5 +1,6 @@
 """Steps that compare the pool with another set of images: its EMB, made by the same model, or a list of its uids."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,16 @@ def exclude(frame: Frame, number: int, directory: Directory, threshold: float = 
     if frame.foreign is None or frame.vectors is None:
         raise UsageError("exclude() needs embeddings to compare with.")
     rows = np.flatnonzero(frame.alive)
-    blocks = list(frame.foreign(directory))
-    uids = np.concatenate([each for _, each in blocks]) if blocks else np.empty(0, np.int64)
-    near = scores.norm_sim(frame.vectors, rows, [vectors for vectors, _ in blocks]) > threshold
-    same = np.isin(frame.group("uid")[rows], uids)
-    facts = {"compared_with": len(uids), "near": int(near.sum()), "same_bytes": int(same.sum())}
+    uids: list[np.ndarray] = [np.empty(0, np.int64)]
+
+    def targets() -> Iterator[np.ndarray]:
+        for vectors, names in frame.foreign(directory) if frame.foreign else ():
+            uids.append(names)
+            yield vectors
+
+    near = scores.norm_sim(frame.vectors, rows, targets()) > threshold
+    same = np.isin(frame.group("uid")[rows], np.concatenate(uids))
+    facts = {"compared_with": sum(map(len, uids)), "near": int(near.sum()), "same_bytes": int(same.sum())}
     return Verdict(frame.mask(rows[~near & ~same]), facts)
 
 
@@ -30,11 +36,6 @@ def image_based(frame: Frame, number: int, directory: Directory) -> Verdict:
     wanted = np.zeros(len(centroids), bool)
     facts: dict[str, Any] = {"clusters": len(centroids), "compared_with": 0}
     for vectors, _ in frame.foreign(directory):
-        if vectors.shape[1] != centroids.shape[1]:
-            raise UsageError(
-                f"{directory} has {vectors.shape[1]} dimensions, the clusters {centroids.shape[1]}.",
-                "embed both with one model",
-            )
         wanted[kmeans.assign(vectors, centroids)[0]] = True
         facts["compared_with"] += len(vectors)
     cluster = frame.group("cluster")

@@ -140,6 +140,13 @@ def test_what_cannot_be_computed_is_refused_in_one_line(pool, tmp_path, step, wo
     assert "\n" not in str(caught.value) and not (tmp_path / "sel").exists()
 
 
+def test_a_target_of_another_model_is_refused(pool, tmp_path):
+    other = draw(tmp_path / "other", rows=20, dim=16, stems=1)
+    for step in ("exclude('{}')", "image_based('{}')", "top(norm_sim('{}'), 9)"):
+        with pytest.raises(UsageError, match="has 16 dimensions of an unnamed model, this pool 32 .*one model"):
+            kept(pool.clu, tmp_path / "sel", step.format(other.path))
+
+
 @pytest.mark.parametrize("levels, words", [("[2, 4]", "numbers of clusters that fall"), ("[9]", "expected fewer")])
 def test_levels_of_a_tree_fall(pool, tmp_path, levels, words):
     with pytest.raises(UsageError, match=words):
