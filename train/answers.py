@@ -58,9 +58,8 @@ def run_tasks(
         request = {"command": "eval", "task": name, "model": model, "weights": weights, "max_new_tokens": tokens}
         runs.open_run(place, request, overwrite=overwrite)
         rows = read_answers(place / ANSWERS, mend=True)
-        asked = [item for item in items if item.prompt]
-        missing = [text is None for text in match(asked, rows)]
-        for batch in _ask(speak, asked, missing, options.batch_size, tokens, name):
+        missing = [text is None for text in match(items, rows)]
+        for batch in _ask(speak, items, missing, options.batch_size, tokens, name):
             append_answers(place / ANSWERS, [{**row, "model_id": folder.resolve().name} for row in batch])
             rows += batch
         texts = [text or "" for text in match(items, rows)]
@@ -106,7 +105,7 @@ def score_texts(
 
 
 def match(items: Sequence[Item], rows: Sequence[dict[str, Any]], *, by_id: bool = False) -> list[str | None]:
-    """Find the answer to each item, the latest of several; "" for one that is not asked, None where there is none.
+    """Find the answer to each item, the latest of several; None where there is none.
 
     Ids are not unique (MME, TextVQA), so id and prompt must agree; `by_id` lets a unique id do, for files whose prompts
     are written otherwise.
@@ -116,8 +115,7 @@ def match(items: Sequence[Item], rows: Sequence[dict[str, Any]], *, by_id: bool 
     if by_id:
         asked, given = Counter(str(item.id) for item in items), Counter(str(row["question_id"]) for row in rows)
         single = {id_: row["text"] for row in rows if given[id_ := str(row["question_id"])] == asked[id_] == 1}
-    found = [exact.get((str(item.id), _bare(item.prompt)), single.get(str(item.id))) for item in items]
-    return [text if item.prompt else "" for item, text in zip(items, found, strict=True)]
+    return [exact.get((str(item.id), _bare(item.prompt)), single.get(str(item.id))) for item in items]
 
 
 def _bare(prompt: str) -> str:

@@ -22,7 +22,7 @@ COGNITION = "commonsense_reasoning numerical_calculation text_translation code_r
 
 @dataclass(frozen=True)
 class Item:
-    """One question of a task. Without a prompt it is not asked, and its scorer knows what counts instead."""
+    """One question of a task."""
 
     id: int | str
     prompt: str
@@ -188,13 +188,29 @@ def seed(items: Sequence[Item], texts: Sequence[str]) -> Scores:
     return Scores({"accuracy": _percent(right)}, _by_category(items, right))
 
 
+def plain_option(text: str, choices: Sequence[str]) -> str:
+    """Read an answer to MMBench by LLaVA's eval_mmbench.py up to where it asks ChatGPT; an empty string there.
+
+    It is the letter, "The answer is B.", or words of exactly one option.
+    """
+    letters = LETTERS[: len(choices)]
+    bare = text.strip(".").strip().upper()
+    if bare and bare in tuple(letters):
+        return bare
+    said = [letter for letter in letters if f"the answer is {letter}.".lower() in text.lower()]
+    if said:
+        return said[0]
+    alike = [letter for letter, words in zip(letters, choices, strict=True) if text.lower() in words.lower()]
+    return alike[0] if len(alike) == 1 else ""
+
+
 def mmbench(items: Sequence[Item], texts: Sequence[str]) -> Scores:
     """Share of the questions right in every rotation of their options; `vanilla` counts rows.
 
     Rows whose ids differ by a multiple of 1,000,000 are rotations of one question. Differs from the server, which asks
-    ChatGPT for the option where an answer is not plain: here an answer is the letter and nothing else.
+    ChatGPT for the option where an answer is not plain: here such an answer is wrong.
     """
-    rows = [text.strip() == item.truth for item, text in zip(items, texts, strict=True)]
+    rows = [plain_option(text, item.choices) == item.truth for item, text in zip(items, texts, strict=True)]
     whole: dict[int, bool] = {}
     first: dict[int, Item] = {}
     for item, right in zip(items, rows, strict=True):
@@ -276,16 +292,11 @@ def mmmu_open(text: str, truth: str | Sequence[str]) -> bool:
 def mmmu_answers(items: Sequence[Item], texts: Sequence[str], seed: int = 42) -> list[str]:
     """Return letters for multiple-choice questions and texts for open ones: what MMMU's server takes.
 
-    Questions that are not asked (options with several images) get a letter by lot, as does an answer without one.
+    Answers without a letter get one by lot, in the order of the questions.
     """
-    rng, out = random.Random(seed), []
-    for item, text in zip(items, texts, strict=True):
-        if item.choices:
-            drawn = text if item.prompt else rng.choice(LETTERS[: len(item.choices)])
-            out.append(mmmu_choice(drawn, item.choices, rng))
-        else:
-            out.append(text if item.prompt else "INVALID GENERATION FOR MULTIPLE IMAGE INPUTS")
-    return out
+    rng = random.Random(seed)
+    pairs = zip(items, texts, strict=True)
+    return [mmmu_choice(text, item.choices, rng) if item.choices else text for item, text in pairs]
 
 
 def mmmu(items: Sequence[Item], texts: Sequence[str]) -> Scores:

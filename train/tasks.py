@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,11 @@ def load_seed(layout: Layout, image_only: bool = False) -> list[Item]:
 
 
 def load_mmmu(layout: Layout, split: str) -> list[Item]:
-    """Read MMMU's parquet files, subject by subject; only the first image of a question is shown."""
+    """Read MMMU's parquet files, subject by subject; of a question's several images the first is shown, as in Bunny.
+
+    # Bunny's script would pass over questions with several images among their options, and never finds one: it looks
+    # for them in the characters of a text.
+    """
     import pyarrow.parquet as parquet
 
     folder = layout.find("mmmu/MMMU")
@@ -238,20 +243,21 @@ def _mmmu_item(record: dict[str, Any], image: tuple[str, int], subject: str, tru
         prompt, choices = f"{record['question']}\n{SHORT}", ()
         if isinstance(truth, str) and truth.startswith("["):
             truth = [str(one) for one in ast.literal_eval(truth)]
-    several = sum(option.count("<img='") for option in options) > 1
-    return Item(record["id"], "" if several else prompt, None if several else image, truth, subject, choices)
+    return Item(record["id"], prompt, image, truth, subject, choices)
 
 
 def load_mmbench(layout: Layout, *names: str) -> list[Item]:
     """Read a legacy TSV of MMBench: hint, question and options, and the image in base64."""
     out = []
     for row in _tsv(layout.find(*names)):
-        options = [(letter, row[letter]) for letter in "ABCD" if row.get(letter, "").lower() not in ("", "nan", "none")]
+        there = takewhile(lambda letter: row.get(letter, "").lower() not in ("", "nan", "none"), "ABCD")  # noqa: B023
+        options = [(letter, row[letter]) for letter in there]
         hint = "" if row.get("hint", "").lower() in ("", "nan", "none") else f"{row['hint']}\n"
         listed = "".join(f"\n{letter}. {option}" for letter, option in options)
         prompt = f"{hint}{row['question']}{listed}\n{LETTER}"
         category = row.get("l2-category") or row.get("category", "")
-        out.append(Item(int(row["index"]), prompt, base64.b64decode(row["image"]), row.get("answer"), category))
+        image, choices = base64.b64decode(row["image"]), tuple(words for _, words in options)
+        out.append(Item(int(row["index"]), prompt, image, row.get("answer"), category, choices))
     return out
 
 
@@ -356,7 +362,7 @@ TASKS = {
     "vqav2": Task(load_vqav2, scoring.vqa, _ACCURACY),
     "vqav2_test": Task(load_vqav2_test, submit=submit_vqav2),
     "textvqa": Task(load_textvqa, scoring.vqa, _ACCURACY),
-    "sqa": Task(load_sqa, scoring.sqa, _ACCURACY),
+    "sqa": Task(load_sqa, scoring.sqa, _ACCURACY, max_new_tokens=1024),
     "mmvp": Task(load_mmvp, scoring.mmvp, ("pairs", "single")),
     "seed": Task(load_seed, scoring.seed, _ACCURACY),
     "seed_image": Task(partial(load_seed, image_only=True), scoring.seed, _ACCURACY),

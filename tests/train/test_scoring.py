@@ -192,9 +192,29 @@ def test_mmvp_counts_pairs():
 
 def test_seed_and_mmbench_want_the_letter_alone():
     assert scoring.seed(items("A", "A", "A"), ["A", "A.", " A"]).metrics["accuracy"] == pytest.approx(100 / 3)
-    rows = [Item(n, "", None, t, "logic") for n, t in ((1, "A"), (1000001, "B"), (2, "C"), (1000002, "D"))]
+    pairs = ((1, "A"), (1000001, "B"), (2, "C"), (1000002, "D"))
+    rows = [Item(n, "", None, t, "logic", ("big", "a cat", "red", "bigger")) for n, t in pairs]
     scores = scoring.mmbench(rows, ["A", "B", "C", "A"])
     assert scores.metrics == {"circular": 50, "vanilla": 75} and scores.categories == {"logic": 50}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        (" b. ", ""),  # stripped of full stops first, which a space hides
+        ("b.", "B"),
+        ("I say: the answer is C.", "C"),
+        ("The answer is C", ""),
+        ("a cat", "B"),
+        ("big", ""),  # words of two options
+        ("bigger", "D"),
+        ("E", ""),
+        ("", ""),
+    ],
+)
+def test_mmbench_without_its_judge(text, letter):
+    assert scoring.plain_option(text, ("big", "A cat", "red", "bigger")) == letter
 
 
 @pytest.mark.parametrize(
@@ -215,14 +235,10 @@ def test_mmmu_choices(text, letter):
 
 
 def test_mmmu_draws_by_lot_with_a_seed():
-    asked = [
-        Item("a", "q", None, "A", "Art", ("x", "y")),
-        Item("b", "", None, "A", "Art", ("x", "y")),
-        Item("c", "", None, "z"),
-    ]
+    asked = [Item(name, "q", None, "A", "Art", ("x", "y")) for name in "abc"] + [Item("d", "q", None, "z")]
     rng = random.Random(42)
-    expected = [rng.choice("AB"), rng.choice("AB"), "INVALID GENERATION FOR MULTIPLE IMAGE INPUTS"]
-    assert scoring.mmmu_answers(asked, ["red dog", "", ""]) == expected, "three words and none of them an option"
+    expected = [rng.choice("AB"), "B", rng.choice("AB"), "open"]
+    assert scoring.mmmu_answers(asked, ["red dog", "(B)", "", "open"]) == expected, "an answer read takes no lot"
 
 
 @pytest.mark.parametrize(
