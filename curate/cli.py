@@ -237,6 +237,7 @@ def select(
     ] = None,
     recipe: Annotated[str, typer.Option(help="A named chain of steps [balanced].")] = "",
     n: Annotated[str, typer.Option(help="How many rows the recipe keeps: 2000000, or a share such as 2%.")] = "",
+    losses: Annotated[str, typer.Option(help="RUN/losses of the trainer: gives steps the column `loss`.")] = "",
     workers: Workers = 0,
     engine: Engine = "local",
     seed: Seed = 0,
@@ -254,7 +255,7 @@ def select(
     from curate.selection import SelectOptions
     from curate.selection import select as stage
 
-    options = SelectOptions(steps=tuple(step or ()), recipe=recipe, n=n, seed=seed)
+    options = SelectOptions(steps=tuple(step or ()), recipe=recipe, n=n, seed=seed, losses=losses)
     job = _job(workers, engine, "", overwrite)
     _finish("select", out, lambda: stage(source, out, options, job), as_json=as_json, dry_run=dry_run)
     if not as_json and not dry_run:

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate import paths, records, store
-from curate.errors import UsageError
+from curate.errors import ContractError, UsageError
 from curate.frame import UNKNOWN_BITS, Edges, Frame
 
 EDGES, CENTROIDS = "edges.arrow", "centroids.npy"
+LOSS = "loss"
 NUMBERS = ("clip_score", "width", "height")
 CAPTION = ("caption_words", "caption_chars")
 HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@]*@)?(?P<host>[^/:?#]+)"
@@ -29,6 +30,7 @@ ABOUT = {
     "caption_words, caption_chars": "how long the caption is",
     "centroid_similarity": "cosine to the cluster's centroid",
     "nearest_similarity": "highest cosine inside the cluster, as far as the clusters' floor",
+    "loss": "what training measured, where --losses names it",
 }
 GROUPS = ("uid", "caption", "url", "host", "phash", "shard")
 
@@ -36,7 +38,8 @@ GROUPS = ("uid", "caption", "url", "host", "phash", "shard")
 class Pool:
     """The scalar columns of a pool over all its shards, in stem order; each is read when it is asked for."""
 
-    def __init__(self, found: store.Artefact) -> None:
+    def __init__(self, found: store.Artefact, losses: store.Artefact | None = None) -> None:
+        self.losses = losses
         self.clu = found if found.command == "cluster" else None
         try:
             self.emb = found.source("embed", "import")
@@ -87,8 +90,24 @@ class Pool:
             return np.asarray(low if name == "min_side" else high / low)
         if name == "nearest_similarity":
             return self._nearest()
+        if name == LOSS:
+            return self._loss()
         column = self.chunks(name)
         return np.asarray(column.to_numpy() if name == "cluster" else column.cast(pa.float32()).to_numpy())
+
+    def _loss(self) -> np.ndarray:
+        """Read what the trainer's sidecar says of each row. Raises: ContractError where its rows are others."""
+        assert self.losses is not None
+        parts = []
+        for stem in self.emb.stems:
+            found = self.losses.table(stem, ["key", LOSS]) if stem in self.losses.rows else None
+            if found is None or not found["key"].equals(self.emb.table(stem, ["key"])["key"]):
+                raise ContractError(
+                    f"{self.losses.directory} has other rows for {stem} than {self.emb.directory}.",
+                    "embed the very shards that were trained on: `curate embed DATA EMB`",
+                )
+            parts.append(found[LOSS].to_numpy())
+        return np.concatenate(parts)
 
     def _nearest(self) -> np.ndarray:
         """Find each row's highest cosine inside its cluster; the floor stands for anything below it."""
@@ -234,6 +253,7 @@ class Pool:
             *(each for each in extra if self._schema.field(each).type == pa.float64()),
         ]
         named = [*GROUPS, *extra]
+        numbers += [LOSS] if self.losses is not None else []
         if self.clu is not None:
             numbers += ["cluster", "centroid_similarity", "nearest_similarity"]
             named += ["cluster"]

@@ -37,6 +37,7 @@ class SelectOptions:
     recipe: str = ""
     n: int | float | str = ""
     seed: int = 0
+    losses: str = ""  # RUN/losses of `python -m train … --losses`: gives the column `loss`
 
     def texts(self) -> list[str]:
         """Write out the steps. Raises: UsageError when steps and recipe, or steps and n, are both given."""
@@ -56,7 +57,8 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
     found = store.open_input(source, "cluster", "embed", "import")
     texts = options.texts()
     parsed = steps.parse(texts)
-    pool = Pool(found)
+    losses = store.open_input(options.losses, "losses") if options.losses else None
+    pool = Pool(found, losses)
     frame = pool.frame(options.seed)
     for step in parsed:
         step.check(frame)
@@ -65,7 +67,9 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
         out,
         "select",
         {"steps": texts, "recipe": recipe, "seed": options.seed},
-        {"clusters" if found.command == "cluster" else "embeddings": found} | _read_besides(parsed),
+        {"clusters" if found.command == "cluster" else "embeddings": found}
+        | ({"losses": losses} if losses is not None else {})
+        | _read_besides(parsed),
         overwrite=job.overwrite,
     )
     if output.complete:

@@ -224,3 +224,36 @@ def test_a_picture_under_many_captions_is_dropped_whole(tmp_path):
     dropped = np.array([reason == "placeholders(8)" for reason in found["dropped_by"]])
     assert dropped.any() and (dropped == (sizes >= 8)).all()
     assert manifest["funnel"][0]["estimates"]["pictures"] == len(np.unique(cloud.source[dropped]))
+
+
+class Trained:
+    """The shards of a pool, as the trainer names them."""
+
+    def __init__(self, keys, edges):
+        self.keys, self.edges = keys, edges
+
+    def key(self, row):
+        return self.keys[row]
+
+    def extents(self):
+        yield from zip(STEMS, self.edges[:-1], self.edges[1:], strict=True)
+
+
+def test_the_trainers_losses_are_a_column(pool, tmp_path):
+    from train.losses import SampleLosses
+
+    keys, loss = pool.keys, np.random.default_rng(0).random(len(pool.keys)).astype(np.float32)
+    edges = [0, 300, 600, 900]
+    losses = SampleLosses(len(keys))
+    losses.loss[:], losses.loss[5] = loss, np.nan
+    losses.write(tmp_path / "losses", Trained(keys, edges))
+    options = SelectOptions(steps=("below(loss, 0.5)",), losses=str(tmp_path / "losses"))
+    manifest = select(pool.path, str(tmp_path / "sel"), options, QUIET)
+    kept = (loss < 0.5) & pool.ok & (np.arange(len(keys)) != 5)
+    assert selected(tmp_path / "sel")["kept"] == kept.tolist() and "losses" in manifest["inputs"]
+    losses.write(tmp_path / "others", Trained(keys[::-1], edges))
+    options = SelectOptions(steps=("below(loss, 0.5)",), losses=str(tmp_path / "others"))
+    with pytest.raises(ContractError, match="other rows for 00000 .*embed the very shards"):
+        select(pool.path, str(tmp_path / "no"), options, QUIET)
+    with pytest.raises(UsageError, match="unknown column 'loss'"):
+        select(pool.path, str(tmp_path / "no"), SelectOptions(steps=("below(loss, 0.5)",)), QUIET)

@@ -30,6 +30,7 @@ ImagesOption = Annotated[str | None, typer.Option("--images", help="Folder of th
 OutOption = Annotated[Path, typer.Option("--out", help="Output directory.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Clear what an earlier run left in --out.")]
 ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run in --out.")]
+LossesOption = Annotated[bool, typer.Option("--losses", help="Write each sample's loss to OUT/losses, for curate.")]
 EvalRootOption = Annotated[Path | None, typer.Option("--eval-root", help="Folder of the benchmarks, as LLaVA has it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -42,10 +43,12 @@ def align(
     settings: SetOption = None,
     images: ImagesOption = None,
     resume: ResumeOption = True,
+    losses: LossesOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train the projector alone.  Example: python -m train align --config X.toml --data MIX --out RUN/align."""
+    settings = [*(settings or ()), *["align.losses=true"] * losses]
     _stage("align", config, settings, data, images, None, out, resume, overwrite, as_json)
 
 
@@ -58,6 +61,7 @@ def finetune(
     settings: SetOption = None,
     images: ImagesOption = None,
     resume: ResumeOption = True,
+    losses: LossesOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,6 +69,7 @@ def finetune(
 
     Example: python -m train finetune --config X.toml --data MIX --align RUN/align --out RUN/finetune.
     """
+    settings = [*(settings or ()), *["finetune.losses=true"] * losses]
     _stage("finetune", config, settings, data, images, align, out, resume, overwrite, as_json)
 
 

@@ -7,6 +7,7 @@ supervised tokens · `step` i32, the optimiser step at which that was. `manifest
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -57,24 +58,24 @@ class SampleLosses:
         import pyarrow as pa
 
         folder.mkdir(exist_ok=True)
-        shards: dict[str, dict[str, int]] = {}
+        shards: dict[str, dict[str, Any]] = {}
         for stem, start, stop in source.extents():
             span = slice(start, stop)
             table = pa.table(
                 {
                     "key": pa.array([source.key(i) for i in range(start, stop)], pa.string()),
                     "loss": pa.array(self.loss[span], pa.float32(), mask=np.isnan(self.loss[span])),
-                    "tokens": pa.array(self.tokens[span]),
-                    "step": pa.array(self.step[span]),
+                    "tokens": pa.array(self.tokens[span], pa.int32()),
+                    "step": pa.array(self.step[span], pa.int32()),
                 }
             )
-            _write_table(table, folder / f"{stem}.arrow")
-            shards[stem] = {"rows": stop - start}
+            digest = _write_table(table, folder / f"{stem}.arrow")
+            shards[stem] = {"rows": stop - start, "digest": digest}
         body: dict[str, Any] = {"format": 1, "command": "losses", "options": {}, "inputs": {}, "shards": shards}
         write_json(folder / MANIFEST, body)
 
 
-def _write_table(table: Any, path: Path) -> None:
+def _write_table(table: Any, path: Path) -> str:
     import pyarrow as pa
 
     partial = path.with_name(f".{path.name}.partial")
@@ -84,3 +85,4 @@ def _write_table(table: Any, path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

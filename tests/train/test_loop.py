@@ -399,7 +399,7 @@ def test_sample_losses_are_a_sidecar_and_survive_a_restart(world, tmp_path, stea
             assert mean == pytest.approx(losses(steady)[step - 1], abs=1e-5)
     assert sum(row["step"] == 6 for row in rows) == 8 and all(row["loss"] is not None for row in rows)
     manifest = json.loads((path.parent / "manifest.json").read_text())
-    assert manifest["shards"] == {"000000": {"rows": 40}}
+    assert manifest["shards"]["000000"]["rows"] == 40
     out = unfinish(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(out / "checkpoints" / "step-000006")
     shutil.rmtree(out / "losses")
