@@ -71,6 +71,7 @@ class Stage:
     lora_rank: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.05
+    quantize: Literal["", "nf4"] = ""  # nf4: QLoRA, the frozen language model in 4 bits (extra `qlora`)
     packing: bool = True  # samples side by side in one row, each seeing only itself; false: padded rows
     micro_tokens: int = 16384  # most tokens, padding included, in one forward pass
     micro_images: int = 64  # most images in one forward pass
@@ -231,6 +232,8 @@ def _check(config: Config) -> None:
         for key in ("warmup", "lora_dropout", "max_bad_share"):
             if not 0.0 <= getattr(stage, key) <= 1.0:
                 raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must lie in [0, 1]")
+        if stage.quantize and (stage.tune != "lora" or stage.shard):
+            raise UsageError(f'{name}.quantize needs {name}.tune = "lora", without {name}.shard')
         if stage.tune == "projector" and stage.tune_tower:
             raise UsageError(f'{name}.tune_tower needs {name}.tune = "lora" or "full"')
     for key, least in (("batch_size", 1), ("max_new_tokens", 0), ("limit", 0), ("tolerance", 0)):

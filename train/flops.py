@@ -69,7 +69,7 @@ class Cost:
 
 def _weights(module: Any, *, only: str = "", without: tuple[str, ...] = ()) -> int:
     return sum(
-        part.weight.numel()
+        part.in_features * part.out_features if isinstance(part, nn.Linear) else part.weight.numel()
         for name, part in module.named_modules(prefix="vision_tower")
         if isinstance(part, (nn.Linear, nn.Conv2d)) and only in name and not any(word in name for word in without)
     )

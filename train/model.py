@@ -23,6 +23,7 @@ from train.config import Model, Stage
 from train.errors import UsageError
 from train.language import add_image_token, load_lm, load_tokenizer, read_lm_config, room_for, shrunk
 from train.published import known_words
+from train.quantized import quantize
 from train.tower import EVA, HEADS, MULTISCALE, Vision, describe_tower, feature_layer_index, features, load_tower, trim
 
 LOGIT_CHUNK = 1 << 25  # elements of one slice of logits: 128 MB in fp32
@@ -220,6 +221,8 @@ def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
     if stage.tune == "lora":
         from peft import inject_adapter_in_model
 
+        if stage.quantize:
+            quantize(model)
         targets = lora_targets(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stage.seed)

@@ -443,3 +443,43 @@ def test_the_faithful_switches_change_the_objective(world, tmp_path, steady):
     settings = ("finetune.lora_dropout=0.0", "finetune.packing=false", "finetune.micro_tokens=40")
     run(world, tmp_path / "run", *settings, "finetune.loss_norm=microbatch")
     assert losses(tmp_path / "run")[0] != pytest.approx(losses(steady)[0], abs=1e-4)
+
+
+def test_qlora_learns_on_four_bits_and_exports_into_all_of_them(world, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes", reason="QLoRA needs the extra `qlora`")
+    from train.export import export
+    from train.model import compose, hidden_states, prepare
+
+    settings = ("finetune.quantize=nf4", "finetune.save_every=3")
+    run(world, tmp_path / "run", *settings)
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.02
+    out = unfinish(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(out / "checkpoints" / "step-000006")
+    run(world, out, *settings)
+    assert losses(out) == losses(tmp_path / "run")
+    assert_same_weights(out, tmp_path / "run")
+    export(out, tmp_path / "model", dtype="fp32")
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    assert sum("up_proj" in name for name in exported) == 2 and all(t.is_floating_point() for t in exported.values())
+
+    options = configuration.load(str(world / "config.toml"), (*settings, "finetune.lora_dropout=0.0"))
+    ids, positions = torch.tensor([[5, 6, 7, 8]]), torch.arange(4)[None]
+    four, whole = compose(options.model), compose(options.model)
+    prepare(four, options.finetune)
+    four.model.to("cpu")
+    layers = {n: m for n, m in four.model.model.language_model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert len(layers) == 14 and all(layer.weight.dtype == torch.uint8 for layer in layers.values())
+    for name, layer in layers.items():
+        weight = whole.model.model.language_model.get_submodule(name.removesuffix(".base_layer")).weight
+        weight.data = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    torch.testing.assert_close(
+        hidden_states(four, ids, positions, None), hidden_states(whole, ids, positions, None), rtol=0, atol=1e-4
+    )
+
+
+def test_quantize_says_what_it_needs(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UsageError, match=r"pip install 'data-curate\[qlora\]'"):
+        run(world, tmp_path / "run", "finetune.quantize=nf4")
+    with pytest.raises(UsageError, match="needs align.tune"):
+        configuration.load(None, ["align.quantize=nf4"])

@@ -1,0 +1,37 @@
+"""QLoRA (arXiv:2305.14314): the frozen language model's linear layers in 4 bits, NormalFloat with quantised constants.
+
+The adapter, the projector and the head stay as they are, and the export merges the adapter into the weights as they
+were before: what is saved is memory in training, about 1.5 bytes a parameter. The package bitsandbytes does the
+arithmetic, on a GPU or (slowly) on the CPU; it packs each layer when the model moves to its device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from train.errors import UsageError
+
+
+def quantize(model: Any) -> None:
+    """Replace each linear layer of the language model.  Raises: UsageError where bitsandbytes is not installed."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise UsageError("quantize = 'nf4' needs bitsandbytes; type: pip install 'data-curate[qlora]'") from None
+    body = model.model.language_model
+    for name, layer in list(body.named_modules()):
+        if not isinstance(layer, nn.Linear):
+            continue
+        small = bnb.nn.Linear4bit(
+            *(layer.in_features, layer.out_features, layer.bias is not None),
+            compute_dtype=layer.weight.dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        small.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=small)
+        small.bias = layer.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(body.get_submodule(parent), leaf, small)
+    model.is_loaded_in_4bit = True  # by which PEFT knows how to adapt the layers
