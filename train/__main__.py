@@ -305,6 +305,30 @@ def inspect(
 
 
 @app.command()
+def bench(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of each run; the first is not timed.")] = 4,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="0: the stage's own; 32 for the small model.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the result as JSON.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure our steps beside the published scripts' semantics.  Example: python -m train bench.
+
+    With --config, its model at full size with fresh weights: python -m train bench --config pipelines/bunny.toml.
+    """
+    options = configuration.load(config, settings or ()) if config else None
+    from train.bench import bench as measure
+    from train.bench import table
+    from train.runs import write_json
+
+    result = measure(options, steps, batch_size)
+    if out is not None:
+        write_json(out, result)
+    _show(result, True) if as_json else _say(f"{result['model']}\n{table(result)}")
+
+
+@app.command()
 def check(config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
     """Check a configuration and print what it means, the model's size too.
 

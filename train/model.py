@@ -64,6 +64,7 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
     config = _native_config(options, tower.config, lm.config, vision, image_id)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
+    lm.set_attn_implementation(options.attention)  # the class above has set its own on the shared configuration
     model.model.vision_tower = tower
     model.model.language_model = lm.get_decoder()
     with torch.random.fork_rng(devices=[]):

@@ -107,7 +107,8 @@ def test_help_and_module_entry(tmp_path):
         [sys.executable, "-m", "train", "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0
-    for verb in ("align", "finetune", "export", "import", "merge", "eval", "score", "generate", "inspect", "check"):
+    verbs = ("align", "finetune", "export", "import", "merge", "eval", "score", "generate", "inspect", "bench", "check")
+    for verb in verbs:
         assert verb in done.stdout
     done = subprocess.run(
         [sys.executable, "-m", "train", "alig"], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -166,6 +166,7 @@ def test_logits_in_slices_give_the_same_loss_and_gradient(hub, monkeypatch):
 @pytest.mark.parametrize("lm", LMS)
 def test_packed_documents_do_not_see_each_other(hub, lm):
     composed = compose(options(hub, "siglip", lm))
+    assert composed.model.model.language_model.config._attn_implementation == "documents"
     image = [composed.image_id] * composed.vision.tokens_per_image
     documents = [[5, *image, 6, 7], [9, 10, 11, 12], [*image, 8, 5, 4]]
     pixels = image_rows(composed, 2, [])[1]
