@@ -6,13 +6,13 @@ from toys import picture
 
 import pipelines
 from curate import pipeline
+from train import checkpoint, loop
 from train import config as configuration
-from train import loop
 from train.data import decode_image, encode, open_source
 from train.errors import Interrupted
 from train.export import export
 from train.generate import ask, load_native
-from train.model import blueprint, compose, limits
+from train.model import blueprint, compose, hidden_states, limits, normalise, prepare, tower_features
 from train.prompts import parse, to_messages
 from train.stages import make_encoder, run_stage
 
@@ -48,12 +48,6 @@ LANGUAGE_MODELS = {
 }
 # llava-hf's own checkpoints, in all.
 KNOWN = {"llava_1_5_7b": 7_063_427_072, "llava_1_5_13b": 13_351_494_656}
-
-
-@pytest.fixture(autouse=True)
-def no_hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
 
 
 def load(name, settings=()):
@@ -114,7 +108,8 @@ def test_a_row_goes_from_pixels_to_an_answer(name, world, tmp_path, monkeypatch)
     assert native == (not limits(model.config))
     _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    encoder = make_encoder(compose(options.model), options.model, options.finetune)
+    composed = compose(options.model)
+    encoder = make_encoder(composed, options.model, options.finetune)
     source = open_source(str(world / "mixed"))
     for index in range(5):
         record, encoded = encode(source, encoder, index, 1024)
@@ -123,3 +118,19 @@ def test_a_row_goes_from_pixels_to_an_answer(name, world, tmp_path, monkeypatch)
         text = processor.apply_chat_template(messages)
         ids = processor(text=text, images=images or None, return_tensors="np", add_special_tokens=False)["input_ids"]
         assert ids[0].tolist() == encoded.ids.tolist()
+    ids = torch.tensor([[1, *[composed.image_id] * composed.vision.tokens_per_image, 260, 40, 41]])
+    size = composed.vision.image_size
+    pixels = torch.randint(0, 255, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        served = model(input_ids=ids, pixel_values=normalise(pixels, composed.vision, torch.float32)).logits
+        torch.testing.assert_close(served, trained_logits(composed, options, run, ids, pixels), rtol=0, atol=1e-5)
+
+
+def trained_logits(composed, options, run, ids, pixels):
+    """Logits of a row as it stood in training, adapters unmerged."""
+    trainable = prepare(composed, options.finetune)
+    for name, tensor in checkpoint.load_trained(run).items():
+        trainable[name].copy_(tensor)
+    composed.model.eval()
+    hidden = hidden_states(composed, ids, torch.arange(ids.shape[1])[None], tower_features(composed, pixels))
+    return composed.model.lm_head(hidden)
