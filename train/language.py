@@ -102,9 +102,8 @@ def load_tokenizer(options: Model) -> Any:
     words = known_words(source) if options.shrink else None
     try:
         # A rehearsal asks no hub: it takes what lies here, in a folder or in the cache.
-        tokenizer = AutoTokenizer.from_pretrained(
-            **locate(source), trust_remote_code=False, local_files_only=words is not None
-        )
+        here = {} if words is None else {"local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(**locate(source), trust_remote_code=False, **here)
     except (OSError, ValueError) as error:
         if words is None:
             raise UsageError(cannot_load(source, "model.tokenizer", error)) from None

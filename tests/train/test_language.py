@@ -227,3 +227,30 @@ def test_only_a_rehearsal_makes_a_tokenizer(monkeypatch):
 def test_room_for_the_image_token():
     assert [room_for(i, 64) for i in (0, 63, 64, 128)] == [64, 64, 128, 192]
     assert [room_for(i, 97) for i in (96, 97)] == [97, 98]
+
+
+def test_a_sentencepiece_model_is_enough(tmp_path):
+    """Vicuna is published with tokenizer.model alone: tokens are SentencePiece's, and an export needs it no more."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = [f"the {a} {b} is near the {c}" for a in ("red", "big") for b in ("cat", "square") for c in ("door", "sea")]
+    model = tmp_path / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 20),
+        model_prefix=str(model.with_suffix("")),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",  # as Llama's was trained
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    words = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**words, "unk_token": "<unk>", "legacy": False}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300}))
+    tokenizer = load_tokenizer(Model(lm=str(tmp_path)))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text in ("the red cat", "USER: is it\nred?  ASSISTANT:", "Grüße 世界"):
+        assert tokenizer(text)["input_ids"] == [theirs.bos_id(), *theirs.encode(text)]
+    tokenizer.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
