@@ -270,7 +270,7 @@ def select(
 def steps() -> None:
     """List the steps, columns and recipes that select knows, one line each.
 
-    Example: `curate steps`
+    Example: `curate steps` writes nothing: it prints them.
     """
     from curate.show import step_lines
 
@@ -298,7 +298,7 @@ def emit(
 ) -> None:
     """Write the coreset, ready to train on: the original members of each kept sample, byte for byte.
 
-    Example: `curate emit sel/ coreset/` writes `coreset/{000000}.tar`.
+    Example: `curate emit sel/ coreset/` writes `coreset/{000000}.tar` and `coreset/{000000}.arrow`.
     """
     from curate.emit import EmitOptions
     from curate.emit import emit as stage
@@ -325,7 +325,7 @@ def mix(
 ) -> None:
     """Mix instruction data from several sources, text-only data among them, exactly to share and count.
 
-    Example: `curate mix bunny_695k.toml mix/` writes `mix/{000000}.tar`.
+    Example: `curate mix pipelines/bunny_695k.toml mix/` writes `mix/{000000}.tar` and each source's account.
     """
     from curate import options
     from curate.mix import mix as stage
@@ -372,9 +372,9 @@ def report(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page: funnel, scores, clusters, twins, what each step dropped.
+    """Write one self-contained HTML page: funnel, scores with cuts that move, clusters, twins, mixes, runs, ablations.
 
-    Example: `curate report out/demo out/demo/report.html`
+    Example: `curate report out/demo out/demo/report.html` writes that file, which needs no network.
     """
     from curate.report import ReportOptions
     from curate.report import report as stage
@@ -391,7 +391,7 @@ def show(
 ) -> None:
     """Tell what a directory is, how it came about, and what became of one sample.
 
-    Example: `curate show out/demo/selection --key 000000123`
+    Example: `curate show out/demo/selection --key 000000123` writes nothing: it prints one screen.
     """
     from curate import store
     from curate.life import show_key

@@ -20,7 +20,14 @@ import typer
 from train import config as configuration
 from train.errors import TrainError, UsageError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    help="Train small vision-language models from shards; each verb also under `torchrun --nproc-per-node N -m train`.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 log = logging.getLogger("train")
 
 ConfigOption = Annotated[str | None, typer.Option("--config", help="TOML file with [model], [align], [finetune] …")]
@@ -47,7 +54,11 @@ def align(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the projector alone.  Example: python -m train align --config X.toml --data MIX --out RUN/align."""
+    """Train the projector alone, the tower and the language model frozen.
+
+    Example: `python -m train align --config pipelines/demo.toml --data coreset/ --out run/align` writes
+    `run/align/projector.safetensors`, `metrics.jsonl` and `manifest.json`; a killed run goes on.
+    """
     settings = [*(settings or ()), *["align.losses=true"] * losses]
     _stage("align", config, settings, data, images, None, out, resume, overwrite, as_json)
 
@@ -65,9 +76,10 @@ def finetune(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train LoRA (or all) of the LM, and the projector.
+    """Train LoRA or all of the language model, and the projector.
 
-    Example: python -m train finetune --config X.toml --data MIX --align RUN/align --out RUN/finetune.
+    Example: `python -m train finetune --config pipelines/demo.toml --data mix/ --align run/align --out run/tuned`
+    writes `run/tuned/adapter/`, `projector.safetensors`, `metrics.jsonl` and `manifest.json`; a killed run goes on.
     """
     settings = [*(settings or ()), *["finetune.losses=true"] * losses]
     _stage("finetune", config, settings, data, images, align, out, resume, overwrite, as_json)
@@ -106,10 +118,10 @@ def export(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge and write an llava-hf folder, or its parts.
+    """Merge a run into one llava-hf folder that transformers loads as it is, or take such a folder apart.
 
-    Example: python -m train export RUN/finetune --out RUN/model;
-    python -m train export RUN/model --parts --out RUN/parts.
+    Example: `python -m train export run/tuned --out run/model` writes `run/model/config.json`, `model.safetensors` and
+    the tokenizer's and processor's files; with `--parts` the language model and the rest, for GGUF converters.
     """
     options = configuration.load(config, settings or ())
     from train.export import export as write
@@ -126,7 +138,11 @@ def import_(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring released weights into native form.  Example: python -m train import Bunny-v1_0-3B B3 --config X.toml."""
+    """Bring released weights of Bunny, LLaVA or LLaVA-Gemma into the form that export writes.
+
+    Example: `python -m train import Bunny-v1_0-3B b3/ --config pipelines/bunny.toml` writes `b3/config.json` and
+    `b3/model.safetensors`.
+    """
     options = configuration.load(config, settings or ())
     from train.released import import_released
 
@@ -141,7 +157,10 @@ def merge(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Average exported models.  Example: python -m train merge A B --weight 0.3 --weight 0.7 --out C."""
+    """Average the weights of exported models.
+
+    Example: `python -m train merge a/ b/ --weight 0.3 --weight 0.7 --out c/` writes `c/`, a model like `a/`.
+    """
     from train.export import merge as average
 
     _show(average(models, weight, out, overwrite=overwrite), as_json)
@@ -164,8 +183,8 @@ def evaluate(
 ) -> None:
     """Answer held-out questions, or those of benchmarks, and score the answers.
 
-    Example: python -m train eval RUN/model --data test.json --out answers.jsonl;
-    python -m train eval RUN/model --tasks pope,gqa --eval-root playground/data/eval --out RUN/eval.
+    Example: `python -m train eval run/model --tasks pope,gqa --eval-root playground/data/eval --out run/eval` writes
+    `run/eval/{task}/answers.jsonl` and `manifest.json`; with `--data test.json --out answers.jsonl`, that file alone.
     """
     options = configuration.load(config, settings or ()).eval
     options = dataclasses.replace(options, limit=options.limit if limit is None else limit)
@@ -225,7 +244,8 @@ def score(
 ) -> None:
     """Score answers that are there already.
 
-    Example: python -m train score pope --answers llava-v1.5-13b.jsonl --eval-root playground/data/eval.
+    Example: `python -m train score pope --answers answers.jsonl --eval-root playground/data/eval`
+    writes nothing but, with `--out`, what the benchmark's server takes.
     """
     options = configuration.load(config, settings or ()).eval
     from train.answers import score_file
@@ -264,7 +284,11 @@ def generate(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer about an image.  Example: python -m train generate RUN/model --image X.jpg --prompt "What is it?"."""
+    """Answer a question about an image, or talk where no question is given.
+
+    Example: `python -m train generate run/model --image x.jpg --prompt "What is it?"` writes nothing: it
+    prints the answer.
+    """
     options = configuration.load(config, settings or ()).generate
     from train.generate import ask, chat
 
@@ -294,7 +318,10 @@ def inspect(
     stage: Annotated[str, typer.Option("--stage", help="align or finetune.")] = "finetune",
     num: Annotated[int, typer.Option("--num", help="How many samples.")] = 5,
 ) -> None:
-    """Show samples as the model reads them, what is learnt in colour.  Example: python -m train inspect --data MIX."""
+    """Show samples as the model reads them, what is learnt in colour.
+
+    Example: `python -m train inspect --config pipelines/demo.toml --data mix/` writes nothing: it prints them.
+    """
     options = configuration.load(config, settings or ())
     if stage not in ("align", "finetune"):
         raise UsageError(f"--stage {stage!r} is not one of align, finetune")
@@ -332,7 +359,7 @@ def bench(
 def check(config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
     """Check a configuration and print what it means, the model's size too.
 
-    Example: python -m train check --config X.toml.
+    Example: `python -m train check --config pipelines/bunny.toml` writes nothing: it prints every option.
     """
     options = configuration.load(config, settings or ())
     from train.prompts import get_template
@@ -360,7 +387,10 @@ def _composed(model: configuration.Model) -> dict[str, Any]:
 
 @app.command()
 def work() -> None:
-    """Carry out commands from stdin, a JSON list of words a line.  Example: echo '["check"]' | python -m train work."""
+    """Carry out commands from stdin, a JSON list of words a line, in one process.
+
+    Example: `python -m train work` writes what those commands write, and a line of JSON for each.
+    """
     from train.work import answers
 
     for answer in answers(sys.stdin, lambda words: app(words, standalone_mode=False)):

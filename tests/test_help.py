@@ -1,0 +1,50 @@
+"""Every verb's help: one sentence, an example that its own signature takes, and the files that it writes."""
+
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from curate.cli import app as curate_app
+from house import ROOT, parse
+from train.__main__ import app as train_app
+
+PROGRAMS = {"curate": curate_app, "train": train_app}
+VERBS = [(name, command) for name, app in PROGRAMS.items() for command in app.registered_commands]
+
+
+def name_of(program, command):
+    return f"{program} {command.name or command.callback.__name__}"
+
+
+@pytest.mark.parametrize("program, command", VERBS, ids=[name_of(*each) for each in VERBS])
+def test_help_has_a_sentence_an_example_and_the_files_written(program, command):
+    sentence, _, rest = command.callback.__doc__.strip().partition("\n\n")
+    assert sentence.endswith(".") and "\n" not in sentence and 20 < len(sentence) < 120
+    example = re.match(r"Example: `([^`]+)`\s+writes\s+\S", " ".join(rest.split()))
+    assert example, rest
+    verb, _ = parse(example[1])
+    assert verb == (command.name or command.callback.__name__)
+
+
+@pytest.mark.parametrize("program", ["curate", "train"])
+def test_help_of_the_program_names_every_verb_at_once(program):
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ended = subprocess.run([sys.executable, "-m", program, "--help"], capture_output=True, text=True, cwd=ROOT)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if taken[-1] < 0.5:
+            break
+    assert ended.returncode == 0 and min(taken) < 0.5, taken
+    for each, command in VERBS:
+        if each == program:
+            assert re.search(rf"\b{command.name or command.callback.__name__}\b", ended.stdout)
+
+
+def test_brackets_in_help_are_shown():
+    told = subprocess.run([sys.executable, "-m", "train", "align", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert "[model]" in told.stdout
