@@ -26,9 +26,9 @@ def neg_clip_loss(
     batches: int = scores.BATCHES,
 ) -> np.ndarray:
     """Compute the cosine of image and caption, less what either has with any other of a batch (negCLIPLoss)."""
-    if temperature <= 0 or batch_size < 2 or batches < 1:
+    if temperature < scores.LEAST_TEMPERATURE or batch_size < 2 or batches < 1:
         raise UsageError(
-            "neg_clip_loss needs a temperature above 0, a batch_size of 2 or more and batches of 1 or more."
+            "neg_clip_loss needs a temperature of 0.003 or more, a batch_size of 2 or more and batches of 1 or more."
         )
     rows = np.flatnonzero(frame.alive & ~np.isnan(frame.column("clip_score")))
     text, rng = _needs(frame.text_vectors, "neg_clip_loss", "text embeddings"), _random(frame, "neg_clip_loss")

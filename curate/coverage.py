@@ -242,24 +242,29 @@ def redundancy(fetch: Fetch, groups: np.ndarray, block: int = BLOCK) -> np.ndarr
     means, directions = np.zeros((len(sizes), dim)), np.zeros((len(sizes), dim))
     for cut in cuts:
         _add_by_group(means, place[cut], widen(fetch(rows[cut])))
-    means /= sizes[:, None]
+    means = (means / sizes[:, None]).astype(np.float32)
     for cut in cuts:
-        _add_by_group(directions, place[cut], _centred(fetch(rows[cut]), means[place[cut]]))
+        _add_by_group(directions, place[cut], _centred(fetch(rows[cut]), means, place[cut]))
     for cut in cuts:
-        u = _centred(fetch(rows[cut]), means[place[cut]])
-        along = np.einsum("nd,nd->n", u, directions[place[cut]]) - np.einsum("nd,nd->n", u, u)
+        u = _centred(fetch(rows[cut]), means, place[cut])
+        along = (u @ directions[0]) if len(sizes) == 1 else np.einsum("nd,nd->n", u, directions[place[cut]])
+        along -= np.einsum("nd,nd->n", u, u)
         found[rows[cut]] = along / np.maximum(1, sizes[place[cut]] - 1)
     return found
 
 
 def _add_by_group(totals: np.ndarray, place: np.ndarray, values: np.ndarray) -> None:
     """Add rows to the totals f64 [g, d] of their groups."""
+    if len(totals) == 1:
+        totals[0] += values.sum(axis=0, dtype=np.float64)
+        return
     order = np.argsort(place, kind="stable")
     names, starts = np.unique(place[order], return_index=True)
     totals[names] += np.add.reduceat(values[order], starts, axis=0, dtype=np.float64)
 
 
-def _centred(x: np.ndarray, means: np.ndarray) -> np.ndarray:
-    moved = widen(x).astype(np.float64) - means
+def _centred(x: np.ndarray, means: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Point from the groups' means to the rows, unit f32; a row that is its mean points nowhere."""
+    moved = widen(x) - (means if len(means) == 1 else means[place])
     norms = np.linalg.norm(moved, axis=1, keepdims=True)
-    return np.asarray(moved / np.where(norms > 1e-12, norms, 1))
+    return np.asarray(moved / np.where(norms > 1e-6, norms, 1))

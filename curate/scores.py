@@ -15,7 +15,8 @@ from curate.relate import nearest_similarity
 TEMPERATURE = 0.01  # CLIP's learned one, and the paper's
 BATCH_SIZE = 32_768  # the paper's
 BATCHES = 10
-BLOCK = 1024
+LEAST_TEMPERATURE = 0.003
+BLOCK = 256
 READ_ROWS = 1 << 14
 TARGET_ROWS = 1 << 16
 
@@ -33,7 +34,8 @@ def neg_clip_loss(
     """Score pairs by the negative CLIP loss: the cosine, less what the pair's image and caption have with any other.
 
     s_ii - t/2 (log sum_j exp(s_ij / t) + log sum_j exp(s_ji / t)), the mean over random batches that each row is in. Up
-    to `batch_size` rows are one batch, and the score is exact. rows: i64 [m]. Returns f32 [m], higher is better.
+    to `batch_size` rows are one batch, and the score is exact. rows: i64 [m]. temperature: LEAST_TEMPERATURE or more.
+    Returns f32 [m], higher is better.
     O(batches m batch_size d) time; memory for two batches of vectors.
     Source: negCLIPLoss, also s-CLIPLoss (arXiv:2405.19547), definition 3.1, t = 0.01, batches of 32,768.
     """
@@ -49,24 +51,25 @@ def neg_clip_loss(
 
 
 def _batch_scores(image_bd: np.ndarray, text_bd: np.ndarray, temperature: float) -> np.ndarray:
-    """Score the pairs of one batch, f64 [b], block by block of the b x b matrix."""
+    """Score the pairs of one batch, f64 [b], block by block of the b x b matrix.
+
+    As no cosine is above 1, exp((cosine - 1) / temperature) does not overflow and, in f64 and from LEAST_TEMPERATURE
+    on, does not vanish: one exponential serves the sums of rows and of columns.
+    """
     image, text = unit_rows(widen(image_bd)), unit_rows(widen(text_bd))
     size = len(image)
     matched = np.einsum("nd,nd->n", image, text, dtype=np.float64)
-    over_texts = np.empty(size)
-    peak, summed = np.full(size, -np.inf, np.float32), np.zeros(size)
+    by_image, by_text = np.empty(size), np.zeros(size)
+    text_db = np.ascontiguousarray(text.T)
+    space = np.empty((min(BLOCK, size), size))
     for first in range(0, size, BLOCK):
-        logits = image[first : first + BLOCK] @ text.T
-        logits *= np.float32(1 / temperature)
-        highest = logits.max(axis=0)
-        raised = np.maximum(peak, highest)
-        summed *= np.exp((peak - raised).astype(np.float64))
-        summed += np.exp(logits - raised).sum(axis=0, dtype=np.float64)
-        peak = raised
-        own = logits.max(axis=1)
-        logits -= own[:, None]
-        over_texts[first : first + BLOCK] = own + np.log(np.exp(logits, out=logits).sum(axis=1, dtype=np.float64))
-    return np.asarray(matched - temperature / 2 * (over_texts + peak + np.log(summed)))
+        cosines = image[first : first + BLOCK] @ text_db
+        weights = np.subtract(cosines, 1, out=space[: len(cosines)])
+        weights *= 1 / temperature
+        np.exp(weights, out=weights)
+        by_image[first : first + BLOCK] = weights.sum(axis=1)
+        by_text += weights.sum(axis=0)
+    return np.asarray(matched - 1 - temperature / 2 * (np.log(by_image) + np.log(by_text)))
 
 
 def norm_sim(fetch: Fetch, rows: np.ndarray, targets: Iterable[np.ndarray], p: float = np.inf) -> np.ndarray:

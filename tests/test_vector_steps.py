@@ -125,7 +125,7 @@ def test_a_budget_goes_down_a_tree_of_clusters(pool, tmp_path):
         ("rank(norm_sim, 0, 1)", r"lacks directory; it is written norm_sim\(directory, p='inf'\)"),
         ("rank(norm_simm('x'), 0, 1)", "unknown column 'norm_simm'"),
         ("rank(norm_sim('nowhere'), 0, 1)", "nowhere does not exist"),
-        ("rank(neg_clip_loss(temperature=0), 0, 1)", "temperature above 0"),
+        ("rank(neg_clip_loss(temperature=0), 0, 1)", "temperature of 0.003 or more"),
         ("rank(typicality, 0, 1)", "column cluster needs clusters"),
         ("typical(10)", "needs clusters"),
         ("coincide(10, temperature=0)", "expected both above 0"),
