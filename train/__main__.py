@@ -340,9 +340,10 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", help="Also write the result as JSON.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure our steps beside the published scripts' semantics.  Example: python -m train bench.
+    """Measure our steps beside the published scripts' semantics.
 
-    With --config, its model at full size with fresh weights: python -m train bench --config pipelines/bunny.toml.
+    Example: `python -m train bench --config pipelines/bunny.toml` writes nothing but, with `--out`, its result: that model
+    at full size with fresh weights; without `--config` a small one.
     """
     options = configuration.load(config, settings or ()) if config else None
     from train.bench import bench as measure
