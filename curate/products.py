@@ -71,6 +71,22 @@ class Prepared:
     error: float = 0.0
 
 
+def to_bytes(x_nd: np.ndarray, rows: np.ndarray) -> Prepared:
+    """Round these rows of x_nd (f16 or f32, at least one) to bytes of one scale, a torch tensor; measure the error."""
+    import torch
+
+    scale = float(np.abs(widen(x_nd[rows[::SAMPLED]])).max()) / 127 or 1.0  # what is larger is cut, and counted
+    found = np.empty((len(rows), x_nd.shape[1]), np.int8)
+    error = 0.0
+    for first in range(0, len(rows), PREPARE_ROWS):
+        exact = widen(x_nd[rows[first : first + PREPARE_ROWS]]) * np.float32(1 / scale)
+        whole = np.clip(np.rint(exact), -127, 127)
+        exact -= whole
+        error = max(error, float(np.einsum("nd,nd->n", exact, exact).max()))
+        found[first : first + PREPARE_ROWS] = whole
+    return Prepared(torch.from_numpy(found), scale, math.sqrt(error) * scale * (1 + F32_ERROR) + F32_ERROR / 16)
+
+
 class Screen:
     """Finds the pairs of rows that may lie above a floor: `prepare` each side, then look at any two parts of them."""
 
@@ -80,22 +96,9 @@ class Screen:
 
     def prepare(self, x_nd: np.ndarray, rows: np.ndarray) -> Prepared:
         """Bring these rows of x_nd, unit rows, into the form that is multiplied."""
-        if not self.int8 or not len(rows):
-            return Prepared(widen(x_nd[rows]))
-        import torch
-
-        blocks = [slice(at, at + PREPARE_ROWS) for at in range(0, len(rows), PREPARE_ROWS)]
-        scale = float(np.abs(widen(x_nd[rows[::SAMPLED]])).max()) / 127 or 1.0  # what is larger is cut, and counted
-        found = np.empty((len(rows), x_nd.shape[1]), np.int8)
-        error = 0.0
-        for block in blocks:
-            exact = widen(x_nd[rows[block]])
-            exact *= np.float32(1 / scale)
-            whole = np.clip(np.rint(exact), -127, 127)
-            exact -= whole
-            error = max(error, float(np.einsum("nd,nd->n", exact, exact).max()))
-            found[block] = whole
-        return Prepared(torch.from_numpy(found), scale, math.sqrt(error) * scale * (1 + F32_ERROR) + F32_ERROR / 16)
+        if self.int8 and len(rows):
+            return to_bytes(x_nd, rows)
+        return Prepared(widen(x_nd[rows]))
 
     def bound(self, left: Prepared, right: Prepared) -> np.int32 | np.float32:
         """Say which products of the two the pairs above the floor exceed."""

@@ -56,7 +56,7 @@ def test_widening_is_exact_for_every_finite_half():
     assert products.widen(halves).tobytes() == halves.astype(np.float32).tobytes()
 
 
-@pytest.mark.parametrize("backend", ["superkmeans", "kmeans"])
+@pytest.mark.parametrize("backend", ["bytes", "superkmeans", "kmeans"])
 def test_a_fit_finds_planted_clusters_and_repeats_itself(backend):
     rng = np.random.default_rng(3)
     planted = rows_of(6, 32, 4)
@@ -74,10 +74,41 @@ def test_fewer_distinct_rows_than_clusters_leave_empty_ones_and_say_so():
 
 
 @pytest.mark.parametrize(
-    "dim, k, backend", [(2, 5_000, "kmeans"), (31, 1_000, "kmeans"), (512, 999, "kmeans"), (32, 1_000, "superkmeans")]
+    "dim, k, int8, backend",
+    [
+        *((2, 5_000, False, "kmeans"), (31, 1_000, False, "kmeans"), (512, 999, False, "kmeans")),
+        *((32, 1_000, False, "superkmeans"), (32, 256, True, "bytes"), (32, 255, True, "kmeans")),
+    ],
 )
-def test_the_pruned_backend_is_used_where_it_pays(dim, k, backend):
+def test_each_backend_is_used_where_it_pays(monkeypatch, dim, k, int8, backend):
+    monkeypatch.setattr(kmeans, "has_int8", lambda: int8)
     assert kmeans.choose_backend(dim, k, gpu=False) == backend
+
+
+def mixture(n=6_000, dim=48, clouds=80):
+    rng = np.random.default_rng(8)
+    spectrum = np.arange(1, dim + 1) ** -0.5
+    centers = rng.normal(size=(clouds, dim)) * spectrum
+    return unit(centers[rng.integers(0, clouds, n)] + 0.5 * rng.normal(size=(n, dim)) * spectrum).astype(np.float32)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_torchs_fit_is_as_good_as_faiss(int8):
+    x = mixture()
+    found = [kmeans._lloyd(x, 60, 12, seed, int8=int8) for seed in (0, 1, 2)]
+    again = kmeans._lloyd(x, 60, 12, 0, int8=int8)
+    assert found[0].tobytes() == again.tobytes() and np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
+    mine = [kmeans.assign(x, centroids)[1].mean() for centroids in found]
+    faiss = [kmeans.fit(x, 60, 12, seed, backend="kmeans").mean_similarity for seed in (0, 1, 2)]
+    assert np.mean(mine) > np.mean(faiss) - 0.003
+
+
+@pytest.mark.gpu
+def test_torchs_fit_on_a_gpu_repeats_itself_and_is_as_good_as_faiss():
+    x = mixture()
+    found = kmeans.fit(x, 60, 12, 0, backend="torch-gpu")
+    assert found.centroids.tobytes() == kmeans.fit(x, 60, 12, 0, backend="torch-gpu").centroids.tobytes()
+    assert found.mean_similarity > kmeans.fit(x, 60, 12, 0, backend="kmeans").mean_similarity - 0.005
 
 
 def test_one_cluster_is_the_mean_direction():
