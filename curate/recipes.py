@@ -151,7 +151,8 @@ RECIPES = {
         "the 30 % with the highest negCLIPLoss (arXiv:2405.19547)", _then_sample("rank(neg_clip_loss, 0, 0.30)")
     ),
     "neg-clip-loss-norm-sim": Recipe(
-        "of these the two thirds nearest to a target set (NormSim): a fifth of the pool", _neg_clip_loss_norm_sim
+        "of the 30 % highest in negCLIPLoss the two thirds nearest to a target set (NormSim): a fifth of the pool",
+        _neg_clip_loss_norm_sim,
     ),
     "hierarchical": Recipe(
         "evenly over clusters of clusters (arXiv:2405.15613)", lambda n: [f"balance_tree({n or repr(DEFAULT_BUDGET)})"]

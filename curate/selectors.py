@@ -14,12 +14,12 @@ import numpy as np
 from curate import budgets, duplicates, evidence, ranks, relate, representatives, targets, vocabulary
 from curate.budgets import preference
 from curate.errors import UsageError, unknown
-from curate.frame import AUTO, CLUSTER_FIRST, Count, Frame, Group, Share, Threshold, Verdict
+from curate.frame import AUTO, CLUSTER_FIRST, Count, Frame, Group, Keep, Share, Threshold, Verdict
 from curate.ranks import descending, value_range
 
 
 def dedup(
-    frame: Frame, number: int, threshold: Threshold = 0.86, keep: str = "middle", rule: str = "components"
+    frame: Frame, number: int, threshold: Threshold = 0.86, keep: Keep = "middle", rule: str = "components"
 ) -> Verdict:
     """Keep one row of each group of near-duplicates (cosine > threshold; "auto": by the pool's own pixels)."""
     if rule not in duplicates.RULES:
