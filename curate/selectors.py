@@ -108,8 +108,11 @@ def placeholders(
         raise UsageError("placeholders needs clusters, or exact=True; this directory has none.", CLUSTER_FIRST)
     else:
         a, b, similarity, bits = frame.edges()
-        threshold = evidence.find_threshold(similarity, bits, frame.floor).threshold if threshold == AUTO else threshold
-        linked = (similarity > threshold) & ((bits <= evidence.TWIN_BITS) | (bits > 64))
+        linked = similarity > threshold
+        if threshold == AUTO:
+            evident = evidence.find_threshold(similarity, bits, frame.floor)
+            threshold, linked = evident.threshold, evident.linked(similarity, bits)
+        linked &= (bits <= evidence.TWIN_BITS) | (bits > 64)
         labels = relate.components(a[linked], b[linked], len(frame.good))
         facts["threshold"] = threshold
     picture = np.unique(labels[rows], return_inverse=True)[1]

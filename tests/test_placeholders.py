@@ -110,6 +110,10 @@ def test_what_looks_alike_but_differs_in_its_pixels_stays():
     assert run(similar(UNKNOWN_BITS), "placeholders(threshold=0.98)").all()
 
 
+def test_without_hashes_and_a_threshold_only_all_but_equal_pictures_are_one():
+    assert run(similar(UNKNOWN_BITS), "placeholders()").all()
+
+
 @pytest.mark.parametrize("copies, goes", [(100, True), (101, False)])
 def test_a_picture_goes_from_so_many_copies_on(copies, goes):
     assert run(similar(2), f"placeholders({copies}, threshold=0.95)").any() != goes
