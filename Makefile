@@ -6,16 +6,17 @@ OUT ?= out/$(NAME)
 POOL ?=
 RECIPE ?=
 SET ?=
+OVERWRITE ?=
 PY := .venv/bin/python
 READY := .venv/.ready
-RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)')
+RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
 .PHONY: help install coreset train eval test lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
-	@echo "  variables: PIPELINE=$(PIPELINE) POOL=… OUT=$(OUT) RECIPE=… SET='table.key=value …'"
+	@echo "  variables: PIPELINE=$(PIPELINE) POOL=… OUT=$(OUT) RECIPE=… SET='table.key=value …' OVERWRITE=1"
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'

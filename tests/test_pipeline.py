@@ -72,6 +72,11 @@ def test_the_mix_and_the_trainers_tables_are_checked_too():
         pipeline.check_trainer(plan)
 
 
+def test_a_pipeline_without_the_stages_asked_for_says_which_it_has():
+    with pytest.raises(UsageError, match="mix_665k.toml has no stage to run for coreset; it has mix"):
+        pipeline.load("mix_665k", None).stages("coreset")
+
+
 def test_the_dry_run_of_a_mix_says_what_it_expects_and_what_is_missing():
     told = list(estimate.lines(pipeline.load("mix_665k", "o", settings=["mix.seed=3"]), None))
     assert told[0].startswith("▸ curate mix ") and told[0].endswith("mix_665k.toml o/mix --set=mix.seed=3")
