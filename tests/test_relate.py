@@ -228,19 +228,57 @@ def test_every_rule_and_keeper_is_the_definition(n, seed, rule, keep, gone):
     assert (found.component >= 0).tolist() == alive.tolist()
 
 
-def test_survivors_grow_from_components_to_semdedup_to_greedy_and_a_second_pass_drops_nothing():
-    x = cluster_rows(400, seed=2, spread=0.3)
-    a, b, similarity = forest_of(x, 0.7)
-    edges, order = (a, b, similarity), np.random.default_rng(0).random(400)
-    kept = {
-        rule: duplicates.resolve(edges, np.ones(400, bool), order, rule, "near", 0.7, lambda rows: x[rows]).keep
-        for rule in duplicates.RULES
-    }
-    counts = [int(kept[rule].sum()) for rule in duplicates.RULES]
-    assert counts == sorted(counts) and counts[0] < counts[2] < 400
-    assert (kept["greedy"] | ~kept["semdedup"]).all()
-    again = duplicates.resolve(edges, kept["greedy"], order, "greedy", "near", 0.7, lambda rows: x[rows])
-    assert (again.keep == kept["greedy"]).all()
+def survivors(x, order, rule, threshold, alive=None, keep="near"):
+    """Deduplicate as `dedup` does: the forest above a low floor, then the rule at the threshold."""
+    edges = forest_of(x, 0.5)
+    above = edges[2] > threshold
+    alive = np.ones(len(x), bool) if alive is None else alive
+    edges = tuple(column[above] for column in edges)
+    return duplicates.resolve(edges, alive, order, rule, keep, threshold, lambda rows: x[rows]).keep
+
+
+SMALL_POOLS = st.tuples(st.integers(2, 70), st.integers(0, 99), st.floats(0.55, 0.97))
+
+
+@settings(deadline=None, max_examples=25)
+@given(SMALL_POOLS)
+def test_survivors_grow_from_components_to_semdedup_to_greedy(pool):
+    n, seed, threshold = pool
+    x, order = cluster_rows(n, seed=seed, spread=0.35), np.random.default_rng(seed).random(n)
+    components, semdedup, greedy = (survivors(x, order, rule, threshold) for rule in duplicates.RULES)
+    assert components.sum() <= semdedup.sum() <= greedy.sum()
+    assert (greedy | ~semdedup).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(SMALL_POOLS, st.sampled_from(duplicates.RULES), st.sampled_from(["near", "middle"]))
+def test_a_second_pass_drops_nothing(pool, rule, keep):
+    n, seed, threshold = pool
+    x, order = cluster_rows(n, seed=seed, spread=0.35), np.random.default_rng(seed).random(n)
+    kept = survivors(x, order, rule, threshold, keep=keep)
+    assert (survivors(x, order, rule, threshold, kept, keep) == kept).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(SMALL_POOLS, st.sampled_from(duplicates.RULES), st.sampled_from(["near", "middle"]))
+def test_survivors_do_not_depend_on_the_order_of_the_rows(pool, rule, keep):
+    n, seed, threshold = pool
+    rng = np.random.default_rng(seed)
+    x, order, moved = cluster_rows(n, seed=seed, spread=0.35), rng.random(n), rng.permutation(n)
+    there = survivors(x[moved], order[moved], rule, threshold, keep=keep)
+    assert (there == survivors(x, order, rule, threshold, keep=keep)[moved]).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(SMALL_POOLS, st.floats(0.0, 0.02))
+def test_a_higher_threshold_keeps_no_fewer_rows(pool, more):
+    n, seed, threshold = pool
+    x, order = cluster_rows(n, seed=seed, spread=0.35), np.random.default_rng(seed).random(n)
+    lower, higher = (
+        {rule: survivors(x, order, rule, t) for rule in duplicates.RULES} for t in (threshold, threshold + more)
+    )
+    assert lower["components"].sum() <= higher["components"].sum()
+    assert (higher["semdedup"] | ~lower["semdedup"]).all()
 
 
 def test_rows_fall_into_fewer_components_as_the_threshold_falls():
