@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from train import attention
 from train.config import Model, Stage
-from train.errors import UsageError
 from train.language import add_image_token, load_lm, load_tokenizer, read_lm_config, room_for, shrunk
 from train.published import known_words
 from train.quantized import quantize
@@ -121,12 +120,15 @@ def _native_config(options: Model, tower_config: Any, lm_config: Any, vision: Vi
     )
 
 
+def own_tower(config: Any) -> str:
+    """Name the tower of a configuration where it is one of ours, else return ""."""
+    return OWN_TOWERS.get(config.vision_config.model_type, "")
+
+
 def limits(config: Any) -> str:
     """Say in one line what cannot be done with a model of this configuration, or "" where everything can."""
-    own = OWN_TOWERS.get(config.vision_config.model_type)
-    if own is None:
-        return ""
-    return (
+    own = own_tower(config)
+    return own and (
         f"{own} is no class of transformers: export writes a folder that `python -m train generate`, `eval` and "
         "`merge` read, which is not native llava-hf (vLLM and plain transformers refuse it), and no --parts"
     )
@@ -137,8 +139,8 @@ def place_head_bias(model: Any, bias_v: Tensor, how: str) -> None:
 
     The llava class has a head without bias. Behind a layer norm that is no loss: z = w n + c, where n has mean zero, so
     u z with u = 1/w is the constant u c, and W + b u/(u c) gives W z + b. First c is moved by w, which makes that
-    constant about the width and so keeps the sum exact in bf16.
-    Raises: UsageError where the norm does not allow it.
+    constant about the width and so keeps the sum exact in bf16. Where the norm does not allow it (another kind, a
+    weight of almost zero, a head that is the embedding too), the bias is dropped with a warning.
     """
     if not bool(bias_v.any()):
         return
@@ -147,8 +149,9 @@ def place_head_bias(model: Any, bias_v: Tensor, how: str) -> None:
         return
     norm: Any = getattr(model.model.language_model, "final_layernorm", None)
     layered = isinstance(norm, nn.LayerNorm) and norm.bias is not None and not model.config.tie_word_embeddings
-    if not layered or float(norm.weight.detach().abs().min()) < 1e-3:
-        raise UsageError('the language model\'s lm_head.bias cannot be folded; set model.lm_head_bias = "drop"')
+    if not layered or float(norm.weight.detach().abs().min()) < 1e-4:
+        log.warning("the language model's lm_head.bias is dropped: the norm before it does not allow to fold it")
+        return
     bias_v = nn.functional.pad(bias_v, (0, len(model.lm_head.weight) - len(bias_v)))  # rows of added tokens
     with torch.no_grad():
         w_d, head_vd = norm.weight.double(), model.lm_head.weight

@@ -17,7 +17,7 @@ import torch
 
 from train.errors import UsageError
 from train.language import name_for_older_readers
-from train.model import limits
+from train.model import own_tower
 from train.runs import write_json
 
 INFIX = ("clip_vision_model", "siglip_vision_model")  # hub checkpoints of these keep their weights under vision_model.
@@ -39,8 +39,8 @@ The image encoder's converter is written for transformers 4.
 
 def write_parts(model: Any, tokenizer: Any, image_processor: Any, out: Path, dtype: torch.dtype) -> None:
     """Write the parts of a native model to a folder.  Raises: UsageError for a tower that is published nowhere."""
-    if limits(model.config):
-        raise UsageError(f"no parts can be made: {limits(model.config)}")
+    if own_tower(model.config):
+        raise UsageError(f"--parts: {own_tower(model.config)} is no class of transformers, and no converter knows it")
     _language_model(model, dtype).save_pretrained(out / "language_model")
     model.generation_config.save_pretrained(out / "language_model")
     tokenizer.save_pretrained(out / "language_model")

@@ -175,11 +175,26 @@ def test_the_folded_bias_survives_bf16(world, tmp_path):
     assert folded < 1.5 * usual
 
 
-def test_a_bias_that_cannot_be_folded_is_not_lost_silently(world):
+def test_a_bias_that_cannot_be_folded_is_not_lost_silently(world, caplog):
     composed = compose(Model(tower=f"local-dir:{world / 'clip'}", lm=str(world / "lm")))
+    before = composed.model.lm_head.weight.clone()
     place_head_bias(composed.model, torch.zeros(5), "fold")
-    with pytest.raises(UsageError, match='model.lm_head_bias = "drop"'):
-        place_head_bias(composed.model, torch.ones(5), "fold")
+    assert not caplog.messages
+    place_head_bias(composed.model, torch.ones(5), "fold")
+    assert ["is dropped" in message for message in caplog.messages] == [True]
+    assert torch.equal(composed.model.lm_head.weight, before)
+
+
+def test_a_small_weight_of_the_norm_does_not_spoil_the_fold(world, tmp_path):
+    lm = phi(hidden_size=512)
+    with torch.no_grad():
+        lm.model.final_layernorm.weight[3] = 2e-4
+    lm.save_pretrained(tmp_path / "phi")
+    word_tokenizer().save_pretrained(tmp_path / "phi")
+    composed = compose(Model(tower=f"local-dir:{world / 'clip'}", lm=str(tmp_path / "phi")))
+    ids = torch.randint(4, 90, (4, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(composed.model(input_ids=ids).logits, lm(ids).logits, rtol=0, atol=1e-3)
 
 
 # ---- descriptions and rehearsals -------------------------------------------------------------------------------------

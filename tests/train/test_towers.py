@@ -13,6 +13,7 @@ from train.errors import UsageError
 from train.eva import EvaVisionConfig, EvaVisionModel, from_tensors
 from train.model import compose, hidden_states, limits, normalise, prepare, token_losses, tower_features
 from train.multiscale import MultiscaleConfig, MultiscaleModel
+from train.parts import write_parts
 from train.tower import describe_tower, features, load_tower, make_image_processor
 
 TIMM = "eva02_large_patch14_clip_336"
@@ -234,6 +235,12 @@ def test_own_towers_train_frozen_and_free(towers, kind, tune_tower):
     tower = {name for name in trainable if "vision_tower" in name}
     assert bool(tower) == tune_tower == feats.requires_grad
     assert all(trainable[name].grad is not None for name in tower)
+
+
+@pytest.mark.parametrize("kind", ["eva", "s2"])
+def test_own_towers_have_no_parts(towers, kind, tmp_path):
+    with pytest.raises(UsageError, match="--parts: .* no converter knows it"):
+        write_parts(compose(own(towers, kind)).model, None, None, tmp_path, torch.float32)
 
 
 def test_pixels_reach_a_multiscale_tower_whole(towers):
