@@ -79,7 +79,8 @@ def _convert(node: ast.expr, kind: Any, where: str) -> Any:
     try:
         value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise UsageError(f"{where}: {ast.unparse(node)} is no literal.") from None
+        hint = "put it in quotes" if isinstance(node, ast.Name | ast.BinOp | ast.Attribute) else None
+        raise UsageError(f"{where}: {ast.unparse(node)} is no literal.", hint) from None
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind in (Threshold, Share) and value == "auto":
         return AUTO

@@ -185,7 +185,10 @@ def steps(text: str, n: int | float | str = "") -> list[str]:
         raise unknown("recipe", name, RECIPES)
     plain = name.replace("-", "_")
     like = 'datacomp-image("emb/target")'
-    _, given = calls.read(plain + (named[2] or "()"), {plain: RECIPES[name].steps}, "recipe", like, 1)
+    try:
+        _, given = calls.read(plain + (named[2] or "()"), {plain: RECIPES[name].steps}, "recipe", like, 1)
+    except UsageError as error:
+        raise UsageError(error.message.replace(plain, name), error.hint) from None
     if n == "" or n == 0:
         return RECIPES[name].steps("", **given)
     try:

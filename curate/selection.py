@@ -102,6 +102,8 @@ def _read_besides(parsed: Sequence[steps.Step]) -> dict[str, store.Artefact | Ma
     for number, (location, kind) in enumerate(dict.fromkeys(each for step in parsed for each in step.reads()), 1):
         if kind is Directory:
             found[f"target-{number}"] = store.open_input(location, "embed", "import")
+        elif not paths.exists(location):
+            raise UsageError(f"{location}, which a step reads, does not exist.")
         else:
             found[f"file-{number}"] = {"path": location, "digest": store.file_digest(location)}
     return found

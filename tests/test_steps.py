@@ -137,7 +137,7 @@ def test_cap_keeps_at_most_n_of_a_group_by_chance_or_by_value():
         ("sample('many')", "number of rows"),
         ("dedup(0.86)", "needs clusters"),
         ("dedup(1.5)", "cosine below 1"),
-        ("dedup(0.86, keep=middle)", "no literal"),
+        ("dedup(0.86, keep=middle)", "middle is no literal.*put it in quotes"),
         ("dedup(0.86, rule='cc')", "unknown rule.*components, greedy, semdedup"),
         ("rank(centroid_similarity, 0, 1)", "needs clusters"),
         ("cap(cluster, 2, keep='best')", "unknown policy"),
@@ -230,9 +230,9 @@ def test_unknown_recipes_and_budgets_are_refused():
         recipes.steps("buny")
     with pytest.raises(UsageError, match="--n 20000"):
         recipes.steps("bunny", "lots")
-    with pytest.raises(UsageError, match=r"datacomp_image\(\)' lacks target"):
+    with pytest.raises(UsageError, match=r"datacomp-image\(\)' lacks target; it is written datacomp-image\(target\)"):
         recipes.steps("datacomp-image")
-    with pytest.raises(UsageError, match="unknown argument of llava_cc3m 'extract'"):
+    with pytest.raises(UsageError, match="unknown argument of llava-cc3m 'extract'"):
         recipes.steps("llava-cc3m(extract='simple')")
     with pytest.raises(UsageError, match="has 1 arguments"):
         recipes.steps("bunny(0.9)")

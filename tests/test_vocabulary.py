@@ -160,6 +160,8 @@ def test_entries_of_a_file_and_of_the_pool(pool, tmp_path):
     again, _ = kept(pool.path, tmp_path / "again", "metaclip(t=2, least=5)")
     other, _ = kept(pool.path, tmp_path / "other", "metaclip(t=2, least=5)", seed=1)
     assert (again == found).all() and (other != found).any()
+    with pytest.raises(UsageError, match="nowhere.txt, which a step reads, does not exist"):
+        kept(pool.path, tmp_path / "none", "metaclip(entries='nowhere.txt')")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(UsageError, match="no JSON list of texts"):
         kept(pool.path, tmp_path / "bad", f"metaclip(entries='{tmp_path / 'bad.json'}')")
