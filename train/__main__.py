@@ -342,8 +342,8 @@ def bench(
 ) -> None:
     """Measure our steps beside the published scripts' semantics.
 
-    Example: `python -m train bench --config pipelines/bunny.toml` writes nothing but, with `--out`, its result: that model
-    at full size with fresh weights; without `--config` a small one.
+    Example: `python -m train bench --config pipelines/bunny.toml` writes nothing but, with `--out`, its result: that
+    model at full size with fresh weights; without `--config` a small one.
     """
     options = configuration.load(config, settings or ()) if config else None
     from train.bench import bench as measure
