@@ -21,6 +21,7 @@ from torch import Tensor
 from train.config import Model
 from train.errors import CheckpointError, UsageError
 from train.published import cannot_load, locate, read_config, read_preprocess, register_own_classes, shipped
+from train.runs import read_json
 from train.weights import read_tensors
 
 OPENCLIP_PREFIX = "local-dir:"
@@ -243,9 +244,9 @@ def _eva_files(source: str) -> list[Path]:
     files = [path / name for name in EVA_FILES if (path / name).is_file()]
     for name in ("open_clip_config.json", "config.json"):
         if files and (path / name).is_file():
-            said = json.loads((path / name).read_text(encoding="utf-8"))
-            names = (said.get("architecture"), said.get("model_cfg", said).get("vision_cfg", {}).get("timm_model_name"))
-            return files[:1] if TIMM_NAME in names else []
+            said = read_json(path / name)
+            named = f'"{TIMM_NAME}"' in json.dumps([said.get("architecture"), said.get("model_cfg", said)])
+            return files[:1] if named else []
     return files if [file.name for file in files] == [EVA_AUTHORS] else []
 
 
@@ -270,7 +271,9 @@ def _download_eva(source: str) -> Any:
             raise UsageError(cannot_load(source, "model.tower", error)) from None
         if file:
             return _read_eva([Path(file)], source)
-    raise UsageError(f"model.tower {source!r} has none of {', '.join(EVA_FILES)}; give a local folder with one")
+    raise UsageError(
+        f"model.tower {source!r}: neither hub nor cache has one of {', '.join(EVA_FILES)}; give a local folder"
+    )
 
 
 def _load_openclip(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -282,7 +285,7 @@ def _load_openclip(folder: Path) -> tuple[Any, dict[str, Any]]:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise UsageError(f"model.tower {OPENCLIP_PREFIX}{folder}: {file.name} is missing in that folder")
-    document = json.loads(config_file.read_text(encoding="utf-8"))
+    document = read_json(config_file)
     model_cfg, preprocess_cfg = document.get("model_cfg", document), document.get("preprocess_cfg", {})
     cfg = model_cfg["vision_cfg"]
     state = {

@@ -111,6 +111,12 @@ def test_what_is_no_eva_is_refused(tmp_path):
     save_file({"visual.trunk.blocks.0.other": torch.ones(2)}, tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match="visual.trunk.blocks.0.other is no tensor of eva02"):
         load_tower(Model(tower=str(tmp_path / "x.safetensors")), torch.float32)
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    for text in ("not json", "[]", '{"model_cfg": []}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UsageError) as error:
+            load_tower(Model(tower=str(tmp_path)), torch.float32)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     (tmp_path / "x.pt").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="cannot be read as weights alone"):
         load_tower(Model(tower=str(tmp_path / "x.pt")), torch.float32)
