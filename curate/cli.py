@@ -434,7 +434,7 @@ def run(
     if dry_run:
         from curate.estimate import lines
 
-        for line in lines(plan, only or None):
+        for line in lines(plan, only or None, job.gpus):
             typer.echo(line)
         return
     made = pipelines.run(plan, job, only or None, echo=(lambda _: None) if as_json else typer.echo)

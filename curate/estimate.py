@@ -1,9 +1,9 @@
 """Say beforehand what a pipeline would do: the commands, and rows, bytes and time per stage.
 
-Rows and bytes come from the headers of the pool's shards (of many: the first, the middle and the last). Time comes from
-what an earlier run in the same place measured (`log.jsonl`), else from a short calibration on this machine: a hundred
-samples really embedded, and one matrix product for the stages that are matrix products. Nothing is written outside a
-temporary directory.
+Rows and bytes come from the headers of the pool's shards (of many: the first, the middle and the last), or from the
+embeddings where they stand. Time comes from what an earlier run in the same place measured (`log.jsonl`), else from a
+short calibration on this machine: a hundred samples really embedded, and the code of clustering on made-up rows as wide
+(calibration.py). Nothing is written outside a temporary directory.
 """
 
 import json
@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-
-from curate import paths, shards, store
+from curate import calibration, kmeans, paths, shards, store
 from curate.engine import Job, cores
 from curate.errors import CurateError
 from curate.pipeline import TRAINER, Pipeline, check_trainer, shown_command, stage_options
@@ -24,6 +22,9 @@ CALIBRATION_ROWS = (16, 16, 128)  # the first run pays for imports, the differen
 RECORDS = (store.MANIFEST, "train_manifest.json", "answers.manifest.json")  # each says that a stage is done
 MAX_COUNTED = 16  # shards whose headers are all read; of more, the first, the middle and the last
 WRITE_BYTES_PER_S = 300e6  # tar copy and sidecar writing, fsync included; a fifth of an NVMe disk
+START_S = 4.0  # imports and workers, of a stage
+SKEW = 2.0  # sum of squared cluster sizes beside that of equal clusters, as k-means leaves them on a mixture
+SELECT_S_PER_ROW = 6e-6  # of the recipe balanced: sorts, and a pass over the edges
 ROW_OVERHEAD_BYTES = 120  # key, uid, hash, caption, scores
 
 
@@ -45,6 +46,7 @@ class Cost:
     size_bytes: int
     seconds: float | None
     why: str = ""
+    gpus: int = 0
 
 
 def measure_pool(pool: str) -> tuple[Size, list[shards.Shard]]:
@@ -60,15 +62,17 @@ def measure_pool(pool: str) -> tuple[Size, list[shards.Shard]]:
     return Size(round(rows * total / seen) if seen else 0, total, len(found), len(looked) == len(found)), found
 
 
-def lines(pipeline: Pipeline, only: str | None) -> Iterator[str]:
-    """Yield the plan of a pipeline, one stage after the other."""
+def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
+    """Yield the plan of a pipeline, one stage after the other. gpus: those that the stages would share."""
     check_trainer(pipeline, only)
-    total = 0.0
-    sizes: dict[str, int] = {}
+    total = hours = 0.0
+    sizes: dict[str, int] = {"gpus": gpus}
     for stage in pipeline.stages(only):
         yield f"▸ {shown_command(pipeline, stage)}"
         if any(paths.exists(paths.join(pipeline.place(stage), name)) for name in RECORDS):
             yield "    stands finished; it is run again only if its request has changed"
+            if stage in ("embed", "import"):
+                _take_sizes(pipeline.place(stage), sizes)
             continue
         if stage == "mix":
             yield from _sources(pipeline)
@@ -81,9 +85,14 @@ def lines(pipeline: Pipeline, only: str | None) -> Iterator[str]:
         total += cost.seconds or 0.0
         spell = f"about {duration(cost.seconds)}" if cost.seconds is not None else "time not known"
         why = f" ({cost.why})" if cost.why else ""
+        taken = (cost.seconds or 0.0) * cost.gpus / 3600
+        hours += taken
+        spell += f" · {taken:.2g} GPU-hours" if taken else ""
         yield f"    {cost.rows:,} rows · {volume(cost.size_bytes)} written · {spell}{why}"
     if total:
-        yield f"about {duration(total)} in all on this machine, as it is now"
+        gpu = f", {hours:.2g} GPU-hours of it," if gpus else ""
+        core = f"{total * cores() / 3600:.2g} core-hours"
+        yield f"about {duration(total)} in all{gpu} ({core}) on this machine, as it is now"
 
 
 def _sources(pipeline: Pipeline) -> Iterator[str]:
@@ -110,16 +119,45 @@ def _cost(pipeline: Pipeline, stage: str, sizes: dict[str, int]) -> Cost | None:
         return _embed_cost(pipeline, sizes)
     rows, dim = sizes.get("rows", 0), sizes.get("dim", 512)
     if stage == "cluster":
-        options = stage_options(pipeline, "cluster")
-        k = int(getattr(options, "k", 0) or max(1, rows // 100))
-        sample = int(getattr(options, "sample", 0) or min(rows, 256 * k))
-        products = 2.0 * dim * (sample * k * options.iters + rows * k + rows * (rows / k))
-        return Cost(rows, rows * 28, products / gemm_flops() + rows * 2e-6, f"k = {k:,}: {products / 1e12:.3g} TFLOP")
+        return _cluster_cost(pipeline, rows, dim, sizes["gpus"])
     if stage == "select":
-        return Cost(rows, rows * 40, rows * 4e-6, "sorting, no embeddings read")
+        chains = 1 + len(pipeline.tables["select"].get("compare", []))
+        seconds = 1 + chains * rows * SELECT_S_PER_ROW
+        return Cost(rows, chains * rows * 40, seconds, "sorting, no embeddings read")
     kept = int(rows * 0.1)
     size_bytes = kept * sizes.get("row_bytes", 0)
     return Cost(kept, size_bytes, size_bytes / WRITE_BYTES_PER_S, "at 10 % kept")
+
+
+def _take_sizes(directory: str, sizes: dict[str, int]) -> None:
+    """Read rows and dimensions off finished embeddings."""
+    found = store.open_input(directory)
+    sizes["rows"] = sum(found.rows.values())
+    whole = sum(int(shard.get("size", 0)) for shard in found.manifest["shards"].values())  # of the pool's tars
+    sizes["row_bytes"] = whole // max(sizes["rows"], 1)
+    if found.stems:
+        schema = store.reader(found.path(f"{found.stems[0]}.arrow")).schema
+        sizes["dim"] = schema.field("image_embedding").type.list_size
+
+
+def _cluster_cost(pipeline: Pipeline, rows: int, dim: int, gpus: int) -> Cost | None:
+    """Estimate the fit on its sample, the assignment of all rows and the comparisons inside clusters."""
+    if not rows:
+        return None
+    options = stage_options(pipeline, "cluster")
+    k = int(options.k) or kmeans.default_k(rows)
+    sample = int(options.sample) or kmeans.default_sample(rows, k, dim)
+    rates = calibration.cluster_rates(dim, k, rows, options.floor, gpu=gpus > 0)
+    passes = 3.0 if options.neighbours == 2 else 1.0  # own pairs are half of s², those with as many visitors another s²
+    parts = {
+        "fit": sample * k * options.iters * rates.fit,
+        "assign": rows * k * rates.assign,
+        "relate": rows * rates.relate * SKEW * passes,
+        "scatter": rows * options.neighbours * dim * 4 / WRITE_BYTES_PER_S,  # written and read again
+    }
+    told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+    why = f"k = {k:,} by {rates.backend}, calibrated: {told}"
+    return Cost(rows, rows * 28, START_S + sum(parts.values()), why, gpus if rates.backend == "kmeans-gpu" else 0)
 
 
 def _embed_cost(pipeline: Pipeline, sizes: dict[str, int]) -> Cost | None:
@@ -135,7 +173,9 @@ def _embed_cost(pipeline: Pipeline, sizes: dict[str, int]) -> Cost | None:
     rate, dim, why = (*logged, "measured by an earlier run") if logged else (*_calibrate(pipeline, found), "calibrated")
     sizes["dim"] = dim
     why += "" if size.exact else f", rows extrapolated from 3 of {size.num_shards:,} shards"
-    return Cost(size.rows, size.rows * (4 * dim + ROW_OVERHEAD_BYTES), size.rows / rate if rate else None, why)
+    gpus = sizes["gpus"]
+    seconds = START_S + size.rows / rate / max(1, gpus if not logged else 1) if rate else None
+    return Cost(size.rows, size.rows * (4 * dim + ROW_OVERHEAD_BYTES), seconds, why, gpus)
 
 
 def _logged_rate(location: str) -> tuple[float, int] | None:
@@ -176,17 +216,6 @@ def _copy_head(shard: shards.Shard, target: str, count: int) -> int:
                 for member in sample.members:
                     tar.add(member.name, shards.read_member(file, member))
     return len(samples)
-
-
-def gemm_flops(side: int = 2048) -> float:
-    """Measure this machine's matrix products in FLOP/s, fp32, best of three."""
-    x = np.random.default_rng(0).normal(size=(side, side)).astype(np.float32)
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        x @ x
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * side**3 / best
 
 
 def duration(seconds: float) -> str:

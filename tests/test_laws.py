@@ -37,6 +37,7 @@ ROOMS = {
         5,
     ),
     **dict.fromkeys(["pipeline"], 6),
+    **dict.fromkeys(["calibration"], 2),
     **dict.fromkeys(["estimate"], 7),
     **dict.fromkeys(["cli", "__main__"], 8),
 }

@@ -3,6 +3,7 @@
 import tomllib
 
 import pytest
+from artefacts import write_embeddings, write_pool
 
 from curate import estimate, pipeline
 from curate.errors import UsageError
@@ -33,7 +34,7 @@ def plan(tmp_path_factory, demo):
 
 def test_the_dry_run_tells_and_does_nothing(plan, tmp_path):
     told = curate("run", plan, "--out", tmp_path / "out", "--dry-run").stdout
-    assert "curate embed" in told and "599 rows" in told and "calibrated" in told and "TFLOP" in told
+    assert "curate embed" in told and "599 rows" in told and "calibrated: fit" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -115,3 +116,15 @@ def test_the_listing_names_every_shipped_pipeline():
     listed = dict(pipeline.listing())
     for path in (ROOT / "pipelines").glob("*.toml"):
         assert listed[path.stem] == tomllib.loads(path.read_text()).get("about", "")
+
+
+def test_the_dry_run_reads_sizes_off_finished_embeddings_and_calibrates_what_follows(tmp_path):
+    write_embeddings(tmp_path / "embeddings", write_pool(tmp_path / "pool", ["a", "b"], 30))
+    (tmp_path / "p.toml").write_text(
+        "[embed]\nmodel = 'x'\n[cluster]\nk = 4\n[select]\nsteps = ['sample(9)']\n[emit]\n"
+    )
+    plan = pipeline.load(str(tmp_path / "p.toml"), str(tmp_path), pool=str(tmp_path / "pool"))
+    told = list(estimate.lines(plan, "coreset"))
+    assert told[1].strip().startswith("stands finished")
+    assert "60 rows · " in told[3] and "k = 4 by kmeans, calibrated: fit " in told[3]
+    assert "60 rows · " in told[5] and "6 rows · " in told[7] and "core-hours" in told[-1]

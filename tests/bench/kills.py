@@ -2,10 +2,10 @@
 
     python tests/bench/kills.py [--kills 50] [--rows 600] [--workers 2] [--seed 0]
 
-embed, cluster, select and emit run as one `curate run` over a small rendered pool. A round starts from nothing: the
-process group gets SIGKILL after a random share of the time that an undisturbed run took, and is started again, until it
-ends by itself; then all files are compared. Rounds go on until there were enough kills. The suite has a version with
-three (tests/test_end_to_end.py). Writes results/kills.json.
+embed, cluster, select and emit run as one `curate run` over a small rendered pool. A round starts from nothing; in each
+stage the process group gets SIGKILL, often several times, after a random share of the time that the stage took
+undisturbed, and is started again; then all files are compared. Rounds go on until there were enough kills. The suite
+has a version with three (tests/test_end_to_end.py). Writes results/kills.json.
 """
 
 import argparse
@@ -57,20 +57,35 @@ def standing(out):
     return "before" if not begun else f"in {begun[-1]}" if len(begun) > len(done) else f"after {begun[-1]}"
 
 
+def undisturbed(home, workers):
+    """Run to the end; returns the seconds that each stage took, from its directory's appearance on."""
+    process, seen, began = start(home, "whole", workers), {}, time.monotonic()
+    while process.poll() is None:
+        for stage in STAGES:
+            if stage not in seen and (home / "whole" / stage).exists():
+                seen[stage] = time.monotonic()
+        time.sleep(0.01)
+    assert process.returncode == 0
+    moments = [began, *(seen[stage] for stage in STAGES), time.monotonic()]
+    return dict(zip(("", *STAGES), [b - a for a, b in zip(moments[:-1], moments[1:], strict=True)], strict=True))
+
+
 def disturb(home, out, workers, seconds, rng):
-    """Run to the end through random kills; returns where each kill met it."""
+    """Run to the end through kills at random moments of stages drawn at random; returns where each kill met it."""
     met = []
-    while True:
-        process = start(home, out, workers)
-        try:
-            process.wait(rng.random() * seconds)
-        except subprocess.TimeoutExpired:
-            met.append(standing(home / out))
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            continue
-        assert process.returncode == 0, f"a resumed run ended with {process.returncode}"
-        return met
+    for stage in STAGES:
+        while rng.random() < 0.7:
+            process = start(home, out, workers)
+            while process.poll() is None and not (home / out / stage).exists():
+                time.sleep(0.005)
+            try:
+                process.wait(rng.random() * seconds[stage])
+            except subprocess.TimeoutExpired:
+                met.append(standing(home / out))
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    assert start(home, out, workers).wait() == 0, "a resumed run failed"
+    return met
 
 
 def main():
@@ -84,11 +99,9 @@ def main():
         render(home / "demo", rows=given.rows, seed=11, shards=6, dirt="dirty", instruct=60, tests=1)
         (home / "demo" / "pool").rename(home / "pool")
         (home / "kills.toml").write_text(PIPELINE)
-        began = time.monotonic()
-        assert start(home, "whole", given.workers).wait() == 0
-        seconds = time.monotonic() - began
+        seconds = undisturbed(home, given.workers)
         expected = fingerprint(*(home / "whole" / stage for stage in STAGES))
-        print(f"undisturbed: {seconds:.1f} s, {len(expected)} files")
+        print(f"undisturbed: {sum(seconds.values()):.1f} s, {len(expected)} files", flush=True)
         rounds = 0
         while len(met) < given.kills:
             rounds += 1
@@ -96,7 +109,7 @@ def main():
             found = fingerprint(*(home / "out" / stage for stage in STAGES))
             assert found == expected, sorted(name for name in found | expected if found.get(name) != expected.get(name))
             assert not list((home / "out").rglob("*.tmp"))
-            print(f"round {rounds}: {len(met)} kills so far, every byte equal")
+            print(f"round {rounds}: {len(met)} kills so far, every byte equal", flush=True)
             shutil.rmtree(home / "out")
         where = dict(sorted(Counter(met).items()))
         print(f"{len(met)} kills in {rounds} rounds: {', '.join(f'{count} {place}' for place, count in where.items())}")

@@ -1,0 +1,64 @@
+"""Short measurements of this machine by the code of the stages themselves, for the plan of a pipeline.
+
+In: how wide the embeddings are and how many clusters there would be. Out: seconds per unit of work, each measured on a
+few thousand made-up rows of that width in a second or two.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from curate import kmeans, relate
+
+PROBE_ROWS, PROBE_ITERS = 16_384, 4
+PROBE_K = {"superkmeans": 1_000}  # whose pruning begins there; else PROBE_ROWS // 64
+LARGEST_GROUP = 4_096  # rows of a cluster that is really compared; larger ones are scaled
+SPREAD = 0.9  # made-up rows lie at a cosine of about 0.5 to their like, below any floor
+
+
+@dataclass(frozen=True)
+class ClusterRates:
+    """Seconds: fit per row, centroid and iteration; assign per row and centroid; relate per row of a mean cluster."""
+
+    fit: float
+    assign: float
+    relate: float
+    backend: str
+
+
+def cluster_rates(dim: int, k: int, rows: int, floor: float, *, gpu: bool) -> ClusterRates:
+    """Measure k-means, assignment and the comparison inside clusters of the size that rows / k makes."""
+    backend = kmeans.choose_backend(dim, k, gpu=gpu)
+    few = min(k, PROBE_K.get(backend, PROBE_ROWS // 64))
+    group = max(2, min(LARGEST_GROUP, rows // max(k, 1), PROBE_ROWS))
+    x = _made_up(PROBE_ROWS, dim, group)
+    fit = _seconds(lambda: kmeans.fit(x, few, PROBE_ITERS, 0, backend=backend))
+    centroids = kmeans.unit_rows(x[:few])
+    narrow = x.astype(np.float16)
+    assign = _seconds(lambda: kmeans.assign(narrow, centroids))
+    bounds = np.arange(0, PROBE_ROWS - PROBE_ROWS % group + 1, group)
+    compare = _seconds(lambda: relate.relate_clusters(narrow, np.arange(PROBE_ROWS), bounds, floor))
+    grown = max(1.0, rows / max(k, 1) / group)
+    return ClusterRates(
+        max(fit - assign, 1e-9) / (PROBE_ROWS * few * PROBE_ITERS),
+        assign / (PROBE_ROWS * few),
+        compare / int(bounds[-1]) * grown,
+        backend,
+    )
+
+
+def _made_up(rows: int, dim: int, group: int) -> np.ndarray:
+    """Draw unit rows f32 [rows, dim] around a centre for every `group` of them."""
+    rng = np.random.default_rng(0)
+    centres = np.repeat(rng.standard_normal((-(-rows // group), dim), np.float32), group, axis=0)[:rows]
+    return kmeans.unit_rows(centres + SPREAD * rng.standard_normal((rows, dim), np.float32))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Time a function, the second time that it runs."""
+    work()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
