@@ -149,10 +149,11 @@ def transferability(centroids_gd: np.ndarray) -> np.ndarray:
     """
     unit = unit_rows(centroids_gd)
     found = np.zeros(len(unit))
-    for first in range(0, len(unit), 1024):
-        cosine = unit[first : first + 1024] @ unit.T
+    block = max(16, (1 << 24) // max(1, len(unit)))
+    for first in range(0, len(unit), block):
+        cosine = unit[first : first + block] @ unit.T
         other = cosine <= SAME_CONCEPT
-        found[first : first + 1024] = np.where(other, cosine, 0).sum(axis=1) / np.maximum(1, other.sum(axis=1))
+        found[first : first + block] = np.where(other, cosine, 0).sum(axis=1) / np.maximum(1, other.sum(axis=1))
     return found
 
 

@@ -48,36 +48,31 @@ def water_fill_tree(
 
 
 def weighted_fill(sizes: np.ndarray, weights: np.ndarray, total: int) -> np.ndarray:
-    """Find quotas proportional to weights >= 0, at most the sizes, that sum to exactly `total`.
+    """Find quotas min(level * weight, size) that sum to exactly `total`, in whole rows.
 
     What a full group cannot take goes to the others by their weights; rounding goes to the largest fractions, ties to
-    the lowest number. Groups of weight 0 get what nobody else can take, evenly. Returns i64 [k].
+    the lowest number. Groups of weight 0 get what nobody else can take, evenly. total: at most the sum of the sizes.
+    Returns i64 [k]. O(k log k) time.
     """
-    sizes = np.asarray(sizes, np.int64)
-    quotas = np.zeros(len(sizes))
-    weights = np.asarray(weights, np.float64)
-    open_groups = sizes > 0
-    left = float(total)
-    while left > 0.5 and open_groups.any():
-        share = np.where(open_groups, weights, 0.0)
-        if share.sum() <= 0:
-            share = open_groups.astype(np.float64)
-        wanted = left * share / share.sum()
-        full = open_groups & (wanted >= sizes)
-        if not full.any():
-            quotas[open_groups] = wanted[open_groups]
-            break
-        quotas[full] = sizes[full]
-        left -= float(sizes[full].sum())
-        open_groups &= ~full
-    whole = np.minimum(np.floor(quotas + 1e-9).astype(np.int64), sizes)
-    for _ in range(len(sizes)):
-        missing = total - int(whole.sum())
-        if missing <= 0:
-            break
-        order = np.argsort(-(quotas - whole), kind="stable")
-        whole[order[whole[order] < sizes[order]][:missing]] += 1
-    return np.asarray(whole)
+    sizes, weights = np.asarray(sizes, np.int64), np.asarray(weights, np.float64)
+    weighty = weights > 0
+    if not weighty.all() and total > sizes[weighty].sum():
+        quotas = np.where(weighty, sizes, 0)
+        if (~weighty).any():
+            quotas[~weighty] = weighted_fill(sizes[~weighty], np.ones((~weighty).sum()), total - int(quotas.sum()))
+        return quotas
+    full_at = np.divide(sizes, weights, out=np.full(len(sizes), np.inf), where=weighty)
+    order = np.argsort(full_at, kind="stable")
+    before = np.concatenate([[0], np.cumsum(sizes[order])[:-1]])  # rows of the groups that fill up earlier
+    weight = np.cumsum(weights[order][::-1])[::-1]  # of this group and the later ones
+    level = np.divide(total - before, weight, out=np.full(len(sizes), np.inf), where=weight > 0)
+    fits = np.flatnonzero((level <= full_at[order]) & (weight > 0))
+    exact = np.minimum(sizes, level[fits[0]] * weights) if len(fits) else np.where(weighty, sizes, 0).astype(np.float64)
+    quotas = np.minimum(np.floor(exact + 1e-9).astype(np.int64), sizes)
+    missing = total - int(quotas.sum())
+    by_fraction = np.argsort(quotas - exact, kind="stable")
+    quotas[by_fraction[(quotas < sizes)[by_fraction]][:missing]] += 1
+    return np.asarray(quotas)
 
 
 def position_in_group(groups: np.ndarray, order: np.ndarray) -> np.ndarray:
