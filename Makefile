@@ -12,7 +12,7 @@ READY := .venv/.ready
 RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install coreset train eval test lint format bench clean
+.PHONY: help install coreset train eval test lint format bench picture clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -49,6 +49,10 @@ format: $(READY) ## rewrite the code in the house's format
 
 bench: $(READY) ## measure every stage against its floor in one run
 	$(PY) -m tests.bench
+
+picture: $(READY) ## take the README's picture of the demo's report anew (needs chromium and chromedriver)
+	.venv/bin/curate run pipelines/demo.toml --out out/demo --only coreset
+	$(PY) docs/picture.py out/demo/report.html docs/report.png
 
 clean: ## remove outputs and the virtual environment
 	rm -rf out .venv build dist *.egg-info

@@ -5,7 +5,7 @@ number of rows that lie beyond it by that step's own rule. The numbers are those
 the grid's own text, so nothing has to be computed again to show what a moved threshold would do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -77,12 +77,12 @@ def _one_sided(name: str, x: float, values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def dedup_curve(similarity: np.ndarray, floor: float, good: int) -> dict[str, Any]:
+def dedup_curve(similarity: np.ndarray, floor: float, good: int, also: Sequence[float] = ()) -> dict[str, Any]:
     """Count what dedup of all good rows keeps at 100 thresholds from the floor up: an edge above one costs a row.
 
-    similarity: of all forest edges, compared in its own precision, as dedup does.
+    similarity: of all forest edges, compared in its own precision, as dedup does. also: further thresholds.
     """
-    thresholds = np.linspace(floor, 1, 101)[:-1].round(6)
+    thresholds = np.unique([*np.linspace(floor, 1, 101)[:-1].round(6), *also])
     ascending = np.sort(similarity)
     merged = len(ascending) - np.searchsorted(ascending, thresholds.astype(ascending.dtype), side="right")
     return {"threshold": thresholds.tolist(), "kept": (good - merged).tolist(), "rows": good}

@@ -73,6 +73,7 @@ def _control(identity: str, table: Mapping[str, Any], texts: Sequence[str]) -> d
         "id": identity,
         "step": None if place is None else texts[place],
         "alone": place is None,
+        "note": "",
         **kept,
         "from_top": table["low"] is not None,
         "head": head,
@@ -84,41 +85,41 @@ def _control(identity: str, table: Mapping[str, Any], texts: Sequence[str]) -> d
 
 
 def _dedup_control(funnel: Funnel, texts: Sequence[str]) -> dict[str, Any] | None:
-    """Describe dedup's movable threshold: alone on all usable rows, which is its place in the funnel if it is first."""
+    """Describe dedup's movable threshold: by cosine alone, of all usable rows, so in the funnel only as its first step.
+
+    A step that met other rows, or asks for more than cosine ("auto"), kept another number, which is said.
+    """
     curve = funnel.get("curves", {}).get("dedup")
     if not curve:
         return None
-    values, kept = list(curve["threshold"]), list(curve["kept"])
-    found = next(((i, s) for i, s in enumerate(funnel["steps"]) if "threshold" in (s.get("estimates") or {})), None)
-    start, head, tail, first = 0, "dedup(", ")", False
-    if found is not None:
-        chosen = float(found[1]["estimates"]["threshold"])
-        keep = _keep(found[1]["text"])
-        first = found[0] == 0 and keep is not None
-        tail = tail if not keep else f", keep={keep!r})"
-        start = sum(value < chosen for value in values)
-        if first and (start == len(values) or values[start] != chosen):
-            values.insert(start, chosen)
-            kept.insert(start, int(found[1]["kept"]))
-        start = min(start, len(values) - 1)
-    else:
-        start = len(values) - 1
+    values = list(curve["threshold"])
+    place = next((i for i, step in enumerate(funnel["steps"]) if _keep(step["text"]) is not None), None)
+    start, keep, step = len(values) - 1, "", None
+    if place is not None:
+        step, keep = funnel["steps"][place], _keep(texts[place]) or ""
+        chosen = float((step.get("estimates") or {}).get("threshold", values[-1]))
+        start = min(sum(value < chosen for value in values), len(values) - 1)
+    stay = curve["kept"][start]
+    why = "it met only the rows that the steps before it left" if place else "it asks for alike pixels, too"
     return {
         "id": "dedup",
-        "step": found[1]["text"] if found is not None else None,
-        "alone": not first,
+        "step": texts[place] if place is not None else None,
+        "alone": place != 0,
+        "note": f"The step itself kept {step['kept']:,} of {step['before']:,}: {why}."
+        if step is not None and step["kept"] != stay
+        else "",
         "rows": curve["rows"],
         "names": [repr(value) for value in values],
         "values": values,
-        "kept": kept,
+        "kept": list(curve["kept"]),
         "low": None,
         "high": start,
         "from_top": False,
-        "head": head,
-        "tail": tail,
+        "head": "dedup(",
+        "tail": f", keep={keep!r})" if keep else ")",
         "before": [],
-        "after": list(texts[1:]) if first else [],
-        "stay": kept[start],
+        "after": list(texts[1:]) if place == 0 else [],
+        "stay": stay,
     }
 
 

@@ -159,7 +159,7 @@ def _run(
         "bad": sum(bad.values()),
         "statuses": bad,
         "steps": account,
-        "curves": _curves(frame),
+        "curves": _curves(frame, account),
         "cuts": movable + _free_cuts(frame, {table["column"] for table in movable}),
         "histograms": _histograms(frame),
         "reserve": _reserve(reserve, kept, pool),
@@ -183,11 +183,12 @@ def _reserve(rows: np.ndarray, kept: int, pool: Pool) -> list[list[str | int]]:
     return [[pool.emb.stems[stem], place] for stem, place in zip(stem_of.tolist(), places.tolist(), strict=True)]
 
 
-def _curves(frame: Frame) -> dict[str, Any]:
-    """Count what dedup of all good rows would keep at any threshold."""
+def _curves(frame: Frame, account: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Count what dedup of all good rows would keep at any threshold, those that steps used among them."""
     if frame.edges is None:
         return {}
-    return {"dedup": cuts.dedup_curve(frame.edges()[2], frame.floor, int(frame.good.sum()))}
+    used = [step["estimates"]["threshold"] for step in account if "threshold" in step["estimates"]]
+    return {"dedup": cuts.dedup_curve(frame.edges()[2], frame.floor, int(frame.good.sum()), used)}
 
 
 def _free_cuts(frame: Frame, cut: set[str]) -> list[dict[str, Any]]:

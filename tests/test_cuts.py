@@ -100,3 +100,5 @@ def test_the_dedup_curve_counts_ties_as_dedup_does():
     curve = cuts.dedup_curve(similarity, 0.8, 10)
     at = curve["threshold"].index(0.86)
     assert curve["kept"][at] == 10 - int((similarity > 0.86).sum()) == 9
+    also = cuts.dedup_curve(similarity, 0.8, 10, [0.87654321, 0.86])
+    assert len(also["threshold"]) == 101 and also["kept"][also["threshold"].index(0.87654321)] == 9

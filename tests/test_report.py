@@ -12,7 +12,7 @@ import pytest
 from artefacts import members, picture, write_clusters, write_embeddings, write_pool, write_selection
 from PIL import Image
 
-from curate import charts, clustermap, concepts, gallery, images, shards, store
+from curate import charts, clustermap, concepts, gallery, images, movable, shards, store
 from curate.cluster import ClusterOptions, cluster
 from curate.emit import EmitOptions, emit
 from curate.engine import Job
@@ -307,3 +307,26 @@ def test_real_pairs_make_a_page_with_their_pictures(tmp_path):
     )
     _, found = page(tmp_path / "sel", tmp_path / "r.html")
     assert len(found.all("img")) > 100 and np.isfinite(len(found.words))
+
+
+@pytest.mark.parametrize(
+    "step", ["dedup(0.95)", 'dedup("auto")', 'dedup(0.9, keep="near")', 'dedup(0.9, rule="greedy")']
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_dedups_threshold_is_told_as_select_would_come_to_it(tmp_path, step, first):
+    emb = write_embeddings(tmp_path / "emb", write_pool(tmp_path / "pool", ["a"], 120), dim=3)
+    cluster(emb, str(tmp_path / "clu"), ClusterOptions(k=2), QUIET)
+    steps = (step, "sample(9)") if first else ("sample(100)", step)
+    select(str(tmp_path / "clu"), str(tmp_path / "sel"), SelectOptions(steps=steps), QUIET)
+    funnel = store.load_json(str(tmp_path / "sel" / "funnel.json"))
+    control = next(figure["control"] for figure in movable.figures(funnel))
+    again = [
+        *control["before"],
+        control["head"] + control["names"][control["high"]] + control["tail"],
+        *control["after"],
+    ]
+    select(str(tmp_path / "clu"), str(tmp_path / "again"), SelectOptions(steps=tuple(again)), QUIET)
+    found = store.load_json(str(tmp_path / "again" / "funnel.json"))
+    assert found["steps"][0]["kept"] == control["stay"]
+    [its] = [s for s in funnel["steps"] if s["text"] == step]
+    assert bool(control["note"]) == (control["step"] is not None and its["kept"] != control["stay"])
