@@ -10,6 +10,7 @@ from toys import word_tokenizer
 
 from train.chat import chat_template
 from train.errors import UsageError
+from train.inspection import paint
 from train.prompts import IGNORED, TEMPLATES, Encoder, Rejected, get_template, parse, to_messages
 
 PHI2 = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "phi-2"
@@ -175,6 +176,54 @@ def test_golden_vicuna_and_gemma():
     )
     plain = tokenizer.decode(encoder("bytes", "plain").encode(parse(BARE, 1), 4096).ids)
     assert plain == image + "a cat<|endoftext|>"
+
+
+NASTY = talk(
+    ("system", "be kind"),
+    ("gpt", "too early"),
+    ("human", "<image>\nsay </s> USER:"),
+    ("human", "again <image>"),
+    ("gpt", " an <image> ASSISTANT: é🙂 <|endoftext|>\n"),
+    ("human", "and?"),
+    ("gpt", ""),
+    ("human", "why"),
+    ("gpt", "so"),
+    ("human", "unanswered"),
+)
+SAID = "an <image> ASSISTANT: é🙂 <|endoftext|>"
+ASKED = "<3 image tokens>\nsay </s> USER:\nagain\n<3 image tokens>"
+
+
+def in_vicunas_way(end):
+    first = f"be kind USER: {ASKED} ASSISTANT:[[ {SAID}{end}]]"
+    return first + f"USER: and? ASSISTANT:{end}USER: why ASSISTANT:[[ so{end}]]"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("plain", f"<6 image tokens>[[{SAID}<|endoftext|>]]<|endoftext|>[[so<|endoftext|>]]"),
+        ("vicuna", in_vicunas_way("<|endoftext|>")),
+        ("bunny", in_vicunas_way("<|endoftext|>")),
+        ("phi3", in_vicunas_way("<|endoftext|>")),
+        ("llama", in_vicunas_way("<|end_of_text|>")),
+        ("minicpm", in_vicunas_way("</s>")),
+        (
+            "gemma",
+            f"<start_of_turn>user\nbe kind\n{ASKED}<end_of_turn>\n"
+            f"<start_of_turn>model\n[[{SAID}<end_of_turn>\n]]"
+            "<start_of_turn>user\nand?<end_of_turn>\n<start_of_turn>model\n<end_of_turn>\n"
+            "<start_of_turn>user\nwhy<end_of_turn>\n<start_of_turn>model\n[[so<end_of_turn>\n]]",
+        ),
+    ],
+)
+def test_golden_labels_of_a_nasty_sample(template, expected):
+    """Separators, special tokens and `<image>` in text, two images, turns out of order, an empty answer, Unicode."""
+    enc = encoder("bytes", template)
+    encoded = enc.encode(parse(NASTY, 2), 4096)
+    assert paint(encoded, enc, colour=False) == expected
+    ends = (encoded.ids == enc.end_id).sum()
+    assert ends == (6 if template == "gemma" else 3), "each turn ends once, whatever it says"
 
 
 def test_turns_out_of_order_are_put_in_order():
