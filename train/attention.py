@@ -82,10 +82,10 @@ def attend(
         return out, None
     if query.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and not options.get("dropout"):
         return _varlen(query, key, value, attention_mask, sliding_window, options.get("scaling")), None
+    lengths = [b - a for a, b in pairwise(attention_mask.edges)]
     parts = []
-    for a, b in pairwise(attention_mask.edges):
-        window = _window(b - a, sliding_window, query.device)
-        part = (tensor[:, :, a:b] for tensor in (query, key, value))
+    for part in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):  # type: ignore[no-untyped-call]
+        window = _window(part[0].shape[2], sliding_window, query.device)
         parts.append(sdpa_attention_forward(module, *part, window, **options)[0])
     return torch.cat(parts, dim=1), None
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from train import workload
 from train.batches import Batch, Collator, Plan, Rows
 from train.config import Config, Model, Stage
-from train.data import measure, open_source
+from train.data import open_source
 from train.loop import Training, out_of_memory
+from train.measuring import measure
 from train.model import compose, hidden_states, prepare, tower_features
 from train.place import Place
 from train.stages import make_encoder
@@ -34,6 +35,7 @@ from train.tower import make_image_processor
 MICRO_BATCH = 8  # per device in Bunny's scripts, in both stages
 LAYERS, WIDTH, HEADS, VOCABULARY = 6, 256, 4, 1024  # the head is 5 % of a pass, as Phi-2's
 TOWER_LAYERS, TOWER_WIDTH = 3, 160  # 12 % of a pass, as CLIP-L/336's beside Phi-2
+SMALL_PASS = 2048  # tokens; what a processor's cache likes
 Kind = Literal["reference", "ours"]
 log = logging.getLogger("train")
 
@@ -84,7 +86,8 @@ def bench(config: Config | None, steps: int, batch_size: int) -> dict[str, Any]:
             stage = dataclasses.replace(
                 stage, steps=steps, batch_size=size, lora_dropout=0.0, save_every=steps, clip=1.0
             )
-            stage = stage if config else dataclasses.replace(stage, lora_rank=16, lora_alpha=32)
+            if config is None:
+                stage = dataclasses.replace(stage, lora_rank=16, lora_alpha=32, micro_tokens=SMALL_PASS)
             runs: dict[Kind, dict[str, Any]] = {}
             for kind in ("reference", "ours"):
                 out = folder / stage_name / kind

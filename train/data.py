@@ -336,23 +336,6 @@ class Measured:
         return np.flatnonzero(self.lengths)
 
 
-def measure(source: Source, encoder: Encoder, max_length: int) -> Measured:
-    """Encode every sample once, without its pixels."""
-    n = len(source)
-    out = Measured(np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32), 0, {})
-    for index in range(n):
-        try:
-            _, encoded = encode(source, encoder, index, max_length)
-        except Rejected as reason:
-            out.reasons[index] = str(reason)
-            continue
-        out.lengths[index] = len(encoded.ids)
-        out.supervised[index] = int((encoded.labels[1:] >= 0).sum())
-        out.images[index] = encoded.num_images
-        out.num_truncated += encoded.truncated
-    return out
-
-
 def check_bad(source: Source, reasons: dict[int, str], max_share: float) -> None:
     """Stop when more than `max_share` of the samples cannot be used, and they are more than a few or half of them.
 

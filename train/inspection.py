@@ -9,9 +9,10 @@ import numpy as np
 
 from train.batches import Plan
 from train.config import Config, Stage
-from train.data import encode, measure, open_source
+from train.data import encode, open_source
 from train.errors import DataError
 from train.language import load_tokenizer
+from train.measuring import measure
 from train.prompts import Encoded, Encoder, Rejected
 from train.stages import stage_template
 from train.tower import describe_tower

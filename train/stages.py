@@ -16,11 +16,12 @@ from train import checkpoint, sharding
 from train.batches import Collator, Plan
 from train.chat import chat_template
 from train.config import Config, Model, Stage
-from train.data import Measured, Source, check_bad, measure, open_source
+from train.data import Measured, Source, check_bad, open_source
 from train.errors import DataError, TrainError, UsageError
 from train.features import cache_features
 from train.loop import Training, out_of_memory
 from train.losses import SampleLosses
+from train.measuring import measure_once
 from train.model import Composed, compose, lora_config, lora_targets, prepare
 from train.place import Place
 from train.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
@@ -150,7 +151,7 @@ def _assemble(
     encoder = make_encoder(composed, config.model, stage)
     check_parity(source, encoder)
     max_length = config.model.max_length
-    measured = measure(source, encoder, max_length)
+    measured = measure_once(source, encoder, max_length, out, place)
     check_bad(source, measured.reasons, stage.max_bad_share)
     plan = Plan(measured, stage)
     trainable = prepare(composed, stage)

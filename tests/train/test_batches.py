@@ -9,7 +9,8 @@ from toys import word_tokenizer
 
 from train.batches import Collator, Plan, pack, pack_evenly, pad_alike
 from train.config import Stage
-from train.data import measure, open_source
+from train.data import open_source
+from train.measuring import measure
 from train.prompts import Encoder, get_template
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=40)

@@ -9,7 +9,8 @@ from train import workload
 from train.batches import Plan
 from train.bench import Padded, bench, table
 from train.config import Model, Stage
-from train.data import Measured, measure, open_source
+from train.data import Measured, open_source
+from train.measuring import measure
 from train.model import load_tokenizer
 from train.prompts import Encoder, get_template
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from toys import add, picture, word_tokenizer, write_json, write_mixed
 
-from train.data import check_bad, decode_image, encode, measure, open_source
+from train.data import check_bad, decode_image, encode, open_source
 from train.errors import DataError, UsageError
+from train.measuring import measure
 from train.prompts import Encoder, Rejected, get_template
 
 
@@ -147,3 +148,25 @@ def test_nothing_to_read_is_said(tmp_path, make, word):
         (tmp_path / file).write_text(text)
     with pytest.raises(UsageError, match=word):
         open_source(str(make(tmp_path)))
+
+
+def test_measuring_in_workers_is_measuring(world, encoder, monkeypatch, tmp_path):
+    import torch
+
+    from train import measuring
+    from train.place import Place
+
+    monkeypatch.setattr(measuring, "SPAN", 7)
+    source = open_source(str(world / "mixed"))
+    one = measure(source, encoder, 64)
+    assert one.lengths.all() and len(one.lengths) == 40
+    one.reasons[3] = "bad_json"
+    place = Place(torch.device("cpu"), torch.float32, 0, 1, "")
+    measuring._write(one, tmp_path / ".measured.npz")
+    for other in (measure(source, encoder, 64, workers=2), measuring.measure_once(source, None, 64, tmp_path, place)):
+        for name in ("lengths", "supervised", "images", "num_truncated"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+    assert other.reasons == {3: "bad_json"}, "what an interrupted run measured is read"
+    (tmp_path / ".measured.npz").write_bytes(b"PK torn")
+    again = measuring.measure_once(source, encoder, 64, tmp_path, place)
+    assert not again.reasons and np.array_equal(again.lengths, one.lengths)

@@ -81,7 +81,8 @@ def test_the_loss_is_transformers_own(world, tmp_path):
     """The first loss, recomputed with the native class, padded batch and labels at every position."""
     run(world, tmp_path / "run", "align.steps=1", stage="align", data="captions")
     from train.batches import Collator, Plan
-    from train.data import encode, measure, open_source
+    from train.data import encode, open_source
+    from train.measuring import measure
     from train.model import compose, normalise
     from train.stages import make_encoder
     from train.tower import make_image_processor
