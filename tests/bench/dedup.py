@@ -9,8 +9,8 @@ The baseline does the work of SemDeDup's published code, written from its descri
     dedup   for each cluster: load that array; fetch the rows again; the full n x n product in f32, its diagonal zeroed,
             its upper triangle, each column's highest value; for each threshold a column of verdicts; pickle them
 
-It has data frames where this has plain arrays, which are faster. Left out of it: starting jobs, computing the clusters,
-and writing the lists of what stays. Ours is what `curate
+Its data frames are pandas' where that is installed, else plain arrays, which are faster; the result says which. Left
+out of it: starting jobs, computing the clusters, and writing the lists of what stays. Ours is what `curate
 cluster` does (relating the rows of each cluster, every threshold above the floor at once, and writing the edges), then
 for each threshold what `dedup(threshold, keep="far", rule="semdedup")` does. Two more lines bound both from below: a
 bare loop (one scan, one product, triangle and maximum per cluster, one threshold, nothing stored) and the f32 products
@@ -45,13 +45,27 @@ def clock(work):
     return made, {"wall_s": round(time.perf_counter() - wall, 3), "cpu_s": round(time.process_time() - cpu, 3)}
 
 
+def frames():
+    """Return pandas, or None where it is not installed."""
+    try:
+        import pandas
+    except ImportError:
+        return None
+    return pandas
+
+
 def sort_clusters(memory, names, nearest, centroids, folder):
     """Write each cluster's rows, farthest from the centroid first, as SemDeDup's first loop does."""
     import torch
 
     distances = np.zeros(len(memory), np.float32)
+    pandas = frames()
+    frame = pandas and pandas.DataFrame({"row": np.arange(len(memory)), "nearest": nearest})
     for number in range(len(centroids)):
-        rows = np.flatnonzero(nearest == number).tolist()
+        if pandas:
+            rows = list(frame.loc[frame["nearest"] == number].index)
+        else:
+            rows = np.flatnonzero(nearest == number).tolist()
         cosine = torch.nn.CosineSimilarity(dim=1)(torch.Tensor(memory[rows]), torch.Tensor(centroids[number])[None])
         distance = (1 - cosine).tolist()
         distances[rows] = distance
@@ -64,12 +78,13 @@ def dedup_clusters(memory, k, folder):
     """Judge each cluster's rows at every threshold, as SemDeDup's second loop does. Returns the rows that go."""
     import torch
 
-    gone = {threshold: [] for threshold in THRESHOLDS}
+    gone, pandas = {threshold: [] for threshold in THRESHOLDS}, frames()
     for number in range(k):
         listed = np.load(folder / f"sorted-{number}.npy")
         if not len(listed):
             continue
         verdicts = {"indices": list(range(len(listed)))}
+        verdicts = pandas.DataFrame(verdicts) if pandas else verdicts
         rows = listed[:, 1].astype(np.int64)
         x = torch.from_numpy(memory[rows])
         similarity = x @ x.T
@@ -190,6 +205,7 @@ def main():
         **same,
         "thresholds": len(THRESHOLDS),
         "largest_cluster": int(np.bincount(nearest).max()),
+        "data_frames": "pandas" if frames() else "plain arrays",
         "screened_in": "int8" if products.has_int8() else "f32",
         **median,
         "times_faster_than_semdedup": round((cpu["sort"] + cpu["dedup"]) / ours, 2),
@@ -198,7 +214,7 @@ def main():
         "relate_to_products": round(cpu["relate"] / cpu["products_alone"], 2),
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
-        "versions": store.versions("torch", "numpy", "scipy"),
+        "versions": store.versions("torch", "numpy", "scipy", "pandas"),
     }
     print(json.dumps(found, indent=1))
 
