@@ -5,6 +5,7 @@ NAME := $(basename $(notdir $(PIPELINE)))
 OUT ?= out/$(NAME)
 POOL ?=
 RECIPE ?=
+ABLATION ?= ablation_demo
 SET ?=
 OVERWRITE ?=
 PY := .venv/bin/python
@@ -12,7 +13,7 @@ READY := .venv/.ready
 RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install coreset train eval test lint format bench picture clean
+.PHONY: help install coreset train eval test lint format ablation bench picture clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -46,6 +47,9 @@ lint: $(READY) ## ruff and mypy
 format: $(READY) ## rewrite the code in the house's format
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+ablation: $(READY) ## train on what recipes keep and compare; ABLATION=ablation_smoke is small, ablation_bar the default's bar
+	OMP_NUM_THREADS=1 .venv/bin/curate run $(ABLATION) $(if $(POOL),--pool '$(POOL)') $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
 
 bench: $(READY) ## measure every stage against its floor in one run
 	$(PY) -m tests.bench

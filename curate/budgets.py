@@ -12,7 +12,8 @@ from curate.errors import UsageError, unknown
 from curate.frame import CLUSTER_FIRST, Count, Frame, Group, Keep, Levels, Verdict, shortage
 from curate.quotas import position_in_group, water_fill, water_fill_tree
 
-KEEPS = ("near", "far", "random", "max:COLUMN", "min:COLUMN")
+KEEPS = ("near", "far", "random", "max:COLUMN", "min:COLUMN", "better:COLUMN")
+TENTHS = 10
 
 
 def sample(frame: Frame, number: int, n: Count, seed: int | None = None) -> Verdict:
@@ -27,7 +28,9 @@ def sample(frame: Frame, number: int, n: Count, seed: int | None = None) -> Verd
 def balance(frame: Frame, number: int, column: Group, n: Count, keep: Keep = "random") -> Verdict:
     """Keep exactly n rows, as evenly over the groups as their sizes allow (water-filling), at random inside each.
 
-    keep: inside a group rather those with the highest `max:column` or lowest `min:column`, or `near` the centroid.
+    keep: inside a group rather those with the highest `max:column` or lowest `min:column`, or `near` the centroid;
+    `better:column` takes from the group's highest tenth at random, then from the next, and so on: better rows, and not
+    the extremes alone, among which are pictures that show their own caption.
     """
     rows = np.flatnonzero(frame.alive)
     names, place, sizes = np.unique(frame.group(column)[rows], return_inverse=True, return_counts=True)
@@ -71,7 +74,7 @@ def _fill(
 ) -> Verdict:
     """Keep of each group its quota, by preference; the rest come next level by level."""
     rows, place, quotas = shared
-    order = preference(frame, keep, number)[rows]
+    order = _preference_in_group(frame, keep, number, rows, place)
     position = position_in_group(place, order)
     left = position >= quotas[place]
     whole = int((np.bincount(place, minlength=len(quotas)) <= quotas).sum())
@@ -82,13 +85,25 @@ def _fill(
     )
 
 
+def _preference_in_group(frame: Frame, keep: str, number: int, rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return a number for each of the rows, the smallest of a group being the one to keep; groups: i64 from 0."""
+    better, _, column = keep.partition(":")
+    if better != "better" or not column:
+        return np.asarray(preference(frame, keep, number)[rows])
+    values = frame.column(column)[rows]
+    position = position_in_group(groups, np.where(np.isnan(values), np.inf, -values))
+    tenth = np.floor(position * TENTHS / np.bincount(groups)[groups])
+    return np.asarray(tenth + frame.random(number)[rows])
+
+
 def cap(frame: Frame, number: int, column: Group, n: int, keep: Keep = "random") -> Verdict:
     """Keep at most n rows of each group: at random, or those with the highest `max:column` or lowest `min:column`."""
     if n < 1:
         raise UsageError(f"cap({column}, {n}): at least one row of a group must stay.")
     rows = np.flatnonzero(frame.alive)
     groups = np.unique(frame.group(column)[rows], return_inverse=True)[1]
-    return Verdict(frame.mask(rows[position_in_group(groups, preference(frame, keep, number)[rows]) < n]))
+    order = _preference_in_group(frame, keep, number, rows, groups)
+    return Verdict(frame.mask(rows[position_in_group(groups, order) < n]))
 
 
 def preference(frame: Frame, keep: str, number: int) -> np.ndarray:

@@ -431,6 +431,12 @@ def run(
         return
     plan = pipelines.load(pipeline, out or None, pool=pool or None, recipe=recipe or None, settings=settings or [])
     job = _job(workers, engine, overwrite=overwrite)
+    if "ablation" in plan.tables:
+        from curate.ablation import command
+
+        if not command(plan, job, only, dry_run=dry_run, as_json=as_json, echo=typer.echo):
+            raise typer.Exit(1)
+        return
     if dry_run:
         from curate.estimate import lines
 

@@ -265,14 +265,22 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run_stage(label: str, task: Task, items: Sequence[Hashable], job: Job, *, workers: int | None = None) -> Outcome:
+def run_stage(
+    label: str,
+    task: Task,
+    items: Sequence[Hashable],
+    job: Job,
+    *,
+    workers: int | None = None,
+    unit: str = "shards",
+) -> Outcome:
     """Run a task over the items with a progress line on stderr (items, rows, rows/s, failed, ETA), and collect it.
 
     workers: overrides the job's number where the stage knows better.
     """
     outcome, started = Outcome(), time.perf_counter()
     count = workers if workers is not None else job.workers or (job.gpus or cores())
-    line = Progress(label, len(items), quiet=job.quiet)
+    line = Progress(label, len(items), unit=unit, quiet=job.quiet)
     for report in run(task, items, engine=job.engine, workers=count, gpus=job.gpus):
         if report.error is not None:
             outcome.failed[report.item] = report.error

@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pipelines
 from curate import options, paths
 from curate.engine import Job
 from curate.errors import ContractError, CurateError, UsageError, unknown
+
+if TYPE_CHECKING:
+    from curate import store
 
 CORESET = ("demo", "import", "embed", "cluster", "select", "emit", "report")
 TRAIN = ("mix", "align", "finetune", "export", "eval")
@@ -42,7 +45,7 @@ PLACES = {
     "eval": "eval",
 }
 TRAINER = ("model", "align", "finetune", "export", "eval", "generate")
-TABLES = ("about", "pool", "data", *CORESET, "mix", *TRAINER)
+TABLES = ("about", "pool", "data", *CORESET, "mix", *TRAINER, "ablation")
 DATA_KEYS = ("align", "finetune", "eval", "eval_images", "eval_tasks", "eval_root")
 BESIDE = {"import": ("source",), "select": ("compare",), "emit": ("also",)}
 
@@ -71,16 +74,20 @@ Echo = Callable[[str], None]
 
 @dataclass
 class Pipeline:
-    """A parsed pipeline. tables: the TOML's, with `--set` applied and `{here}` filled in."""
+    """A parsed pipeline. tables: the TOML's, with `--set` applied and `{here}` filled in.
+
+    places: where a stage's output lies, where that is not its own place under `out`.
+    """
 
     path: Path
     out: str
     tables: dict[str, Any]
     settings: list[str] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
 
     def place(self, stage: str) -> str:
         """Locate a stage's output."""
-        return paths.join(self.out, PLACES[stage])
+        return self.places.get(stage) or paths.join(self.out, PLACES[stage])
 
     @property
     def pool(self) -> str:
@@ -130,7 +137,10 @@ def load(
         tables.setdefault("select", {})
         tables["select"] = {key: value for key, value in tables["select"].items() if key not in ("steps", "compare")}
         tables["select"]["recipe"] = recipe
-    tables = pipelines.fill(tables, {"{here}": str(path.parent.resolve()), "{out}": place})
+    words = {"{here}": str(path.parent.resolve())}
+    if "ablation" not in tables:  # its trials have places of their own
+        words["{out}"] = place
+    tables = pipelines.fill(tables, words)
     for table in tables:
         if table not in TABLES:
             raise unknown(f"table of {path.name}", table, TABLES)
@@ -270,7 +280,7 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
             made[label] = manifest
             echo(describe(stage, manifest))
             if stage == "select":
-                _tell_funnel(paths.join(pipeline.out, label), echo)
+                _tell_funnel(pipeline.place("select") + label.removeprefix("selection"), echo)
             if stage == "report" and "demo" in pipeline.tables:
                 _judge_demo(pipeline, echo)
     if "report" in pipeline.tables and any(stage in TRAINER for stage in pipeline.stages(only)):
@@ -302,23 +312,30 @@ def _tell_funnel(selection: str, echo: Echo) -> None:
 def _judge_demo(pipeline: Pipeline, echo: Echo) -> None:
     """Compare every selection with what was planted, print it and keep it in judgement.json."""
     from curate import store
-    from curate.demo import format_judgement, judge
+    from curate.demo import format_judgement
 
-    truth = store.table(paths.join(pipeline.place("demo"), "truth.arrow"))
     found = {}
     for name in paths.listdir(pipeline.out):
         if not name.startswith("selection") or not paths.exists(paths.join(pipeline.out, name, store.MANIFEST)):
             continue
         selection = store.open_input(paths.join(pipeline.out, name), "select")
-        rows = [selection.table(stem, ["key", "kept", "dropped_by"]).to_pydict() for stem in selection.stems]
-        keys, kept, dropped_by = ([v for part in rows for v in part[name]] for name in ("key", "kept", "dropped_by"))
         label = str(selection.manifest["options"].get("recipe") or "steps")
-        found[label] = judge(keys, kept, dropped_by, truth)
+        found[label] = judge_selection(selection, pipeline.place("demo"))
         whole = format_judgement(found[label])
         told = whole if name == "selection" else "\n".join(whole.splitlines()[-2:])
         echo(f"\nWhat the recipe `{label}` made of the planted faults:\n{told}")
     store.save_json(paths.join(pipeline.out, "judgement.json"), found)
     echo(f"\nThe coreset is in {pipeline.place('emit')}, the page to look at is {pipeline.place('report')}")
+
+
+def judge_selection(selection: "store.Artefact", demo: str) -> dict[str, Any]:
+    """Compare a selection with the truth of the demo that it was made from; see `curate.demo.judge`."""
+    from curate import store
+    from curate.demo import judge
+
+    rows = [selection.table(stem, ["key", "kept", "dropped_by"]).to_pydict() for stem in selection.stems]
+    keys, kept, dropped_by = ([v for part in rows for v in part[name]] for name in ("key", "kept", "dropped_by"))
+    return judge(keys, kept, dropped_by, store.table(paths.join(demo, "truth.arrow")))
 
 
 def _curation(pipeline: Pipeline, stage: str, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -361,10 +378,10 @@ def _selections(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, A
 
     source = pipeline.place("cluster" if "cluster" in pipeline.tables else "embed")
     for recipe in (None, *pipeline.tables["select"].get("compare", [])):
-        label = "selection" if recipe is None else f"selection-{re.sub(r'[^0-9A-Za-z]+', '-', recipe).strip('-')}"
+        suffix = "" if recipe is None else f"-{re.sub(r'[^0-9A-Za-z]+', '-', recipe).strip('-')}"
         chosen = stage_options(pipeline, "select", **({} if recipe is None else {"recipe": recipe}))
-        target = paths.join(pipeline.out, label)
-        yield label, _fresh(job, partial(select, source, target, chosen))
+        target = pipeline.place("select") + suffix
+        yield f"selection{suffix}", _fresh(job, partial(select, source, target, chosen))
 
 
 def _emissions(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:

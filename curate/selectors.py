@@ -17,6 +17,8 @@ from curate.errors import UsageError, unknown
 from curate.frame import AUTO, CLUSTER_FIRST, Count, Frame, Group, Keep, Share, Threshold, Verdict
 from curate.ranks import descending, value_range
 
+SURELY, ROOM = 2.0, 1.5  # of the mismatched share, and of the budget: see mismatch
+
 
 def dedup(
     frame: Frame, number: int, threshold: Threshold = 0.86, keep: Keep = "middle", rule: str = "components"
@@ -54,11 +56,12 @@ def _compared(frame: Frame, threshold: float) -> dict[str, Any]:
     return {"pairs_compared": levels[-1]["found"]} if levels and levels[-1]["pairs"] else {}
 
 
-def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 0.0, budget: Count = 0) -> Verdict:
+def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 3.0, budget: Count = 0) -> Verdict:
     """Drop the lowest clip_scores: `factor` times the share of mismatched pairs, estimated from shuffled pairs.
 
-    factor 0: 2 where the budget is a small part of the pool, falling to 1.25 where half of it is wanted. Never drops so
-    many that fewer than the budget stay.
+    With a budget, what lies beyond twice the share goes only while half as many again as the budget stay, so that later
+    steps can choose, and never so many that fewer than the budget do. The numbers were chosen on toy pools, whose
+    selector overlaps clean and faulty pairs (pipelines/LOG.md); where nothing looks mismatched, nothing is dropped.
     """
     scores = frame.column("clip_score")
     rows = np.flatnonzero(frame.alive)
@@ -68,20 +71,11 @@ def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 0.0
         if frame.shuffled is None:
             raise UsageError("mismatch() needs the scores of shuffled pairs; there are none here.", CLUSTER_FIRST)
         share, facts = evidence.mismatch_share(scores[known], np.asarray(frame.shuffled))
-    wanted = frame.count(budget)
-    factor = factor or budget_factor(wanted / max(1, len(rows)))
-    drop = max(0, min(round(factor * share * len(rows)), len(rows) - wanted))
+    wanted, size = frame.count(budget), len(rows)
+    surely = round(min(factor, SURELY) * share * size)
+    drop = max(0, min(round(factor * share * size), max(surely, size - round(ROOM * wanted)), size - wanted))
     chosen = descending(scores, frame.alive)[: len(rows) - drop]
     return Verdict(frame.mask(chosen), {"share": share, "factor": factor, **facts, **value_range(scores, chosen)})
-
-
-def budget_factor(share: float) -> float:
-    """Choose how many times the mismatch share to drop: 2 up to a budget of 2 %, 1.25 from 50 % on, log-linear between.
-
-    The two ends were measured on toy worlds only (2 % of 20,000; "most of the pool wanted").
-    """
-    position = np.log(np.clip(share, 0.02, 0.5) / 0.02) / np.log(0.5 / 0.02)
-    return float(2 - 0.75 * position)
 
 
 def placeholders(

@@ -41,7 +41,7 @@ def test_the_dry_run_tells_and_does_nothing(plan, tmp_path):
 def test_a_second_run_does_nothing_and_another_recipe_only_what_it_must(plan, tmp_path):
     out = tmp_path / "out"
     first = curate("run", plan, "--out", out)
-    assert "balance(cluster, 100)" in first.stdout and (out / "selection-random" / "funnel.json").exists()
+    assert "balance(cluster, 100, keep=" in first.stdout and (out / "selection-random" / "funnel.json").exists()
     before = fingerprint(out)
     assert curate("run", plan, "--out", out).stderr == "" and fingerprint(out) == before
     refused = curate("run", plan, "--out", out, "--recipe", "laion", check=False)

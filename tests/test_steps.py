@@ -9,7 +9,7 @@ from curate import evidence, recipes, steps
 from curate.errors import UsageError
 from curate.frame import Frame
 from curate.quotas import water_fill, water_fill_tree, weighted_fill
-from curate.selectors import STEPS, budget_factor
+from curate.selectors import STEPS
 
 
 def frame_of(n=100, seed=0, good=None, **columns):
@@ -166,10 +166,28 @@ def test_mismatch_drops_the_lowest_scores_but_never_eats_the_budget():
     scores = np.arange(n, dtype=float)
     assert np.flatnonzero(run(frame_of(n, clip_score=scores), "mismatch(0.1, factor=1.5)")).min() == 150
     assert run(frame_of(n, clip_score=scores), "mismatch(0.1, factor=1.5, budget=990)").sum() == 990
-    assert run(frame_of(n, clip_score=scores), 'mismatch(0.1, budget="2%")').sum() == 800
-    assert run(frame_of(n, clip_score=scores), "mismatch(0.1, budget=500)").sum() == 875
-    factors = [budget_factor(share) for share in (0.001, 0.02, 0.1, 0.3, 0.5, 1)]
-    assert factors == sorted(factors, reverse=True) and factors[0] == factors[1] == 2 and factors[-1] == 1.25
+    assert run(frame_of(n, clip_score=scores), 'mismatch(0.1, budget="2%")').sum() == 700
+    assert run(frame_of(n, clip_score=scores), "mismatch(0.1, budget=500)").sum() == 750  # room to choose from
+    assert run(frame_of(n, clip_score=scores), "mismatch(0.1, budget=700)").sum() == 800  # twice the share goes surely
+    assert run(frame_of(n, clip_score=scores), "mismatch(0.1, budget=900)").sum() == 900
+    assert run(frame_of(n, clip_score=scores), "mismatch(0.1)").sum() == 700
+
+
+def test_better_rows_come_first_by_tenths_of_their_group_at_random_inside_each():
+    """Of 40 and of 20 rows 6 each: the 4 of the first tenth and 2 of the next, and the 2, 2 and 2 of three tenths."""
+    n, group = 60, np.repeat([0, 1], [40, 20])
+    step = 'balance(cluster, 12, keep="better:clip_score")'
+    scores = np.random.default_rng(3).permutation(n).astype(float)
+    scores[7] = np.nan
+    drawn = set()
+    for seed in range(20):
+        kept = run(frame_of(n, seed=seed, clip_score=scores, cluster=group), step)
+        for which, size, expected in ((0, 40, (4, 2, 0)), (1, 20, (2, 2, 2))):
+            ranks = np.argsort(np.argsort(-np.nan_to_num(scores[group == which], nan=-1)))
+            tenths = ranks[kept[group == which]] // (size // 10)
+            assert tuple(np.bincount(tenths, minlength=3)) == expected
+        drawn.add(tuple(np.flatnonzero(kept)))
+    assert len(drawn) > 1
 
 
 def linked(rng, n, copies, split=0.95):

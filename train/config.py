@@ -128,7 +128,20 @@ class Config:
 
 
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
-NEIGHBOURS = ("about", "demo", "pool", "data", "import", "embed", "cluster", "select", "emit", "report", "mix")
+NEIGHBOURS = (
+    "about",
+    "demo",
+    "pool",
+    "data",
+    "import",
+    "embed",
+    "cluster",
+    "select",
+    "emit",
+    "report",
+    "mix",
+    "ablation",
+)
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
