@@ -10,6 +10,7 @@ machine: the fit's (sample x k x iterations), the assignment's (rows x k) and th
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -17,7 +18,9 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -32,48 +35,57 @@ SHARD = 100_000
 CLOUDS = 2_000
 
 
-def draw(folder, rows, dim):
-    """Write the embeddings, shard by shard."""
+def draw(folder, rows, dim, workers):
+    """Write the embeddings, shard by shard, in several processes."""
+    output = store.open_output(str(folder), "embed", {"rows": rows, "dim": dim}, {})
+    firsts = range(0, rows, SHARD)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        drawn = pool.map(
+            draw_shard, repeat(str(folder)), firsts, (min(SHARD, rows - first) for first in firsts), repeat(dim)
+        )
+        shards = dict(drawn)
+    output.finish(shards=shards, counts={})
+
+
+def draw_shard(folder, first, n, dim):
+    """Write one shard. Returns its stem and its facts."""
     spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)  # falls as that of image embeddings does
     centers = np.random.default_rng(0).standard_normal((CLOUDS, dim), np.float32) * spectrum
     weights = 1 / np.arange(1, CLOUDS + 1) ** 0.7
-    output = store.open_output(str(folder), "embed", {"rows": rows, "dim": dim}, {})
-    schema, shards = store.embedding_schema(dim), {}
     names = list(store.STATUSES)
-    for first in range(0, rows, SHARD):
-        rng, n = np.random.default_rng([1, first]), min(SHARD, rows - first)
-        cloud = rng.choice(CLOUDS, n, p=weights / weights.sum())
-        image = centers[cloud] + 0.5 * spectrum * rng.standard_normal((n, dim), np.float32)
-        copy = np.flatnonzero(rng.random(n) < 0.15)
-        origin = rng.integers(0, n // 10, len(copy))
-        image[copy] = image[origin] + 0.05 * spectrum * rng.standard_normal((len(copy), dim), np.float32)
-        image /= np.linalg.norm(image, axis=1, keepdims=True)
-        text = image + 0.04 * rng.standard_normal((n, dim), np.float32)
-        text /= np.linalg.norm(text, axis=1, keepdims=True)
-        phash = rng.integers(0, 1 << 63, n, dtype=np.uint64)
-        phash[copy] = phash[origin]
-        ok = rng.random(n) > 0.01
-        batch = pa.record_batch(
-            [
-                pa.array([f"{row:09d}" for row in range(first, first + n)]),
-                pa.array([row.to_bytes(16, "little") for row in range(first, first + n)], pa.binary(16)),
-                pa.array(phash, mask=~ok),
-                store.label_codes(np.where(ok, 0, names.index("decode_error")), names),
-                store.vector_column(image.astype(np.float16), ok),
-                store.vector_column(text.astype(np.float16), ok),
-                pa.array((image * text).sum(axis=1), mask=~ok),
-                pa.array(["a caption"] * n),
-                pa.array(np.full(n, 224), pa.int32()),
-                pa.array(np.full(n, 224), pa.int32()),
-                pa.nulls(n, pa.string()),
-            ],
-            schema=schema,
-        )
-        stem = f"{first // SHARD:05d}"
-        store.write_table(output.path(f"{stem}.arrow"), schema, [batch])
-        shards[stem] = {"rows": n}
-        print(f"drawn {first + n:,} of {rows:,}", file=sys.stderr)
-    output.finish(shards=shards, counts={})
+    rng = np.random.default_rng([1, first])
+    cloud = rng.choice(CLOUDS, n, p=weights / weights.sum())
+    image = centers[cloud] + 0.5 * spectrum * rng.standard_normal((n, dim), np.float32)
+    copy = np.flatnonzero(rng.random(n) < 0.15)
+    origin = rng.integers(0, n // 10, len(copy))
+    image[copy] = image[origin] + 0.05 * spectrum * rng.standard_normal((len(copy), dim), np.float32)
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    text = image + 0.04 * rng.standard_normal((n, dim), np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    phash = rng.integers(0, 1 << 63, n, dtype=np.uint64)
+    phash[copy] = phash[origin]
+    ok = rng.random(n) > 0.01
+    schema = store.embedding_schema(dim)
+    batch = pa.record_batch(
+        [
+            pa.array([f"{row:09d}" for row in range(first, first + n)]),
+            pa.array([row.to_bytes(16, "little") for row in range(first, first + n)], pa.binary(16)),
+            pa.array(phash, mask=~ok),
+            store.label_codes(np.where(ok, 0, names.index("decode_error")), names),
+            store.vector_column(image.astype(np.float16), ok),
+            store.vector_column(text.astype(np.float16), ok),
+            pa.array((image * text).sum(axis=1), mask=~ok),
+            pa.array(["a caption"] * n),
+            pa.array(np.full(n, 224), pa.int32()),
+            pa.array(np.full(n, 224), pa.int32()),
+            pa.nulls(n, pa.string()),
+        ],
+        schema=schema,
+    )
+    stem = f"{first // SHARD:05d}"
+    store.write_table(str(Path(folder) / f"{stem}.arrow"), schema, [batch])
+    print(f"drawn {first + n:,}", file=sys.stderr)
+    return stem, {"rows": n}
 
 
 def memory(pid):
@@ -142,7 +154,7 @@ def main():
     folder = Path(chosen.keep or tempfile.mkdtemp())
     emb, clu = folder / f"emb-{chosen.rows}-{chosen.dim}", folder / "clu"
     if not (emb / "manifest.json").exists():
-        draw(emb, chosen.rows, chosen.dim)
+        draw(emb, chosen.rows, chosen.dim, chosen.workers)
     for name in ("clu", "sel-1", "sel-2", "sel-3"):
         shutil.rmtree(folder / name, ignore_errors=True)
     workers = ["--workers", str(chosen.workers)]
