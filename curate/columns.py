@@ -45,6 +45,8 @@ class Pool:
             self.emb = found.source("embed", "import")
         except LookupError:
             raise UsageError(f"the embeddings under {found.directory} are not where its manifest says.") from None
+        if not self.emb.stems:
+            raise UsageError(f"{self.emb.directory} has no shard to select from.", "embed again: it says what failed")
         if self.clu is not None:
             store.check_aligned(self.emb, self.clu)
         self.bounds = np.cumsum([0, *self.emb.rows.values()])
@@ -221,8 +223,7 @@ class Pool:
 
     @cached_property
     def _schema(self) -> pa.Schema:
-        stems = self.emb.stems
-        return store.reader(self.emb.path(f"{stems[0]}.arrow")).schema if stems else store.embedding_schema(1)
+        return store.reader(self.emb.path(f"{self.emb.stems[0]}.arrow")).schema
 
     def listed(self, location: str) -> np.ndarray:
         """Say which rows' uids a DataComp subset file has, bool: the pool's own uids where it gave them.

@@ -257,3 +257,9 @@ def test_the_trainers_losses_are_a_column(pool, tmp_path):
         select(pool.path, str(tmp_path / "no"), options, QUIET)
     with pytest.raises(UsageError, match="unknown column 'loss'"):
         select(pool.path, str(tmp_path / "no"), SelectOptions(steps=("below(loss, 0.5)",)), QUIET)
+
+
+def test_embeddings_without_a_shard_are_refused(tmp_path):
+    store.open_output(str(tmp_path / "emb"), "embed", {}, {}).finish(shards={}, counts={})
+    with pytest.raises(UsageError, match="no shard to select from"):
+        select(str(tmp_path / "emb"), str(tmp_path / "sel"), SelectOptions(steps=("sample(1)",)), QUIET)
