@@ -51,9 +51,12 @@ def stored(name: str) -> str:
 
 def fit(value: Any, kind: str) -> Any:
     """Bring a value to its column's type; None where it does not fit."""
-    if kind == TEXT:
-        return None if value is None else records.usable_text(value if isinstance(value, str) else str(value))
-    return float(value) if isinstance(value, int | float) else None
+    try:
+        if kind == TEXT:
+            return None if value is None else records.usable_text(value if isinstance(value, str) else str(value))
+        return float(value) if isinstance(value, int | float) else None
+    except (OverflowError, RecursionError):  # a number of 400 digits, lists in lists in lists
+        return None
 
 
 def column_kinds(found: Sequence[shards.Shard], names: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,6 @@
+import io
 import json
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -6,13 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_clip
 from artefacts import members, picture, write_pool, write_selection
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from test_layouts import QUIET, write_source
 
-from curate import shards, store
+from curate import rows, shards, store
 from curate.embed import EmbedOptions, embed
 from curate.emit import EmitOptions, emit
 from curate.errors import UsageError
-from curate.extras import Captions, stored
+from curate.extras import NUMBER, TEXT, Captions, Extras, stored
 from curate.importing import ImportOptions, import_layout
 from house import REAL_DATA, curate
 
@@ -145,3 +149,37 @@ def test_nemo_curators_own_output_is_imported(tmp_path):
     found = store.table(str(tmp_path / "emb" / f"{stem}.arrow")).to_pylist()
     assert [row["key"] for row in found] == rows["image_id"]
     np.testing.assert_allclose([row["image_embedding"] for row in found], [[0.6, 0.8], [0, 1]], atol=1e-3)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("caption", "url", "score", "license")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.binary(max_size=200)
+    | st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES).map(lambda value: json.dumps(value).encode())
+)
+@example(b'{"score": 1%s}' % (b"0" * 400))
+@example(b'{"score": 1e999, "caption": NaN}')
+@example(b'{"license": %s1%s}' % (b"[" * 900, b"]" * 900))
+@example(b'{"caption": "\\ud800", "url": "\\ud800"}')
+@example(b"[" * 100_000)
+def test_no_json_of_a_sample_ever_crashes_or_loses_its_row(blob):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in (("a.jpg", picture(0)), ("a.json", blob)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    [sample] = shards.read_index(file).samples
+    row, image = rows.read_row(file, sample, 10_000, Extras({"score": NUMBER, "license": TEXT}))
+    assert row["key"] == "a" and row["status"] in store.STATUSES
+    assert (row["status"] == "ok") == (row["caption"] is not None) and image is not None
+    kinds = {"caption": pa.string(), "url": pa.string(), "score": pa.float64(), "license": pa.string()}
+    for field, kind in kinds.items():
+        pa.array([row[field]], kind)
