@@ -1,9 +1,10 @@
 """Cluster and select on a pool larger than memory should hold: time, peak memory, and the products that it needs.
 
-    python tests/bench/scale.py [--rows 1000000] [--dim 512] [--k 1000] [--workers 2] [--keep DIR]
+    python tests/bench/scale.py [--rows 1000000] [--dim 512] [--k 1000] [--floor 0.90] [--workers 2] [--keep DIR]
 
-Draws f16 embeddings from a mixture of 2,000 clouds with 15 % near-duplicates onto disk, then runs `curate cluster` and
-two selections, each in a process of its own. Memory is sampled: what the processes own (anonymous), and all that they
+Draws f16 embeddings from a mixture of 2,000 clouds with 15 % near-duplicates onto disk (two rows of a cloud have a
+cosine of 0.80, so the floor is above that: at 0.80 half of all pairs would be edges), then runs `curate cluster` and
+three selections, each in a process of its own. Memory is sampled: what the processes own (anonymous), and all that they
 map, of which the file pages can be dropped at any time. The bare products are timed in the same run on the same
 machine: the fit's (sample x k x iterations), the assignment's (rows x k) and the pairs' of every cluster.
 """
@@ -148,6 +149,7 @@ def main():
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--k", type=int, default=1_000)
+    parser.add_argument("--floor", type=float, default=0.90)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--keep", help="folder for the data; drawn once, kept")
     chosen = parser.parse_args()
@@ -157,10 +159,11 @@ def main():
         draw(emb, chosen.rows, chosen.dim, chosen.workers)
     for name in ("clu", "sel-1", "sel-2", "sel-3"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    workers = ["--workers", str(chosen.workers)]
-    found = {"rows": chosen.rows, "dim": chosen.dim, "k": chosen.k, "workers": chosen.workers}
-    found["cluster"] = measured(["cluster", str(emb), str(clu), "--k", str(chosen.k), *workers])
-    steps = (["--recipe", "balanced"], ["--recipe", "bunny"], ["--step", "dedup(0.9)", "--step", "sample(0.1)"])
+    options = ["--k", str(chosen.k), "--floor", str(chosen.floor), "--workers", str(chosen.workers)]
+    found = {name: getattr(chosen, name) for name in ("rows", "dim", "k", "floor", "workers")}
+    found["cluster"] = measured(["cluster", str(emb), str(clu), *options])
+    bands = ["--step", "dedup(0.92)", "--step", "rank(clip_score, 0.40, 0.60)"]
+    steps = (["--recipe", "balanced"], bands, ["--step", "dedup(0.95)", "--step", "sample(0.1)"])
     for index, words in enumerate(steps, 1):
         found[f"select {words[1]}"] = measured(["select", str(clu), str(folder / f"sel-{index}"), *words])
     manifest = json.loads((clu / "manifest.json").read_text())
