@@ -10,11 +10,10 @@ import pytest
 from clouds import clustered
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_selection import QUIET, selected
+from test_vector_steps import kept
 
 from curate import phrases, vocabulary
 from curate.errors import UsageError
-from curate.selection import SelectOptions, select
 from house import REAL_DATA
 
 
@@ -131,11 +130,6 @@ def test_chances_are_those_of_one_draw_an_entry():
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     return clustered(tmp_path_factory.mktemp("pool"))
-
-
-def kept(source, out, *steps, seed=0):
-    manifest = select(source, str(out), SelectOptions(steps=steps, seed=seed), QUIET)
-    return np.array(selected(out)["kept"]), manifest
 
 
 def test_phrases_of_a_pool(pool, tmp_path):
