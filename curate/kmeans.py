@@ -97,7 +97,8 @@ def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, device: str = "cp
 
     def rounded(matrix: np.ndarray) -> torch.Tensor:
         if int8:
-            tensor: torch.Tensor = to_bytes(matrix, np.arange(len(matrix))).rows
+            everything, origin = np.arange(len(matrix)), np.zeros((1, matrix.shape[1]), np.float32)
+            tensor: torch.Tensor = to_bytes(matrix, everything, origin, np.zeros(len(matrix), np.int64)).rows
             return tensor
         return torch.from_numpy(matrix).to(device, torch.bfloat16)
 

@@ -7,11 +7,12 @@ same for any block size, library and machine.
 
 The fast product is one of bytes where the processor has instructions for it (four times the speed of f32), else of
 f32. It errs by less than its slack (rows move by the length of their rounding errors, which is measured), so that
-whatever it puts under a floor minus the slack is under the floor.
+whatever it puts under a floor minus the slack is under the floor. The rows of a cluster lie near its centre; what is
+rounded to bytes is a row's difference from it, turned: half as long, it loses half as much, and the loss counts half.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,8 @@ import numpy as np
 PREPARE_ROWS = 256
 SAMPLED = 16  # every so manieth row is looked at to choose the bytes' scale
 EXACT_ROWS = 512  # pairs decided at once: both sides stay in the cache
-LONGEST = 1.002  # of unit rows, rounded to f16
+COMMON = 0.95  # share of rows that fit the bytes whole
+SMALLEST = 2.0**-13  # scale: cosines in units of its square fit an i32
 F32_ERROR = 2.0**-12  # relative, of a length computed in f32, and to spare
 
 
@@ -64,27 +66,82 @@ def has_int8() -> bool:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows in the form that is multiplied: f32, or bytes times `scale`, at most `error` in length from the rows."""
+    """Rows in the form that is multiplied: f32, or the bytes of what is left of each when its centre is taken off.
+
+    rows: [n, d]. The rest are for bytes only. x - c, turned, is `scale` times its bytes but for a difference of length
+    `error` and, where it is more, `excess` [n]. x.y = (x - c).(y - c) + along of x + along of y, `along` [n] being
+    c.x - c.c / 2. `length` [n] is that of x - c. All f64.
+    """
 
     rows: Any
     scale: float = 1.0
     error: float = 0.0
+    excess: np.ndarray = field(default_factory=lambda: np.empty(0))
+    along: np.ndarray = field(default_factory=lambda: np.empty(0))
+    length: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def __getitem__(self, part: slice) -> "Prepared":
+        columns = {name: getattr(self, name)[part] for name in ("rows", "excess", "along", "length")}
+        return replace(self, **columns)
+
+    def slack_beside(self, other: "Prepared") -> np.ndarray:
+        """Bound what each row adds to the error of its products with the other's, f64 [n], but for both `error`s' own.
+
+        By Cauchy and Schwarz, of rows r, s with differences e, f: |r.s - (r - e).(s - f)| <= |r||f| + |s||e| + |e||f|.
+        """
+        reach = float((other.length + other.excess).max(initial=0)) + other.error
+        return self.length * other.error + self.excess * reach
 
 
-def to_bytes(x_nd: np.ndarray, rows: np.ndarray) -> Prepared:
-    """Round these rows of x_nd (f16 or f32, at least one) to bytes of one scale, a torch tensor; measure the error."""
+@cache
+def _rotation(dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw two rotations f32, [a, a] and [b, b], a * b = dim, a the largest divisor up to the root."""
+    a = next(a for a in range(math.isqrt(dim), 0, -1) if dim % a == 0)
+    rng = np.random.default_rng(0)
+    first, second = (np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32) for n in (a, dim // a))
+    return first, second
+
+
+def rotate(x_nd: np.ndarray) -> np.ndarray:
+    """Turn rows f32, all alike, so that every component takes a share of every other's size. Keeps dot products.
+
+    The components of embeddings differ in size, some tenfold, and the largest decides how coarse a byte is. The turn
+    is a Kronecker product of two small ones: d (a + b) multiplications a row and not d * d.
+    """
+    first, second = _rotation(x_nd.shape[1])
+    a, b = len(first), len(second)
+    turned = (x_nd.reshape(-1, b) @ second).reshape(-1, a, b).swapaxes(1, 2)
+    return np.reshape(turned.reshape(-1, a) @ first, x_nd.shape)
+
+
+def to_bytes(x_nd: np.ndarray, rows: np.ndarray, centres_gd: np.ndarray, groups: np.ndarray) -> Prepared:
+    """Round these rows of x_nd (f16 or f32, at least one), less the centre of each one's group, to bytes of one scale.
+
+    centres_gd: f32, any; the nearer they are to their rows, the less is lost. groups: i64, one a row, or more.
+    """
     import torch
 
-    scale = float(np.abs(widen(x_nd[rows[::SAMPLED]])).max()) / 127 or 1.0  # what is larger is cut, and counted
+    groups = groups[: len(rows)]
+    sampled = np.abs(rotate(widen(x_nd[rows[::SAMPLED]]) - centres_gd[groups[::SAMPLED]])).max(axis=1)
+    scale = max(float(np.quantile(sampled, COMMON)) / 127, SMALLEST)  # what is larger is cut, and counted
     found = np.empty((len(rows), x_nd.shape[1]), np.int8)
-    error = 0.0
+    errors, along, length = np.empty((3, len(rows)))
     for first in range(0, len(rows), PREPARE_ROWS):
-        exact = widen(x_nd[rows[first : first + PREPARE_ROWS]]) * np.float32(1 / scale)
-        whole = np.clip(np.rint(exact), -127, 127)
-        exact -= whole
-        error = max(error, float(np.einsum("nd,nd->n", exact, exact).max()))
-        found[first : first + PREPARE_ROWS] = whole
-    return Prepared(torch.from_numpy(found), scale, math.sqrt(error) * scale * (1 + F32_ERROR) + F32_ERROR / 16)
+        part = slice(first, first + PREPARE_ROWS)
+        centre = centres_gd[groups[part]]
+        left = widen(x_nd[rows[part]])
+        along[part] = np.einsum("nd,nd->n", left - centre / 2, centre)
+        left -= centre
+        length[part] = np.sqrt(np.einsum("nd,nd->n", left, left))
+        left = rotate(left)
+        left *= np.float32(1 / scale)
+        whole = np.clip(np.rint(left), -127, 127)
+        left -= whole
+        errors[part] = np.einsum("nd,nd->n", left, left)
+        found[part] = whole
+    errors = np.sqrt(errors) * scale * (1 + F32_ERROR) + F32_ERROR / 16 + x_nd.shape[1] * 2.0**-23  # and of the turn
+    error = float(np.quantile(errors, COMMON))
+    return Prepared(torch.from_numpy(found), scale, error, np.maximum(errors - error, 0), along, length)
 
 
 class Screen:
@@ -94,23 +151,27 @@ class Screen:
         self.floor = floor
         self.int8 = int8
 
-    def prepare(self, x_nd: np.ndarray, rows: np.ndarray) -> Prepared:
-        """Bring these rows of x_nd, unit rows, into the form that is multiplied."""
+    def prepare(self, x_nd: np.ndarray, rows: np.ndarray, centres_gd: np.ndarray, groups: np.ndarray) -> Prepared:
+        """Bring these rows of x_nd, unit rows, into the form that is multiplied (the last two: see `to_bytes`)."""
         if self.int8 and len(rows):
-            return to_bytes(x_nd, rows)
+            return to_bytes(x_nd, rows, centres_gd, groups)
         return Prepared(widen(x_nd[rows]))
 
-    def bound(self, left: Prepared, right: Prepared) -> np.int32 | np.float32:
-        """Say which products of the two the pairs above the floor exceed."""
-        if not self.int8:
-            return np.float32(self.floor - left.rows.shape[1] * 2.0**-23)
-        slack = LONGEST * left.error + (LONGEST + left.error) * right.error
-        return np.int32(math.floor((self.floor - slack) / (left.scale * right.scale)) - 1)
+    def near(self, left: Prepared, right: Prepared) -> np.ndarray:
+        """Compare prepared rows, all with all: the flat positions in [p, q], i64, of the pairs that may be near.
 
-    def near(self, left: Any, right: Any, bound: np.int32 | np.float32) -> np.ndarray:
-        """Compare prepared rows, all with all: the flat positions in [p, q], i64, of the pairs that may be near."""
+        With bytes, both sides must have had the same centre taken off.
+        """
         if not self.int8:
-            return np.flatnonzero((left @ right.T).ravel() > bound)
+            bound = np.float32(self.floor - left.rows.shape[1] * 2.0**-23)
+            return np.flatnonzero((left.rows @ right.rows.T).ravel() > bound)
         import torch
 
-        return np.flatnonzero(torch._int_mm(left, right.T).numpy().ravel() > bound)
+        unit = left.scale * right.scale
+        gain_p = (left.along + left.slack_beside(right)) / unit
+        gain_q = (right.along + right.slack_beside(left)) / unit
+        slack = left.error * right.error + left.rows.shape[1] * 2.0**-22  # the last: of `along`, added up in f32
+        bound = (self.floor - slack) / unit - 2
+        products = torch._int_mm(left.rows, right.rows.T).numpy()
+        products += np.ceil(gain_p).astype(np.int32)[:, None]
+        return np.flatnonzero((products > np.floor(bound - gain_q).astype(np.int32)).ravel())

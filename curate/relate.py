@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from curate.products import Screen, exact_cosines, exact_products, has_int8, widen
+from curate.products import Prepared, Screen, exact_cosines, exact_products, has_int8, widen
 
 TILE = 512
 PANEL = 1 << 15  # rows that are prepared for the fast product at a time
-SMALL = 8  # up to so many rows all pairs are decided exactly at once
+SMALL = 32  # up to so many rows all pairs are decided exactly at once
 LARGE = 1024  # rows of a cluster from which equal rows are looked for first
 DENSE = 1 / 32  # share of a tile's pairs from which multiplying it exactly costs less than deciding them one by one
 CROWDED = 8  # edges a row of a tile above which the tile is thinned to its forest
+CENTRED = 64  # rows of a group whose mean is taken for its centre
 BATCH = 1 << 14  # pairs that are decided together
 GROUP_ROWS = 1 << 16  # rows of clusters whose forests are found together
 MERGE_AT = 1 << 20
@@ -130,8 +131,7 @@ def near_pairs(
     heads = sizes if heads is None else heads
     if int8 is None:
         int8 = float((sizes.astype(np.float64) * heads).sum()) * x_nd.shape[1] > INT8_WORK and has_int8()
-    waiting = [_pairs_of_small_groups(bounds, heads)]
-    count = len(waiting[0][0])
+    waiting, count = [], 0
     for a, b, cosine in _compare_groups(x_nd, rows, bounds, heads, Screen(floor, int8=int8), tile, thin):
         if cosine is None:
             waiting.append((a, b))
@@ -173,30 +173,37 @@ def _compare_groups(
 
     Rows are prepared a panel at a time: many groups, or a part of one.
     """
+    panel = max(1, PANEL // tile) * tile
     for first, last in batches_of_groups(bounds, PANEL):
-        start, end = int(bounds[first]), int(bounds[last])
-        if (np.diff(bounds[first : last + 1]) <= SMALL).all():
+        cuts, own = bounds[first : last + 1], heads[first:last]
+        start, end = int(cuts[0]), int(cuts[-1])
+        yield *_pairs_of_small_groups(cuts, own), None
+        if (np.diff(cuts) <= SMALL).all():
             continue
-        panel = max(1, PANEL // tile) * tile
-        shown = [
-            *zip(
-                bounds[first:last].tolist(),
-                heads[first:last].tolist(),
-                bounds[first + 1 : last + 1].tolist(),
-                strict=True,
-            )
-        ]
-        for i in range(start, end if last - first > 1 else start + shown[0][1], panel):
-            left = screen.prepare(x_nd, rows[i : min(i + panel, end)])
+        groups = [*zip(cuts[:-1].tolist(), own.tolist(), cuts[1:].tolist(), strict=True)]
+        centres = _centres(x_nd, rows, groups)
+        numbers = np.repeat(np.arange(len(groups)), np.diff(cuts))
+        for i in range(start, end if len(groups) > 1 else start + groups[0][1], panel):
+            left = screen.prepare(x_nd, rows[i : min(i + panel, end)], centres, numbers[i - start :])
             for j in range(i, end, panel):
-                right = left if j == i else screen.prepare(x_nd, rows[j : min(j + panel, end)])
-                bound = screen.bound(left, right)
-                for above, below in _tiles(shown, i, j, panel, tile):
+                right = left
+                if j > i:
+                    right = screen.prepare(x_nd, rows[j : min(j + panel, end)], centres, numbers[j - start :])
+                for above, below in _tiles(groups, i, j, panel, tile):
                     p, q = slice(above.start - i, above.stop - i), slice(below.start - j, below.stop - j)
-                    found = screen.near(left.rows[p], right.rows[q], bound)
+                    found = screen.near(left[p], right[q])
                     if len(found):
                         a, b, cosine = _judge_tile(x_nd, rows[above], rows[below], found, screen, thin)
                         yield a + above.start, b + below.start, cosine
+
+
+def _centres(x_nd: np.ndarray, rows: np.ndarray, groups: list[tuple[int, int, int]]) -> np.ndarray:
+    """Estimate the mean of each group (start, heads, end) that is large enough to be screened, f32 [g, d]."""
+    centres = np.zeros((len(groups), x_nd.shape[1]), np.float32)
+    for number, (start, _, end) in enumerate(groups):
+        if end - start > SMALL:
+            centres[number] = widen(x_nd[rows[start : end : -(-(end - start) // CENTRED)]]).mean(axis=0)
+    return centres
 
 
 def _tiles(groups: list[tuple[int, int, int]], i: int, j: int, panel: int, tile: int) -> Iterator[tuple[slice, slice]]:
@@ -227,9 +234,7 @@ def _judge_tile(
     """Turn what was found in a tile into places in it; where it is much, look again, finer and at last exactly."""
     much = DENSE * len(above) * len(below)
     if screen.int8 and len(found) > much:
-        finer = Screen(screen.floor, int8=False)
-        left, right = finer.prepare(x_nd, above), finer.prepare(x_nd, below)
-        found = finer.near(left.rows, right.rows, finer.bound(left, right))
+        found = Screen(screen.floor, int8=False).near(Prepared(widen(x_nd[above])), Prepared(widen(x_nd[below])))
     if len(found) > much:
         return _multiply_exactly(x_nd, above, below, screen.floor, thin)
     a, b = np.divmod(found, len(below))

@@ -125,10 +125,22 @@ def test_the_fast_product_errs_by_less_than_its_slack(dim, seed, floor):
     x = unit(rng.normal(size=(30, dim)) * 10.0 ** rng.integers(-3, 3, dim)).astype(np.float16)
     near = set(np.flatnonzero(products.exact_products(x, x).ravel() > floor).tolist())
     for int8 in (False, True):
-        screen = products.Screen(floor, int8=int8)
-        left, right = screen.prepare(x, np.arange(30)), screen.prepare(x, np.arange(30)[::-1])
-        mirrored = screen.near(left.rows, right.rows, screen.bound(left, right))
-        assert near <= {flat - flat % 30 + 29 - flat % 30 for flat in mirrored.tolist()}
+        for centre in (np.zeros(dim), x[0], x.astype(np.float32).mean(axis=0), rng.normal(size=dim)):
+            screen, groups = products.Screen(floor, int8=int8), np.zeros(30, np.int64)
+            centres = np.asarray(centre, np.float32)[None]
+            left = screen.prepare(x, np.arange(30), centres, groups)
+            right = screen.prepare(x, np.arange(30)[::-1], centres, groups)
+            found = screen.near(left, right)
+            assert near <= {flat - flat % 30 + 29 - flat % 30 for flat in found.tolist()}
+
+
+def test_screening_with_bytes_finds_few_pairs_beyond_those_that_are_near():
+    rng = np.random.default_rng(0)
+    x = unit(rng.normal(size=512) + 0.5 * rng.normal(size=(500, 512))).astype(np.float16)
+    screen, groups = products.Screen(0.85, int8=True), np.zeros(500, np.int64)
+    prepared = screen.prepare(x, np.arange(500), x.astype(np.float32).mean(axis=0)[None], groups)
+    exact = products.exact_products(x, x)
+    assert len(screen.near(prepared, prepared)) <= (exact > 0.84).sum()
 
 
 def test_rows_of_different_clusters_are_never_joined():
