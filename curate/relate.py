@@ -28,7 +28,7 @@ MERGE_AT = 1 << 20
 MIRROR = np.uint64(0xAAAAAAAAAAAAAAAA)
 TILE_BITS = 11  # a tile's rows are numbered within 2 ** 11
 NO_EDGE = np.iinfo(np.int64).min
-INT8_WORK = 2e11  # products from which loading torch pays
+INT8_WORK = 1e11  # products from which loading torch pays
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -129,8 +129,7 @@ def near_pairs(
     bounds = np.asarray(bounds)
     sizes = np.diff(bounds)
     heads = sizes if heads is None else heads
-    if int8 is None:
-        int8 = float((sizes.astype(np.float64) * heads).sum()) * x_nd.shape[1] > INT8_WORK and has_int8()
+    int8 = _pays(x_nd, sizes, heads) if int8 is None else int8
     waiting, count = [], 0
     for a, b, cosine in _compare_groups(x_nd, rows, bounds, heads, Screen(floor, int8=int8), tile, thin):
         if cosine is None:
@@ -156,6 +155,11 @@ def _pairs_of_small_groups(bounds: np.ndarray, heads: np.ndarray) -> tuple[np.nd
         left.append((starts + i)[wanted])
         right.append((starts + j)[wanted])
     return np.concatenate(left), np.concatenate(right)
+
+
+def _pays(x_nd: np.ndarray, sizes: np.ndarray, heads: np.ndarray) -> bool:
+    """Say whether to screen by bytes."""
+    return float((sizes.astype(np.float64) * heads).sum()) * x_nd.shape[1] > INT8_WORK and has_int8()
 
 
 def _decide(x_nd: np.ndarray, rows: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]], floor: float) -> Edges:
@@ -313,6 +317,8 @@ def relate_clusters(
     tiles are screened.
     """
     bounds = np.asarray(bounds)
+    if int8 is None:
+        int8 = _pays(x_nd, np.diff(bounds), np.diff(bounds) if heads is None else heads)
     found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
     for first, last in batches_of_groups(bounds, GROUP_ROWS):
         start, parts = int(bounds[first]), bounds[first : last + 1] - bounds[first]
