@@ -7,21 +7,23 @@ few thousand made-up rows of that width in a second or two.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from curate import kmeans, relate
 
 PROBE_ROWS, PROBE_ITERS = 16_384, 4
-PROBE_K = {"superkmeans": 1_000}  # whose pruning begins there; else PROBE_ROWS // 64
+PROBE_K = {"superkmeans": 4_000}  # whose pruning begins at a quarter of it; else PROBE_ROWS // 16
 LARGEST_GROUP = 4_096  # rows of a cluster that is really compared; larger ones are scaled
 SPREAD = 0.9  # made-up rows lie at a cosine of about 0.5 to their like, below any floor
 
 
 @dataclass(frozen=True)
 class ClusterRates:
-    """Seconds: fit per row, centroid and iteration; assign per row and centroid; relate per row of a mean cluster."""
+    """Seconds: fit_row per row and iteration, fit per centroid besides; assign per row and centroid; relate per row."""
 
+    fit_row: float
     fit: float
     assign: float
     relate: float
@@ -31,19 +33,24 @@ class ClusterRates:
 def cluster_rates(dim: int, k: int, rows: int, floor: float, *, gpu: bool) -> ClusterRates:
     """Measure k-means, assignment and the comparison inside clusters of the size that rows / k makes."""
     backend = kmeans.choose_backend(dim, k, gpu=gpu)
-    few = min(k, PROBE_K.get(backend, PROBE_ROWS // 64))
+    most = min(k, PROBE_K.get(backend, PROBE_ROWS // 16))
+    few = -(-most // 4)
     group = max(2, min(LARGEST_GROUP, rows // max(k, 1), PROBE_ROWS))
     x = _made_up(PROBE_ROWS, dim, group)
-    fit = _seconds(lambda: kmeans.fit(x, few, PROBE_ITERS, 0, backend=backend))
-    centroids = kmeans.unit_rows(x[:few])
     narrow = x.astype(np.float16)
-    assign = _seconds(lambda: kmeans.assign(narrow, centroids))
+    assigns, fits = [], []
+    for count in (few, most):
+        assigns.append(_seconds(partial(kmeans.assign, narrow, x[:count])))
+        whole = _seconds(partial(kmeans.fit, x, count, PROBE_ITERS, 0, backend=backend))
+        fits.append(max(whole - assigns[-1], 1e-9) / (PROBE_ROWS * PROBE_ITERS))
+    each = max(fits[1] - fits[0], 0) / max(most - few, 1)
     bounds = np.arange(0, PROBE_ROWS - PROBE_ROWS % group + 1, group)
     compare = _seconds(lambda: relate.relate_clusters(narrow, np.arange(PROBE_ROWS), bounds, floor))
     grown = max(1.0, rows / max(k, 1) / group)
     return ClusterRates(
-        max(fit - assign, 1e-9) / (PROBE_ROWS * few * PROBE_ITERS),
-        assign / (PROBE_ROWS * few),
+        max(fits[1] - each * most, 0),
+        each,
+        assigns[1] / (PROBE_ROWS * most),
         compare / int(bounds[-1]) * grown,
         backend,
     )

@@ -150,7 +150,7 @@ def _cluster_cost(pipeline: Pipeline, rows: int, dim: int, gpus: int) -> Cost | 
     rates = calibration.cluster_rates(dim, k, rows, options.floor, gpu=gpus > 0)
     passes = 3.0 if options.neighbours == 2 else 1.0  # own pairs are half of s², those with as many visitors another s²
     parts = {
-        "fit": sample * k * options.iters * rates.fit,
+        "fit": sample * options.iters * (rates.fit_row + k * rates.fit),
         "assign": rows * k * rates.assign,
         "relate": rows * rates.relate * SKEW * passes,
         "scatter": rows * options.neighbours * dim * 4 / WRITE_BYTES_PER_S,  # written and read again
