@@ -118,8 +118,8 @@ def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fet
     members, bounds = _groups(np.where(torn, whole, -1))
     found = [(a[inside], b[inside], similarity[inside])]
     for part, cuts, x in _fetch_groups(members, bounds, vectors):
-        forest = relate.Forest(len(part))
-        for pairs in relate.near_pairs(x, np.arange(len(part)), cuts, threshold, thin=True):
+        forest = relate.Forest(len(part), threshold)
+        for pairs in relate.near_pairs(x, np.arange(len(part)), cuts, threshold, forest=forest):
             forest.add(*pairs)
         i, j, cosine = forest.edges()
         found.append((part[i], part[j], cosine))

@@ -23,6 +23,7 @@ SAMPLED = 16  # every so manieth row is looked at to choose the bytes' scale
 EXACT_ROWS = 512  # pairs decided at once: both sides stay in the cache
 COMMON = 0.95  # share of rows that fit the bytes whole
 SMALLEST = 2.0**-13  # scale: cosines in units of its square fit an i32
+Levels = tuple[np.ndarray, np.ndarray]
 F32_ERROR = 2.0**-12  # relative, of a length computed in f32, and to spare
 
 
@@ -157,21 +158,30 @@ class Screen:
             return to_bytes(x_nd, rows, centres_gd, groups)
         return Prepared(widen(x_nd[rows]))
 
-    def near(self, left: Prepared, right: Prepared) -> np.ndarray:
+    def near(self, left: Prepared, right: Prepared, settled: Levels | None = None) -> np.ndarray:
         """Compare prepared rows, all with all: the flat positions in [p, q], i64, of the pairs that may be near.
 
-        With bytes, both sides must have had the same centre taken off.
+        With bytes, both sides must have had the same centre taken off. settled: of rows on the left and on the right,
+        the floor or more: what is not above the lower of a pair's two is not asked for.
         """
         if not self.int8:
-            bound = np.float32(self.floor - left.rows.shape[1] * 2.0**-23)
-            return np.flatnonzero((left.rows @ right.rows.T).ravel() > bound)
+            slack = left.rows.shape[1] * 2.0**-23
+            wanted = self.floor - slack if settled is None else np.minimum.outer(*settled) - slack
+            return np.flatnonzero((left.rows @ right.rows.T > np.float32(wanted)).ravel())
         import torch
 
         unit = left.scale * right.scale
-        gain_p = (left.along + left.slack_beside(right)) / unit
-        gain_q = (right.along + right.slack_beside(left)) / unit
+        gain_p = np.ceil((left.along + left.slack_beside(right)) / unit).astype(np.int32)
+        gain_q = np.ceil((right.along + right.slack_beside(left)) / unit).astype(np.int32)
         slack = left.error * right.error + left.rows.shape[1] * 2.0**-22  # the last: of `along`, added up in f32
-        bound = (self.floor - slack) / unit - 2
         products = torch._int_mm(left.rows, right.rows.T).numpy()
-        products += np.ceil(gain_p).astype(np.int32)[:, None]
-        return np.flatnonzero((products > np.floor(bound - gain_q).astype(np.int32)).ravel())
+        products += gain_p[:, None]
+        if settled is None:
+            return np.flatnonzero((products > math.floor((self.floor - slack) / unit) - 1 - gain_q).ravel())
+        products += gain_q
+        wanted_p, wanted_q = (np.floor((level - slack) / unit - 1).astype(np.int32) for level in settled)
+        return np.flatnonzero((products > np.minimum.outer(wanted_p, wanted_q)).ravel())
+
+    def look_closer(self, x_nd: np.ndarray, above: np.ndarray, below: np.ndarray, settled: Levels | None) -> np.ndarray:
+        """Do what `near` does for these rows of x_nd, in f32."""
+        return Screen(self.floor, int8=False).near(Prepared(widen(x_nd[above])), Prepared(widen(x_nd[below])), settled)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from curate.products import Prepared, Screen, exact_cosines, exact_products, has_int8, widen
+from curate.products import Screen, exact_cosines, exact_products, has_int8, widen
 
 TILE = 512
 PANEL = 1 << 15  # rows that are prepared for the fast product at a time
@@ -23,8 +23,9 @@ DENSE = 1 / 32  # share of a tile's pairs from which multiplying it exactly cost
 CROWDED = 8  # edges a row of a tile above which the tile is thinned to its forest
 CENTRED = 64  # rows of a group whose mean is taken for its centre
 BATCH = 1 << 14  # pairs that are decided together
-GROUP_ROWS = 1 << 16  # rows of clusters whose forests are found together
-MERGE_AT = 1 << 20
+GROUP_ROWS = 1 << 11  # rows of clusters whose forests are found together; a large one has its own
+MERGE_LEAST, MERGE_AT = 1 << 12, 1 << 20  # edges that wait, of a forest of as many rows at least and at most
+LEVELS = 24  # steps from the floor to 1 by which it is known what hangs together already
 MIRROR = np.uint64(0xAAAAAAAAAAAAAAAA)
 TILE_BITS = 11  # a tile's rows are numbered within 2 ** 11
 NO_EDGE = np.iinfo(np.int64).min
@@ -33,14 +34,16 @@ Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Forest:
-    """A maximum spanning forest that grows by edges. Rows are numbered 0 … num_rows - 1."""
+    """A maximum spanning forest that grows by edges with a cosine above a floor. Rows are 0 … num_rows - 1."""
 
-    def __init__(self, num_rows: int, merge_at: int = MERGE_AT) -> None:
+    def __init__(self, num_rows: int, floor: float, merge_at: int | None = None) -> None:
         self.num_rows = num_rows
-        self.merge_at = merge_at
+        self.floor = floor
+        self.merge_at = merge_at or min(max(num_rows, MERGE_LEAST), MERGE_AT)
         self.kept: Edges = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
         self.pending: list[Edges] = []
         self.num_pending = 0
+        self._settled: np.ndarray | None = None
 
     def add(self, a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
         """Offer edges a < b (each pair at most once over the forest's life) with their cosine f32."""
@@ -48,6 +51,23 @@ class Forest:
         self.num_pending += len(a)
         if self.num_pending >= self.merge_at:
             self._merge()
+
+    def settled(self) -> np.ndarray | None:
+        """Give each row the highest level, f64 [num_rows], of which the edges above it join it to most others.
+
+        An edge whose cosine is not above both its ends' level is in no maximum spanning forest: heavier ones join them
+        already. Rows that hang on nothing have the floor. None: there is no edge yet.
+        """
+        a, b, similarity = self.kept
+        if self._settled is None and len(a):
+            self._settled = np.full(self.num_rows, self.floor)
+            inside = np.ones(self.num_rows, bool)
+            for level in np.linspace(self.floor, 1, LEVELS + 1)[1:-1]:
+                within = (similarity > level) & inside[a] & inside[b]
+                labels = components(a[within], b[within], self.num_rows)
+                inside &= labels == np.bincount(labels[inside]).argmax()
+                self._settled[inside] = level
+        return self._settled
 
     def edges(self) -> Edges:
         """Return the forest: a, b i64 and similarity f32, sorted by a, then b."""
@@ -62,6 +82,7 @@ class Forest:
             chosen = spanning_forest(a, b, similarity, self.num_rows)
             self.kept = a[chosen], b[chosen], similarity[chosen]
             self.pending, self.num_pending = [], 0
+            self._settled = None
 
 
 def spanning_forest(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, num_rows: int) -> np.ndarray:
@@ -116,14 +137,15 @@ def near_pairs(
     heads: np.ndarray | None = None,
     tile: int = TILE,
     int8: bool | None = None,
-    thin: bool = False,
+    forest: Forest | None = None,
 ) -> Iterator[Edges]:
     """Yield the pairs inside each group with cosine > floor, in batches: places a < b in `rows` and the cosine f32.
 
     x_nd: f16 [n, d], unit rows; may lie on disk. rows: i64, which of them to compare; group g is
     rows[bounds[g] : bounds[g + 1]]. heads: i64, of each group compare its first so many rows with all of it, and the
-    rest not with one another; by default all. thin: of a tile with very many pairs yield only its maximum spanning
-    forest. int8: how to screen; by default where the processor has it and the work is worth loading torch.
+    rest not with one another; by default all. forest: of these places; the caller adds to it what is yielded, and pairs
+    that it never takes are left out. int8: how to screen; by default where the processor has it and the work is worth
+    loading torch.
     No pair comes before one whose b is its a. O(sum of m^2 d) time, memory for a panel of prepared rows and a tile.
     """
     bounds = np.asarray(bounds)
@@ -131,7 +153,7 @@ def near_pairs(
     heads = sizes if heads is None else heads
     int8 = _pays(x_nd, sizes, heads) if int8 is None else int8
     waiting, count = [], 0
-    for a, b, cosine in _compare_groups(x_nd, rows, bounds, heads, Screen(floor, int8=int8), tile, thin):
+    for a, b, cosine in _compare_groups(x_nd, rows, bounds, heads, Screen(floor, int8=int8), tile, forest):
         if cosine is None:
             waiting.append((a, b))
             count += len(a)
@@ -171,7 +193,13 @@ def _decide(x_nd: np.ndarray, rows: np.ndarray, pairs: list[tuple[np.ndarray, np
 
 
 def _compare_groups(
-    x_nd: np.ndarray, rows: np.ndarray, bounds: np.ndarray, heads: np.ndarray, screen: Screen, tile: int, thin: bool
+    x_nd: np.ndarray,
+    rows: np.ndarray,
+    bounds: np.ndarray,
+    heads: np.ndarray,
+    screen: Screen,
+    tile: int,
+    forest: Forest | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Compare each group with itself. Yields pairs that may be near; of dense tiles those that are, with their cosine.
 
@@ -195,9 +223,14 @@ def _compare_groups(
                     right = screen.prepare(x_nd, rows[j : min(j + panel, end)], centres, numbers[j - start :])
                 for above, below in _tiles(groups, i, j, panel, tile):
                     p, q = slice(above.start - i, above.stop - i), slice(below.start - j, below.stop - j)
-                    found = screen.near(left[p], right[q])
+                    levels = None if forest is None else forest.settled()
+                    settled = None if levels is None else (levels[above], levels[below])
+                    found = screen.near(left[p], right[q], settled)
+                    if screen.int8 and len(found) > DENSE * (p.stop - p.start) * (q.stop - q.start):
+                        found = screen.look_closer(x_nd, rows[above], rows[below], settled)
                     if len(found):
-                        a, b, cosine = _judge_tile(x_nd, rows[above], rows[below], found, screen, thin)
+                        thin = forest is not None
+                        a, b, cosine = _judge_tile(x_nd, rows[above], rows[below], found, screen.floor, thin)
                         yield a + above.start, b + below.start, cosine
 
 
@@ -233,14 +266,11 @@ def batches_of_groups(bounds: np.ndarray, limit: int) -> Iterator[tuple[int, int
 
 
 def _judge_tile(
-    x_nd: np.ndarray, above: np.ndarray, below: np.ndarray, found: np.ndarray, screen: Screen, thin: bool
+    x_nd: np.ndarray, above: np.ndarray, below: np.ndarray, found: np.ndarray, floor: float, thin: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Turn what was found in a tile into places in it; where it is much, look again, finer and at last exactly."""
-    much = DENSE * len(above) * len(below)
-    if screen.int8 and len(found) > much:
-        found = Screen(screen.floor, int8=False).near(Prepared(widen(x_nd[above])), Prepared(widen(x_nd[below])))
-    if len(found) > much:
-        return _multiply_exactly(x_nd, above, below, screen.floor, thin)
+    """Turn what was found in a tile into places in it; where it is much, multiply the tile exactly."""
+    if len(found) > DENSE * len(above) * len(below):
+        return _multiply_exactly(x_nd, above, below, floor, thin)
     a, b = np.divmod(found, len(below))
     if above[0] == below[0]:
         upper = a < b
@@ -306,7 +336,7 @@ def relate_clusters(
     *,
     heads: np.ndarray | None = None,
     tile: int = TILE,
-    merge_at: int = MERGE_AT,
+    merge_at: int | None = None,
     int8: bool | None = None,
 ) -> Edges:
     """Find the forests of clusters.
@@ -323,19 +353,20 @@ def relate_clusters(
     for first, last in batches_of_groups(bounds, GROUP_ROWS):
         start, parts = int(bounds[first]), bounds[first : last + 1] - bounds[first]
         here = rows[start : bounds[last]]
-        forest = Forest(len(here), merge_at)
         copies, originals = _copies(x_nd, here, parts)
         norms = exact_cosines(x_nd, here[originals], here[copies])
-        forest.add(originals[norms > floor], copies[norms > floor], norms[norms > floor])
+        stars = originals[norms > floor], copies[norms > floor], norms[norms > floor]
         different = np.ones(len(here), bool)
         different[copies] = False
         left, before = np.flatnonzero(different), np.append(0, np.cumsum(different))
         own = None if heads is None else before[parts[:-1] + heads[first:last]] - before[parts[:-1]]
-        pairs = near_pairs(x_nd, here[left], before[parts], floor, heads=own, tile=tile, int8=int8, thin=True)
-        for a, b, cosine in pairs:
-            forest.add(left[a], left[b], cosine)
+        forest = Forest(len(left), floor, merge_at)
+        for edges in near_pairs(x_nd, here[left], before[parts], floor, heads=own, tile=tile, int8=int8, forest=forest):
+            forest.add(*edges)
         a, b, similarity = forest.edges()
-        found.append((a + start, b + start, similarity))
+        a, b, similarity = (np.concatenate(both) for both in zip((left[a], left[b], similarity), stars, strict=True))
+        order = np.lexsort((b, a))
+        found.append((a[order] + start, b[order] + start, similarity[order]))
     a, b, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
     return a, b, similarity
 

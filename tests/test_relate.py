@@ -131,6 +131,13 @@ def test_the_fast_product_errs_by_less_than_its_slack(dim, seed, floor):
             left = screen.prepare(x, np.arange(30), centres, groups)
             right = screen.prepare(x, np.arange(30)[::-1], centres, groups)
             found = screen.near(left, right)
+            levels = np.maximum(floor, rng.uniform(-1, 1, (2, 30)))
+            asked = (products.exact_products(x, x[::-1]) > np.minimum.outer(*levels)).ravel()
+            assert (
+                set(np.flatnonzero(asked))
+                <= set(screen.near(left, right, tuple(levels)).tolist())
+                <= set(found.tolist())
+            )
             assert near <= {flat - flat % 30 + 29 - flat % 30 for flat in found.tolist()}
 
 
