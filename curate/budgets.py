@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from curate import kmeans
+from curate import kmeans, oddness
 from curate.errors import UsageError, unknown
 from curate.frame import CLUSTER_FIRST, Count, Frame, Group, Keep, Levels, Verdict, shortage
-from curate.quotas import position_in_group, water_fill, water_fill_tree
+from curate.quotas import position_in_group, water_fill, water_fill_tree, weighted_fill
 
 KEEPS = ("near", "far", "random", "max:COLUMN", "min:COLUMN", "better:COLUMN")
 TENTHS = 10
@@ -25,18 +25,49 @@ def sample(frame: Frame, number: int, n: Count, seed: int | None = None) -> Verd
     return Verdict(frame.mask(order[:wanted]), shortage(wanted, len(order)), order[wanted:])
 
 
-def balance(frame: Frame, number: int, column: Group, n: Count, keep: Keep = "random") -> Verdict:
+def balance(frame: Frame, number: int, column: Group, n: Count, keep: Keep = "random", wary: bool = False) -> Verdict:
     """Keep exactly n rows, as evenly over the groups as their sizes allow (water-filling), at random inside each.
 
     keep: inside a group rather those with the highest `max:column` or lowest `min:column`, or `near` the centroid;
     `better:column` takes from the group's highest tenth at random, then from the next, and so on: better rows, and not
     the extremes alone, among which are pictures that show their own caption.
+    wary: fewer, or none, of odd groups, whose pictures are unlike those that go with captions like theirs and yet score
+    high (oddness.py); reads 32 rows of each group. Without captions' embeddings, or of under 20 groups, none is.
     """
     rows = np.flatnonzero(frame.alive)
     names, place, sizes = np.unique(frame.group(column)[rows], return_inverse=True, return_counts=True)
     wanted = min(frame.count(n), len(rows))
-    quotas, level = water_fill(sizes, wanted, np.random.default_rng([frame.seed, number, 1]))
-    return _fill(frame, number, keep, (rows, place, quotas), {"groups": len(names), "level": level}, frame.count(n))
+    rng = np.random.default_rng([frame.seed, number, 1])
+    quotas, level = water_fill(sizes, wanted, rng)
+    facts: dict[str, Any] = {"groups": len(names), "level": level}
+    if wary:
+        weights, told = _trust(frame, rows, place, rng)
+        odd = weights < 1
+        if odd.any():
+            quotas = weighted_fill(sizes, weights, wanted)
+        facts |= told | {
+            "odd_groups": int(odd.sum()),
+            "odd_rows": int(sizes[odd].sum()),
+            "odd_kept": int(quotas[odd].sum()),
+        }
+    return _fill(frame, number, keep, (rows, place, quotas), facts, frame.count(n))
+
+
+def _trust(
+    frame: Frame, rows: np.ndarray, place: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Say how much each group counts, f64 [groups], and why none is odd where that cannot be seen."""
+    groups = int(place.max(initial=-1)) + 1
+    if frame.vectors is None or frame.text_vectors is None or "clip_score" not in frame.columns:
+        return np.ones(groups), {"why": "no group is odd: there are no captions' embeddings to see it by"}
+    if groups < oddness.LEAST_GROUPS:
+        return np.ones(groups), {"why": f"no group is odd: {groups} are too few to see it"}
+    few = oddness.few_of_each(place, rng)
+    image, text = (
+        oddness.group_means(fetch(rows[few]), place[few], groups) for fetch in (frame.vectors, frame.text_vectors)
+    )
+    scores = np.bincount(place, np.nan_to_num(frame.column("clip_score")[rows], nan=-1)) / np.bincount(place)
+    return oddness.trust(oddness.likeness(image, text), scores), {}
 
 
 def balance_tree(frame: Frame, number: int, n: Count, levels: Levels = (), keep: Keep = "random") -> Verdict:

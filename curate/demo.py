@@ -74,12 +74,14 @@ def render(
     dirt: str = "dirty",
     instruct: int = 3_000,
     tests: int = 4,
+    caption_tests: int = 0,
     workers: int = 1,
 ) -> dict[str, int]:
     """Render a whole demo into the local folder `out` and return the count of rows by fault.
 
     dirt: a key of DIRT; all but "clean" also get one file of each of FILE_FAULTS. instruct: pictures with questions,
-    and as many conversations without a picture. tests: held-out pictures per concept.
+    and as many conversations without a picture. tests: held-out pictures per concept, each with all questions.
+    caption_tests: further ones, of which only the caption is asked.
     Raises: UsageError when an argument is out of range.
     """
     if dirt not in DIRT:
@@ -102,7 +104,7 @@ def render(
     _write(out / "truth.arrow", sink.getvalue())
     render_instruct(out / "instruct", pictures=instruct, rng=np.random.default_rng([seed, 2]))
     write_texts(out / "text.json", rows=instruct, rng=np.random.default_rng([seed, 3]))
-    render_tests(out / "test", per_concept=tests, rng=np.random.default_rng([seed, 4]))
+    render_tests(out / "test", per_concept=tests, captions=caption_tests, rng=np.random.default_rng([seed, 4]))
     return dict(sorted(Counter(truth["fault"].to_pylist()).items()))
 
 
@@ -248,25 +250,35 @@ def write_texts(path: Path, *, rows: int, rng: np.random.Generator) -> None:
     _write_json(path, [{"id": f"text-{i:06d}", "conversations": _turns(*pairs)} for i, pairs in enumerate(drawn)])
 
 
-def render_tests(out: Path, *, per_concept: int, rng: np.random.Generator) -> None:
+def render_tests(out: Path, *, per_concept: int, rng: np.random.Generator, captions: int = 0) -> None:
     """Write held-out pictures, equally many of each concept, with one record per task: TASKS and `caption`.
 
-    As many tasks without a picture follow as there are pictures.
+    As many tasks without a picture follow as there are pictures, then `captions` further pictures per concept, with the
+    task `caption` alone.
     """
     (out / "images").mkdir(parents=True, exist_ok=True)
+    pictures = NUM_CONCEPTS * per_concept
+    records = _write_tests(out, 0, per_concept, TASKS, rng)
+    for i in range(pictures):
+        records.append({"id": f"test-{i:06d}-text", "conversations": _turns(text_task(rng)), "task": "text"})
+    _write_json(out / "test.json", records + _write_tests(out, pictures, captions, (), rng))
+
+
+def _write_tests(
+    out: Path, first: int, per_concept: int, tasks: Sequence[str], rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Draw pictures, numbered from `first`, and return a record for the caption and for each of the tasks."""
     records = []
-    for i, scene in enumerate(sample_scenes(rng, np.repeat(np.arange(NUM_CONCEPTS), per_concept))):
+    for i, scene in enumerate(sample_scenes(rng, np.repeat(np.arange(NUM_CONCEPTS), per_concept)), first):
         name = f"{i:06d}.jpg"
         (out / "images" / name).write_bytes(_encode(draw(scene, rng)))
         said = {"caption": (QUESTIONS["caption"][0], caption(scene, rng, full=True))}
-        said |= {task: (QUESTIONS[task][0], answer(task, *facts(scene))) for task in TASKS}
+        said |= {task: (QUESTIONS[task][0], answer(task, *facts(scene))) for task in tasks}
         for task, (asked, truth) in said.items():
             extra = {"task": task, "concept": NAMES[scene["concept"]]}
             turns = _turns((f"<image>\n{asked}", truth))
             records.append({"id": f"test-{i:06d}-{task}", "image": name, "conversations": turns, **extra})
-    for i in range(NUM_CONCEPTS * per_concept):
-        records.append({"id": f"test-{i:06d}-text", "conversations": _turns(text_task(rng)), "task": "text"})
-    _write_json(out / "test.json", records)
+    return records
 
 
 def judge(

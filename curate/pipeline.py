@@ -164,6 +164,7 @@ class DemoOptions:
     dirt: str = "dirty"
     instruct: int = 3_000
     tests: int = 4
+    caption_tests: int = 0
 
 
 def stage_options(pipeline: Pipeline, stage: str, **changes: Any) -> Any:

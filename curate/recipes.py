@@ -41,7 +41,7 @@ def _sample(n: str) -> list[str]:
 
 def _balanced(n: str) -> list[str]:
     n = n or f'"{DEFAULT_BUDGET}"'
-    return ['dedup("auto")', f"mismatch(budget={n})", f'balance(cluster, {n}, keep="better:clip_score")']
+    return ['dedup("auto")', f"mismatch(budget={n})", f'balance(cluster, {n}, keep="better:clip_score", wary=True)']
 
 
 def _bunny(clip: str = "0.40, 0.60", centroid: str = "0.15, 0.35", keep: str = "middle") -> Callable[[str], list[str]]:
@@ -87,8 +87,8 @@ def _neg_clip_loss_norm_sim(n: str, target: Directory) -> list[str]:
 
 RECIPES = {
     "balanced": Recipe(
-        "threshold and mismatch share read off the pool, then evenly over image clusters, better scores first; "
-        "30 % of the pool if not told",
+        "threshold and mismatch share read off the pool, then evenly over image clusters, better scores first, odd "
+        "clusters last; 30 % of the pool if not told",
         _balanced,
     ),
     "bunny": Recipe("Bunny: one of each component at 0.86, clip rank 40-60 %, centroid rank 15-35 %, sample", _bunny()),

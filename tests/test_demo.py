@@ -172,6 +172,18 @@ def test_instruction_and_test_records_are_llava(dirty):
     assert len(texts) == SMALL["instruct"] and not any("image" in record for record in texts)
 
 
+def test_further_pictures_are_asked_their_caption_alone_and_change_no_other_test(dirty, tmp_path):
+    demo.render_tests(tmp_path, per_concept=1, captions=2, rng=np.random.default_rng([3, 4]))
+    records = json.loads((tmp_path / "test.json").read_text())
+    plain = json.loads((dirty / "test" / "test.json").read_text())
+    assert records[: len(plain)] == plain
+    further = records[len(plain) :]
+    assert Counter((record["concept"], record["task"]) for record in further) == {
+        (name, "caption"): 2 for name in NAMES
+    }
+    assert len({record["image"] for record in records if "image" in record}) == 3 * len(NAMES)
+
+
 def test_every_word_is_in_the_vocabulary(dirty):
     known = set(vocabulary())
     said = [members["txt"].decode(errors="replace") for members in read_pool(dirty).values() if "txt" in members]

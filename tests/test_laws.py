@@ -13,7 +13,7 @@ ROOMS = {
     **dict.fromkeys(["errors", "__init__"], 0),
     **dict.fromkeys(["checkpoints", "encoders", "images", "products", "kmeans", "relate", "duplicates", "evidence"], 1),
     **dict.fromkeys(["frame", "selectors", "steps", "recipes", "cuts", "demo_words", "demo_world"], 1),
-    **dict.fromkeys(["contrasts", "calls", "computed", "quotas", "coverage", "scores"], 1),
+    **dict.fromkeys(["contrasts", "calls", "computed", "quotas", "oddness", "coverage", "scores"], 1),
     **dict.fromkeys(["ranks", "budgets", "representatives", "targets", "phrases", "vocabulary"], 1),
     **dict.fromkeys(["paths", "records", "rules", "drawing", "texts"], 1),
     **dict.fromkeys(["store", "shards", "engine"], 2),

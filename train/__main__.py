@@ -215,6 +215,7 @@ def _answer_records(
         images=images,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or 64,
+        perplexity=options.perplexity,
         limit=options.limit,
         overwrite=overwrite,
     )

@@ -101,6 +101,7 @@ class Eval:
 
     batch_size: int = 16
     max_new_tokens: int = 0  # 0: 64 for held-out records, for benchmarks as the papers (128; MM-Vet 1024)
+    perplexity: bool = True  # of held-out records' true answers; without it they take half the time
     limit: int = 0  # 0: all
     show: int = 8
     published: dict[str, float] = field(default_factory=dict)  # scores to hold ours against, {pope = 86.8, …}

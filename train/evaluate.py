@@ -4,7 +4,7 @@ Input: LLaVA records (JSON with an image folder, or shards); each answer turn is
 it. Output: one JSON line a question, and accuracies. Two rules: exact match after lower-casing and trimming; and for
 records with `task` "caption" and a `concept` word, that the first word of the answer which is any record's concept is
 this record's (source of the rule: a caption may say more than its concept, and only the concept is judged).
-Beside accuracy stands the perplexity of the true answers, each token given those before it.
+Beside accuracy stands, unless it is not wanted, the perplexity of the true answers, each token given those before it.
 
     OUT.jsonl           the answers            OUT.manifest.json   the request and the result, written last
 """
@@ -62,6 +62,7 @@ def evaluate(
     images: str | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 64,
+    perplexity: bool = True,
     limit: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def evaluate(
     """
     source = open_source(data, images)
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": runs.digest_data(data)}
-    request |= {"max_new_tokens": max_new_tokens, "limit": limit}
+    request |= {"max_new_tokens": max_new_tokens, "limit": limit} | ({} if perplexity else {"perplexity": False})
     record = out.with_name(f"{out.stem}.manifest.json")
     if record.is_file() and out.is_file() and not overwrite:
         found = runs.read_json(record)
@@ -85,7 +86,7 @@ def evaluate(
     concepts = {q.concept for q in questions if q.concept}
     rows: list[dict[str, Any]] = []
     for batch in batches(questions, batch_size):
-        rows += _answer(speaker, source, batch, concepts, max_new_tokens)
+        rows += _answer(speaker, source, batch, concepts, max_new_tokens, perplexity)
     out.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -125,7 +126,12 @@ def batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Quest
 
 
 def _answer(
-    speaker: Speaker, source: Source, questions: Sequence[Question], concepts: set[str], max_new_tokens: int
+    speaker: Speaker,
+    source: Source,
+    questions: Sequence[Question],
+    concepts: set[str],
+    max_new_tokens: int,
+    perplexity: bool,
 ) -> list[dict[str, Any]]:
     images = []
     for question in questions:
@@ -133,9 +139,9 @@ def _answer(
         images.append([decode_image(source.image_bytes(location)) for location in question.images[:shown]])
     turns = [q.turns for q in questions]
     answers = speaker.answers(turns, images, max_new_tokens)
-    losses = speaker.truth_losses(turns, images, [q.truth for q in questions])
+    losses = speaker.truth_losses(turns, images, [q.truth for q in questions]) if perplexity else []
     rows = []
-    for question, answer, (loss, tokens) in zip(questions, answers, losses, strict=True):
+    for question, answer, told in itertools.zip_longest(questions, answers, losses):
         if question.task == "caption" and question.concept:
             right = concept_of(answer, concepts) == question.concept
         else:
@@ -143,12 +149,14 @@ def _answer(
         asked = question.turns[-1].text
         row = {"key": question.key, "task": question.task, "question": asked, "answer": answer}
         row |= {"concept": question.concept} if question.concept else {}
-        rows.append({**row, "truth": question.truth, "right": right, "truth_loss": round(loss, 5), "tokens": tokens})
+        rows.append({**row, "truth": question.truth, "right": right})
+        if told is not None:
+            rows[-1] |= {"truth_loss": round(told[0], 5), "tokens": told[1]}
     return rows
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return counts, accuracies and perplexities, overall and by task."""
+    """Return counts, accuracies and perplexities (where there are any), overall and by task."""
     tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         tasks[row["task"]].append(row)
@@ -157,9 +165,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    mean_loss = sum(row["truth_loss"] for row in rows) / max(1, sum(row["tokens"] for row in rows))
-    return {
-        "questions": len(rows),
-        "accuracy": round(sum(row["right"] for row in rows) / len(rows), 4),
-        "perplexity": round(math.exp(min(mean_loss, 100.0)), 4),
-    }
+    found = {"questions": len(rows), "accuracy": round(sum(row["right"] for row in rows) / len(rows), 4)}
+    if "truth_loss" in rows[0]:
+        mean_loss = sum(row["truth_loss"] for row in rows) / max(1, sum(row["tokens"] for row in rows))
+        found["perplexity"] = round(math.exp(min(mean_loss, 100.0)), 4)
+    return found

@@ -290,6 +290,9 @@ def test_learns_what_it_is_shown(world, tmp_path):
     assert summary["accuracy"] >= 0.75
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == [record["id"] for record in records]
+    options = {"batch_size": 5, "perplexity": False}
+    short = evaluate(tmp_path / "model", str(tmp_path / "test.json"), tmp_path / "short.jsonl", **options)
+    assert short["accuracy"] == summary["accuracy"] and "perplexity" not in short
 
 
 def test_scoring_rules():
