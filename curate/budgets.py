@@ -32,7 +32,7 @@ def balance(frame: Frame, number: int, column: Group, n: Count, keep: Keep = "ra
     `better:column` takes from the group's highest tenth at random, then from the next, and so on: better rows, and not
     the extremes alone, among which are pictures that show their own caption.
     wary: fewer, or none, of odd groups, whose pictures are unlike those that go with captions like theirs and yet score
-    high (oddness.py); reads 32 rows of each group. Without captions' embeddings, or of under 20 groups, none is.
+    high (oddness.py); reads 32 rows of each group. Without captions' embeddings, or of under 22 groups, none is.
     """
     rows = np.flatnonzero(frame.alive)
     names, place, sizes = np.unique(frame.group(column)[rows], return_inverse=True, return_counts=True)
@@ -67,7 +67,7 @@ def _trust(
         oddness.group_means(fetch(rows[few]), place[few], groups) for fetch in (frame.vectors, frame.text_vectors)
     )
     scores = np.bincount(place, np.nan_to_num(frame.column("clip_score")[rows], nan=-1)) / np.bincount(place)
-    return oddness.trust(oddness.likeness(image, text), scores), {}
+    return oddness.trust(image, text, scores), {}
 
 
 def balance_tree(frame: Frame, number: int, n: Count, levels: Levels = (), keep: Keep = "random") -> Verdict:

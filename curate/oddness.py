@@ -1,9 +1,9 @@
 """Odd groups: captions as other groups have them, and pictures unlike theirs.
 
 Where a selector reads, pictures that merely print their caption score highest and gather in clusters of their own, so
-that balance alone gives them their even share. Such a cluster shows: its captions speak of what others' captions speak
-of, its pictures look like none of theirs, and yet its pairs score high. Means over its rows decide it. Arrays in,
-arrays out. It errs where a topic has so few groups that the nearest captions are about something else.
+that balance alone gives them their even share. Such a cluster shows: its captions speak of what lower scoring clusters'
+captions speak of, but its pictures look like none of theirs. Means of a few rows of each group decide it. Arrays in,
+arrays out.
 """
 
 import numpy as np
@@ -13,11 +13,9 @@ from curate.quotas import position_in_group
 
 ROWS_EACH = 32  # of a group, at most; they stand for it
 NEIGHBOURS = 10  # groups with the nearest captions
-LEAST_GROUPS = 2 * NEIGHBOURS  # among fewer, all captions are near
-DOUBTED, ODD = (
-    2.0,
-    3.0,
-)  # spreads below the middle: from the first on a group counts less, from the second on not at all
+LEAST_GROUPS = 2 * NEIGHBOURS + 2  # so that the plainer half has enough neighbours for each
+DOUBTED, ODD = 2.0, 4.0  # spreads below the middle: a group begins to count less, and no longer counts
+LEAST_SPREAD = 1e-3
 BLOCK = 1024
 
 
@@ -33,34 +31,36 @@ def group_means(x_nd: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
     return unit_rows(np.add.reduceat(x_nd[order].astype(np.float32), starts, axis=0))
 
 
-def likeness(image_gd: np.ndarray, text_gd: np.ndarray) -> np.ndarray:
+def likeness(image_gd: np.ndarray, text_gd: np.ndarray, plain_g: np.ndarray) -> np.ndarray:
     """Score groups by how much their pictures look like those that go with captions like theirs.
 
-    image_gd, text_gd: unit rows f32, the groups' mean picture and mean caption. Returns f64 [g]: the mean cosine of a
-    group's picture to those of the NEIGHBOURS other groups with the nearest captions, ties by number. O(g^2 d) time.
+    image_gd, text_gd: unit rows f32, the groups' mean picture and mean caption. plain_g: bool, who is compared with.
+    Returns f64 [g]: the mean cosine of a group's picture to those of the NEIGHBOURS other plain groups with the nearest
+    captions, ties by number. O(g^2 d) time.
     """
-    count = min(NEIGHBOURS, len(text_gd) - 1)
-    found = np.empty(len(text_gd))
+    plain = np.flatnonzero(plain_g)
+    others = len(plain) - plain_g  # that a group can be compared with
+    found = np.zeros(len(text_gd))
     for first in range(0, len(text_gd), BLOCK):
-        cosines = text_gd[first : first + BLOCK] @ text_gd.T
-        own = np.arange(len(cosines))
-        cosines[own, first + own] = -2
-        nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
-        pictures = image_gd[first : first + BLOCK] @ image_gd.T
-        found[first : first + BLOCK] = np.take_along_axis(pictures, nearest, axis=1).mean(axis=1, dtype=np.float64)
+        part = slice(first, first + BLOCK)
+        cosines, pictures = text_gd[part] @ text_gd[plain].T, image_gd[part] @ image_gd[plain].T
+        cosines[np.arange(first, first + len(cosines))[:, None] == plain] = -2
+        nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEIGHBOURS]
+        taken = np.arange(nearest.shape[1]) < others[part, None]
+        total = (np.take_along_axis(pictures, nearest, axis=1) * taken).sum(axis=1, dtype=np.float64)
+        found[part] = total / np.maximum(1, taken.sum(axis=1))
     return found
 
 
-def trust(likeness_g: np.ndarray, score_g: np.ndarray) -> np.ndarray:
+def trust(image_gd: np.ndarray, text_gd: np.ndarray, score_g: np.ndarray) -> np.ndarray:
     """Say how much groups shall count, f64 [g] from 0 to 1; score_g: their mean clip_score.
 
-    In full down to DOUBTED spreads of likeness below its median, at ODD not at all. The spread is that of the upper
-    side, from the median to where a normal distribution has one standard deviation, since odd groups widen the lower
-    one. Groups of a score up to the median count in full, too: a rare kind of picture is no cheat.
+    The groups of a score up to the median count in full and are the yardstick: what cheats scores high, and a rare kind
+    of picture does not. The others count in full down to DOUBTED spreads of the yardstick's likeness below its median,
+    at ODD not at all; the spread is from there down to where a normal distribution has one standard deviation.
     """
-    middle, upper = np.quantile(likeness_g, [0.5, 0.84])
-    if upper - middle < 1e-6:
-        return np.ones(len(likeness_g))
-    below = (middle - likeness_g) / (upper - middle)
-    weights = np.clip((ODD - below) / (ODD - DOUBTED), 0, 1)
-    return np.asarray(np.where(score_g > np.median(score_g), weights, 1))
+    plain = score_g <= np.median(score_g)
+    found = likeness(image_gd, text_gd, plain)
+    lower, middle = np.quantile(found[plain], [0.16, 0.5])
+    below = (middle - found) / max(middle - lower, LEAST_SPREAD)
+    return np.asarray(np.where(plain, 1, np.clip((ODD - below) / (ODD - DOUBTED), 0, 1)))
