@@ -23,26 +23,30 @@ NAME = "documents"
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a row lie: their edges, also as i32 [n+1] on the device."""
+    """Where the documents of a row lie: their edges, also as i32 [n+1] on the device; and what is learnt from them.
+
+    learnt_s: i64, the positions whose last hidden states are used (frugal.py); None: all.
+    """
 
     edges: tuple[int, ...]
     edges_n: Tensor
     longest: int
+    learnt_s: Tensor | None = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Self:
+    def of(cls, lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None) -> Self:
         """Lay documents of these lengths side by side."""
         edges = (0, *accumulate(lengths))
-        return cls(edges, torch.tensor(edges, dtype=torch.int32, device=device), max(lengths, default=0))
+        return cls(edges, torch.tensor(edges, dtype=torch.int32, device=device), max(lengths, default=0), learnt_s)
 
 
 _packed: ContextVar[Documents | None] = ContextVar("packed", default=None)
 
 
 @contextmanager
-def apart(lengths: Sequence[int], device: torch.device) -> Iterator[None]:
+def apart(lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None) -> Iterator[None]:
     """Let a model that runs with `NAME` read its one row as documents of these lengths; none: as it is."""
-    token = _packed.set(Documents.of(lengths, device) if lengths else None)
+    token = _packed.set(Documents.of(lengths, device, learnt_s) if lengths else None)
     try:
         yield
     finally:

@@ -152,8 +152,8 @@ class Batch:
 
     @property
     def documents(self) -> list[int]:
-        """The lengths of the documents that share a row; none where each row is one document."""
-        return self.lengths if len(self.lengths) > len(self.ids_bl) else []
+        """The lengths of the documents in the one row; none where there are several rows, of one document each."""
+        return self.lengths if len(self.ids_bl) == 1 else []
 
     def to(self, device: torch.device) -> Batch:
         """Move the tensors."""

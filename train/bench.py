@@ -137,7 +137,7 @@ def _run(kind: Kind, stage_name: str, model: Model, stage: Stage, write: Any, da
     measured = measure(source, encoder, model.max_length)
     trainable = prepare(composed, stage)
     if kind == "reference":
-        composed.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        composed.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
         composed.model.model.language_model.train()
     with out_of_memory(stage):
         composed.model.to(place.device)

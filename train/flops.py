@@ -3,7 +3,8 @@
 Multiplications and additions that the mathematics asks for, once each: nothing for recomputed activations or logits,
 nothing for padding. With T tokens, T_sup supervised ones, P weights of linear layers:
 
-    language model   4 P T frozen (forward, gradient of inputs), 6 P T where it learns; LoRA adds 6 P_lora T
+    language model   4 P T frozen (forward, gradient of inputs), 6 P T where it learns; LoRA adds 6 P_lora T; those of
+                     the last layer that only labelled positions need (frugal.py): T_sup times
     its attention    6 L d T^2 a document: forward and backward, causal
     logits           4 d V T_sup, 6 where the head learns
     projector        6 P T_image
@@ -21,6 +22,7 @@ from torch import nn
 
 from train.batches import Batch
 from train.config import Stage
+from train.frugal import last_parts
 from train.model import Composed
 from train.tower import HEADS
 
@@ -33,7 +35,7 @@ class Cost:
 
     token: float
     square: float  # for each document, times its squared length
-    target: float
+    target: float  # the head, and the end of the last layer
     image: float  # projector
     tower: float  # an image
 
@@ -51,11 +53,15 @@ class Cost:
         blocks = composed.feature_index
         forward = 2 * _weights(inner.vision_tower, without=HEADS) * seen + 4 * blocks * one.hidden_size * seen**2
         forward *= getattr(tower, "num_tiles", 1)
+
+        def words(module: nn.Module) -> float:
+            return learns * _weights(module, without=("lora_",)) + 6.0 * _weights(module, only="lora_")
+
+        late = sum(map(words, last_parts(inner.language_model)))
         return cls(
-            token=learns * _weights(inner.language_model, without=("lora_",))
-            + 6 * _weights(inner.language_model, only="lora_"),
+            token=words(inner.language_model) - late,
             square=6.0 * config.num_hidden_layers * width,
-            target=float(learns * config.hidden_size * config.vocab_size),
+            target=learns * config.hidden_size * config.vocab_size + late,
             image=6.0 * _weights(inner.multi_modal_projector) * vision.tokens_per_image,
             tower=float(forward * (3 if stage.tune_tower else 1)),
         )

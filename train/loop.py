@@ -150,7 +150,8 @@ class Training:
             feats = self.features.get(batch.images).to(self.place.device)
         elif batch.pixels_nchw is not None:
             feats = tower_features(self.composed, batch.pixels_nchw, tuned=self.stage.tune_tower)
-        hidden = hidden_states(self.composed, batch.ids_bl, batch.positions_bl, feats, batch.documents)
+        row = batch.documents, batch.supervised_s
+        hidden = hidden_states(self.composed, batch.ids_bl, batch.positions_bl, feats, *row)
         return token_losses(self.composed.model, hidden.flatten(0, 1)[batch.supervised_s], batch.targets_s)
 
     def _clip_gradients(self) -> float:

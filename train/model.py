@@ -272,12 +272,18 @@ def tower_features(composed: Composed, pixels_nchw: Tensor, *, tuned: bool = Fal
 
 
 def hidden_states(
-    composed: Composed, ids_bl: Tensor, positions_bl: Tensor, feats: Tensor | None, documents: Sequence[int] = ()
+    composed: Composed,
+    ids_bl: Tensor,
+    positions_bl: Tensor,
+    feats: Tensor | None,
+    documents: Sequence[int] = (),
+    learnt_s: Tensor | None = None,
 ) -> Tensor:
     """Return the language model's last hidden states [b, l, d].
 
     documents: the lengths of the documents that share the one row, whose positions restart at 0 and which do not see
     each other. Without them a row is a document, padded on the right, where causal attention cannot look: no mask.
+    learnt_s: the positions of that one row whose states are used; others may then be anything (frugal.py).
     """
     inner = composed.model.model
     embeds = inner.language_model.get_input_embeddings()(ids_bl)
@@ -285,7 +291,7 @@ def hidden_states(
         projected = inner.multi_modal_projector(feats.to(_projector_dtype(inner))) * composed.feature_scale
         where = (ids_bl == composed.image_id).unsqueeze(-1)
         embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
-    with attention.apart(documents, ids_bl.device):
+    with attention.apart(documents, ids_bl.device, learnt_s):
         out = inner.language_model(inputs_embeds=embeds, position_ids=positions_bl, use_cache=False)
     return cast(Tensor, out.last_hidden_state)
 

@@ -19,6 +19,7 @@ from train.config import Config, Model, Stage
 from train.data import Measured, Source, check_bad, open_source
 from train.errors import DataError, TrainError, UsageError
 from train.features import cache_features
+from train.frugal import spare
 from train.loop import Training, out_of_memory
 from train.losses import SampleLosses
 from train.measuring import measure_once
@@ -155,9 +156,10 @@ def _assemble(
     check_bad(source, measured.reasons, stage.max_bad_share)
     plan = Plan(measured, stage)
     trainable = prepare(composed, stage)
+    spare(composed.model.model.language_model)
     _announce(measured, plan, trainable, composed, stage_name)
     if config.model.gradient_checkpointing:
-        composed.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        composed.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
         composed.model.model.language_model.train()
     with out_of_memory(stage):
         if stage.shard and place.world > 1:

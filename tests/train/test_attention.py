@@ -47,7 +47,7 @@ def test_packed_losses_and_gradients_are_those_of_each_document_alone(family, ch
         body = model.get_decoder()
         if attention == NAME:
             if checkpointing:
-                body.gradient_checkpointing_enable({"use_reentrant": False})
+                body.activation_checkpointing_enable({"use_reentrant": False})
             body.train()
             with apart(LENGTHS, ids.device):
                 hidden = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state

@@ -11,6 +11,7 @@ from train import config as configuration
 from train.batches import Batch
 from train.config import Model, Stage
 from train.flops import Cost, peak_flops
+from train.frugal import spare
 from train.model import compose, hidden_states, prepare, token_losses, tower_features
 from train.stages import run_stage
 
@@ -27,6 +28,7 @@ def test_counts_what_torch_counts(world, tune):
     composed = compose(configuration.load(str(world / "config.toml")).model)
     stage = Stage(tune=tune, lora_rank=4, lora_alpha=8, lora_dropout=0.0)
     prepare(composed, stage)
+    spare(composed.model.model.language_model)
     config, size = composed.model.config.text_config, composed.vision.image_size
     ids = torch.tensor([[5, *[composed.image_id] * 5, *range(6, 20)]])
     supervised, length = torch.arange(10, 15), ids.shape[1]
@@ -34,7 +36,7 @@ def test_counts_what_torch_counts(world, tune):
     feats, tower = count(lambda: tower_features(composed, pixels))
 
     def step():
-        hidden = hidden_states(composed, ids, torch.arange(length)[None], feats)
+        hidden = hidden_states(composed, ids, torch.arange(length)[None], feats, [length], supervised)
         token_losses(composed.model, hidden[0][supervised], ids[0][supervised + 1]).sum().backward()
 
     _, counted = count(step)
