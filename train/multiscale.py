@@ -2,19 +2,22 @@
 
 At scale k the image is k times the tower's size and is cut into k × k tiles; the tower sees each. A scale's tiles are
 laid together again and averaged down to the places of scale 1; the scales stand side by side in the channels. Three
-scales of SigLIP-SO400M-384 give 729 places of 3 x 1,152 channels from 1,152 px, with 14 runs of the tower.
+scales of SigLIP-SO400M-384 give 729 places of 3 x 1,152 channels from 1,152 px, with 14 runs of the tower. However
+many images come together, the tower sees `TILES` tiles at once, so that its memory does not grow with them.
 Source: S² (arXiv 2403.13043), as Bunny v1.1 uses it (bicubic without antialiasing, area averaging, both in fp32).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+TILES = 64  # as many images as a pass has at one scale (micro_images)
 
 
 class MultiscaleConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -88,10 +91,13 @@ class MultiscaleModel(PreTrainedModel):  # type: ignore[misc]
         image = functional.interpolate(pixels_nchw.float(), size=scale * tower_size, mode="bicubic").to(dtype)
         n, channels = image.shape[:2]
         tiles = image.view(n, channels, scale, tower_size, scale, tower_size).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        index = self.config.feature_index
-        hidden = self.tower(tiles, output_hidden_states=index or True, return_dict=True).hidden_states[index]
-        hidden = hidden[:, self.config.tokens_skipped :]
+        hidden = torch.cat([self._features(part) for part in torch.split(tiles, TILES)])
         side = round(hidden.shape[1] ** 0.5)
         tiled = hidden.reshape(n, scale, scale, side, side, -1)
         whole = tiled.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, scale * side, scale * side)
         return functional.interpolate(whole.float(), size=side, mode="area").to(hidden.dtype)
+
+    def _features(self, pixels_nchw: Tensor) -> Tensor:
+        index = self.config.feature_index
+        states = self.tower(pixels_nchw, output_hidden_states=index or True, return_dict=True).hidden_states
+        return cast(Tensor, states[index][:, self.config.tokens_skipped :])

@@ -182,6 +182,18 @@ def test_s2_is_the_slow_reference(towers, kind, scales):
     torch.testing.assert_close(ours, slow, rtol=0, atol=1e-5)
 
 
+def test_s2_shows_its_tower_a_fixed_number_of_tiles_at_once(towers, monkeypatch):
+    whole, vision = load_tower(Model(tower=str(towers / "siglip"), tower_weights="fresh", scales=3), torch.float32)
+    pixels = torch.randn(3, 3, 126, 126, generator=torch.Generator().manual_seed(0))
+    seen = []
+    whole.tower.register_forward_pre_hook(lambda _module, given: seen.append(len(given[0])))
+    with torch.no_grad():
+        together = features(whole, pixels, 2, vision.strategy)
+        monkeypatch.setattr("train.multiscale.TILES", 5)
+        torch.testing.assert_close(features(whole, pixels, 2, vision.strategy), together, rtol=0, atol=1e-6)
+    assert seen[:3] == [3, 12, 27] and max(seen[3:]) == 5 and sum(seen[3:]) == 3 * 14
+
+
 def test_s2_of_the_published_size():
     options = Model(tower="google/siglip-so400m-patch14-384", tower_weights="fresh", scales=3)
     config, vision = describe_tower(options)
