@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,45 +50,49 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False, parts: 
     if (out / RECORD).is_file() and read_json(out / RECORD) == record and not overwrite:
         log.info("%s is exported already; nothing to do (--overwrite starts over)", out)
         return {"out": str(out), "dtype": dtype}
-    claim_folder(out, overwrite)
-    composed = compose(model, torch.float32)
-    if composed.fingerprint != manifest["result"]["fingerprint"]:
-        raise TrainError(f"the weights of {model.tower} or {model.lm} have changed since {run} was trained")
-    merge_trained(composed.model, checkpoint.load_trained(run), stage.lora_alpha / stage.lora_rank)
-    fold_feature_scale(composed.model, composed.feature_scale)
-    encoder = make_encoder(composed, model, stage)
-    if parts:
-        _set_ends(composed, encoder)
-        processor = _processor(composed, encoder)
-        write_parts(composed.model, processor.tokenizer, processor.image_processor, out, DTYPES[dtype])
-    else:
-        write_folder(composed, encoder, out, DTYPES[dtype])
-    finish_folder(out, record)
+    with writing(out, record, overwrite):
+        composed = compose(model, torch.float32)
+        if composed.fingerprint != manifest["result"]["fingerprint"]:
+            raise TrainError(f"the weights of {model.tower} or {model.lm} have changed since {run} was trained")
+        merge_trained(composed.model, checkpoint.load_trained(run), stage.lora_alpha / stage.lora_rank)
+        fold_feature_scale(composed.model, composed.feature_scale)
+        encoder = make_encoder(composed, model, stage)
+        if parts:
+            _set_ends(composed, encoder)
+            processor = _processor(composed, encoder)
+            write_parts(composed.model, processor.tokenizer, processor.image_processor, out, DTYPES[dtype])
+        else:
+            write_folder(composed, encoder, out, DTYPES[dtype])
     return {"out": str(out), "parameters": sum(p.numel() for p in composed.model.parameters()), "dtype": dtype}
 
 
 def _split(folder: Path, out: Path, dtype: str, overwrite: bool) -> dict[str, Any]:
     from train.generate import load_native
 
-    claim_folder(out, overwrite)
-    model, processor = load_native(folder, DTYPES[dtype])
-    write_parts(model, processor.tokenizer, processor.image_processor, out, DTYPES[dtype])
-    finish_folder(out, {"command": "export", "model": relative(str(folder), out), "dtype": dtype, "parts": True})
+    record = {"command": "export", "model": relative(str(folder), out), "dtype": dtype, "parts": True}
+    with writing(out, record, overwrite):
+        model, processor = load_native(folder, DTYPES[dtype])
+        write_parts(model, processor.tokenizer, processor.image_processor, out, DTYPES[dtype])
     return {"out": str(out), "parameters": sum(p.numel() for p in model.parameters()), "dtype": dtype}
 
 
-def claim_folder(out: Path, overwrite: bool) -> None:
-    """Make a folder for a model, clearing an unfinished export, or a finished one where asked.  Raises: UsageError."""
+@contextmanager
+def writing(out: Path, record: dict[str, Any], overwrite: bool) -> Iterator[None]:
+    """Make a folder for a model and, once it is written, note beside it how it was made, which makes it whole.
+
+    An unfinished one is cleared, or a finished one where that is asked; a refusal leaves none.  Raises: UsageError.
+    """
     if out.is_dir() and any(out.iterdir()):
         if not (out / UNFINISHED).is_file() and not (overwrite and (out / RECORD).is_file()):
             raise UsageError(f"--out {out} is not empty; type --overwrite to replace an exported model")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / UNFINISHED).touch()
-
-
-def finish_folder(out: Path, record: dict[str, Any]) -> None:
-    """Note beside a model how it was made, which makes its folder whole."""
+    try:
+        yield
+    except TrainError:
+        shutil.rmtree(out)
+        raise
     write_json(out / RECORD, record)
     (out / UNFINISHED).unlink()
 
@@ -179,21 +184,20 @@ def merge(models: Sequence[Path], weights: Sequence[float], out: Path, *, overwr
     for folder in models:
         if not (folder / "config.json").is_file():
             raise UsageError(f"{folder} is not an exported model (no config.json)")
-    claim_folder(out, overwrite)
-    for file in sorted(models[0].iterdir()):
-        if file.is_file() and file.suffix != ".safetensors":
-            shutil.copyfile(file, out / file.name)
-    for file in sorted(models[0].glob("*.safetensors")):
-        total: dict[str, Tensor] = {}
-        for folder, weight in zip(models, weights, strict=True):
-            if not (folder / file.name).is_file():
-                raise UsageError(f"{folder} has no {file.name}: the models were not exported alike")
-            part = load_file(folder / file.name)
-            if total and {k: v.shape for k, v in part.items()} != {k: v.shape for k, v in total.items()}:
-                raise UsageError(f"{folder} and {models[0]} hold different tensors")
-            total = {k: total.get(k, torch.zeros(())) + weight * v.float() for k, v in part.items()}
-        dtypes = {k: v.dtype for k, v in load_file(file).items()}
-        checkpoint.write_tensors({k: v.to(dtypes[k]) for k, v in total.items()}, out / file.name)
     record = {"command": "merge", "models": [relative(str(m), out) for m in models], "weights": list(weights)}
-    finish_folder(out, record)
+    with writing(out, record, overwrite):
+        for file in sorted(models[0].iterdir()):
+            if file.is_file() and file.suffix != ".safetensors":
+                shutil.copyfile(file, out / file.name)
+        for file in sorted(models[0].glob("*.safetensors")):
+            total: dict[str, Tensor] = {}
+            for folder, weight in zip(models, weights, strict=True):
+                if not (folder / file.name).is_file():
+                    raise UsageError(f"{folder} has no {file.name}: the models were not exported alike")
+                part = load_file(folder / file.name)
+                if total and {k: v.shape for k, v in part.items()} != {k: v.shape for k, v in total.items()}:
+                    raise UsageError(f"{folder} and {models[0]} hold different tensors")
+                total = {k: total.get(k, torch.zeros(())) + weight * v.float() for k, v in part.items()}
+            dtypes = {k: v.dtype for k, v in load_file(file).items()}
+            checkpoint.write_tensors({k: v.to(dtypes[k]) for k, v in total.items()}, out / file.name)
     return {"out": str(out), "models": [str(m) for m in models], "weights": list(weights)}

@@ -335,10 +335,6 @@ class Encoder:
         num_images = sum(turn.num_images for turn in turns)
         return Encoded(np.array(ids, np.int32), np.array(labels, np.int32), num_images, truncated)
 
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Return the ids of turns that end with a question, up to where the answer begins."""
-        return self.piece_ids(pieces(turns, self.template, self.end_token))[0]
-
 
 def _is_token(tokenizer: Any, token: str) -> bool:
     found = tokenizer.convert_tokens_to_ids(token)

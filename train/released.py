@@ -29,7 +29,7 @@ from torch import Tensor
 
 from train.config import Config
 from train.errors import CheckpointError, UsageError
-from train.export import DTYPES, claim_folder, finish_folder, write_folder
+from train.export import DTYPES, write_folder, writing
 from train.language import FOLDED, fold_into_norm
 from train.model import Composed, compose, fold_feature_scale, place_head_bias
 from train.runs import read_json, relative
@@ -62,14 +62,14 @@ def import_released(source: Path, out: Path, config: Config, *, overwrite: bool 
     Raises: UsageError, CheckpointError naming the tensors that do not fit.
     """
     files = checkpoint_files(source)
-    claim_folder(out, overwrite)
     dtype = DTYPES[config.export.dtype]
-    model = dataclasses.replace(config.model, lm_weights="fresh")  # each of its weights must be in the checkpoint
-    composed = compose(model, dtype)
-    keep_tower = config.model.tower_weights == "pretrained"
-    load_released(composed, files, keep_tower=keep_tower, head_bias=config.model.lm_head_bias)
-    write_folder(composed, make_encoder(composed, model, config.finetune), out, dtype)
-    finish_folder(out, {"command": "import", "source": relative(str(source), out), "dtype": config.export.dtype})
+    record = {"command": "import", "source": relative(str(source), out), "dtype": config.export.dtype}
+    with writing(out, record, overwrite):
+        model = dataclasses.replace(config.model, lm_weights="fresh")  # each of its weights must be in the checkpoint
+        composed = compose(model, dtype)
+        keep_tower = config.model.tower_weights == "pretrained"
+        load_released(composed, files, keep_tower=keep_tower, head_bias=config.model.lm_head_bias)
+        write_folder(composed, make_encoder(composed, model, config.finetune), out, dtype)
     parameters = sum(p.numel() for p in composed.model.parameters())
     return {"out": str(out), "parameters": parameters, "dtype": config.export.dtype}
 

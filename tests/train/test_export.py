@@ -18,7 +18,7 @@ from train.evaluate import Question, batches, collect, concept_of, evaluate, nor
 from train.export import export, llava_hf_name, merge
 from train.generate import chat, load_speaker
 from train.model import compose, hidden_states, prepare, tower_features
-from train.prompts import Turn, parse, to_messages
+from train.prompts import Turn, parse, pieces, to_messages
 from train.stages import make_encoder, run_stage
 
 
@@ -83,7 +83,8 @@ numpy.savez(out, ids=inputs["input_ids"].numpy(), logits=model(**inputs).logits.
     options = configuration.load(str(world / "config.toml"))
     composed = compose(options.model)
     encoder = make_encoder(composed, options.model, options.finetune)
-    assert encoder.prompt([Turn("user", (None, "what colour is it ?"))]) == ids[0].tolist()
+    asked = pieces([Turn("user", (None, "what colour is it ?"))], encoder.template, encoder.end_token)
+    assert encoder.piece_ids(asked)[0] == ids[0].tolist()
     from train.tower import make_image_processor
 
     processor = make_image_processor(composed.vision)
@@ -344,6 +345,7 @@ def test_a_changed_base_is_refused(world, tmp_path):
     save_file({k: v + 1 for k, v in weights.items()}, tmp_path / "lm" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrainError, match="have changed since"):
         export(tmp_path / "run", tmp_path / "model", dtype="fp32")
+    assert not (tmp_path / "model").exists()
 
 
 def test_export_never_clears_a_foreign_folder(run, tmp_path):

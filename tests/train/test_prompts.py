@@ -11,7 +11,7 @@ from toys import word_tokenizer
 from train.chat import chat_template
 from train.errors import UsageError
 from train.inspection import paint
-from train.prompts import IGNORED, TEMPLATES, Encoder, Rejected, get_template, parse, to_messages
+from train.prompts import IGNORED, TEMPLATES, Encoder, Rejected, get_template, parse, pieces, to_messages
 
 PHI2 = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "phi-2"
 SPECIAL = ["<start_of_turn>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<s>", "</s>", "<image>"]
@@ -113,7 +113,7 @@ def test_ids_are_those_of_the_chat_template(tokenizer, template, conversation):
     if conversation != (PLAIN_TALK, 0):  # there "<image>" is text, which a served template would take for an image
         assert encoded.ids.tolist() == whole_text_ids(enc, turns)
         asked = turns[: [turn.role for turn in turns].index("assistant")]
-        prompt = enc.prompt(asked)
+        prompt, _ = enc.piece_ids(pieces(asked, enc.template, enc.end_token))
         assert prompt == whole_text_ids(enc, asked, generation=True)
         assert prompt == encoded.ids[: len(prompt)].tolist(), "an answer must go on from the prompt"
     assert int((encoded.ids == enc.image_id).sum()) == PER_IMAGE * conversation[1]

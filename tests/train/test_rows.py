@@ -9,7 +9,7 @@ from curate import pipeline
 from train import checkpoint, loop
 from train import config as configuration
 from train.data import decode_image, encode, open_source
-from train.errors import Interrupted
+from train.errors import Interrupted, UsageError
 from train.export import export
 from train.generate import ask, load_native
 from train.model import blueprint, compose, hidden_states, limits, normalise, prepare, tower_features
@@ -106,6 +106,10 @@ def test_a_row_goes_from_pixels_to_an_answer(name, world, tmp_path, monkeypatch)
     assert len(model.config.text_config.architectures) == 1
     native = type(AutoConfig.from_pretrained(tmp_path / "model").vision_config).__module__.startswith("transformers.")
     assert native == (not limits(model.config))
+    if not native:
+        with pytest.raises(UsageError, match="no converter knows it"):
+            export(tmp_path / "model", tmp_path / "parts", dtype="fp32", parts=True)
+        assert not (tmp_path / "parts").exists(), "a refusal leaves nothing behind"
     _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     composed = compose(options.model)
