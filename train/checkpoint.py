@@ -11,7 +11,6 @@ trained), weights.safetensors (whatever else was trained, by parameter name). No
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.errors import CheckpointError
+from train.runs import digest_file
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 PROJECTOR = "model.multi_modal_projector."
@@ -78,7 +78,7 @@ def save(
     partial.mkdir(parents=True)
     for name, tensors in files.items():
         write_tensors(tensors, partial / name)
-    digests = {name: _digest(partial / name) for name in files}
+    digests = {name: digest_file(partial / name) for name in files}
     body = {**state, "step": step, "trainable": sorted(files[WEIGHTS]), "files": digests}
     (partial / "state.json").write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
     for file in partial.iterdir():
@@ -115,7 +115,7 @@ def restore(path: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.
     advice = "delete that folder to go on from the one before it, or start over with --overwrite"
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        broken = [name for name, digest in state["files"].items() if _digest(path / name) != digest]
+        broken = [name for name, digest in state["files"].items() if digest_file(path / name) != digest]
         if broken:
             raise CheckpointError(f"{path}/{broken[0]} is corrupt (its digest differs); {advice}")
         weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
@@ -183,11 +183,3 @@ def load_trained(out: Path) -> dict[str, Tensor]:
 
 def _steps(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if _STEP.match(p.name) and p.is_dir())
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

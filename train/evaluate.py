@@ -72,7 +72,8 @@ def evaluate(
     """
     source = open_source(data, images)
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": runs.digest_data(data)}
-    request |= {"max_new_tokens": max_new_tokens, "limit": limit} | ({} if perplexity else {"perplexity": False})
+    request |= {"images": source.digest_images(), "max_new_tokens": max_new_tokens, "limit": limit}
+    request |= {} if perplexity else {"perplexity": False}
     record = out.with_name(f"{out.stem}.manifest.json")
     if record.is_file() and out.is_file() and not overwrite:
         found = runs.read_json(record)

@@ -7,7 +7,6 @@ supervised tokens · `step` i32, the optimiser step at which that was. `manifest
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from train.data import Source
 from train.place import Place
-from train.runs import MANIFEST, write_json
+from train.runs import MANIFEST, digest_file, write_json
 
 FILE = "losses.safetensors"  # in a checkpoint
 
@@ -85,4 +84,4 @@ def _write_table(table: Any, path: Path) -> str:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return digest_file(path)

@@ -55,12 +55,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_run(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> Status:
     """Claim a directory for a request, or find the same request there, unfinished or finished.
 
+    A run that ended before its first step, as one does whose data must be mended first, gives way to any request.
     Raises: UsageError naming the first option that differs, both values, and `--overwrite`.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; give a directory")
     found = next((out / name for name in (MANIFEST, PLAN) if (out / name).is_file()), None)
-    if overwrite and found is not None:
+    empty = found is not None and found.name == PLAN and not (out / "metrics.jsonl").exists()
+    if found is not None and (overwrite or (empty and _difference(read_json(found).get("request", {}), request))):
         shutil.rmtree(out)
         found = None
     if found is None:
@@ -120,17 +122,19 @@ def absolute(path: str, out: Path) -> str:
     return prefix + str(local.resolve()) if path and local.exists() else path
 
 
+def digest_file(path: Path) -> str:
+    """Digest a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def digest_data(data: str) -> str:
     """Identify a data set: by its manifest, else by a JSON's bytes, else by the names and sizes of its shards."""
     path = Path(data)
-    digest = hashlib.blake2b(digest_size=16)
     if (path / MANIFEST).is_file():
-        digest.update((path / MANIFEST).read_bytes())
-    elif path.is_file() and path.suffix != ".tar":
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    else:
-        for shard in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
-            digest.update(f"{shard.name} {shard.stat().st_size}\n".encode())
-    return digest.hexdigest()
+        return digest_file(path / MANIFEST)
+    if path.is_file() and path.suffix != ".tar":
+        return digest_file(path)
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    named = "".join(f"{shard.name} {shard.stat().st_size}\n" for shard in shards)
+    return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()

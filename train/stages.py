@@ -54,6 +54,8 @@ def run_stage(
     try:
         source = open_source(data, images)
         request = _request(stage_name, config, stage, data, images, align, out)
+        if place.rank == 0 and (seen := source.digest_images()):
+            request["inputs"]["images_digest"] = seen
         status = _claim(place, out, request, overwrite)
         if status == "finished":
             log.info("%s is finished; nothing to do (--overwrite starts over)", out)
