@@ -36,7 +36,6 @@ DataOption = Annotated[str, typer.Option("--data", help="Folder of .tar shards, 
 ImagesOption = Annotated[str | None, typer.Option("--images", help="Folder of the images that a JSON names.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Output directory.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Clear what an earlier run left in --out.")]
-ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished run in --out.")]
 LossesOption = Annotated[bool, typer.Option("--losses", help="Write each sample's loss to OUT/losses, for curate.")]
 EvalRootOption = Annotated[Path | None, typer.Option("--eval-root", help="Folder of the benchmarks, as LLaVA has it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -49,7 +48,6 @@ def align(
     config: ConfigOption = None,
     settings: SetOption = None,
     images: ImagesOption = None,
-    resume: ResumeOption = True,
     losses: LossesOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -60,7 +58,7 @@ def align(
     `run/align/projector.safetensors`, `metrics.jsonl` and `manifest.json`; a killed run goes on.
     """
     settings = [*(settings or ()), *["align.losses=true"] * losses]
-    _stage("align", config, settings, data, images, None, out, resume, overwrite, as_json)
+    _stage("align", config, settings, data, images, None, out, overwrite, as_json)
 
 
 @app.command()
@@ -71,7 +69,6 @@ def finetune(
     config: ConfigOption = None,
     settings: SetOption = None,
     images: ImagesOption = None,
-    resume: ResumeOption = True,
     losses: LossesOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -82,7 +79,7 @@ def finetune(
     writes `run/tuned/adapter/`, `projector.safetensors`, `metrics.jsonl` and `manifest.json`; a killed run goes on.
     """
     settings = [*(settings or ()), *["finetune.losses=true"] * losses]
-    _stage("finetune", config, settings, data, images, align, out, resume, overwrite, as_json)
+    _stage("finetune", config, settings, data, images, align, out, overwrite, as_json)
 
 
 def _stage(
@@ -93,13 +90,10 @@ def _stage(
     images: str | None,
     align: Path | None,
     out: Path,
-    resume: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     options = configuration.load(config, settings or ())
-    if not resume and (out / ".plan.json").is_file() and not overwrite:
-        raise UsageError(f"--no-resume: {out} holds an unfinished run; type --overwrite to start over")
     from train.stages import run_stage
 
     manifest = run_stage(name, options, data, out, images=images, align=align, overwrite=overwrite)
@@ -336,8 +330,8 @@ def inspect(
 def bench(
     config: ConfigOption = None,
     settings: SetOption = None,
-    steps: Annotated[int, typer.Option("--steps", help="Steps of each run; the first is not timed.")] = 4,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="0: the stage's own; 32 for the small model.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of each run; the first is not timed.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="0: the stage's own; 16 for the small model.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the result as JSON.")] = None,
     as_json: JsonOption = False,
 ) -> None:

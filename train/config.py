@@ -84,7 +84,7 @@ class Stage:
     save_every: int = 200
     keep_last: int = 2
     peak_tflops: float = 0.0  # of one device, for MFU; 0: of known GPUs in bf16, else no MFU
-    max_bad_share: float = 0.001  # stop above this share of samples that cannot be used (never for three or fewer)
+    max_bad_share: float = 0.001  # stop above this share of unusable samples; up to three never do, unless half of all
     seed: int = 0
 
 

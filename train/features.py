@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,14 +56,11 @@ class FeatureCache:
 
     def get(self, images: list[int]) -> Tensor:
         """Return [n, tokens, width] for images given by sample, one entry an image, those of a sample side by side."""
-        rows = [row for i in dict.fromkeys(images) for row in range(*self.at[i])]
-        if len(rows) != len(images):  # one sample twice in a batch
-            seen: dict[int, int] = {}
-            rows = []
-            for i in images:
-                first, last = self.at[i]
-                rows.append(first + seen.get(i, 0) % (last - first))
-                seen[i] = seen.get(i, 0) + 1
+        rows, seen = [], Counter[int]()
+        for i in images:
+            first, last = self.at[i]
+            rows.append(first + seen[i] % (last - first))  # a sample may stand twice in a batch
+            seen[i] += 1
         return self.table[rows]
 
 

@@ -14,14 +14,17 @@ nothing for padding. With T tokens, T_sup supervised ones, P weights of linear l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 
-from train.batches import Batch
+from train.batches import Batch, Rows
 from train.config import Stage
+from train.data import Measured
 from train.frugal import last_parts
 from train.model import Composed
 from train.tower import HEADS
@@ -71,6 +74,28 @@ class Cost:
         image = self.image + (0.0 if cached else self.tower)
         words = self.token * batch.num_tokens + self.square * batch.num_squares + self.target * len(batch.targets_s)
         return words + image * len(batch.images)
+
+    def parts(self, measured: Measured, passes: Iterable[Rows], *, padded: bool) -> dict[str, float]:
+        """Sum up passes over samples by what they are for; padded: each is as long as the longest, labels or not."""
+        sums = np.zeros(4)
+        for rows in passes:
+            samples = [sample for row in rows for sample in row]
+            lengths = measured.lengths[samples].astype(np.int64)
+            if padded:
+                lengths = np.full(len(samples), lengths.max(initial=0))
+            targets = lengths.sum() if padded else measured.supervised[samples].sum()
+            sums += lengths.sum(), (lengths**2).sum(), targets, measured.images[samples].sum()
+        tokens, squares, targets, images = map(float, sums)
+        parts = {"language model": self.token * tokens + self.square * squares, "vocabulary": self.target * targets}
+        return {**parts, "projector": self.image * images, "tower": self.tower * images}
+
+
+def published(composed: Composed, stage: Stage) -> Cost:
+    """Count a step of the published scripts: the language model runs forward once more, logits are everywhere."""
+    cost, config, lm = Cost.of(composed, stage), composed.model.config.text_config, composed.model.model.language_model
+    head = (6.0 if stage.tune == "full" else 4.0) * config.hidden_size * config.vocab_size
+    token = cost.token + (cost.target - head) + 2.0 * _weights(lm)
+    return replace(cost, token=token, square=cost.square * 8 / 6, target=head)
 
 
 def _weights(module: Any, *, only: str = "", without: tuple[str, ...] = ()) -> int:

@@ -110,7 +110,8 @@ def read_image(path: str) -> Any:
 def ask(folder: Path, image: str | None, prompt: str, max_new_tokens: int, system: str = "") -> str:
     """Answer one question about an image, or about none."""
     images = [read_image(image)] if image else []
-    turns = _open(system) + [Turn("user", (None,) * len(images) + ((prompt,) if prompt else ()))]
+    turns = [Turn("system", (system,))] if system else []
+    turns.append(Turn("user", (None,) * len(images) + ((prompt,) if prompt else ())))
     return load_speaker(folder).answers([turns], [images], max_new_tokens)[0]
 
 
@@ -127,7 +128,3 @@ def chat(
         answer = speaker.answers([turns], [images], max_new_tokens)[0]
         turns.append(Turn("assistant", (answer,)))
         say(answer)
-
-
-def _open(system: str) -> list[Turn]:
-    return [Turn("system", (system,))] if system else []

@@ -58,6 +58,11 @@ class Training:
 
         Raises: Interrupted after a signal, with a checkpoint written; TrainError for a loss that is not a number.
         """
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[int]:
+        """Train step by step, as `run` does at once; yield the number of steps done after each."""
         optimizer = make_optimizer(self.stage, self.trainable)
         start = self._resume(optimizer)
         if start >= self.plan.steps:
@@ -91,6 +96,7 @@ class Training:
                     since.clear()
                 if stopping and done < self.plan.steps:
                     raise Interrupted(f"stopped by a signal after step {done}, saved; the same command goes on")
+                yield done
 
     def _step(
         self, step: int, micro_batches: list[Batch], optimizer: torch.optim.Optimizer, stop: bool

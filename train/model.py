@@ -285,19 +285,21 @@ def hidden_states(
     each other. Without them a row is a document, padded on the right, where causal attention cannot look: no mask.
     learnt_s: the positions of that one row whose states are used; others may then be anything (frugal.py).
     """
-    inner = composed.model.model
-    embeds = inner.language_model.get_input_embeddings()(ids_bl)
-    if feats is not None:
-        projected = inner.multi_modal_projector(feats.to(_projector_dtype(inner))) * composed.feature_scale
-        where = (ids_bl == composed.image_id).unsqueeze(-1)
-        embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
+    embeds = embeddings(composed, ids_bl, feats)
     with attention.apart(documents, ids_bl.device, learnt_s):
-        out = inner.language_model(inputs_embeds=embeds, position_ids=positions_bl, use_cache=False)
+        out = composed.model.model.language_model(inputs_embeds=embeds, position_ids=positions_bl, use_cache=False)
     return cast(Tensor, out.last_hidden_state)
 
 
-def _projector_dtype(inner: Any) -> torch.dtype:
-    return cast(torch.dtype, inner.multi_modal_projector.linear_1.weight.dtype)
+def embeddings(composed: Composed, ids_bl: Tensor, feats: Tensor | None) -> Tensor:
+    """Return what the language model reads, [b, l, d]: embedded words, and the projected features of the images."""
+    inner = composed.model.model
+    embeds = cast(Tensor, inner.language_model.get_input_embeddings()(ids_bl))
+    if feats is None:
+        return embeds
+    projected = inner.multi_modal_projector(feats.to(inner.multi_modal_projector.linear_1.weight.dtype))
+    where = (ids_bl == composed.image_id).unsqueeze(-1)
+    return embeds.masked_scatter(where, (projected * composed.feature_scale).to(embeds.dtype))
 
 
 def token_losses(model: Any, hidden_nd: Tensor, targets_n: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from train.prompts import Encoder, get_template
 
 
 def test_both_ways_lose_the_same(monkeypatch):
-    for name, value in {"LAYERS": 2, "WIDTH": 32, "TOWER_LAYERS": 1, "TOWER_WIDTH": 32}.items():
+    for name, value in {"LAYERS": 2, "WIDTH": 32, "HEADS": 2, "TOWER_LAYERS": 1, "TOWER_WIDTH": 32}.items():
         monkeypatch.setattr(f"train.bench.{name}", value)
     result = bench(None, steps=2, batch_size=9)
     for stage in result["stages"].values():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from train import config as configuration
 from train.batches import Batch
+from train.bench import Reference
 from train.config import Model, Stage
-from train.flops import Cost, peak_flops
+from train.data import Measured
+from train.flops import Cost, peak_flops, published
 from train.frugal import spare
 from train.model import compose, hidden_states, prepare, token_losses, tower_features
 from train.stages import run_stage
@@ -50,6 +53,32 @@ def test_counts_what_torch_counts(world, tune):
     patch = composed.model.model.vision_tower.embeddings.patch_embedding.weight.numel()
     assert cost.tower - 2 * patch == tower  # the class token has no patch
     assert cost.flops(batch, cached=False) == cost.flops(batch, cached=True) + cost.tower
+
+
+@pytest.mark.parametrize("tune", ["projector", "lora"])
+def test_counts_what_the_published_step_computes(world, tune):
+    """Two samples, one shorter, through the bench's own reference; images as long as the text is not."""
+    composed = compose(configuration.load(str(world / "config.toml"), ["model.attention=sdpa"]).model)
+    stage = Stage(tune=tune, lora_rank=4, lora_alpha=8, lora_dropout=0.0)
+    trainable, lm = prepare(composed, stage), composed.model.model.language_model
+    lm.activation_checkpointing_enable({"use_reentrant": True})
+    lm.train()
+    width, size, config = 20, composed.vision.image_size, composed.model.config.text_config
+    ids = torch.tensor([[5, *[composed.image_id] * 5, *range(6, 20)], [*range(6, 18), *[0] * 8]])
+    positions, learnt = torch.arange(width).expand(2, -1), torch.tensor([10, 30])
+    pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    batch = Batch(ids, positions, learnt, learnt, learnt, pixels, [0], [width, 12])
+    work = Reference(composed, stage, trainable, *[None] * 5)
+    _, counted = count(lambda: work.token_losses(batch).sum().backward())
+    measured = Measured(np.array([width, 12]), np.array([1, 1]), np.array([1, 0]), 0, {})
+    cost = published(composed, stage)
+    parts = cost.parts(measured, [[[0], [1]]], padded=True)
+    inner, squares = composed.model.model, 2 * config.num_hidden_layers * config.hidden_size * width**2
+    counted += 2 * inner.multi_modal_projector.linear_1.weight.numel() * 5 - 8 * squares  # as above; 4 more, recomputed
+    counted += 2 * inner.vision_tower.embeddings.patch_embedding.weight.numel()
+    assert abs(counted - sum(parts.values())) < 2e-3 * counted
+    ours = Cost.of(composed, stage).parts(measured, [[[0, 1]]], padded=False)
+    assert all(ours[part] <= count for part, count in parts.items()) and ours["tower"] == parts["tower"] == cost.tower
 
 
 @pytest.mark.parametrize("scales", [1, 3])
