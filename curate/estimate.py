@@ -123,7 +123,7 @@ def _cost(pipeline: Pipeline, stage: str, sizes: dict[str, int]) -> Cost | None:
     if stage == "select":
         chains = 1 + len(pipeline.tables["select"].get("compare", []))
         seconds = 1 + chains * rows * SELECT_S_PER_ROW
-        return Cost(rows, chains * rows * 40, seconds, "sorting, no embeddings read")
+        return Cost(rows, chains * rows * 40, seconds, "sorting")
     kept = int(rows * 0.1)
     size_bytes = kept * sizes.get("row_bytes", 0)
     return Cost(kept, size_bytes, size_bytes / WRITE_BYTES_PER_S, "at 10 % kept")

@@ -11,7 +11,8 @@ import numpy as np
 from curate.kmeans import unit_rows
 from curate.quotas import position_in_group
 
-ROWS_EACH = 32  # of a group, at most; they stand for it
+ROWS_EACH, LEAST_EACH = 32, 8  # of a group, at most and at least; they stand for it
+MAX_ROWS = 1 << 16  # of all groups together: what is read does not grow with the pool
 NEIGHBOURS = 10  # groups with the nearest captions
 LEAST_GROUPS = 2 * NEIGHBOURS + 2  # so that the plainer half has enough neighbours for each
 DOUBTED, ODD = 2.0, 4.0  # spreads below the middle: a group begins to count less, and no longer counts
@@ -20,8 +21,9 @@ BLOCK = 1024
 
 
 def few_of_each(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Choose up to ROWS_EACH places of each group at random. Returns them ascending, i64."""
-    return np.flatnonzero(position_in_group(groups, rng.random(len(groups))) < ROWS_EACH)
+    """Choose up to ROWS_EACH places of each group at random, MAX_ROWS in all. Returns them ascending, i64."""
+    each = min(ROWS_EACH, MAX_ROWS // (int(groups.max(initial=0)) + 1))
+    return np.flatnonzero(position_in_group(groups, rng.random(len(groups))) < each)
 
 
 def group_means(x_nd: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:

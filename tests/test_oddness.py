@@ -50,6 +50,12 @@ def test_few_rows_of_each_group_stand_for_it():
         np.testing.assert_allclose(means[group], mean / np.linalg.norm(mean), atol=1e-3)
 
 
+def test_what_is_read_does_not_grow_with_the_groups(monkeypatch):
+    monkeypatch.setattr(oddness, "MAX_ROWS", 45)
+    few = oddness.few_of_each(np.repeat(np.arange(3), 100), np.random.default_rng(0))
+    assert np.bincount(few // 100).tolist() == [15, 15, 15]
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1000), st.integers(22, 60))
 def test_trust_falls_with_spreads_below_the_plainer_half_and_is_full_there(seed, groups):
@@ -96,6 +102,12 @@ def test_a_wary_balance_takes_fewer_rows_of_odd_groups():
     assert told["odd_groups"] == 4 and told["odd_kept"] == 0 and told["odd_rows"] == 120
     again, _ = balanced(world(), True)
     assert (again == counts).all()
+
+
+def test_more_groups_than_can_be_looked_at_keep_their_share(monkeypatch):
+    monkeypatch.setattr(oddness, "MAX_ROWS", 100)
+    counts, told = balanced(world(), True)
+    assert (counts == 5).all() and "100 rows show too little" in told["why"]
 
 
 def test_unlike_pictures_that_score_low_keep_their_share():
