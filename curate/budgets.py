@@ -32,8 +32,8 @@ def balance(frame: Frame, number: int, column: Group, n: Count, keep: Keep = "ra
     `better:column` takes from the group's highest tenth at random, then from the next, and so on: better rows, and not
     the extremes alone, among which are pictures that show their own caption.
     wary: fewer, or none, of odd groups, whose pictures are unlike those that go with captions like theirs and yet score
-    high (oddness.py); reads 32 rows of each group, 65,536 in all. None is where captions have no embeddings, or where
-    the groups are fewer than 22 or more than 8,192.
+    high (oddness.py); reads 32 rows of each group, 262,144 in all. None is where captions have no embeddings, or where
+    the groups are fewer than 22 or more than 32,768.
     """
     rows = np.flatnonzero(frame.alive)
     names, place, sizes = np.unique(frame.group(column)[rows], return_inverse=True, return_counts=True)
@@ -65,7 +65,7 @@ def _trust(
         return np.ones(groups), {"why": f"no group is odd: {groups} are too few to see it"}
     if groups * oddness.LEAST_EACH > oddness.MAX_ROWS:
         return np.ones(groups), {"why": f"no group is odd: {oddness.MAX_ROWS:,} rows show too little of {groups:,}"}
-    few = oddness.few_of_each(place, rng)
+    few = oddness.few_of_each(place, rows, rng)
     image, text = (
         oddness.group_means(fetch(rows[few]), place[few], groups) for fetch in (frame.vectors, frame.text_vectors)
     )

@@ -12,7 +12,8 @@ from curate.kmeans import unit_rows
 from curate.quotas import position_in_group
 
 ROWS_EACH, LEAST_EACH = 32, 8  # of a group, at most and at least; they stand for it
-MAX_ROWS = 1 << 16  # of all groups together: what is read does not grow with the pool
+MAX_ROWS = 1 << 18  # of all groups together: what is read does not grow with the pool
+STRETCH = 1024  # rows
 NEIGHBOURS = 10  # groups with the nearest captions
 LEAST_GROUPS = 2 * NEIGHBOURS + 2  # so that the plainer half has enough neighbours for each
 DOUBTED, ODD = 2.0, 4.0  # spreads below the middle: a group begins to count less, and no longer counts
@@ -20,10 +21,15 @@ LEAST_SPREAD = 1e-3
 BLOCK = 1024
 
 
-def few_of_each(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Choose up to ROWS_EACH places of each group at random, MAX_ROWS in all. Returns them ascending, i64."""
+def few_of_each(groups: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Choose up to ROWS_EACH places of each group, MAX_ROWS in all. Returns them ascending, i64.
+
+    rows: i64 [n] ascending, where they lie. Stretches of rows are put in a random order and each group takes its first
+    there: of a pool that is no longer in memory, common groups are then read in a few stretches, not all over it.
+    """
     each = min(ROWS_EACH, MAX_ROWS // (int(groups.max(initial=0)) + 1))
-    return np.flatnonzero(position_in_group(groups, rng.random(len(groups))) < each)
+    lots = rng.random(int(rows.max(initial=-1)) // STRETCH + 1)
+    return np.flatnonzero(position_in_group(groups, lots[rows // STRETCH]) < each)
 
 
 def group_means(x_nd: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
@@ -38,17 +44,18 @@ def likeness(image_gd: np.ndarray, text_gd: np.ndarray, plain_g: np.ndarray) -> 
 
     image_gd, text_gd: unit rows f32, the groups' mean picture and mean caption. plain_g: bool, who is compared with.
     Returns f64 [g]: the mean cosine of a group's picture to those of the NEIGHBOURS other plain groups with the nearest
-    captions, ties by number. O(g^2 d) time.
+    captions (0 where there is none). O(g^2 d) time.
     """
     plain = np.flatnonzero(plain_g)
-    others = len(plain) - plain_g  # that a group can be compared with
     found = np.zeros(len(text_gd))
+    if not len(plain):
+        return found
     for first in range(0, len(text_gd), BLOCK):
         part = slice(first, first + BLOCK)
         cosines, pictures = text_gd[part] @ text_gd[plain].T, image_gd[part] @ image_gd[plain].T
         cosines[np.arange(first, first + len(cosines))[:, None] == plain] = -2
-        nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEIGHBOURS]
-        taken = np.arange(nearest.shape[1]) < others[part, None]
+        nearest = np.argpartition(-cosines, min(NEIGHBOURS, len(plain)) - 1, axis=1)[:, :NEIGHBOURS]
+        taken = np.take_along_axis(cosines, nearest, axis=1) > -2
         total = (np.take_along_axis(pictures, nearest, axis=1) * taken).sum(axis=1, dtype=np.float64)
         found[part] = total / np.maximum(1, taken.sum(axis=1))
     return found

@@ -41,7 +41,7 @@ def test_likeness_does_not_depend_on_the_block(monkeypatch):
 
 def test_few_rows_of_each_group_stand_for_it():
     groups = np.repeat([0, 1, 2], [500, 3, 40])
-    few = oddness.few_of_each(groups, np.random.default_rng(0))
+    few = oddness.few_of_each(groups, np.arange(543), np.random.default_rng(0))
     assert np.bincount(groups[few]).tolist() == [32, 3, 32] and (np.diff(few) > 0).all()
     x = np.random.default_rng(1).normal(size=(543, 4)).astype(np.float16)
     means = oddness.group_means(x[few], groups[few], 3)
@@ -52,8 +52,15 @@ def test_few_rows_of_each_group_stand_for_it():
 
 def test_what_is_read_does_not_grow_with_the_groups(monkeypatch):
     monkeypatch.setattr(oddness, "MAX_ROWS", 45)
-    few = oddness.few_of_each(np.repeat(np.arange(3), 100), np.random.default_rng(0))
+    few = oddness.few_of_each(np.repeat(np.arange(3), 100), np.arange(300), np.random.default_rng(0))
     assert np.bincount(few // 100).tolist() == [15, 15, 15]
+
+
+def test_few_rows_are_read_in_few_stretches():
+    rng = np.random.default_rng(0)
+    rows = np.flatnonzero(rng.random(100_000) < 0.5)
+    few = oddness.few_of_each(rng.integers(0, 20, len(rows)), rows, rng)
+    assert len(few) == 640 and len(np.unique(rows[few] // oddness.STRETCH)) <= 4
 
 
 @settings(deadline=None, max_examples=30)
