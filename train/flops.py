@@ -71,9 +71,8 @@ class Cost:
 
     def flops(self, batch: Batch, *, cached: bool) -> float:
         """Return the operations of a micro-batch; from its counts alone, so that no device is waited for."""
-        image = self.image + (0.0 if cached else self.tower)
         words = self.token * batch.num_tokens + self.square * batch.num_squares + self.target * len(batch.targets_s)
-        return words + image * len(batch.images)
+        return words + (self.image + (0.0 if cached else self.tower)) * len(batch.images)
 
     def parts(self, measured: Measured, passes: Iterable[Rows], *, padded: bool) -> dict[str, float]:
         """Sum up passes over samples by what they are for; padded: each is as long as the longest, labels or not."""

@@ -48,13 +48,19 @@ def spare(language_model: Any) -> None:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    learnt = _Learnt()
-    language_model.layers[-1].register_forward_pre_hook(learnt.look, with_kwargs=True)
-    for part in last_parts(language_model):
+    learnt, parts = _Learnt(), last_parts(language_model)
+    if parts:
+        language_model.layers[-1].register_forward_pre_hook(learnt.look, with_kwargs=True)
+    for part in parts:
         part.register_forward_pre_hook(learnt.narrow)
         part.register_forward_hook(learnt.widen)
 
 
 def last_parts(language_model: Any) -> list[nn.Module]:
-    """Return the modules of the last layer that only labelled positions need."""
-    return [part for name, part in language_model.layers[-1].named_modules() if name in LAST_PARTS]
+    """Return the modules of the last layer that only labelled positions need; none where they are not known.
+
+    A mixture of experts is left alone: it may look at all positions, or give more than a tensor.
+    """
+    layers = getattr(language_model, "layers", None)
+    found = [part for name, part in layers[-1].named_modules() if name in LAST_PARTS] if layers else []
+    return [part for part in found if not any("experts" in name for name, _ in part.named_modules())]

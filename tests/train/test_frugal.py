@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from test_attention import CONFIGS, LENGTHS, SMALL
+from test_attention import CONFIGS, FEWER, LENGTHS, SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
 from train.attention import NAME, apart, register
@@ -75,4 +75,20 @@ def test_a_row_without_labels_and_a_model_that_serves_are_whole():
     ids = torch.arange(3, 12).reshape(1, 9)
     before = body(input_ids=ids).last_hidden_state
     spare(body)
+    torch.testing.assert_close(body(input_ids=ids).last_hidden_state, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4), 0),
+        (tf.Qwen2MoeConfig(**FEWER, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16), 2),
+    ],
+)
+def test_what_is_not_known_is_left_alone(config, parts):
+    body = tf.AutoModelForCausalLM.from_config(config).get_decoder().eval()
+    ids = torch.arange(3, 12).reshape(1, 9)
+    before = body(input_ids=ids).last_hidden_state
+    spare(body)
+    assert len(last_parts(body)) == parts
     torch.testing.assert_close(body(input_ids=ids).last_hidden_state, before, rtol=0, atol=1e-6)
