@@ -128,6 +128,8 @@ class Encoder:
         one_piece = hasattr(self.model, "positional_embedding")
         self._tower = self.model if one_piece else getattr(self.model, "text", self.model)
         self.cuts = _can_cut(self._tower)
+        if self.cuts:
+            _put_sequence_first(self._tower)
         self._lock = threading.Lock()
         self._cut_towers: dict[int, Any] = {}
         height, width = pair(self.preprocess["size"])
@@ -253,6 +255,23 @@ def _can_cut(tower: Any) -> bool:
     """Say whether a caption's padding cannot reach its vector: causal attention, read out at the end-of-text token."""
     causal = getattr(tower, "attn_mask", None) is not None and hasattr(tower, "positional_embedding")
     return causal and getattr(tower, "cls_emb", None) is None and _pool_type(tower) in ("argmax", "eos")
+
+
+def _put_sequence_first(tower: Any) -> None:
+    """Lay a text tower's rows out position by position, where its attention is torch's own: the same numbers, sooner.
+
+    Masked attention given batches first turns them in place, and the product with what is then no plain matrix copies
+    its weights for every caption: half as long again for the whole tower on a CPU.
+    """
+    import torch
+
+    transformer = getattr(tower, "transformer", None)
+    attentions = [getattr(block, "attn", None) for block in getattr(transformer, "resblocks", ())]
+    if getattr(transformer, "batch_first", False) and all(
+        isinstance(attention, torch.nn.MultiheadAttention) for attention in attentions
+    ):
+        for part in (transformer, *attentions):
+            part.batch_first = False
 
 
 def _unit(features: Any) -> np.ndarray:
