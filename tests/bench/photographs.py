@@ -20,6 +20,7 @@ results/photographs.json (photographs_indoor.json).
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -50,6 +51,7 @@ ARMS = {  # a recipe, or steps
     "semdedup": "semdedup",
     "bunny": "bunny",
 }
+AGAINST = ("random", "top by clip_score", "deduped, top by clip_score")
 ESTIMATES = {"threshold": "threshold", "share": "mismatched, estimated"}  # of a funnel's steps, by what they are called
 DIM, VARIANTS_EACH = 512, 2
 
@@ -141,7 +143,8 @@ def estimated(funnel):
     """Return what the steps read off the pool: the duplicate threshold and the share of mismatched pairs."""
     found = {}
     for step in funnel["steps"]:
-        found |= {name: step[key] for key, name in ESTIMATES.items() if isinstance(step.get(key), float)}
+        told = step["estimates"]
+        found |= {name: told[key] for key, name in ESTIMATES.items() if isinstance(told.get(key), float)}
     return found
 
 
@@ -197,39 +200,47 @@ def main():
         with tempfile.TemporaryDirectory() as home:
             trials += trial(Path(home), seed, photographs, names, features, words)
         print(f"seed {seed} done", file=sys.stderr)
-    summary = summarise(trials)
-    show(summary)
+    arms = summarise(trials)
+    show(arms)
     result = {
         "command": "python tests/bench/photographs.py " + " ".join(sys.argv[1:]),
         "date": str(date.today()),
         "versions": store.versions("data-curate", "torch", "scikit-learn"),
         "photographs": len(photographs),
-        "summary": summary,
-        "trials": trials,
+        "differences": "R@10 less that of the arm named, paired by seed",
     }
+    parts = {"arms": arms, "trials": trials}
+    lines = [f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, part)) + "\n ]" for name, part in parts.items()]
     name = "photographs.json" if given.domain == "web" else f"photographs_{given.domain}.json"
-    (ROOT / "tests" / "bench" / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+    text = ",\n".join([json.dumps(result, indent=1).removesuffix("\n}"), *lines]) + "\n}\n"
+    (ROOT / "tests" / "bench" / "results" / name).write_text(text)
 
 
 def summarise(trials):
-    """Sum up each arm and measure, with its difference to random at the same budget, paired by seed."""
-    arms = [{"recipe": arm, "budget": str(budget)} for budget in BUDGETS for arm in ARMS]
-    measures = dict.fromkeys(name for each in trials for name in each["measures"])
-    return contrasts.summarise(trials, arms, "recipe", "random", list(measures))
+    """Return the means of each arm at each budget, and its R@10 less that of random and of the top, paired by seed."""
+    found = []
+    for budget, arm in itertools.product(map(str, BUDGETS), ARMS):
+        mine = {"recipe": arm, "budget": budget}
+        told = [each["measures"] for each in trials if each["arm"] == mine]
+        means = {name: round(sum(each[name] for each in told) / len(told), 4) for name in told[0]}
+        against = {}
+        for other in (name for name in AGAINST if name != arm):
+            theirs = contrasts.by_seed(trials, {"recipe": other, "budget": budget}, "R@10")
+            against[other] = contrasts.paired(contrasts.by_seed(trials, mine, "R@10"), theirs)
+        found.append({**mine, **means, "against": against})
+    return found
 
 
-def show(summary):
+def show(arms):
     """Print a table of means: a line for each arm and budget."""
-    held = {}
-    for entry in summary:
-        held.setdefault(tuple(entry["arm"].values()), {})[entry["measure"]] = entry
-    names = list(dict.fromkeys(entry["measure"] for entry in summary))
-    print(f"{'':32}" + "".join(f"{name[:14]:>15}" for name in names) + "   R@10 against random")
-    for (recipe, budget), found in held.items():
-        line = "".join(f"{found[name]['mean']:15.3f}" if name in found else f"{'':15}" for name in names)
-        other = found["R@10"]["difference"]
-        against = f"   {other['mean']:+.3f}, t {other['t']:.1f}, p {other['p']:.3f}" if other and other["t"] else ""
-        print(f"{recipe:26}{budget:>6}{line}{against}")
+    names = dict.fromkeys(name for arm in arms for name, value in arm.items() if isinstance(value, float | int))
+    print(f"{'':34}" + "".join(f"{name[:12]:>13}" for name in names))
+    for arm in arms:
+        line = "".join(f"{arm[name]:13.3f}" if name in arm else f"{'':13}" for name in names)
+        print(f"{arm['recipe']:28}{arm['budget']:>6}{line}")
+        for other, told in arm["against"].items():
+            if told["t"] is not None:
+                print(f"{'':10}R@10 less that of {other}: {told['mean']:+.3f}, t {told['t']:.1f}, p {told['p']:.4f}")
 
 
 if __name__ == "__main__":
