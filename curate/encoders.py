@@ -265,7 +265,7 @@ def _put_sequence_first(tower: Any) -> None:
     """
     import torch
 
-    transformer = getattr(tower, "transformer", None)
+    transformer: Any = getattr(tower, "transformer", None)
     attentions = [getattr(block, "attn", None) for block in getattr(transformer, "resblocks", ())]
     if getattr(transformer, "batch_first", False) and all(
         isinstance(attention, torch.nn.MultiheadAttention) for attention in attentions
