@@ -25,6 +25,7 @@ rows = 300
 shards = 2
 instruct = 12
 tests = 1
+caption_tests = 0
 [select]
 n = 40
 [align]
@@ -275,7 +276,9 @@ def test_a_model_is_trained_and_asked_by_the_trainer_itself(tmp_path):
     """One trial through the trainer that a worker keeps; the numbers are those of the trainer's own files."""
     text = SMALL.replace('["random", "ours", "oracle"]', '["random"]')
     (tmp_path / "plan.toml").write_text(text.replace("[5, 6]", "[5]"))
-    told = curate("run", tmp_path / "plan.toml", "--out", tmp_path / "out", "--workers", 1)
+    told = curate(
+        "run", tmp_path / "plan.toml", "--out", tmp_path / "out", "--workers", 1, "--set", "eval.perplexity=true"
+    )
     assert "caption" in told.stdout
     found = json.loads((tmp_path / "out" / ablation.RESULT).read_text())
     measures = found["trials"][0]["measures"]
