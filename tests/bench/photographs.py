@@ -20,6 +20,7 @@ results/photographs.json (photographs_indoor.json).
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import sys
@@ -190,6 +191,9 @@ def main():
     parser.add_argument("--seeds", default="31-38", help="first-last")
     parser.add_argument("--cache", default="", help="keep the features in this folder")
     given = parser.parse_args()
+    if not REAL_DATA.is_dir() or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+        print(__doc__)
+        return
     first, last = map(int, given.seeds.split("-"))
     photographs, names, features = measure(given.domain, given.cache)
     lines = (REAL_DATA / "text" / "cc3m_validation.tsv").read_text().splitlines()
