@@ -213,7 +213,7 @@ def _compare_groups(
         if (np.diff(cuts) <= SMALL).all():
             continue
         groups = [*zip(cuts[:-1].tolist(), own.tolist(), cuts[1:].tolist(), strict=True)]
-        centres = _centres(x_nd, rows, groups)
+        centres = _centres(x_nd, rows, groups if screen.int8 else [])
         numbers = np.repeat(np.arange(len(groups)), np.diff(cuts))
         for i in range(start, end if len(groups) > 1 else start + groups[0][1], panel):
             left = screen.prepare(x_nd, rows[i : min(i + panel, end)], centres, numbers[i - start :])
