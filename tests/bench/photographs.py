@@ -207,7 +207,7 @@ def main():
     arms = summarise(trials)
     show(arms)
     result = {
-        "command": "python tests/bench/photographs.py " + " ".join(sys.argv[1:]),
+        "command": f"python tests/bench/photographs.py --domain {given.domain} --seeds {given.seeds}",
         "date": str(date.today()),
         "versions": store.versions("data-curate", "torch", "scikit-learn"),
         "photographs": len(photographs),
