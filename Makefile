@@ -5,7 +5,7 @@ NAME := $(basename $(notdir $(PIPELINE)))
 OUT ?= out/$(NAME)
 POOL ?=
 RECIPE ?=
-ABLATION ?= ablation_demo
+ABLATION ?= ablation_demo ablation_stages
 SET ?=
 OVERWRITE ?=
 PY := .venv/bin/python
@@ -49,7 +49,7 @@ format: $(READY) ## rewrite the code in the house's format
 	.venv/bin/ruff format .
 
 ablation: $(READY) ## train on what recipes keep and compare; ABLATION=ablation_smoke is small, ablation_bar the default's bar
-	OMP_NUM_THREADS=1 .venv/bin/curate run $(ABLATION) $(if $(POOL),--pool '$(POOL)') $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
+	$(foreach name,$(ABLATION),OMP_NUM_THREADS=1 .venv/bin/curate run $(name) $(if $(POOL),--pool '$(POOL)') $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite) &&) true
 
 bench: $(READY) ## measure every stage against its floor in one run
 	$(PY) -m tests.bench

@@ -10,7 +10,7 @@
 Each value of an axis is tables laid over the pipeline's own (`false` takes a table away); an arm is one value per axis,
 all combinations. A seed goes into every stage that draws, but clustering, so that arms of one seed share pool, tests,
 first weights and the order of samples as far as these are equal. Out: `ablation.json`, `trials.jsonl`, `manifest.json`
-(curate/README.md); where the rest lies: arms.py. Trials that are done are not run again.
+(curate/README.md), `report.html`; where the rest lies: arms.py. Trials that are done are not run again.
 """
 
 import itertools
@@ -207,8 +207,14 @@ def command(plan: Pipeline, job: Job, only: str, *, dry_run: bool, as_json: bool
         for line in lines(plan):
             echo(line)
         return True
+    from curate.report import ReportOptions, report
+
     result = run(plan, job, (lambda _: None) if as_json else echo)
-    if as_json:
+    page = paths.join(plan.out, pipeline.PLACES["report"])
+    report(plan.out, page, ReportOptions(), job)
+    if not as_json:
+        echo(f"\nThe page to look at is {page}")
+    else:
         echo(json.dumps(result, ensure_ascii=False))
     for failed in result["failed"][:5]:
         told = f"{' · '.join(failed['arm'].values())}, seed {failed['seed']}: {failed['error']}"
@@ -311,7 +317,8 @@ def _about(ablation: Ablation) -> Iterator[str]:
     yield f"{len(ablation.arms)} arms ({axes}) × {len(seeds)} seeds = {len(trials)} trials"
     pools, coresets = (len({trial.keys[level] for trial in trials}) for level in ("pools", "coresets"))
     done = sum(trial.finished() is not None for trial in trials)
-    yield f"they share {pools} pools and {coresets} coresets" + (f"; {done} are done" if done else "")
+    shared = f"they share {pools} pool{'s' * (pools > 1)} and {coresets} coreset{'s' * (coresets > 1)}"
+    yield shared + (f"; {done} are done" if done else "")
 
 
 def lines(plan: Pipeline) -> Iterator[str]:

@@ -313,9 +313,9 @@ class Progress:
         elapsed = max(now - self.started, 1e-9)
         left = elapsed / done * (self.total - done) if done else 0.0
         timing = f"ETA {left:,.0f} s" if done < self.total else f"{elapsed:,.1f} s"
-        speed = f"{rows:,} rows  {rows / elapsed:,.0f} rows/s"
+        speed = f"  {rows:,} rows  {rows / elapsed:,.0f} rows/s" if rows else ""
         trouble = f"  {failed} failed" if failed else ""
-        self.text = f"{self.label:<8} {done:,}/{self.total:,} {self.unit}  {speed}{trouble}  {timing}"
+        self.text = f"{self.label:<8} {done:,}/{self.total:,} {self.unit}{speed}{trouble}  {timing}"
         if self.live and not self.quiet:
             sys.stderr.write(f"\r\x1b[K{self.text}")
             sys.stderr.flush()

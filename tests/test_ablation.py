@@ -221,6 +221,7 @@ def results(out):
 
 def test_selections_are_compared_without_a_model(chosen):
     found = json.loads((chosen / "out" / ablation.RESULT).read_text())
+    assert "<h2" in (chosen / "out" / "report.html").read_text()
     assert len(found["trials"]) == 6 and not found["failed"] and found["axes"]["recipe"] == ["random", "ours", "oracle"]
     assert set(found["measures"]) == {"right_share", "concepts", "kept"}
     mean = {entry["arm"]["recipe"]: entry["mean"] for entry in found["summary"] if entry["measure"] == "right_share"}
@@ -296,7 +297,7 @@ def test_a_model_is_trained_and_asked_by_the_trainer_itself(tmp_path):
 
 def test_the_dry_run_tells_the_arms_and_the_cost():
     told = curate("run", "ablation_bunny", "--pool", "nowhere", "--dry-run", check=False).stdout
-    assert "6 arms (3 recipe × 2 text) × 2 seeds = 12 trials" in told and "they share 1 pools and 6 coresets" in told
+    assert "6 arms (3 recipe × 2 text) × 2 seeds = 12 trials" in told and "they share 1 pool and 6 coresets" in told
     assert 'balanced · no text: mix.text_share=0.0 select.recipe="balanced"' in told
     align = 4 * 2.78e9 * 2e6 * 754 / 445e12 / 3600
     assert f"6 × align {align:,.1f} h" in told
