@@ -124,11 +124,14 @@ def _levels(value: Any, where: str) -> tuple[int, ...]:
 def parse_count(value: Any, where: str) -> float:
     """Read a count: a whole number of rows, a share like 0.02, or a text like "2%" or "2_000_000"."""
     text = value.strip().replace("_", "").replace(",", "") if isinstance(value, str) else value
+    percent = isinstance(text, str) and text.endswith("%")
     try:
         if isinstance(text, str):
-            text = float(text[:-1]) / 100 if text.endswith("%") else float(text) if "." in text else int(text)
-        if isinstance(text, int | float) and not isinstance(text, bool) and (0 < text <= 1 or text == int(text) > 0):
-            return float(text) if isinstance(text, float) and text <= 1 else int(text)
+            text = float(text[:-1]) / 100 if percent else float(text) if "." in text else int(text)
+        share = isinstance(text, float) and 0 < text <= 1
+        whole = isinstance(text, int | float) and not isinstance(text, bool) and not percent and text == int(text) > 0
+        if share or whole:
+            return float(text) if share else int(text)
     except (ValueError, OverflowError):
         pass
     raise UsageError(f'{where}: expected a number of rows, or a share such as 0.02 or "2%", not {value!r}.')

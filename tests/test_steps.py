@@ -135,6 +135,8 @@ def test_cap_keeps_at_most_n_of_a_group_by_chance_or_by_value():
         ("sample(-5)", "number of rows"),
         ("sample(2.5)", "number of rows"),
         ("sample('many')", "number of rows"),
+        ("sample(200%)", "number of rows"),
+        ("sample('300%')", "number of rows"),
         ("dedup(0.86)", "needs clusters"),
         ("dedup(1.5)", "cosine below 1"),
         ("dedup(0.86, keep=middle)", "middle is no literal.*put it in quotes"),
