@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+LEAST_WEIGHT = 1e-250  # below it a size divided by a weight is no number any more
+
 
 def water_fill(sizes: np.ndarray, total: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Find quotas min(level, size) that sum to exactly `total`; what is left over goes to groups at random, one each.
@@ -51,10 +53,10 @@ def weighted_fill(sizes: np.ndarray, weights: np.ndarray, total: int) -> np.ndar
     """Find quotas min(level * weight, size) that sum to exactly `total`, in whole rows.
 
     What a full group cannot take goes to the others by their weights; rounding goes to the largest fractions, ties to
-    the lowest number. Groups of weight 0 get what nobody else can take, evenly. total: at most the sum of the sizes.
-    Returns i64 [k]. O(k log k) time.
+    the lowest number. Groups of weight 0 (or next to it) get what nobody else can take, evenly.
+    total: at most the sum of the sizes. Returns i64 [k]. O(k log k) time.
     """
-    sizes, weights = np.asarray(sizes, np.int64), np.asarray(weights, np.float64)
+    sizes, weights = np.asarray(sizes, np.int64), np.where(weights > LEAST_WEIGHT, weights, 0.0)
     weighty = weights > 0
     if not weighty.all() and total > sizes[weighty].sum():
         quotas = np.where(weighty, sizes, 0)

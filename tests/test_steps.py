@@ -305,6 +305,15 @@ def test_groups_of_no_weight_take_what_nobody_else_can():
     assert weighted_fill(np.array([4, 4, 4]), np.array([0.0, 1.0, 0.0]), 8).tolist() == [2, 4, 2]
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(-324, 0)), min_size=1, max_size=20), st.data())
+def test_weights_of_any_size_meet_the_budget(groups, data):
+    sizes, powers = (np.array(column) for column in zip(*groups, strict=True))
+    total = data.draw(st.integers(0, int(sizes.sum())))
+    quotas = weighted_fill(sizes, 10.0**powers, total)
+    assert quotas.sum() == total and (quotas <= sizes).all() and (quotas >= 0).all()
+
+
 def slow_tree(sizes, parents, total, rng):
     """Follow one row at a time: each goes down the tree to the least filled branch that has room."""
     quotas = np.zeros(len(sizes), int)
