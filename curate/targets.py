@@ -23,7 +23,8 @@ def exclude(frame: Frame, number: int, directory: Directory, threshold: float = 
             yield vectors
 
     near = scores.norm_sim(frame.vectors, rows, targets()) > threshold
-    same = np.isin(frame.group("uid")[rows], np.concatenate(uids))
+    own = frame.group("uid")[rows]
+    same = np.isin(own, np.concatenate(uids)) & (own >= 0)  # below: no uid is known
     facts = {"compared_with": sum(map(len, uids)), "near": int(near.sum()), "same_bytes": int(same.sum())}
     return Verdict(frame.mask(rows[~near & ~same]), facts)
 

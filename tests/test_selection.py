@@ -4,14 +4,17 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from clouds import clustered, draw
 from test_relate import slow_components
 
 from curate import recipes, store
 from curate.cluster import ClusterOptions, cluster
+from curate.emit import EmitOptions, emit
 from curate.engine import Job
 from curate.errors import ContractError, UsageError
+from curate.importing import ImportOptions, import_layout
 from curate.selection import SelectOptions, select
 from house import fingerprint
 
@@ -177,6 +180,26 @@ def test_rows_near_an_evaluation_set_are_excluded(pool, tmp_path):
     same = np.isin(pool.source, other.source)
     assert selected(tmp_path / "sel")["kept"] == (pool.ok & ~near & ~same).tolist()
     assert "target-1" in manifest["inputs"]
+
+
+def imported(folder, name, *sizes, seed=0, **table):
+    """Import vectors in parts of so many rows; table: what the first part's table says of its rows."""
+    (folder / f"{name}-source").mkdir()
+    for number, size in enumerate(sizes):
+        vectors = np.random.default_rng([seed, number]).normal(size=(size, 8)).astype(np.float32)
+        np.save(folder / f"{name}-source" / f"{number:05d}.npy", vectors)
+    if table:
+        pq.write_table(pa.table(table), folder / f"{name}-source" / "00000.parquet")
+    own = [column for column in table if column not in ("width", "height")]
+    options = ImportOptions("npy", columns=tuple(own))
+    import_layout(str(folder / f"{name}-source"), str(folder / name), options, QUIET)
+    return str(folder / name)
+
+
+def test_rows_without_a_uid_are_not_the_same_bytes_as_others_without(tmp_path):
+    ours, theirs = imported(tmp_path, "ours", 30), imported(tmp_path, "theirs", 12, seed=1)
+    manifest = select(ours, str(tmp_path / "sel"), SelectOptions(steps=(f'exclude("{theirs}", 0.999)',)), QUIET)
+    assert manifest["counts"]["kept"] == 30 and manifest["funnel"][0]["estimates"]["same_bytes"] == 0
 
 
 def test_the_same_request_is_recognised_another_refused_and_bytes_repeat(pool, tmp_path):
