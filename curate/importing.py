@@ -151,7 +151,7 @@ class ImportPart:
     def __call__(self, stem: str) -> dict[str, Any]:
         """Import a part in chunks, however large it is."""
         table = layouts.open_part(self.parts[stem], tuple(self.extra.columns))
-        starts = range(0, table.rows, CHUNK_ROWS)
+        starts = range(0, max(1, table.rows), CHUNK_ROWS)  # one batch at least
         bad = sum(int((~self._vectors(table, start)[2]).sum()) for start in starts)
         statuses = {name: count for name, count in (("ok", table.rows - bad), ("bad_embedding", bad)) if count}
         dim = table.image.shape[1]

@@ -202,6 +202,16 @@ def test_rows_without_a_uid_are_not_the_same_bytes_as_others_without(tmp_path):
     assert manifest["counts"]["kept"] == 30 and manifest["funnel"][0]["estimates"]["same_bytes"] == 0
 
 
+def test_a_shard_without_rows_goes_through_every_stage(tmp_path):
+    emb, clu, sel = imported(tmp_path, "emb", 9, 0, 1), str(tmp_path / "clu"), str(tmp_path / "sel")
+    assert cluster(emb, clu, ClusterOptions(k=2), QUIET)["counts"] == {"clustered": 10, "bad": 0}
+    steps = ("dedup(0.99)", "cap(uid, 1)", "balance(cluster, 6)", "top(redundancy, 5)")
+    assert select(clu, sel, SelectOptions(steps=steps), QUIET)["counts"]["kept"] == 5
+    for kind in ("keys", "parquet", "clip-retrieval", "datacomp"):
+        emit(sel, str(tmp_path / kind), EmitOptions(format=kind), QUIET)
+    assert np.load(tmp_path / "clip-retrieval" / "img_emb" / "img_emb_1.npy").shape == (0, 8)
+
+
 def test_the_same_request_is_recognised_another_refused_and_bytes_repeat(pool, tmp_path):
     options = SelectOptions(steps=("dedup(0.9)", "sample(7)"), seed=3)
     first = select(pool.clu, str(tmp_path / "a"), options, QUIET)
