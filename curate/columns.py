@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from curate import paths, records, store
 from curate.errors import ContractError, UsageError
 from curate.frame import UNKNOWN_BITS, Edges, Frame
+from curate.store import CLUSTER_SCHEMA
 
 EDGES, CENTROIDS = "edges.arrow", "centroids.npy"
 LOSS = "loss"
@@ -22,6 +23,7 @@ NUMBERS = ("clip_score", "width", "height")
 CAPTION = ("caption_words", "caption_chars")
 HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@]*@)?(?P<host>[^/:?#]+)"
 SIZES = ("min_side", "aspect_ratio")
+DERIVED = (*CAPTION, *SIZES, *CLUSTER_SCHEMA.names, "nearest_similarity", "host", "shard", LOSS)  # no pool's own
 UID = np.dtype([("f0", "<u8"), ("f1", "<u8")])  # as DataComp's subset files have them
 ABOUT = {
     "clip_score": "cosine of image and caption",
@@ -95,7 +97,7 @@ class Pool:
         if name == LOSS:
             return self._loss()
         column = self.chunks(name)
-        return np.asarray(column.to_numpy() if name == "cluster" else column.cast(pa.float32()).to_numpy())
+        return np.asarray(column.to_numpy() if name == "cluster" else column.cast(pa.float32(), safe=False).to_numpy())
 
     def _loss(self) -> np.ndarray:
         """Read what the trainer's sidecar says of each row. Raises: ContractError where its rows are others."""
@@ -133,6 +135,8 @@ class Pool:
         elif pa.types.is_string(column.type):
             encoded = column.dictionary_encode().unify_dictionaries().chunks
             codes = pa.chunked_array([chunk.indices for chunk in encoded]).fill_null(0).to_numpy().astype(np.int64)
+        elif pa.types.is_floating(column.type):
+            codes = np.unique(column.fill_null(0).to_numpy(), return_inverse=True)[1]
         else:
             codes = column.fill_null(0).to_numpy().astype(np.int64)
         empty = np.asarray(column.is_null().to_numpy())

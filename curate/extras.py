@@ -5,6 +5,7 @@ it was given, downloaded or not), and a headerless TSV of captions and urls, as 
 the embeddings, how many downloads ended how, and captions for samples that have none.
 """
 
+import math
 import threading
 from array import array
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate import paths, records, shards, store
+from curate.columns import DERIVED
 from curate.errors import ShardError, UsageError, unknown
 
 NUMBER, TEXT = "number", "text"
@@ -45,16 +47,16 @@ class Extras:
 
 
 def stored(name: str) -> str:
-    """Name a field's column: as it is called, or `source_…` where a fixed column has that name."""
-    return f"source_{name}" if name in store.embedding_schema(1).names else name
+    """Name a field's column: as it is called, or `source_…` where one of ours has that name."""
+    return f"source_{name}" if name in (*store.embedding_schema(1).names, *DERIVED) else name
 
 
 def fit(value: Any, kind: str) -> Any:
-    """Bring a value to its column's type; None where it does not fit."""
+    """Bring a value to its column's type; None where it does not fit, and for what is no finite number."""
     try:
         if kind == TEXT:
             return None if value is None else records.usable_text(value if isinstance(value, str) else str(value))
-        return float(value) if isinstance(value, int | float) else None
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
     except (OverflowError, RecursionError):  # a number of 400 digits, lists in lists in lists
         return None
 

@@ -202,6 +202,41 @@ def test_rows_without_a_uid_are_not_the_same_bytes_as_others_without(tmp_path):
     assert manifest["counts"]["kept"] == 30 and manifest["funnel"][0]["estimates"]["same_bytes"] == 0
 
 
+def test_numbers_group_by_their_value(tmp_path):
+    score = [0.1, 0.9, 0.1, None, 0.9, None, float("nan"), float("inf"), -0.5, 0.5]
+    emb = imported(tmp_path, "emb", 10, score=score)
+    select(emb, str(tmp_path / "sel"), SelectOptions(steps=("cap(score, 1, keep='min:score')",)), QUIET)
+    kept = store.table(str(tmp_path / "sel" / "00000.arrow"))["kept"].to_pylist()
+    assert kept == [True, True, False, True, False, True, True, True, True, True]
+    json.loads((tmp_path / "sel" / "funnel.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_columns_that_are_called_like_ours_keep_their_own_values(tmp_path):
+    told = {
+        "loss": [1.0, 2.0, 3.0, 4.0],
+        "host": ["a", "b", "a", "b"],
+        "cluster": [7, 7, 8, 8],
+        "min_side": [4, 3, 2, 1],
+    }
+    emb = imported(tmp_path, "emb", 4, **told)
+    for number, (step, kept) in enumerate(
+        {
+            "below(source_loss, 3)": [True, True, False, False],
+            "top(source_min_side, 1)": [True, False, False, False],
+            "cap(source_host, 1, keep='max:source_loss')": [False, False, True, True],
+            "cap(source_cluster, 1, keep='max:source_loss')": [False, True, False, True],
+        }.items()
+    ):
+        select(emb, str(tmp_path / f"sel{number}"), SelectOptions(steps=(step,)), QUIET)
+        assert store.table(str(tmp_path / f"sel{number}" / "00000.arrow"))["kept"].to_pylist() == kept
+
+
+def test_a_side_of_any_length_is_a_number(tmp_path):
+    emb = imported(tmp_path, "emb", 3, width=[(1 << 24) + 1, 5, 10], height=[1, 5, 10])
+    select(emb, str(tmp_path / "sel"), SelectOptions(steps=("at_most(aspect_ratio, 3)", "above(width, 5)")), QUIET)
+    assert store.table(str(tmp_path / "sel" / "00000.arrow"))["kept"].to_pylist() == [False, False, True]
+
+
 def test_a_shard_without_rows_goes_through_every_stage(tmp_path):
     emb, clu, sel = imported(tmp_path, "emb", 9, 0, 1), str(tmp_path / "clu"), str(tmp_path / "sel")
     assert cluster(emb, clu, ClusterOptions(k=2), QUIET)["counts"] == {"clustered": 10, "bad": 0}
