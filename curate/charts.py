@@ -9,13 +9,14 @@ Classes (`all`, `kept`, `mark` …) are coloured by the page's style sheet. Ever
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT, MAP_HEIGHT = 440, 200, 320
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 26
+CELL, CELL_HEIGHT = 240, 34
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Axis:
             return [self.low]
         rough = float(span / number)
         unit = 10.0 ** float(math.floor(math.log10(rough)))
-        step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
+        step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough)
         first = math.ceil(self.low / step - 1e-9)
         return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -100,8 +101,8 @@ def short(value: float) -> str:
     """Write a number for an axis: 1.2k, 3M, 0.25."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.4g}"
+            return f"{value / size:.3g}{unit}".replace("-", "−")
+    return f"{value:.4g}".replace("-", "−")
 
 
 def histogram(
@@ -137,12 +138,13 @@ def curves(
     log_y: bool = False,
     window: Window | None = None,
     from_zero: bool = False,
+    ticks: Mapping[float, str] | None = None,
 ) -> Markup:
-    """Draw curves over common axes; with a window, a dot can follow the first of them."""
+    """Draw curves over common axes; with a window, a dot can follow the first of them. ticks: of the x axis, named."""
     xs, ys = [v for line in lines for v in line.xs], [v for line in lines for v in line.ys]
     x = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
     y = Axis(0 if from_zero else min(ys), max(ys), HEIGHT - BOTTOM, TOP, log_y)
-    parts = [_grid(x, y, short)]
+    parts = [_grid(x, y, short, ticks)]
     for line in lines:
         points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(line.xs, line.ys, strict=True))
         parts.append(
@@ -172,51 +174,45 @@ def scatter(spots: Iterable[Spot], label: str) -> Markup:
     return _svg(parts, label, height=MAP_HEIGHT)
 
 
-def intervals(rows: Sequence[Interval], label: str, zero: bool = False) -> Markup:
-    """Draw means with the interval around each, one row apiece; zero: mark where the scale passes zero."""
-    left, step = 150, 26
-    height = TOP + step * len(rows) + BOTTOM
-    low, high = min(row.low for row in rows), max(row.high for row in rows)
-    low, high = (min(low, 0), max(high, 0)) if zero else (low, high)
+def forest(rows: Sequence[Interval | None]) -> tuple[list[Markup], Markup]:
+    """Draw means with the interval around each as the cells of a table's column, and the scale that they share.
+
+    Zero is on the scale and marked in every cell; a row that is None has that mark alone. All is empty where all are.
+    """
+    ends = [end for row in rows if row for end in (row.low, row.high)]
+    if not ends:
+        return [Markup("")] * len(rows), Markup("")
+    low, high = min(0.0, *ends), max(0.0, *ends)
     margin = 0.04 * (high - low) or 0.5
-    x = Axis(low - margin, high + margin, left, WIDTH - RIGHT)
-    parts = []
-    for value in x.ticks(5):
-        line = '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
-        line += '<text x="{0:.1f}" y="{3}" class="tick">{4}</text>'
-        parts.append(Markup(line).format(x(value), TOP, height - BOTTOM, height - 8, short(value)))
-    if zero:
-        parts.append(
-            Markup('<line class="axis" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
-                x(0), TOP, height - BOTTOM
-            )
+    x = Axis(low - margin, high + margin, 0, CELL)
+    ticks = x.ticks(4)
+    lines = Markup("").join(
+        Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="-99" y2="199"/>').format(  # through cells of any height
+            "grid" if tick else "axis", x(tick), x(tick)
         )
-    for number, row in enumerate(rows):
-        y = TOP + step * (number + 0.5)
-        shown = row.label if len(row.label) <= 22 else row.label[:21] + "…"
-        parts.append(
-            Markup(
-                '<g class="interval {}"><title>{}: {:.4g} ({:.4g} to {:.4g})</title>'
-                '<text x="{}" y="{:.1f}" class="num">{}</text><line x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
-                '<circle cx="{:.1f}" cy="{:.1f}" r="4.5"/></g>'
-            ).format(
-                row.kind,
-                row.label,
-                row.mean,
-                row.low,
-                row.high,
-                left - 10,
-                y + 4,
-                shown,
-                x(row.low),
-                x(row.high),
-                y,
-                y,
-                x(row.mean),
-                y,
-            )
-        )
-    return _svg(parts, label, height=height)
+        for tick in ticks
+    )
+    cells = [_cell(lines + _interval(row, x) if row else lines, row.label if row else "the reference") for row in rows]
+    # A number that would stand out of the cell is left out.
+    shown = [tick for tick in ticks if 0.04 * CELL < x(tick) < 0.96 * CELL]
+    numbers = (Markup('<text x="{:.1f}" y="15" class="tick">{}</text>').format(x(v), short(v)) for v in shown)
+    return cells, _cell(Markup("").join(numbers), "the scale")
+
+
+def _interval(row: Interval, x: Axis) -> Markup:
+    """Draw one mean and the interval around it."""
+    drawn = (
+        '<g class="interval {0}"><title>{1}: {2:.4g} ({3:.4g} to {4:.4g})</title>'
+        '<line x1="{5:.1f}" x2="{6:.1f}" y1="{8}" y2="{8}"/><circle cx="{7:.1f}" cy="{8}" r="4.5"/></g>'
+    )
+    ends = (x(row.low), x(row.high), x(row.mean))
+    return Markup(drawn).format(row.kind, row.label, row.mean, row.low, row.high, *ends, CELL_HEIGHT / 2)
+
+
+def _cell(inside: Markup, label: str) -> Markup:
+    return Markup('<svg class="cell" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        CELL, CELL_HEIGHT, label, inside
+    )
 
 
 def _window(x: Axis, window: Window) -> Markup:
@@ -241,7 +237,7 @@ def _or(bound: float | None, end: float) -> float:
     return end if bound is None else bound
 
 
-def _grid(x: Axis, y: Axis, write: Callable[[float], str]) -> Markup:
+def _grid(x: Axis, y: Axis, write: Callable[[float], str], ticks: Mapping[float, str] | None = None) -> Markup:
     """Draw the axes' ticks, their numbers and light lines."""
     parts = []
     for value in y.ticks(4):
@@ -250,10 +246,8 @@ def _grid(x: Axis, y: Axis, write: Callable[[float], str]) -> Markup:
         parts.append(
             Markup('<text x="{}" y="{:.1f}" class="num">{}</text>').format(LEFT - 6, y(value) + 4, write(value))
         )
-    for value in x.ticks(5):
-        parts.append(
-            Markup('<text x="{:.1f}" y="{}" class="tick">{}</text>').format(x(value), HEIGHT - 8, short(value))
-        )
+    for value, name in (ticks or {value: short(value) for value in x.ticks(5)}).items():
+        parts.append(Markup('<text x="{:.1f}" y="{}" class="tick">{}</text>').format(x(value), HEIGHT - 8, name))
     return Markup("").join(parts)
 
 

@@ -1,4 +1,4 @@
-"""An ablation in the report: which claims held, and each arm beside the reference with its interval.
+"""An ablation in the report: which claims held, all arms at a glance, and each beside the reference with its interval.
 
 In: `ablation.json` as curate/README.md describes it. Out: tables and charts, one group for each
 combination of the axes that are not compared; within it the arms by the compared axis. Means come with their
@@ -8,44 +8,43 @@ standard deviation and number of seeds, differences are paired and come with the
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from curate import charts, paths, store
 
 FILE = "ablation.json"
-MAX_CHARTS, MAX_FAILED = 60, 20
+MAX_FAILED = 20
 Ablation = Mapping[str, Any]
 
 
 def exhibit(location: str) -> dict[str, Any]:
     """Lay out an ablation: its claims, and for every measure the arms in groups."""
     found = store.load_json(location)
+    every = list(measures(found))
     return {
         "name": str(found.get("name", paths.name(paths.parent(location)))),
         "about": found.get("about", ""),
-        "axes": {axis: ", ".join(map(str, values)) for axis, values in found["axes"].items()},
+        "axes": {axis: " · ".join(map(str, values)) for axis, values in found["axes"].items()},
         "compare": found["compare"],
         "reference": found["reference"],
         "seeds": len(found["seeds"]),
         "trials": len(found["trials"]),
         "bars": [{**bar, **_measure(found, bar["measure"])} for bar in found.get("bars", [])],
-        "measures": list(measures(found)),
+        "measures": every,
+        "glance": list(_glance(every)),
         "failed": found.get("failed", [])[:MAX_FAILED],
         "num_failed": len(found.get("failed", [])),
     }
 
 
 def measures(found: Ablation) -> Iterator[dict[str, Any]]:
-    """Lay out each measure: its arms in groups, charts while there are few, and a sweep where an axis is a scale."""
-    drawn = 0
+    """Lay out each measure: its arms in groups, each with its interval, and a sweep where an axis is a scale."""
     for name in found["measures"]:
         cells = [cell for cell in found["summary"] if cell["measure"] == name]
         groups = []
         for key in dict.fromkeys(_others(cell["arm"], found["compare"]) for cell in cells):
             rows = [_row(cell, found) for cell in cells if _others(cell["arm"], found["compare"]) == key]
-            chart = _chart(rows, name) if drawn < MAX_CHARTS else None
-            drawn += chart is not None
-            groups.append({"name": key, "rows": rows, "chart": chart})
+            plots, scale = charts.forest([_interval(row) for row in rows])
+            drawn = [row | {"plot": plot} for row, plot in zip(rows, plots, strict=True)]
+            groups.append({"name": key, "rows": drawn, "scale": scale})
         if groups:
             yield {"name": name, **_measure(found, name), "groups": groups, "sweeps": list(_sweeps(found, cells, name))}
 
@@ -90,24 +89,29 @@ def _scaled(value: Any, scale: float, name: str) -> Any:
     return scale * value if name in ("mean", "sd", "low", "high") and value is not None else value
 
 
-def _chart(rows: Sequence[Mapping[str, Any]], name: str) -> Markup | None:
-    """Draw the paired differences of a group with their intervals; None where no arm has one."""
-    shown = [
-        charts.Interval(
-            row["value"],
-            row["difference"]["mean"],
-            row["difference"]["low"],
-            row["difference"]["high"],
-            row["verdict"] or "par",
-        )
-        for row in rows
-        if row["difference"] and row["difference"].get("low") is not None
-    ]
-    return charts.intervals(shown, f"{name}: differences from the reference", zero=True) if shown else None
+def _interval(row: Mapping[str, Any]) -> charts.Interval | None:
+    """Describe an arm's paired difference with its interval; None where it has none."""
+    difference = row["difference"]
+    if not difference or difference.get("low") is None:
+        return None
+    ends = (difference["mean"], difference["low"], difference["high"])
+    return charts.Interval(row["value"], *ends, row["verdict"] or "par")
+
+
+def _glance(every: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Turn the measures round: for each group a row for every arm, with its place in each measure (None: not there)."""
+    names = [measure["name"] for measure in every]
+    for group in dict.fromkeys(group["name"] for measure in every for group in measure["groups"]):
+        arms: dict[str, dict[str, Any]] = {}
+        for measure in every:
+            for row in (row for each in measure["groups"] if each["name"] == group for row in each["rows"]):
+                arms.setdefault(row["value"], {})[measure["name"]] = row | {"percent": measure["percent"]}
+        yield {"name": group, "arms": {arm: [cells.get(name) for name in names] for arm, cells in arms.items()}}
 
 
 def _sweeps(found: Ablation, cells: Sequence[Mapping[str, Any]], name: str) -> Iterator[dict[str, Any]]:
     """Draw the means over each axis that is a scale of three values or more, a line for each compared value."""
+    scale = 100 if _measure(found, name)["percent"] else 1
     for axis, values in found["axes"].items():
         places = {str(value): _as_number(value) for value in values}
         if axis == found["compare"] or len(values) < 3 or None in places.values():
@@ -118,17 +122,15 @@ def _sweeps(found: Ablation, cells: Sequence[Mapping[str, Any]], name: str) -> I
             place = places.get(str(cell["arm"].get(axis)))
             if place is not None:
                 lines = groups.setdefault(_others(arm, found["compare"]), {})
-                lines.setdefault(str(arm.get(found["compare"], "")), []).append((place, float(cell["mean"])))
+                lines.setdefault(str(arm.get(found["compare"], "")), []).append((place, scale * float(cell["mean"])))
+        ticks = {place: text for text, place in places.items() if place is not None}
+        log = min(ticks) > 0 and max(ticks) / min(ticks) >= 8
         for group, lines in groups.items():
             drawn = [
                 charts.Line(label, [x for x, _ in sorted(points)], [y for _, y in sorted(points)], f"c{number % 6}")
                 for number, (label, points) in enumerate(lines.items())
             ]
-            low, high = (
-                min(p for p in places.values() if p is not None),
-                max(p for p in places.values() if p is not None),
-            )
-            chart = charts.curves(drawn, f"{name} by {axis}", log_x=low > 0 and high / low >= 8)
+            chart = charts.curves(drawn, f"{name} by {axis}", log_x=log, ticks=ticks)
             yield {"axis": axis, "group": group, "chart": chart, "lines": [(line.label, line.kind) for line in drawn]}
 
 

@@ -191,9 +191,15 @@ def test_an_ablation_has_its_tables_intervals_and_claims(tmp_path):
     (tmp_path / "ablation.json").write_text(json.dumps(found))
     text, page_ = page(tmp_path, tmp_path / "r.html")
     words = " ".join("".join(page_.words).split())
-    for said in ("on dirty pools balanced beats random", "+14.00 %", "+5.00 % to +23.00 %", "35.00 %", "alert(1)"):
+    for said in ("on dirty pools balanced beats random", "▲ +14.0", "+5.0 to +23.0", "alert(1)"):
         assert said in words, said
-    assert len(re.findall("<script", text)) == 1 and 'class="interval better"' in text
+    assert len(re.findall("<script", text)) == 1 and 'class="interval better"' in text and "At a glance" not in words
+    found["measures"]["kept"] = {"about": "rows", "better": "", "unit": "count"}
+    found["summary"].append({"arm": {"pool": "dirty", "recipe": "random"}, "measure": "kept", "n": 1, "mean": 270})
+    (tmp_path / "ablation.json").write_text(json.dumps(found))
+    _, page_ = page(tmp_path, tmp_path / "r.html")
+    words = " ".join("".join(page_.words).split())
+    assert "At a glance" in words and "pool dirtycaption, %kept random 21.0 270" in words and "▲ 35.0–" in words
 
 
 def test_a_sweep_of_budgets_is_drawn_over_its_scale(tmp_path):
@@ -206,7 +212,8 @@ def test_a_sweep_of_budgets_is_drawn_over_its_scale(tmp_path):
     ]
     (tmp_path / "ablation.json").write_text(json.dumps(found))
     text, found_page = page(tmp_path, tmp_path / "r.html")
-    assert text.count('<polyline class="line c') == 2 and "caption by n" in "".join(found_page.words)
+    assert text.count('<polyline class="line c') == 2 and "caption, in percent, by n" in "".join(found_page.words)
+    assert all(f'class="tick">{n}</text>' in text for n in ("1%", "10%", "50%")) and 'class="num">30</text>' in text
 
 
 def test_phrases_are_counted_as_a_slow_count_does():
