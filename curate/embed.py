@@ -93,13 +93,21 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         outcome = engine.run_stage("embed", task, output.missing(job.share(list(found))), job, workers=workers)
     finally:
         task.close()
+    output.log(model=_at_home(options.model), pretrained=_at_home(options.pretrained))
     return _finish(output, list(found), outcome, device, workers)
 
 
 def _name(given: str) -> str:
     """Name a model or its weights without the place where they lie; their digest tells them apart."""
-    folder = os.path.expanduser(given.removeprefix("local-dir:"))
-    return os.path.basename(os.path.abspath(folder)) if os.path.exists(folder) and given else given
+    place = _at_home(given).removeprefix("local-dir:")
+    return os.path.basename(place) if os.path.exists(place) else given
+
+
+def _at_home(given: str) -> str:
+    """Write the place of a local model or of local weights in full; any other name stays as it is."""
+    kind = "local-dir:" if given.startswith("local-dir:") else ""
+    folder = os.path.expanduser(given.removeprefix(kind))
+    return kind + os.path.abspath(folder) if given and os.path.exists(folder) else given
 
 
 def _finish(

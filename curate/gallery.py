@@ -134,7 +134,10 @@ class Gallery:
             start += rows
 
     def twins(self, number: int) -> list[Card]:
-        """Choose dropped rows beside the kept twin of each, over the whole range of similarity, no twin too often."""
+        """Choose dropped rows beside the kept twin of each, over the whole range of similarity, no twin too often.
+
+        Twins that stayed to the end are preferred to those that a later step dropped.
+        """
         if self.selection is None:
             return []
         similar = self.columns["similarity"]
@@ -151,12 +154,18 @@ class Gallery:
             if twin in found and sum(twin == other for _, other in shown) < MAX_SAME_TWIN:
                 shown.append((place, twin))
         cards = []
-        for place, twin in _spread(shown, number):
+        for stretch in filter(len, np.array_split(np.arange(len(shown)), number)):
+            stay = [i for i in stretch if self.columns["reason"][self._index(*found[shown[i][1]])] < 0]
+            place, twin = shown[stay[0] if stay else stretch[0]]
             card = self.card(*place)
             card.twin = self.card(*found[twin])
             card.cosine = float(np.clip(self._vector(*place) @ self._vector(*found[twin]), -1, 1))
             cards.append(card)
         return cards
+
+    def _index(self, stem: str, row: int) -> int:
+        """Find a row in the columns."""
+        return int(np.searchsorted(self.columns["stem"], self.stems.index(stem))) + row
 
     def _vector(self, stem: str, row: int) -> np.ndarray:
         column = self.embedded.table(stem, ["image_embedding"])["image_embedding"].slice(row, 1)
@@ -184,11 +193,9 @@ class Gallery:
 
     def _read_facts(self, stem: str, cards: Sequence[Card]) -> None:
         rows = np.array([card.row for card in cards])
-        number = self.stems.index(stem)
-        start = int(np.searchsorted(self.columns["stem"], number))
         table = self.embedded.table(stem, ["key", "caption", "status"]).take(rows).to_pylist()
         for card, facts in zip(cards, table, strict=True):
-            at = start + card.row
+            at = self._index(stem, card.row)
             caption = facts["caption"] or ""
             card.key, card.status = facts["key"], facts["status"]
             card.caption = caption if len(caption) <= MAX_CAPTION else caption[: MAX_CAPTION - 1] + "…"

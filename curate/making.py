@@ -23,7 +23,7 @@ def provenance(artefact: store.Artefact, out: str) -> dict[str, Any]:
         words = ["curate", "mix", "TABLE.toml", paths.relative(artefact.directory, here)]
     else:
         words = ["curate", artefact.command, *inputs[:1], paths.relative(artefact.directory, here)]
-        for key, value in manifest.get("options", {}).items():
+        for key, value in (manifest.get("options", {}) | _places(artefact, here)).items():
             if key == "steps":
                 words += [f"--step={step}" for step in value]
             elif key not in WORKED_OUT and value not in ("", None) and not isinstance(value, list | dict):
@@ -37,6 +37,18 @@ def provenance(artefact: store.Artefact, out: str) -> dict[str, Any]:
         "failed": manifest.get("failed", {}),
         "gone": manifest.get("gone", []),
     }
+
+
+def _places(artefact: store.Artefact, here: str) -> dict[str, str]:
+    """Find where the local models lay that the manifest names without their place: the log has it."""
+    found: dict[str, str] = {}
+    for entry in entries(artefact.path(store.LOG)):
+        for key in ("model", "pretrained"):
+            name = str(entry.get(key) or "")
+            place = name.removeprefix("local-dir:")
+            if place.startswith("/"):
+                found[key] = name.removesuffix(place) + paths.relative(place, here)
+    return found
 
 
 def _table(mixed: store.Artefact, here: str) -> Iterator[str]:
@@ -88,9 +100,15 @@ def training(runs: Mapping[str, str], out: str) -> Iterator[dict[str, str]]:
                 words += [f"--{option}", paths.relative(paths.resolve(value, place), paths.parent(out))]
         words += ["--config", "PIPELINE.toml", "--out", paths.relative(place, paths.parent(out))]
         model = request.get("model", {})
-        facts = {key: str(model.get(key) or "").rsplit("../", 1)[-1] for key in ("tower", "lm", "template")}
+        facts = {key: _seen(str(model.get(key) or ""), place, paths.parent(out)) for key in ("tower", "lm", "template")}
         account = [f"{key} {value}" for key, value in (facts | manifest.get("versions", {})).items() if value]
         yield {"command": shlex.join(words), "account": " · ".join(account) or "no manifest yet"}
+
+
+def _seen(name: str, place: str, here: str) -> str:
+    """Write a model's name; a local one's place, which is recorded as seen from `place`, as seen from the page."""
+    written = name.removeprefix("local-dir:")
+    return paths.relative(paths.resolve(written, place), here) if written.startswith(".") else name
 
 
 def typed(chain: Sequence[store.Artefact]) -> list[str]:

@@ -8,6 +8,7 @@ so that what it shows is what `curate select` comes to.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from curate import charts, steps
@@ -69,6 +70,8 @@ def _control(identity: str, table: Mapping[str, Any], texts: Sequence[str]) -> d
     stay = table["kept"][table["low" if table["low"] is not None else "high"]]
     stay -= table["kept"][table["high"]] if kind == "band" and table["high"] is not None else 0
     kept = {name: table[name] for name in ("rows", "names", "values", "kept", "low", "high")}
+    if kind == "band":
+        kept["names"] = [_share(name, table["rows"]) for name in table["names"]]
     return {
         "id": identity,
         "step": None if place is None else texts[place],
@@ -82,6 +85,12 @@ def _control(identity: str, table: Mapping[str, Any], texts: Sequence[str]) -> d
         "after": after,
         "stay": stay,
     }
+
+
+def _share(name: str, rows: int) -> str:
+    """Write a share with the fewest digits, three or more, that mean the same number of rows to `rank`."""
+    shorter = (repr(round(float(name), digits)) for digits in range(3, 17))
+    return next((text for text in shorter if round(float(text) * rows) == round(float(name) * rows)), name)
 
 
 def _dedup_control(funnel: Funnel, texts: Sequence[str]) -> dict[str, Any] | None:
@@ -109,7 +118,7 @@ def _dedup_control(funnel: Funnel, texts: Sequence[str]) -> dict[str, Any] | Non
         if step is not None and step["kept"] != stay
         else "",
         "rows": curve["rows"],
-        "names": [repr(value) for value in values],
+        "names": [str(np.float32(value)) for value in values],  # dedup compares in this precision
         "values": values,
         "kept": list(curve["kept"]),
         "low": None,

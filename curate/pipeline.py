@@ -273,6 +273,8 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
     made: dict[str, Any] = {}
     check_trainer(pipeline, only)
     for stage in pipeline.stages(only):
+        if stage == "report" and "demo" in pipeline.tables:
+            _judge_demo(pipeline, echo)
         echo(f"\n▸ {shown_command(pipeline, stage)}")
         if stage in TRAINER:
             _train(pipeline, stage, job)
@@ -282,8 +284,8 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
             echo(describe(stage, manifest))
             if stage == "select":
                 _tell_funnel(pipeline.place("select") + label.removeprefix("selection"), echo)
-            if stage == "report" and "demo" in pipeline.tables:
-                _judge_demo(pipeline, echo)
+            if stage == "report" and "emit" in pipeline.tables:
+                echo(f"\nThe coreset is in {pipeline.place('emit')}, the page to look at is {pipeline.place('report')}")
     if "report" in pipeline.tables and any(stage in TRAINER for stage in pipeline.stages(only)):
         made.update(_curation(pipeline, "report", job))  # once more, now with the mix and the loss curves
         echo(f"\nThe page to look at is {pipeline.place('report')}")
@@ -326,7 +328,6 @@ def _judge_demo(pipeline: Pipeline, echo: Echo) -> None:
         told = whole if name == "selection" else "\n".join(whole.splitlines()[-2:])
         echo(f"\nWhat the recipe `{label}` made of the planted faults:\n{told}")
     store.save_json(paths.join(pipeline.out, "judgement.json"), found)
-    echo(f"\nThe coreset is in {pipeline.place('emit')}, the page to look at is {pipeline.place('report')}")
 
 
 def judge_selection(selection: "store.Artefact", demo: str) -> dict[str, Any]:

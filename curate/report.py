@@ -18,8 +18,9 @@ from curate import clustermap, engine, exhibits, making, movable, paths, shards,
 from curate.errors import UsageError
 from curate.gallery import Gallery
 
-KEPT, DROPPED, TWINS, BAD, CLUSTER_CARDS = 28, 14, 12, 7, 7
+KEPT, DROPPED, TWINS, BAD, CLUSTER_CARDS, CLUSTER_KEPT = 28, 14, 12, 7, 7, 3
 MAX_STEPS_SHOWN = 14
+JUDGEMENT = "judgement.json"
 COMMANDS = ("embed", "import", "cluster", "select", "emit", "mix")
 
 
@@ -78,7 +79,7 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
         "runs": list(making.training(found.runs, out)),
         "trials": trials.exhibit(found.ablation) if found.ablation else None,
         "looked": _looked(gallery, found),
-        "others": list(_comparison(found)),
+        "others": list(_comparison(found, directory)),
     }
     if found.selection is not None:
         funnel = store.load_json(found.selection.path("funnel.json"))
@@ -198,14 +199,18 @@ def _choose_cards(context: dict[str, Any], gallery: Gallery | None, found: Found
     counts = exhibits.bad_counts(found.embedded)
     context["bad"] = [(name, store.STATUSES[name], n, gallery.dropped(name, BAD)) for name, n in counts.items()]
     for group in (context["sizes"] or {}).get("groups", []):
-        cards = gallery.sample(cluster == group["cluster"], CLUSTER_CARDS, f"cluster {group['cluster']}")
+        name, inside = f"cluster {group['cluster']}", cluster == group["cluster"]
+        cards = gallery.sample(inside & (reason < 0), CLUSTER_KEPT if found.selection else CLUSTER_CARDS, name)
+        cards += gallery.sample(inside & (reason >= 0), CLUSTER_CARDS - len(cards), name)
         if cards:
             context["groups"].append((group, cards))
     return gallery.fill()
 
 
-def _comparison(found: Found) -> Iterator[dict[str, Any]]:
-    """List the other selections of a pipeline beside the leading one."""
+def _comparison(found: Found, directory: str) -> Iterator[dict[str, Any]]:
+    """List the other selections of a pipeline beside the leading one, judged where a demo knows the truth."""
+    judgement = paths.join(directory, JUDGEMENT)
+    judged = store.load_json(judgement) if paths.exists(judgement) else {}
     every = (
         {paths.name(found.selection.directory): found.selection, **found.others}
         if found.selection and found.others
@@ -218,6 +223,7 @@ def _comparison(found: Found) -> Iterator[dict[str, Any]]:
             "kept": artefact.manifest["counts"].get("kept", 0),
             "rows": sum(artefact.rows.values()),
             "steps": steps,
+            "judged": judged.get(str(artefact.manifest.get("options", {}).get("recipe") or "steps")),
         }
 
 
@@ -229,12 +235,17 @@ def render(context: Mapping[str, Any]) -> bytes:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"n": lambda value: f"{value:,}", "pct": lambda value: f"{value:.1f} %"}
+    environment.filters |= {"n": lambda value: f"{value:,}", "pct": _percent}
     script, style = (loader.get_source(environment, name)[0] for name in ("report.js", "report.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = environment.get_template("report.html.j2")
     page = template.render(**context, script=Markup(script), style=Markup(style), digest=digest, dumps=_script_json)
     return page.encode("utf-8", "replace")
+
+
+def _percent(value: float) -> str:
+    """Write a percentage with one decimal, or one digit where that would say nothing."""
+    return f"{value:.1f}\u00a0%" if value >= 0.1 or not value else f"{value:.1g}\u00a0%"
 
 
 def _script_json(value: Any) -> Markup:

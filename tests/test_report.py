@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from artefacts import members, picture, write_clusters, write_embeddings, write_pool, write_selection
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from curate import charts, clustermap, concepts, gallery, images, movable, shards, store
 from curate.cluster import ClusterOptions, cluster
+from curate.embed import EmbedOptions, embed
 from curate.emit import EmitOptions, emit
 from curate.engine import Job
 from curate.errors import UsageError
 from curate.mix import mix
 from curate.report import ReportOptions, report
 from curate.selection import SelectOptions, select
-from house import ROOT, curate, fingerprint, parse
+from house import CLIP, ROOT, curate, fingerprint, parse
 
 QUIET = Job(workers=1, quiet=True)
 PAIRS = Path(__file__).parents[2] / "shared" / "data" / "pairs"
@@ -142,7 +145,7 @@ def test_a_mix_and_a_training_run_are_shown(tmp_path):
     _, found = page(tmp_path, tmp_path / "r.html")
     assert {"mix", "training"} <= {a.get("id") for a in found.all("section")}
     _, found = page(tmp_path / "mix", tmp_path / "m.html")
-    assert "100.0 %" in "".join(found.words)
+    assert "100.0 %" in " ".join("".join(found.words).split())
     with pytest.raises(UsageError, match="nothing that curate made"):
         report(str(tmp_path / "pool"), str(tmp_path / "x.html"), ReportOptions(), QUIET)
 
@@ -169,6 +172,37 @@ def test_the_commands_on_the_page_are_commands(tmp_path):
     (home / "table.toml").write_text(toml)
     curate("mix", "table.toml", "again", cwd=home)
     assert fingerprint(home / "again") == {k.replace("mix/", "again/"): v for k, v in fingerprint(home / "mix").items()}
+
+
+def test_a_local_model_is_named_by_its_place_as_seen_from_the_page(tmp_path, monkeypatch):
+    pool = write_pool(tmp_path / "pool", ["a"], 12)
+    made = embed(pool, str(tmp_path / "embeddings"), EmbedOptions(CLIP), QUIET)
+    text, _ = page(tmp_path, tmp_path / "r.html")
+    verb, asked = parse(html.unescape(re.search(r"<pre>(curate embed .*?)</pre>", text)[1]))
+    assert verb == "embed" and asked["model"].startswith("local-dir:..")
+    monkeypatch.chdir(tmp_path)
+    options = EmbedOptions(*(asked[name] for name in ("model", "pretrained", "precision", "batch_size")))
+    assert embed(asked["pool"], asked["out"], options, QUIET) == made  # it is the same request: nothing to do
+
+
+def test_a_demos_recipes_are_judged_by_its_truth(tmp_path):
+    clu = write_clusters(tmp_path / "clu", write_embeddings(tmp_path / "emb", write_pool(tmp_path / "pool", ["a"], 20)))
+    facts = {"steps": ("sample(4)",), "funnel": {"rows": 20, "kept": 4, "steps": []}}
+    for name in ("selection", "selection-random"):
+        write_selection(tmp_path / name, clu, lambda stem, row, key: row % 5 == 0 or "sample(4)", **facts)
+    copies, concepts = {"extra_planted": 11, "extra_kept": 2}, {"before": 7, "after": 3}
+    judged = {"right_share": 0.5, "concepts": concepts, "duplicates": copies}
+    (tmp_path / "judgement.json").write_text(json.dumps({"steps": judged}))
+    _, found = page(tmp_path, tmp_path / "r.html")
+    words = " ".join("".join(found.words).split())
+    assert "7 concepts, 11 extra copies" in words and "selection450.0 %32sample(4)" in words
+
+
+@given(rows=st.integers(1, 10**9), data=st.data())
+def test_a_share_is_written_shortly_and_means_the_same_number_of_rows(rows, data):
+    share = data.draw(st.integers(0, rows)) / rows
+    short = movable._share(repr(share), rows)
+    assert round(float(short) * rows) == round(share * rows) and len(short) <= len(repr(round(share, 10))) + 2
 
 
 def test_without_its_pool_the_page_says_so(tmp_path):

@@ -11,6 +11,7 @@
   const data = document.getElementById("cuts-data");
   if (!data) return;
   const page = JSON.parse(data.textContent);
+  document.getElementById("drag").hidden = false;
   const number = new Intl.NumberFormat("en");
   const said = function (text) { return "'" + text.replaceAll("'", "'\"'\"'") + "'"; };
 
@@ -52,7 +53,7 @@
     function show() {
       const kept = stay(), moved = ends.some(function (end) { return cut[end] !== first[end]; });
       part("stay").textContent = number.format(kept);
-      part("share").textContent = (100 * kept / Math.max(1, cut.rows)).toFixed(1) + " %";
+      part("share").textContent = (100 * kept / Math.max(1, cut.rows)).toFixed(1) + "\u00a0%";
       part("go").textContent = number.format(cut.rows - kept);
       part("step").textContent = step();
       part("again").hidden = part("reset").hidden = !moved;
