@@ -104,22 +104,21 @@ def table(result: Mapping[str, Any], lead: str, measures: Sequence[str]) -> Iter
     """
     compare = str(result["compare"])
     found = {(tuple(entry["arm"].items()), entry["measure"]): entry for entry in result["summary"]}
-    arms = list(dict.fromkeys(arm for arm, _ in found))
+    blocks: dict[tuple[tuple[str, str], ...], list[tuple[tuple[str, str], ...]]] = {}
+    for arm in dict.fromkeys(arm for arm, _ in found):
+        blocks.setdefault(tuple(pair for pair in arm if pair[0] != compare), []).append(arm)
     shown = [name for name in measures if name != lead and any(measure == name for _, measure in found)]
-    width = max([len(dict(arm)[compare]) for arm in arms], default=0) + 2
-    block = None
-    for arm in arms:
-        rest = {axis: value for axis, value in arm if axis != compare}
-        if rest != block:
-            block = rest
-            yield ""
-            yield " · ".join(f"{axis} {value}" for axis, value in rest.items()) or str(result["name"])
-            heads = "".join(f"{name[:16]:>17}" for name in shown)
-            yield f"  {compare:<{width}}{lead:>16}{'d to ' + str(result['reference']):>28}{'n':>4}{heads}"
-        entry = found.get((arm, lead))
-        told = _lead(entry) if entry else f"{'':48}"
-        rest_told = "".join(_mean(found.get((arm, name))) for name in shown)
-        yield f"  {dict(arm)[compare]:<{width}}{told}{rest_told}"
+    width = max([len(dict(arm)[compare]) for arm, _ in found], default=0) + 2
+    for rest, arms in blocks.items():
+        yield ""
+        yield " · ".join(f"{axis} {value}" for axis, value in rest) or str(result["name"])
+        heads = "".join(f"  {name:>7}" for name in shown)
+        yield f"  {compare:<{width}}{lead:>16}{'d to ' + str(result['reference']):>28}{'n':>4}{heads}"
+        for arm in arms:
+            entry = found.get((arm, lead))
+            told = _lead(entry) if entry else f"{'':48}"
+            rest_told = "".join(f"  {_mean(found.get((arm, name))):>{max(7, len(name))}}" for name in shown)
+            yield f"  {dict(arm)[compare]:<{width}}{told}{rest_told}"
     yield from _bars(result)
 
 
@@ -135,7 +134,9 @@ def _lead(entry: Mapping[str, Any]) -> str:
 
 
 def _mean(entry: Mapping[str, Any] | None) -> str:
-    return f"{'' if entry is None else format(entry['mean'], '.3f' if abs(entry['mean']) < 100 else ',.0f'):>17}"
+    if entry is None:
+        return ""
+    return f"{entry['mean']:,.0f}" if entry["mean"] >= 100 else f"{entry['mean']:.3f}".removesuffix(".000")
 
 
 def _bars(result: Mapping[str, Any]) -> Iterator[str]:

@@ -74,6 +74,8 @@ def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 3.0
     wanted, size = frame.count(budget), len(rows)
     surely = round(min(factor, SURELY) * share * size)
     drop = max(0, min(round(factor * share * size), max(surely, size - round(ROOM * wanted)), size - wanted))
+    if drop < round(share * size):
+        facts["why"] = f"{round(share * size):,} look mismatched, but the budget leaves only {drop:,} to drop"
     chosen = descending(scores, frame.alive)[: len(rows) - drop]
     return Verdict(frame.mask(chosen), {"share": share, "factor": factor, **facts, **value_range(scores, chosen)})
 

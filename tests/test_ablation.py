@@ -105,6 +105,20 @@ def test_a_bar_asks_for_a_difference_beyond_chance():
     assert judged[0]["n"] == 3 and judged[0]["p"] < 0.01 and judged[3]["n"] == 0 and judged[3]["p"] is None
 
 
+def test_the_table_has_one_block_for_each_combination_of_the_other_axes():
+    arms_ = [{"recipe": recipe, "budget": budget} for recipe in ("random", "ours") for budget in ("1%", "2%")]
+    trials = [
+        {"arm": arm, "seed": seed, "measures": {"m": seed + number, "kept": 90}}
+        for number, arm in enumerate(arms_)
+        for seed in (1, 2)
+    ]
+    result = {"name": "n", "compare": "recipe", "reference": "random", "bars": []}
+    result["summary"] = contrasts.summarise(trials, arms_, "recipe", "random", ["m", "kept"])
+    lines = [line.split() for line in contrasts.table(result, "m", ["m", "kept"])]
+    assert [line[0] for line in lines if line] == ["budget", "recipe", "random", "ours"] * 2
+    assert [line[-1] for line in lines if line][1:4] == ["kept", "90", "90"]
+
+
 def test_answers_are_scored_as_means_over_concepts():
     rng = np.random.default_rng(0)
     from curate.demo_words import NAMES

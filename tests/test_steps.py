@@ -172,6 +172,10 @@ def test_mismatch_drops_the_lowest_scores_but_never_eats_the_budget():
     assert run(frame_of(n, clip_score=scores), "mismatch(0.1, budget=500)").sum() == 750  # room to choose from
     assert run(frame_of(n, clip_score=scores), "mismatch(0.1, budget=700)").sum() == 800  # twice the share goes surely
     assert run(frame_of(n, clip_score=scores), "mismatch(0.1, budget=900)").sum() == 900
+    [step] = steps.parse(["mismatch(0.1, budget=950)"])
+    assert step.run(frame_of(n, clip_score=scores)).estimates["why"] == (
+        "100 look mismatched, but the budget leaves only 50 to drop"
+    )
     assert run(frame_of(n, clip_score=scores), "mismatch(0.1)").sum() == 700
 
 
