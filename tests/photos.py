@@ -1,5 +1,6 @@
 """Real photographs with their captions, the faults planted in them, and a plain embedder fitted on some of them."""
 
+import copy
 import io
 import json
 import tarfile
@@ -18,6 +19,7 @@ from curate.selection import SelectOptions, select
 from house import REAL_DATA
 
 QUIETLY = Job(workers=1, quiet=True)
+STRENGTHS = np.logspace(-2, 3, 11)  # of a ridge
 
 
 def web(tars=4):
@@ -148,7 +150,16 @@ class Sight:
 
         self.mean = features.mean(0)
         self.axes = PCA(min(dim, len(features) - 1), random_state=0).fit(self._centred(features))
-        self.map = RidgeCV(np.logspace(-2, 3, 11)).fit(self.axes.transform(self._centred(features)), text)
+        self.pairs = self.axes.transform(self._centred(features)), text
+        self.map = RidgeCV(STRENGTHS).fit(*self.pairs)
+
+    def with_strength(self, strength):
+        """Return the same with a ridge of this strength."""
+        from sklearn.linear_model import Ridge
+
+        other = copy.copy(self)
+        other.map = Ridge(strength).fit(*self.pairs)
+        return other
 
     def _centred(self, features):
         return unit(features - self.mean)
