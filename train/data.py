@@ -1,6 +1,6 @@
 """Samples on disk: shards of tar files, or a LLaVA JSON with a folder of images.
 
-Tar shards (`DIR/*.tar`, as `curate emit` and `curate mix` write them): `key.jpg|png|webp` optional, `key.json` with
+Tar shards (`DIR/*.tar`, as `curate emit` and `curate mix` write them): `key.jpg|png|webp|…` optional, `key.json` with
 LLaVA `conversations`, else `key.txt` as the caption. JSON: a list of LLaVA records, or one record a line (`.jsonl`).
 
 Only offsets are kept in memory (about 100 bytes a sample); records and images are read where they lie, by any process.
@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,9 @@ from numpy.typing import NDArray
 from train.errors import DataError, UsageError
 from train.prompts import Encoded, Encoder, Rejected, parse
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-MAX_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")  # Pillow's others run helpers (EPS) or fonts
+MAX_PIXELS = 89_478_485  # as in curate: a larger image is taken for a decompression bomb
 MAX_OPEN_FILES = 64
 FEW = 3  # so many bad samples never stop a run
 log = logging.getLogger("train")
@@ -40,7 +42,6 @@ class Record:
     """One sample as read: its images are locations that the same source can open."""
 
     key: str
-    source: str  # which shard or file, and which data set where the record says so
     conversations: Any
     images: tuple[Any, ...]
     fields: dict[str, Any] = field(default_factory=dict)
@@ -67,8 +68,9 @@ class Source(Protocol):
     def image_bytes(self, location: Any) -> bytes:
         """Read one image file.  Raises: Rejected."""
 
-    def digest_images(self) -> str:
-        """Identify image files that lie apart from the samples, "" where none do."""
+    @property
+    def images_digest(self) -> str:
+        """Identify image files that lie apart from the samples, "" where none do or nobody asked."""
 
 
 class Files:
@@ -98,6 +100,8 @@ class Files:
 class TarSource:
     """Samples in tar shards, in shard and tar order."""
 
+    images_digest = ""  # images lie in the shards
+
     def __init__(self, shards: Sequence[Path]) -> None:
         self.files, self.shards = Files(), [str(path) for path in shards]
         self.keys: list[str] = []
@@ -105,7 +109,7 @@ class TarSource:
         for number, path in enumerate(shards):
             for key, members in _scan_tar(path):
                 self.keys.append(key)
-                image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), (0, 0))
+                image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), (0, 0))
                 rows.append((number, *members.get("json", (0, 0)), *members.get("txt", (0, 0)), *image))
         self.rows: NDArray[np.int64] = np.array(rows, np.int64).reshape(-1, 7)
 
@@ -118,10 +122,7 @@ class TarSource:
         path = self.shards[shard]
         fields: dict[str, Any] = {}
         if json_size:
-            try:
-                parsed = json.loads(self.files.read(path, json_at, json_size))
-            except ValueError:
-                raise Rejected("bad_json") from None
+            parsed = _parse(self.files.read(path, json_at, json_size))
             fields = parsed if isinstance(parsed, dict) else {}
         conversations = fields.get("conversations")
         images = ((path, image_at, image_size),) if image_size else ()
@@ -137,8 +138,7 @@ class TarSource:
             conversations = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
         elif fields.get("image") and not images:
             raise Rejected("missing_image")
-        source = ":".join(filter(None, (Path(path).name, str(fields.get("source") or ""))))
-        return Record(self.keys[index], source, conversations, images, fields)
+        return Record(self.keys[index], conversations, images, fields)
 
     def name(self, index: int) -> str:
         """Return shard/key."""
@@ -158,17 +158,24 @@ class TarSource:
         """Read an image member."""
         return self.files.read(*location)
 
-    def digest_images(self) -> str:
-        """Return "": images lie in the shards."""
-        return ""
-
 
 class JsonSource:
-    """LLaVA records in one JSON or JSON-lines file, images in a folder."""
+    """LLaVA records in one JSON or JSON-lines file, images in a folder.
 
-    def __init__(self, path: Path, images: Path | None) -> None:
+    images_digest: of the images that the records name, in their order, name and size, so that a copy counts as the
+    same. A picture replaced by one of as many bytes goes unnoticed; to read them all would take as long as an epoch.
+    """
+
+    def __init__(self, path: Path, images: Path | None, *, digest: bool = False) -> None:
         self.path, self.images, self.files = str(path), images, Files()
-        self.spans: NDArray[np.int64] = np.array(list(_json_spans(path)), np.int64).reshape(-1, 2)
+        spans: list[tuple[int, int]] = []
+        seen = hashlib.blake2b(digest_size=16)
+        for offset, size, value in _json_spans(path):
+            spans.append((offset, size))
+            if digest:
+                seen.update(self._describe_images(len(spans) - 1, value).encode(errors="replace"))
+        self.spans: NDArray[np.int64] = np.array(spans, np.int64).reshape(-1, 2)
+        self.images_digest = seen.hexdigest() if digest else ""
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -176,10 +183,8 @@ class JsonSource:
     def record(self, index: int) -> Record:
         """Read one record and look whether its images exist."""
         fields = self._fields(index)
-        locations = tuple(self._locate(name) for name in _image_names(fields))
-        key = str(fields.get("id", index))
-        source = ":".join(filter(None, (Path(self.path).name, str(fields.get("source") or ""))))
-        return Record(key, source, fields.get("conversations"), locations, fields)
+        locations = tuple(self._locate(name)[0] for name in _image_names(fields))
+        return Record(_text(fields.get("id", f"#{index}")), fields.get("conversations"), locations, fields)
 
     def name(self, index: int) -> str:
         """Return file/key."""
@@ -188,7 +193,7 @@ class JsonSource:
     def key(self, index: int) -> str:
         """Return the record's id, or #row where there is none."""
         try:
-            return str(self._fields(index).get("id", f"#{index}"))
+            return _text(self._fields(index).get("id", f"#{index}"))
         except Rejected:
             return f"#{index}"
 
@@ -198,24 +203,30 @@ class JsonSource:
 
     def _fields(self, index: int) -> dict[str, Any]:
         offset, size = (int(x) for x in self.spans[index])
-        try:
-            fields = json.loads(self.files.read(self.path, offset, size))
-        except ValueError:
-            raise Rejected("bad_json") from None
-        if not isinstance(fields, dict):
-            raise Rejected("bad_json")
-        return fields
+        return _record_fields(self.files.read(self.path, offset, size))
 
-    def _locate(self, image: Any) -> str:
+    def _locate(self, image: Any) -> tuple[str, int]:
+        """Return the path of an image below the folder, and its size.  Raises: Rejected."""
         parts = PurePosixPath(image).parts if isinstance(image, str) else ("..",)
         if ".." in parts or PurePosixPath(image).is_absolute():
             raise Rejected("image_outside_folder")
         if self.images is None:
             raise Rejected("no_image_folder")
         path = self.images.joinpath(*parts)
-        if not path.is_file():
+        try:
+            found = path.stat()
+        except (OSError, ValueError):  # also a name that no file can have
+            raise Rejected("missing_image") from None
+        if not stat.S_ISREG(found.st_mode):
             raise Rejected("missing_image")
-        return str(path)
+        return str(path), found.st_size
+
+    def _describe_images(self, index: int, value: Any) -> str:
+        try:
+            sizes = [(name, self._locate(name)[1]) for name in _image_names(_record_fields(value))]
+        except Rejected:
+            return f"{index} Rejected\n"
+        return "".join(f"{name} {size}\n" for name, size in sizes)
 
     def image_bytes(self, location: Any) -> bytes:
         """Read an image file."""
@@ -224,19 +235,25 @@ class JsonSource:
         except OSError:
             raise Rejected("unreadable") from None
 
-    def digest_images(self) -> str:
-        """Digest the images that the records name, in their order: name and size, so that a copy counts as the same.
 
-        A picture replaced by one of as many bytes goes unnoticed; to read them all would take as long as an epoch.
-        """
-        digest = hashlib.blake2b(digest_size=16)
-        for index in range(len(self)):
-            try:
-                for name in _image_names(self._fields(index)):
-                    digest.update(f"{name} {os.stat(self._locate(name)).st_size}\n".encode())
-            except (Rejected, OSError) as reason:
-                digest.update(f"{index} {type(reason).__name__}\n".encode())
-        return digest.hexdigest()
+def _parse(value: Any) -> Any:
+    """Parse bytes of JSON; what is parsed already stays.  Raises: Rejected."""
+    try:
+        return json.loads(value) if isinstance(value, bytes) else value
+    except (ValueError, RecursionError):
+        raise Rejected("bad_json") from None
+
+
+def _record_fields(value: Any) -> dict[str, Any]:
+    fields = _parse(value)
+    if not isinstance(fields, dict):
+        raise Rejected("bad_json")
+    return fields
+
+
+def _text(value: Any) -> str:
+    """Write a value as text that any file can hold: JSON may have halves of characters."""
+    return str(value).encode(errors="replace").decode()
 
 
 def _image_names(fields: dict[str, Any]) -> list[Any]:
@@ -244,8 +261,12 @@ def _image_names(fields: dict[str, Any]) -> list[Any]:
     return names if isinstance(names, list) else [names]
 
 
-def open_source(data: str, images: str | None = None) -> Source:
-    """Open a folder of shards, one shard, or a LLaVA JSON.  Raises: UsageError that says what was found instead."""
+def open_source(data: str, images: str | None = None, *, digest: bool = False) -> Source:
+    """Open a folder of shards, one shard, or a LLaVA JSON.
+
+    digest: identify the images of a JSON too, which looks at every one of them.
+    Raises: UsageError that says what was found instead.
+    """
     path = Path(data)
     if path.is_dir():
         shards = sorted(path.glob("*.tar"))
@@ -262,7 +283,7 @@ def open_source(data: str, images: str | None = None) -> Source:
         folder = Path(images) if images else beside if beside.is_dir() else path.parent
         if not folder.is_dir():
             raise UsageError(f"--images {folder}: no such folder")
-        return _not_empty(JsonSource(path, folder), data)
+        return _not_empty(JsonSource(path, folder, digest=digest), data)
     raise UsageError(f"--data {data}: expected a folder of .tar shards, a .tar, a .json or a .jsonl")
 
 
@@ -273,33 +294,44 @@ def _not_empty(source: Source, data: str) -> Source:
 
 
 def _scan_tar(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Yield each key of a shard with (offset, size) of its members by suffix; a torn tail is dropped with a warning."""
-    groups: dict[str, dict[str, tuple[int, int]]] = {}
+    """Yield each sample's key with (offset, size) of its members by suffix; a torn tail is dropped with a warning.
+
+    Members of one key are one sample wherever they lie; a suffix that it has already begins another, as in curate.
+    """
+    rows: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    latest: dict[str, dict[str, tuple[int, int]]] = {}
     size = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", errors="replace") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
                 if member.isreg() and dot and member.offset_data + member.size <= size:
-                    key = f"{folder}/{stem}" if folder else stem
-                    groups.setdefault(key, {})[suffix.lower()] = (member.offset_data, member.size)
+                    key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
+                    members = latest.get(key)
+                    if members is None or suffix in members:
+                        members = latest[key] = {}
+                        rows.append((key, members))
+                    members[suffix] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError) as error:
-        log.warning("%s is torn (%s): %d samples were read before that", path, error, len(groups))
-    yield from groups.items()
+        log.warning("%s is torn (%s): %d samples were read before that", path, error, len(rows))
+    yield from rows
 
 
-def _json_spans(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield byte offset and size of each record of a JSON list or a JSON-lines file."""
+def _json_spans(path: Path) -> Iterator[tuple[int, int, Any]]:
+    """Yield byte offset and size of each record of a JSON list or a JSON-lines file, and it: parsed, or as its line."""
     if path.suffix == ".jsonl":
         offset = 0
         with path.open("rb") as file:
             for line in file:
                 if line.strip():
-                    yield offset, len(line)
+                    yield offset, len(line), line
                 offset += len(line)
         return
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8: {error}") from None
     decoder = json.JSONDecoder()
     at = _skip(text, 0)
     if text[at : at + 1] != "[":
@@ -307,15 +339,17 @@ def _json_spans(path: Path) -> Iterator[tuple[int, int]]:
     at, offset = at + 1, len(text[: at + 1].encode())
     while True:
         start = _skip(text, at, " \t\r\n,")
-        if start >= len(text) or text[start] == "]":
+        if start >= len(text):
+            raise UsageError(f"{path} is not valid JSON: it ends within the list, which no ] closes")
+        if text[start] == "]":
             return
         try:
-            _, end = decoder.raw_decode(text, start)
-        except ValueError as error:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not valid JSON: {error}") from None
         offset += len(text[at:start].encode())
         size = len(text[start:end].encode())
-        yield offset, size
+        yield offset, size, value
         at, offset = end, offset + size
 
 
@@ -330,11 +364,13 @@ def decode_image(data: bytes) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Rejected("huge_image")
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+    except Rejected:
+        raise
+    except Exception:  # decoders answer hostile bytes with nearly every exception there is
         raise Rejected("bad_image") from None
 
 

@@ -70,9 +70,9 @@ def evaluate(
 
     Answers that stand there already for the same model, data and options are not given again.
     """
-    source = open_source(data, images)
+    source = open_source(data, images, digest=True)
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": runs.digest_data(data)}
-    request |= {"images": source.digest_images(), "max_new_tokens": max_new_tokens, "limit": limit}
+    request |= {"images": source.images_digest, "max_new_tokens": max_new_tokens, "limit": limit}
     request |= {} if perplexity else {"perplexity": False}
     record = out.with_name(f"{out.stem}.manifest.json")
     if record.is_file() and out.is_file() and not overwrite:

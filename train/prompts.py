@@ -168,6 +168,10 @@ def _parse_turn(entry: Any, has_images: bool) -> tuple[str, tuple[str | None, ..
     value = entry.get("value", entry.get("content"))
     if role is None or not isinstance(value, str):
         raise Rejected("bad_turn")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a character, which JSON can write and no tokenizer reads
+        raise Rejected("bad_utf8") from None
     if role != "user" or not has_images:
         return role, (value.strip(),) if value.strip() else ()
     parts: list[str | None] = []

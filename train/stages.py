@@ -52,10 +52,10 @@ def run_stage(
     stage: Stage = getattr(config, stage_name)
     place = Place.find(stage.precision, stage.workers)
     try:
-        source = open_source(data, images)
+        source = open_source(data, images, digest=place.rank == 0)
         request = _request(stage_name, config, stage, data, images, align, out)
-        if place.rank == 0 and (seen := source.digest_images()):
-            request["inputs"]["images_digest"] = seen
+        if source.images_digest:
+            request["inputs"]["images_digest"] = source.images_digest
         status = _claim(place, out, request, overwrite)
         if status == "finished":
             log.info("%s is finished; nothing to do (--overwrite starts over)", out)

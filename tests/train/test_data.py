@@ -1,11 +1,13 @@
 """Reading samples, good and bad, from shards and from JSON."""
 
+import contextlib
 import io
 import json
 import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 from toys import add, picture, word_tokenizer, write_json, write_mixed
 
 from train.data import check_bad, decode_image, encode, open_source
@@ -30,7 +32,7 @@ def shard(path, members):
 def test_emitted_shards_become_captions(world, encoder):
     source = open_source(str(world / "captions"))
     record, encoded = encode(source, encoder, 0, 64)
-    assert len(source) == 48 and record.key == "000000" and record.source == "000000.tar"
+    assert len(source) == 48 and record.key == "000000" and source.name(0) == "000000.tar/000000"
     assert encoder.tokenizer.decode(encoded.ids[4:]) == "caption : a big red square <eos>"
     assert decode_image(source.image_bytes(record.images[0])).size == (32, 32)
 
@@ -54,6 +56,44 @@ def test_shards_and_json_read_the_same(tmp_path, encoder):
         "\ufeff [ " + " , \n".join(json.dumps({**r, "é": "日本"}, ensure_ascii=False) for r in records) + "]"
     )
     assert open_source(str(spread)).record(7).key == records[7]["id"]
+    windows = tmp_path / "json" / "windows.json"
+    windows.write_bytes(json.dumps(records, indent=1).replace("\n", "\r\n").encode())
+    assert [open_source(str(windows)).key(i) for i in range(10)] == [record["id"] for record in records]
+
+
+def test_a_shard_has_the_rows_that_curate_sees(tmp_path):
+    """A repeated member begins another sample, and the first image of any format is the sample's."""
+    red, gif = picture("red", True, 0), io.BytesIO()
+    Image.open(io.BytesIO(red)).save(gif, "GIF")
+    members = [("a.png", red), ("a.jpg", b"x"), ("b.gif", gif.getvalue()), ("a.txt", b"red")]
+    members += [("b.txt", b"blue"), ("a.txt", b"green"), ("a.png", gif.getvalue())]
+    source = open_source(str(shard(tmp_path / "0.tar", members)))
+    records = [source.record(i) for i in range(len(source))]
+    assert [(r.key, r.conversations[1]["value"]) for r in records] == [("a", "red"), ("b", "blue"), ("a", "green")]
+    for record in records:
+        assert decode_image(source.image_bytes(record.images[0])).size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b'{"image": "' + b"x" * 300 + b'.jpg", "conversations": []}', "missing_image"),
+        (b'{"image": "a\\u0000b.jpg", "conversations": []}', "missing_image"),
+        (b'{"conversations": [{"from": "human", "value": "half \\ud800"}]}', "bad_utf8"),
+        (b"[" * 100_000, "bad_json"),
+        (b'{"id": ' + b"9" * 5_000 + b"}", "bad_json"),
+    ],
+    ids=["long name", "null in a name", "half a character", "deep", "long number"],
+)
+def test_hostile_records_are_reasons(tmp_path, encoder, text, reason):
+    (tmp_path / "data.jsonl").write_bytes(text + b"\n")
+    source = open_source(str(tmp_path / "data.jsonl"), digest=True)
+    assert measure(source, encoder, 64).reasons == {0: reason}
+
+
+def test_an_id_of_half_a_character_is_written_all_the_same(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"id": "\\ud800", "conversations": []}\n')
+    assert open_source(str(tmp_path / "data.jsonl")).name(0) == "data.jsonl/?"
 
 
 def test_bad_samples_are_reasons(tmp_path, encoder):
@@ -100,11 +140,18 @@ def test_a_torn_shard_gives_what_it_has(tmp_path, world, caplog):
 
 
 def test_images_of_every_bad_kind():
-    from PIL import Image
-
-    for data in (b"", b"not an image", picture("red", True, 0)[:300]):
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"  # would be run by a helper
+    for data in (b"", b"not an image", picture("red", True, 0)[:300], script):
         with pytest.raises(Rejected, match="bad_image"):
             decode_image(data)
+    broken = io.BytesIO()
+    Image.new("RGB", (40, 50)).save(broken, "AVIF")
+    data = bytearray(broken.getvalue())
+    for at in range(100, 180):  # of its boxes; the decoder answers with exceptions of many kinds
+        for value in (0, 255):
+            spoilt = bytes(data[:at]) + bytes([value]) + bytes(data[at + 1 :])
+            with contextlib.suppress(Rejected):
+                decode_image(spoilt)
     out = io.BytesIO()
     Image.new("1", (20_000, 5_100)).save(out, "PNG")
     with pytest.raises(Rejected, match="huge_image|bad_image"):
@@ -141,11 +188,22 @@ def test_half_of_the_images_missing_stops_with_examples(tmp_path, encoder):
         (lambda p: p / "e.json", "no samples"),
         (lambda p: p / "d.json", "expected a JSON list"),
         (lambda p: p / "b.json", "not valid JSON"),
+        (lambda p: p / "c.json", "ends within the list"),
+        (lambda p: p / "l.json", "is not UTF-8"),
+        (lambda p: p / "n.json", "not valid JSON: maximum recursion"),
     ],
 )
 def test_nothing_to_read_is_said(tmp_path, make, word):
-    for file, text in {"a.txt": "x", "e.json": "[]", "d.json": "{}", "b.json": "[{]"}.items():
+    for file, text in {
+        "a.txt": "x",
+        "e.json": "[]",
+        "d.json": "{}",
+        "b.json": "[{]",
+        "c.json": "[{},",
+        "n.json": "[" * 100_000,
+    }.items():
         (tmp_path / file).write_text(text)
+    (tmp_path / "l.json").write_bytes(b'[{"id": "\xe9"}]')
     with pytest.raises(UsageError, match=word):
         open_source(str(make(tmp_path)))
 
