@@ -44,7 +44,9 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
     if options.shrink or options.lm_weights == "fresh":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed + 1)
-            lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=options.attention)
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=options.attention)
+        for parameter in lm.parameters():  # drawn alike for every dtype; the angles of rotary embeddings stay fp32
+            parameter.data = parameter.data.to(dtype)
     else:
         try:
             lm = kind.from_pretrained(
@@ -53,11 +55,10 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
         except (OSError, ValueError) as error:
             raise UsageError(cannot_load(options.lm, "model.lm", error)) from None
     lm.config.architectures = [type(lm).__name__]  # other readers of llava-hf build the language model from it
-    _fold_logits_scaling(lm)
     return lm
 
 
-def _fold_logits_scaling(lm: Any) -> None:
+def fold_logits_scaling(lm: Any) -> None:
     """Move Granite's division of the logits into the norm before the head: the llava class divides nothing.
 
     Not into the head itself, which MiniCPM shares with its embedding.
@@ -159,7 +160,7 @@ def room_for(token_id: int, rows: int) -> int:
 
 
 def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
-    """Return the id of the image token: one the tokenizer has, a spare row of the embedding, or else a new row."""
+    """Return the id of the image token: one the tokenizer has, a spare row of the embedding, or else a new row of 0."""
     from tokenizers import AddedToken
 
     known = tokenizer.convert_tokens_to_ids(token)
@@ -170,4 +171,7 @@ def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
     if room_for(known, rows) > rows:
         log.info("the language model has no spare row for %s: its embedding grows from %d rows", token, rows)
         lm.resize_token_embeddings(room_for(known, rows), mean_resizing=False)
+        with torch.no_grad():  # what is drawn for them would differ by dtype, and by what was drawn before
+            for table in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+                table.weight[rows:] = 0
     return int(known)

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from train import attention
 from train.config import Model, Stage
-from train.language import add_image_token, load_lm, load_tokenizer, read_lm_config, room_for, shrunk
+from train.language import (
+    add_image_token,
+    fold_logits_scaling,
+    load_lm,
+    load_tokenizer,
+    read_lm_config,
+    room_for,
+    shrunk,
+)
 from train.published import known_words
 from train.quantized import quantize
 from train.tower import EVA, HEADS, MULTISCALE, Vision, describe_tower, feature_layer_index, features, load_tower, trim
@@ -51,7 +59,8 @@ class Composed:
 def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
     """Build the model on the CPU: tower and language model in `dtype`, projector in fp32, everything frozen.
 
-    The projector is drawn from `options.seed` as torch draws linear layers (as LLaVA does).  Raises: UsageError.
+    The projector is drawn from `options.seed` as torch draws linear layers (as LLaVA does). The fingerprint is of the
+    weights before anything is folded into them, which rounds otherwise in another dtype.  Raises: UsageError.
     """
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -71,6 +80,8 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
         model.model.multi_modal_projector = LlavaMultiModalProjector(config)
     head = lm.get_output_embeddings()
     model.lm_head.weight = head.weight
+    fingerprint = _fingerprint(model)
+    fold_logits_scaling(lm)
     if getattr(head, "bias", None) is not None:
         place_head_bias(model, head.bias, options.lm_head_bias)
     index = feature_layer_index(options.feature_layer, tower.config.num_hidden_layers)
@@ -80,7 +91,7 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
     if limits(config):
         log.warning("%s", limits(config))
     scale = math.sqrt(lm.config.hidden_size) if options.scale_features else 1.0
-    return Composed(model, tokenizer, vision, options.image_token, _fingerprint(model), index, scale)
+    return Composed(model, tokenizer, vision, options.image_token, fingerprint, index, scale)
 
 
 def blueprint(options: Model) -> tuple[Any, Vision]:
@@ -251,6 +262,18 @@ def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
     model.eval()
     model.model.language_model.train(stage.tune != "projector")
     return trainable
+
+
+def recompute(language_model: Any) -> None:
+    """Let a prepared language model keep no activations and compute them again in the backward pass.
+
+    transformers does so in training mode alone. A frozen model's dropout must not come with that, so only the layers
+    that recompute are told, not what they hold.
+    """
+    language_model.activation_checkpointing_enable({"use_reentrant": False})
+    for module in language_model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
 
 
 # ---- the forward pass ------------------------------------------------------------------------------------------------

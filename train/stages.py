@@ -23,7 +23,7 @@ from train.frugal import spare
 from train.loop import Training, out_of_memory
 from train.losses import SampleLosses
 from train.measuring import measure_once
-from train.model import Composed, compose, lora_config, lora_targets, prepare
+from train.model import Composed, compose, lora_config, lora_targets, prepare, recompute
 from train.place import Place
 from train.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
 from train.runs import absolute, digest_data, finish, open_run, read_json, relative
@@ -161,8 +161,7 @@ def _assemble(
     spare(composed.model.model.language_model)
     _announce(measured, plan, trainable, composed, stage_name)
     if config.model.gradient_checkpointing:
-        composed.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-        composed.model.model.language_model.train()
+        recompute(composed.model.model.language_model)
     with out_of_memory(stage):
         if stage.shard and place.world > 1:
             trainable = sharding.shard(composed, stage, place)

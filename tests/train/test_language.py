@@ -175,6 +175,19 @@ def test_the_folded_bias_survives_bf16(world, tmp_path):
     assert folded < 1.5 * usual
 
 
+@pytest.mark.parametrize("change", [{}, {"image_token": "<picture>"}, {"lm_weights": "fresh"}, {"shrink": "tiny"}])
+def test_weights_are_known_again_in_any_dtype(world, tmp_path, change):
+    """What is trained in bf16 is exported from fp32: neither a fold, nor added rows, nor a draw may tell them apart."""
+    phi(vocab_size=len(word_tokenizer())).save_pretrained(tmp_path / "phi")
+    word_tokenizer().save_pretrained(tmp_path / "phi")
+    options = Model(tower=f"local-dir:{world / 'clip'}", lm=str(tmp_path / "phi"), **change)
+    half, first = compose(options, torch.bfloat16), compose(options)
+    torch.manual_seed(5)
+    again = compose(options)
+    assert half.fingerprint == first.fingerprint == again.fingerprint
+    assert torch.equal(first.model.lm_head.weight, again.model.lm_head.weight)
+
+
 def test_a_bias_that_cannot_be_folded_is_not_lost_silently(world, caplog):
     composed = compose(Model(tower=f"local-dir:{world / 'clip'}", lm=str(world / "lm")))
     before = composed.model.lm_head.weight.clone()

@@ -9,7 +9,16 @@ from train.batches import Collator
 from train.config import Model, Stage
 from train.data import decode_image
 from train.errors import UsageError
-from train.model import compose, hidden_states, lora_targets, normalise, prepare, token_losses, tower_features
+from train.model import (
+    compose,
+    hidden_states,
+    lora_targets,
+    normalise,
+    prepare,
+    recompute,
+    token_losses,
+    tower_features,
+)
 from train.tower import feature_layer_index, load_tower, make_image_processor
 
 TOWERS = ("clip", "siglip", "dinov2")
@@ -99,6 +108,14 @@ def test_frozen_means_frozen(hub, stage, learns):
     changed = {name for name, p in composed.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed and changed <= set(trainable)
     assert any("projector" in name for name in changed)
+
+
+def test_recomputing_wakes_no_dropout_of_a_frozen_model(hub):
+    composed = compose(options(hub, "siglip", "phi"))
+    prepare(composed, Stage())
+    recompute(composed.model.model.language_model)
+    awake = {type(module).__name__ for module in composed.model.modules() if module.training}
+    assert "PhiDecoderLayer" in awake and "Dropout" not in awake and "PhiAttention" not in awake
 
 
 def test_lora_leaves_the_tower_and_the_head_alone(hub):
