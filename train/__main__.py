@@ -168,8 +168,8 @@ def evaluate(
     images: ImagesOption = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Benchmarks instead: pope,gqa,mme,…")] = None,
     eval_root: EvalRootOption = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="At most so many questions.")] = None,
-    show: Annotated[int | None, typer.Option("--show", help="Print so many answers beside the truth.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help="At most so many questions; 0: all.")] = None,
+    show: Annotated[int | None, typer.Option("--show", min=0, help="Print so many answers beside the truth.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     overwrite: OverwriteOption = False,
@@ -189,7 +189,7 @@ def evaluate(
         from train.tasks import check_published
 
         check_published(options.published)
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        names = [name.strip() for name in tasks.split(",")]
         results = run_tasks(model, names, _root(eval_root), out, options, overwrite=overwrite)
         _show_scores(results, options, as_json)
         return
@@ -311,7 +311,7 @@ def inspect(
     settings: SetOption = None,
     images: ImagesOption = None,
     stage: Annotated[str, typer.Option("--stage", help="align or finetune.")] = "finetune",
-    num: Annotated[int, typer.Option("--num", help="How many samples.")] = 5,
+    num: Annotated[int, typer.Option("--num", min=0, help="How many samples.")] = 5,
 ) -> None:
     """Show samples as the model reads them, what is learnt in colour.
 
@@ -330,8 +330,10 @@ def inspect(
 def bench(
     config: ConfigOption = None,
     settings: SetOption = None,
-    steps: Annotated[int, typer.Option("--steps", help="Steps of each run; the first is not timed.")] = 8,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="0: the stage's own; 16 for the small model.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Steps of each run; the first is not timed.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=0, help="0: the stage's own; 16 for the small model.")
+    ] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the result as JSON.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -422,13 +424,13 @@ def _quiet() -> None:
 
 
 def main(run: Callable[[], None] = app) -> None:
-    """Run the command line and turn our errors into one line and an exit code."""
+    """Run the command line and turn our errors, and the file system's, into one line and an exit code."""
     _quiet()
     try:
         run()
-    except TrainError as error:
+    except (TrainError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+        sys.exit(error.exit_code if isinstance(error, TrainError) else TrainError.exit_code)
 
 
 if __name__ == "__main__":

@@ -56,15 +56,16 @@ def run_tasks(
         tokens = options.max_new_tokens or get_task(name).max_new_tokens
         model = runs.relative(str(folder), place)
         request = {"command": "eval", "task": name, "model": model, "weights": weights, "max_new_tokens": tokens}
-        runs.open_run(place, request, overwrite=overwrite)
-        rows = read_answers(place / ANSWERS, mend=True)
-        missing = [text is None for text in match(items, rows)]
-        for batch in _ask(speak, items, missing, options.batch_size, tokens, name):
-            append_answers(place / ANSWERS, [{**row, "model_id": folder.resolve().name} for row in batch])
-            rows += batch
-        texts = [text or "" for text in match(items, rows)]
-        results[name] = score_texts(name, items, texts, root, place / SUBMISSION)
-        runs.finish(place, request, {k: v for k, v in results[name].items() if k != "submission"})
+        with runs.held(place):
+            runs.open_run(place, request, overwrite=overwrite)
+            rows = read_answers(place / ANSWERS, mend=True)
+            missing = [text is None for text in match(items, rows)]
+            for batch in _ask(speak, items, missing, options.batch_size, tokens, name):
+                append_answers(place / ANSWERS, [{**row, "model_id": folder.resolve().name} for row in batch])
+                rows += batch
+            texts = [text or "" for text in match(items, rows)]
+            results[name] = score_texts(name, items, texts, root, place / SUBMISSION)
+            runs.finish(place, request, {k: v for k, v in results[name].items() if k != "submission"})
         results[name]["answers"] = str(place / ANSWERS)
     return results
 

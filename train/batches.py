@@ -93,7 +93,7 @@ class Plan:
     def __init__(self, measured: Measured, stage: Stage) -> None:
         self.measured, self.stage = measured, stage
         self.usable = measured.usable
-        self.num_samples = round(stage.epochs * len(self.usable))
+        self.num_samples = max(1, round(stage.epochs * len(self.usable)))
         self.steps = stage.steps or -(-self.num_samples // stage.batch_size)
         if stage.steps:
             self.num_samples = stage.steps * stage.batch_size

@@ -22,25 +22,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.errors import CheckpointError
 from train.runs import digest_file
+from train.weights import write_tensors
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 PROJECTOR = "model.multi_modal_projector."
 _LORA = re.compile(r"^(.*\.lora_[AB])\.default\.weight$")
 _STEP = re.compile(r"^step-(\d{6,})$")
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read, as far as the umask lets them (the library makes it private)."""
-    save_file(dict(tensors), path, metadata={"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -169,7 +170,9 @@ def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
         document = pipelines.read(path)
     except FileNotFoundError as error:
         raise UsageError(f"no configuration file at {error.filename}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     for name, values in document.items():
         if name in NEIGHBOURS:
@@ -188,7 +191,7 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     table, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
         raise UsageError(f"--set {override!r}: write it as table.key=value, for example align.lr=1e-3")
-    if table not in (*TABLES, *NEIGHBOURS) and difflib.get_close_matches(table, TABLES, n=1, cutoff=0.75):
+    if table not in (*TABLES, *NEIGHBOURS):
         raise UsageError(f"--set {override!r}: unknown table {table!r}{did_you_mean(table, TABLES)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -229,30 +232,33 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UsageError(f"{name} = {value!r} must be of type {hint.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} = {value!r} must be a finite number")
     return value
 
 
 def _check(config: Config) -> None:
-    for name in ("align", "finetune"):
-        stage = getattr(config, name)
-        positive = ("batch_size", "lr", "micro_tokens", "save_every", "keep_last", "lora_rank", "lora_alpha", "epochs")
-        for key in (*positive, "micro_images"):
-            if getattr(stage, key) <= 0:
-                raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must be greater than 0")
-        unsigned = ("steps", "projector_lr", "weight_decay", "clip", "workers", "cache_features_mb")
-        for key in (*unsigned, "peak_tflops"):
-            if getattr(stage, key) < 0:
-                raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must not be negative")
-        for key in ("warmup", "lora_dropout", "max_bad_share"):
-            if not 0.0 <= getattr(stage, key) <= 1.0:
-                raise UsageError(f"{name}.{key} = {getattr(stage, key)!r} must lie in [0, 1]")
+    model, evaluation = config.model, config.eval
+    for name, stage in (("align", config.align), ("finetune", config.finetune)):
+        positive = "batch_size lr micro_tokens micro_images save_every keep_last lora_rank lora_alpha epochs"
+        _hold(name, stage, positive, lambda value: value > 0, "be greater than 0")
+        unsigned = "steps projector_lr weight_decay clip workers cache_features_mb peak_tflops"
+        _hold(name, stage, unsigned, lambda value: value >= 0, "not be negative")
+        _hold(name, stage, "warmup lora_dropout max_bad_share", lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        _hold(name, stage, "betas", lambda value: 0 <= value < 1, "lie in [0, 1)")
         if stage.quantize and (stage.tune != "lora" or stage.shard):
             raise UsageError(f'{name}.quantize needs {name}.tune = "lora", without {name}.shard')
         if stage.tune == "projector" and stage.tune_tower:
             raise UsageError(f'{name}.tune_tower needs {name}.tune = "lora" or "full"')
-    for key, least in (("batch_size", 1), ("max_new_tokens", 0), ("limit", 0), ("tolerance", 0)):
-        if getattr(config.eval, key) < least:
-            raise UsageError(f"eval.{key} = {getattr(config.eval, key)!r} must be at least {least}")
-    for key in ("max_length", "scales"):
-        if getattr(config.model, key) <= 0:
-            raise UsageError(f"model.{key} = {getattr(config.model, key)} must be greater than 0")
+    _hold("model", model, "max_length scales", lambda value: value > 0, "be greater than 0")
+    _hold("model", model, "image_token", bool, "name a token, of the tokenizer or a new one")
+    _hold("eval", evaluation, "batch_size", lambda value: value > 0, "be greater than 0")
+    _hold("eval", evaluation, "max_new_tokens limit show tolerance", lambda value: value >= 0, "not be negative")
+    _hold("generate", config.generate, "max_new_tokens", lambda value: value > 0, "be greater than 0")
+
+
+def _hold(table: str, options: Any, keys: str, rule: Callable[[Any], bool], words: str) -> None:
+    for key in keys.split():
+        value = getattr(options, key)
+        if not all(map(rule, value if isinstance(value, tuple) else (value,))):
+            raise UsageError(f"{table}.{key} = {value!r} must {words}")

@@ -398,12 +398,12 @@ class Measured:
 
 
 def check_bad(source: Source, reasons: dict[int, str], max_share: float) -> None:
-    """Stop when more than `max_share` of the samples cannot be used, and they are more than a few or half of them.
+    """Stop when more than `max_share` of the samples cannot be used, and they are more than a few or half; or all are.
 
     Raises: DataError with counts by reason and three examples.
     """
     n, bad = len(source), len(reasons)
-    if bad <= max_share * n or (bad <= FEW and bad * 2 < n):
+    if bad < n and (bad <= max_share * n or (bad <= FEW and bad * 2 < n)):
         return
     counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).most_common())
     examples = "; ".join(f"{source.name(index)} ({reasons[index]})" for index in sorted(reasons)[:3])

@@ -80,15 +80,17 @@ def evaluate(
         if found.get("request") == request:
             log.info("%s stands already; nothing to do (--overwrite answers again)", out)
             return {**found["result"], "answers": str(out)}
+    if out.is_dir() or (out.exists() and not record.is_file() and not overwrite):
+        raise UsageError(f"--out {out} is there already, and no answers of eval's; give another, or --overwrite")
     questions, skipped = collect(source, limit)
     if not questions:
         raise UsageError(f"--data {data}: no question with an answer in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
     speaker = load_speaker(folder)
     concepts = {q.concept for q in questions if q.concept}
     rows: list[dict[str, Any]] = []
     for batch in batches(questions, batch_size):
         rows += _answer(speaker, source, batch, concepts, max_new_tokens, perplexity)
-    out.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     result = {**summarise(rows), "skipped": skipped}

@@ -26,9 +26,10 @@ from train.language import name_for_older_readers
 from train.model import Composed, compose, fold_feature_scale
 from train.parts import INFIX, write_parts
 from train.prompts import Encoder
-from train.runs import read_json, relative, write_json
+from train.runs import LOCK, held, read_json, relative, write_json
 from train.stages import load_options, make_encoder
 from train.tower import make_image_processor
+from train.weights import write_shards, write_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECORD, UNFINISHED = "train_manifest.json", ".unfinished"
@@ -50,7 +51,7 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False, parts: 
     if (out / RECORD).is_file() and read_json(out / RECORD) == record and not overwrite:
         log.info("%s is exported already; nothing to do (--overwrite starts over)", out)
         return {"out": str(out), "dtype": dtype}
-    with writing(out, record, overwrite):
+    with writing(out, record, overwrite) as folder:
         composed = compose(model, torch.float32)
         if composed.fingerprint != manifest["result"]["fingerprint"]:
             raise TrainError(f"the weights of {model.tower} or {model.lm} have changed since {run} was trained")
@@ -60,9 +61,9 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False, parts: 
         if parts:
             _set_ends(composed, encoder)
             processor = _processor(composed, encoder)
-            write_parts(composed.model, processor.tokenizer, processor.image_processor, out, DTYPES[dtype])
+            write_parts(composed.model, processor.tokenizer, processor.image_processor, folder, DTYPES[dtype])
         else:
-            write_folder(composed, encoder, out, DTYPES[dtype])
+            write_folder(composed, encoder, folder, DTYPES[dtype])
     return {"out": str(out), "parameters": sum(p.numel() for p in composed.model.parameters()), "dtype": dtype}
 
 
@@ -70,31 +71,38 @@ def _split(folder: Path, out: Path, dtype: str, overwrite: bool) -> dict[str, An
     from train.generate import load_native
 
     record = {"command": "export", "model": relative(str(folder), out), "dtype": dtype, "parts": True}
-    with writing(out, record, overwrite):
+    with writing(out, record, overwrite) as place:
         model, processor = load_native(folder, DTYPES[dtype])
-        write_parts(model, processor.tokenizer, processor.image_processor, out, DTYPES[dtype])
+        write_parts(model, processor.tokenizer, processor.image_processor, place, DTYPES[dtype])
     return {"out": str(out), "parameters": sum(p.numel() for p in model.parameters()), "dtype": dtype}
 
 
 @contextmanager
-def writing(out: Path, record: dict[str, Any], overwrite: bool) -> Iterator[None]:
-    """Make a folder for a model and, once it is written, note beside it how it was made, which makes it whole.
+def writing(out: Path, record: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """Yield a folder inside `out` for a model, and put it into its place when it is written, with how it was made.
 
-    An unfinished one is cleared, or a finished one where that is asked; a refusal leaves none.  Raises: UsageError.
+    A model that stands there is only removed then, where that is asked; a refusal leaves all as it was.
+    Raises: UsageError.
     """
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / UNFINISHED).is_file() and not (overwrite and (out / RECORD).is_file()):
-            raise UsageError(f"--out {out} is not empty; type --overwrite to replace an exported model")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / UNFINISHED).touch()
-    try:
-        yield
-    except TrainError:
-        shutil.rmtree(out)
-        raise
-    write_json(out / RECORD, record)
-    (out / UNFINISHED).unlink()
+    with held(out):
+        staged, whole = out / UNFINISHED, (out / RECORD).is_file()
+        there = [path for path in out.iterdir() if path.name not in (LOCK, UNFINISHED)]
+        if there and not (overwrite if whole else staged.is_dir()):
+            raise UsageError(f"--out {out} is not empty" + "; type --overwrite to replace the model in it" * whole)
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        try:
+            yield staged
+            write_json(staged / RECORD, record)
+        except BaseException:
+            shutil.rmtree(staged)
+            raise
+        # The record makes a model whole: the old one goes first, the new one comes last.
+        for path in sorted(there, key=lambda path: path.name != RECORD):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == RECORD):
+            path.rename(out / path.name)
+        staged.rmdir()
 
 
 def merge_trained(model: Any, trained: Mapping[str, Tensor], scale: float) -> None:
@@ -122,8 +130,6 @@ def llava_hf_name(name: str, vision_type: str) -> str:
 
 def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.dtype) -> None:
     """Write weights, configuration, processor with its chat template, and generation settings."""
-    from huggingface_hub import save_torch_state_dict
-
     model, vision_type = composed.model, composed.model.config.vision_config.model_type
     tied = model.config.tie_word_embeddings
     state = {
@@ -131,7 +137,7 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
         for name, tensor in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
-    save_torch_state_dict(state, out, metadata={"format": "pt"})
+    write_shards(state, out)
     _set_ends(composed, encoder)
     config = model.config
     config.architectures, config.dtype = ["LlavaForConditionalGeneration"], dtype
@@ -179,16 +185,16 @@ def merge(models: Sequence[Path], weights: Sequence[float], out: Path, *, overwr
 
     Raises: UsageError when their tensors do not match.  Source: Bunny's tutorials, which average two fine-tuned runs.
     """
-    if len(models) < 2 or len(models) != len(weights) or abs(sum(weights) - 1) > 1e-6:
+    if len(models) < 2 or len(models) != len(weights) or not abs(sum(weights) - 1) <= 1e-6:
         raise UsageError("merge needs two models or more and as many --weight, which sum to 1")
     for folder in models:
         if not (folder / "config.json").is_file():
             raise UsageError(f"{folder} is not an exported model (no config.json)")
     record = {"command": "merge", "models": [relative(str(m), out) for m in models], "weights": list(weights)}
-    with writing(out, record, overwrite):
+    with writing(out, record, overwrite) as place:
         for file in sorted(models[0].iterdir()):
-            if file.is_file() and file.suffix != ".safetensors":
-                shutil.copyfile(file, out / file.name)
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in (LOCK, RECORD):
+                shutil.copyfile(file, place / file.name)
         for file in sorted(models[0].glob("*.safetensors")):
             total: dict[str, Tensor] = {}
             for folder, weight in zip(models, weights, strict=True):
@@ -199,5 +205,5 @@ def merge(models: Sequence[Path], weights: Sequence[float], out: Path, *, overwr
                     raise UsageError(f"{folder} and {models[0]} hold different tensors")
                 total = {k: total.get(k, torch.zeros(())) + weight * v.float() for k, v in part.items()}
             dtypes = {k: v.dtype for k, v in load_file(file).items()}
-            checkpoint.write_tensors({k: v.to(dtypes[k]) for k, v in total.items()}, out / file.name)
+            write_tensors({k: v.to(dtypes[k]) for k, v in total.items()}, place / file.name)
     return {"out": str(out), "models": [str(m) for m in models], "weights": list(weights)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from train.data import decode_image
 from train.errors import UsageError
@@ -93,8 +94,12 @@ def load_native(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
     register_own_classes()
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    return model, AutoProcessor.from_pretrained(folder)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        return model, AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{folder} cannot be loaded as an exported model ({reason:.300})") from None
 
 
 def read_image(path: str) -> Any:

@@ -9,8 +9,7 @@ import numpy as np
 
 from train.batches import Plan
 from train.config import Config, Stage
-from train.data import encode, open_source
-from train.errors import DataError
+from train.data import check_bad, encode, open_source
 from train.language import load_tokenizer
 from train.measuring import measure
 from train.prompts import Encoded, Encoder, Rejected
@@ -39,8 +38,7 @@ def describe(config: Config, stage_name: str, data: str, images: str | None, num
         head = f"--- {source.name(index)}: {len(encoded.ids)} tokens, {supervised} supervised"
         yield head + "\n" + paint(encoded, encoder, colour)
     measured = measure(source, encoder, config.model.max_length)
-    if not len(measured.usable):
-        raise DataError(f"--data {data}: no sample can be used: {dict(Counter(measured.reasons.values()))}")
+    check_bad(source, measured.reasons, 1.0)
     yield summary(Plan(measured, stage))
 
 

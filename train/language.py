@@ -12,7 +12,7 @@ from train import attention
 from train.config import Model
 from train.errors import UsageError
 from train.prompts import TEMPLATES
-from train.published import Words, cannot_load, known_words, locate, read_config
+from train.published import Words, cannot_load, check_named, known_words, locate, read_config
 from train.runs import read_json, write_json
 
 FOLDED = "folded_logits_scaling"  # key of the configuration: by what the last norm's weight was divided
@@ -41,19 +41,20 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
     if options.shrink:
         config = shrunk(config, tokenizer)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
-    if options.shrink or options.lm_weights == "fresh":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed + 1)
-            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=options.attention)
-        for parameter in lm.parameters():  # drawn alike for every dtype; the angles of rotary embeddings stay fp32
-            parameter.data = parameter.data.to(dtype)
-    else:
-        try:
-            lm = kind.from_pretrained(
-                **locate(options.lm), config=config, dtype=dtype, attn_implementation=options.attention
-            )
-        except (OSError, ValueError) as error:
-            raise UsageError(cannot_load(options.lm, "model.lm", error)) from None
+    how = {"config": config, "attn_implementation": options.attention}
+    try:
+        if options.shrink or options.lm_weights == "fresh":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(options.seed + 1)
+                lm = AutoModelForCausalLM.from_config(**how, dtype=torch.float32)
+            for parameter in lm.parameters():  # drawn alike for every dtype; the angles of rotary embeddings stay fp32
+                parameter.data = parameter.data.to(dtype)
+        else:
+            lm = kind.from_pretrained(**locate(options.lm), **how, dtype=dtype)
+    except ImportError as error:
+        raise UsageError(f"model.attention = {options.attention!r} cannot be used: {error}".splitlines()[0]) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(cannot_load(options.lm, "model.lm", error)) from None
     lm.config.architectures = [type(lm).__name__]  # other readers of llava-hf build the language model from it
     return lm
 
@@ -100,6 +101,7 @@ def load_tokenizer(options: Model) -> Any:
     from transformers import AutoTokenizer
 
     source = options.tokenizer or options.lm
+    check_named(source, "model.lm")
     words = known_words(source) if options.shrink else None
     try:
         # A rehearsal asks no hub: it takes what lies here, in a folder or in the cache.

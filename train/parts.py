@@ -19,6 +19,7 @@ from train.errors import UsageError
 from train.language import name_for_older_readers
 from train.model import own_tower
 from train.runs import write_json
+from train.weights import write_shards
 
 INFIX = ("clip_vision_model", "siglip_vision_model")  # hub checkpoints of these keep their weights under vision_model.
 PROJECTOR = "llava.projector"
@@ -82,13 +83,11 @@ def _language_model(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _write_tower(model: Any, image_processor: Any, out: Path, dtype: torch.dtype) -> None:
-    from huggingface_hub import save_torch_state_dict
-
     tower = model.model.vision_tower
     prefix = "vision_model." if tower.config.model_type in INFIX else ""
     out.mkdir(parents=True)
     state = {prefix + name: tensor.detach().to(dtype).contiguous() for name, tensor in tower.state_dict().items()}
-    save_torch_state_dict(state, out, metadata={"format": "pt"})
+    write_shards(state, out)
     tower.config.architectures, tower.config.dtype = [type(tower).__name__], dtype
     # All values, defaults too: converters read the file without knowing the class. Unless told, they take layer -2.
     layer = model.config.vision_feature_layer

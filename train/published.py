@@ -48,6 +48,12 @@ def known_words(source: str) -> Words | None:
     return Words(**found) if found else None
 
 
+def check_named(source: str, option: str) -> None:
+    """Refuse a model that nobody named.  Raises: UsageError."""
+    if not source:
+        raise UsageError(f"{option} is not set; give a hub id or a local folder, e.g. --set {option}=FOLDER")
+
+
 def read_config(source: str, option: str, *, described: bool = False) -> Any:
     """Read a model's configuration, MiniCPM's as the Granite that it is.
 
@@ -56,8 +62,7 @@ def read_config(source: str, option: str, *, described: bool = False) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
 
     register_own_classes()
-    if not source:
-        raise UsageError(f"{option} is not set; give a hub id or a local folder, e.g. --set {option}=FOLDER")
+    check_named(source, option)
     where = locate(str((described and shipped(source)) or source))
     try:
         values, _ = PreTrainedConfig.get_config_dict(**where)

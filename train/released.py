@@ -64,12 +64,12 @@ def import_released(source: Path, out: Path, config: Config, *, overwrite: bool 
     files = checkpoint_files(source)
     dtype = DTYPES[config.export.dtype]
     record = {"command": "import", "source": relative(str(source), out), "dtype": config.export.dtype}
-    with writing(out, record, overwrite):
+    with writing(out, record, overwrite) as place:
         model = dataclasses.replace(config.model, lm_weights="fresh")  # each of its weights must be in the checkpoint
         composed = compose(model, dtype)
         keep_tower = config.model.tower_weights == "pretrained"
         load_released(composed, files, keep_tower=keep_tower, head_bias=config.model.lm_head_bias)
-        write_folder(composed, make_encoder(composed, model, config.finetune), out, dtype)
+        write_folder(composed, make_encoder(composed, model, config.finetune), place, dtype)
     parameters = sum(p.numel() for p in composed.model.parameters())
     return {"out": str(out), "parameters": parameters, "dtype": config.export.dtype}
 

@@ -1,6 +1,6 @@
 """A run's directory: what it was asked to do, whether it is done, and refusing to mix two requests in one place.
 
-    .plan.json      the request, while the run is unfinished
+    .plan.json      the request, while the run is unfinished      .lock   while a process writes it
     metrics.jsonl   one line a step                      tensorboard/   the same curves
     checkpoints/    step-000200/ …                       skipped.jsonl  samples left out, and why
     manifest.json   the request and the result; written last, so that it exists means that the run is complete
@@ -10,17 +10,23 @@ Manifests hold no times and no absolute paths: the same request gives the same b
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from train.errors import UsageError
 
 FORMAT = 1
-MANIFEST, PLAN = "manifest.json", ".plan.json"
+MANIFEST, PLAN, LOCK = "manifest.json", ".plan.json", ".lock"
+log = logging.getLogger("train")
 MEASURED = ".measured.npz"  # in an unfinished run, so that going on needs no second look at every sample
 # Options that change no result, or (how a step is cut into passes) only which dropout is drawn and the rounding.
 EXECUTION = frozenset({"workers", "save_every", "keep_last", "peak_tflops", "tracker", "shard"})
@@ -52,27 +58,60 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Make a directory and keep it for this process; where nothing comes into it, it goes again.
+
+    The lock is the kernel's (on NFS, the server's): it ends with its process, however that ends. A file system that
+    knows no locks has none.  Raises: UsageError naming who has it.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; give a directory")
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            raise UsageError(f"--out {out} is being written by {lock.read()}; let it end, or give another") from None
+        except OSError as error:
+            log.info("%s cannot be locked (%s): let no two commands write it at once", out, error.strerror)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            if made and not any(out.iterdir()):
+                out.rmdir()
+
+
 def open_run(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> Status:
-    """Claim a directory for a request, or find the same request there, unfinished or finished.
+    """Claim a directory that is `held` for a request, or find the same request there, unfinished or finished.
 
     A run that ended before its first step, as one does whose data must be mended first, gives way to any request.
     Raises: UsageError naming the first option that differs, both values, and `--overwrite`.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; give a directory")
     found = next((out / name for name in (MANIFEST, PLAN) if (out / name).is_file()), None)
-    empty = found is not None and found.name == PLAN and not (out / "metrics.jsonl").exists()
+    steps = out / "metrics.jsonl"
+    empty = found is not None and found.name == PLAN and not (steps.exists() and steps.stat().st_size)
+    there = [path for path in out.iterdir() if path.name != LOCK]
     if found is not None and (overwrite or (empty and _difference(read_json(found).get("request", {}), request))):
-        shutil.rmtree(out)
-        found = None
+        for path in there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        found, there = None, []
     if found is None:
-        if out.is_dir() and any(out.iterdir()):
+        if there:
             raise UsageError(f"--out {out} holds other files; give a new or empty directory")
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / PLAN, {"request": request})
         return "new"
-    there = read_json(found).get("request", {})
-    difference = _difference(there, request)
+    difference = _difference(read_json(found).get("request", {}), request)
     if difference:
         raise UsageError(f"{out} was made with {difference}; repeat that, choose another --out, or type --overwrite")
     return "finished" if found.name == MANIFEST else "unfinished"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from train.measuring import measure_once
 from train.model import Composed, compose, lora_config, lora_targets, prepare, recompute
 from train.place import Place
 from train.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
-from train.runs import absolute, digest_data, finish, open_run, read_json, relative
+from train.runs import absolute, digest_data, finish, held, open_run, read_json, relative
 from train.tower import make_image_processor
 
 StageName = Literal["align", "finetune"]
@@ -51,12 +52,13 @@ def run_stage(
     """
     stage: Stage = getattr(config, stage_name)
     place = Place.find(stage.precision, stage.workers)
-    try:
+    with ExitStack() as stack:
+        stack.callback(_leave)
         source = open_source(data, images, digest=place.rank == 0)
         request = _request(stage_name, config, stage, data, images, align, out)
         if source.images_digest:
             request["inputs"]["images_digest"] = source.images_digest
-        status = _claim(place, out, request, overwrite)
+        status = _claim(place, out, request, overwrite, stack)
         if status == "finished":
             log.info("%s is finished; nothing to do (--overwrite starts over)", out)
             return read_json(out / "manifest.json")
@@ -74,9 +76,11 @@ def run_stage(
             finish(out, request, result)
         place.barrier()
         return read_json(out / "manifest.json")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def load_options(run: Path) -> tuple[Model, Stage, StageName]:
@@ -131,11 +135,12 @@ def _request(
     return {"command": stage_name, "model": model, "stage": dataclasses.asdict(stage), "inputs": inputs}
 
 
-def _claim(place: Place, out: Path, request: dict[str, Any], overwrite: bool) -> str:
-    """Let the first process claim the directory, and the others hear of it."""
+def _claim(place: Place, out: Path, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> str:
+    """Let the first process claim the directory until the stack ends, and the others hear of it."""
     answer: list[Any] = [None, None]
     if place.rank == 0:
         try:
+            stack.enter_context(held(out))
             answer = [open_run(out, request, overwrite=overwrite), None]
         except TrainError as error:
             answer = [None, error]

@@ -1,13 +1,15 @@
-"""Tensors by name from the files that models are published in, and nothing else from them."""
+"""Tensors by name, from the files that models are published in (and nothing else from them) and into such files."""
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from train.errors import CheckpointError
@@ -26,6 +28,32 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
                 if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
                     raise CheckpointError(f"{file} does not hold a table of tensors by name")
                 yield from state.items()
-        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        except pickle.UnpicklingError:  # whose text advises to run what is in the file
+            raise CheckpointError(f"{file} cannot be read as weights alone: it is no table of tensors") from None
+        except (OSError, RuntimeError, SafetensorError, EOFError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{file} cannot be read as weights alone ({reason})") from None
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read, as far as the umask lets them (the library makes it private).
+
+    Raises: OSError.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from None
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the weights of a model as hubs hold them, in files of 5 GB with an index.  Raises: OSError."""
+    from huggingface_hub import save_torch_state_dict
+
+    try:
+        save_torch_state_dict(dict(tensors), folder, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written ({error})") from None

@@ -32,6 +32,11 @@ def test_reads_tables_expands_here_and_overrides(tmp_path):
         ("", ["lr=1"], "table.key=value"),
         ("", ["align.lrr=1"], "did you mean 'lr'"),
         ("", ["aling.lr=1"], "did you mean 'align'"),
+        ("", ["stage.lr=1"], "unknown table 'stage'"),
+        ("", ["align.lr=nan"], "must be a finite number"),
+        ("", ["align.betas=[0.9, 1.0]"], "must lie in [0, 1)"),
+        ("", ["generate.max_new_tokens=0"], "greater than 0"),
+        ("", ["model.image_token="], "must name a token"),
     ],
 )
 def test_refuses_with_one_helpful_line(tmp_path, text, overrides, word):
@@ -43,3 +48,5 @@ def test_refuses_with_one_helpful_line(tmp_path, text, overrides, word):
 def test_missing_file():
     with pytest.raises(UsageError, match="no configuration file"):
         load("nowhere.toml")
+    with pytest.raises(UsageError, match="--config pipelines cannot be read"):
+        load("pipelines")

@@ -354,3 +354,58 @@ def test_export_never_clears_a_foreign_folder(run, tmp_path):
         export(run, tmp_path, dtype="fp32", overwrite=True)
     with pytest.raises(UsageError, match="not a finished run"):
         export(Path("nowhere"), tmp_path / "out", dtype="fp32")
+
+
+def test_a_model_stays_until_another_takes_its_place(world, model, tmp_path):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    here, other = tmp_path / "here", tmp_path / "other"
+    shutil.copytree(model, here)
+    shutil.copytree(model, other)
+    ones = {name: torch.ones_like(value) for name, value in load_file(here / "model.safetensors").items()}
+    save_file({"x": torch.ones(1)}, other / "model.safetensors", metadata={"format": "pt"})
+    before = {file.name: file.read_bytes() for file in here.iterdir()}
+    with pytest.raises(UsageError, match="hold different tensors"):
+        merge([here, other], [0.5, 0.5], here, overwrite=True)
+    assert before == {file.name: file.read_bytes() for file in here.iterdir()}
+    save_file(ones, other / "model.safetensors", metadata={"format": "pt"})
+    (here / ".unfinished").mkdir()  # as a command leaves it that is killed before its model stands
+    (here / "stale.bin").touch()
+    with pytest.raises(UsageError, match="type --overwrite to replace the model"):
+        merge([here, other], [0.5, 0.5], here)
+    merge([other, here], [1.0, 0.0], here, overwrite=True)  # of which one is replaced
+    assert {file.name for file in here.iterdir()} == before.keys()
+    assert all((value == 1).all() for value in load_file(here / "model.safetensors").values())
+    (here / "train_manifest.json").unlink()  # and as one that is killed while it takes its place
+    (here / ".unfinished").mkdir()
+    merge([model, other], [0.5, 0.5], here)
+    load_speaker(here)
+
+
+def test_answers_replace_no_other_file(model, tmp_path):
+    from train.evaluate import evaluate
+
+    (tmp_path / "data.json").write_text(json.dumps([conversation(4)]))
+    for out in (tmp_path, tmp_path / "data.json"):
+        with pytest.raises(UsageError, match="is there already, and no answers"):
+            evaluate(model, str(tmp_path / "data.json"), out)
+    assert json.loads((tmp_path / "data.json").read_text()) == [conversation(4)]
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path, capfd):
+    import resource
+
+    from train.__main__ import main
+    from train.weights import write_tensors
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match="1"):
+            main(lambda: write_tensors({"x": torch.zeros(4096)}, tmp_path / "x.safetensors"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "x.safetensors cannot be written" in err and "File too large" in err

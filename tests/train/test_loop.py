@@ -23,6 +23,7 @@ from train.checkpoint import OPTIMIZER, WEIGHTS, latest, load_trained, save
 from train.config import Stage
 from train.errors import CheckpointError, DataError, TrainError, UsageError
 from train.loop import out_of_memory, schedule
+from train.runs import held, open_run
 from train.stages import run_stage
 
 REPO = Path(__file__).parents[2]
@@ -282,6 +283,34 @@ def test_finished_is_finished_and_other_options_are_refused(world, plain, caplog
         run(world, plain, data="captions")
 
 
+def test_a_directory_is_one_process_alone(world, tmp_path):
+    out = tmp_path / "run"
+    script = "import sys, time; from pathlib import Path; from train.runs import held\n"
+    script += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", script, out], stdout=subprocess.PIPE, cwd=REPO)
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(UsageError, match=rf"is being written by process {other.pid} on .*; let it end"):
+        run(world, out, "finetune.steps=1")
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    assert run(world, out, "finetune.steps=1")["result"]["steps"] == 1  # what was killed holds nothing
+    assert not (out / ".lock").exists()
+    with pytest.raises(UsageError, match="cannot be written: Not a directory"):
+        run(world, out / "manifest.json" / "run")
+
+
+def test_a_run_that_made_no_step_gives_way(tmp_path):
+    with held(tmp_path / "run"):
+        assert open_run(tmp_path / "run", {"lr": 1}) == "new"
+        (tmp_path / "run" / "metrics.jsonl").touch()
+        assert open_run(tmp_path / "run", {"lr": 2}) == "new"
+        (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+        assert open_run(tmp_path / "run", {"lr": 2}) == "unfinished"
+        with pytest.raises(UsageError, match="was made with lr = 2, not 1"):
+            open_run(tmp_path / "run", {"lr": 1})
+
+
 def test_overwrite_clears_only_a_run(world, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_text("x")
@@ -321,6 +350,12 @@ def test_nothing_to_learn_stops_before_the_first_step(world, tmp_path):
     with pytest.raises(DataError, match="9 no_supervised_token. Examples: d.json/0"):
         run(world, tmp_path / "run", data=path)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    with pytest.raises(DataError, match="40 of 40 samples cannot be used"):  # whatever share is allowed
+        run(world, tmp_path / "run", "model.max_length=1", "finetune.max_bad_share=1.0")
+
+
+def test_a_share_of_an_epoch_is_a_sample_at_least(world, tmp_path):
+    assert run(world, tmp_path, "finetune.steps=0", "finetune.epochs=0.001")["result"]["steps"] == 1
 
 
 def test_a_loss_that_is_no_number_stops_with_its_samples(world, tmp_path):

@@ -220,7 +220,7 @@ def test_score_and_table_beside_the_published_row(root, tmp_path, capfd):
     assert call(capfd, *words, "--partial")[0] == 0
     with pytest.raises(UsageError, match="must be a table"):
         load(None, ["eval.published=3"])
-    with pytest.raises(UsageError, match="eval.batch_size = 0 must be at least 1"):
+    with pytest.raises(UsageError, match="eval.batch_size = 0 must be greater than 0"):
         load(None, ["eval.batch_size=0"])
 
 
