@@ -19,6 +19,7 @@ from curate import engine, paths, records, store
 from curate.coreset import Coreset
 
 FORMATS = ("keys", "datacomp", "parquet", "clip-retrieval")
+FOLDERS = ("table", "img_emb", "text_emb", "metadata")
 UID = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 EMBEDDED_COLUMNS = ("uid", "caption", "url", "width", "height", "status", "clip_score")
 
@@ -41,6 +42,8 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
     output.log(stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
     if [stem for stem in stems if not task.done(stem) and stem not in outcome.failed]:
         return {"unfinished": True, **output.plan}
+    for folder in FOLDERS:
+        paths.clear_temporaries(output.path(folder))
     shards = {stem: {"rows": task.rows(stem)} for stem in stems if stem not in outcome.failed}
     written = sum(shard["rows"] for shard in shards.values())
     failed = sum(task.rows(stem) for stem in outcome.failed)

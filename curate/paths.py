@@ -238,11 +238,11 @@ def sync_dir(directory: str) -> None:
         os.close(handle)
 
 
-def clear_temporaries(directory: str) -> None:
-    """Delete what a killed run left half written in a directory."""
+def clear_temporaries(directory: str, but: tuple[str, ...] = ()) -> None:
+    """Delete what killed runs left half written in a directory. but: how the names begin that stay."""
     if not is_remote(directory):
         for entry in listdir(directory):
-            if entry.endswith(".tmp"):
+            if entry.endswith(".tmp") and not entry.startswith(but):
                 remove(join(directory, entry))
 
 

@@ -248,7 +248,11 @@ class Output:
         return [stem for stem in stems if stem + suffix not in present]
 
     def finish(self, **facts: Any) -> dict[str, Any]:
-        """Write the manifest, which makes the directory complete, and return it."""
+        """Write the manifest, which makes the directory complete, and return it. What killed runs left half is deleted.
+
+        Not before: another slice may be writing.
+        """
+        paths.clear_temporaries(self.directory, but=(MANIFEST,))
         self.manifest = {"format": FORMAT, **self.plan, **facts}
         save_json(self.path(MANIFEST), self.manifest)
         paths.remove(self.path(PLAN))
@@ -302,7 +306,6 @@ def open_output(
     if ours:
         recorded = load_json(paths.join(directory, MANIFEST if MANIFEST in names else PLAN))
         _refuse_difference(directory, recorded, plan)
-        paths.clear_temporaries(directory)
         if MANIFEST in names and not recorded.get("failed"):
             return Output(directory, plan, complete=True, manifest=recorded)
     paths.make_dir(directory)

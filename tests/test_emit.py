@@ -88,6 +88,22 @@ def test_killed_in_mid_emit_then_run_again(tmp_path, kind):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.parametrize(
+    "kind, left", [("parquet", "table/00001.parquet"), ("clip-retrieval", "img_emb/img_emb_1.npy")]
+)
+def test_what_a_killed_run_left_half_written_in_a_folder_goes(tmp_path, kind, left):
+    sel, left = chain(tmp_path), tmp_path / "out" / f"{left}.99.tmp"
+    emit(sel, str(tmp_path / "whole"), EmitOptions(format=kind), QUIET)
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half a file")
+    plan = {
+        key: store.load_json(str(tmp_path / "whole" / "manifest.json"))[key] for key in ("command", "options", "inputs")
+    }
+    store.save_json(str(tmp_path / "out" / ".plan.json"), plan)
+    emit(sel, str(tmp_path / "out"), EmitOptions(format=kind), QUIET)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_what_the_pool_lost_is_counted_listed_and_never_replaced_silently(tmp_path):
     sel = chain(tmp_path, kept=lambda stem, row, key: True)
     changed = members(tmp_path / "pool" / "00000.tar")
