@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate import paths, pipeline, store
+from curate import arrays, paths, pipeline, store
 from curate.engine import Job
 from curate.errors import CurateError, ShardError
 from curate.pipeline import Pipeline
@@ -244,7 +244,7 @@ def _write_selection(output: store.Output, embedded: store.Artefact, keys: Seque
         own = slice(first, first := first + size)
         shards[stem] = {"rows": size, "kept": int(kept[own].sum())}
         nothing = pa.nulls(size)
-        columns = [pa.array(keys[own]), pa.array(kept[own]), store.label_codes(np.where(kept[own], -1, 0), [ORACLE])]
+        columns = [pa.array(keys[own]), pa.array(kept[own]), arrays.label_codes(np.where(kept[own], -1, 0), [ORACLE])]
         columns += [nothing.cast(field.type) for field in store.SELECTION_SCHEMA][3:]
         batch = pa.record_batch(columns, schema=store.SELECTION_SCHEMA)
         store.write_table(output.path(f"{stem}.arrow"), store.SELECTION_SCHEMA, [batch], shards[stem])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate import graph, kmeans, paths, store
+from curate import arrays, graph, kmeans, paths, store
 from curate.engine import Job, run_stage
 from curate.errors import ContractError, ShardError, UsageError
 from curate.graph import BUCKETS, EDGES
@@ -181,7 +181,7 @@ def _sample(
         first += count
         if len(wanted):
             rows = np.flatnonzero(_is_ok(source, stem))[wanted]
-            yield store.take_vectors(source.batches(stem), column, rows)
+            yield arrays.take_vectors(source.batches(stem), column, rows)
 
 
 def _shuffled(source: store.Artefact, rows_ok: dict[str, int], seed: int) -> list[float] | None:
@@ -225,7 +225,7 @@ class Assign:
         for batch in self.source.batches(stem):
             rows = slice(start, start + batch.num_rows)
             start = rows.stop
-            vectors = store.vectors(batch.column("image_embedding"))
+            vectors = arrays.vectors(batch.column("image_embedding"))
             if vectors.shape[1] != self.centroids.shape[1]:
                 raise ContractError(
                     f"{stem}.arrow has {vectors.shape[1]} dimensions, the centroids {self.centroids.shape[1]}"

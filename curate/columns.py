@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate import paths, records, store
+from curate import arrays, paths, records, store
 from curate.errors import ContractError, UsageError
 from curate.frame import UNKNOWN_BITS, Edges, Frame
 from curate.store import CLUSTER_SCHEMA
@@ -171,7 +171,7 @@ class Pool:
         found: np.ndarray | None = None
         for index in np.unique(stem_of):
             here = np.flatnonzero(stem_of == index)
-            part = store.take_vectors(self.emb.batches(self.emb.stems[index]), column, rows[here] - self.bounds[index])
+            part = arrays.take_vectors(self.emb.batches(self.emb.stems[index]), column, rows[here] - self.bounds[index])
             found = np.empty((len(rows), part.shape[1]), np.float16) if found is None else found
             found[here] = part
         return np.empty((0, 1), np.float16) if found is None else found
@@ -204,7 +204,7 @@ class Pool:
             for batch in other.emb.batches(stem):
                 here = slice(first, first + batch.num_rows)
                 first = here.stop
-                vectors = store.vectors(batch.column("image_embedding"))
+                vectors = arrays.vectors(batch.column("image_embedding"))
                 yield vectors if good[here].all() else vectors[good[here]], uids[here][good[here]]
 
     def centroids(self) -> np.ndarray:

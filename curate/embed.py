@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from curate import checkpoints, encoders, engine, extras, images, paths, rows, shards, store
+from curate import arrays, checkpoints, encoders, engine, extras, images, paths, rows, shards, store
 from curate.engine import Job
 from curate.errors import ShardError, UsageError
 
@@ -329,8 +329,8 @@ def _columns(
     columns = {
         name: pa.array([row[name] for row in facts], schema.field(name).type) for name in facts[0] if name != "status"
     }
-    columns["status"] = store.labels([row["status"] for row in facts], list(store.STATUSES))
-    columns["image_embedding"] = store.vector_column(image_nd, valid)
-    columns["text_embedding"] = store.vector_column(text_nd, valid)
+    columns["status"] = arrays.labels([row["status"] for row in facts], list(store.STATUSES))
+    columns["image_embedding"] = arrays.vector_column(image_nd, valid)
+    columns["text_embedding"] = arrays.vector_column(text_nd, valid)
     columns["clip_score"] = pa.array(score, pa.float32(), mask=~valid)
     return [columns[name] for name in schema.names]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate import engine, paths, records, store
+from curate import arrays, engine, paths, records, store
 from curate.coreset import Coreset
 
 FORMATS = ("keys", "datacomp", "parquet", "clip-retrieval")
@@ -152,7 +152,7 @@ class _WriteVectors(_Write):
             kept, first = [], 0
             for batch in self.coreset.embedded.batches(stem):
                 inside = rows[(rows >= first) & (rows < first + batch.num_rows)] - first
-                kept.append(store.vectors(batch.column(column))[inside])
+                kept.append(arrays.vectors(batch.column(column))[inside])
                 first += batch.num_rows
             _save_npy(paths.join(self.out, name, f"{name}_{number}.npy"), np.concatenate(kept))
         table = self.coreset.embedded.table(stem, ["key", *EMBEDDED_COLUMNS]).take(rows)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate import kmeans, paths, relate, store
+from curate import arrays, kmeans, paths, relate, store
 
 EDGES, BUCKETS = "edges.arrow", ".buckets"
 BUCKET_BYTES = 128 << 20
@@ -46,15 +46,15 @@ def scatter(location: str, source: store.Artefact, stem: str, first_row: int, pl
     bounds = np.searchsorted(cluster[order] % buckets, np.arange(buckets + 1))
     shard = list(source.batches(stem))
     hashes = source.table(stem, ["phash"])["phash"]
-    schema = scatter_schema(store.vectors(shard[0].column("image_embedding")).shape[1])
+    schema = scatter_schema(arrays.vectors(shard[0].column("image_embedding")).shape[1])
 
     def batches() -> Iterator[pa.RecordBatch]:
         for first, last in zip(bounds[:-1], bounds[1:], strict=True):
             here = order[first:last]
-            vectors = store.take_vectors(shard, "image_embedding", row[here])
+            vectors = arrays.take_vectors(shard, "image_embedding", row[here])
             phash = hashes.take(pa.array(row[here])).combine_chunks()
             columns = [pa.array(row[here] + first_row), pa.array(cluster[here]), pa.array(visits[here] == 1), phash]
-            yield pa.record_batch([*columns, store.vector_column(vectors, np.ones(len(here), bool))], schema=schema)
+            yield pa.record_batch([*columns, arrays.vector_column(vectors, np.ones(len(here), bool))], schema=schema)
 
     store.write_table(location, schema, batches())
 
@@ -83,7 +83,7 @@ class Relate:
         with _matrix(len(rows), parts[0].schema.field("vector").type.list_size) as vectors:
             start = 0
             for part in parts:
-                vectors[start : start + part.num_rows] = store.vectors(part.column("vector"))
+                vectors[start : start + part.num_rows] = arrays.vectors(part.column("vector"))
                 start += part.num_rows
             a, b, similarity = relate.relate_clusters(vectors, order, bounds, self.floor, heads=heads)
         hashes, unknown = _hashes(table["phash"], order)

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from curate import encoders, engine, images, layouts, paths, records, rows, shards, store
+from curate import arrays, encoders, engine, images, layouts, paths, records, rows, shards, store
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.extras import Extras, fit, stored, table_kinds
@@ -131,8 +131,8 @@ def _vector_columns(image_nd: np.ndarray, text_nd: np.ndarray | None, ok: np.nda
     text = np.zeros_like(image_nd) if text_nd is None else text_nd
     has_text = none if text_nd is None else ok
     return {
-        "image_embedding": store.vector_column(image_nd, ok),
-        "text_embedding": store.vector_column(text, has_text),
+        "image_embedding": arrays.vector_column(image_nd, ok),
+        "text_embedding": arrays.vector_column(text, has_text),
         "clip_score": pa.array(encoders.cosines(image_nd, text), pa.float32(), mask=~has_text),
     }
 
@@ -171,7 +171,7 @@ class ImportPart:
     def _batch(self, stem: str, table: layouts.Table, schema: pa.Schema, start: int) -> pa.RecordBatch:
         image, text, ok = self._vectors(table, start)
         columns = _vector_columns(image, text, ok)
-        columns["status"] = store.labels(np.where(ok, "ok", "bad_embedding"), list(store.STATUSES))
+        columns["status"] = arrays.labels(np.where(ok, "ok", "bad_embedding"), list(store.STATUSES))
         given = {name: layouts.values(column, start, start + len(ok)) for name, column in table.columns.items()}
         for name in ("key", "caption", "url"):
             texts = [records.usable_text(value) for value in given.get(name, [None] * len(ok))]
@@ -264,7 +264,7 @@ class ImportShard:
             fact["status"] = _status(fact, bool(matched[row]), bool(ok[row]), has_text=text is not None)
         ok = np.array([fact["status"] == "ok" for fact in facts])
         columns = _vector_columns(image, text, ok)
-        columns["status"] = store.labels([fact["status"] for fact in facts], list(store.STATUSES))
+        columns["status"] = arrays.labels([fact["status"] for fact in facts], list(store.STATUSES))
         schema = store.embedding_schema(image.shape[1], self.extra.fields)
         for name in ("key", "uid", "phash", "caption", "width", "height", "url", *self.extra.fields):
             columns[name] = pa.array([fact[name] for fact in facts], schema.field(name).type)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate import cuts, paths, recipes, steps, store
+from curate import arrays, cuts, paths, recipes, steps, store
 from curate.columns import Pool
 from curate.engine import Job, Progress
 from curate.errors import CurateError, UsageError
@@ -249,7 +249,7 @@ def _write(
         columns = [
             pool.emb.table(stem, ["key"])["key"].combine_chunks(),
             pa.array(kept),
-            store.label_codes(codes[first:last], names),
+            arrays.label_codes(codes[first:last], names),
             pa.array(component, pa.int64(), mask=component < 0),
             twin_keys.take(pa.array(place, mask=place < 0)),
             pa.array(similarity, mask=np.isnan(similarity)),

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from curate import shards, store
+from curate import arrays, shards, store
 
 
 def picture(seed, side=24, kind="JPEG"):
@@ -57,9 +57,9 @@ def write_embeddings(folder, pool, dim=8, seed=0):
                     [image and hashlib.blake2b(image, digest_size=16).digest() for image in images], pa.binary(16)
                 ),
                 pa.array([None] * len(samples), pa.uint64()),
-                store.labels(["ok" if flag else "no_image" for flag in ok], list(store.STATUSES)),
-                store.vector_column(vectors[0].astype(np.float16), ok),
-                store.vector_column(vectors[1].astype(np.float16), ok),
+                arrays.labels(["ok" if flag else "no_image" for flag in ok], list(store.STATUSES)),
+                arrays.vector_column(vectors[0].astype(np.float16), ok),
+                arrays.vector_column(vectors[1].astype(np.float16), ok),
                 pa.array(np.float32((vectors[0] * vectors[1]).sum(1)), mask=~ok),
                 pa.array([text and text.decode() for text in texts], pa.string()),
                 pa.array([24] * len(samples), pa.int32()),
@@ -104,7 +104,7 @@ def write_selection(folder, source, kept, *, funnel=None, steps=("dedup(0.86)", 
             [
                 pa.array(keys),
                 pa.array([verdict is True for verdict in verdicts]),
-                store.labels(dropped, [*steps, *store.STATUSES]),
+                arrays.labels(dropped, [*steps, *store.STATUSES]),
                 pa.array([None] * rows, pa.int64()),
                 pa.array([pair[0] for pair in pairs], pa.string()),
                 pa.array([pair[1] for pair in pairs], pa.float32()),

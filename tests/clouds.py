@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from curate import store
+from curate import arrays, store
 
 
 @dataclass
@@ -55,9 +55,9 @@ def draw(
             pa.array(keys),
             pa.array([int(row).to_bytes(16, "little") for row in source], pa.binary(16)),
             pa.array(phash, mask=~ok),
-            store.labels(["ok" if flag else "decode_error" for flag in ok], list(store.STATUSES)),
-            store.vector_column(image, ok),
-            store.vector_column(text, ok),
+            arrays.labels(["ok" if flag else "decode_error" for flag in ok], list(store.STATUSES)),
+            arrays.vector_column(image, ok),
+            arrays.vector_column(text, ok),
             pa.array(score, mask=~ok),
             pa.array([f"caption number {row % captions}" for row in range(rows)]),
             pa.array(64 + np.arange(rows) % 7, pa.int32()),

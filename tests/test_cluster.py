@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from clouds import draw, unit
 
-from curate import relate, store
+from curate import arrays, relate, store
 from curate.cluster import ClusterOptions, cluster
 from curate.engine import Job
 from curate.errors import ContractError, ShardError, UsageError
@@ -201,7 +201,7 @@ def test_images_without_captions_vectors_cluster_all_the_same(tmp_path):
     small = draw(tmp_path / "emb", rows=200, dim=16, stems=1)
     path = str(tmp_path / "emb" / "00000.arrow")
     table = store.table(path)
-    none = store.vector_column(np.zeros((200, 16), np.float16), np.zeros(200, bool))
+    none = arrays.vector_column(np.zeros((200, 16), np.float16), np.zeros(200, bool))
     table = table.set_column(table.schema.get_field_index("text_embedding"), table.schema.field("text_embedding"), none)
     store.write_table(path, table.schema, table.combine_chunks().to_batches())
     manifest = cluster(small.path, str(tmp_path / "clu"), ClusterOptions(), QUIET)

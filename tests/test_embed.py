@@ -14,7 +14,7 @@ from artefacts import picture, write_pool
 from PIL import Image
 from test_encoders import FORMATS, cosines, reference
 
-from curate import shards, store
+from curate import arrays, shards, store
 from curate.embed import EmbedOptions, ahead, embed
 from curate.engine import Job
 from curate.errors import ContractError, UsageError
@@ -43,7 +43,7 @@ def table_of(directory, stem="00000"):
 
 def vectors_of(directory, stem, column):
     batch = next(store.batches(f"{directory}/{stem}.arrow"))
-    return store.vectors(batch.column(column)).astype(np.float32)
+    return arrays.vectors(batch.column(column)).astype(np.float32)
 
 
 def bomb():
@@ -275,7 +275,7 @@ def test_sidecars_map_to_numpy_with_no_copy(tmp_path, model):
     pool = write_pool(tmp_path / "pool", ["00000"], 5)
     embed(pool, str(tmp_path / "emb"), EmbedOptions(model), QUIET)
     before = pa.total_allocated_bytes()
-    view = store.vectors(next(store.batches(f"{tmp_path}/emb/00000.arrow")).column("image_embedding"))
+    view = arrays.vectors(next(store.batches(f"{tmp_path}/emb/00000.arrow")).column("image_embedding"))
     assert view.shape == (5, 48) and view.dtype == np.float16 and pa.total_allocated_bytes() == before
 
 

@@ -15,7 +15,7 @@ ROOMS = {
     **dict.fromkeys(["frame", "selectors", "steps", "recipes", "cuts", "demo_words", "demo_world"], 1),
     **dict.fromkeys(["contrasts", "calls", "computed", "quotas", "oddness", "coverage", "scores"], 1),
     **dict.fromkeys(["ranks", "budgets", "representatives", "targets", "phrases", "vocabulary"], 1),
-    **dict.fromkeys(["paths", "records", "rules", "drawing", "texts"], 1),
+    **dict.fromkeys(["paths", "records", "rules", "drawing", "texts", "arrays"], 1),
     **dict.fromkeys(["store", "shards", "engine"], 2),
     **dict.fromkeys(["layouts", "extras", "rows", "sources", "coreset", "columns", "options", "demo"], 3),
     **dict.fromkeys(["emit_tables", "spool", "accounts", "graph"], 3),
@@ -41,7 +41,7 @@ ROOMS = {
     **dict.fromkeys(["estimate", "ablation"], 7),
     **dict.fromkeys(["cli", "__main__"], 8),
 }
-PLAIN = ("checkpoints", "paths", "records", "rules", "drawing", "texts")
+PLAIN = ("checkpoints", "paths", "records", "rules", "drawing", "texts", "arrays")
 NUMERICS = [room for room, floor in ROOMS.items() if floor == 1 and room not in PLAIN]
 HEAVY = ("torch", "faiss", "open_clip", "transformers", "sklearn", "scipy", "ray", "jinja2", "webdataset")
 

@@ -9,7 +9,7 @@ import pytest
 from clouds import clustered, draw
 from test_relate import slow_components
 
-from curate import recipes, store
+from curate import arrays, recipes, store
 from curate.cluster import ClusterOptions, cluster
 from curate.emit import EmitOptions, emit
 from curate.engine import Job
@@ -128,7 +128,7 @@ def test_dedup_after_a_band_sees_the_graph_of_what_is_left(pool, tmp_path):
 
 
 def test_a_second_selection_reads_no_embeddings(pool, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "vectors", lambda column: pytest.fail("embeddings were read"))
+    monkeypatch.setattr(arrays, "vectors", lambda column: pytest.fail("embeddings were read"))
     for threshold in (0.82, 0.9, 0.97):
         select(
             pool.clu, str(tmp_path / str(threshold)), SelectOptions(steps=(f"dedup({threshold})", "sample(5)")), QUIET

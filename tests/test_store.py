@@ -4,22 +4,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curate import paths, store
+from curate import arrays, paths, store
 from curate.errors import ContractError, CurateError, UsageError
 
 
 def test_vectors_are_views_and_bad_rows_are_null_and_zero(tmp_path):
     x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float16)
     valid = np.array([True, False, True, True, False])
-    batch = pa.record_batch([store.vector_column(x, valid)], names=["image_embedding"])
+    batch = pa.record_batch([arrays.vector_column(x, valid)], names=["image_embedding"])
     schema = batch.schema
     store.write_table(str(tmp_path / "a.arrow"), schema, [batch.slice(0, 2), batch.slice(2)])
-    found = [store.vectors(each["image_embedding"]) for each in store.batches(str(tmp_path / "a.arrow"))]
+    found = [arrays.vectors(each["image_embedding"]) for each in store.batches(str(tmp_path / "a.arrow"))]
     assert [len(each) for each in found] == [2, 3]
     assert np.array_equal(np.concatenate(found), np.where(valid[:, None], x, 0))
     assert not found[0].flags.owndata
     assert store.table(str(tmp_path / "a.arrow"))["image_embedding"].null_count == 2
-    assert np.array_equal(store.vectors(batch.slice(1, 3)["image_embedding"]), np.where(valid[:, None], x, 0)[1:4])
+    assert np.array_equal(arrays.vectors(batch.slice(1, 3)["image_embedding"]), np.where(valid[:, None], x, 0)[1:4])
 
 
 def test_a_table_that_fails_half_way_leaves_nothing(tmp_path):

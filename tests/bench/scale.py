@@ -30,7 +30,7 @@ import pyarrow as pa
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curate import store  # noqa: E402
+from curate import arrays, store  # noqa: E402
 
 SHARD = 100_000
 CLOUDS = 2_000
@@ -72,9 +72,9 @@ def draw_shard(folder, first, n, dim):
             pa.array([f"{row:09d}" for row in range(first, first + n)]),
             pa.array([row.to_bytes(16, "little") for row in range(first, first + n)], pa.binary(16)),
             pa.array(phash, mask=~ok),
-            store.label_codes(np.where(ok, 0, names.index("decode_error")), names),
-            store.vector_column(image.astype(np.float16), ok),
-            store.vector_column(text.astype(np.float16), ok),
+            arrays.label_codes(np.where(ok, 0, names.index("decode_error")), names),
+            arrays.vector_column(image.astype(np.float16), ok),
+            arrays.vector_column(text.astype(np.float16), ok),
             pa.array((image * text).sum(axis=1), mask=~ok),
             pa.array(["a caption"] * n),
             pa.array(np.full(n, 224), pa.int32()),
