@@ -9,6 +9,7 @@ nothing that differs between two runs of the same request: times and speeds go t
 import hashlib
 import importlib.metadata
 import json
+import os
 import shlex
 import sys
 import time
@@ -252,23 +253,34 @@ def open_output(
         for name, source in inputs.items()
     }
     plan = json.loads(json.dumps({"command": command, "options": dict(options), "inputs": sources}))
+    if plan["options"].get("seed", 0) < 0:
+        raise UsageError(f"seed={plan['options']['seed']} is negative.", "give 0 or a positive whole number")
     names = [entry for entry in paths.listdir(directory) if not entry.endswith(".tmp")]
-    ours = MANIFEST in names or PLAN in names
-    if names and not ours:
+    found = next((name for name in (MANIFEST, PLAN) if name in names), None)
+    recorded = load_json(paths.join(directory, found)) if found else {}
+    if names and not (isinstance(recorded, dict) and plan.keys() <= recorded.keys()):
         raise ContractError(
             f"{directory} holds {names[0]} and was not made by curate.", "give a new or an empty directory"
         )
-    if ours and overwrite:
+    if found and overwrite:
+        _refuse_own_input(directory, inputs)
         paths.remove(directory)
-        ours = False
-    if ours:
-        recorded = load_json(paths.join(directory, MANIFEST if MANIFEST in names else PLAN))
+    elif found:
         _refuse_difference(directory, recorded, plan)
-        if MANIFEST in names and not recorded.get("failed"):
+        if found == MANIFEST and not recorded.get("failed"):
             return Output(directory, plan, complete=True, manifest=recorded)
     paths.make_dir(directory)
     save_json(paths.join(directory, PLAN), plan)
     return Output(directory, plan)
+
+
+def _refuse_own_input(directory: str, inputs: Mapping[str, "Artefact | Mapping[str, Any]"]) -> None:
+    """Raise ContractError when a directory that is to be made anew is, or holds, what it would be made from."""
+    out = paths.join(os.path.realpath(paths.local(directory)), "")
+    for source in inputs.values():
+        for place in source.places() if isinstance(source, Artefact) else [source["path"]]:
+            if paths.join(os.path.realpath(paths.local(place)), "").startswith(out):
+                raise ContractError(f"{directory} would be deleted, but {place} is needed.", "give another directory")
 
 
 def _refuse_difference(directory: str, recorded: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
@@ -343,6 +355,14 @@ class Artefact:
     def input_path(self, name: str) -> str:
         """Locate one of its inputs as it was recorded."""
         return paths.resolve(self.manifest["inputs"][name]["path"], self.directory)
+
+    def places(self) -> Iterator[str]:
+        """Locate this directory and all that it rests on, as far as that is there."""
+        yield self.directory
+        for name in self.manifest["inputs"]:
+            location = self.input_path(name)
+            known = paths.exists(paths.join(location, MANIFEST))
+            yield from Artefact(location, load_json(paths.join(location, MANIFEST))).places() if known else [location]
 
     def source(self, *commands: str) -> "Artefact":
         """Walk up to the nearest artefact, itself included, that one of the verbs made.

@@ -71,6 +71,39 @@ def test_another_request_is_refused_by_name_unless_overwritten(tmp_path, changes
     assert not make(tmp_path, **changes, overwrite=True).complete
 
 
+def test_what_a_directory_rests_on_is_never_deleted_for_it(tmp_path):
+    pool = {"path": str(tmp_path / "demo" / "pool"), "digest": "d"}
+    store.open_output(str(tmp_path / "demo"), "demo", {}, {}).finish(shards={})
+    (tmp_path / "demo" / "pool").mkdir()
+    emb = str(tmp_path / "emb")
+    store.open_output(emb, "embed", {}, {"pool": pool}).finish(shards={})
+    store.open_output(str(tmp_path / "clu"), "cluster", {}, {"embeddings": store.open_input(emb)}).finish(shards={})
+    clusters = {"clusters": store.open_input(str(tmp_path / "clu"))}
+    for place in ("clu", "emb", "demo", "emb/../emb"):
+        with pytest.raises(ContractError, match="would be deleted, but .* is needed"):
+            store.open_output(str(tmp_path / place), "select", {}, clusters, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clu", "demo", "emb"]
+    with pytest.raises(ContractError, match="would be deleted"):
+        store.open_output(str(tmp_path / "demo"), "embed", {}, {"pool": pool}, overwrite=True)
+    store.open_output(str(tmp_path / "emb2"), "embed", {}, {"pool": pool}).finish(shards={})
+    assert not store.open_output(str(tmp_path / "emb2"), "select", {}, clusters, overwrite=True).complete
+
+
+@pytest.mark.parametrize("content", ['{"name": "a web app"}', "[1, 2]", '{"command": "eval"}'])
+def test_a_manifest_of_another_kind_makes_a_directory_no_ours(tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(content)
+    with pytest.raises(ContractError, match="not made by curate"):
+        make(tmp_path, overwrite=True)
+    assert (tmp_path / "out" / "manifest.json").read_text() == content
+
+
+def test_a_negative_seed_is_refused_before_anything_is_drawn(tmp_path):
+    with pytest.raises(UsageError, match="seed=-1 is negative"):
+        make(tmp_path, options={"seed": -1})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_foreign_directory_is_never_deleted(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
