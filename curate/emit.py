@@ -75,8 +75,9 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     if output.complete:
         return output.manifest
     plan = plan_shards(coreset, options.shard_size)
-    if not plan:
-        raise UsageError(f"{sel} keeps no sample, so there is nothing to emit.", "loosen a step of `curate select`")
+    with output.attempt():
+        if not plan:
+            raise UsageError(f"{sel} keeps no sample, so there is nothing to emit.", "loosen a step of `curate select`")
     kept_rows = _RowsOnce(coreset)
     renamed = unique_keys(((span.stem, kept_rows(span)) for spans in plan.values() for span in spans), coreset.keys)
     suffix = ".tar" if options.format == "webdataset" else ".arrow"

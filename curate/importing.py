@@ -71,7 +71,7 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         outcome = engine.run_stage("import", ImportPart(named, out, extra), output.missing(job.share(list(named))), job)
         return _finish(output, list(named), outcome, {})
     shared = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
-    with tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
+    with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
         joined = build_join(parts, options.join, folder)
         task = ImportShard(parts, found, folder, options.join, options.max_pixels, out, extra)
         outcome = engine.run_stage("import", task, output.missing(job.share(list(found))), job)

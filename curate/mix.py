@@ -69,11 +69,12 @@ def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, 
     output = store.open_output(out, "mix", request, inputs, overwrite=job.overwrite)
     if output.complete:
         return output.manifest
-    facts = _spool(output, chosen, sources, job)
-    tables = {name: Columns.read(output.path(f"{SPOOL}/{name}.arrow")) for name in sources}
-    _refuse_faults(chosen, sources, facts)
-    order = _draw(chosen, sources, tables)
-    return _write(output, chosen, sources, order, accounts.describe(sources, tables, facts, order), job)
+    with output.attempt():
+        facts = _spool(output, chosen, sources, job)
+        tables = {name: Columns.read(output.path(f"{SPOOL}/{name}.arrow")) for name in sources}
+        _refuse_faults(chosen, sources, facts)
+        order = _draw(chosen, sources, tables)
+        return _write(output, chosen, sources, order, accounts.describe(sources, tables, facts, order), job)
 
 
 def build_sources(chosen: MixOptions) -> dict[str, SourceOptions]:
@@ -83,6 +84,13 @@ def build_sources(chosen: MixOptions) -> dict[str, SourceOptions]:
     """
     if not chosen.sources:
         raise UsageError("[mix] names no source.", "add a table [mix.sources.NAME] with path = …")
+    if chosen.shard_size < 1 or chosen.image_tokens < 0:
+        raise UsageError(
+            f"mix.shard_size={chosen.shard_size} and image_tokens={chosen.image_tokens}: expected at least 1, 0."
+        )
+    for name in chosen.sources:
+        if "/" in name or not shards.is_safe(name):
+            raise UsageError(f"the mix source {name!r} cannot name a file.", "use letters, digits, - and _")
     built = {name: options.build(SourceOptions, table, f"mix.sources.{name}") for name, table in chosen.sources.items()}
     replaced = {source.replaces for source in built.values()} - {""}
     for name in replaced - set(built):

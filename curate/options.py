@@ -17,6 +17,8 @@ def build(kind: type[Options], table: Mapping[str, Any], where: str) -> Options:
 
     Raises: UsageError naming the key, its value and what was expected.
     """
+    if not isinstance(table, Mapping):
+        raise UsageError(f"[{where}] is {table!r}, not a table.")
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
@@ -46,7 +48,7 @@ def _fit(value: Any, kind: Any, where: str) -> Any:
             return value
         if choice is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        if origin is tuple and isinstance(value, list | tuple):
+        if origin is tuple and isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
             return tuple(value)
         if origin in (list, dict, Mapping) and isinstance(value, list if origin is list else dict):
             return value
@@ -59,9 +61,8 @@ def _fit(value: Any, kind: Any, where: str) -> Any:
 def _name(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    return {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}.get(
-        kind, "a list or table"
-    )
+    named = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+    return named.get(kind, "a list of strings" if typing.get_origin(kind) is tuple else "a list or table")
 
 
 def assign(tables: dict[str, Any], setting: str) -> None:

@@ -418,7 +418,8 @@ def render_demo(out: str, chosen: DemoOptions, job: Job) -> dict[str, Any]:
     output = store.open_output(out, "demo", asdict(chosen), {}, overwrite=job.overwrite)
     if output.complete:
         return output.manifest
-    faults = render(out, **asdict(chosen), workers=job.workers or cores())
+    with output.attempt():
+        faults = render(out, **asdict(chosen), workers=job.workers or cores())
     return output.finish(counts=faults, shards={}, versions=store.versions("numpy", "pillow"))
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from curate import arrays, cuts, paths, recipes, steps, store
 from curate.columns import Pool
 from curate.engine import Job, Progress
-from curate.errors import CurateError, UsageError
+from curate.errors import UsageError
 from curate.frame import Directory, Frame
 
 FUNNEL = "funnel.json"
@@ -76,12 +76,8 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
         return output.manifest
     started = time.perf_counter()
     progress = Progress("select", len(parsed), unit="steps", quiet=job.quiet)
-    try:
+    with output.attempt():
         codes, funnel = _run(parsed, frame, pool, progress)
-    except CurateError:
-        if paths.listdir(out) == [store.PLAN]:
-            paths.remove(out)
-        raise
     progress.close()
     shards = _write(output, pool, frame, codes, _names(parsed))
     store.save_json(output.path(FUNNEL), funnel)

@@ -64,6 +64,8 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if isinstance(self.expect, dict) and not all(type(number) is int for number in self.expect.values()):
             raise UsageError(f"expect={self.expect} is not a table of whole numbers.", "expect = {coco = 364_100, …}")
+        if min(each for each in (self.max_rounds, self.max_tokens, 1) if each is not None) < 1:
+            raise UsageError(f"max_rounds={self.max_rounds}, max_tokens={self.max_tokens}: expected at least 1.")
         if self.dedup_text is not None and not 0.5 <= self.dedup_text <= 1:
             raise UsageError(f"dedup_text={self.dedup_text} is not a similarity from 0.5 to 1.", "dedup_text = 0.8")
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from curate import paths, records, rules, store, texts
 from curate.coreset import kept_pictures
+from curate.errors import UsageError
 from curate.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries, picture_uid
 
 SPOOL_SCHEMA = pa.schema(
@@ -41,7 +42,10 @@ def token_counter(tokenizer: str) -> Count:
         return lambda texts: [records.estimate_tokens(text) for text in texts]
     import tokenizers
 
-    loaded = tokenizers.Tokenizer.from_file(paths.local(tokenizer))
+    try:
+        loaded = tokenizers.Tokenizer.from_file(paths.local(tokenizer))
+    except Exception as error:  # the class that it raises
+        raise UsageError(f"{tokenizer} is no readable tokenizer.json: {error}") from None
     return lambda texts: [len(found.ids) for found in loaded.encode_batch(texts, add_special_tokens=False)]
 
 

@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from curate import paths
-from curate.errors import ContractError, UsageError
+from curate.errors import ContractError, CurateError, UsageError
 
 FORMAT = 1
 MANIFEST, PLAN, LOG = "manifest.json", ".plan.json", "log.jsonl"
@@ -217,6 +218,16 @@ class Output:
         paths.remove(self.path(PLAN))
         self.complete = not self.manifest.get("failed")
         return self.manifest
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Take the directory away again when the request is refused before anything but scratch was made."""
+        try:
+            yield
+        except CurateError:
+            if all(name.startswith(".") or name == LOG for name in paths.listdir(self.directory)):
+                paths.remove(self.directory)
+            raise
 
     def log(self, **entry: Any) -> None:
         """Append a line to `log.jsonl`: times, speeds, workers, what was typed; no part of the artefact's identity."""

@@ -204,6 +204,7 @@ def test_nothing_kept_and_unknown_formats_are_refused(tmp_path):
     sel = chain(tmp_path, kept=lambda *_: "sample(9)")
     with pytest.raises(UsageError, match="keeps no sample"):
         emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="did you mean 'llava'"):
         emit(sel, str(tmp_path / "out"), EmitOptions(format="lava"), QUIET)
 

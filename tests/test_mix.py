@@ -335,12 +335,21 @@ def test_a_source_is_drawn_the_same_whatever_stands_beside_it(tmp_path):
         ({"sources": {"vqa": {"path": "nowhere.json"}}}, "does not exist"),
         ({"sources": {"vqa": {"path": "x.json", "weight": 1.0}}}, "total"),
         ({"sources": {"vqa": {"path": "x.json", "cuont": 1}}}, "did you mean 'count'"),
+        ({"sources": {"vqa": 3}}, "[mix.sources.vqa] is 3, not a table"),
+        ({"sources": {"../vqa": {"path": "x.json"}}}, "cannot name a file"),
+        ({"sources": {"vqa": {"path": "x.json", "max_rounds": 0}}}, "at least 1"),
+        ({"sources": {"vqa": {"path": "x.json", "max_tokens": -1}}}, "at least 1"),
+        ({"shard_size": 0}, "at least 1"),
+        ({"seed": -1}, "seed=-1 is negative"),
+        ({"tokenizer": __file__}, "is no readable tokenizer.json"),
+        ({"text_share": None, "total": 10**9}, "lower total"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_a_line(tmp_path, change, words):
     with pytest.raises(UsageError) as caught:
         mix({**sample_table(tmp_path), **change}, str(tmp_path / "mix"), QUIET)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "mix").exists(), "the next try finds nothing in its way"
 
 
 def test_rules_merge_segment_and_cut():

@@ -31,6 +31,9 @@ def test_a_table_becomes_options():
         ({"leaf": "a", "sugar": 1}, ["true or false"]),
         ({"leaf": "a", "cup": "bowl"}, ["one of mug, glass"]),
         ({}, ["needs leaf"]),
+        ({"leaf": "a", "spices": [3]}, ["tea.spices=[3] is not a list of strings"]),
+        ({"leaf": "a", "spices": "clove"}, ["is not a list of strings"]),
+        (3, ["[tea] is 3, not a table"]),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(table, words):
