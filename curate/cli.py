@@ -262,8 +262,7 @@ def select(
         from curate import paths, store
         from curate.show import funnel_lines
 
-        for line in funnel_lines(store.load_json(paths.join(out, "funnel.json"))):
-            typer.echo(line)
+        typer.echo("\n".join(funnel_lines(store.load_json(paths.join(out, "funnel.json")))))
 
 
 @app.command()
@@ -385,7 +384,7 @@ def report(
 
 @app.command()
 def show(
-    directory: Annotated[str, typer.Argument(help="Any directory that a verb made.")],
+    directory: Annotated[str, typer.Argument(help="A pool, a pipeline's OUT, or any directory that a verb made.")],
     key: Annotated[str, typer.Option(help="Tell the life of this one sample.")] = "",
     as_json: Json = False,
 ) -> None:
@@ -394,11 +393,12 @@ def show(
     Example: `curate show out/demo/selection --key 000000123` writes nothing: it prints one screen.
     """
     from curate import store
-    from curate.life import show_key
+    from curate.life import facts_of, show_key
     from curate.show import show as describe
 
     if as_json:
-        typer.echo(json.dumps(store.open_input(directory).manifest, ensure_ascii=False))
+        found = facts_of(directory, key) if key else [store.open_input(directory).manifest]
+        typer.echo("\n".join(json.dumps(facts, ensure_ascii=False) for facts in found))
         return
     for line in show_key(directory, key) if key else describe(directory):
         typer.echo("".join(letter if letter.isprintable() else "�" for letter in line))  # captions and keys: no escapes

@@ -16,18 +16,44 @@ Place = tuple[str, int]
 
 def show_key(directory: str, key: str) -> Iterator[str]:
     """Yield the life of the sample with a key (of each, where several shards use it). Raises: UsageError for none."""
-    chain = list(show.lineage(store.open_input(directory)))
-    stages = {each.command: each for each in reversed(chain)}
-    embedded = stages.get("embed") or stages.get("import")
-    if embedded is None:
+    stages, places = _trace(directory, key)
+    for place in places:
+        yield from _life(key, place, stages, stages["embed"])
+
+
+def facts_of(directory: str, key: str) -> Iterator[dict[str, Any]]:
+    """Yield the same as data: the row's place and all that its sidecars say but the vectors. Raises: UsageError."""
+    stages, places = _trace(directory, key)
+    for place in places:
+        facts: dict[str, Any] = {"stem": place[0], "row": place[1]}
+        for stage in ("embed", "cluster", "select"):
+            facts |= _row(stages[stage], place) if stage in stages else {}
+        facts["uid"] = facts["uid"].hex() if facts["uid"] else None
+        yield {name: value for name, value in facts.items() if not name.endswith("_embedding")}
+
+
+def _trace(directory: str, key: str) -> tuple[dict[str, store.Artefact], list[Place]]:
+    """Find the stages that a directory rests on (an import as `embed`), and a key's places in their rows."""
+    stages = {each.command: each for each in reversed(list(show.lineage(_latest(directory))))}
+    if "import" in stages:
+        stages.setdefault("embed", stages["import"])
+    if "embed" not in stages:
         raise UsageError(
-            f"{directory} does not rest on embeddings", "give a directory of embed, cluster, select or emit"
+            f"{directory} does not rest on embeddings.", "give a directory of embed, cluster, select or emit"
         )
-    found = list(find(embedded, key))
-    if not found:
-        raise UsageError(f"no sample has the key {key!r} in {embedded.directory}")
-    for place in found:
-        yield from _life(key, place, stages, embedded)
+    places = list(find(stages["embed"], key))
+    if not places:
+        raise UsageError(f"no sample has the key {key!r} in {stages['embed'].directory}.")
+    return stages, places
+
+
+def _latest(directory: str) -> store.Artefact:
+    """Open an artefact, or of a pipeline's directory the one that knows most: a coreset, else a selection, else …"""
+    if not paths.exists(paths.join(directory, store.MANIFEST)) and paths.is_dir(directory):
+        for name in ("coreset", "selection", "clusters", "embeddings"):
+            if paths.exists(paths.join(directory, name, store.MANIFEST)):
+                return store.open_input(paths.join(directory, name))
+    return store.open_input(directory)
 
 
 def find(embedded: store.Artefact, key: str) -> Iterator[Place]:
@@ -45,10 +71,9 @@ def _life(key: str, place: Place, stages: Mapping[str, store.Artefact], embedded
     funnel = store.load_json(stages["select"].path("funnel.json")) if "select" in stages else {}
     yield f"{key} · row {place[1]:,} of {place[0]}"
     yield f"  caption    {facts['caption'] or '(none)'}"
-    uid = facts["uid"].hex() if facts["uid"] else "none"
-    yield f"  image      {facts['width']} × {facts['height']} px, uid {uid}" + (
-        f", {facts['url']}" if facts["url"] else ""
-    )
+    size = f"{facts['width']} × {facts['height']} px" if facts["width"] else "not decoded"
+    parts = (size, f"uid {facts['uid'].hex()}" if facts["uid"] else "", facts["url"] or "")
+    yield f"  image      {', '.join(filter(None, parts))}"
     if facts["status"] != "ok":
         yield f"  status     {facts['status']}: {store.STATUSES.get(facts['status'], 'unknown')}"
     else:

@@ -1,16 +1,19 @@
 """Tell in the terminal, in one screen, what a directory is and how it came about.
 
-Any directory of curate or of the trainer, a pipeline's or an ablation's: its rows and what became of them, the funnel
-and the spread of the scores, the sources of a mix, the loss of a run, the claims of an ablation, what it rests on.
+Any directory of curate or of the trainer, a pool, a pipeline's or an ablation's: its rows and what became of them, the
+funnel and the spread of the scores, the sources of a mix, the loss of a run, the claims of an ablation, what it rests
+on.
 """
 
+import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from curate import making, paths, store, trials
+from curate import making, paths, shards, store, trials
 from curate.errors import UsageError
 
-BAR, MOST = 24, 8
+BAR, MOST, WIDTH = 24, 8, 110
 BLOCKS = " ▁▂▃▄▅▆▇█"
 HEADINGS = {
     "demo": "a rendered pool with planted faults",
@@ -26,14 +29,29 @@ HEADINGS = {
 def headline(command: str, manifest: Mapping[str, Any]) -> str:
     """Say in one line what a stage made: rows, and what became of them."""
     counts = manifest.get("counts", {})
-    account = " · ".join(f"{count:,} {name}" for name, count in counts.items() if isinstance(count, int) and count)
+    account = " · ".join(
+        f"{count:,} {name.replace('_', ' ')}"
+        for name, count in counts.items()
+        if isinstance(count, int) and count and name != "rows"
+    )
     rows = sum(int(shard.get("rows", 0)) for shard in manifest.get("shards", {}).values())
-    shards = len(manifest.get("shards", {}))
-    what = f"{rows:,} rows in {shards:,} shards" if shards else ""
+    number = len(manifest.get("shards", {}))
+    what = f"{rows:,} rows in {_several(number, 'shard')}" if number else ""
     fit = manifest.get("fit", {})
     if fit:
         account += f" · k = {manifest['clusters']['k']:,} fitted on {fit['fitted_rows']:,} rows"
     return f"  {command}: {' — '.join(part for part in (what, account) if part) or 'done'}"
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _wrapped(facts: Iterable[str], indent: int = 2) -> Iterator[str]:
+    """Yield facts side by side, as many to a line as fit; a long one alone is broken at its spaces."""
+    joined = " · ".join(fact.replace(" ", "\u00a0") if len(fact) < WIDTH // 2 else fact for fact in facts)
+    for line in textwrap.wrap(joined, WIDTH - indent, break_on_hyphens=False):
+        yield f"{'':<{indent}}{line}".replace("\u00a0", " ")
 
 
 def show(directory: str) -> Iterator[str]:
@@ -56,7 +74,7 @@ def _artefact(artefact: store.Artefact) -> Iterator[str]:
     """Describe a directory that a verb of curate made."""
     manifest = artefact.manifest
     yield f"{artefact.directory}: {HEADINGS.get(artefact.command, 'made')}, by `curate {artefact.command}`"
-    yield headline(artefact.command, manifest)
+    yield from _wrapped(headline(artefact.command, manifest).strip().split(" · "))
     if artefact.command == "mix":
         yield from _sources(manifest)
     chain = list(lineage(artefact))
@@ -68,7 +86,7 @@ def _artefact(artefact: store.Artefact) -> Iterator[str]:
     if artefact.command == "cluster":
         yield f"  clusters: {_brief(manifest.get('clusters', {}))} · near-duplicate edges {manifest.get('edges', 0):,}"
         if "recall" in manifest:
-            yield f"  {recall_line(manifest['recall'])}"
+            yield from _wrapped(recall_line(manifest["recall"]).split(" · "))
     yield from _troubles(artefact)
     for each in chain:
         given = {
@@ -137,9 +155,8 @@ def funnel_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
         kept, before = int(step["kept"]), int(step["before"])
         bar = "█" * round(BAR * kept / total) if total else ""
         yield f"  {bar:<{BAR}} {kept:>11,}  −{before - kept:,} by {step['text']}"
-        told = [f"{name} {_number(value)}" for name, value in (step.get("estimates") or {}).items() if _is_short(value)]
-        for start in range(0, len(told), 4):
-            yield f"  {'':<{BAR}} {'':>11}    {' · '.join(told[start : start + 4])}"
+        told = ((name.replace("_", " "), value) for name, value in (step.get("estimates") or {}).items())
+        yield from _wrapped([f"{name} {_number(value)}" for name, value in told if _is_short(value)], BAR + 17)
 
 
 def score_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
@@ -184,25 +201,26 @@ def _sources(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _run(directory: str) -> Iterator[str]:
     """Describe a training run: its command, its loss and its pace, whether it is finished."""
-    [made] = making.training({paths.name(directory): directory}, paths.join(directory, "page"))
+    [made] = making.training({paths.name(directory): directory}, "page")
     rows = [entry for entry in making.entries(paths.join(directory, "metrics.jsonl")) if "loss" in entry]
     done = paths.exists(paths.join(directory, store.MANIFEST))
-    yield f"{directory}: a training run, {'finished' if done else 'UNFINISHED: the same command goes on'}"
-    yield f"  {made['account']}"
+    losses = [float(entry["loss"]) for entry in rows]
+    step = max(1, len(losses) // 60)
+    means = [sum(losses[i : i + step]) / len(losses[i : i + step]) for i in range(0, len(losses), step)]
+    last = f" · loss {means[-1]:.4f} at step {rows[-1].get('step', len(rows)):,}" if rows else ""
+    yield f"{directory}: a training run, {'finished' if done else 'UNFINISHED: the same command goes on'}{last}"
+    yield from _wrapped(made["account"].split(" · "))
     if rows:
-        losses = [float(entry["loss"]) for entry in rows]
-        step = max(1, len(losses) // 60)
-        means = [sum(losses[i : i + step]) / len(losses[i : i + step]) for i in range(0, len(losses), step)]
         lowest = min(means)
         shape = "".join(BLOCKS[1 + round(7 * (mean - lowest) / ((max(means) - lowest) or 1))] for mean in means)
-        yield f"  loss {means[0]:.4f} {shape} {means[-1]:.4f} at step {rows[-1].get('step', len(rows)):,}"
+        yield f"  loss {means[0]:.4f} {shape} {means[-1]:.4f}"
         pace = {"tokens_per_s": "tokens/s", "mfu": "MFU", "peak_memory_gb": "GB at the peak", "eta_s": "s to go"}
         facts = [f"{float(rows[-1][key]):,.4g} {name}" for key, name in pace.items() if key in rows[-1]]
         yield f"  {' · '.join(facts)}"
     if done:
         result = store.load_json(paths.join(directory, store.MANIFEST)).get("result", {})
         numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
-        yield f"  {' · '.join(f'{_number(value)} {key}' for key, value in numbers.items())}"
+        yield from _wrapped(f"{_number(value)} {key.replace('_', ' ')}" for key, value in numbers.items())
         if result.get("skipped"):
             yield f"  skipped: {_brief(result['skipped'])}"
     yield f"  {made['command']}"
@@ -214,7 +232,9 @@ def _answers(directory: str) -> Iterator[str]:
     for entry in making.entries(paths.join(directory, "answers.jsonl")):
         if isinstance(entry.get("right"), bool):
             tasks.setdefault(str(entry.get("task") or "all"), []).append(entry["right"])
-    yield f"{directory}: a model's answers to {sum(map(len, tasks.values())):,} held-out questions"
+    every = [right for answers in tasks.values() for right in answers]
+    overall = f", {sum(every) / len(every):.1%} of them right" if every else ""
+    yield f"{directory}: a model's answers to {len(every):,} held-out questions{overall}"
     for task, right in sorted(tasks.items()):
         share = sum(right) / len(right)
         yield f"  {'█' * round(BAR * share):<{BAR}} {share:>7.1%}  {task} ({len(right):,})"
@@ -241,22 +261,41 @@ def _ablation(directory: str) -> Iterator[str]:
         scale, unit = (100, " %") if bar["percent"] else (1, "")
         facts = f"{scale * bar['mean']:+.2f}{unit}, t {_number(bar['t'])}, p {_number(bar['p'])}, n {bar['n']}"
         yield f"  {'held    ' if bar['met'] else 'NOT HELD'}  {bar['claim']}: {bar['measure']} {facts}"
-    for measure in found["measures"][:3]:
-        for group in measure["groups"][:2]:
-            yield f"  {measure['name']} ({measure['means']}){group['name'] and ', ' + group['name']}"
-            unit = " %" if measure["percent"] else ""
-            for row in group["rows"][:10]:
-                beside = row["difference"]
-                told = f"{beside['mean']:+.2f}{unit} to {found['reference']}" if beside else "the reference"
-                mean = f"{row['mean']:.4g}{unit} ± {_number(row['sd'] or 0.0)}"
-                yield f"    {row['value']:<24} {mean:<20} {told} {row['verdict']}"
+    yield f"  means; ▲ better, ▼ worse than {found['reference']} by the 95 % interval of the paired difference"
+    for group in found["glance"][:3]:
+        yield from _arms(group, found["measures"])
+    if len(found["glance"]) > 3:
+        yield f"  … and {len(found['glance']) - 3} more such tables"
     if found["num_failed"]:
         yield f"  {found['num_failed']:,} trials FAILED: run the same command again"
     yield f"  all of it: {paths.join(directory, trials.FILE)}, or `curate report {directory} report.html`"
 
 
+def _arms(group: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lay out the arms of a group as a table, as many measures as the line has room for."""
+    names = [measure["name"] + (" %" if measure["percent"] else "") for measure in measures]
+    arms = list(group["arms"].items())[: 2 * MOST]
+    left = max([len(group["name"]), *(min(len(arm), 30) for arm, _ in arms)])
+    fits = [place for place in range(len(names)) if left + sum(len(name) + 2 for name in names[: place + 1]) < WIDTH]
+    yield f"  {group['name']:<{left}}" + "".join(f"  {names[place]}" for place in fits)
+    for arm, cells in arms:
+        told = (f"{_cell(cells[place]):>{len(names[place])}}" for place in fits)
+        yield f"  {arm[:30]:<{left}}" + "".join(f"  {text}" for text in told)
+    if len(arms) < len(group["arms"]):
+        yield f"  … and {len(group['arms']) - len(arms)} more arms"
+
+
+def _cell(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return "–"
+    mark = {"better": "▲ ", "worse": "▼ "}.get(cell["verdict"], "")
+    return mark + (f"{cell['mean']:.1f}" if cell["percent"] else f"{cell['mean']:.4g}")
+
+
 def _pipeline(directory: str) -> Iterator[str]:
     """Describe a pipeline's directory: a line for each stage, then the funnel. Raises: UsageError for any other."""
+    if not paths.is_dir(directory):
+        raise UsageError(f"{directory} is no directory.", "give a stage's directory, a pool, or a pipeline's OUT")
     lines, selection = [], None
     for name in paths.listdir(directory):
         place = paths.join(directory, name)
@@ -272,14 +311,33 @@ def _pipeline(directory: str) -> Iterator[str]:
             selection = (
                 artefact if name == "selection" or selection is None and artefact.command == "select" else selection
             )
+    if not lines and any(name.endswith(".tar") for name in paths.listdir(directory)):
+        yield from _pool(directory)
+        return
     if not lines:
         raise UsageError(
-            f"{directory} holds nothing that curate or train made.", "give a stage's directory, or a pipeline's OUT"
+            f"{directory} holds nothing that curate or train made, and no tars.",
+            "give a stage's directory, a pool, or a pipeline's OUT",
         )
-    yield f"{directory}: {len(lines)} directories"
-    yield from (line if len(line) <= 150 else line[:149] + "…" for line in lines)
+    yield f"{directory}: {len(lines)} directories, each of which `curate show` describes"
+    yield from (line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines)
     if selection is not None:
         yield from funnel_lines(store.load_json(selection.path("funnel.json")))
+
+
+def _pool(directory: str) -> Iterator[str]:
+    """Describe a pool by its shards, and by the members of the first of them."""
+    found = shards.list_pool(directory)
+    size = sum(shard.size for shard in found)
+    names = f"{found[0].stem} … {found[-1].stem}"
+    yield f"{directory}: a pool of {_several(len(found), 'tar')}, {size / 1e6:,.1f} MB: {names}"
+    with paths.open_read(found[0].location) as file:
+        index = shards.read_index(file)
+    suffixes = Counter(member.suffix for sample in index.samples for member in sample.members)
+    members = " · ".join(f"{count:,} .{suffix}" for suffix, count in suffixes.most_common(MOST))
+    yield f"  {found[0].stem} has {_several(len(index.samples), 'sample')}: {members}"
+    yield from (f"  {found[0].stem}: {note}" for note in index.notes)
+    yield f"  curate embed {directory} EMB"
 
 
 def step_lines() -> Iterator[str]:

@@ -415,7 +415,9 @@ def open_input(directory: str, *commands: str) -> Artefact:
         raise UsageError(f"{directory} {what}; {wanted or 'expected a directory made by curate'}.")
     manifest = load_json(paths.join(directory, MANIFEST))
     if not isinstance(manifest, dict) or "command" not in manifest:
-        raise ContractError(f"{directory}/{MANIFEST} is not a manifest of curate; {wanted}")
+        raise ContractError(
+            f"{directory}/{MANIFEST} is not a manifest of curate; {wanted or 'expected a directory made by curate'}."
+        )
     if manifest.get("format") != FORMAT:
         raise ContractError(f"{directory} has format {manifest.get('format')}, this version reads {FORMAT}")
     if commands and manifest["command"] not in commands:

@@ -49,10 +49,11 @@ TOLD = {
     "selection": ["dedup(0.9)", "12", "clip_score", "▁", "made with", "from"],
     "coreset": ["12 written", "sample(12)"],
     "mix": ["coreset: 100.0% of samples, 100.0% of tokens", "text-only: 0.00%"],
-    "align": ["finished", "tower clip", "at step 199", "--data ../coreset"],
-    "eval": ["40 held-out questions", "25.0%  where (40)"],
-    "ablation": ["held      on dirty pools balanced beats random", "+14.00 %", "balanced"],
-    "": ["selection", "12 kept", "a training run, finished", "sample(12)"],
+    "align": ["finished", "tower clip", "loss 0.0151 at step 199", "--data ", "/coreset"],
+    "eval": ["40 held-out questions, 25.0% of them right", "25.0%  where (40)"],
+    "ablation": ["held      on dirty pools balanced beats random", "+14.00 %", "balanced       ▲ 35.0"],
+    "pool": ["a pool of 2 tars", "a has 30 samples: 30 .jpg", "curate embed "],
+    "": ["selection", "12 kept", "a training run, finished · loss 0.0151", "sample(12)"],
 }
 
 
@@ -61,12 +62,14 @@ def test_every_kind_of_directory_has_its_story_in_one_screen(home, name):
     lines = list(show.show(str(home / name).rstrip("/")))
     told = "\n".join(lines)
     assert all(part in told for part in TOLD[name]), told
-    assert 2 <= len(lines) <= 40
+    assert 2 <= len(lines) <= 40 and all(len(line) < 160 for line in lines)
 
 
 def test_what_nobody_made_is_refused(home, tmp_path):
-    with pytest.raises(UsageError, match="nothing that curate or train made"):
+    with pytest.raises(UsageError, match="nothing that curate or train made, and no tars"):
         list(show.show(str(tmp_path)))
+    with pytest.raises(UsageError, match="is no directory"):
+        list(show.show(str(tmp_path / "typo")))
 
 
 def test_an_input_that_changed_is_warned_of(home, tmp_path):
@@ -90,6 +93,13 @@ def test_the_life_of_a_sample_is_told_with_its_twin(home):
     assert "kept by all 3 steps" in told and f"emitted    as {kept['key']}, in shard 000000" in told
     with pytest.raises(UsageError, match="no sample has the key"):
         list(show_key(str(home / "coreset"), "none such"))
+
+
+def test_a_pipelines_directory_knows_its_samples_and_tells_them_as_data(home):
+    [line] = curate("show", home, "--key", "000000003", "--json").stdout.splitlines()
+    facts = json.loads(line)
+    assert (facts["key"], facts["stem"], facts["row"]) == ("000000003", "a", 3) and "image_embedding" not in facts
+    assert facts["kept"] == (facts["dropped_by"] is None) and list(show_key(str(home), "000000003"))
 
 
 def test_a_caption_cannot_command_the_terminal(home):
