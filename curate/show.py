@@ -40,6 +40,8 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
     fit = manifest.get("fit", {})
     if fit:
         account += f" · k = {manifest['clusters']['k']:,} fitted on {fit['fitted_rows']:,} rows"
+    if manifest.get("unfinished"):
+        account = "this part is done, others are not yet"
     return f"  {command}: {' — '.join(part for part in (what, account) if part) or 'done'}"
 
 
@@ -49,7 +51,7 @@ def _several(number: int, what: str) -> str:
 
 def _wrapped(facts: Iterable[str], indent: int = 2) -> Iterator[str]:
     """Yield facts side by side, as many to a line as fit; a long one alone is broken at its spaces."""
-    joined = " · ".join(fact.replace(" ", "\u00a0") if len(fact) < WIDTH // 2 else fact for fact in facts)
+    joined = "\u00a0· ".join(fact.replace(" ", "\u00a0") if len(fact) < WIDTH // 2 else fact for fact in facts)
     for line in textwrap.wrap(joined, WIDTH - indent, break_on_hyphens=False):
         yield f"{'':<{indent}}{line}".replace("\u00a0", " ")
 
@@ -62,8 +64,13 @@ def show(directory: str) -> Iterator[str]:
         yield from _run(directory)
     elif paths.exists(paths.join(directory, "answers.jsonl")):
         yield from _answers(directory)
-    elif paths.exists(paths.join(directory, store.MANIFEST)) or paths.exists(paths.join(directory, store.PLAN)):
+    elif paths.exists(paths.join(directory, store.MANIFEST)):
         yield from _artefact(store.open_input(directory))
+    elif paths.exists(paths.join(directory, store.PLAN)):
+        plan = store.load_json(paths.join(directory, store.PLAN))
+        done = sum(name.endswith(".arrow") for name in paths.listdir(directory))
+        yield f"{directory}: UNFINISHED, by `curate {plan.get('command')}`: the same command goes on"
+        yield f"  {_several(done, 'table')} of it stand already"
     elif paths.exists(paths.join(directory, "train_manifest.json")):
         yield from _model(directory)
     else:
@@ -79,7 +86,7 @@ def _artefact(artefact: store.Artefact) -> Iterator[str]:
         yield from _sources(manifest)
     chain = list(lineage(artefact))
     selection = next((each for each in chain if each.command == "select"), None)
-    if selection is not None:
+    if selection is not None and artefact.command in ("select", "emit"):
         funnel = store.load_json(selection.path("funnel.json"))
         yield from funnel_lines(funnel)
         yield from score_lines(funnel)
@@ -110,8 +117,8 @@ def lineage(artefact: store.Artefact) -> Iterator[store.Artefact]:
 
 
 def _changed(chain: Sequence[store.Artefact]) -> Iterator[str]:
-    """Warn of inputs that are no longer what they were."""
-    for each in chain:
+    """Warn of inputs that are no longer what they were; an import records its source's files, not its manifest."""
+    for each in (each for each in chain if each.command != "import"):
         for name, source in each.manifest.get("inputs", {}).items():
             location = each.input_path(name)
             upstream = next((other for other in chain if other.directory == location), None)

@@ -72,6 +72,14 @@ def test_what_nobody_made_is_refused(home, tmp_path):
         list(show.show(str(tmp_path / "typo")))
 
 
+def test_a_directory_of_which_a_part_is_done_says_so(home, tmp_path):
+    out = str(tmp_path / "parts")
+    told = curate("emit", home / "selection", out, "--shard-size", 4, "--slice", "0/2").stdout
+    assert "this part is done, others are not yet" in told
+    told = list(show.show(out))
+    assert "UNFINISHED, by `curate emit`" in told[0] and "2 tables" in told[1]
+
+
 def test_an_input_that_changed_is_warned_of(home, tmp_path):
     emb = write_embeddings(tmp_path / "emb", str(home / "pool"), dim=4)
     select(emb, str(tmp_path / "sel"), SelectOptions(steps=("sample(3)",)), QUIET)
