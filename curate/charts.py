@@ -84,9 +84,11 @@ class Axis:
     def ticks(self, number: int) -> list[float]:
         """Choose round values inside the scale."""
         if self.log:
-            decades = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
-            step = max(1, math.ceil(len(decades) / number))
-            return [10.0**exponent for exponent in decades][::step]
+            decades = range(math.floor(math.log10(self.low)), math.floor(math.log10(self.high) + 1e-9) + 1)
+            fine = (1, 2, 5) if len(decades) <= 2 else (1,)
+            every = [10.0**exponent * factor for exponent in decades for factor in fine]
+            inside = [value for value in every if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
+            return inside[:: max(1, math.ceil(len(inside) / number))]
         span = self.high - self.low
         if not span > 0:
             return [self.low]

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from selenium import webdriver
 
-WIDTH, HEIGHT = 1400, 1455
+WIDTH, HEIGHT = 1400, 1540
 FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
 
 

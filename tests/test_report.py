@@ -330,6 +330,9 @@ def test_charts_hold_up_on_the_edges():
     for log in (False, True):
         drawn = charts.curves([line], "<c>", log_x=log, log_y=log, window=charts.Window(7, None, "<b>"))
         assert "nan" not in drawn and "<l>" not in drawn and "<c>" not in drawn
+    for low, high in ((30, 330), (7, 7), (1, 5e6), (0.01, 0.5)):
+        ticks = charts.Axis(low, high, 0, 1, log=True).ticks(5)
+        assert len(ticks) <= 5 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks) and (ticks or low == high)
     for low, high in ((0, 1), (-3, 2e9), (0.9997, 1), (5, 5)):
         ticks = charts.Axis(low, high, 0, 1).ticks(5)
         assert 1 <= len(ticks) <= 6 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
