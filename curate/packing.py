@@ -9,6 +9,7 @@ place, with its JSON; img2dataset's table beside a folder is copied beside its t
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
         raise UsageError(f"shard_size is {options.shard_size}, expected at least 1")
     if not paths.exists(source):
         raise UsageError(f"{source} does not exist")
+    if not paths.is_dir(source) and not source.endswith(".parquet"):
+        raise UsageError(f"{source} is a file; expected a folder, or a parquet file with images in a column.")
     if any(name.endswith(".tar") for name in paths.listdir(source)):
         raise UsageError(f"{source} holds tars: it is a pool already.", f"curate embed {source} …")
     passed: dict[str, int] = {}
@@ -113,11 +116,18 @@ def _folders(source: str, shard_size: int, passed: dict[str, int]) -> dict[str, 
             else:
                 passed[suffix] = passed.get(suffix, 0) + 1
         place = paths.join(source, folder) if folder else source
-        stem = (folder or paths.name(source)).replace("/", "__")
-        for name, start, stop in _cut(stem, len(samples), shard_size):
+        stem = folder or paths.name(source if paths.is_remote(source) else os.path.abspath(paths.local(source)))
+        for name, start, stop in _cut(stem.replace("/", "__"), len(samples), shard_size):
             files = [file for key in list(samples)[start:stop] for file in samples[key]]
-            parts[name] = Part(place, stop - start, files)
+            _put(parts, name, Part(place, stop - start, files))
     return parts
+
+
+def _put(parts: dict[str, Part], stem: str, part: Part) -> None:
+    """Add a part. Raises: UsageError where another one has its stem."""
+    if stem in parts:
+        raise UsageError(f"{parts[stem].source} and {part.source} would both become {stem}.tar.", "rename one of them")
+    parts[stem] = part
 
 
 def _walk(source: str, folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -156,7 +166,7 @@ def _tables(source: str, options: PackOptions) -> dict[str, Part]:
             raise UsageError(f"{location} has no column of images: it has {told}.", "name it: --image COLUMN")
         stem = paths.name(location).removesuffix(".parquet").replace(".", "_")
         for name, start, stop in _cut(stem, rows, options.shard_size):
-            parts[name] = Part(location, stop - start, (), start, image, caption)
+            _put(parts, name, Part(location, stop - start, (), start, image, caption))
     return parts
 
 

@@ -183,6 +183,23 @@ def test_wrong_requests_are_refused(tmp_path, options, words):
     assert words in str(refused.value)
 
 
+def test_folders_of_one_name_are_refused_and_the_folder_itself_has_its_name(tmp_path, monkeypatch):
+    for folder in ("in/a/b", "in/a__b"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.jpg").write_bytes(picture(0))
+    with pytest.raises(UsageError, match="in/a/b and .*in/a__b would both become a__b.tar"):
+        pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(), QUIET)
+    for name in ("y.1", "y_1"):
+        write_hugging_face(tmp_path / "in" / f"{name}.parquet")
+    with pytest.raises(UsageError, match="would both become y_1.tar"):
+        pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(layout="parquet"), QUIET)
+    with pytest.raises(UsageError, match="is a file; expected a folder"):
+        pack(__file__, str(tmp_path / "pool"), PackOptions(), QUIET)
+    monkeypatch.chdir(tmp_path / "in" / "a__b")
+    pack(".", str(tmp_path / "pool"), PackOptions(), QUIET)
+    assert [path.name for path in (tmp_path / "pool").glob("*.tar")] == ["a__b.tar"]
+
+
 def test_a_pool_is_no_source_and_paths_are_no_images(tmp_path):
     with pytest.raises(UsageError, match="a pool already"):
         pack(write_webdataset(tmp_path / "pool"), str(tmp_path / "again"), PackOptions(), QUIET)
