@@ -108,6 +108,8 @@ def _resolve(
 ) -> tuple[ClusterOptions, dict[str, Any]]:
     """Fill in what was left to us and name the inputs. Raises: UsageError for a k, sample or floor that cannot be."""
     inputs: dict[str, Any] = {"embeddings": source}
+    if EDGES.removesuffix(".arrow") in source.stems:
+        raise UsageError(f"{source.directory} has a shard called {EDGES}, a name that clusters need.", "rename its tar")
     if not rows:
         raise UsageError(f"{source.directory} has no good row to cluster.", f"curate show {source.directory}")
     if options.neighbours not in (1, 2):

@@ -184,6 +184,15 @@ def test_centroids_that_are_pickled_or_of_another_shape_are_refused(cloud, tmp_p
             cluster(cloud.path, str(tmp_path / "clu"), ClusterOptions(centroids=str(tmp_path / name)), QUIET)
 
 
+def test_a_shard_called_like_the_edges_is_refused(tmp_path):
+    schema = store.embedding_schema(4)
+    output = store.open_output(str(tmp_path / "emb"), "embed", {}, {})
+    store.write_table(output.path("edges.arrow"), schema, [])
+    output.finish(shards={"edges": {"rows": 0}}, counts={})
+    with pytest.raises(UsageError, match="a shard called edges.arrow"):
+        cluster(output.directory, str(tmp_path / "clu"), ClusterOptions(), QUIET)
+
+
 def test_a_broken_sidecar_is_named_and_a_rerun_resumes(tmp_path):
     small = draw(tmp_path / "emb", rows=300, dim=16)
     path = tmp_path / "emb" / "00002.arrow"
