@@ -147,6 +147,12 @@ def _finish(
         made[replaced] = store.facts(output.path(f"{replaced}.arrow"))
         counts["replaced"] = made[replaced]["rows"]
         counts["written"] += made[replaced]["rows"]
+    if not counts["written"] and not failed:
+        paths.remove(output.directory)
+        told = ", ".join(f"{count:,} {why}" for why, count in reasons.items())
+        raise UsageError(
+            f"none of the {selected:,} kept samples could be had: {told}.", "say where the pool is: --pool"
+        )
     if suffix == ".arrow" and not failed:
         _join_records(output, list(made))
     facts: dict[str, Any] = {

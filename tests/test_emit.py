@@ -200,6 +200,13 @@ def test_a_pool_that_moved(tmp_path):
     assert str(tmp_path) not in json.dumps(manifest)
 
 
+def test_a_pool_that_has_none_of_the_samples_is_refused(tmp_path):
+    sel, other = chain(tmp_path), write_pool(tmp_path / "other", ["00001"], 10, first=500)
+    with pytest.raises(UsageError, match="none of the 12 kept samples could be had: .* shard_missing.*--pool"):
+        emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET, pool=other)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_kept_and_unknown_formats_are_refused(tmp_path):
     sel = chain(tmp_path, kept=lambda *_: "sample(9)")
     with pytest.raises(UsageError, match="keeps no sample"):
