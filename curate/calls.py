@@ -94,8 +94,8 @@ def _convert(node: ast.expr, kind: Any, where: str) -> Any:
         raise UsageError(f'{where}: expected a cosine below 1, or "auto", not {value!r}.')
     if kind in (str, Keep, Directory, File) and not isinstance(value, str):
         raise UsageError(f"{where}: expected a word in quotes, not {value!r}.")
-    if kind in (int, int | None) and (not isinstance(value, int) or isinstance(value, bool)):
-        raise UsageError(f"{where}: expected a whole number, not {value!r}.")
+    if kind in (int, int | None) and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise UsageError(f"{where}: expected a whole number, 0 or more, not {value!r}.")
     if kind is bool and not isinstance(value, bool):
         raise UsageError(f"{where}: expected True or False, not {value!r}.")
     if kind is float and not number:

@@ -34,11 +34,7 @@ def dedup(
     if threshold == AUTO:
         told = evidence.find_threshold(similarity, bits, frame.floor)
         threshold, facts, above = told.threshold, told.facts(), told.linked(similarity, bits)
-    if threshold < frame.floor:
-        raise UsageError(
-            f"dedup({threshold}) lies under the floor of these clusters, {frame.floor}.",
-            f"run `curate cluster … --floor {threshold}`, or use a threshold of at least {frame.floor}",
-        )
+    _check_floor("dedup", threshold, frame)
     order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)
     found = duplicates.resolve(
         (a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors
@@ -48,6 +44,15 @@ def dedup(
     frame.twin[gone] = found.twin[gone]
     frame.twin_similarity[gone] = found.similarity[gone]
     return Verdict(found.keep, {"threshold": threshold, **facts, **found.facts, **_compared(frame, threshold)})
+
+
+def _check_floor(name: str, threshold: float, frame: Frame) -> None:
+    """Refuse a threshold below which clustering kept no edges."""
+    if threshold < frame.floor:
+        raise UsageError(
+            f"{name}: the threshold {threshold} lies under the floor of these clusters, {frame.floor}.",
+            f"run `curate cluster … --floor {threshold}`, or use a threshold of at least {frame.floor}",
+        )
 
 
 def _compared(frame: Frame, threshold: float) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def placeholders(
     frame: Frame,
     number: int,
     copies: int = 50,
-    captions: Share = 0.5,
+    captions: float = 0.5,
     threshold: Threshold = AUTO,
     by: Group = "caption",
     exact: bool = False,
@@ -96,6 +101,8 @@ def placeholders(
     have it, earlier steps or not, and at least the share `captions` of them have a caption of their own. by: another
     column than the caption, such as url, for pools where an error picture stands under one alt text.
     """
+    if not 0 <= captions <= 1:
+        raise UsageError(f"placeholders: captions={captions}; expected a share between 0 and 1.")
     rows = np.flatnonzero(frame.good)
     facts: dict[str, Any] = {}
     if exact:
@@ -108,6 +115,7 @@ def placeholders(
         if threshold == AUTO:
             evident = evidence.find_threshold(similarity, bits, frame.floor)
             threshold, linked = evident.threshold, evident.linked(similarity, bits)
+        _check_floor("placeholders", threshold, frame)
         linked &= (bits <= evidence.TWIN_BITS) | (bits > 64)
         labels = relate.components(a[linked], b[linked], len(frame.good))
         facts["threshold"] = threshold
