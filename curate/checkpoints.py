@@ -22,6 +22,7 @@ SMALL_WEIGHTS_BYTES = 64 << 20
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 CONFIG = "open_clip_config.json"
+FOLDER_FORM = f"a local model is a folder with {CONFIG} and a .safetensors file"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def find(model: str, pretrained: str = "") -> Source:
 
         fetch = partial(download_pretrained_from_hf, model.removeprefix("hf-hub:"))
         return _source(model, given if os.path.isfile(given) else _download(model, fetch))
-    return _find_named(model.replace("/", "-"), pretrained)
+    return _find_named(model, pretrained)
 
 
 def _source(model: str, checkpoint: str, config: str = "", preprocess: dict[str, Any] | None = None) -> Source:
@@ -78,7 +79,7 @@ def _source(model: str, checkpoint: str, config: str = "", preprocess: dict[str,
 def _find_folder(folder: str, given: str) -> Source:
     """Resolve a folder in open_clip's layout: `open_clip_config.json` and weights."""
     if not os.path.isfile(os.path.join(folder, CONFIG)):
-        raise UsageError(f"{folder} has no {CONFIG}; a local model is a folder with that and a .safetensors file.")
+        raise UsageError(f"{folder} has no {CONFIG}.", FOLDER_FORM)
     if given and not os.path.isfile(given):
         raise UsageError(f"the weights {given} do not exist.")
     held = [name for suffix in WEIGHT_SUFFIXES for name in sorted(os.listdir(folder)) if name.endswith(suffix)]
@@ -109,12 +110,15 @@ def _find_config(path: str, given: str) -> Source:
     return _source(os.path.basename(path)[: -len(".json")], given, config=path)
 
 
-def _find_named(name: str, pretrained: str) -> Source:
+def _find_named(model: str, pretrained: str) -> Source:
     """Resolve a model that open_clip lists, with a tag or a file."""
     import open_clip
 
+    name = model.replace("/", "-")
     if name not in open_clip.list_models():
-        raise unknown("model", name, open_clip.list_models())
+        if os.sep in model or model.startswith("."):
+            raise UsageError(f"{model} is neither a folder nor a model that open_clip lists.", FOLDER_FORM)
+        raise unknown("model", model, open_clip.list_models())
     given = os.path.expanduser(pretrained)
     if os.path.isfile(given):
         return _source(name, given)

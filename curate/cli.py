@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from curate.engine import Job
-from curate.errors import CurateError, UsageError
+from curate.errors import CurateError, UsageError, unknown
 
 app = typer.Typer(
     help="Condense image-text pools into coresets. A pool is a directory of tar shards; each verb makes one directory.",
@@ -35,10 +35,12 @@ Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Columns = Annotated[str, typer.Option(metavar="A,B,…", help="Fields of the JSON or table beside to keep as columns.")]
 
 
-def _job(workers: int, engine: str, part: str = "", overwrite: bool = False, as_json: bool = False) -> Job:
+def _job(workers: int, engine: str, part: str = "", overwrite: bool = False) -> Job:
     """Build the Job from the options that every verb shares."""
     if engine not in ("local", "ray"):
-        raise UsageError(f"unknown engine {engine!r}; there are: local, ray")
+        raise unknown("engine", engine, ("local", "ray"))
+    if workers < 0:
+        raise UsageError(f"--workers {workers} is negative.", "--workers 0 takes one per GPU, else one per core")
     rank_world = None
     if part:
         rank, _, world = part.partition("/")
@@ -78,10 +80,8 @@ def _finish(verb: str, out: str, make: Callable[[], dict[str, Any]], *, as_json:
 
         typer.echo(headline(verb, manifest).strip() + f" → {out}")
     if failed:
-        typer.echo(
-            f"{len(failed)} shard(s) failed: {', '.join(list(failed)[:5])}; run the same command again to retry",
-            err=True,
-        )
+        told = f"{len(failed)} shard(s) failed: {', '.join(list(failed)[:5])}; run the same command again to retry"
+        typer.echo(told, err=True)
         raise typer.Exit(1)
 
 
@@ -354,7 +354,7 @@ def demo(
 
     Example: `curate demo out/demo` writes `out/demo/{pool,instruct,test}/`, `truth.arrow` and `text.json`.
     """
-    from curate.pipeline import DemoOptions, render_demo
+    from curate.demo import DemoOptions, render_demo
 
     options = DemoOptions(rows=rows, seed=seed, shards=shards, dirt=dirt)
     job = _job(workers, "local", "", overwrite)

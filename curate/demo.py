@@ -20,7 +20,7 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from curate import engine
+from curate import engine, store
 from curate.demo_words import GROUNDS, NAMES, PLACES, QUESTIONS, SIZES, TASKS, TEXTURES, answer, text_task
 from curate.demo_world import (
     DIRT,
@@ -88,6 +88,8 @@ def render(
         raise unknown("dirt", dirt, DIRT)
     if not 1 <= shards <= 99_999 or not 10 * shards <= rows <= 9_999 * shards:
         raise UsageError(f"{rows:,} rows in {shards:,} shards: a shard holds 10 to 9,999 rows (keys have 5 + 4 digits)")
+    if min(instruct, tests, caption_tests) < 0:
+        raise UsageError(f"instruct={instruct}, tests={tests}, caption_tests={caption_tests}: expected 0 or more.")
     out = Path(out)
     planned = plan(np.random.default_rng([seed, 0]), rows, DIRT[dirt])
     bounds = np.linspace(0, rows, shards + 1).astype(int)
@@ -106,6 +108,29 @@ def render(
     write_texts(out / "text.json", rows=instruct, rng=np.random.default_rng([seed, 3]))
     render_tests(out / "test", per_concept=tests, captions=caption_tests, rng=np.random.default_rng([seed, 4]))
     return dict(sorted(Counter(truth["fault"].to_pylist()).items()))
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo renders; see `render`."""
+
+    rows: int = 12_000
+    seed: int = 0
+    shards: int = 6
+    dirt: str = "dirty"
+    instruct: int = 3_000
+    tests: int = 4
+    caption_tests: int = 0
+
+
+def render_demo(out: str, chosen: DemoOptions, job: engine.Job) -> dict[str, Any]:
+    """Render the demo's pool, instruction data and tests under `out`."""
+    output = store.open_output(out, "demo", asdict(chosen), {}, overwrite=job.overwrite)
+    if output.complete:
+        return output.manifest
+    with output.attempt():
+        faults = render(out, **asdict(chosen), workers=job.workers or engine.cores())
+    return output.finish(counts=faults, shards={}, versions=store.versions("numpy", "pillow"))
 
 
 def _choose_broken(planned: Plan, last_shard: int) -> dict[int, str]:

@@ -9,6 +9,8 @@ CurateError          anything the user can act on; shown as one line, never as a
 import difflib
 from collections.abc import Iterable
 
+MOST_LISTED = 50  # names in one line; of more, those like the given one
+
 
 class CurateError(Exception):
     """A failure with a message for the user and, where one exists, the command that mends it."""
@@ -41,10 +43,12 @@ class ShardError(CurateError):
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
-    """Build the refusal of a name: what was given, the nearest name, and all that exist."""
+    """Build the refusal of a name: what was given, the nearest name, and all that exist, or of very many some."""
     names = sorted(known)
     near = difflib.get_close_matches(given, names, n=1)
+    listed = names if len(names) <= MOST_LISTED else difflib.get_close_matches(given, names, n=10, cutoff=0)
+    more = f" and {len(names) - len(listed)} others" if len(listed) < len(names) else ""
     return UsageError(
-        f"unknown {kind} {given!r}; there are: {', '.join(names) or 'none'}.",
+        f"unknown {kind} {given!r}; there are: {', '.join(listed) or 'none'}{more}.",
         f"did you mean {near[0]!r}?" if near else None,
     )

@@ -61,9 +61,11 @@ def _patiently(location: str, work: Callable[[Any, str], Result]) -> Result:
         try:
             return work(fs, path)
         except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if "Credentials" in type(error).__name__:
+                raise UsageError(f"cannot open {location}: {reason}", "see the driver's own settings") from None
             if not _passes(error):
                 raise
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if attempt + 1 == TRIES:
                 raise OSError(f"{location}: {reason}, {TRIES} times over") from None
             log.info("%s: %s; trying again", location, reason)
@@ -75,7 +77,7 @@ def _passes(error: Exception) -> bool:
     """Say whether an error may pass by itself: one of the network's, or of a driver's client library."""
     if isinstance(error, OSError):
         return not isinstance(error, FINAL)
-    return type(error).__module__.split(".")[0] in CLIENTS and "Credentials" not in type(error).__name__
+    return type(error).__module__.split(".")[0] in CLIENTS
 
 
 def join(directory: str, *names: str) -> str:

@@ -7,6 +7,7 @@ A stage that stands finished for the same request is not run again; one that a k
 The tables of the trainer are checked and carried out by `python -m train`, in a process of its own.
 """
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -130,6 +131,7 @@ def load(
     place = out or f"out/{path.stem}"
     for setting in settings:
         options.assign(tables, setting)
+    _check_tables(path.name, tables)
     if pool is not None:
         tables.pop("demo", None)
         tables["pool"] = {"path": pool}
@@ -140,31 +142,42 @@ def load(
     words = {"{here}": str(path.parent.resolve())}
     if "ablation" not in tables:  # its trials have places of their own
         words["{out}"] = place
-    tables = pipelines.fill(tables, words)
-    for table in tables:
-        if table not in TABLES:
-            raise unknown(f"table of {path.name}", table, TABLES)
-    pipeline = Pipeline(path, place, tables, list(settings))
+    pipeline = Pipeline(path, place, pipelines.fill(tables, words), list(settings))
     for stage in (*CORESET, "mix"):
         if stage in tables:
             stage_options(pipeline, stage)
-    for key in tables.get("data", {}):
-        if key not in DATA_KEYS:
-            raise unknown("key of [data]", key, DATA_KEYS)
+    if "ablation" not in tables:  # an arm's steps may be its own
+        _check_choices(pipeline)
     return pipeline
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    """What the demo renders; see `curate.demo.render`."""
+def _check_tables(name: str, tables: Mapping[str, Any]) -> None:
+    """Refuse tables that do not exist or are none. Raises: UsageError."""
+    for table, value in tables.items():
+        if table not in TABLES:
+            raise unknown(f"table of {name}", table, TABLES)
+        if table != "about" and not isinstance(value, dict):
+            raise UsageError(f"{name}: {table} is {value!r}, not a table.", f"[{table}]")
+    for key in tables.get("data", {}):
+        if key not in DATA_KEYS:
+            raise unknown("key of [data]", key, DATA_KEYS)
+    if "source" not in tables.get("import", {"source": ""}):
+        raise UsageError("[import] needs source.", "--set import.source=DIR")
+    for table, key in (("select", "compare"), ("emit", "also")):
+        if not isinstance(several := tables.get(table, {}).get(key, []), list):
+            raise UsageError(f"{table}.{key}={several!r} is not a list.", f"{table}.{key} = [{several!r}]")
 
-    rows: int = 12_000
-    seed: int = 0
-    shards: int = 6
-    dirt: str = "dirty"
-    instruct: int = 3_000
-    tests: int = 4
-    caption_tests: int = 0
+
+def _check_choices(pipeline: Pipeline) -> None:
+    """Read every recipe, step and format that will be asked for, which is long before its stage. Raises: UsageError."""
+    from curate import steps
+
+    if "select" in pipeline.tables:
+        for _, chosen in _select_options(pipeline):
+            steps.parse(chosen.texts())
+    if "emit" in pipeline.tables:
+        for _, chosen in _emit_options(pipeline):
+            chosen.resolved()
 
 
 def stage_options(pipeline: Pipeline, stage: str, **changes: Any) -> Any:
@@ -190,31 +203,10 @@ def check_trainer(pipeline: Pipeline, only: str | None = None) -> None:
 
 def _kind(stage: str) -> type[Any]:
     """Find the options class of a curation stage."""
-    if stage == "demo":
-        return DemoOptions
-    if stage == "import":
-        from curate.importing import ImportOptions
-
-        return ImportOptions
-    if stage == "embed":
-        from curate.embed import EmbedOptions
-
-        return EmbedOptions
-    if stage == "cluster":
-        from curate.cluster import ClusterOptions
-
-        return ClusterOptions
-    if stage == "select":
-        from curate.selection import SelectOptions
-
-        return SelectOptions
-    if stage == "emit":
-        from curate.emit import EmitOptions
-
-        return EmitOptions
-    from curate.report import ReportOptions
-
-    return ReportOptions
+    rooms = {"import": "importing", "select": "selection"}
+    room = importlib.import_module(f"curate.{rooms.get(stage, stage)}")
+    kind: type[Any] = getattr(room, f"{stage.capitalize()}Options")
+    return kind
 
 
 def trainer_command(pipeline: Pipeline, stage: str) -> list[str]:
@@ -235,13 +227,6 @@ def trainer_command(pipeline: Pipeline, stage: str) -> list[str]:
 
 def _trainer_settings(pipeline: Pipeline) -> list[str]:
     return [f"--set={setting}" for setting in pipeline.settings if setting.split(".")[0] in TRAINER]
-
-
-def describe(stage: str, manifest: dict[str, Any]) -> str:
-    """Say in one line what a stage made."""
-    from curate.show import headline
-
-    return headline(stage, manifest)
 
 
 def _questions(pipeline: Pipeline, data: Mapping[str, str]) -> list[str]:
@@ -270,6 +255,8 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
 
     Raises: what the stages raise; CurateError with exit code 1 when a trainer stage fails.
     """
+    from curate.show import headline
+
     made: dict[str, Any] = {}
     check_trainer(pipeline, only)
     for stage in pipeline.stages(only):
@@ -281,7 +268,7 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
             continue
         for label, manifest in _curation(pipeline, stage, job):
             made[label] = manifest
-            echo(describe(stage, manifest))
+            echo(headline(stage, manifest))
             if stage == "select":
                 _tell_funnel(pipeline.place("select") + label.removeprefix("selection"), echo)
             if stage == "report" and "emit" in pipeline.tables:
@@ -344,6 +331,8 @@ def _curation(pipeline: Pipeline, stage: str, job: Job) -> Iterator[tuple[str, d
     """Carry out one curation stage, and its companions, as (label, manifest)."""
     place = pipeline.place
     if stage == "demo":
+        from curate.demo import render_demo
+
         yield stage, _fresh(job, partial(render_demo, place("demo"), stage_options(pipeline, "demo")))
     elif stage == "import":
         from curate.importing import import_layout
@@ -379,22 +368,33 @@ def _selections(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, A
     from curate.selection import select
 
     source = pipeline.place("cluster" if "cluster" in pipeline.tables else "embed")
-    for recipe in (None, *pipeline.tables["select"].get("compare", [])):
-        suffix = "" if recipe is None else f"-{re.sub(r'[^0-9A-Za-z]+', '-', recipe).strip('-')}"
-        chosen = stage_options(pipeline, "select", **({} if recipe is None else {"recipe": recipe}))
-        target = pipeline.place("select") + suffix
-        yield f"selection{suffix}", _fresh(job, partial(select, source, target, chosen))
+    for suffix, chosen in _select_options(pipeline):
+        yield f"selection{suffix}", _fresh(job, partial(select, source, pipeline.place("select") + suffix, chosen))
+
+
+def _select_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
+    """Yield each selection's options with what ends its directory's name: that of the recipe, or of one to compare."""
+    yield "", stage_options(pipeline, "select")
+    for recipe in pipeline.tables["select"].get("compare", []):
+        suffix = re.sub(r"[^0-9A-Za-z]+", "-", recipe).strip("-")
+        yield f"-{suffix}", stage_options(pipeline, "select", recipe=recipe)
 
 
 def _emissions(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
     """Emit the coreset in its format, and in each further one that is asked for."""
     from curate.emit import emit
 
+    for suffix, chosen in _emit_options(pipeline):
+        target = pipeline.place("emit") + suffix
+        yield paths.name(target), _fresh(job, partial(emit, pipeline.place("select"), target, chosen))
+
+
+def _emit_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
+    """Yield each emission's options with what ends its directory's name."""
     chosen = stage_options(pipeline, "emit")
-    for kind in (None, *pipeline.tables["emit"].get("also", [])):
-        wanted = chosen if kind is None else replace(chosen, format=kind)
-        target = pipeline.place("emit") + ("" if kind is None else f"-{kind}")
-        yield paths.name(target), _fresh(job, partial(emit, pipeline.place("select"), target, wanted))
+    yield "", chosen
+    for kind in pipeline.tables["emit"].get("also", []):
+        yield f"-{kind}", replace(chosen, format=kind)
 
 
 def _fresh(job: Job, stage: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
@@ -405,22 +405,6 @@ def _fresh(job: Job, stage: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
         if not job.overwrite:
             raise
         return stage(job)
-
-
-def render_demo(out: str, chosen: DemoOptions, job: Job) -> dict[str, Any]:
-    """Render the demo's pool, instruction data and tests under `out`."""
-    from dataclasses import asdict
-
-    from curate import store
-    from curate.demo import render
-    from curate.engine import cores
-
-    output = store.open_output(out, "demo", asdict(chosen), {}, overwrite=job.overwrite)
-    if output.complete:
-        return output.manifest
-    with output.attempt():
-        faults = render(out, **asdict(chosen), workers=job.workers or cores())
-    return output.finish(counts=faults, shards={}, versions=store.versions("numpy", "pillow"))
 
 
 def shown_command(pipeline: Pipeline, stage: str) -> str:

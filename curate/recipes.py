@@ -190,7 +190,7 @@ def steps(text: str, n: int | float | str = "") -> list[str]:
         _, given = calls.read(plain + (named[2] or "()"), {plain: RECIPES[name].steps}, "recipe", like, 1)
     except UsageError as error:
         raise UsageError(error.message.replace(plain, name), error.hint) from None
-    if n == "" or n == 0:
+    if n == "":
         return RECIPES[name].steps("", **given)
     try:
         budget = calls.parse_count(n, "n")

@@ -43,7 +43,7 @@ class SelectOptions:
         """Write out the steps. Raises: UsageError when steps and recipe, or steps and n, are both given."""
         if not self.steps:
             return recipes.steps(self.recipe or recipes.DEFAULT, self.n)
-        if self.recipe or self.n not in ("", 0):
+        if self.recipe or self.n != "":
             other = f"the recipe {self.recipe!r}" if self.recipe else f"n={self.n}"
             raise UsageError(f"steps and {other} are both given.", "give one; a last step `sample(n)` sets the size")
         return [text.strip() for text in self.steps]

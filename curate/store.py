@@ -26,6 +26,7 @@ from curate.errors import ContractError, CurateError, UsageError
 
 FORMAT = 1
 MANIFEST, PLAN, LOG = "manifest.json", ".plan.json", "log.jsonl"
+MAKERS = {"losses": "python -m train … --losses"}  # what makes artefacts besides the verbs
 LABEL = pa.dictionary(pa.int16(), pa.string())
 
 STATUSES = {
@@ -404,7 +405,8 @@ def open_input(directory: str, *commands: str) -> Artefact:
 
     Raises: UsageError when it is missing or was made by another verb, ContractError when it is unfinished.
     """
-    wanted = f"expected a directory made by `curate {'` or `curate '.join(commands)}`" if commands else ""
+    makers = " or ".join(f"`{MAKERS.get(command, f'curate {command}')}`" for command in commands)
+    wanted = f"expected a directory made by {makers}" if commands else ""
     if not paths.exists(paths.join(directory, MANIFEST)):
         if paths.exists(paths.join(directory, PLAN)):
             made_by = load_json(paths.join(directory, PLAN)).get("command")

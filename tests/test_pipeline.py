@@ -1,5 +1,6 @@
 """Pipelines: what is checked before anything runs, what is told beforehand, and that a second run does nothing."""
 
+import re
 import tomllib
 
 import pytest
@@ -58,9 +59,21 @@ def test_settings_and_tables_are_checked_before_anything_runs(plan, tmp_path):
         ("cluster.k=many", "cluster.k='many' is not a whole number"),
         ("sellect.n=3", "did you mean 'select'"),
         ("data.evil=x", "did you mean 'eval'"),
+        ("select=3", "select is 3, not a table"),
+        ("embed=[{model='x'}]", "not a table"),
+        ("select.n=0", "expected a number of rows"),
+        ("select.recipe=bunni", "did you mean 'bunny'"),
+        ("select.compare=bunny", "is not a list"),
+        ("select.compare=['bunni']", "did you mean 'bunny'"),
+        ("emit.also=['key']", "did you mean 'keys'"),
+        ("import.layout=npy", "[import] needs source"),
     ]:
-        with pytest.raises(UsageError, match=word.replace("(", r"\(")):
+        with pytest.raises(UsageError, match=re.escape(word)):
             pipeline.load(str(plan), None, settings=[setting])
+    steps = tmp_path / "steps.toml"
+    steps.write_text(TABLES.replace('recipe = "balanced"\nn = 100', "steps = ['rnak(clip_score, 0, 1)']"))
+    with pytest.raises(UsageError, match="did you mean 'rank'"):
+        pipeline.load(str(steps), None)
 
 
 def test_the_mix_and_the_trainers_tables_are_checked_too():
