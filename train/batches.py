@@ -9,9 +9,10 @@ is a pure function of lengths, seed and step number: resuming at step n needs no
 
 from __future__ import annotations
 
+import resource
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from train.config import Stage
 from train.data import Measured, Source, decode_image, encode
 from train.prompts import Encoder, Rejected
 
+MAX_FILES = 1 << 16
 Groups = list[list[int]]
 Rows = list[list[int]]  # sample indices, row by row
 
@@ -156,12 +158,16 @@ class Batch:
         return self.lengths if len(self.ids_bl) == 1 else []
 
     def to(self, device: torch.device) -> Batch:
-        """Move the tensors."""
-        for name in ("ids_bl", "positions_bl", "supervised_s", "targets_s"):
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
-        if self.pixels_nchw is not None:
-            self.pixels_nchw = self.pixels_nchw.to(device, non_blocking=True)
-        return self
+        """Move the tensors, all but the owners."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Move the tensors to where a GPU fetches them by itself; the DataLoader calls this."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        names = ("ids_bl", "positions_bl", "supervised_s", "targets_s", "pixels_nchw")
+        return replace(self, **{name: change(getattr(self, name)) for name in names if getattr(self, name) is not None})
 
 
 class Collator:
@@ -270,6 +276,9 @@ class Images(torch.utils.data.Dataset[tuple[Tensor | None, str]]):
 
 def load(dataset: Any, order: Sequence[int], workers: int, pin: bool) -> Any:
     """Iterate a dataset in order, decoding ahead in worker processes; the order does not depend on their number."""
+    if workers:  # each tensor on its way holds an open file, and the usual 1,024 are soon too few
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_FILES)), hard))
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=None,

@@ -110,13 +110,13 @@ class Training:
         supervised, tokens, padded, skipped, stopping, filled, flops = totals
         if skipped:
             self._note_skipped(micro_batches)
-        loss = 0.0
+        shares: list[Tensor] = []  # read when all are under way: reading waits for the device
         for i, batch in enumerate(micro_batches):
             if len(batch.targets_s) or sharding.is_sharded(self.composed):
                 torch.manual_seed((self.stage.seed * 1_000_003 + step) * 1_009 + i * self.place.world + self.place.rank)
                 share = supervised if self.stage.loss_norm == "token" else len(batch.targets_s) * filled
-                loss += self._backward(step, batch, max(1.0, share))
-        loss = self.place.total([loss])[0]
+                shares.append(self._backward(step, batch, max(1.0, share)))
+        loss = self.place.total([sum(map(float, shares))])[0]
         norm = self._clip_gradients() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             self._refuse_nan(step, micro_batches, loss, norm)
@@ -130,14 +130,14 @@ class Training:
         row["tflop"] = flops / 1e12
         return row, stopping > 0
 
-    def _backward(self, step: int, batch: Batch, normaliser: float) -> float:
+    def _backward(self, step: int, batch: Batch, normaliser: float) -> Tensor:
         batch = batch.to(self.place.device)
         with self.place.autocast():
             losses, objective = sharding.inside(self.composed, self._losses, batch)
         (objective / normaliser).backward()  # type: ignore[no-untyped-call]
         if self.sample_losses is not None:
             self.sample_losses.note(step, batch.owners_s, losses)
-        return float(losses.sum()) / normaliser
+        return losses.sum().double() / normaliser
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the losses f32 [s] without a graph, and their sum with one."""

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PATIENCE = timedelta(hours=2)  # while the first process looks at millions of samples; NCCL's own is 10 minutes
 BUCKET = 1 << 26  # elements of gradients that are summed across processes in one go
 
 
@@ -39,8 +41,10 @@ class Place:
             # Threads that wait for a core which decodes make each matrix product wait: measured 4 times slower.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - workers))
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
-        bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        # Older GPUs only act as if: "supported" by emulation is many times slower than fp32.
+        own = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = precision == "bf16" or (precision == "auto" and own)
         why = f"{precision} was asked for" if precision != "auto" else "the GPU has it" if bf16 else "no GPU with bf16"
         reason = f"{device}, {'bf16 with fp32 masters' if bf16 else 'fp32'} ({why}), {world} process(es)"
         return cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason)

@@ -91,3 +91,32 @@ def test_the_variable_length_kernel_agrees(heads):
     fast, _ = attend(module, q, k, v, documents, scaling=0.125)
     slow, _ = attend(module, q.float(), k.float(), v.float(), documents, scaling=0.125)
     torch.testing.assert_close(fast.float(), slow, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["phi", "gemma", "phi3"])
+def test_a_gpu_in_half_precision_takes_the_variable_length_kernel(family, monkeypatch):
+    """No GPU is needed: tensors that only pretend to be on one have shapes, types and kernels, and no values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.func import functional_call
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "varlen_attn" in str(func):
+                calls.append({tensor.dtype for tensor in args[:3]} | {tuple(args[9])})
+            return func(*args, **(kwargs or {}))
+
+    calls = []
+    register()
+    monkeypatch.setattr(torch._C, "_get_cudnn_sdp_enabled", lambda: False)  # the choice between two asks the driver
+    model = tf.AutoModel.from_config(CONFIGS[family], attn_implementation=NAME).to(torch.bfloat16).eval()
+    weights = [(n, t.shape, t.dtype) for n, t in (*model.named_parameters(), *model.named_buffers())]
+    with FakeTensorMode(), Seen(), torch.no_grad():
+        fake = {name: torch.empty(shape, dtype=dtype, device="cuda") for name, shape, dtype in weights}
+        row = torch.empty(1, sum(LENGTHS), 32, device="cuda", dtype=torch.bfloat16)
+        places = torch.empty(row.shape[:2], device="cuda", dtype=torch.int64)
+        with apart(LENGTHS, row.device):
+            options = {"inputs_embeds": row, "position_ids": places, "use_cache": False}
+            out = functional_call(model, fake, kwargs=options).last_hidden_state
+    assert out.device.type == "cuda" and out.shape == row.shape
+    assert calls == [{torch.bfloat16, (3 if family == "phi3" else -1, 0)}] * 2
