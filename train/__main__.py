@@ -180,8 +180,9 @@ def evaluate(
     Example: `python -m train eval run/model --tasks pope,gqa --eval-root playground/data/eval --out run/eval` writes
     `run/eval/{task}/answers.jsonl` and `manifest.json`; with `--data test.json --out answers.jsonl`, that file alone.
     """
-    options = configuration.load(config, settings or ()).eval
-    options = dataclasses.replace(options, limit=options.limit if limit is None else limit)
+    given = {"limit": limit, "show": show}
+    settings = [*(settings or ()), *(f"eval.{key}={value}" for key, value in given.items() if value is not None)]
+    options = configuration.load(config, settings).eval
     if (data is None) == (tasks is None):
         raise UsageError("eval needs either --data FILE or --tasks NAMES --eval-root DIR")
     if tasks is not None:
@@ -193,26 +194,9 @@ def evaluate(
         results = run_tasks(model, names, _root(eval_root), out, options, overwrite=overwrite)
         _show_scores(results, options, as_json)
         return
-    show = options.show if show is None else show
-    _answer_records(model, str(data), images, out, dataclasses.replace(options, show=show), overwrite, as_json)
-
-
-def _answer_records(
-    model: Path, data: str, images: str | None, out: Path, options: configuration.Eval, overwrite: bool, as_json: bool
-) -> None:
     from train.evaluate import evaluate as answer_all
 
-    summary = answer_all(
-        model,
-        data,
-        out,
-        images=images,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens or 64,
-        perplexity=options.perplexity,
-        limit=options.limit,
-        overwrite=overwrite,
-    )
+    summary = answer_all(model, str(data), out, images=images, options=options, overwrite=overwrite)
     if as_json:
         _show(summary, True)
         return

@@ -11,6 +11,7 @@ the file is opened again, and what is answered is not asked again. Decoding is g
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -43,12 +44,14 @@ def run_tasks(
 
     All questions and images are looked for before the model is loaded.  Raises: UsageError, DataError.
     """
+    from train.generate import load_speaker
+
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
     loaded = {name: load(name, root)[: options.limit or None] for name in names}
     for name, items in loaded.items():
         _check_images(name, items)
-    speak = _lazy_speaker(folder)
+    speak = functools.cache(lambda: load_speaker(folder))
     weights = digest_weights(folder)
     results = {}
     for name, items in loaded.items():
@@ -197,19 +200,6 @@ def _check_images(name: str, items: Sequence[Item]) -> None:
     missing = [item.image for item in items if isinstance(item.image, str) and not Path(item.image).is_file()]
     if missing:
         raise UsageError(f"{name}: {len(missing):,} of {len(items):,} images are missing, the first is {missing[0]}")
-
-
-def _lazy_speaker(folder: Path) -> Callable[[], Speaker]:
-    speakers: list[Speaker] = []
-
-    def speak() -> Speaker:
-        from train.generate import load_speaker
-
-        if not speakers:
-            speakers.append(load_speaker(folder))
-        return speakers[0]
-
-    return speak
 
 
 def digest_weights(folder: Path) -> str:

@@ -167,7 +167,8 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         names = ("ids_bl", "positions_bl", "supervised_s", "targets_s", "pixels_nchw")
-        return replace(self, **{name: change(getattr(self, name)) for name in names if getattr(self, name) is not None})
+        changed: dict[str, Any] = {n: change(tensor) for n in names if (tensor := getattr(self, n)) is not None}
+        return replace(self, **changed)
 
 
 class Collator:

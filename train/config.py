@@ -130,20 +130,7 @@ class Config:
 
 
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
-NEIGHBOURS = (
-    "about",
-    "demo",
-    "pool",
-    "data",
-    "import",
-    "embed",
-    "cluster",
-    "select",
-    "emit",
-    "report",
-    "mix",
-    "ablation",
-)
+NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> Config:

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,32 +45,6 @@ class Record:
     conversations: Any
     images: tuple[Any, ...]
     fields: dict[str, Any] = field(default_factory=dict)
-
-
-class Source(Protocol):
-    """What training needs of a set of samples; picklable, so that worker processes can have one."""
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-
-    def record(self, index: int) -> Record:
-        """Read one sample without its pixels.  Raises: Rejected."""
-
-    def name(self, index: int) -> str:
-        """Return file/key of a sample, also where it cannot be read."""
-
-    def key(self, index: int) -> str:
-        """Return the key of a sample, also where it cannot be read."""
-
-    def extents(self) -> Iterator[tuple[str, int, int]]:
-        """Yield each file's stem with its first sample and the one after its last."""
-
-    def image_bytes(self, location: Any) -> bytes:
-        """Read one image file.  Raises: Rejected."""
-
-    @property
-    def images_digest(self) -> str:
-        """Identify image files that lie apart from the samples, "" where none do or nobody asked."""
 
 
 class Files:
@@ -236,6 +210,9 @@ class JsonSource:
             raise Rejected("unreadable") from None
 
 
+Source = TarSource | JsonSource  # what training needs of samples; picklable, for worker processes
+
+
 def _parse(value: Any) -> Any:
     """Parse bytes of JSON; what is parsed already stays.  Raises: Rejected."""
     try:
@@ -268,6 +245,8 @@ def open_source(data: str, images: str | None = None, *, digest: bool = False) -
     Raises: UsageError that says what was found instead.
     """
     path = Path(data)
+    if images and path.suffix not in (".json", ".jsonl"):
+        raise UsageError(f"--images {images} goes with a LLaVA JSON; the shards of --data {data} hold theirs")
     if path.is_dir():
         shards = sorted(path.glob("*.tar"))
         if not shards:

@@ -24,11 +24,13 @@ from typing import Any
 
 from train import runs
 from train.answers import digest_weights
+from train.config import Eval
 from train.data import Source, decode_image, open_source
 from train.errors import UsageError
 from train.generate import Speaker, load_speaker
 from train.prompts import Rejected, Turn, parse
 
+DEFAULTS = Eval()
 log = logging.getLogger("train")
 
 
@@ -60,20 +62,18 @@ def evaluate(
     out: Path,
     *,
     images: str | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 64,
-    perplexity: bool = True,
-    limit: int = 0,
+    options: Eval = DEFAULTS,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an answer a line to `out`; return accuracies, overall and by task, and what was skipped.
 
     Answers that stand there already for the same model, data and options are not given again.
     """
+    limit, max_new_tokens = options.limit, options.max_new_tokens or 64
     source = open_source(data, images, digest=True)
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": runs.digest_data(data)}
     request |= {"images": source.images_digest, "max_new_tokens": max_new_tokens, "limit": limit}
-    request |= {} if perplexity else {"perplexity": False}
+    request |= {} if options.perplexity else {"perplexity": False}
     record = out.with_name(f"{out.stem}.manifest.json")
     if record.is_file() and out.is_file() and not overwrite:
         found = runs.read_json(record)
@@ -89,8 +89,8 @@ def evaluate(
     speaker = load_speaker(folder)
     concepts = {q.concept for q in questions if q.concept}
     rows: list[dict[str, Any]] = []
-    for batch in batches(questions, batch_size):
-        rows += _answer(speaker, source, batch, concepts, max_new_tokens, perplexity)
+    for batch in batches(questions, options.batch_size):
+        rows += _answer(speaker, source, batch, concepts, max_new_tokens, options.perplexity)
     record.unlink(missing_ok=True)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     result = {**summarise(rows), "skipped": skipped}

@@ -34,9 +34,7 @@ class Speaker:
         self, turns: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], max_new_tokens: int
     ) -> list[str]:
         """Answer conversations that end with a question, greedily, as one batch; images: PIL images by conversation."""
-        messages = [to_messages(conversation) for conversation in turns]
-        texts = [self.processor.apply_chat_template(m, add_generation_prompt=True) for m in messages]
-        inputs = self._encode(texts, images)
+        inputs = self._encode([self._write(conversation, open_ended=True) for conversation in turns], images)
         with torch.inference_mode():
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
@@ -46,11 +44,9 @@ class Speaker:
         self, turns: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], truths: Sequence[str]
     ) -> list[tuple[float, int]]:
         """Return for each conversation the summed cross-entropy of its true answer, end included, and its tokens."""
-        prompts = [self.processor.apply_chat_template(to_messages(c), add_generation_prompt=True) for c in turns]
         answered = [[*c, Turn("assistant", (truth,))] for c, truth in zip(turns, truths, strict=True)]
-        wholes = [self.processor.apply_chat_template(to_messages(c)) for c in answered]
-        asked = self._encode(prompts, images)["attention_mask"].sum(1)
-        inputs = self._encode(wholes, images)
+        asked = self._encode([self._write(c, open_ended=True) for c in turns], images)["attention_mask"].sum(1)
+        inputs = self._encode([self._write(c, open_ended=False) for c in answered], images)
         ids = inputs["input_ids"]
         sizes = [int(n) for n in inputs["attention_mask"].sum(1) - asked]  # padded on the left: answers end together
         with torch.inference_mode():
@@ -60,22 +56,28 @@ class Speaker:
         ).view(len(ids), -1)
         return [(float(row[len(row) - size :].sum()), size) for row, size in zip(losses, sizes, strict=True)]
 
+    def _write(self, turns: Sequence[Turn], *, open_ended: bool) -> str:
+        """Write a conversation in the model's template, to where the next answer begins if it is open-ended.
+
+        Text that imitates the image token gets a space, else the processor would look for a picture.
+        """
+        token = self.processor.image_token
+        spelt = f"{token[0]} {token[1:]}"
+        said = [Turn(t.role, tuple(part and part.replace(token, spelt) for part in t.parts)) for t in turns]
+        return str(self.processor.apply_chat_template(to_messages(said), add_generation_prompt=open_ended))
+
     def _encode(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
         """Encode conversations as one batch, padded on the left."""
-        flat = [list(own) for own in images]
+        flat, bos = [list(own) for own in images], self.processor.tokenizer.bos_token
         inputs = self.processor(
             text=list(texts),
             images=flat if any(flat) else None,
             padding=True,
             return_tensors="pt",
-            add_special_tokens=not self._has_bos(texts[0]),
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
         )
         inputs.pop("token_type_ids", None)
         return inputs.to(self.device, dtype=self.model.dtype)
-
-    def _has_bos(self, text: str) -> bool:
-        bos = self.processor.tokenizer.bos_token
-        return bos is not None and text.startswith(bos)
 
 
 def load_speaker(folder: Path) -> Speaker:

@@ -46,7 +46,8 @@ def paint(encoded: Encoded, encoder: Encoder, colour: bool) -> str:
     """Decode runs of equal supervision; the supervised in green, or in [[ ]] without colour."""
     out: list[str] = []
     begin, end = (GREEN, PLAIN) if colour else ("[[", "]]")
-    edges = [0, *(np.flatnonzero(np.diff(_kinds(encoded, encoder))) + 1).tolist(), len(encoded.ids)]
+    kinds = np.where(encoded.ids == encoder.image_id, 2, (encoded.labels >= 0).astype(int))
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(encoded.ids)]
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
         ids = encoded.ids[start:stop].tolist()
         if ids[0] == encoder.image_id:
@@ -55,10 +56,6 @@ def paint(encoded: Encoded, encoder: Encoder, colour: bool) -> str:
             text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
             out.append(f"{begin}{text}{end}" if encoded.labels[start] >= 0 else text)
     return "".join(out)
-
-
-def _kinds(encoded: Encoded, encoder: Encoder) -> np.ndarray:
-    return np.where(encoded.ids == encoder.image_id, 2, (encoded.labels >= 0).astype(int))
 
 
 def summary(plan: Plan) -> str:

@@ -57,16 +57,6 @@ class Model(lmms):  # type: ignore[misc]
         export(run, folder, dtype=dtype)
         return folder
 
-    @property
-    def rank(self) -> int:
-        """Which of the evaluation's processes this one is."""
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        """How many processes share the evaluation."""
-        return self._world_size
-
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answer requests, in their order; a batch holds requests of like settings, with pictures or without."""
         asked = [self._read(request) for request in requests]

@@ -24,7 +24,7 @@ from train.frugal import spare
 from train.loop import Training, out_of_memory
 from train.losses import SampleLosses
 from train.measuring import measure_once
-from train.model import Composed, compose, lora_config, lora_targets, prepare, recompute
+from train.model import Composed, compose, prepare, recompute
 from train.place import Place
 from train.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
 from train.runs import absolute, digest_data, finish, held, open_run, read_json, relative
@@ -68,8 +68,8 @@ def run_stage(
         trained = checkpoint.collect(training.trainable, None, keep=place.rank == 0)[checkpoint.WEIGHTS]
         if place.rank == 0:
             result = _result(training, learnt_from)
-            targets = lora_config(stage, lora_targets_of(training.composed)) if stage.tune == "lora" else None
-            checkpoint.save_trained(out, trained, targets)
+            adapter = training.composed.model.peft_config["default"] if stage.tune == "lora" else None
+            checkpoint.save_trained(out, trained, adapter)
             _write_skipped(out, source, training.skipped)
             if training.sample_losses is not None:
                 training.sample_losses.write(out / "losses", source)
@@ -108,11 +108,6 @@ def make_encoder(composed: Composed, model: Model, stage: Stage) -> Encoder:
     """Return the encoder of a stage."""
     template = stage_template(model, stage)
     return Encoder(composed.tokenizer, template, composed.image_token, composed.vision.tokens_per_image)
-
-
-def lora_targets_of(composed: Composed) -> list[str]:
-    """Return the adapted layers of a model whose layers PEFT has wrapped."""
-    return [target.removesuffix(".base_layer") for target in lora_targets(composed.model) if "lora_" not in target]
 
 
 def _request(
@@ -155,7 +150,7 @@ def _assemble(
     config: Config, stage: Stage, stage_name: StageName, source: Source, place: Place, out: Path, align: Path | None
 ) -> tuple[Training, str]:
     composed = compose(config.model, place.dtype)
-    learnt_from = "" if align is None else _load_align(composed, align)
+    learnt_from = "" if align is None else _load_align(composed, config.model, align)
     encoder = make_encoder(composed, config.model, stage)
     check_parity(source, encoder)
     max_length = config.model.max_length
@@ -180,13 +175,18 @@ def _assemble(
     return training, learnt_from
 
 
-def _load_align(composed: Composed, align: Path) -> str:
+def _load_align(composed: Composed, model: Model, align: Path) -> str:
+    """Start from the projector of an align run, which must have learnt from features like these."""
     manifest = read_json(align / "manifest.json")
     if manifest.get("request", {}).get("command") != "align":
         raise UsageError(f"--align {align} is not an align run")
     fingerprint = manifest["result"]["fingerprint"]
     if fingerprint != composed.fingerprint:
         raise UsageError(f"--align {align} was trained with another tower or language model than [model] names")
+    there, here = manifest["request"]["model"], dataclasses.asdict(model)
+    for key in ("feature_layer", "feature_strategy", "scales", "scale_features"):
+        if there.get(key) != here[key]:
+            raise UsageError(f"--align {align} was trained with model.{key} = {there.get(key)!r}, not {here[key]!r}")
     trained = checkpoint.load_trained(align)
     with torch.no_grad():
         for key, tensor in trained.items():

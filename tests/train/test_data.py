@@ -206,6 +206,8 @@ def test_nothing_to_read_is_said(tmp_path, make, word):
     (tmp_path / "l.json").write_bytes(b'[{"id": "\xe9"}]')
     with pytest.raises(UsageError, match=word):
         open_source(str(make(tmp_path)))
+    with pytest.raises(UsageError, match="goes with a LLaVA JSON"):
+        open_source(str(tmp_path), str(tmp_path))
 
 
 def test_measuring_in_workers_is_measuring(world, encoder, monkeypatch, tmp_path):

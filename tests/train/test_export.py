@@ -259,6 +259,16 @@ def test_the_loss_of_a_true_answer_is_that_of_a_plain_forward(world, model):
         assert loss == pytest.approx(-float(sum(logs[i, t] for i, t in enumerate(answer))), rel=1e-4)
 
 
+def test_text_that_imitates_a_picture_stays_text(model):
+    from PIL import Image
+
+    speaker, red = load_speaker(model), Image.new("RGB", (32, 32), "red")
+    for shown in ([], [red]):
+        turns = [Turn("user", (*(None for _ in shown), "what is <image> ?"))]
+        assert len(speaker.answers([turns], [shown], 2)) == 1
+        assert speaker.truth_losses([turns], [shown], ["an <image>"])[0][1] > 2
+
+
 def test_pictures_and_text_do_not_share_a_batch():
     kinds = [Question("", "", "", (), images, "") for images in ((1,), (1,), (1,), (), (), (1,))]
     assert [[len(q.images) for q in batch] for batch in batches(kinds, 2)] == [[1, 1], [1], [0, 0], [1]]
@@ -285,14 +295,14 @@ def test_learns_what_it_is_shown(world, tmp_path):
         record = {"id": str(i), "image": f"{i}.jpg", "conversations": turns, "task": "caption", "concept": sample(i)[0]}
         records.append(record)
     (tmp_path / "test.json").write_text(json.dumps(records))
-    summary = evaluate(tmp_path / "model", str(tmp_path / "test.json"), tmp_path / "answers.jsonl", batch_size=5)
+    summary = evaluate(tmp_path / "model", str(tmp_path / "test.json"), tmp_path / "answers.jsonl")
     assert summary["tasks"]["caption"] == {key: summary[key] for key in ("questions", "accuracy", "perplexity")}
     assert summary["questions"] == 12 and summary["perplexity"] > 1
     assert summary["accuracy"] >= 0.75
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == [record["id"] for record in records]
-    options = {"batch_size": 5, "perplexity": False}
-    short = evaluate(tmp_path / "model", str(tmp_path / "test.json"), tmp_path / "short.jsonl", **options)
+    options = configuration.Eval(batch_size=5, perplexity=False)
+    short = evaluate(tmp_path / "model", str(tmp_path / "test.json"), tmp_path / "short.jsonl", options=options)
     assert short["accuracy"] == summary["accuracy"] and "perplexity" not in short
 
 

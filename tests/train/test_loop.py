@@ -453,6 +453,8 @@ def test_finetune_starts_from_the_projector_of_align(world, tmp_path):
         run(world, tmp_path / "other", align=tmp_path / "tuned")
     with pytest.raises(UsageError, match="another tower or language model"):
         run(world, tmp_path / "third", "model.shrink=tiny", align=tmp_path / "align")
+    with pytest.raises(UsageError, match="was trained with model.feature_layer = -2, not -1"):
+        run(world, tmp_path / "fourth", "model.feature_layer=-1", align=tmp_path / "align")
 
 
 def test_the_schedule_rises_and_falls():
