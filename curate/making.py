@@ -6,6 +6,7 @@ written as an option; a mix's table is.
 
 import json
 import platform
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -58,20 +59,24 @@ def _table(mixed: store.Artefact, here: str) -> Iterator[str]:
     yield "[mix]"
     yield from _values(options)
     for name, source in sources.items():
-        yield f"[mix.sources.{json.dumps(name)}]"
+        yield f"[mix.sources.{_key(name)}]"
         places = {"path": name, "images": f"{name}.images"}
         recorded = {key: mixed.input_path(at) for key, at in places.items() if at in mixed.manifest["inputs"]}
         yield from _values({key: paths.relative(place, here) for key, place in recorded.items()} | source)
 
 
 def _values(table: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"{json.dumps(key)} = {_value(value)}" for key, value in table.items() if value is not None)
+    yield from (f"{_key(key)} = {_value(value)}" for key, value in table.items() if value is not None)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else json.dumps(key)
 
 
 def _value(value: Any) -> str:
     """Write a value as TOML does: as JSON does, but for tables."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_value(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(key)} = {_value(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
     return json.dumps(value)
@@ -88,27 +93,34 @@ def select_words(selection: store.Artefact, out: str) -> list[str]:
 
 
 def training(runs: Mapping[str, str], out: str) -> Iterator[dict[str, str]]:
-    """Write the command of each training run, with its model, as its manifest (or, unfinished, its plan) has them."""
-    for place in runs.values():
+    """Write each training run's command, configuration and model, as its manifest (or, unfinished, plan) has them."""
+    here = paths.parent(out)
+    for name, place in runs.items():
         names = (store.MANIFEST, store.PLAN)
         found = next((paths.join(place, name) for name in names if paths.exists(paths.join(place, name))), None)
         manifest = store.load_json(found) if found else {}
         request = manifest.get("request", {})
-        words = ["python", "-m", "train", str(request.get("command", "finetune"))]
+        stage = str(request.get("command", "finetune"))
+        words = ["python", "-m", "train", stage]
         for option in ("data", "images", "align"):
             if isinstance(value := request.get("inputs", {}).get(option), str) and value:
-                words += [f"--{option}", paths.relative(paths.resolve(value, place), paths.parent(out))]
-        words += ["--config", "PIPELINE.toml", "--out", paths.relative(place, paths.parent(out))]
-        model = request.get("model", {})
-        facts = {key: _seen(str(model.get(key) or ""), place, paths.parent(out)) for key in ("tower", "lm", "template")}
+                words += [f"--{option}", paths.relative(paths.resolve(value, place), here)]
+        words += ["--config", f"{name}.toml", "--out", paths.relative(place, here)]
+        model = {key: _seen(value, place, here) for key, value in request.get("model", {}).items()}
+        facts = {key: str(model.get(key) or "").removeprefix("local-dir:") for key in ("tower", "lm", "template")}
         account = [f"{key} {value}" for key, value in (facts | manifest.get("versions", {})).items() if value]
-        yield {"command": shlex.join(words), "account": " · ".join(account) or "no manifest yet"}
+        tables = {"model": model, stage: request.get("stage", {})} if model else {}
+        lines = [line for key, table in tables.items() for line in (f"[{key}]", *_values(table))]
+        told = {"command": shlex.join(words), "file": f"{name}.toml", "table": "\n".join(lines)}
+        yield told | {"account": " · ".join(account) or "no manifest yet"}
 
 
-def _seen(name: str, place: str, here: str) -> str:
-    """Write a model's name; a local one's place, which is recorded as seen from `place`, as seen from the page."""
-    written = name.removeprefix("local-dir:")
-    return paths.relative(paths.resolve(written, place), here) if written.startswith(".") else name
+def _seen(value: Any, place: str, here: str) -> Any:
+    """Write a local model's place, recorded as seen from `place`, as seen from the page; anything else as it is."""
+    text = str(value).removeprefix("local-dir:")
+    if not text.startswith("."):
+        return value
+    return str(value).removesuffix(text) + paths.relative(paths.resolve(text, place), here)
 
 
 def typed(chain: Sequence[store.Artefact]) -> list[str]:

@@ -174,6 +174,27 @@ def test_the_commands_on_the_page_are_commands(tmp_path):
     assert fingerprint(home / "again") == {k.replace("mix/", "again/"): v for k, v in fingerprint(home / "mix").items()}
 
 
+def test_a_training_run_is_told_with_its_configuration(tmp_path):
+    import dataclasses
+
+    from train import config
+
+    given = config.load(None, ["model.tower=local-dir:models/tower", "model.lm=hub/lm", "finetune.lr=3e-5"])
+    model = dataclasses.asdict(given.model) | {"tower": "local-dir:../../models/tower"}
+    request = {"command": "finetune", "inputs": {"data": "../mix", "align": "../align"}}
+    request |= {"model": model, "stage": dataclasses.asdict(given.finetune)}
+    (tmp_path / "out" / "tuned").mkdir(parents=True)
+    (tmp_path / "out" / "tuned" / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
+    (tmp_path / "out" / "tuned" / "manifest.json").write_text(json.dumps({"request": request, "result": {}}))
+    text, _ = page(tmp_path / "out", tmp_path / "r.html")
+    [line] = [html.unescape(line) for line in re.findall(r"<pre>(python .*?)</pre>", text)]
+    verb, asked = parse(line)
+    assert verb == "finetune" and str(asked["align"]) == "out/align" and asked["config"] == "tuned.toml"
+    [toml] = [html.unescape(t) for t in re.findall(r"tuned.toml</summary><pre>(.*?)</pre>", text, flags=re.S)]
+    (tmp_path / "tuned.toml").write_text(toml)
+    assert config.load(str(tmp_path / "tuned.toml")) == given
+
+
 def test_a_local_model_is_named_by_its_place_as_seen_from_the_page(tmp_path, monkeypatch):
     pool = write_pool(tmp_path / "pool", ["a"], 12)
     made = embed(pool, str(tmp_path / "embeddings"), EmbedOptions(CLIP), QUIET)
