@@ -5,6 +5,7 @@ combination of the axes that are not compared; within it the arms by the compare
 standard deviation and number of seeds, differences are paired and come with their 95 % interval.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,15 @@ Ablation = Mapping[str, Any]
 def exhibit(location: str) -> dict[str, Any]:
     """Lay out an ablation: its claims, and for every measure the arms in groups."""
     found = store.load_json(location)
+    record = paths.join(paths.parent(location), store.MANIFEST)
+    made = store.load_json(record) if paths.exists(record) else {}
     every = list(measures(found))
     return {
         "name": str(found.get("name", paths.name(paths.parent(location)))),
         "about": found.get("about", ""),
         "axes": {axis: " · ".join(map(str, values)) for axis, values in found["axes"].items()},
+        "settings": list(_settings(made.get("options", {}).get("axes", {}))),
+        "versions": made.get("versions", {}),
         "compare": found["compare"],
         "reference": found["reference"],
         "seeds": len(found["seeds"]),
@@ -33,6 +38,20 @@ def exhibit(location: str) -> dict[str, Any]:
         "failed": found.get("failed", [])[:MAX_FAILED],
         "num_failed": len(found.get("failed", [])),
     }
+
+
+def _settings(axes: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+    """List what each value of an axis sets: the axis, the value, and the settings, steps joined by arrows."""
+    for axis, values in axes.items():
+        for value, tables in values.items():
+            told = [f"{table}.{key}={_written(v)}" for table, pairs in tables.items() for key, v in pairs.items()]
+            yield axis, value, told
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return " → ".join(map(_written, value))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def measures(found: Ablation) -> Iterator[dict[str, Any]]:

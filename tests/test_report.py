@@ -252,8 +252,11 @@ def test_an_ablation_has_its_tables_intervals_and_claims(tmp_path):
     found["measures"]["kept"] = {"about": "rows", "better": "", "unit": "count"}
     found["summary"].append({"arm": {"pool": "dirty", "recipe": "random"}, "measure": "kept", "n": 1, "mean": 270})
     (tmp_path / "ablation.json").write_text(json.dumps(found))
-    _, page_ = page(tmp_path, tmp_path / "r.html")
+    options = {"axes": {"recipe": {"balanced": {"select": {"steps": ["top(3)", "sample(2)"], "n": 30}}, EVIL: {}}}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"command": "ablation", "options": options}))
+    text, page_ = page(tmp_path, tmp_path / "r.html")
     words = " ".join("".join(page_.words).split())
+    assert "recipebalancedselect.steps=top(3) → sample(2)select.n=30" in words and len(re.findall("<script", text)) == 1
     assert "At a glance" in words and "pool dirtycaption, %kept random 21.0 270" in words and "▲ 35.0–" in words
 
 
