@@ -152,3 +152,45 @@ def test_it_reads_on_a_phone_and_in_the_dark(page):
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
         colours.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert colours[0] != colours[1]
+
+
+FAINT = """
+const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+const read = (colour) => {
+  canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data];
+};
+const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] / 255 + below[i] * (1 - top[3] / 255));
+const light = (colour) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
+  const part = colour[i] / 255;
+  return sum + weight * (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+}, 0);
+const behind = (element) => element
+  ? over(read(getComputedStyle(element).backgroundColor), behind(element.parentElement)) : [255, 255, 255];
+return [...document.querySelectorAll("body *:not(script)")].filter((element) =>
+  [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())
+  && element.getBoundingClientRect().width).filter((element) => {
+    const style = getComputedStyle(element), ground = behind(element);
+    const ink = over(read(element.namespaceURI.endsWith("svg") ? style.fill : style.color), ground);
+    const [dark, bright] = [light(ink), light(ground)].sort((a, b) => a - b);
+    return (bright + 0.05) / (dark + 0.05) < 4.5;
+  }).map((element) => element.outerHTML.slice(0, 80));
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out_from_its_ground(page, scheme):
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    assert page.execute_script(FAINT) == []
+
+
+def test_without_scripts_it_reads_and_offers_nothing_that_cannot_be_moved(browser, home):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get(f"file://{home}/report.html")
+        assert "keeps" in browser.find_element("css selector", "#cut0 .readout").text
+        shown = [e for e in browser.find_elements("css selector", "button, input, #drag") if e.is_displayed()]
+        assert shown == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
