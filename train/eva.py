@@ -114,12 +114,6 @@ class _Block(nn.Module):
         return out
 
 
-class _Encoder(nn.Module):
-    def __init__(self, config: EvaVisionConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_hidden_layers))
-
-
 class EvaVisionModel(PreTrainedModel):  # type: ignore[misc]
     """The tower, called as transformers' vision models are."""
 
@@ -131,7 +125,8 @@ class EvaVisionModel(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: EvaVisionConfig) -> None:
         super().__init__(config)
         self.embeddings = _Embeddings(config)
-        self.encoder = _Encoder(config)
+        self.encoder: Any = nn.Module()
+        self.encoder.layers = nn.ModuleList(_Block(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.post_init()
 

@@ -92,7 +92,8 @@ def evaluate(
     for batch in batches(questions, options.batch_size):
         rows += _answer(speaker, source, batch, concepts, max_new_tokens, options.perplexity)
     record.unlink(missing_ok=True)
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with runs.whole_file(out) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     result = {**summarise(rows), "skipped": skipped}
     runs.write_json(record, {"format": runs.FORMAT, "request": request, "result": result})
     return {**result, "answers": str(out)}

@@ -10,7 +10,7 @@ import numpy as np
 from train.batches import Plan
 from train.config import Config, Stage
 from train.data import check_bad, encode, open_source
-from train.language import load_tokenizer
+from train.language import image_token_id, load_tokenizer
 from train.measuring import measure
 from train.prompts import Encoded, Encoder, Rejected
 from train.stages import stage_template
@@ -23,8 +23,7 @@ def describe(config: Config, stage_name: str, data: str, images: str | None, num
     """Yield a paragraph a sample, then one on lengths, shares and packing.  Raises: UsageError, DataError."""
     stage: Stage = getattr(config, stage_name)
     tokenizer = load_tokenizer(config.model)
-    if tokenizer.convert_tokens_to_ids(config.model.image_token) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [config.model.image_token]})
+    image_token_id(tokenizer, config.model.image_token)
     tokens = describe_tower(config.model)[1].tokens_per_image
     encoder = Encoder(tokenizer, stage_template(config.model, stage), config.model.image_token, tokens)
     source = open_source(data, images)

@@ -11,7 +11,7 @@ import torch
 from train import attention
 from train.config import Model
 from train.errors import UsageError
-from train.prompts import TEMPLATES
+from train.prompts import TEMPLATES, is_token
 from train.published import Words, cannot_load, check_named, known_words, locate, read_config
 from train.runs import read_json, write_json
 
@@ -161,14 +161,23 @@ def room_for(token_id: int, rows: int) -> int:
     return needed if rows % 64 else -(-needed // 64) * 64
 
 
-def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
-    """Return the id of the image token: one the tokenizer has, a spare row of the embedding, or else a new row of 0."""
+def image_token_id(tokenizer: Any, token: str) -> int:
+    """Return the id of the image token, which is added to a tokenizer that has none.
+
+    Raises: UsageError for a token that stands for something else.
+    """
     from tokenizers import AddedToken
 
-    known = tokenizer.convert_tokens_to_ids(token)
-    if known is None or (known == tokenizer.unk_token_id and token != tokenizer.unk_token):
+    if token in (tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+        raise UsageError(f"model.image_token = {token!r} stands for something else in the tokenizer; name another")
+    if not is_token(tokenizer, token):
         tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(token, normalized=False, special=True)]})
-        known = tokenizer.convert_tokens_to_ids(token)
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
+    """Return the id of the image token: one the tokenizer has, a spare row of the embedding, or else a new row of 0."""
+    known = image_token_id(tokenizer, token)
     rows = lm.get_input_embeddings().num_embeddings
     if room_for(known, rows) > rows:
         log.info("the language model has no spare row for %s: its embedding grows from %d rows", token, rows)
@@ -176,4 +185,4 @@ def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
         with torch.no_grad():  # what is drawn for them would differ by dtype, and by what was drawn before
             for table in (lm.get_input_embeddings(), lm.get_output_embeddings()):
                 table.weight[rows:] = 0
-    return int(known)
+    return known

@@ -7,7 +7,6 @@ supervised tokens · `step` i32, the optimiser step at which that was. `manifest
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from train.data import Source
 from train.place import Place
-from train.runs import MANIFEST, digest_file, write_json
+from train.runs import MANIFEST, digest_file, whole_file, write_json
 
 FILE = "losses.safetensors"  # in a checkpoint
 
@@ -68,20 +67,9 @@ class SampleLosses:
                     "step": pa.array(self.step[span], pa.int32()),
                 }
             )
-            digest = _write_table(table, folder / f"{stem}.arrow")
-            shards[stem] = {"rows": stop - start, "digest": digest}
+            path = folder / f"{stem}.arrow"
+            with whole_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+            shards[stem] = {"rows": stop - start, "digest": digest_file(path)}
         body: dict[str, Any] = {"format": 1, "command": "losses", "options": {}, "inputs": {}, "shards": shards}
         write_json(folder / MANIFEST, body)
-
-
-def _write_table(table: Any, path: Path) -> str:
-    import pyarrow as pa
-
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        with pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return digest_file(path)

@@ -15,7 +15,7 @@ from train.batches import load
 from train.data import Measured, Source, encode
 from train.place import Place
 from train.prompts import Encoder, Rejected
-from train.runs import MEASURED
+from train.runs import MEASURED, whole_file
 
 SPAN = 2048  # samples that a worker measures at a time
 log = logging.getLogger("train")
@@ -74,15 +74,13 @@ def measure_once(source: Source, encoder: Encoder, max_length: int, out: Path, p
 
 
 def _write(measured: Measured, path: Path) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with whole_file(path) as file:
         np.savez(
             file,
             **{name: getattr(measured, name) for name in ("lengths", "supervised", "images", "num_truncated")},
             rejected=np.array(list(measured.reasons), np.int64),
             reasons=np.array(list(measured.reasons.values()), str),
         )
-    partial.replace(path)
 
 
 def _read(path: Path, num: int) -> Measured | None:

@@ -23,6 +23,7 @@ from train.config import Model, Stage
 from train.language import (
     add_image_token,
     fold_logits_scaling,
+    image_token_id,
     load_lm,
     load_tokenizer,
     read_lm_config,
@@ -108,8 +109,7 @@ def blueprint(options: Model) -> tuple[Any, Vision]:
     if options.shrink or words is None:
         tokenizer = load_tokenizer(options)
         lm_config = shrunk(lm_config, tokenizer) if options.shrink else lm_config
-        known = tokenizer.convert_tokens_to_ids(options.image_token)
-        image_id = len(tokenizer) if known in (None, tokenizer.unk_token_id) else known
+        image_id = image_token_id(tokenizer, options.image_token)
     else:
         image_id = words.size
     lm_config.vocab_size = room_for(image_id, lm_config.vocab_size)

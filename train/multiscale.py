@@ -9,13 +9,15 @@ Source: S² (arXiv 2403.13043), as Bunny v1.1 uses it (bicubic without antialias
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+from train.tower import features
 
 TILES = 64  # as many images as a pass has at one scale (micro_images)
 
@@ -91,13 +93,10 @@ class MultiscaleModel(PreTrainedModel):  # type: ignore[misc]
         image = functional.interpolate(pixels_nchw.float(), size=scale * tower_size, mode="bicubic").to(dtype)
         n, channels = image.shape[:2]
         tiles = image.view(n, channels, scale, tower_size, scale, tower_size).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        hidden = torch.cat([self._features(part) for part in torch.split(tiles, TILES)])
+        index, skipped = self.config.feature_index, self.config.tokens_skipped
+        hidden = torch.cat([features(self.tower, part, index, "full") for part in torch.split(tiles, TILES)])
+        hidden = hidden[:, skipped:]
         side = round(hidden.shape[1] ** 0.5)
         tiled = hidden.reshape(n, scale, scale, side, side, -1)
         whole = tiled.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, scale * side, scale * side)
         return functional.interpolate(whole.float(), size=side, mode="area").to(hidden.dtype)
-
-    def _features(self, pixels_nchw: Tensor) -> Tensor:
-        index = self.config.feature_index
-        states = self.tower(pixels_nchw, output_hidden_states=index or True, return_dict=True).hidden_states
-        return cast(Tensor, states[index][:, self.config.tokens_skipped :])

@@ -279,7 +279,7 @@ class Encoder:
         self.image_id = int(tokenizer.convert_tokens_to_ids(image_token))
         self.image_token = image_token
         self.tokens_per_image = tokens_per_image
-        missing = [t for t in template.special_tokens if not _is_token(tokenizer, t)]
+        missing = [t for t in template.special_tokens if not is_token(tokenizer, t)]
         if missing:
             raise UsageError(f"template {template.name!r} needs {', '.join(missing)}, which the tokenizer lacks")
         if not template.end and tokenizer.eos_token is None:
@@ -340,7 +340,8 @@ class Encoder:
         return Encoded(np.array(ids, np.int32), np.array(labels, np.int32), num_images, truncated)
 
 
-def _is_token(tokenizer: Any, token: str) -> bool:
+def is_token(tokenizer: Any, token: str) -> bool:
+    """Whether a tokenizer knows a token by itself."""
     found = tokenizer.convert_tokens_to_ids(token)
     return found is not None and (found != tokenizer.unk_token_id or token == tokenizer.unk_token)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from train.errors import UsageError
+from train.runs import whole_file
 
 PROGRESS_EVERY_S = 5.0
 CURVES = ("loss", "lr", "grad_norm", "padding", "tokens_per_s", "supervised_per_s")
@@ -31,9 +32,8 @@ class Recorder:
 
             path = self.out / "metrics.jsonl"
             lines = path.read_text(encoding="utf-8").splitlines()[: self.start] if path.exists() else []
-            partial = path.with_name(".metrics.partial")
-            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            partial.replace(path)
+            with whole_file(path) as file:
+                file.write("".join(line + "\n" for line in lines).encode())
             self.file = path.open("a", encoding="utf-8")
             self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start)  # type: ignore[no-untyped-call]
         return self

@@ -20,7 +20,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from train.errors import UsageError
 
@@ -34,15 +34,21 @@ EXECUTION |= {"micro_tokens", "micro_images", "gradient_checkpointing", "attenti
 Status = Literal["new", "unfinished", "finished"]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: to a temporary name, synced, renamed."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file so that it is there whole or not at all: under a temporary name, synced, renamed."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False)
-        file.write("\n")
+    with partial.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole file of JSON."""
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -282,3 +282,9 @@ def test_a_sentencepiece_model_is_enough(tmp_path):
         assert tokenizer(text)["input_ids"] == [theirs.bos_id(), *theirs.encode(text)]
     tokenizer.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("token", ["<unk>", "<eos>", "<pad>"])
+def test_the_image_token_stands_for_images_alone(world, token):
+    with pytest.raises(UsageError, match="stands for something else"):
+        compose(Model(tower=f"local-dir:{world / 'clip'}", lm=str(world / "lm"), image_token=token))
