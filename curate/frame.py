@@ -23,6 +23,7 @@ File = Annotated[str, "file"]
 POOL = "pool"  # in the place of a file: read it off the pool itself
 AUTO = -1.0
 CLUSTER_FIRST = "run `curate cluster EMB CLU`, then `curate select CLU …`"
+NO_CAPTIONS = """without captions' embeddings choose steps such as 'dedup("auto")' and 'balance(cluster, 30%)'"""
 UNKNOWN_BITS = 255
 FROM_CLUSTERS = ("cluster", "centroid_similarity", "nearest_similarity")
 Fetch = Callable[[np.ndarray], np.ndarray]  # row numbers to vectors f16 [m, d]
@@ -79,7 +80,8 @@ class Frame:
             self.known(name, known)
             values = known[name]()
             if values.dtype.kind == "f" and self.good.any() and np.isnan(values[self.good]).all():
-                raise UsageError(f"the column {name} has no value on any good row.")
+                hint = NO_CAPTIONS if name == "clip_score" else None
+                raise UsageError(f"the column {name} has no value on any good row.", hint)
             self.cache[name] = values
         return self.cache[name]
 

@@ -73,9 +73,11 @@ def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 3.0
     known = rows[~np.isnan(scores[rows])]
     facts: dict[str, Any] = {}
     if share == AUTO:
-        if frame.shuffled is None:
-            raise UsageError("mismatch() needs the scores of shuffled pairs; there are none here.", CLUSTER_FIRST)
-        share, facts = evidence.mismatch_share(scores[known], np.asarray(frame.shuffled))
+        if frame.edges is None:
+            raise UsageError("mismatch() needs the scores of shuffled pairs, which clusters have.", CLUSTER_FIRST)
+        share, facts = 0.0, {"why": "there are no two pairs to shuffle"}
+        if frame.shuffled is not None:
+            share, facts = evidence.mismatch_share(scores[known], np.asarray(frame.shuffled))
     wanted, size = frame.count(budget), len(rows)
     surely = round(min(factor, SURELY) * share * size)
     drop = max(0, min(round(factor * share * size), max(surely, size - round(ROOM * wanted)), size - wanted))

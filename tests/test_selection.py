@@ -237,6 +237,17 @@ def test_a_side_of_any_length_is_a_number(tmp_path):
     assert store.table(str(tmp_path / "sel" / "00000.arrow"))["kept"].to_pylist() == [False, False, True]
 
 
+def test_one_row_is_selected_and_pools_without_captions_are_told_what_to_do(tmp_path):
+    one = draw(tmp_path / "one", rows=1, stems=1, bad=0, copies=0)
+    cluster(one.path, str(tmp_path / "clu"), ClusterOptions(k=1), QUIET)
+    manifest = select(str(tmp_path / "clu"), str(tmp_path / "sel"), SelectOptions(n=1), QUIET)
+    assert manifest["counts"]["kept"] == 1
+    silent = imported(tmp_path, "silent", 9)
+    cluster(silent, str(tmp_path / "clu2"), ClusterOptions(k=2), QUIET)
+    with pytest.raises(UsageError, match=r"clip_score has no value.*balance\(cluster, 30%\)"):
+        select(str(tmp_path / "clu2"), str(tmp_path / "no"), SelectOptions(), QUIET)
+
+
 def test_a_shard_without_rows_goes_through_every_stage(tmp_path):
     emb, clu, sel = imported(tmp_path, "emb", 9, 0, 1), str(tmp_path / "clu"), str(tmp_path / "sel")
     assert cluster(emb, clu, ClusterOptions(k=2), QUIET)["counts"] == {"clustered": 10, "bad": 0}
