@@ -8,13 +8,12 @@ wrong.
 import json
 import logging
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from curate.engine import Job
-from curate.errors import CurateError, UsageError, unknown
+from curate.errors import CurateError
+from curate.verbs import Json, Run, verb
 
 app = typer.Typer(
     help="Condense image-text pools into coresets. A pool is a directory of tar shards; each verb makes one directory.",
@@ -25,64 +24,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Workers = Annotated[int, typer.Option(help="Processes (0: one per GPU, else one per core).")]
-Engine = Annotated[str, typer.Option(help="local or ray.")]
-SLICE = typer.Option("--slice", metavar="RANK/WORLD", help="Do only this part of the shards, under any scheduler.")
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make the output anew where it was made otherwise.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Columns = Annotated[str, typer.Option(metavar="A,B,…", help="Fields of the JSON or table beside to keep as columns.")]
-
-
-def _job(workers: int, engine: str, part: str = "", overwrite: bool = False) -> Job:
-    """Build the Job from the options that every verb shares."""
-    if engine not in ("local", "ray"):
-        raise unknown("engine", engine, ("local", "ray"))
-    if workers < 0:
-        raise UsageError(f"--workers {workers} is negative.", "--workers 0 takes one per GPU, else one per core")
-    rank_world = None
-    if part:
-        rank, _, world = part.partition("/")
-        if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
-            raise UsageError(f"--slice {part!r} is not RANK/WORLD with RANK < WORLD, e.g. --slice 0/8")
-        rank_world = (int(rank), int(world))
-    return Job(workers=workers, engine=engine, gpus=_gpus(), overwrite=overwrite, part=rank_world)
 
 
 def _names(listed: str) -> tuple[str, ...]:
     """Split a list of names."""
     return tuple(name.strip() for name in listed.split(",") if name.strip())
-
-
-def _gpus() -> int:
-    """Count the GPUs without paying for the import of torch where there is no driver."""
-    import os
-
-    if not os.path.exists("/proc/driver/nvidia/version") and not os.path.exists("/dev/nvidiactl"):
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _finish(verb: str, out: str, make: Callable[[], dict[str, Any]], *, as_json: bool, dry_run: bool = False) -> None:
-    """Carry out a verb, tell what it made, and end with the right exit code."""
-    if dry_run:
-        typer.echo(f"would write {out}: {verb}")
-        return
-    manifest = make()
-    failed = manifest.get("failed", {})
-    if as_json:
-        typer.echo(json.dumps({"directory": out, **manifest}, ensure_ascii=False))
-    else:
-        from curate.show import headline
-
-        typer.echo(headline(verb, manifest).strip() + f" → {out}")
-    if failed:
-        told = f"{len(failed)} shard(s) failed: {', '.join(list(failed)[:5])}; run the same command again to retry"
-        typer.echo(told, err=True)
-        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -105,7 +52,7 @@ def main() -> None:
         sys.exit(130)
 
 
-@app.command()
+@verb(app, but=("seed",))
 def pack(
     source: Annotated[str, typer.Argument(help="A folder of files, or parquet files with images in a column.")],
     out: Annotated[str, typer.Argument(help="Directory for the pool.")],
@@ -113,12 +60,8 @@ def pack(
     image: Annotated[str, typer.Option(help="The column of images (parquet).")] = "",
     caption: Annotated[str, typer.Option(help="The column of captions (parquet).")] = "",
     shard_size: Annotated[int, typer.Option(help="Samples per tar, at most.")] = 10_000,
-    workers: Workers = 0,
-    engine: Engine = "local",
-    part: Annotated[str, SLICE] = "",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    run: Run,
 ) -> None:
     """Make a pool of images that are not in tars yet, byte for byte.
 
@@ -128,11 +71,10 @@ def pack(
     from curate.packing import pack as stage
 
     options = PackOptions(layout, image, caption, shard_size)
-    job = _job(workers, engine, part, overwrite)
-    _finish("pack", out, lambda: stage(source, out, options, job), as_json=as_json, dry_run=dry_run)
+    run.make(out, lambda job: stage(source, out, options, job))
 
 
-@app.command()
+@verb(app)
 def embed(
     pool: Annotated[str, typer.Argument(help="Tars: a directory, glob, brace pattern or URL.")],
     out: Annotated[str, typer.Argument(help="Directory for the embeddings.")],
@@ -145,13 +87,8 @@ def embed(
     decoders: Annotated[int, typer.Option(help="Decoding processes per worker (0: by device).")] = 0,
     columns: Columns = "",
     captions: Annotated[str, typer.Option(help="A TSV of captions and urls, for samples without a caption.")] = "",
-    workers: Workers = 0,
-    engine: Engine = "local",
-    part: Annotated[str, SLICE] = "",
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    run: Run,
 ) -> None:
     """Embed images and captions with CLIP, shard by shard, and score how well they match.
 
@@ -162,11 +99,10 @@ def embed(
 
     more: dict[str, Any] = {"decoders": decoders, "columns": _names(columns), "captions": captions}
     options = EmbedOptions(model, pretrained, precision, batch_size, **more)
-    job = _job(workers, engine, part, overwrite)
-    _finish("embed", out, lambda: stage(pool, out, options, job), as_json=as_json, dry_run=dry_run)
+    run.make(out, lambda job: stage(pool, out, options, job))
 
 
-@app.command("import")
+@verb(app, "import")
 def import_(
     source: Annotated[str, typer.Argument(help="The folder of published embeddings.")],
     out: Annotated[str, typer.Argument(help="Directory for the embeddings.")],
@@ -175,13 +111,8 @@ def import_(
     join: Annotated[str, typer.Option(help="What rows are matched by: key, url, sha256 or uid.")] = "",
     arch: Annotated[str, typer.Option(help="Which of DataComp's two models: l14 or b32.")] = "l14",
     columns: Columns = "",
-    workers: Workers = 0,
-    engine: Engine = "local",
-    part: Annotated[str, SLICE] = "",
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    run: Run,
 ) -> None:
     """Import published embeddings as sidecars, as they are or joined to your own download.
 
@@ -190,11 +121,10 @@ def import_(
     from curate.importing import ImportOptions, import_layout
 
     options = ImportOptions(layout, pool=pool, join=join, arch=arch, columns=_names(columns))
-    job = _job(workers, engine, part, overwrite)
-    _finish("import", out, lambda: import_layout(source, out, options, job), as_json=as_json, dry_run=dry_run)
+    run.make(out, lambda job: import_layout(source, out, options, job))
 
 
-@app.command()
+@verb(app)
 def cluster(
     embeddings: Annotated[str, typer.Argument(help="A directory of `curate embed` or `import`.")],
     out: Annotated[str, typer.Argument(help="Directory for the clusters.")],
@@ -204,13 +134,8 @@ def cluster(
     centroids: Annotated[str, typer.Option(help="Assign to the centroids in this .npy instead of fitting.")] = "",
     floor: Annotated[float, typer.Option(help="Lowest cosine kept as a near-duplicate edge.")] = 0.80,
     neighbours: Annotated[int, typer.Option(help="Compare across this many nearest clusters, 1 or 2.")] = 1,
-    workers: Workers = 0,
-    engine: Engine = "local",
-    part: Annotated[str, SLICE] = "",
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    run: Run,
 ) -> None:
     """Cluster the images by k-means, assign every row, and relate near-duplicates within clusters.
 
@@ -220,13 +145,12 @@ def cluster(
     from curate.cluster import cluster as stage
 
     options = ClusterOptions(
-        k=k, iters=iters, sample=sample, centroids=centroids, floor=floor, neighbours=neighbours, seed=seed
+        k=k, iters=iters, sample=sample, centroids=centroids, floor=floor, neighbours=neighbours, seed=run.seed
     )
-    job = _job(workers, engine, part, overwrite)
-    _finish("cluster", out, lambda: stage(embeddings, out, options, job), as_json=as_json, dry_run=dry_run)
+    run.make(out, lambda job: stage(embeddings, out, options, job))
 
 
-@app.command()
+@verb(app, but=("part",))
 def select(
     source: Annotated[
         str, typer.Argument(help="A directory of `curate cluster`, or of `embed` where no step needs clusters.")
@@ -238,12 +162,8 @@ def select(
     recipe: Annotated[str, typer.Option(help="A named chain of steps [balanced].")] = "",
     n: Annotated[str, typer.Option(help="How many rows the recipe keeps: 2000000, or a share such as 2%.")] = "",
     losses: Annotated[str, typer.Option(help="RUN/losses of the trainer: gives steps the column `loss`.")] = "",
-    workers: Workers = 0,
-    engine: Engine = "local",
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    run: Run,
 ) -> None:
     """Run a funnel of steps and keep, for every row, the reason why it left.
 
@@ -255,10 +175,9 @@ def select(
     from curate.selection import SelectOptions
     from curate.selection import select as stage
 
-    options = SelectOptions(steps=tuple(step or ()), recipe=recipe, n=n, seed=seed, losses=losses)
-    job = _job(workers, engine, "", overwrite)
-    _finish("select", out, lambda: stage(source, out, options, job), as_json=as_json, dry_run=dry_run)
-    if not as_json and not dry_run:
+    options = SelectOptions(steps=tuple(step or ()), recipe=recipe, n=n, seed=run.seed, losses=losses)
+    run.make(out, lambda job: stage(source, out, options, job))
+    if not run.as_json and not run.dry_run:
         from curate import paths, store
         from curate.show import funnel_lines
 
@@ -277,7 +196,7 @@ def steps() -> None:
         typer.echo(line)
 
 
-@app.command()
+@verb(app)
 def emit(
     selection: Annotated[str, typer.Argument(help="A directory of `curate select`.")],
     out: Annotated[str, typer.Argument(help="Directory for the coreset.")],
@@ -287,13 +206,8 @@ def emit(
     shard_size: Annotated[int, typer.Option(help="Samples per output shard.")] = 10_000,
     prompt: Annotated[str, typer.Option(help="The question put before a caption (llava).")] = "",
     pool: Annotated[str, typer.Option(help="Where the pool is now, if it moved.")] = "",
-    workers: Workers = 0,
-    engine: Engine = "local",
-    part: Annotated[str, SLICE] = "",
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    run: Run,
 ) -> None:
     """Write the coreset, ready to train on: the original members of each kept sample, byte for byte.
 
@@ -303,24 +217,20 @@ def emit(
     from curate.emit import emit as stage
 
     options = EmitOptions(format=format, shard_size=shard_size, **({"prompt": prompt} if prompt else {}))
-    job = _job(workers, engine, part, overwrite)
-    _finish("emit", out, lambda: stage(selection, out, options, job, pool or None), as_json=as_json, dry_run=dry_run)
+    run.make(out, lambda job: stage(selection, out, options, job, pool or None))
 
 
-@app.command()
+@verb(app, but=("part", "seed"))
 def mix(
     table: Annotated[str, typer.Argument(help="A TOML file with a [mix] table and [mix.sources.NAME] tables.")],
     out: Annotated[str, typer.Argument(help="Directory for the mixed shards.")],
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="mix.KEY=VALUE", help="Override.")] = None,
-    workers: Workers = 0,
-    engine: Engine = "local",
     seed: Annotated[int | None, typer.Option(help="Seed of the draws and of the order.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse faults and repeated ids instead of counting.")
     ] = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    run: Run,
 ) -> None:
     """Mix instruction data from several sources, text-only data among them, exactly to share and count.
 
@@ -334,21 +244,17 @@ def mix(
     flags = [*([f"mix.seed={seed}"] if seed is not None else []), *(["mix.strict=true"] if strict else [])]
     for setting in [*(settings or []), *flags]:
         options.assign(tables, setting)
-    job = _job(workers, engine, "", overwrite)
-    _finish("mix", out, lambda: stage(tables["mix"], out, job), as_json=as_json, dry_run=dry_run)
+    run.make(out, lambda job: stage(tables["mix"], out, job))
 
 
-@app.command()
+@verb(app, but=("engine", "part"))
 def demo(
     out: Annotated[str, typer.Argument(help="Directory for the demo.")],
     rows: Annotated[int, typer.Option(help="Samples in the pool.")] = 12_000,
     shards: Annotated[int, typer.Option(help="Tars in the pool.")] = 6,
     dirt: Annotated[str, typer.Option(help="dirty, half or clean: how many faults are planted.")] = "dirty",
-    workers: Workers = 0,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    run: Run,
 ) -> None:
     """Render a pool of captioned pictures with planted faults, instruction data and tests.
 
@@ -356,20 +262,17 @@ def demo(
     """
     from curate.demo import DemoOptions, render_demo
 
-    options = DemoOptions(rows=rows, seed=seed, shards=shards, dirt=dirt)
-    job = _job(workers, "local", "", overwrite)
-    _finish("demo", out, lambda: render_demo(out, options, job), as_json=as_json, dry_run=dry_run)
+    options = DemoOptions(rows=rows, seed=run.seed, shards=shards, dirt=dirt)
+    run.make(out, lambda job: render_demo(out, options, job))
 
 
-@app.command()
+@verb(app, but=("workers", "engine", "part"))
 def report(
     directory: Annotated[str, typer.Argument(help="A directory that a verb made, or one that holds such directories.")],
     out: Annotated[str, typer.Argument(help="The HTML file.")],
     title: Annotated[str, typer.Option(help="Heading of the page [the directory's name].")] = "",
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    run: Run,
 ) -> None:
     """Write one self-contained HTML page: funnel, scores with cuts that move, clusters, twins, mixes, runs, ablations.
 
@@ -378,8 +281,8 @@ def report(
     from curate.report import ReportOptions
     from curate.report import report as stage
 
-    options = ReportOptions(seed=seed, title=title)
-    _finish("report", out, lambda: stage(directory, out, options, Job()), as_json=as_json, dry_run=dry_run)
+    options = ReportOptions(seed=run.seed, title=title)
+    run.make(out, lambda job: stage(directory, out, options, job))
 
 
 @app.command()
@@ -404,7 +307,7 @@ def show(
         typer.echo("".join(letter if letter.isprintable() else "�" for letter in line))  # captions and keys: no escapes
 
 
-@app.command()
+@verb(app, but=("part", "seed"))
 def run(
     pipeline: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped pipeline.")] = "",
     out: Annotated[str, typer.Option(help="Where all directories go [out/NAME].")] = "",
@@ -413,11 +316,8 @@ def run(
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override.")] = None,
     only: Annotated[str, typer.Option(help="One stage, or the group coreset or train.")] = "",
     names: Annotated[bool, typer.Option("--list", help="Name the shipped pipelines.")] = False,
-    workers: Workers = 0,
-    engine: Engine = "local",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    *,
+    run: Run,
 ) -> None:
     """Carry out every stage of a pipeline, resuming where it stands.
 
@@ -430,21 +330,20 @@ def run(
             typer.echo(f"{name:<30} {about}")
         return
     plan = pipelines.load(pipeline, out or None, pool=pool or None, recipe=recipe or None, settings=settings or [])
-    job = _job(workers, engine, overwrite=overwrite)
     if "ablation" in plan.tables:
         from curate.ablation import command
 
-        if not command(plan, job, only, dry_run=dry_run, as_json=as_json, echo=typer.echo):
+        if not command(plan, run.job, only, dry_run=run.dry_run, as_json=run.as_json, echo=typer.echo):
             raise typer.Exit(1)
         return
-    if dry_run:
+    if run.dry_run:
         from curate.estimate import lines
 
-        for line in lines(plan, only or None, job.gpus):
+        for line in lines(plan, only or None, run.job.gpus):
             typer.echo(line)
         return
-    made = pipelines.run(plan, job, only or None, echo=(lambda _: None) if as_json else typer.echo)
-    if as_json:
+    made = pipelines.run(plan, run.job, only or None, echo=(lambda _: None) if run.as_json else typer.echo)
+    if run.as_json:
         typer.echo(json.dumps({label: manifest.get("counts", {}) for label, manifest in made.items()}))
     if any(manifest.get("failed") for manifest in made.values()):
         raise typer.Exit(1)

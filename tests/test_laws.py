@@ -39,7 +39,7 @@ ROOMS = {
     **dict.fromkeys(["pipeline", "arms"], 6),
     **dict.fromkeys(["calibration"], 2),
     **dict.fromkeys(["estimate", "ablation"], 7),
-    **dict.fromkeys(["cli", "__main__"], 8),
+    **dict.fromkeys(["cli", "verbs", "__main__"], 8),
 }
 PLAIN = ("checkpoints", "paths", "records", "rules", "drawing", "texts", "arrays")
 NUMERICS = [room for room, floor in ROOMS.items() if floor == 1 and room not in PLAIN]
