@@ -116,13 +116,13 @@ def histogram(
 ) -> Markup:
     """Draw how all rows and the kept ones are spread over a score, each as shares of their own number.
 
-    edges: n + 1 bin edges; everything, kept: n counts. window: the stretch that a step left.
+    edges: n + 1 bin edges; everything, kept: n counts, or none for kept. window: the stretch that a step left.
     """
     x = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
-    shares = [[count / max(1, sum(counts)) for count in counts] for counts in (everything, kept)]
+    shares = [[count / max(1, sum(counts)) for count in counts] for counts in (everything, kept) if counts]
     y = Axis(0, max(map(max, shares)) or 1, HEIGHT - BOTTOM, TOP)
     parts = [_grid(x, y, lambda value: f"{value:.1%}" if y.high < 0.1 else f"{value:.0%}")]
-    for kind, values in zip(("all", "kept"), shares, strict=True):
+    for kind, values in zip(("all", "kept"), shares, strict=False):
         path = f"M{x(edges[0]):.1f} {y(0):.1f}"
         for low, high, value in zip(edges[:-1], edges[1:], values, strict=True):
             path += f"V{y(value):.1f}H{x(high):.1f}" if value or low else f"H{x(high):.1f}"

@@ -42,6 +42,13 @@ def figures(funnel: Funnel) -> Iterator[dict[str, Any]]:
             yield _figure(column, _histogram(histograms, column, None), None)
 
 
+def plain(column: str, values: np.ndarray, label: str) -> dict[str, Any]:
+    """Draw how the values of a score are spread where nothing was selected by it. values: f32 [n], NaN left out."""
+    counts, edges = np.histogram(values[~np.isnan(values)], 60)
+    chart = charts.histogram(edges.tolist(), counts.tolist(), [], f"spread of {column}")
+    return _figure(column, chart, None, label)
+
+
 def _figure(
     column: str, chart: Markup, control: dict[str, Any] | None, heading: str = "No step cuts here"
 ) -> dict[str, Any]:

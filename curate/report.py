@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from curate import clustermap, engine, exhibits, making, movable, paths, shards, store, trials
@@ -79,6 +80,7 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
         "runs": list(making.training(found.runs, out)),
         "trials": trials.exhibit(found.ablation) if found.ablation else None,
         "looked": _looked(gallery, found),
+        "embedded": found.embedded.manifest.get("counts", {}) if found.embedded is not None else {},
         "others": list(_comparison(found, directory)),
     }
     if found.selection is not None:
@@ -88,6 +90,11 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
             "figures": list(movable.figures(funnel)),
             "select_words": making.select_words(found.selection, out),
         }
+    elif gallery is not None and gallery.columns:
+        scores = gallery.columns["score"]
+        if not np.isnan(scores).all():
+            label = f"{int((~np.isnan(scores)).sum()):,} pairs{_looked(gallery, found)}"
+            context["figures"] = [movable.plain("clip_score", scores, label)]
     if found.clusters is not None:
         context["sizes"] = clustermap.exhibit(found.clusters, found.selection)
     pictures = _choose_cards(context, gallery, found)
@@ -193,7 +200,7 @@ def _choose_cards(context: dict[str, Any], gallery: Gallery | None, found: Found
         return 0
     reason, cluster = gallery.columns["reason"], gallery.columns["cluster"]
     context["twins"] = gallery.twins(TWINS)
-    context["kept"] = gallery.sample(reason < 0, KEPT, "kept") if found.selection is not None else []
+    context["kept"] = gallery.sample(reason < 0, KEPT, "kept")
     steps = context["funnel"]["steps"][:MAX_STEPS_SHOWN] if context["funnel"] else []
     context["dropped"] = [(step, cards) for step in steps if (cards := gallery.dropped(step["text"], DROPPED))]
     counts = exhibits.bad_counts(found.embedded)

@@ -1,6 +1,7 @@
 """The report as a reader meets it: in a real browser, headless, with mouse, keyboard and a phone's width."""
 
 import json
+import re
 import shlex
 import shutil
 
@@ -12,7 +13,7 @@ from curate.cluster import ClusterOptions, cluster
 from curate.engine import Job
 from curate.report import ReportOptions, report
 from curate.selection import SelectOptions, select
-from house import curate
+from house import ROOT, curate
 
 QUIET = Job(workers=1, quiet=True)
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> dog"
@@ -194,3 +195,14 @@ def test_without_scripts_it_reads_and_offers_nothing_that_cannot_be_moved(browse
         assert shown == []
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+@pytest.mark.parametrize("name", ["embeddings", "clusters", "selection", "ablation"])
+def test_a_page_about_any_directory_opens_without_errors(browser, home, tmp_path, name):
+    if name == "ablation":
+        (home / name).mkdir(exist_ok=True)
+        text = (ROOT / "curate" / "README.md").read_text().split("### ablations")[1]
+        (home / name / "ablation.json").write_text(re.search(r"```json\n(.*?)```", text, flags=re.S)[1])
+    report(str(home / name), str(tmp_path / "page.html"), ReportOptions(), QUIET)
+    browser.get(f"file://{tmp_path}/page.html")
+    assert browser.get_log("browser") == [] and browser.execute_script(FAINT) == []

@@ -129,11 +129,14 @@ def test_the_page_tells_the_funnel_and_shows_twins_side_by_side(tmp_path):
 
 @pytest.mark.parametrize(
     "name, expected",
-    [("selection", "funnel"), ("coreset", "funnel"), ("clusters", "clusters"), ("embeddings", "making")],
+    [("selection", "funnel"), ("coreset", "funnel"), ("clusters", "clusters"), ("embeddings", "scores")],
 )
 def test_any_directory_has_its_page(tmp_path, name, expected):
-    _, found = page(make(tmp_path) / name, tmp_path / "r.html")
-    assert expected in {a.get("id") for a in found.all("section")}
+    text, found = page(make(tmp_path) / name, tmp_path / "r.html")
+    assert {expected, "kept", "making"} <= {a.get("id") for a in found.all("section")}
+    selected = expected == "funnel"
+    assert ('class="tag">kept' in text) == ('id="cuts-data"' in text) == selected
+    assert ("What is in it" in text) == (not selected)
 
 
 def test_a_mix_and_a_training_run_are_shown(tmp_path):
