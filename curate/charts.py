@@ -173,7 +173,7 @@ def scatter(spots: Iterable[Spot], label: str) -> Markup:
         )
         link = Markup('<a href="#{}" aria-label="{}">{}</a>').format(spot.target, spot.title, circle)
         parts.append(link if spot.target else circle)
-    return _svg(parts, label, height=MAP_HEIGHT)
+    return _svg(parts, label, height=MAP_HEIGHT, role="group")  # an image would hide its links from a screen reader
 
 
 def forest(rows: Sequence[Interval | None]) -> tuple[list[Markup], Markup]:
@@ -254,7 +254,12 @@ def _grid(x: Axis, y: Axis, write: Callable[[float], str], ticks: Mapping[float,
 
 
 def _svg(
-    parts: Sequence[Markup], label: str, x: Axis | None = None, control: str = "", height: float = HEIGHT
+    parts: Sequence[Markup],
+    label: str,
+    x: Axis | None = None,
+    control: str = "",
+    height: float = HEIGHT,
+    role: str = "img",
 ) -> Markup:
     """Wrap the parts; a chart that is moved says by what, and over which scale."""
     scale = ""
@@ -262,6 +267,6 @@ def _svg(
         scale = Markup(' data-control="{}" data-low="{!r}" data-high="{!r}" data-start="{}" data-end="{}"').format(
             control, float(x.low), float(x.high), x.start, x.end
         )
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}"{}>{}</svg>').format(
-        WIDTH, f"{height:g}", escape(label), scale, Markup("").join(parts)
+    return Markup('<svg viewBox="0 0 {} {}" role="{}" aria-label="{}"{}>{}</svg>').format(
+        WIDTH, f"{height:g}", role, escape(label), scale, Markup("").join(parts)
     )

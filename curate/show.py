@@ -301,6 +301,9 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
 
 def _pipeline(directory: str) -> Iterator[str]:
     """Describe a pipeline's directory: a line for each stage, then the funnel. Raises: UsageError for any other."""
+    if directory.endswith(".tar"):
+        yield from _pool(directory)
+        return
     if not paths.is_dir(directory):
         raise UsageError(f"{directory} is no directory.", "give a stage's directory, a pool, or a pipeline's OUT")
     lines, selection = [], None

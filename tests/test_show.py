@@ -70,6 +70,7 @@ def test_what_nobody_made_is_refused(home, tmp_path):
         list(show.show(str(tmp_path)))
     with pytest.raises(UsageError, match="is no directory"):
         list(show.show(str(tmp_path / "typo")))
+    assert "a pool of 2 tars" in next(show.show(str(home / "pool" / "{a,b}.tar")))
 
 
 def test_a_directory_of_which_a_part_is_done_says_so(home, tmp_path):
