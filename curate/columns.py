@@ -216,14 +216,9 @@ class Pool:
     @property
     def _embedder(self) -> tuple[int, str]:
         """Return the embeddings' dimensions and the model's name, empty where it is not recorded."""
-        schema = store.reader(self.emb.path(f"{self.emb.stems[0]}.arrow")).schema
         options = self.emb.manifest.get("options", {})
         named = [str(options[key]) for key in ("model", "pretrained", "weights") if options.get(key)]
-        return schema.field("image_embedding").type.list_size, " ".join(named)
-
-    @property
-    def _has_text(self) -> bool:
-        return "text_embedding" in self._schema.names
+        return self._schema.field("image_embedding").type.list_size, " ".join(named)
 
     @cached_property
     def _schema(self) -> pa.Schema:
@@ -250,7 +245,7 @@ class Pool:
 
     def frame(self, seed: int) -> Frame:
         """Make the frame that the steps see."""
-        extra = store.extra_columns(self._schema)
+        extra, scored = store.extra_columns(self._schema), self.chunks("clip_score")
         numbers = [
             *NUMBERS,
             *CAPTION,
@@ -270,7 +265,7 @@ class Pool:
             edges=self.edges if self.clu is not None and paths.exists(self.clu.path(EDGES)) else None,
             floor=self.floor,
             vectors=self.vectors,
-            text_vectors=partial(self.vectors, column="text_embedding") if self._has_text else None,
+            text_vectors=partial(self.vectors, column="text_embedding") if scored.null_count < len(scored) else None,
             captions=self.captions,
             centroids=self.centroids if self.clu is not None else None,
             lines=_lines,
