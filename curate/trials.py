@@ -44,7 +44,10 @@ def _settings(axes: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
     """List what each value of an axis sets: the axis, the value, and the settings, steps joined by arrows."""
     for axis, values in axes.items():
         for value, tables in values.items():
-            told = [f"{table}.{key}={_written(v)}" for table, pairs in tables.items() for key, v in pairs.items()]
+            told: list[str] = []
+            for table, pairs in tables.items():
+                away = f"no {table}"  # align = false takes a table away
+                told += [f"{table}.{key}={_written(v)}" for key, v in pairs.items()] if pairs is not False else [away]
             yield axis, value, told
 
 
