@@ -98,11 +98,6 @@ class Ablation:
     trials: Sequence[Trial]
 
 
-def is_ablation(plan: Pipeline) -> bool:
-    """Say whether a pipeline compares arms."""
-    return "ablation" in plan.tables
-
-
 def parse(plan: Pipeline) -> Ablation:
     """Check the table and write out every trial. Raises: UsageError."""
     chosen = options.build(Options, plan.tables["ablation"], "ablation")

@@ -5,7 +5,7 @@ value makes a group of its own.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 
 import numpy as np
@@ -238,8 +238,7 @@ class Pool:
             raise UsageError(f"{location} holds {subset.dtype} {subset.shape}, not a subset of uids, u8,u8 [n].")
         own = "source_uid" if "source_uid" in self._schema.names else "uid"
         found = [records.uid_bytes(uid) for uid in self.chunks(own).to_pylist()]
-        uids = np.frombuffer(b"".join(uid or bytes(16) for uid in found), ">u8").reshape(-1, 2)
-        rows = uids.astype("<u8").view(UID).reshape(-1)
+        rows = uid_pairs([uid or bytes(16) for uid in found])
         given = np.array([uid is not None for uid in found], bool)
         return np.asarray(np.isin(rows, subset) & given)
 
@@ -287,6 +286,11 @@ def _lines(location: str) -> list[str]:
     if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
         raise UsageError(f"{location} is no JSON list of texts.")
     return listed
+
+
+def uid_pairs(uids: Sequence[bytes]) -> np.ndarray:
+    """Read uids of 16 bytes as DataComp's subset files have them: (u8, u8) [n], halves of the hexadecimal number."""
+    return np.frombuffer(b"".join(uids), ">u8").astype("<u8").view(UID)
 
 
 def _half_numbers(chunk: pa.Array) -> np.ndarray:

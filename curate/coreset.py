@@ -13,17 +13,8 @@ from typing import IO
 
 import numpy as np
 
-from curate import paths, shards, store
+from curate import paths, records, shards, store
 from curate.errors import ShardError, UsageError
-
-GONE = {
-    "shard_missing": "the pool has no such shard any more",
-    "shard_unreadable": "nothing in the shard can be read any more",
-    "gone": "the shard has no sample of this key any more",
-    "changed": "the image is not the one that was embedded",
-    "unsafe_key": "a member would be written outside the output",
-    "unreadable": "a member is over the size limit or ends early",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +98,7 @@ class Coreset:
         """Say whether the image is another than the one recorded. An imported uid may be another's: not checked."""
         if sample.uid is None or self.embedded.command != "embed":
             return False
-        return sample.image is None or hashlib.blake2b(sample.image[2], digest_size=16).digest() != sample.uid
+        return sample.image is None or records.image_uid(sample.image[2]) != sample.uid
 
 
 def _read(file: IO[bytes], sample: shards.Sample, members: list[tuple[str, str, bytes]]) -> str:

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from curate import arrays, engine, paths, records, store
+from curate.columns import UID, uid_pairs
 from curate.coreset import Coreset
 
 FORMATS = ("keys", "datacomp", "parquet", "clip-retrieval")
 FOLDERS = ("table", "img_emb", "text_emb", "metadata")
-UID = np.dtype([("f0", "<u8"), ("f1", "<u8")])
 EMBEDDED_COLUMNS = ("uid", "caption", "url", "width", "height", "status", "clip_score")
 
 
@@ -70,8 +70,7 @@ def _write_subset(coreset: Coreset, location: str) -> dict[str, int]:
         uids = [records.uid_bytes(uid) for uid in given.take(coreset.kept_rows(stem)).to_pylist()]
         found = [uid for uid in uids if uid is not None]
         without += len(uids) - len(found)
-        pairs = np.frombuffer(b"".join(found), ">u8").reshape(-1, 2)
-        halves.append(pairs.astype("<u8").view(UID).reshape(-1))
+        halves.append(uid_pairs(found))
     subset = np.sort(np.concatenate(halves))
     with paths.atomic_write(location) as file:
         np.save(file, subset)

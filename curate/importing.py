@@ -172,7 +172,7 @@ class ImportPart:
         image, text, ok = self._vectors(table, start)
         columns = _vector_columns(image, text, ok)
         columns["status"] = arrays.labels(np.where(ok, "ok", "bad_embedding"), list(store.STATUSES))
-        given = {name: layouts.values(column, start, start + len(ok)) for name, column in table.columns.items()}
+        given = {name: column.slice(start, len(ok)).to_pylist() for name, column in table.columns.items()}
         for name in ("key", "caption", "url"):
             texts = [records.usable_text(value) for value in given.get(name, [None] * len(ok))]
             if name == "key":

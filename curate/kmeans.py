@@ -58,26 +58,14 @@ class Fit:
     empty: int
 
 
-def _super_kmeans(x_nd: np.ndarray, k: int, iters: int, seed: int) -> np.ndarray:
+def _faiss(kind: str, x_nd: np.ndarray, k: int, iters: int, seed: int, **more: bool) -> np.ndarray:
+    """Fit by FAISS. kind: Kmeans, or SuperKmeans, whose distances are pruned."""
     import faiss
 
-    fit = faiss.SuperKmeans(x_nd.shape[1], k, **_settings(x_nd, iters, seed))  # type: ignore[attr-defined]
-    fit.train(x_nd)
-    return np.asarray(fit.centroids)
-
-
-def _kmeans(x_nd: np.ndarray, k: int, iters: int, seed: int) -> np.ndarray:
-    import faiss
-
-    fit = faiss.Kmeans(x_nd.shape[1], k, **_settings(x_nd, iters, seed))
-    fit.train(x_nd)
-    return np.asarray(fit.centroids)
-
-
-def _kmeans_gpu(x_nd: np.ndarray, k: int, iters: int, seed: int) -> np.ndarray:
-    import faiss
-
-    fit = faiss.Kmeans(x_nd.shape[1], k, gpu=True, **_settings(x_nd, iters, seed))
+    every_row = {"max_points_per_centroid": len(x_nd), "min_points_per_centroid": 1}
+    fit = getattr(faiss, kind)(
+        x_nd.shape[1], k, niter=iters, seed=seed % (1 << 31), spherical=True, **every_row, **more
+    )
     fit.train(x_nd)
     return np.asarray(fit.centroids)
 
@@ -134,21 +122,11 @@ def _means(sums_kd: np.ndarray, counts: np.ndarray, rng: np.random.Generator) ->
     return unit_rows(centroids)
 
 
-def _settings(x_nd: np.ndarray, iters: int, seed: int) -> dict[str, int | bool]:
-    return {
-        "niter": iters,
-        "seed": seed % (1 << 31),
-        "spherical": True,
-        "max_points_per_centroid": len(x_nd),
-        "min_points_per_centroid": 1,
-    }
-
-
 BACKENDS: dict[str, Callable[[np.ndarray, int, int, int], np.ndarray]] = {
     "bytes": partial(_lloyd, int8=True),
-    "superkmeans": _super_kmeans,
-    "kmeans": _kmeans,
-    "kmeans-gpu": _kmeans_gpu,
+    "superkmeans": partial(_faiss, "SuperKmeans"),
+    "kmeans": partial(_faiss, "Kmeans"),
+    "kmeans-gpu": partial(_faiss, "Kmeans", gpu=True),
     "torch-gpu": partial(_lloyd, device="cuda"),
 }
 

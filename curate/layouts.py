@@ -14,7 +14,6 @@ Row order ties the files of a part together, and is checked. Arrays are mapped w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -224,8 +223,3 @@ def _parquet_vectors(location: str, column: str) -> np.ndarray:
     flat = pc.list_flatten(lists.filter(pa.array(sound))).to_numpy(zero_copy_only=False)
     vectors[sound] = flat.astype(np.float32).reshape(-1, dim)
     return vectors
-
-
-def values(column: Any, start: int, stop: int) -> list[Any]:
-    """Take rows of a column as Python values."""
-    return list(column.slice(start, stop - start).to_pylist())

@@ -26,7 +26,6 @@ IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
 CAPTIONS = ("caption", "text", "txt", "TEXT", "top_caption", "alt_text")
 KEYS = ("key", "__key__", "image_id", "id", "uid")
 PACKED = (*shards.IMAGE_SUFFIXES, shards.CAPTION_SUFFIX, shards.JSON_SUFFIX)
-MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
 ROWS = 64  # of parquet, in memory at a time
 
 
@@ -234,7 +233,7 @@ def _read_rows(stem: str, part: Part) -> Iterator[tuple[str, bytes]]:
         key = _key(row, f"{stem}_{number:09d}", seen)
         if image:
             pictures += 1
-            yield f"{key}.{_suffix(image)}", image
+            yield f"{key}.{shards.suffix_of(image)}", image
         elif path:
             row[f"{part.image}_path"] = path
         if part.caption and row.get(part.caption):
@@ -271,13 +270,6 @@ def _key(row: dict[str, Any], fallback: str, seen: set[str]) -> str:
         key = fallback
     seen.add(key)
     return key
-
-
-def _suffix(image: bytes) -> str:
-    """Tell an image's format by how it begins; what is none keeps `jpg`, and is judged when it is decoded."""
-    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
-        return "webp"
-    return next((suffix for magic, suffix in MAGIC.items() if image.startswith(magic)), "jpg")
 
 
 def _sound(value: Any) -> Any:

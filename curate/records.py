@@ -8,6 +8,7 @@ by record: a list of any length needs the memory of its largest record.
 """
 
 import codecs
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -33,6 +34,11 @@ def usable_text(value: Any) -> str | None:
     except UnicodeEncodeError:
         return None
     return value.strip()
+
+
+def image_uid(data: bytes) -> bytes:
+    """Name an image by its bytes: blake2b-128."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def uid_bytes(uid: Any) -> bytes | None:

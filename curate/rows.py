@@ -9,7 +9,6 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import IO, Any
 
 import numpy as np
@@ -110,16 +109,11 @@ def _read_image(file: IO[bytes], sample: shards.Sample, row: dict[str, Any], max
     if member.size > shards.MAX_MEMBER_BYTES:
         raise images.BadImage("too_large")
     data = read_bytes(file, member) or b""
-    row["uid"] = uid(data) if data else None
+    row["uid"] = records.image_uid(data) if data else None
     image = images.decode(data, max_pixels)
     row["phash"] = images.perceptual_hash(image)
     row["width"], row["height"] = image.size
     return image
-
-
-def uid(data: bytes) -> bytes:
-    """Name an image by its bytes: blake2b-128."""
-    return blake2b(data, digest_size=16).digest()
 
 
 def blank(sample: shards.Sample) -> dict[str, Any]:

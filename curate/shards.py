@@ -20,6 +20,7 @@ from curate import paths
 from curate.errors import ShardError, UsageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
 CAPTION_SUFFIX, JSON_SUFFIX = "txt", "json"
 UNSAFE_SUFFIXES = ("pyd", "pickle", "pkl", "pth", "pt")
 MAX_MEMBER_BYTES = 256 << 20
@@ -102,6 +103,13 @@ def split_name(name: str) -> tuple[str, str]:
     head, _, tail = name.rpartition("/")
     base, _, suffix = tail.partition(".")
     return (f"{head}/{base}" if head else base), suffix.lower()
+
+
+def suffix_of(image: bytes) -> str:
+    """Tell an image's format by how it begins; what is none is `jpg`, and is judged when it is decoded."""
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return "webp"
+    return next((suffix for magic, suffix in MAGIC.items() if image.startswith(magic)), "jpg")
 
 
 def is_safe(key: str) -> bool:

@@ -8,7 +8,6 @@ replaced: records that are no conversation, pictures that are missing, empty, or
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any, Literal
 
 from curate import paths, records, shards, store
@@ -97,11 +96,6 @@ def read_picture(picture: Picture) -> bytes:
         again = "run `curate mix` again with --overwrite"
         raise ShardError(f"the image {picture.location} has changed while the mix was made", again)
     return data
-
-
-def picture_uid(picture: Picture) -> bytes:
-    """Name a picture by its bytes, as its row in the embeddings does: blake2b-128."""
-    return blake2b(read_picture(picture), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +339,7 @@ def _from_row(
         held, value = (several or [None])[0], {key: item for key, item in value.items() if key != "images"}
     data = held.get("bytes") if isinstance(held, dict) else None
     if isinstance(held, dict):
-        value = {**value, "image": held.get("path") or (f"{default_id}.{_sniff(data)}" if data else None)}
+        value = {**value, "image": held.get("path") or (f"{default_id}.{shards.suffix_of(data)}" if data else None)}
     value = {key: item for key, item in value.items() if not isinstance(item, bytes)}
     record, why = records.normalise(value, default_id)
     if record is None:
@@ -356,14 +350,6 @@ def _from_row(
         if why:
             faults.note(why, record.get("image"))
         return None if why else Entry(record, picture)
-    tar.add(f"{default_id}.{_sniff(data)}", data)
+    tar.add(f"{default_id}.{shards.suffix_of(data)}", data)
     padded = -(-len(data) // shards.BLOCK) * shards.BLOCK
-    return Entry(record, Picture(place, tar.offset - padded, len(data), _sniff(data)))
-
-
-def _sniff(data: bytes) -> str:
-    """Tell an image's suffix by its first bytes."""
-    for head, suffix in ((b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp")):
-        if data.startswith(head):
-            return suffix
-    return "webp" if data[8:12] == b"WEBP" else "jpg"
+    return Entry(record, Picture(place, tar.offset - padded, len(data), shards.suffix_of(data)))

@@ -16,7 +16,7 @@ import pyarrow as pa
 from curate import paths, records, rules, store, texts
 from curate.coreset import kept_pictures
 from curate.errors import UsageError
-from curate.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries, picture_uid
+from curate.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries, read_picture
 
 SPOOL_SCHEMA = pa.schema(
     [
@@ -170,7 +170,7 @@ class _Sieve:
         trouble = rules.invalid(record, picture is not None) if source.drop_invalid else ""
         if trouble:
             return f"invalid: {trouble}"
-        if source.selection and picture is not None and picture_uid(picture) not in self.kept:
+        if source.selection and picture is not None and records.image_uid(read_picture(picture)) not in self.kept:
             return "picture not selected"
         if self.benchmark and any(run in self.benchmark for run in texts.runs(record)):
             return "benchmark text"

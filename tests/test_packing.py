@@ -249,7 +249,6 @@ def test_a_side_table_stands_in_for_json_and_says_when_samples_are_missing(tmp_p
 
 
 def test_suffixes_follow_the_bytes():
-    from curate.packing import _suffix
 
     for kind, suffix in (
         ("JPEG", "jpg"),
@@ -259,7 +258,7 @@ def test_suffixes_follow_the_bytes():
         ("BMP", "bmp"),
         ("TIFF", "tif"),
     ):
-        assert _suffix(picture(1, kind=kind)) == suffix
+        assert shards.suffix_of(picture(1, kind=kind)) == suffix
     buffer = io.BytesIO()
     np.save(buffer, np.zeros(3))
-    assert _suffix(buffer.getvalue()) == "jpg"
+    assert shards.suffix_of(buffer.getvalue()) == "jpg"
