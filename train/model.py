@@ -249,7 +249,7 @@ def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
         expected |= {name for name, _ in model.named_parameters() if name.startswith(("model.language_model.", "lm_"))}
     model.model.multi_modal_projector.requires_grad_(True)
     if stage.tune_tower:
-        model.model.vision_tower.requires_grad_(True)
+        model.model.vision_tower.float().requires_grad_(True)  # its frozen ends too: they meet what it gives
         for name, parameter in model.model.vision_tower.named_parameters(prefix="model.vision_tower"):
             if any(word in name for word in HEADS):
                 parameter.requires_grad_(False)

@@ -110,6 +110,18 @@ def test_frozen_means_frozen(hub, stage, learns):
     assert any("projector" in name for name in changed)
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_learns_in_half_precision(hub, tower):
+    composed = compose(options(hub, tower), torch.bfloat16)
+    trainable = prepare(composed, Stage(tune="lora", lora_rank=2, tune_tower=True))
+    _, pixels = image_rows(composed, 2, [])
+    with torch.autocast("cpu", torch.bfloat16):
+        feats = tower_features(composed, pixels, tuned=True)
+        composed.model.model.multi_modal_projector(feats).sum().backward()
+    still = [name for name, p in trainable.items() if "vision_tower" in name and p.grad is None]
+    assert all("mask_token" in name for name in still)
+
+
 def test_recomputing_wakes_no_dropout_of_a_frozen_model(hub):
     composed = compose(options(hub, "siglip", "phi"))
     prepare(composed, Stage())
