@@ -151,6 +151,8 @@ def _assemble(
 ) -> tuple[Training, str]:
     composed = compose(config.model, place.dtype)
     learnt_from = "" if align is None else _load_align(composed, config.model, align)
+    if stage_name == "finetune" and align is None:
+        log.info("without --align the projector starts from random weights")
     encoder = make_encoder(composed, config.model, stage)
     check_parity(source, encoder)
     max_length = config.model.max_length
