@@ -39,7 +39,7 @@ from train.flops import Cost, published
 from train.frugal import spare
 from train.loop import Training, out_of_memory
 from train.measuring import measure
-from train.model import Composed, blueprint, compose, embeddings, prepare, tower_features
+from train.model import Composed, blueprint, compose, embeddings, prepare, recompute, tower_features
 from train.place import Place
 from train.stages import make_encoder
 from train.tower import make_image_processor
@@ -167,8 +167,7 @@ def _run(
     if kind == "reference":
         # LLaVA's transformers 4.37.2 leaves the choice to torch 2.1.2, whose checkpoints run a whole layer once more;
         # those that are not reentrant, the default since, stop before its last product.
-        lm.activation_checkpointing_enable({"use_reentrant": True})
-        lm.train()
+        recompute(lm, reentrant=True)
     else:
         spare(lm)
     with out_of_memory(stage):

@@ -386,7 +386,7 @@ def check_bad(source: Source, reasons: dict[int, str], max_share: float) -> None
         return
     counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).most_common())
     examples = "; ".join(f"{source.name(index)} ({reasons[index]})" for index in sorted(reasons)[:3])
-    raise DataError(
-        f"{bad:,} of {n:,} samples cannot be used: {counts}. Examples: {examples}. "
-        f"Mend the data, or allow more with the stage's max_bad_share (now {max_share})"
-    )
+    advice = "; `curate mix` turns other forms of instruction data into LLaVA's"
+    if bad < n:
+        advice = f", or allow more with the stage's max_bad_share (now {max_share})"
+    raise DataError(f"{bad:,} of {n:,} samples cannot be used: {counts}. Examples: {examples}. Mend the data{advice}")

@@ -264,13 +264,13 @@ def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
     return trainable
 
 
-def recompute(language_model: Any) -> None:
+def recompute(language_model: Any, *, reentrant: bool = False) -> None:
     """Let a prepared language model keep no activations and compute them again in the backward pass.
 
     transformers does so in training mode alone. A frozen model's dropout must not come with that, so only the layers
     that recompute are told, not what they hold.
     """
-    language_model.activation_checkpointing_enable({"use_reentrant": False})
+    language_model.activation_checkpointing_enable({"use_reentrant": reentrant})
     for module in language_model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
