@@ -59,7 +59,7 @@ def _trust(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Say how much each group counts, f64 [groups], and why none is odd where that cannot be seen."""
     groups = int(place.max(initial=-1)) + 1
-    if frame.vectors is None or frame.text_vectors is None or "clip_score" not in frame.columns:
+    if frame.text_vectors is None:
         return np.ones(groups), {"why": "no group is odd: there are no captions' embeddings to see it by"}
     if groups < oddness.LEAST_GROUPS:
         return np.ones(groups), {"why": f"no group is odd: {groups} are too few to see it"}

@@ -13,7 +13,7 @@ import numpy as np
 
 from curate import calls, coverage, scores
 from curate.errors import UsageError
-from curate.frame import Directory, Fetch, File, Frame, Group
+from curate.frame import Directory, File, Frame, Group
 
 HIDDEN = 1  # the frame is not written
 LIKE = 'norm_sim("emb/target")'
@@ -31,9 +31,9 @@ def neg_clip_loss(
             "neg_clip_loss needs a temperature of 0.003 or more, a batch_size of 2 or more and batches of 1 or more."
         )
     rows = np.flatnonzero(frame.alive & ~np.isnan(frame.column("clip_score")))
-    text, rng = _needs(frame.text_vectors, "neg_clip_loss", "text embeddings"), _random(frame, "neg_clip_loss")
+    assert frame.text_vectors is not None, "some row has a clip_score"
     found = scores.neg_clip_loss(
-        _images(frame, "neg_clip_loss"), text, rows, rng,
+        frame.vectors, frame.text_vectors, rows, _random(frame, "neg_clip_loss"),
         temperature=temperature, batch_size=batch_size, batches=batches,
     )  # fmt: skip
     return _spread(frame, rows, found)
@@ -44,8 +44,8 @@ def norm_sim(frame: Frame, directory: Directory, p: str = "inf") -> np.ndarray:
     if p not in ("inf", "2"):
         raise UsageError(f'norm_sim: p is {p!r}, expected "inf" or "2".')
     rows = np.flatnonzero(frame.alive)
-    targets = (vectors for vectors, _ in _needs(frame.foreign, "norm_sim", "embeddings to compare with")(directory))
-    return _spread(frame, rows, scores.norm_sim(_images(frame, "norm_sim"), rows, targets, float(p)))
+    targets = (vectors for vectors, _ in frame.foreign(directory))
+    return _spread(frame, rows, scores.norm_sim(frame.vectors, rows, targets, float(p)))
 
 
 def typicality(frame: Frame, neighbours: int = 20) -> np.ndarray:
@@ -53,13 +53,13 @@ def typicality(frame: Frame, neighbours: int = 20) -> np.ndarray:
     if neighbours < 1:
         raise UsageError(f"typicality: {neighbours} neighbours, expected at least 1.")
     groups = np.where(frame.alive, frame.group("cluster"), -1)
-    return coverage.typicality(_images(frame, "typicality"), groups, neighbours, _random(frame, "typicality"))
+    return coverage.typicality(frame.vectors, groups, neighbours, _random(frame, "typicality"))
 
 
 def redundancy(frame: Frame, column: Group = "") -> np.ndarray:
     """Compute the mean cosine to all other rows (of a group, where one is named) about their common mean (PRISM)."""
     groups = np.unique(frame.group(column), return_inverse=True)[1] if column else np.zeros(len(frame.good), np.int64)
-    return coverage.redundancy(_images(frame, "redundancy"), np.where(frame.alive, groups, -1))
+    return coverage.redundancy(frame.vectors, np.where(frame.alive, groups, -1))
 
 
 COLUMNS: dict[str, Callable[..., np.ndarray]] = {
@@ -106,17 +106,6 @@ def signature(name: str) -> str:
 
 def _read(text: str) -> tuple[str, dict[str, Any]]:
     return calls.read(text if "(" in text else f"{text}()", COLUMNS, "column", LIKE, HIDDEN)
-
-
-def _needs(value: Any, name: str, what: str) -> Any:
-    if value is None:
-        raise UsageError(f"{name} needs {what}; there are none here.")
-    return value
-
-
-def _images(frame: Frame, name: str) -> Fetch:
-    fetch: Fetch = _needs(frame.vectors, name, "image embeddings")
-    return fetch
 
 
 def _random(frame: Frame, name: str) -> np.random.Generator:

@@ -11,20 +11,20 @@ The forest decides `components` by itself while no row of a component has been d
 products of the rows concerned, which all lie inside components: `vectors` fetches just these.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from curate import relate
+from curate.frame import Fetch
 from curate.products import widen
 
 RULES = ("components", "semdedup", "greedy")
 KEEPS = ("middle", "inner-middle", "far", "near", "random", "max:COLUMN", "min:COLUMN")
 GATHER_ROWS = 1 << 16
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
-Fetch = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def resolve(
     rule: str,
     keep: str,
     threshold: float,
-    vectors: Fetch | None,
+    vectors: Fetch,
 ) -> Resolved:
     """Decide which near-duplicates stay.
 
@@ -103,7 +103,7 @@ def _groups(component: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows[order][several], np.concatenate([[0], np.cumsum(sizes[sizes > 1])])
 
 
-def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fetch | None) -> Edges:
+def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fetch) -> Edges:
     """Restrict a forest to the rows alive, looking up the pairs that a dropped row between them hides."""
     a, b, similarity = edges
     inside = alive[a] & alive[b]
@@ -130,18 +130,15 @@ def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fet
 
 
 def _fetch_groups(
-    rows: np.ndarray, bounds: np.ndarray, vectors: Fetch | None
+    rows: np.ndarray, bounds: np.ndarray, vectors: Fetch
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the rows of as many whole groups as are fetched at once, where each begins, and the vectors."""
-    if vectors is None:
-        assert not len(rows)
-        return
     for first, last in relate.batches_of_groups(bounds, GATHER_ROWS):
         part = rows[bounds[first] : bounds[last]]
         yield part, bounds[first : last + 1] - bounds[first], vectors(part)
 
 
-def _by_inner_distance(rows: np.ndarray, bounds: np.ndarray, vectors: Fetch | None) -> np.ndarray:
+def _by_inner_distance(rows: np.ndarray, bounds: np.ndarray, vectors: Fetch) -> np.ndarray:
     """Order each group by the distance to its own mean, ties by row; in a pair both are equally far."""
     arranged = [rows[:0]]
     for part, cuts, x in _fetch_groups(rows, bounds, vectors):
@@ -173,7 +170,7 @@ def _drop_seconds(rows: np.ndarray, edges: Edges, result: Resolved) -> None:
 
 
 def _drop_in_order(
-    rows: np.ndarray, bounds: np.ndarray, rule: str, threshold: float, vectors: Fetch | None, result: Resolved
+    rows: np.ndarray, bounds: np.ndarray, rule: str, threshold: float, vectors: Fetch, result: Resolved
 ) -> None:
     """Apply semdedup or greedy to each group, whose rows stand in the order of preference; fills in the result."""
     for part, cuts, x in _fetch_groups(rows, bounds, vectors):

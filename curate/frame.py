@@ -30,6 +30,10 @@ Fetch = Callable[[np.ndarray], np.ndarray]  # row numbers to vectors f16 [m, d]
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # a, b, similarity, phash_bits (255: unknown)
 
 
+def _nothing(*_: Any) -> Any:
+    raise UsageError("these rows come without what the step reads.")
+
+
 @dataclass
 class Frame:
     """The pool as the steps see it. Columns come when they are asked for; n is the number of all its rows."""
@@ -40,15 +44,15 @@ class Frame:
     seed: int = 0
     edges: Callable[[], Edges] | None = None
     floor: float = 1.0
-    vectors: Fetch | None = None
+    vectors: Fetch = _nothing
     text_vectors: Fetch | None = None
-    captions: Callable[[np.ndarray], list[str]] | None = None
+    captions: Callable[[np.ndarray], list[str]] = _nothing
     centroids: Callable[[], np.ndarray] | None = None  # f32 [k, d]
     shuffled: Sequence[float] | None = None  # clip_score of shuffled pairs, 0 … 100 % quantiles
     recall: Mapping[str, Any] = field(default_factory=dict)  # of near pairs, as the clusters' manifest has it
-    foreign: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None  # another EMB's vectors and uids
-    lines: Callable[[str], list[str]] | None = None  # of a text file
-    listed: Callable[[str], np.ndarray] | None = None  # bool [n]: the rows whose uid a DataComp subset file has
+    foreign: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]] = _nothing  # another EMB's vectors and uids
+    lines: Callable[[str], list[str]] = _nothing  # of a text file
+    listed: Callable[[str], np.ndarray] = _nothing  # bool [n]: the rows whose uid a DataComp subset file has
     alive: np.ndarray = field(init=False)
     component: np.ndarray | None = None  # i64 [n]
     twin: np.ndarray = field(init=False)  # i64 [n], the row kept in its place, or -1

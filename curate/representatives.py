@@ -34,7 +34,7 @@ def coincide(frame: Frame, number: int, n: Count, temperature: float = 0.1, sigm
 
 
 def _clusters(frame: Frame, number: int, n: Count, name: str) -> tuple[Fetch, np.ndarray, int, np.random.Generator]:
-    if frame.vectors is None or "cluster" not in frame.groups:
+    if "cluster" not in frame.groups:
         raise UsageError(f"{name} needs clusters; this directory has none.", CLUSTER_FIRST)
     groups = np.where(frame.alive, frame.group("cluster"), -1)
     wanted = min(frame.count(n), int((groups >= 0).sum()))

@@ -29,12 +29,7 @@ def dedup(
     if frame.edges is None:
         raise UsageError("dedup needs clusters; this directory has none.", CLUSTER_FIRST)
     a, b, similarity, bits = frame.edges()
-    facts: dict[str, Any] = {}
-    above = similarity > threshold
-    if threshold == AUTO:
-        told = evidence.find_threshold(similarity, bits, frame.floor)
-        threshold, facts, above = told.threshold, told.facts(), told.linked(similarity, bits)
-    _check_floor("dedup", threshold, frame)
+    threshold, above, facts = _linked(frame, "dedup", threshold, similarity, bits)
     order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)
     found = duplicates.resolve(
         (a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors
@@ -46,13 +41,19 @@ def dedup(
     return Verdict(found.keep, {"threshold": threshold, **facts, **found.facts, **_compared(frame, threshold)})
 
 
-def _check_floor(name: str, threshold: float, frame: Frame) -> None:
-    """Refuse a threshold below which clustering kept no edges."""
+def _linked(
+    frame: Frame, name: str, threshold: Threshold, similarity: np.ndarray, bits: np.ndarray
+) -> tuple[float, np.ndarray, dict[str, Any]]:
+    """Say above which cosine edges join near-duplicates, which ones do, bool, and what was found out for it."""
+    if threshold == AUTO:
+        told = evidence.find_threshold(similarity, bits, frame.floor)
+        return told.threshold, told.linked(similarity, bits), told.facts()
     if threshold < frame.floor:
         raise UsageError(
             f"{name}: the threshold {threshold} lies under the floor of these clusters, {frame.floor}.",
             f"run `curate cluster … --floor {threshold}`, or use a threshold of at least {frame.floor}",
         )
+    return threshold, similarity > threshold, {}
 
 
 def _compared(frame: Frame, threshold: float) -> dict[str, Any]:
@@ -113,11 +114,7 @@ def placeholders(
         raise UsageError("placeholders needs clusters, or exact=True; this directory has none.", CLUSTER_FIRST)
     else:
         a, b, similarity, bits = frame.edges()
-        linked = similarity > threshold
-        if threshold == AUTO:
-            evident = evidence.find_threshold(similarity, bits, frame.floor)
-            threshold, linked = evident.threshold, evident.linked(similarity, bits)
-        _check_floor("placeholders", threshold, frame)
+        threshold, linked, _ = _linked(frame, "placeholders", threshold, similarity, bits)
         linked &= (bits <= evidence.TWIN_BITS) | (bits > 64)
         labels = relate.components(a[linked], b[linked], len(frame.good))
         facts["threshold"] = threshold

@@ -12,13 +12,11 @@ from curate.frame import CLUSTER_FIRST, Directory, File, Frame, Verdict
 
 def exclude(frame: Frame, number: int, directory: Directory, threshold: float = 0.95) -> Verdict:
     """Drop the rows whose image has cosine > threshold to an image of another EMB, or the same bytes (its uid)."""
-    if frame.foreign is None or frame.vectors is None:
-        raise UsageError("exclude() needs embeddings to compare with.")
     rows = np.flatnonzero(frame.alive)
     uids: list[np.ndarray] = [np.empty(0, np.int64)]
 
     def targets() -> Iterator[np.ndarray]:
-        for vectors, names in frame.foreign(directory) if frame.foreign else ():
+        for vectors, names in frame.foreign(directory):
             uids.append(names)
             yield vectors
 
@@ -31,7 +29,7 @@ def exclude(frame: Frame, number: int, directory: Directory, threshold: float = 
 
 def image_based(frame: Frame, number: int, directory: Directory) -> Verdict:
     """Keep the clusters that are the nearest one to at least one image of another EMB (DataComp's image-based)."""
-    if frame.centroids is None or frame.foreign is None:
+    if frame.centroids is None:
         raise UsageError("image_based() needs clusters; this directory has none.", CLUSTER_FIRST)
     centroids = frame.centroids()
     wanted = np.zeros(len(centroids), bool)
@@ -47,6 +45,5 @@ def image_based(frame: Frame, number: int, directory: Directory) -> Verdict:
 
 def subset(frame: Frame, number: int, file: File) -> Verdict:
     """Keep the rows whose uid a DataComp subset file lists (npy of u8,u8)."""
-    assert frame.listed is not None
     listed = frame.listed(file)
     return Verdict(frame.alive & listed, {"listed": int(listed.sum())})

@@ -28,7 +28,7 @@ def noun_phrases(frame: Frame, number: int, min: int = 3, cap: int = 100, extrac
         raise UsageError(f"noun_phrases: min={min}, cap={cap}; expected both at least 1.")
     extract, name = phrases.extractor(extractor)
     rows, names = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
-    for some, captions in _captions(frame, "noun_phrases"):
+    for some, captions in _captions(frame):
         hashes = [sorted({_hash(phrase) for phrase in found}) for found in extract(captions)]
         rows.append(np.repeat(some, [len(each) for each in hashes]))
         names.append(np.array([each for part in hashes for each in part], np.uint64))
@@ -60,15 +60,13 @@ def metaclip(frame: Frame, number: int, t: Count = 20_000, entries: File = POOL,
     # Differs from its release: case is folded, and punctuation ends a word; one draw a row by the joint chance
     # 1 - prod(1 - p) stands for one draw an entry, which is the same in distribution.
     """
-    if frame.captions is None or (entries != POOL and frame.lines is None):
-        raise UsageError("metaclip() needs captions; there are none here.")
     if entries == POOL:
-        listed = common_grams(lambda: (captions for _, captions in _captions(frame, "metaclip")), least)
+        listed = common_grams(lambda: (captions for _, captions in _captions(frame)), least)
     else:
-        listed = [" ".join(words_of(line)) for line in frame.lines(entries)] if frame.lines else []
+        listed = [" ".join(words_of(line)) for line in frame.lines(entries)]
     trie = Trie(dict.fromkeys(entry for entry in listed if entry))
     rows, mentions = [], []
-    for some, captions in _captions(frame, "metaclip"):
+    for some, captions in _captions(frame):
         place, found = trie.find(captions)
         rows.append(some[place])
         mentions.append(found.astype(np.int32))
@@ -161,10 +159,8 @@ def common_grams(blocks: Callable[[], Iterator[list[str]]], least: int) -> list[
     return common + [f"{common[pair // width]} {common[pair % width]}" for pair in pairs[found >= least].tolist()]
 
 
-def _captions(frame: Frame, name: str) -> Iterator[tuple[np.ndarray, list[str]]]:
+def _captions(frame: Frame) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Yield the rows alive with their captions, block by block."""
-    if frame.captions is None:
-        raise UsageError(f"{name} needs captions; there are none here.")
     rows = np.flatnonzero(frame.alive)
     for first in range(0, len(rows), BLOCK):
         some = rows[first : first + BLOCK]
