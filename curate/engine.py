@@ -16,11 +16,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from curate.errors import CurateError, UsageError
+from curate.errors import CurateError, UsageError, unknown
 
 log = logging.getLogger("curate")
 IN_FLIGHT_PER_WORKER = 2
 PLAIN_INTERVAL_S = 10.0
+ENGINES = ("local", "ray")
 RAY_TRIES = 3  # of an item whose worker dies
 
 
@@ -46,7 +47,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Job:
-    """How a stage runs; never what it makes. workers 0: one per GPU, else one per core."""
+    """How a stage runs; never what it makes. workers 0: one per GPU, else one per core. Raises: UsageError."""
 
     workers: int = 0
     engine: str = "local"
@@ -54,6 +55,12 @@ class Job:
     overwrite: bool = False
     quiet: bool = False
     part: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
+        if self.workers < 0:
+            raise UsageError(f"workers={self.workers} is negative.", "0 takes one per GPU, else one per core")
 
     def share(self, items: Sequence[Any]) -> list[Any]:
         """Take the items of this slice: every WORLD-th from RANK on, or all."""
@@ -70,12 +77,10 @@ def run(
 ) -> Iterator[Report]:
     """Work all items and yield a report for each, in the order in which they end.
 
-    gpus: with more than zero, each local worker sees one of them. Raises: UsageError for an unknown engine.
+    gpus: with more than zero, each local worker sees one of them.
     """
     if engine == "ray":
         yield from _run_ray(task, items, max(1, workers), gpus)
-    elif engine != "local":
-        raise UsageError(f"unknown engine {engine!r}; there are: local, ray")
     elif workers <= 1 or len(items) <= 1:
         task.setup()
         yield from (_attempt(task, item) for item in items)

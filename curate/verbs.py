@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from curate.engine import Job
-from curate.errors import UsageError, unknown
+from curate.errors import UsageError
 
 Workers = Annotated[int, typer.Option(help="Processes (0: one per GPU, else one per core).")]
 Engine = Annotated[str, typer.Option(help="local or ray.")]
@@ -94,10 +94,6 @@ def verb(
 
 def _job(workers: int = 0, engine: str = "local", part: str = "", overwrite: bool = False) -> Job:
     """Build the Job. Raises: UsageError."""
-    if engine not in ("local", "ray"):
-        raise unknown("engine", engine, ("local", "ray"))
-    if workers < 0:
-        raise UsageError(f"--workers {workers} is negative.", "--workers 0 takes one per GPU, else one per core")
     rank, _, world = part.partition("/")
     if part and not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UsageError(f"--slice {part!r} is not RANK/WORLD with RANK < WORLD, e.g. --slice 0/8")

@@ -140,7 +140,7 @@ def test_show_tells_the_life_of_a_sample(undisturbed):
         (["run", "demo", "--set", "embed.modl=x"], "did you mean 'model'"),
         (["run", "demo", "--set", "demo.seed=-1", "--only", "demo", "--out", "{}/x", "--json"], "seed=-1 is negative"),
         (["demo", "{}/d", "--rows", "5"], "holds 10 to 9,999"),
-        (["demo", "{}/d", "--workers", "-1"], "--workers -1 is negative"),
+        (["demo", "{}/d", "--workers", "-1"], "workers=-1 is negative"),
         (["embed", "{}/pool", "{}/e", "--model", "no/such/model"], "a local model is a folder with open_clip_config"),
         (["select", "{}/emb", "{}/s", "--losses", "{}/emb"], "made by `python -m train … --losses`"),
         (["select", "{}/clu", "{}/s", "--step", "placeholders(2, threshold=0.5)"], "under the floor"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from curate.engine import Job, Progress, run, run_stage
+from curate.engine import Job, Progress, run_stage
 from curate.errors import ShardError, UsageError
 
 
@@ -56,9 +56,11 @@ def test_a_worker_that_cannot_be_set_up_says_why():
     assert outcome.failed == dict.fromkeys([1, 2, 3], "the weights are gone")
 
 
-def test_an_unknown_engine_is_refused():
-    with pytest.raises(UsageError, match="local, ray"):
-        list(run(Square(), [1], engine="spark"))
+def test_an_unknown_engine_or_a_negative_worker_is_refused():
+    with pytest.raises(UsageError, match="unknown engine 'spark'; there are: local, ray"):
+        Job(engine="spark")
+    with pytest.raises(UsageError, match="workers=-1 is negative"):
+        Job(workers=-1)
 
 
 def test_slices_part_the_items():
