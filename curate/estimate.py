@@ -66,6 +66,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
     """Yield the plan of a pipeline, one stage after the other. gpus: those that the stages would share."""
     check_trainer(pipeline, only)
     total = hours = 0.0
+    unknown = ""
     sizes: dict[str, int] = {"gpus": gpus}
     for stage in pipeline.stages(only):
         yield f"▸ {shown_command(pipeline, stage)}"
@@ -83,6 +84,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
             yield "    not known before the pool is there"
             continue
         total += cost.seconds or 0.0
+        unknown = unknown if cost.seconds is not None else ", without what is not known"
         spell = f"about {duration(cost.seconds)}" if cost.seconds is not None else "time not known"
         why = f" ({cost.why})" if cost.why else ""
         taken = (cost.seconds or 0.0) * cost.gpus / 3600
@@ -92,7 +94,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
     if total:
         gpu = f", {hours:.2g} GPU-hours of it," if gpus else ""
         core = f"{total * cores() / 3600:.2g} core-hours"
-        yield f"about {duration(total)} in all{gpu} ({core}) on this machine, as it is now"
+        yield f"about {duration(total)} in all{unknown}{gpu} ({core}) on this machine, as it is now"
 
 
 def _sources(pipeline: Pipeline) -> Iterator[str]:
@@ -113,7 +115,7 @@ def _cost(pipeline: Pipeline, stage: str, sizes: dict[str, int]) -> Cost | None:
     """Estimate one stage; `sizes` carries rows and dimensions from stage to stage."""
     if stage == "demo":
         options = stage_options(pipeline, "demo")
-        sizes["rows"] = options.rows
+        sizes["rows"], sizes["row_bytes"] = options.rows, 4500
         return Cost(options.rows, options.rows * 4500, options.rows / 1500 / cores(), "1,500 rows/s a core")
     if stage == "embed":
         return _embed_cost(pipeline, sizes)
@@ -170,7 +172,12 @@ def _embed_cost(pipeline: Pipeline, sizes: dict[str, int]) -> Cost | None:
         return Cost(sizes["rows"], sizes["rows"] * (4 * sizes.get("dim", 64) + ROW_OVERHEAD_BYTES), None)
     sizes["rows"], sizes["row_bytes"] = size.rows, size.size_bytes // max(size.rows, 1)
     logged = _logged_rate(paths.join(pipeline.place("embed"), store.LOG))
-    rate, dim, why = (*logged, "measured by an earlier run") if logged else (*_calibrate(pipeline, found), "calibrated")
+    try:
+        rate, dim, why = (
+            (*logged, "measured by an earlier run") if logged else (*_calibrate(pipeline, found), "calibrated")
+        )
+    except CurateError as error:  # no weights yet, or no sample that can be read: the run itself would end like this
+        rate, dim, why = 0.0, sizes.get("dim", 512), f"as it stands the stage fails: {error}"
     sizes["dim"] = dim
     why += "" if size.exact else f", rows extrapolated from 3 of {size.num_shards:,} shards"
     gpus = sizes["gpus"]

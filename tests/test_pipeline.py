@@ -91,6 +91,21 @@ def test_a_pipeline_without_the_stages_asked_for_says_which_it_has():
         pipeline.load("mix_665k", None).stages("coreset")
 
 
+def test_the_dry_run_goes_on_where_a_model_is_not_there_yet(demo, tmp_path):
+    words = [
+        "--pool",
+        demo / "pool",
+        "--set",
+        f"embed.model=local-dir:{tmp_path}/clip",
+        "--only",
+        "coreset",
+        "--dry-run",
+    ]
+    told = curate("run", "demo", "--out", tmp_path / "out", *words).stdout
+    assert "time not known (as it stands the stage fails: " in told and "no open_clip_config.json" in told
+    assert "curate emit " in told and "in all, without what is not known" in told
+
+
 def test_the_dry_run_of_a_mix_says_what_it_expects_and_what_is_missing():
     told = list(estimate.lines(pipeline.load("mix_665k", "o", settings=["mix.seed=3"]), None))
     assert told[0].startswith("▸ curate mix ") and told[0].endswith("mix_665k.toml o/mix --set=mix.seed=3")
