@@ -35,7 +35,8 @@ def dedup(
         (a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors
     )
     gone = frame.alive & ~found.keep
-    frame.component = found.component
+    seen = np.full(len(found.component), -1) if frame.component is None else frame.component
+    frame.component = np.where(found.component >= 0, found.component, seen)  # an earlier dedup's rows keep theirs
     frame.twin[gone] = found.twin[gone]
     frame.twin_similarity[gone] = found.similarity[gone]
     return Verdict(found.keep, {"threshold": threshold, **facts, **found.facts, **_compared(frame, threshold)})

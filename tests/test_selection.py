@@ -99,6 +99,15 @@ def test_balanced_finds_the_planted_copies_and_mismatches(pool, tmp_path):
     assert manifest["options"]["recipe"] == "balanced"
 
 
+def test_rows_that_an_earlier_dedup_dropped_keep_their_component(pool, tmp_path):
+    select(pool.clu, str(tmp_path / "once"), SelectOptions(steps=("dedup(0.99)",)), QUIET)
+    select(pool.clu, str(tmp_path / "twice"), SelectOptions(steps=("dedup(0.99)", "dedup(0.95)")), QUIET)
+    once, twice = selected(tmp_path / "once"), selected(tmp_path / "twice")
+    gone = [row for row, reason in enumerate(once["dropped_by"]) if reason == "dedup(0.99)"]
+    assert gone and all(twice["component"][row] == once["component"][row] for row in gone)
+    assert all(component is not None for component, ok in zip(twice["component"], pool.ok, strict=True) if ok)
+
+
 def test_twins_are_kept_rows_of_the_same_component(pool, tmp_path):
     select(pool.clu, str(tmp_path / "sel"), SelectOptions(steps=("dedup(0.95)",)), QUIET)
     found = selected(tmp_path / "sel")
