@@ -1,9 +1,12 @@
-"""Columns of a sidecar as arrays and back: labels as codes, embeddings as matrices with no copy."""
+"""Columns of a sidecar as arrays and back: labels as codes, embeddings as matrices with no copy; and .npy files."""
 
+import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
+
+from curate import paths
 
 
 def labels(values: Sequence[str | None] | np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
@@ -45,3 +48,14 @@ def take_vectors(batches: Iterable[pa.RecordBatch], column: str, rows: np.ndarra
         here = np.flatnonzero((rows >= first) & (rows < last))
         found[here] = part[rows[here] - first]
     return found
+
+
+def load_npy(location: str) -> np.ndarray:
+    """Read a .npy file whole, unpickling nothing. Raises: OSError, or ValueError for what is none."""
+    return np.asarray(np.load(io.BytesIO(paths.read_bytes(location)), allow_pickle=False))
+
+
+def save_npy(location: str, array: np.ndarray) -> None:
+    """Write a .npy file whole or not at all."""
+    with paths.atomic_write(location) as file:
+        np.save(file, array, allow_pickle=False)

@@ -9,7 +9,6 @@ disk until the end. Memory: the sample (1 GiB by default) on the driver, then on
 """
 
 import hashlib
-import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -142,8 +141,7 @@ def _recorded(options: ClusterOptions) -> dict[str, Any]:
 def _load_centroids(location: str, dim: int) -> np.ndarray:
     """Read centroids f32 [k, d]. Raises: UsageError when the file is no such array."""
     try:
-        with paths.open_read(location) as file:
-            found = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        found = arrays.load_npy(location)
     except (OSError, ValueError) as error:
         raise UsageError(f"{location} is no readable .npy array: {error}") from None
     if found.ndim != 2 or found.shape[1] != dim or found.dtype.kind != "f" or not np.isfinite(found).all():
@@ -166,8 +164,7 @@ def _fit(
         facts = {"fitted_rows": len(images), "backend": backend, "empty": found.empty}
         facts["mean_similarity"] = found.mean_similarity
     facts["shuffled_clip_score"] = _shuffled(source, rows_ok, options.seed)
-    with paths.atomic_write(output.path(CENTROIDS)) as file:
-        np.save(file, centroids)
+    arrays.save_npy(output.path(CENTROIDS), centroids)
     store.save_json(output.path(FIT), facts)
 
 
@@ -211,7 +208,7 @@ class Assign:
     def setup(self) -> None:
         """Load the centroids."""
         self.source = store.open_input(self.emb)
-        self.centroids = _centroids(paths.join(self.out, CENTROIDS))
+        self.centroids = arrays.load_npy(paths.join(self.out, CENTROIDS))
         rows = list(self.source.rows.values())
         self.first_row = dict(zip(self.source.stems, np.cumsum([0, *rows]).tolist(), strict=False))
 
@@ -252,12 +249,7 @@ def _recall(
     """Estimate the share of near pairs that were compared."""
     images = np.concatenate(list(_sample(source, rows_ok, RECALL_SAMPLE, options.seed)))
     shuffled = images[np.random.default_rng([options.seed, 0x4EC]).permutation(len(images))]
-    return graph.recall(shuffled, _centroids(output.path(CENTROIDS)), options.neighbours, options.floor)
-
-
-def _centroids(location: str) -> np.ndarray:
-    with paths.open_read(location) as file:
-        return np.asarray(np.load(io.BytesIO(file.read()), allow_pickle=False))
+    return graph.recall(shuffled, arrays.load_npy(output.path(CENTROIDS)), options.neighbours, options.floor)
 
 
 def _finish(

@@ -4,7 +4,6 @@ Global row numbers count through the stems in the manifest's order. A number tha
 value makes a group of its own.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 
@@ -210,8 +209,7 @@ class Pool:
     def centroids(self) -> np.ndarray:
         """Read the clusters' centroids, f32 [k, d]."""
         assert self.clu is not None
-        with paths.open_read(self.clu.path(CENTROIDS)) as file:
-            return np.asarray(np.load(io.BytesIO(file.read()), allow_pickle=False))
+        return arrays.load_npy(self.clu.path(CENTROIDS))
 
     @property
     def _embedder(self) -> tuple[int, str]:
@@ -230,8 +228,7 @@ class Pool:
         Raises: UsageError when the file is none.
         """
         try:
-            with paths.open_read(location) as file:
-                subset = np.load(file, allow_pickle=False)
+            subset = arrays.load_npy(location)
         except (OSError, ValueError) as error:
             raise UsageError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
         if subset.dtype != UID or subset.ndim != 1:

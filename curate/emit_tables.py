@@ -7,7 +7,6 @@ In: SEL and the embeddings and clusters it rests on. Out, by format:
     clip-retrieval  OUT/img_emb/img_emb_{i}.npy, text_emb/text_emb_{i}.npy f16, metadata/metadata_{i}.parquet: kept rows
 """
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +71,7 @@ def _write_subset(coreset: Coreset, location: str) -> dict[str, int]:
         without += len(uids) - len(found)
         halves.append(uid_pairs(found))
     subset = np.sort(np.concatenate(halves))
-    with paths.atomic_write(location) as file:
-        np.save(file, subset)
+    arrays.save_npy(location, subset)
     return {"rows": len(subset), "no_uid": without}
 
 
@@ -112,7 +110,7 @@ class _WriteKeys(_Write):
     def __call__(self, stem: str, /) -> dict[str, Any]:
         keys = self.coreset.keys(stem, self.coreset.kept_rows(stem))
         if keys and all(key.isdecimal() and key.isascii() and len(key) <= 18 for key in keys):
-            _save_npy(paths.join(self.out, f"{stem}.npy"), np.array(keys, np.int64))
+            arrays.save_npy(paths.join(self.out, f"{stem}.npy"), np.array(keys, np.int64))
         with paths.atomic_write(self.place(stem)) as file:
             file.write("".join(f"{key}\n" for key in keys).encode())
         return {"rows": len(keys)}
@@ -153,19 +151,12 @@ class _WriteVectors(_Write):
                 inside = rows[(rows >= first) & (rows < first + batch.num_rows)] - first
                 kept.append(arrays.vectors(batch.column(column))[inside])
                 first += batch.num_rows
-            _save_npy(paths.join(self.out, name, f"{name}_{number}.npy"), np.concatenate(kept))
+            arrays.save_npy(paths.join(self.out, name, f"{name}_{number}.npy"), np.concatenate(kept))
         table = self.coreset.embedded.table(stem, ["key", *EMBEDDED_COLUMNS]).take(rows)
         names = {"key": "image_path", "clip_score": "similarity"}
         columns = {names.get(name, name): table[name] for name in table.column_names if name not in ("uid", "status")}
         _save_parquet(self.place(stem), pa.table(columns).replace_schema_metadata(None))
         return {"rows": len(rows)}
-
-
-def _save_npy(location: str, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    with paths.atomic_write(location) as file:
-        file.write(buffer.getvalue())
 
 
 def _save_parquet(location: str, table: pa.Table) -> None:
