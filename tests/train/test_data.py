@@ -139,6 +139,7 @@ def test_a_torn_shard_gives_what_it_has(tmp_path, world, caplog):
     assert 0 < len(open_source(str(torn))) < 24
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_images_of_every_bad_kind():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"  # would be run by a helper
     for data in (b"", b"not an image", picture("red", True, 0)[:300], script):
