@@ -93,7 +93,7 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     replaced = None if outcome.failed else _replace_gone(task, output, suffix)
     manifest = _finish(output, plan, task.renamed, suffix, outcome.failed, replaced)
     counts = manifest["counts"]
-    lost = counts["rows"] - counts["written"] + counts.get("replaced", 0)
+    lost = counts["rows"] - counts["written"] + counts.get("replaced", 0) - counts.get("in_failed_shards", 0)
     if lost and not job.quiet:
         told = f"{counts.get('replaced', 0):,} replaced by the next in rank, {counts['written']:,} written"
         sys.stderr.write(f"emit: {lost:,} of {counts['rows']:,} samples could not be had; {told}\n")
