@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from curate.errors import CurateError
+from curate import paths
+from curate.errors import CurateError, UsageError
 from curate.verbs import Json, Run, verb
 
 app = typer.Typer(
@@ -43,10 +44,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
-        sys.stderr.write(
-            f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; run again to resume\n"
-        )
-        sys.exit(1)
+        told = f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        lasting = isinstance(error, paths.FINAL)
+        sys.stderr.write(f"{told}\n" if lasting else f"{told}; run again to resume\n")
+        sys.exit(UsageError.exit_code if lasting else 1)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; run the same command again to resume\n")
         sys.exit(130)

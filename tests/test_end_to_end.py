@@ -141,6 +141,7 @@ def test_show_tells_the_life_of_a_sample(undisturbed):
         (["run", "demo", "--set", "embed.modl=x"], "did you mean 'model'"),
         (["run", "demo", "--set", "demo.seed=-1", "--only", "demo", "--out", "{}/x", "--json"], "seed=-1 is negative"),
         (["demo", "{}/d", "--rows", "5"], "holds 10 to 9,999"),
+        (["embed", "{}/pool", "{}/e", "--model", CLIP, "--captions", "{}/empty"], "Is a directory"),
         (["demo", "{}/d", "--workers", "-1"], "workers=-1 is negative"),
         (["embed", "{}/pool", "{}/e", "--model", "no/such/model"], "a local model is a folder with open_clip_config"),
         (["select", "{}/emb", "{}/s", "--losses", "{}/emb"], "made by `python -m train … --losses`"),
