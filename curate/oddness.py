@@ -33,7 +33,10 @@ def few_of_each(groups: np.ndarray, rows: np.ndarray, rng: np.random.Generator) 
 
 
 def group_means(x_nd: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
-    """Average the rows of each group, f32 [count, d], brought to unit length. groups: i64 [n], each occurs."""
+    """Average the rows of each group, f32 [count, d], brought to unit length. groups: i64 [n], each occurs.
+
+    In f32, which 32 rows at most allow; coverage adds whole groups up, block by block, in f64.
+    """
     order = np.argsort(groups, kind="stable")
     starts = np.searchsorted(groups[order], np.arange(count))
     return unit_rows(np.add.reduceat(x_nd[order].astype(np.float32), starts, axis=0))

@@ -53,7 +53,8 @@ def weighted_fill(sizes: np.ndarray, weights: np.ndarray, total: int) -> np.ndar
     """Find quotas min(level * weight, size) that sum to exactly `total`, in whole rows.
 
     What a full group cannot take goes to the others by their weights; rounding goes to the largest fractions, ties to
-    the lowest number. Groups of weight 0 (or next to it) get what nobody else can take, evenly.
+    the lowest number: one row a group at most, and a cluster's number is an accident of its fit, so no kind of picture
+    is favoured. Groups of weight 0 (or next to it) get what nobody else can take, evenly.
     total: at most the sum of the sizes. Returns i64 [k]. O(k log k) time.
     """
     sizes, weights = np.asarray(sizes, np.int64), np.where(weights > LEAST_WEIGHT, weights, 0.0)
