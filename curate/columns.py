@@ -131,8 +131,8 @@ class Pool:
             column = self.chunks(name)
         if name == "uid":  # half of a 128-bit hash is a number good enough to tell images apart
             codes = np.concatenate([_half_numbers(chunk) for chunk in column.chunks])
-        elif pa.types.is_string(column.type):
-            encoded = column.dictionary_encode().unify_dictionaries().chunks
+        elif pa.types.is_string(column.type):  # the dictionary of 100 million captions is larger than 2 GB, too
+            encoded = column.cast(pa.large_string()).dictionary_encode().unify_dictionaries().chunks
             codes = pa.chunked_array([chunk.indices for chunk in encoded]).fill_null(0).to_numpy().astype(np.int64)
         elif pa.types.is_floating(column.type):
             codes = np.unique(column.fill_null(0).to_numpy(), return_inverse=True)[1]
@@ -158,11 +158,17 @@ class Pool:
         return self._edges
 
     def keys(self, rows: np.ndarray) -> pa.Array:
-        """Look up keys by global row numbers."""
-        if not len(rows):
-            return pa.array([], pa.string())
-        found = self.chunks("key").take(pa.array(rows))
-        return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+        """Look up keys by global row numbers, as large_string: Arrow's string holds 2 GB, some 100 million keys."""
+        order = np.argsort(rows, kind="stable")
+        stem_of = np.searchsorted(self.bounds, rows[order], side="right") - 1
+        found = [pa.array([], pa.large_string())]
+        for index in np.unique(stem_of):
+            column = self.emb.table(self.emb.stems[index], ["key"])["key"]
+            here = column.take(pa.array(rows[order[stem_of == index]] - self.bounds[index]))
+            found.append(here.combine_chunks().cast(pa.large_string()))
+        back = np.empty(len(rows), np.int64)
+        back[order] = np.arange(len(rows))
+        return pa.concat_arrays(found).take(pa.array(back))
 
     def vectors(self, rows: np.ndarray, column: str = "image_embedding") -> np.ndarray:
         """Read embeddings by global row numbers, f16 [len(rows), d]."""

@@ -247,7 +247,7 @@ def _write(
             pa.array(kept),
             arrays.label_codes(codes[first:last], names),
             pa.array(component, pa.int64(), mask=component < 0),
-            twin_keys.take(pa.array(place, mask=place < 0)),
+            twin_keys.take(pa.array(place, mask=place < 0)).cast(pa.string()),
             pa.array(similarity, mask=np.isnan(similarity)),
         ]
         batch = pa.record_batch(columns, schema=store.SELECTION_SCHEMA)
