@@ -61,8 +61,7 @@ def inputs(sources: Mapping[str, SourceOptions]) -> dict[str, store.Artefact | M
 def _digest_file(location: str) -> str:
     if not paths.exists(location):
         raise UsageError(f"{location} does not exist.")
-    with paths.open_read(location) as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+    return store.file_digest(location)
 
 
 def _digest_tars(pool: str) -> str:
