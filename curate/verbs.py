@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from curate import paths
 from curate.engine import Job
 from curate.errors import UsageError
 
@@ -38,10 +39,11 @@ Made = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """How a verb shall run and answer, as the common options say."""
+    """How a verb shall run and answer, as the common options say. source: what it reads, empty for the demo."""
 
     verb: str
     job: Job
+    source: str = ""
     seed: int = 0
     dry_run: bool = False
     as_json: bool = False
@@ -49,7 +51,12 @@ class Run:
     def make(self, out: str, stage: Callable[[Job], Made]) -> None:
         """Carry out a stage, tell what it made, and end with the right exit code."""
         if self.dry_run:
-            typer.echo(f"would write {out}: {self.verb}")
+            from curate import store
+
+            if self.source:
+                typer.echo(f"would read {_described(self.source)}")
+            there = paths.exists(paths.join(out, store.MANIFEST))
+            typer.echo(f"would write {out}" + (", where something stands finished already" if there else ""))
             return
         manifest = stage(self.job)
         failed = manifest.get("failed", {})
@@ -83,13 +90,26 @@ def verb(
         def command(**given: Any) -> None:
             told = {each.name: given.pop(each.name) for each in common}
             answer = {each: told.pop(each) for each in ("seed", "dry_run", "as_json") if each in told}
-            function(**given, run=Run(known_as, _job(**told), **answer))
+            source = "" if own[0].name == "out" else str(given[own[0].name])
+            function(**given, run=Run(known_as, _job(**told), source, **answer))
 
         command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
         command.__annotations__ = {each.name: each.annotation for each in (*own, *common)}
         return app.command(known_as)(command)
 
     return decorate
+
+
+def _described(location: str) -> str:
+    """Say in a line what a directory is, as far as it is known. Raises: UsageError when it is not there."""
+    from curate.show import show
+
+    try:
+        return next(show(location))
+    except UsageError:  # published embeddings, a mix's table, images in folders
+        if not paths.exists(location):
+            raise
+        return location
 
 
 def _job(workers: int = 0, engine: str = "local", part: str = "", overwrite: bool = False) -> Job:

@@ -4,11 +4,12 @@ import re
 import resource
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
 from curate.cli import app as curate_app
-from house import ROOT, parse
+from house import ROOT, curate, parse
 from train.__main__ import app as train_app
 
 PROGRAMS = {"curate": curate_app, "train": train_app}
@@ -48,3 +49,16 @@ def test_help_of_the_program_names_every_verb_at_once(program):
 def test_brackets_in_help_are_shown():
     told = subprocess.run([sys.executable, "-m", "train", "align", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert "[model]" in told.stdout
+
+
+def test_a_dry_run_says_what_is_read_and_does_nothing(tmp_path):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    with tarfile.open(pool / "a.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.txt"))
+    told = curate("embed", pool, tmp_path / "emb", "--dry-run").stdout
+    first, second = told.splitlines()
+    assert first.startswith(f"would read {pool}: a pool of 1 tar, ") and second == f"would write {tmp_path / 'emb'}"
+    assert not (tmp_path / "emb").exists()
+    refused = curate("cluster", tmp_path / "typo", tmp_path / "clu", "--dry-run", check=False)
+    assert refused.returncode == 2 and "is no directory" in refused.stderr
