@@ -229,7 +229,7 @@ def test_a_torch_checkpoint_loads_and_a_pickle_does_not(folder, tmp_path):
 
     for write in (
         lambda path: torch.save({"state_dict": state, "extra": Trap()}, path),
-        lambda path: path.write_bytes(pickle.dumps(Trap())),
+        lambda path: path.write_bytes(pickle.dumps(Trap(), protocol=2)),
     ):
         write(tmp_path / "model" / "epoch_3.pt")
         with pytest.raises(UsageError, match="never loaded"):

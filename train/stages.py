@@ -235,6 +235,10 @@ def _announce(
         *("".join(f"; {reason}: {count}" for reason, count in sorted(counts.items())), int(measured.lengths.sum())),
         int(measured.supervised.sum()),
     )
+    positions = getattr(composed.model.config.text_config, "max_position_embeddings", None)
+    if positions and (longer := int((measured.lengths > positions).sum())):
+        told = "%d samples are longer than the language model's %d positions; --set model.max_length=%d cuts them"
+        log.warning(told, longer, positions, positions)
     learning = sum(p.numel() for p in trainable.values())
     everything = sum(p.numel() for p in composed.model.parameters())
     log.info("%s learns %s of %s parameters in %d steps", stage_name, f"{learning:,}", f"{everything:,}", plan.steps)

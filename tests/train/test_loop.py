@@ -273,6 +273,15 @@ def test_a_foreign_checkpoint_is_refused(world, tmp_path, plain):
         run(world, out, "finetune.save_every=2")
 
 
+def test_samples_beyond_the_language_models_positions_are_warned_of(world, tmp_path, caplog):
+    shutil.copytree(world / "lm", tmp_path / "lm")
+    known = json.loads((tmp_path / "lm" / "config.json").read_text())
+    (tmp_path / "lm" / "config.json").write_text(json.dumps({**known, "max_position_embeddings": 20}))
+    with caplog.at_level("WARNING", "train"):
+        run(world, tmp_path / "run", "finetune.steps=1", f"model.lm={tmp_path / 'lm'}")
+    assert "longer than the language model's 20 positions" in caplog.text and "model.max_length=20" in caplog.text
+
+
 def test_finished_is_finished_and_other_options_are_refused(world, plain, caplog):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in plain.iterdir())
     assert run(world, plain, "finetune.save_every=1", "finetune.workers=1")["result"]["steps"] == 6
