@@ -157,38 +157,38 @@ class Pool:
         """Read the near-duplicate forest."""
         return self._edges
 
+    def _by_stem(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Yield each stem that has some of these global rows: which of them, ascending, and their numbers in it."""
+        stem_of = np.searchsorted(self.bounds, rows, side="right") - 1
+        order = np.argsort(stem_of, kind="stable")
+        found, starts = np.unique(stem_of[order], return_index=True)
+        for index, here in zip(found, np.split(order, starts[1:]), strict=False):
+            yield self.emb.stems[index], here, rows[here] - self.bounds[index]
+
     def keys(self, rows: np.ndarray) -> pa.Array:
         """Look up keys by global row numbers, as large_string: Arrow's string holds 2 GB, some 100 million keys."""
-        order = np.argsort(rows, kind="stable")
-        stem_of = np.searchsorted(self.bounds, rows[order], side="right") - 1
-        found = [pa.array([], pa.large_string())]
-        for index in np.unique(stem_of):
-            column = self.emb.table(self.emb.stems[index], ["key"])["key"]
-            here = column.take(pa.array(rows[order[stem_of == index]] - self.bounds[index]))
-            found.append(here.combine_chunks().cast(pa.large_string()))
-        back = np.empty(len(rows), np.int64)
-        back[order] = np.arange(len(rows))
-        return pa.concat_arrays(found).take(pa.array(back))
+        found, places = [pa.array([], pa.large_string())], [np.empty(0, np.int64)]
+        for stem, here, own in self._by_stem(rows):
+            keys = self.emb.table(stem, ["key"])["key"].take(pa.array(own))
+            found.append(keys.combine_chunks().cast(pa.large_string()))
+            places.append(here)
+        return pa.concat_arrays(found).take(pa.array(np.argsort(np.concatenate(places))))
 
     def vectors(self, rows: np.ndarray, column: str = "image_embedding") -> np.ndarray:
         """Read embeddings by global row numbers, f16 [len(rows), d]."""
-        stem_of = np.searchsorted(self.bounds, rows, side="right") - 1
         found: np.ndarray | None = None
-        for index in np.unique(stem_of):
-            here = np.flatnonzero(stem_of == index)
-            part = arrays.take_vectors(self.emb.batches(self.emb.stems[index]), column, rows[here] - self.bounds[index])
+        for stem, here, own in self._by_stem(rows):
+            part = arrays.take_vectors(self.emb.batches(stem), column, own)
             found = np.empty((len(rows), part.shape[1]), np.float16) if found is None else found
             found[here] = part
         return np.empty((0, 1), np.float16) if found is None else found
 
     def captions(self, rows: np.ndarray) -> list[str]:
         """Read captions by global row numbers; "" where there is none."""
-        stem_of = np.searchsorted(self.bounds, rows, side="right") - 1
         found = np.empty(len(rows), object)
-        for index in np.unique(stem_of):
-            here = np.flatnonzero(stem_of == index)
-            column = self.emb.table(self.emb.stems[index], ["caption"])["caption"]
-            found[here] = column.take(pa.array(rows[here] - self.bounds[index])).fill_null("").to_pylist()
+        for stem, here, own in self._by_stem(rows):
+            column = self.emb.table(stem, ["caption"])["caption"]
+            found[here] = column.take(pa.array(own)).fill_null("").to_pylist()
         return list(found)
 
     def foreign(self, directory: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
