@@ -205,12 +205,9 @@ def command(plan: Pipeline, job: Job, only: str, *, dry_run: bool, as_json: bool
     from curate.report import ReportOptions, report
 
     result = run(plan, job, (lambda _: None) if as_json else echo)
-    page = paths.join(plan.out, pipeline.PLACES["report"])
+    page = plan.place("report")
     report(plan.out, page, ReportOptions(), job)
-    if not as_json:
-        echo(f"\nThe page to look at is {page}")
-    else:
-        echo(json.dumps(result, ensure_ascii=False))
+    echo(json.dumps(result, ensure_ascii=False) if as_json else f"\nThe page to look at is {page}")
     for failed in result["failed"][:5]:
         told = f"{' · '.join(failed['arm'].values())}, seed {failed['seed']}: {failed['error']}"
         log.warning("%s", told)

@@ -25,6 +25,7 @@ WRITE_BYTES_PER_S = 300e6  # tar copy and sidecar writing, fsync included; a fif
 START_S = 4.0  # imports and workers, of a stage
 SKEW = 2.0  # sum of squared cluster sizes beside that of equal clusters, as k-means leaves them on a mixture
 SELECT_S_PER_ROW = 6e-6  # of the recipe balanced: sorts, and a pass over the edges
+DEMO_ROW_BYTES = 4500  # of a rendered sample in its tar
 ROW_OVERHEAD_BYTES = 120  # key, uid, hash, caption, scores
 
 
@@ -84,7 +85,8 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
             yield "    not known before the pool is there"
             continue
         total += cost.seconds or 0.0
-        unknown = unknown if cost.seconds is not None else ", without what is not known"
+        if cost.seconds is None:
+            unknown = ", without what is not known"
         spell = f"about {duration(cost.seconds)}" if cost.seconds is not None else "time not known"
         why = f" ({cost.why})" if cost.why else ""
         taken = (cost.seconds or 0.0) * cost.gpus / 3600
@@ -115,8 +117,9 @@ def _cost(pipeline: Pipeline, stage: str, sizes: dict[str, int]) -> Cost | None:
     """Estimate one stage; `sizes` carries rows and dimensions from stage to stage."""
     if stage == "demo":
         options = stage_options(pipeline, "demo")
-        sizes["rows"], sizes["row_bytes"] = options.rows, 4500
-        return Cost(options.rows, options.rows * 4500, options.rows / 1500 / cores(), "1,500 rows/s a core")
+        sizes["rows"], sizes["row_bytes"] = options.rows, DEMO_ROW_BYTES
+        seconds = options.rows / 1500 / cores()
+        return Cost(options.rows, options.rows * DEMO_ROW_BYTES, seconds, "1,500 rows/s a core")
     if stage == "embed":
         return _embed_cost(pipeline, sizes)
     rows, dim = sizes.get("rows", 0), sizes.get("dim", 512)
@@ -173,9 +176,8 @@ def _embed_cost(pipeline: Pipeline, sizes: dict[str, int]) -> Cost | None:
     sizes["rows"], sizes["row_bytes"] = size.rows, size.size_bytes // max(size.rows, 1)
     logged = _logged_rate(paths.join(pipeline.place("embed"), store.LOG))
     try:
-        rate, dim, why = (
-            (*logged, "measured by an earlier run") if logged else (*_calibrate(pipeline, found), "calibrated")
-        )
+        rate, dim = logged or _calibrate(pipeline, found)
+        why = "measured by an earlier run" if logged else "calibrated"
     except CurateError as error:  # no weights yet, or no sample that can be read: the run itself would end like this
         rate, dim, why = 0.0, sizes.get("dim", 512), f"as it stands the stage fails: {error}"
     sizes["dim"] = dim
