@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from curate import paths
+from curate.command import Json, Run, verb
 from curate.errors import CurateError, UsageError
-from curate.verbs import Json, Run, verb
+from curate.storage import paths
 
 app = typer.Typer(
     help="Condense image-text pools into coresets. A pool is a directory of tar shards; each verb makes one directory.",
@@ -68,8 +68,8 @@ def pack(
 
     Example: `curate pack download/ pool/` writes `pool/{folder}.tar`.
     """
-    from curate.packing import PackOptions
-    from curate.packing import pack as stage
+    from curate.ingest.pack import PackOptions
+    from curate.ingest.pack import pack as stage
 
     options = PackOptions(layout, image, caption, shard_size)
     run.make(out, lambda job: stage(source, out, options, job))
@@ -95,8 +95,8 @@ def embed(
 
     Example: `curate embed shards/ emb/ --model ViT-L-14 --pretrained openai` writes `emb/{shard}.arrow`.
     """
-    from curate.embed import EmbedOptions
-    from curate.embed import embed as stage
+    from curate.embed.embed import EmbedOptions
+    from curate.embed.embed import embed as stage
 
     more: dict[str, Any] = {"decoders": decoders, "columns": _names(columns), "captions": captions}
     options = EmbedOptions(model, pretrained, precision, batch_size, **more)
@@ -119,7 +119,7 @@ def import_(
 
     Example: `curate import laion/ emb/ --layout clip-retrieval --pool shards/ --join url` writes `emb/{shard}.arrow`.
     """
-    from curate.importing import ImportOptions, import_layout
+    from curate.ingest.published import ImportOptions, import_layout
 
     options = ImportOptions(layout, pool=pool, join=join, arch=arch, columns=_names(columns))
     run.make(out, lambda job: import_layout(source, out, options, job))
@@ -142,8 +142,8 @@ def cluster(
 
     Example: `curate cluster emb/ clu/ --k 10000` writes `clu/centroids.npy`, `clu/{shard}.arrow` and `clu/edges.arrow`.
     """
-    from curate.cluster import ClusterOptions
-    from curate.cluster import cluster as stage
+    from curate.cluster.cluster import ClusterOptions
+    from curate.cluster.cluster import cluster as stage
 
     options = ClusterOptions(
         k=k, iters=iters, sample=sample, centroids=centroids, floor=floor, neighbours=neighbours, seed=run.seed
@@ -173,16 +173,17 @@ def select(
     By hand: `curate select clu/ sel/ --step 'dedup(0.9)' --step 'rank(clip_score, 0, 0.5)' --step 'sample(10_000)'`;
     `curate steps` lists them all.
     """
-    from curate.selection import SelectOptions
-    from curate.selection import select as stage
+    from curate.select.select import SelectOptions
+    from curate.select.select import select as stage
 
     options = SelectOptions(steps=tuple(step or ()), recipe=recipe, n=n, seed=run.seed, losses=losses)
     run.make(out, lambda job: stage(source, out, options, job))
     if not run.as_json and not run.dry_run:
-        from curate import paths, store
-        from curate.show import funnel_lines
+        from curate.report.show import funnel_lines
+        from curate.storage import paths
+        from curate.storage.manifest import load_json
 
-        typer.echo("\n".join(funnel_lines(store.load_json(paths.join(out, "funnel.json")))))
+        typer.echo("\n".join(funnel_lines(load_json(paths.join(out, "funnel.json")))))
 
 
 @app.command()
@@ -191,7 +192,7 @@ def steps() -> None:
 
     Example: `curate steps` writes nothing: it prints them.
     """
-    from curate.show import step_lines
+    from curate.report.show import step_lines
 
     for line in step_lines():
         typer.echo(line)
@@ -214,8 +215,8 @@ def emit(
 
     Example: `curate emit sel/ coreset/` writes `coreset/{000000}.tar` and `coreset/{000000}.arrow`.
     """
-    from curate.emit import EmitOptions
-    from curate.emit import emit as stage
+    from curate.emit.emit import EmitOptions
+    from curate.emit.emit import emit as stage
 
     options = EmitOptions(format=format, shard_size=shard_size, **({"prompt": prompt} if prompt else {}))
     run.make(out, lambda job: stage(selection, out, options, job, pool or None))
@@ -238,8 +239,8 @@ def mix(
     Example: `curate mix pipelines/bunny_695k.toml mix/` writes `mix/{000000}.tar` and each source's account.
     """
     from curate import options
-    from curate.mix import mix as stage
-    from curate.mix import read_table
+    from curate.mix.mix import mix as stage
+    from curate.mix.mix import read_table
 
     tables = {"mix": read_table(table)}
     flags = [*([f"mix.seed={seed}"] if seed is not None else []), *(["mix.strict=true"] if strict else [])]
@@ -261,7 +262,7 @@ def demo(
 
     Example: `curate demo out/demo` writes `out/demo/{pool,instruct,test}/`, `truth.arrow` and `text.json`.
     """
-    from curate.demo import DemoOptions, render_demo
+    from curate.demo.render import DemoOptions, render_demo
 
     options = DemoOptions(rows=rows, seed=run.seed, shards=shards, dirt=dirt)
     run.make(out, lambda job: render_demo(out, options, job))
@@ -279,8 +280,8 @@ def report(
 
     Example: `curate report out/demo out/demo/report.html` writes that file, which needs no network.
     """
-    from curate.report import ReportOptions
-    from curate.report import report as stage
+    from curate.report.report import ReportOptions
+    from curate.report.report import report as stage
 
     options = ReportOptions(seed=run.seed, title=title)
     run.make(out, lambda job: stage(directory, out, options, job))
@@ -296,12 +297,12 @@ def show(
 
     Example: `curate show out/demo/selection --key 000000123` writes nothing: it prints one screen.
     """
-    from curate import store
-    from curate.life import facts_of, show_key
-    from curate.show import show as describe
+    from curate.report.show import show as describe
+    from curate.report.show_sample import facts_of, show_key
+    from curate.storage.manifest import open_input
 
     if as_json:
-        found = facts_of(directory, key) if key else [store.open_input(directory).manifest]
+        found = facts_of(directory, key) if key else [open_input(directory).manifest]
         typer.echo("\n".join(json.dumps(facts, ensure_ascii=False) for facts in found))
         return
     for line in show_key(directory, key) if key else describe(directory):
@@ -324,7 +325,7 @@ def run(
 
     Example: `curate run demo --out out/demo --only coreset` writes `out/demo/{embeddings,clusters,selection,coreset}`.
     """
-    from curate import pipeline as pipelines
+    from curate.run import pipeline as pipelines
 
     if names or not pipeline:
         for name, about in pipelines.listing():
@@ -332,13 +333,13 @@ def run(
         return
     plan = pipelines.load(pipeline, out or None, pool=pool or None, recipe=recipe or None, settings=settings or [])
     if "ablation" in plan.tables:
-        from curate.ablation import command
+        from curate.ablation.run import command
 
         if not command(plan, run.job, only, dry_run=run.dry_run, as_json=run.as_json, echo=typer.echo):
             raise typer.Exit(1)
         return
     if run.dry_run:
-        from curate.estimate import lines
+        from curate.run.dry_run import lines
 
         for line in lines(plan, only or None, run.job.gpus):
             typer.echo(line)

@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from curate import arrays, shards, store
+from curate.storage import manifest, sidecar
+from curate.storage.schema import CLUSTER_SCHEMA, SELECTION_SCHEMA, STATUSES, embedding_schema
+from curate.storage.tar import TarWriter, list_pool, read_index, read_member
 
 
 def picture(seed, side=24, kind="JPEG"):
@@ -24,7 +26,7 @@ def write_pool(folder, stems, rows, *, first=0, caption=lambda row: f"a caption 
     folder.mkdir(parents=True, exist_ok=True)
     number = first
     for stem in stems:
-        with open(folder / f"{stem}.tar", "wb") as file, shards.TarWriter(file) as tar:
+        with open(folder / f"{stem}.tar", "wb") as file, TarWriter(file) as tar:
             for _ in range(rows):
                 key = f"{number:09d}"
                 tar.add(f"{key}.jpg", picture(number))
@@ -36,17 +38,15 @@ def write_pool(folder, stems, rows, *, first=0, caption=lambda row: f"a caption 
 
 def write_embeddings(folder, pool, dim=8, seed=0):
     """Write EMB for a pool: the true keys and uids, random vectors."""
-    listed = shards.list_pool(pool)
-    output = store.open_output(str(folder), "embed", {"model": "none"}, {"pool": {"path": pool, "digest": "d"}})
-    schema, counts = store.embedding_schema(dim), {}
+    listed = list_pool(pool)
+    output = manifest.open_output(str(folder), "embed", {"model": "none"}, {"pool": {"path": pool, "digest": "d"}})
+    schema, counts = embedding_schema(dim), {}
     for shard in listed:
         rng = np.random.default_rng([seed, int.from_bytes(shard.stem.encode(), "big") % 2**32])
         with open(shard.location, "rb") as file:
-            samples = shards.read_index(file).samples
-            images = [shards.read_member(file, sample.image) if sample.image else None for sample in samples]
-            texts = [
-                shards.read_member(file, sample.member("txt")) if sample.member("txt") else None for sample in samples
-            ]
+            samples = read_index(file).samples
+            images = [read_member(file, sample.image) if sample.image else None for sample in samples]
+            texts = [read_member(file, sample.member("txt")) if sample.member("txt") else None for sample in samples]
         ok = np.array([image is not None and text is not None for image, text in zip(images, texts, strict=True)])
         vectors = [rng.normal(size=(len(samples), dim)) for _ in range(2)]
         vectors = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in vectors]
@@ -57,9 +57,9 @@ def write_embeddings(folder, pool, dim=8, seed=0):
                     [image and hashlib.blake2b(image, digest_size=16).digest() for image in images], pa.binary(16)
                 ),
                 pa.array([None] * len(samples), pa.uint64()),
-                arrays.labels(["ok" if flag else "no_image" for flag in ok], list(store.STATUSES)),
-                arrays.vector_column(vectors[0].astype(np.float16), ok),
-                arrays.vector_column(vectors[1].astype(np.float16), ok),
+                sidecar.labels(["ok" if flag else "no_image" for flag in ok], list(STATUSES)),
+                sidecar.vector_column(vectors[0].astype(np.float16), ok),
+                sidecar.vector_column(vectors[1].astype(np.float16), ok),
                 pa.array(np.float32((vectors[0] * vectors[1]).sum(1)), mask=~ok),
                 pa.array([text and text.decode() for text in texts], pa.string()),
                 pa.array([24] * len(samples), pa.int32()),
@@ -68,32 +68,30 @@ def write_embeddings(folder, pool, dim=8, seed=0):
             ],
             schema=schema,
         )
-        store.write_table(str(folder / f"{shard.stem}.arrow"), schema, [batch], {"rows": len(samples)})
+        sidecar.write_table(str(folder / f"{shard.stem}.arrow"), schema, [batch], {"rows": len(samples)})
         counts[shard.stem] = {"rows": len(samples)}
     output.finish(shards=counts, counts={"rows": sum(entry["rows"] for entry in counts.values())})
     return str(folder)
 
 
 def write_clusters(folder, emb, k=3):
-    embedded = store.open_input(emb)
-    output = store.open_output(str(folder), "cluster", {"k": k}, {"embeddings": embedded})
+    embedded = manifest.open_input(emb)
+    output = manifest.open_output(str(folder), "cluster", {"k": k}, {"embeddings": embedded})
     for stem, rows in embedded.rows.items():
         status = embedded.table(stem, ["status"])["status"].to_pylist()
         cluster = [row % k if status[row] == "ok" else -1 for row in range(rows)]
         near = [0.5 + row / (2 * rows) if status[row] == "ok" else None for row in range(rows)]
-        batch = pa.record_batch(
-            [pa.array(cluster, pa.int32()), pa.array(near, pa.float32())], schema=store.CLUSTER_SCHEMA
-        )
-        store.write_table(str(folder / f"{stem}.arrow"), store.CLUSTER_SCHEMA, [batch])
+        batch = pa.record_batch([pa.array(cluster, pa.int32()), pa.array(near, pa.float32())], schema=CLUSTER_SCHEMA)
+        sidecar.write_table(str(folder / f"{stem}.arrow"), CLUSTER_SCHEMA, [batch])
     output.finish(shards={stem: {"rows": rows} for stem, rows in embedded.rows.items()}, counts={})
     return str(folder)
 
 
 def write_selection(folder, source, kept, *, funnel=None, steps=("dedup(0.86)", "sample(9)"), twins=None):
     """Write SEL. kept: (stem, row, key) -> True, or the text of the step that drops it."""
-    below = store.open_input(source)
+    below = manifest.open_input(source)
     embedded = below.source("embed", "import")
-    output = store.open_output(str(folder), "select", {"steps": list(steps)}, {"clusters": below})
+    output = manifest.open_output(str(folder), "select", {"steps": list(steps)}, {"clusters": below})
     total = 0
     for stem, rows in below.rows.items():
         keys, status = (embedded.table(stem)[name].to_pylist() for name in ("key", "status"))
@@ -104,16 +102,16 @@ def write_selection(folder, source, kept, *, funnel=None, steps=("dedup(0.86)", 
             [
                 pa.array(keys),
                 pa.array([verdict is True for verdict in verdicts]),
-                arrays.labels(dropped, [*steps, *store.STATUSES]),
+                sidecar.labels(dropped, [*steps, *STATUSES]),
                 pa.array([None] * rows, pa.int64()),
                 pa.array([pair[0] for pair in pairs], pa.string()),
                 pa.array([pair[1] for pair in pairs], pa.float32()),
             ],
-            schema=store.SELECTION_SCHEMA,
+            schema=SELECTION_SCHEMA,
         )
-        store.write_table(str(folder / f"{stem}.arrow"), store.SELECTION_SCHEMA, [batch])
+        sidecar.write_table(str(folder / f"{stem}.arrow"), SELECTION_SCHEMA, [batch])
         total += sum(verdict is True for verdict in verdicts)
-    store.save_json(str(folder / "funnel.json"), funnel or {"steps": []})
+    manifest.save_json(str(folder / "funnel.json"), funnel or {"steps": []})
     output.finish(shards={stem: {"rows": rows} for stem, rows in below.rows.items()}, counts={"kept": total})
     return str(folder)
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from curate import arrays, store
+from curate.storage import manifest, sidecar
+from curate.storage.schema import STATUSES, embedding_schema
 
 
 @dataclass
@@ -55,24 +56,24 @@ def draw(
             pa.array(keys),
             pa.array([int(row).to_bytes(16, "little") for row in source], pa.binary(16)),
             pa.array(phash, mask=~ok),
-            arrays.labels(["ok" if flag else "decode_error" for flag in ok], list(store.STATUSES)),
-            arrays.vector_column(image, ok),
-            arrays.vector_column(text, ok),
+            sidecar.labels(["ok" if flag else "decode_error" for flag in ok], list(STATUSES)),
+            sidecar.vector_column(image, ok),
+            sidecar.vector_column(text, ok),
             pa.array(score, mask=~ok),
             pa.array([f"caption number {row % captions}" for row in range(rows)]),
             pa.array(64 + np.arange(rows) % 7, pa.int32()),
             pa.array(np.full(rows, 48), pa.int32()),
             pa.array([None if row % 3 else f"http://x/{row // 9}" for row in range(rows)], pa.string()),
         ],
-        schema=store.embedding_schema(dim),
+        schema=embedding_schema(dim),
     )
-    output = store.open_output(str(path), "embed", {"seed": seed, "rows": rows}, {})
+    output = manifest.open_output(str(path), "embed", {"seed": seed, "rows": rows}, {})
     bounds = np.linspace(0, rows, stems + 1).astype(int).tolist()
     for index, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         middle = (first + last) // 2  # every other sidecar has two record batches
         cuts = [first, middle, last] if index % 2 else [first, last]
         parts = [table.slice(i, j - i) for i, j in zip(cuts[:-1], cuts[1:], strict=True)]
-        store.write_table(output.path(f"{index:05d}.arrow"), table.schema, parts)
+        sidecar.write_table(output.path(f"{index:05d}.arrow"), table.schema, parts)
     shards = {f"{i:05d}": {"rows": bounds[i + 1] - bounds[i]} for i in range(stems)}
     output.finish(shards=shards, counts={"ok": int(ok.sum())})
     return Cloud(
@@ -82,13 +83,13 @@ def draw(
 
 def clustered(folder):
     """Draw a pool with mismatches, cluster it, and add the facts of its rows as plain arrays."""
-    from curate.cluster import ClusterOptions, cluster
+    from curate.cluster.cluster import ClusterOptions, cluster
     from curate.engine import Job
 
     cloud = draw(folder / "emb", mismatched=0.2)
     cloud.clu = str(folder / "clu")
     cluster(cloud.path, cloud.clu, ClusterOptions(k=8, floor=0.8), Job(workers=1, quiet=True))
-    table = pa.concat_tables([store.table(f"{cloud.clu}/{i:05d}.arrow") for i in range(3)])
+    table = pa.concat_tables([sidecar.table(f"{cloud.clu}/{i:05d}.arrow") for i in range(3)])
     cloud.cluster = table["cluster"].to_numpy()
     cloud.near = table["centroid_similarity"].to_numpy(zero_copy_only=False)
     return cloud

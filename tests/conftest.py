@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """A dirty demo of 600 rows in 3 shards, with its truth, instruction data and tests."""
-    from curate.demo import render
+    from curate.demo.render import render
 
     out = tmp_path_factory.mktemp("demo")
     render(out, rows=600, seed=11, shards=3, dirt="dirty", instruct=60, tests=1)

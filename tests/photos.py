@@ -11,11 +11,12 @@ import numpy as np
 from clouds import unit
 from PIL import Image, ImageDraw, ImageOps
 
-from curate import shards, store
-from curate.cluster import ClusterOptions, cluster
+from curate.cluster.cluster import ClusterOptions, cluster
 from curate.engine import Job
-from curate.importing import ImportOptions, import_layout
-from curate.selection import SelectOptions, select
+from curate.ingest.published import ImportOptions, import_layout
+from curate.select.select import SelectOptions, select
+from curate.storage import manifest, sidecar
+from curate.storage.tar import TarWriter
 from house import REAL_DATA
 
 QUIETLY = Job(workers=1, quiet=True)
@@ -196,7 +197,7 @@ class Embedder:
 def write_pool(folder, faults, photographs, variants):
     """Write the rows as a tar. photographs: (bytes, caption) by number; variants: the names of each one's variants."""
     Path(folder).mkdir(parents=True)
-    with open(Path(folder) / "00000.tar", "wb") as file, shards.TarWriter(file) as tar:
+    with open(Path(folder) / "00000.tar", "wb") as file, TarWriter(file) as tar:
         rows = zip(faults.source, faults.variant, faults.caption, strict=True)
         for row, (source, variant, caption) in enumerate(rows):
             data = photographs[source][0]
@@ -236,7 +237,7 @@ def selected(home, name, **options):
     """Select from home/clu. Returns the table of what became of each row, and the funnel."""
     out = str(home / "sel" / name)
     select(str(home / "clu"), out, SelectOptions(**options), QUIETLY)
-    return store.table(f"{out}/00000.arrow"), store.load_json(f"{out}/funnel.json")
+    return sidecar.table(f"{out}/00000.arrow"), manifest.load_json(f"{out}/funnel.json")
 
 
 def compare(table, faults):

@@ -6,80 +6,85 @@ from pathlib import Path
 
 import pytest
 
-from curate import store
+from curate.storage import schema
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {
-    **dict.fromkeys(["errors", "__init__"], 0),
-    **dict.fromkeys(["checkpoints", "encoders", "images", "products", "kmeans", "relate", "duplicates", "evidence"], 1),
-    **dict.fromkeys(["frame", "selectors", "steps", "recipes", "cuts", "demo_words", "demo_world"], 1),
-    **dict.fromkeys(["contrasts", "calls", "computed", "quotas", "oddness", "coverage", "scores"], 1),
-    **dict.fromkeys(["ranks", "budgets", "representatives", "targets", "phrases", "vocabulary"], 1),
-    **dict.fromkeys(["paths", "records", "rules", "drawing", "texts", "arrays"], 1),
-    **dict.fromkeys(["store", "shards", "engine"], 2),
-    **dict.fromkeys(["layouts", "extras", "rows", "sources", "coreset", "columns", "options", "demo"], 3),
-    **dict.fromkeys(["emit_tables", "spool", "accounts", "graph"], 3),
-    **dict.fromkeys(["embed", "importing", "packing", "cluster", "selection", "emit", "mix"], 4),
-    **dict.fromkeys(
-        [
-            "show",
-            "report",
-            "gallery",
-            "exhibits",
-            "movable",
-            "clustermap",
-            "concepts",
-            "trials",
-            "charts",
-            "making",
-            "life",
-        ],
-        5,
-    ),
-    **dict.fromkeys(["pipeline", "arms"], 6),
-    **dict.fromkeys(["calibration"], 2),
-    **dict.fromkeys(["estimate", "ablation"], 7),
-    **dict.fromkeys(["cli", "verbs", "__main__"], 8),
-}
-PLAIN = ("checkpoints", "paths", "records", "rules", "drawing", "texts", "arrays")
-NUMERICS = [room for room, floor in ROOMS.items() if floor == 1 and room not in PLAIN]
+# From the ground up. A room imports itself and rooms of the lines before its own; those of one line keep apart.
+FLOORS = """
+curate/errors
+curate/vectors
+curate/storage curate/engine curate/options
+curate/embed curate/cluster curate/select curate/emit
+curate/ingest curate/demo curate/mix curate/report
+curate/run
+curate/ablation
+curate/command
+curate/cli
+curate/__main__
+train/errors
+train/config train/folder train/dist train/work
+train/data
+train/model
+train/run
+train/publish train/bench
+train/eval
+train/__main__
+"""
+FLOOR = {room: number for number, line in enumerate(FLOORS.split("\n")) for room in line.split()}
+FILES = sorted(path for package in ("curate", "train") for path in (ROOT / package).rglob("*.py"))
 HEAVY = ("torch", "faiss", "open_clip", "transformers", "sklearn", "scipy", "ray", "jinja2", "webdataset")
+MAX_LINES = 450
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix()
+
+
+def room_of(name: str) -> str:
+    """`curate/select/steps/by_score` stands in the room `curate/select`."""
+    return "/".join(name.split("/")[:2])
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """All modules that a file imports, inside functions too; `from package import name` as package.name and package."""
     tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
     found = set()
-    for node in nodes:
+    for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
     return found
 
 
-def rooms_of(path: Path, package: str) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith(f"{package}.") and name.count(".") >= 1}
+def files_imported(path: Path) -> set[str]:
+    names = {name_of(file) for file in FILES}
+    return {name.replace(".", "/") for name in imports(path)} & names
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "curate").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_one_way(path):
-    assert path.stem in ROOMS, f"give curate/{path.name} a place in ROOMS"
-    assert not any(name.split(".")[0] == "train" for name in imports(path))
-    for room in rooms_of(path, "curate"):
-        if room in ROOMS and room != path.stem:
-            same_floor = ROOMS[room] == ROOMS[path.stem] and ROOMS[room] != 4
-            assert ROOMS[room] < ROOMS[path.stem] or same_floor, f"{path.stem} imports {room}"
-    if path.stem in NUMERICS:
-        assert not rooms_of(path, "curate") & {"paths", "store", "shards", "engine"}, "numerics take arrays"
+    own = room_of(name_of(path))
+    if path.name == "__init__.py":
+        assert not imports(path)
+        return
+    assert own in FLOOR, f"give {own} a place in FLOORS"
+    for other in {room_of(name) for name in files_imported(path)} - {own}:
+        assert other.split("/")[0] == own.split("/")[0], "curate and train meet at files alone"
+        assert FLOOR[other] < FLOOR[own], f"{own} imports {other}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "train").glob("*.py")), ids=lambda path: path.stem)
-def test_the_trainer_never_imports_the_curator(path):
-    assert not any(name.split(".")[0] == "curate" for name in imports(path))
+def test_no_files_import_each_other_in_a_circle():
+    arrows = {name_of(path): files_imported(path) for path in FILES}
+    while arrows:
+        free = [name for name, others in arrows.items() if not others & arrows.keys() - {name}]
+        assert free, f"a circle among {sorted(arrows)}"
+        for name in free:
+            del arrows[name]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "curate").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [file for file in FILES if name_of(file).startswith("curate/")], ids=name_of)
 def test_heavy_libraries_are_imported_where_they_are_used(path):
     assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & set(HEAVY)
 
@@ -91,29 +96,29 @@ def documented(section: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "section, schema",
-    [("### embeddings", store.embedding_schema(8)), ("### selection", store.SELECTION_SCHEMA)],
+    "section, columns",
+    [("### embeddings", schema.embedding_schema(8)), ("### selection", schema.SELECTION_SCHEMA)],
 )
-def test_the_documented_columns_are_the_schema(section, schema):
-    rows = [row for row in documented(section) if row[0] in schema.names]
-    assert rows == [(field.name, str(field.type).replace("[8]", "[d]")) for field in schema]
+def test_the_documented_columns_are_the_schema(section, columns):
+    rows = [row for row in documented(section) if row[0] in columns.names]
+    assert rows == [(field.name, str(field.type).replace("[8]", "[d]")) for field in columns]
 
 
 def test_the_documented_cluster_columns_are_the_schemas():
     rows = documented("### clusters")
-    expected = [(f.name, str(f.type)) for f in (*store.CLUSTER_SCHEMA, *store.EDGE_SCHEMA)]
+    expected = [(f.name, str(f.type)) for f in (*schema.CLUSTER_SCHEMA, *schema.EDGE_SCHEMA)]
     assert [row for row in rows if row[0] != "column"] == expected
 
 
 def test_the_documented_statuses_are_those_that_exist():
     text = (ROOT / "curate" / "README.md").read_text()
-    for status, meaning in store.STATUSES.items():
+    for status, meaning in schema.STATUSES.items():
         assert f"| {status} | {meaning} |" in text
 
 
-def test_files_stay_small():
-    for path in [*(ROOT / "curate").glob("*.py"), *(ROOT / "train").glob("*.py")]:
-        assert len(path.read_text().splitlines()) <= 450, path
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
 def test_the_project_names_no_machine_and_no_registry():

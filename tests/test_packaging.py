@@ -49,9 +49,10 @@ def test_the_installed_command_finds_the_shipped_pipelines(wheel, tmp_path):
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
 def test_every_shipped_pipeline_fits_the_signatures_of_both_programs(path):
-    from curate import options, pipeline
-    from curate.mix import MixOptions, read_table
-    from curate.sources import SourceOptions
+    from curate import options
+    from curate.mix.mix import MixOptions, read_table
+    from curate.mix.sources import SourceOptions
+    from curate.run import pipeline
     from train import config
 
     plan = pipeline.load(str(path), None)

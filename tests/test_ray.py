@@ -11,11 +11,11 @@ import tiny_clip
 from artefacts import write_pool
 from test_engine import Square, Unready
 
-from curate.cluster import ClusterOptions, cluster
-from curate.embed import EmbedOptions, embed
-from curate.emit import EmitOptions, emit
+from curate.cluster.cluster import ClusterOptions, cluster
+from curate.embed.embed import EmbedOptions, embed
+from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job, run_stage
-from curate.selection import SelectOptions, select
+from curate.select.select import SelectOptions, select
 from house import ROOT, fingerprint
 
 ray = pytest.importorskip("ray", reason="needs the extra: pip install 'data-curate[ray]'")

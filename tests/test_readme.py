@@ -72,7 +72,7 @@ def test_the_guides_run_as_written(tmp_path, demo):
 
 @pytest.mark.parametrize("name", DOCS)
 def test_the_other_commands_are_commands(name):
-    from curate import pipeline
+    from curate.run import pipeline
     from train import config
 
     makefile = (ROOT / "Makefile").read_text()
@@ -100,16 +100,16 @@ def test_the_step_of_the_guide_works_as_the_guide_says(tmp_path, monkeypatch):
     import test_steps
     from artefacts import write_embeddings, write_pool
 
-    from curate import selectors
-    from curate.cluster import ClusterOptions, cluster
+    from curate.cluster.cluster import ClusterOptions, cluster
     from curate.engine import Job
-    from curate.selection import SelectOptions, select
-    from curate.show import step_lines
+    from curate.report.show import step_lines
+    from curate.select import catalogue
+    from curate.select.select import SelectOptions, select
 
     [step], [test] = blocks("docs/add_a_step.md", "python step"), blocks("docs/add_a_step.md", "python test")
     names = dict(vars(test_steps))
     exec(step, names)
-    monkeypatch.setitem(selectors.STEPS, "spread", names["spread"])
+    monkeypatch.setitem(catalogue.STEPS, "spread", names["spread"])
     exec(test, names)
     names["test_spread_takes_every_so_many_th_rank"]()
     assert any(line.strip().startswith("spread(column, n)") and "evenly spread" in line for line in step_lines())

@@ -12,13 +12,13 @@ import pytest
 import tiny_clip
 from artefacts import write_pool
 
-from curate import paths, shards
-from curate.cluster import ClusterOptions, cluster
-from curate.embed import EmbedOptions, embed
-from curate.emit import EmitOptions, emit
+from curate.cluster.cluster import ClusterOptions, cluster
+from curate.embed.embed import EmbedOptions, embed
+from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job
 from curate.errors import UsageError
-from curate.selection import SelectOptions, select
+from curate.select.select import SelectOptions, select
+from curate.storage import paths, tar
 
 pytest.importorskip("s3fs", reason="needs an S3 driver: pip install 's3fs' 'moto[s3]' flask flask-cors")
 pytest.importorskip("flask_cors", reason="needs an S3 server: pip install 's3fs' 'moto[s3]' flask flask-cors")
@@ -206,8 +206,8 @@ def test_remote_pools_are_listed_by_folder_glob_and_braces(here, bucket):
     home, _ = here
     upload(home, bucket)
     for pattern in ("", "/*.tar", "/{00000..00001}.tar"):
-        assert [shard.stem for shard in shards.list_pool(f"{bucket}/pool{pattern}")] == ["00000", "00001"]
-    assert shards.list_pool(f"{bucket}/pool/00001.tar")[0].size == (home / "pool" / "00001.tar").stat().st_size
+        assert [shard.stem for shard in tar.list_pool(f"{bucket}/pool{pattern}")] == ["00000", "00001"]
+    assert tar.list_pool(f"{bucket}/pool/00001.tar")[0].size == (home / "pool" / "00001.tar").stat().st_size
     for pattern in ("/{00000..00002}.tar", "/00009.tar", "s"):
         with pytest.raises(UsageError, match="does not exist"):
-            shards.list_pool(f"{bucket}/pool{pattern}")
+            tar.list_pool(f"{bucket}/pool{pattern}")

@@ -94,7 +94,7 @@ def _stage(
     as_json: bool,
 ) -> None:
     options = configuration.load(config, settings or ())
-    from train.stages import run_stage
+    from train.run.stage import run_stage
 
     manifest = run_stage(name, options, data, out, images=images, align=align, overwrite=overwrite)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -118,7 +118,7 @@ def export(
     the tokenizer's and processor's files; with `--parts` the language model and the rest, for GGUF converters.
     """
     options = configuration.load(config, settings or ())
-    from train.export import export as write
+    from train.publish.export import export as write
 
     _show(write(run, out, dtype=options.export.dtype, overwrite=overwrite, parts=parts), as_json)
 
@@ -138,7 +138,7 @@ def import_(
     `b3/model.safetensors`.
     """
     options = configuration.load(config, settings or ())
-    from train.released import import_released
+    from train.publish.released import import_released
 
     _show(import_released(checkpoint, out, options, overwrite=overwrite), as_json)
 
@@ -155,7 +155,7 @@ def merge(
 
     Example: `python -m train merge a/ b/ --weight 0.3 --weight 0.7 --out c/` writes `c/`, a model like `a/`.
     """
-    from train.export import merge as average
+    from train.publish.export import merge as average
 
     _show(average(models, weight, out, overwrite=overwrite), as_json)
 
@@ -186,15 +186,15 @@ def evaluate(
     if (data is None) == (tasks is None):
         raise UsageError("eval needs either --data FILE or --tasks NAMES --eval-root DIR")
     if tasks is not None:
-        from train.answers import run_tasks
-        from train.tasks import check_published
+        from train.eval.answers import run_tasks
+        from train.eval.tasks import check_published
 
         check_published(options.published)
         names = [name.strip() for name in tasks.split(",")]
         results = run_tasks(model, names, _root(eval_root), out, options, overwrite=overwrite)
         _show_scores(results, options, as_json)
         return
-    from train.evaluate import evaluate as answer_all
+    from train.eval.evaluate import evaluate as answer_all
 
     summary = answer_all(model, str(data), out, images=images, options=options, overwrite=overwrite)
     if as_json:
@@ -227,8 +227,8 @@ def score(
     writes nothing but, with `--out`, what the benchmark's server takes.
     """
     options = configuration.load(config, settings or ()).eval
-    from train.answers import score_file
-    from train.tasks import check_published
+    from train.eval.answers import score_file
+    from train.eval.tasks import check_published
 
     check_published(options.published)
     _show_scores({task: score_file(task, answers, _root(eval_root), out, partial)}, options, as_json)
@@ -241,7 +241,7 @@ def _root(eval_root: Path | None) -> Path:
 
 
 def _show_scores(results: dict[str, Any], options: configuration.Eval, as_json: bool) -> None:
-    from train.answers import compare, table
+    from train.eval.answers import compare, table
 
     lines = compare(results, options.published, options.tolerance)
     if as_json:
@@ -269,7 +269,7 @@ def generate(
     prints the answer.
     """
     options = configuration.load(config, settings or ()).generate
-    from train.generate import ask, chat
+    from train.eval.generate import ask, chat
 
     if prompt is None and not (image and not sys.stdin.isatty() and as_json):
         chat(model, image, _questions(), _say, options.max_new_tokens)
@@ -304,7 +304,7 @@ def inspect(
     options = configuration.load(config, settings or ())
     if stage not in ("align", "finetune"):
         raise UsageError(f"--stage {stage!r} is not one of align, finetune")
-    from train.inspection import describe
+    from train.run.inspection import describe
 
     for text in describe(options, stage, data, images, num, colour=sys.stdout.isatty()):
         _say(text)
@@ -327,9 +327,9 @@ def bench(
     model at full size with fresh weights; without `--config` a small one.
     """
     options = configuration.load(config, settings or ()) if config else None
-    from train.bench import bench as measure
-    from train.bench import table
-    from train.runs import write_json
+    from train.bench.step import bench as measure
+    from train.bench.step import table
+    from train.folder import write_json
 
     result = measure(options, steps, batch_size)
     if out is not None:
@@ -344,8 +344,8 @@ def check(config: ConfigOption = None, settings: SetOption = None, as_json: Json
     Example: `python -m train check --config pipelines/bunny.toml` writes nothing: it prints every option.
     """
     options = configuration.load(config, settings or ())
-    from train.prompts import get_template
-    from train.tasks import check_published
+    from train.data.prompts import get_template
+    from train.eval.tasks import check_published
 
     for stage in (options.align, options.finetune):
         get_template(stage.template or options.model.template)
@@ -357,7 +357,7 @@ def _composed(model: configuration.Model) -> dict[str, Any]:
     """Count the model from descriptions alone, where they are at hand."""
     if not (model.tower and model.lm):
         return {}
-    from train.model import blueprint, limits
+    from train.model.compose import blueprint, limits
 
     try:
         native, vision = blueprint(model)

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from curate.demo_words import NAMES, vocabulary
-from curate.demo_world import DIRT, FAULTS, NUM_CONCEPTS, Dirt, Plan, plan, sample_scenes
+from curate.demo.words import NAMES, vocabulary
+from curate.demo.world import DIRT, FAULTS, NUM_CONCEPTS, Dirt, Plan, plan, sample_scenes
 from pipelines.demo.common import MuonAdamW, auc, draw_all, save_tokenizer
 
 MILD = Dirt(copies=0.05, swapped=0.10, cheaters=0.05, underspecified=0.03, zipf=0.25)

@@ -25,8 +25,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from curate.demo_words import GROUNDS, NAMES, PLACES, QUESTIONS, SIZES, TEXTURES, answer, text_task, vocabulary
-from curate.demo_words import write_caption as caption
+from curate.demo.words import GROUNDS, NAMES, PLACES, QUESTIONS, SIZES, TEXTURES, answer, text_task, vocabulary
+from curate.demo.words import write_caption as caption
 from pipelines.demo.common import MuonAdamW, save_tokenizer
 
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<image>")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from curate.demo_world import Plan, draw
+from curate.demo.world import Plan, draw
 
 
 def save_tokenizer(folder: Path, words: Sequence[str], *, template: str, config: dict[str, object]) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curate import kmeans, store  # noqa: E402
+from curate.storage import manifest  # noqa: E402
+from curate.vectors import kmeans  # noqa: E402
 
 
 def mixture(rows, dim, clouds):
@@ -87,7 +88,7 @@ def main():
         "assign_to_product": round(median["assign"]["cpu_s"] / median["product"]["cpu_s"], 3),
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
-        "versions": store.versions("faiss-gpu", "faiss-cpu", "numpy"),
+        "versions": manifest.versions("faiss-gpu", "faiss-cpu", "numpy"),
     }
     print(json.dumps(found, indent=1))
 

@@ -33,7 +33,13 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curate import duplicates, kmeans, products, relate, store  # noqa: E402
+from curate.select.steps import near_duplicates  # noqa: E402
+from curate.storage import manifest  # noqa: E402
+from curate.vectors import (  # noqa: E402
+    exact,  # noqa: E402
+    kmeans,  # noqa: E402
+    near_pairs,  # noqa: E402
+)
 
 FLOOR = 0.80
 THRESHOLDS = (0.86, 0.90, 0.93, 0.95, 0.97)
@@ -117,7 +123,7 @@ def relate_all(memory16, nearest, folder):
     """Find and write the edges of all clusters."""
     order = np.argsort(nearest, kind="stable")
     bounds = np.concatenate([[0], np.flatnonzero(np.diff(nearest[order])) + 1, [len(order)]])
-    a, b, cosine = relate.relate_clusters(memory16, order, bounds, FLOOR)
+    a, b, cosine = near_pairs.relate_clusters(memory16, order, bounds, FLOOR)
     a, b = order[a], order[b]
     np.savez(folder / "edges.npz", a=a, b=b, cosine=cosine)
     return a, b, cosine
@@ -127,7 +133,7 @@ def judge(edges, memory16, distances, threshold):
     """Resolve one threshold by SemDeDup's rule. Returns what stays."""
     a, b, cosine = (column[edges[2] > threshold] for column in edges)
     everyone = np.ones(len(memory16), bool)
-    return duplicates.resolve(
+    return near_duplicates.resolve(
         (a, b, cosine), everyone, -distances, "semdedup", "far", threshold, lambda rows: memory16[rows]
     ).keep
 
@@ -206,7 +212,7 @@ def main():
         "thresholds": len(THRESHOLDS),
         "largest_cluster": int(np.bincount(nearest).max()),
         "data_frames": "pandas" if frames() else "plain arrays",
-        "screened_in": "int8" if products.has_int8() else "f32",
+        "screened_in": "int8" if exact.has_int8() else "f32",
         **median,
         "times_faster_than_semdedup": round((cpu["sort"] + cpu["dedup"]) / ours, 2),
         "times_faster_than_its_dedup_loop": round(cpu["dedup"] / ours, 2),
@@ -214,7 +220,7 @@ def main():
         "relate_to_products": round(cpu["relate"] / cpu["products_alone"], 2),
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
-        "versions": store.versions("torch", "numpy", "scipy", "pandas"),
+        "versions": manifest.versions("torch", "numpy", "scipy", "pandas"),
     }
     print(json.dumps(found, indent=1))
 

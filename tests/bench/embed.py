@@ -36,9 +36,30 @@ ROOT = Path(__file__).parent.parent.parent
 PEER_BATCH = 256  # what clip-retrieval takes if not told
 sys.path.insert(0, str(ROOT))
 
-from curate import checkpoints, encoders, engine, rows, shards, store  # noqa: E402
-from curate.embed import CPU_BATCH, GPU_BATCH, TEXTS_PER_IMAGE, EmbedShard  # noqa: E402
-from curate.images import MAX_PIXELS  # noqa: E402
+from curate import engine  # noqa: E402
+from curate.embed import weights  # noqa: E402
+from curate.embed.embed import (  # noqa: E402
+    CPU_BATCH,  # noqa: E402
+    GPU_BATCH,  # noqa: E402
+    TEXTS_PER_IMAGE,  # noqa: E402
+    EmbedShard,  # noqa: E402
+)
+from curate.embed.encoder import (  # noqa: E402
+    choose_device,  # noqa: E402
+    choose_precision,  # noqa: E402
+    describe_device,  # noqa: E402
+    single_threaded,  # noqa: E402
+)
+from curate.embed.images import MAX_PIXELS  # noqa: E402
+from curate.embed.reader import Reader  # noqa: E402
+from curate.storage import manifest  # noqa: E402
+from curate.storage.tar import (  # noqa: E402
+    Shard,  # noqa: E402
+    TarWriter,  # noqa: E402
+    list_pool,  # noqa: E402
+    read_index,  # noqa: E402
+    read_member,  # noqa: E402
+)
 
 
 def random_weights(model, folder):
@@ -56,11 +77,11 @@ def random_weights(model, folder):
 def head(shard, folder, count):
     """Copy a shard's first samples into a tar of their own."""
     target = f"{folder}/{shard.stem}.tar"
-    with open(shard.location, "rb") as file, open(target, "wb") as sink, shards.TarWriter(sink) as tar:
-        for sample in shards.read_index(file).samples[:count]:
+    with open(shard.location, "rb") as file, open(target, "wb") as sink, TarWriter(sink) as tar:
+        for sample in read_index(file).samples[:count]:
             for member in sample.members:
-                tar.add(member.name, shards.read_member(file, member))
-    return shards.Shard(shard.stem, target, Path(target).stat().st_size)
+                tar.add(member.name, read_member(file, member))
+    return Shard(shard.stem, target, Path(target).stat().st_size)
 
 
 def clock(work, device):
@@ -75,9 +96,9 @@ def clock(work, device):
 def bare_forwards(task, shard):
     """Prepare the forwards of one shard on tensors in memory: a function per part."""
     encoder, size = task.encoder, task.batch_size
-    reader = task.reader or rows.Reader(task.source, encoder.preprocess, MAX_PIXELS)
+    reader = task.reader or Reader(task.source, encoder.preprocess, MAX_PIXELS)
     with open(shard.location, "rb") as file:
-        samples = shards.read_index(file).samples
+        samples = read_index(file).samples
     read = reader(shard.location, samples)
     mean, std = (torch.tensor(encoder.preprocess[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     pixels = torch.from_numpy(read.pixels).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
@@ -96,7 +117,7 @@ def bare_forwards(task, shard):
             forward(encode, batch)
 
     def thread_per_batch(encode, batches):
-        with encoders.single_threaded(), ThreadPoolExecutor(task.threads) as pool:
+        with single_threaded(), ThreadPoolExecutor(task.threads) as pool:
             list(pool.map(lambda batch: forward(encode, batch), batches))
 
     parts = {
@@ -219,17 +240,17 @@ def main():
     parser.add_argument("--decoders", type=int, default=0, help="decode in this many processes")
     parser.add_argument("--peer", help="the program clip-retrieval, to run beside")
     given = parser.parse_args()
-    found = {shard.stem: shard for shard in shards.list_pool(given.pool)[: given.shards or None]}
-    device, threads = encoders.choose_device(), engine.cores()
+    found = {shard.stem: shard for shard in list_pool(given.pool)[: given.shards or None]}
+    device, threads = choose_device(), engine.cores()
     decoders = given.decoders or (threads if device == "cuda" else 0)
     with tempfile.TemporaryDirectory() as folder:
         if given.rows:
             found = {stem: head(shard, folder, given.rows) for stem, shard in found.items()}
-        source = checkpoints.find(given.model, random_weights(given.model, folder))
-        precision, reason = encoders.choose_precision(given.precision, device, source)
+        source = weights.find(given.model, random_weights(given.model, folder))
+        precision, reason = choose_precision(given.precision, device, source)
         batch = GPU_BATCH if device == "cuda" else CPU_BATCH
         task = EmbedShard(source, precision, device, batch, MAX_PIXELS, threads, decoders, folder, found)
-        hardware = f"{platform.machine()}, {threads} cores, {encoders.describe_device(device)}"
+        hardware = f"{platform.machine()}, {threads} cores, {describe_device(device)}"
         print(f"{given.model} {precision} ({reason}), {hardware}")
         told = beside_peer(given.peer, task, folder) if given.peer else beside_bare(task)
     result = {
@@ -237,7 +258,7 @@ def main():
         + " ".join("clip-retrieval" if "/" in word else word for word in sys.argv[1:]),
         "date": str(date.today()),
         "hardware": hardware,
-        "versions": store.versions("torch", "open_clip_torch", "pillow"),
+        "versions": manifest.versions("torch", "open_clip_torch", "pillow"),
         "precision": precision,
         **told,
     }

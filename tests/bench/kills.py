@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from curate.demo import render  # noqa: E402
+from curate.demo.render import render  # noqa: E402
 from house import CLIP, fingerprint  # noqa: E402
 
 STAGES = ("embeddings", "clusters", "selection", "coreset")

@@ -20,7 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from train import scoring, tasks  # noqa: E402
+from train.eval import (  # noqa: E402
+    scoring,  # noqa: E402
+    tasks,  # noqa: E402
+)
 
 TASK = """task: daquar_local
 dataset_path: json

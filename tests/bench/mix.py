@@ -25,12 +25,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "mix")]
 
 from artefacts import picture  # noqa: E402
 from test_shipped_mixes import MIX_665K, PREFIX  # noqa: E402
 
-from curate import shards, store  # noqa: E402
+from curate.storage import manifest  # noqa: E402
+from curate.storage.tar import TarWriter  # noqa: E402
 
 IMAGES = {"coco": 118_000, "gqa": 72_140, "ocr_vqa": 80_000, "textvqa": 21_953, "vg": 86_417}  # distinct, at scale 1
 ROUNDS = {"coco": (1, 12), "gqa": (5, 15), "ocr_vqa": (4, 6), "textvqa": (1, 1), "vg": (5, 15), "text": (1, 6)}
@@ -139,7 +140,7 @@ def plain_script(folder, shard_size=5_000):
         records = json.load(file)
     (folder / "plain").mkdir()
     for start in range(0, len(records), shard_size):
-        with open(folder / "plain" / f"{start // shard_size:06d}.tar", "wb") as out, shards.TarWriter(out) as tar:
+        with open(folder / "plain" / f"{start // shard_size:06d}.tar", "wb") as out, TarWriter(out) as tar:
             for number, record in enumerate(records[start : start + shard_size], start):
                 if "image" in record:
                     tar.add(f"{number:09d}.jpg", (folder / "data" / "images" / record["image"]).read_bytes())
@@ -188,7 +189,7 @@ def main():
         "load_average": round(os.getloadavg()[1], 1),
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
-        "versions": store.versions("pyarrow", "numpy"),
+        "versions": manifest.versions("pyarrow", "numpy"),
     }
     text = json.dumps(found, indent=1)
     print(text)

@@ -37,7 +37,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 import photos  # noqa: E402
 from clouds import unit  # noqa: E402
 
-from curate import contrasts, store  # noqa: E402
+from curate.ablation import statistics  # noqa: E402
+from curate.storage import manifest  # noqa: E402
 from house import REAL_DATA  # noqa: E402
 
 SELECTOR, LEARNER = ("efficientnet-lite0", 224), ("efficientnet-lite2", 260)
@@ -222,7 +223,7 @@ def main():
     result = {
         "command": f"python tests/bench/photographs.py --domain {given.domain} --seeds {given.seeds}",
         "date": str(date.today()),
-        "versions": store.versions("data-curate", "torch", "scikit-learn"),
+        "versions": manifest.versions("data-curate", "torch", "scikit-learn"),
         "photographs": len(photographs),
         "differences": "R@10 less that of the arm named, paired by seed",
     }
@@ -242,8 +243,8 @@ def summarise(trials):
         means = {name: round(sum(each[name] for each in told) / len(told), 4) for name in told[0]}
         against = {}
         for other in (name for name in AGAINST if name != arm):
-            theirs = contrasts.by_seed(trials, {"recipe": other, "budget": budget}, "R@10")
-            against[other] = contrasts.paired(contrasts.by_seed(trials, mine, "R@10"), theirs)
+            theirs = statistics.by_seed(trials, {"recipe": other, "budget": budget}, "R@10")
+            against[other] = statistics.paired(statistics.by_seed(trials, mine, "R@10"), theirs)
         found.append({**mine, **means, "against": against})
     return found
 

@@ -30,7 +30,15 @@ import pyarrow as pa
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curate import arrays, store  # noqa: E402
+from curate.storage import sidecar  # noqa: E402
+from curate.storage.manifest import (  # noqa: E402
+    open_output,  # noqa: E402
+    versions,  # noqa: E402
+)
+from curate.storage.schema import (  # noqa: E402
+    STATUSES,  # noqa: E402
+    embedding_schema,  # noqa: E402
+)
 
 SHARD = 100_000
 CLOUDS = 2_000
@@ -38,7 +46,7 @@ CLOUDS = 2_000
 
 def draw(folder, rows, dim, workers):
     """Write the embeddings, shard by shard, in several processes."""
-    output = store.open_output(str(folder), "embed", {"rows": rows, "dim": dim}, {})
+    output = open_output(str(folder), "embed", {"rows": rows, "dim": dim}, {})
     firsts = range(0, rows, SHARD)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         drawn = pool.map(
@@ -53,7 +61,7 @@ def draw_shard(folder, first, n, dim):
     spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)  # falls as that of image embeddings does
     centers = np.random.default_rng(0).standard_normal((CLOUDS, dim), np.float32) * spectrum
     weights = 1 / np.arange(1, CLOUDS + 1) ** 0.7
-    names = list(store.STATUSES)
+    names = list(STATUSES)
     rng = np.random.default_rng([1, first])
     cloud = rng.choice(CLOUDS, n, p=weights / weights.sum())
     image = centers[cloud] + 0.5 * spectrum * rng.standard_normal((n, dim), np.float32)
@@ -66,15 +74,15 @@ def draw_shard(folder, first, n, dim):
     phash = rng.integers(0, 1 << 63, n, dtype=np.uint64)
     phash[copy] = phash[origin]
     ok = rng.random(n) > 0.01
-    schema = store.embedding_schema(dim)
+    schema = embedding_schema(dim)
     batch = pa.record_batch(
         [
             pa.array([f"{row:09d}" for row in range(first, first + n)]),
             pa.array([row.to_bytes(16, "little") for row in range(first, first + n)], pa.binary(16)),
             pa.array(phash, mask=~ok),
-            arrays.label_codes(np.where(ok, 0, names.index("decode_error")), names),
-            arrays.vector_column(image.astype(np.float16), ok),
-            arrays.vector_column(text.astype(np.float16), ok),
+            sidecar.label_codes(np.where(ok, 0, names.index("decode_error")), names),
+            sidecar.vector_column(image.astype(np.float16), ok),
+            sidecar.vector_column(text.astype(np.float16), ok),
             pa.array((image * text).sum(axis=1), mask=~ok),
             pa.array(["a caption"] * n),
             pa.array(np.full(n, 224), pa.int32()),
@@ -84,7 +92,7 @@ def draw_shard(folder, first, n, dim):
         schema=schema,
     )
     stem = f"{first // SHARD:05d}"
-    store.write_table(str(Path(folder) / f"{stem}.arrow"), schema, [batch])
+    sidecar.write_table(str(Path(folder) / f"{stem}.arrow"), schema, [batch])
     print(f"drawn {first + n:,}", file=sys.stderr)
     return stem, {"rows": n}
 
@@ -167,7 +175,9 @@ def main():
     for index, words in enumerate(steps, 1):
         found[f"select {words[1]}"] = measured(["select", str(clu), str(folder / f"sel-{index}"), *words])
     manifest = json.loads((clu / "manifest.json").read_text())
-    clusters = np.concatenate([store.table(str(clu / f"{s}.arrow"))["cluster"].to_numpy() for s in manifest["shards"]])
+    clusters = np.concatenate(
+        [sidecar.table(str(clu / f"{s}.arrow"))["cluster"].to_numpy() for s in manifest["shards"]]
+    )
     sizes = np.bincount(clusters[clusters >= 0])
     options = manifest["options"]
     flops = {
@@ -183,7 +193,7 @@ def main():
     found |= {
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
-        "versions": store.versions("faiss-gpu", "numpy"),
+        "versions": versions("faiss-gpu", "numpy"),
     }
     print(json.dumps(found, indent=1))
     if not chosen.keep:

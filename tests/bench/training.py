@@ -10,9 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curate import store  # noqa: E402
-from train.bench import bench, table  # noqa: E402
-from train.runs import write_json  # noqa: E402
+from curate.storage import manifest  # noqa: E402
+from train.bench.step import (  # noqa: E402
+    bench,  # noqa: E402
+    table,  # noqa: E402
+)
+from train.folder import write_json  # noqa: E402
 
 
 def main() -> None:
@@ -25,7 +28,7 @@ def main() -> None:
     print(f"{result['model']}\n{table(result)}")
     head = {"command": " ".join(["python tests/bench/training.py", *sys.argv[1:]]), "date": date.today().isoformat()}
     head["hardware"] = f"{platform.machine()}, {os.cpu_count()} cores, {processor()}"
-    write_json(given.out, {**head, "versions": store.versions("torch", "transformers", "peft"), **result})
+    write_json(given.out, {**head, "versions": manifest.versions("torch", "transformers", "peft"), **result})
 
 
 def processor() -> str:

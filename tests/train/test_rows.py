@@ -5,16 +5,19 @@ import torch
 from toys import picture
 
 import pipelines
-from curate import pipeline
-from train import checkpoint, loop
+from curate.run import pipeline
 from train import config as configuration
-from train.data import decode_image, encode, open_source
+from train.data.prompts import parse, to_messages
+from train.data.sources import decode_image, encode, open_source
 from train.errors import Interrupted, UsageError
-from train.export import export
-from train.generate import ask, load_native
-from train.model import blueprint, compose, hidden_states, limits, normalise, prepare, tower_features
-from train.prompts import parse, to_messages
-from train.stages import make_encoder, run_stage
+from train.eval.generate import ask
+from train.model.compose import blueprint, compose, limits
+from train.model.forward import hidden_states, normalise, tower_features
+from train.model.learn import prepare
+from train.model.native import load_native
+from train.publish.export import export
+from train.run import checkpoint, loop
+from train.run.stage import make_encoder, run_stage
 
 ROWS = sorted(
     path.stem

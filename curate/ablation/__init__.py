@@ -1,0 +1,1 @@
+"""Arms of a pipeline, trained and compared over paired seeds."""

@@ -1,0 +1,179 @@
+"""Carry out trials: one arm of an ablation with one seed, from a pool to the numbers that it is compared by.
+
+    OUT/pools/KEY/{demo,embeddings,clusters}   OUT/coresets/KEY/{selection,coreset,align}
+    OUT/models/ARM-SEED/{mix,finetune,model,eval} and trial.json
+
+KEY digests everything that a directory depends on, so that trials that agree up to a stage share its directory. Every
+directory resumes as its stage does; a trial is done when its `trial.json` has its request. The trainer is another
+program: a worker keeps one `python -m train work` and sends it the command lines that `curate run` would start, since
+starting it anew costs more than a tiny model's evaluation.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from curate.demo.oracle import ORACLE, score_concepts, select_oracle
+from curate.engine import Job
+from curate.errors import CurateError, ShardError
+from curate.run import pipeline
+from curate.run.pipeline import Pipeline
+from curate.storage import manifest, paths
+
+LEVELS = {
+    "pools": ("demo", "import", "embed", "cluster"),
+    "coresets": ("select", "emit", "align"),
+    "models": ("mix", "finetune", "export", "eval"),
+}
+TRIAL = "trial.json"
+MEASURES = {
+    "caption": ("captions that name the right concept, mean over concepts", "higher", "share"),
+    "caption_weighted": ("the same, concepts weighted by their frequency", "higher", "share"),
+    "answer": ("exact answers to questions, mean over concepts and kinds of question", "higher", "share"),
+    "answer_weighted": ("the same, concepts weighted by their frequency", "higher", "share"),
+    "accuracy": ("exact answers to all held-out records", "higher", "share"),
+    "text_accuracy": ("exact answers to held-out tasks without a picture", "higher", "share"),
+    "text_perplexity": ("perplexity of the true answers to tasks without a picture", "lower", "number"),
+    "right_share": ("share of the coreset whose caption is true of its picture", "higher", "share"),
+    "concepts": ("concepts with at least one right pair in the coreset", "higher", "count"),
+    "kept": ("rows in the coreset", "", "count"),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An arm with a seed. keys: level -> the directory under that level, shared by all trials that have the same."""
+
+    arm: Mapping[str, str]
+    seed: int
+    plan: Pipeline
+    keys: Mapping[str, str]
+    request: str
+
+    def stages(self, level: str) -> list[str]:
+        """List the stages of a level that this trial has, in order."""
+        return [stage for stage in self.plan.stages() if stage in LEVELS[level]]
+
+    def stands(self, level: str) -> bool:
+        """Say whether a level's shared directory is complete: its name already says for which request."""
+        homes = (paths.join(self.plan.place(stage), manifest.MANIFEST) for stage in self.stages(level))
+        return level != "models" and all(map(paths.exists, homes))
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return what `trial.json` records, if it is of this very request."""
+        location = paths.join(self.plan.out, TRIAL)
+        recorded = manifest.load_json(location) if paths.exists(location) else {}
+        return recorded if recorded.get("request") == self.request else None
+
+
+@dataclass
+class Work:
+    """The work of one process at one level: an item is the number of a trial."""
+
+    trials: Sequence[Trial]
+    level: str
+    overwrite: bool
+
+    def setup(self) -> None:
+        """Have nothing to prepare: the trainer starts when it is first needed."""
+
+    def __call__(self, item: int) -> dict[str, Any]:
+        """Carry out a trial's stages of this level; at the last one, measure it and write `trial.json`."""
+        trial = self.trials[item]
+        told: dict[str, Any] = {}
+        for stage in trial.stages(self.level):
+            if stage in pipeline.TRAINER:
+                told[stage] = self._train(trial.plan, stage)
+            elif stage == "select" and trial.plan.tables["select"].get("recipe") == ORACLE:
+                self._oracle(trial.plan)
+            else:
+                job = Job(workers=1, quiet=True, overwrite=self.overwrite)
+                pipeline.run(trial.plan, job, stage, echo=lambda _: None)
+        if self.level == "pools":
+            return {"rows": sum(manifest.open_input(trial.plan.place("embed"), "embed", "import").rows.values())}
+        if self.level == "coresets":
+            return {"rows": manifest.open_input(trial.plan.place("select"), "select").manifest["counts"]["kept"]}
+        found = {"request": trial.request, "measures": measure(trial.plan, told.get("eval", {}))}
+        paths.make_dir(trial.plan.out)
+        manifest.save_json(paths.join(trial.plan.out, TRIAL), {"arm": dict(trial.arm), "seed": trial.seed, **found})
+        return found
+
+    def _oracle(self, plan: Pipeline) -> None:
+        select_oracle(plan.place("cluster"), plan.place("demo"), plan.place("select"), plan.tables["select"])
+
+    def _train(self, plan: Pipeline, stage: str) -> dict[str, Any]:
+        words = [*pipeline.trainer_command(plan, stage)[3:], "--json"]
+        answer = trainer().ask(words)
+        if answer["exit"] == 2 and self.overwrite:
+            answer = trainer().ask([*words, "--overwrite"])
+        if answer["exit"]:
+            raise ShardError(f"{stage}: {answer['error']}")
+        return dict(json.loads(answer["said"].strip().splitlines()[-1]))
+
+
+class Trainer:
+    """A `python -m train work` process: a command line in, its exit code and output out."""
+
+    def __init__(self) -> None:
+        words = [sys.executable, "-m", "train", "work"]
+        self.told = tempfile.TemporaryFile()  # a pipe that nobody reads would stop it
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.told)
+
+    def ask(self, words: Sequence[str]) -> dict[str, Any]:
+        """Have a command carried out. Raises: CurateError when the process has ended."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(json.dumps(list(words)).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            code = self.process.wait()
+            self.told.seek(0)
+            last = self.told.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+            trainer.cache_clear()
+            raise CurateError(f"the trainer ended with exit code {code} at {' '.join(words[:2])}: {last[0]}")
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.wait()
+        self.told.close()
+
+
+@functools.cache
+def trainer() -> Trainer:
+    """Return this process's trainer, started when first asked for."""
+    made = Trainer()
+    atexit.register(made.close)
+    return made
+
+
+def measure(plan: Pipeline, evaluated: Mapping[str, Any]) -> dict[str, float]:
+    """Gather the measures that a trial has: of its selection, and of its model's answers where it has a model."""
+    selection = manifest.open_input(plan.place("select"), "select")
+    found: dict[str, float] = {"kept": int(selection.manifest["counts"]["kept"])}
+    if "demo" in plan.tables:
+        judged = pipeline.judge_selection(selection, plan.place("demo"))
+        found |= {"right_share": judged["right_share"], "concepts": judged["concepts"]["after"]}
+    for task, result in evaluated.get("tasks", {}).items():
+        if "scores" in result:  # a benchmark of the papers
+            found |= {f"{task}_{name}": float(value) for name, value in result["scores"].items()}
+    text = evaluated.get("tasks", {}).get("text", {})
+    found |= {f"text_{name}": text[name] for name in ("accuracy", "perplexity") if name in text}
+    if "answers" in evaluated:
+        with paths.open_read(evaluated["answers"]) as file:
+            rows = [json.loads(line) for line in file.read().splitlines()]
+        found |= score_concepts(rows) if "demo" in plan.tables else {"accuracy": evaluated["accuracy"]}
+    return found

@@ -1,0 +1,1 @@
+"""Embeddings to clusters, and to the near-duplicates inside each."""

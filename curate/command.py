@@ -1,0 +1,130 @@
+"""What all verbs share: their common options, declared once, and how a verb runs, answers and ends.
+
+A verb is a function of its own options with a last parameter `run`; `verb` makes it a command that also takes the
+common options it names, which mean the same everywhere.
+"""
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from curate.engine import Job
+from curate.errors import UsageError
+from curate.storage import paths
+
+Workers = Annotated[int, typer.Option(help="Processes (0: one per GPU, else one per core).")]
+Engine = Annotated[str, typer.Option(help="local or ray.")]
+SLICE = typer.Option("--slice", metavar="RANK/WORLD", help="Do only this part of the shards, under any scheduler.")
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make the output anew where it was made otherwise.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+COMMON: dict[str, tuple[Any, Any]] = {  # name: (declaration, default), in the order of the help
+    "workers": (Workers, 0),
+    "engine": (Engine, "local"),
+    "part": (Annotated[str, SLICE], ""),
+    "seed": (Seed, 0),
+    "overwrite": (Overwrite, False),
+    "dry_run": (DryRun, False),
+    "as_json": (Json, False),
+}
+Made = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a verb shall run and answer, as the common options say. source: what it reads, empty for the demo."""
+
+    verb: str
+    job: Job
+    source: str = ""
+    seed: int = 0
+    dry_run: bool = False
+    as_json: bool = False
+
+    def make(self, out: str, stage: Callable[[Job], Made]) -> None:
+        """Carry out a stage, tell what it made, and end with the right exit code."""
+        if self.dry_run:
+            from curate.storage.manifest import MANIFEST
+
+            if self.source:
+                typer.echo(f"would read {_described(self.source)}")
+            there = paths.exists(paths.join(out, MANIFEST))
+            typer.echo(f"would write {out}" + (", where something stands finished already" if there else ""))
+            return
+        manifest = stage(self.job)
+        failed = manifest.get("failed", {})
+        if self.as_json:
+            typer.echo(json.dumps({"directory": out, **manifest}, ensure_ascii=False))
+        else:
+            from curate.report.show import headline
+
+            typer.echo(headline(self.verb, manifest).strip() + f" → {out}")
+        if failed:
+            told = f"{len(failed)} shard(s) failed: {', '.join(list(failed)[:5])}; run the same command again to retry"
+            typer.echo(told, err=True)
+            raise typer.Exit(1)
+
+
+def verb(
+    app: typer.Typer, name: str = "", *, but: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function. name: where it is not the function's own; but: common options that it lacks."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        known_as = name or function.__name__
+        own = [each for each in inspect.signature(function).parameters.values() if each.name != "run"]
+        common = [
+            inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
+            for each, (declared, default) in COMMON.items()
+            if each not in but
+        ]
+
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            told = {each.name: given.pop(each.name) for each in common}
+            answer = {each: told.pop(each) for each in ("seed", "dry_run", "as_json") if each in told}
+            source = "" if own[0].name == "out" else str(given[own[0].name])
+            function(**given, run=Run(known_as, _job(**told), source, **answer))
+
+        command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in (*own, *common)}
+        return app.command(known_as)(command)
+
+    return decorate
+
+
+def _described(location: str) -> str:
+    """Say in a line what a directory is, as far as it is known. Raises: UsageError when it is not there."""
+    from curate.report.show import show
+
+    try:
+        return next(show(location))
+    except UsageError:  # published embeddings, a mix's table, images in folders
+        if not paths.exists(location):
+            raise
+        return location
+
+
+def _job(workers: int = 0, engine: str = "local", part: str = "", overwrite: bool = False) -> Job:
+    """Build the Job. Raises: UsageError."""
+    rank, _, world = part.partition("/")
+    if part and not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UsageError(f"--slice {part!r} is not RANK/WORLD with RANK < WORLD, e.g. --slice 0/8")
+    shares = (int(rank), int(world)) if part else None
+    return Job(workers=workers, engine=engine, gpus=_gpus(), overwrite=overwrite, part=shares)
+
+
+def _gpus() -> int:
+    """Count the GPUs without paying for the import of torch where there is no driver."""
+    if not os.path.exists("/proc/driver/nvidia/version") and not os.path.exists("/dev/nvidiactl"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

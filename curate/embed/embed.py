@@ -1,0 +1,340 @@
+"""Embed a pool: image and caption vectors, their cosine and what each image is, one sidecar per shard.
+
+In: a pool of tars. Out: `EMB/{stem}.arrow` with the shard's rows in its order; a bad sample keeps its row.
+Batches are fixed slices of a shard and never cross shards; each runs on one thread, so that the bytes depend neither on
+the number of threads nor on that of workers. On a CPU the same thread decodes and embeds a batch; on a GPU, or with
+`decoders`, processes decode ahead of the model. Captions are sorted by length within their shard and run at it.
+"""
+
+import itertools
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import IO, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from curate import engine
+from curate.embed import encoder, images, reader, side_data, weights
+from curate.engine import Job
+from curate.errors import ShardError, UsageError
+from curate.storage import manifest, paths, sidecar, tar
+from curate.storage.schema import STATUSES, embedding_schema
+from curate.vectors import exact
+
+CPU_BATCH, GPU_BATCH = 32, 256
+DECODE_ROWS = 32  # rows that a decoding process takes at a time
+TEXTS_PER_IMAGE = 2  # caption batches may be larger: captions are short
+PROBED_JSON = 100  # samples of a shard whose JSON is opened in search of a caption
+In = TypeVar("In")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What is embedded, and how exactly. batch_size 0: 32 on CPU, 256 on a GPU.
+
+    columns: fields of the samples' JSON to keep as columns; captions: a TSV of captions by url, for samples without.
+
+    decoders: processes that decode, per worker; it changes nothing in the output. 0: on a CPU the model's own threads
+    decode, on a GPU there is a process for every core.
+    """
+
+    model: str
+    pretrained: str = ""
+    precision: str = "auto"
+    batch_size: int = 0
+    max_pixels: int = images.MAX_PIXELS
+    decoders: int = 0
+    columns: tuple[str, ...] = ()
+    captions: str = ""
+
+
+def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any]:
+    """Embed every shard of a pool that is not embedded yet, and return the manifest.
+
+    Raises: UsageError for an unknown model, missing weights, or a pool without images or captions.
+    """
+    if options.batch_size < 0 or options.decoders < 0 or options.max_pixels < 1:
+        raise UsageError("batch_size and decoders cannot be negative, and max_pixels is at least 1.")
+    found = {shard.stem: shard for shard in tar.list_pool(pool)}
+    if options.captions:
+        side_data.caption_places(options.captions)
+    _check_members(list(found.values()), captions=bool(options.captions))
+    extra = side_data.Extras(side_data.column_kinds(list(found.values()), options.columns), options.captions)
+    source, device = weights.find(options.model, options.pretrained), encoder.choose_device()
+    precision, reason = encoder.choose_precision(options.precision, device, source)
+    batch_size = options.batch_size or (GPU_BATCH if device == "cuda" else CPU_BATCH)
+    made = {
+        "model": _name(options.model),
+        "pretrained": _name(options.pretrained),
+        "weights": source.weights,
+        "precision": precision,
+        "batch_size": batch_size,
+        "max_pixels": options.max_pixels,
+        **({"columns": dict(extra.columns)} if extra.columns else {}),
+    }
+    listing = manifest.digest([[shard.stem, shard.size] for shard in found.values()])
+    inputs = {"pool": {"path": pool, "digest": listing}}
+    if options.captions:
+        inputs["captions"] = {"path": options.captions, "digest": manifest.digest(paths.size(options.captions))}
+    output = manifest.open_output(out, "embed", made, inputs, overwrite=job.overwrite)
+    if output.complete:
+        return output.manifest
+    workers = max(1, min(job.workers or (job.gpus or 1 if device == "cuda" else 1), len(found)))
+    threads = max(1, engine.cores() // workers)
+    decoders = options.decoders or (threads if device == "cuda" else 0)
+    if not job.quiet:
+        told = f"{workers} worker(s), {decoders or threads} decoding {'processes' if decoders else 'threads'} each"
+        sys.stderr.write(f"embed: {options.model} in {precision} on {device} ({reason}), {told}\n")
+    task = EmbedShard(source, precision, device, batch_size, options.max_pixels, threads, decoders, out, found, extra)
+    try:
+        outcome = engine.run_stage("embed", task, output.missing(job.share(list(found))), job, workers=workers)
+    finally:
+        task.close()
+    output.log(model=_at_home(options.model), pretrained=_at_home(options.pretrained))
+    return _finish(output, list(found), outcome, device, workers)
+
+
+def _name(given: str) -> str:
+    """Name a model or its weights without the place where they lie; their digest tells them apart."""
+    place = _at_home(given).removeprefix("local-dir:")
+    return os.path.basename(place) if os.path.exists(place) else given
+
+
+def _at_home(given: str) -> str:
+    """Write the place of a local model or of local weights in full; any other name stays as it is."""
+    kind = "local-dir:" if given.startswith("local-dir:") else ""
+    folder = os.path.expanduser(given.removeprefix(kind))
+    return kind + os.path.abspath(folder) if given and os.path.exists(folder) else given
+
+
+def _finish(
+    output: manifest.Output, stems: list[str], outcome: engine.Outcome, device: str, workers: int
+) -> dict[str, Any]:
+    """Account for every row and write the manifest, unless other slices still have shards to do."""
+    missing, facts, counts = reader.account(output, stems)
+    dim = next((fact["dim"] for fact in facts.values()), 0)
+    output.log(stage="embed", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=workers, dim=dim)
+    if missing - set(outcome.failed):
+        return {"format": manifest.FORMAT, **output.plan, "unfinished": sorted(missing), "failed": outcome.failed}
+    downloads: Counter[str] = Counter()
+    for fact in facts.values():
+        downloads.update(fact.get("downloads", {}))
+    return output.finish(
+        shards={
+            stem: {"rows": fact["rows"], "size": fact["size"], **({"notes": fact["notes"]} if fact["notes"] else {})}
+            for stem, fact in facts.items()
+        },
+        counts=counts,
+        **({"downloads": dict(sorted(downloads.items()))} if downloads else {}),
+        **({"failed": outcome.failed} if missing else {}),
+        versions=manifest.versions("torch", "open_clip_torch", "pillow"),
+        device=encoder.describe_device(device),
+    )
+
+
+def _check_members(found: Sequence[tar.Shard], *, captions: bool) -> None:
+    """Look for one image and one caption, from the first shard on, before any model is loaded.
+
+    captions: they come from elsewhere.
+
+    Raises: UsageError naming the members seen when the whole pool has none.
+    """
+    seen: Counter[str] = Counter()
+    image, caption = False, captions
+    for shard in found:
+        try:
+            with paths.local_copy(shard.location) as path, open(path, "rb") as file:
+                samples = tar.read_index(file).samples
+                seen.update(member.suffix for sample in samples for member in sample.members)
+                image = image or any(sample.image for sample in samples)
+                caption = caption or _has_caption(file, samples)
+        except (ShardError, OSError):
+            continue  # it fails by name when its turn comes
+        if image and caption:
+            return
+    if seen:
+        held = ", ".join(f"{count:,} .{suffix}" for suffix, count in seen.most_common(8))
+        lacking, wanted = ("captions", ".txt, or .json with a caption") if image else ("images", ".jpg, .png or .webp")
+        raise UsageError(f"the pool has no {lacking}: {len(found):,} shard(s) hold {held}; a sample needs {wanted}.")
+
+
+def _has_caption(file: IO[bytes], samples: Sequence[tar.Sample]) -> bool:
+    if any(member.size for sample in samples if (member := sample.member(tar.CAPTION_SUFFIX))):
+        return True
+    described = (sample for sample in samples if sample.member(tar.JSON_SUFFIX))
+    return any(
+        reader.read_caption(file, sample, tar.describe(file, sample))[0]
+        for sample in itertools.islice(described, PROBED_JSON)
+    )
+
+
+@dataclass
+class EmbedShard:
+    """The task: one shard to one sidecar."""
+
+    source: weights.Source
+    precision: str
+    device: str
+    batch_size: int
+    max_pixels: int
+    threads: int
+    decoders: int
+    out: str
+    found: dict[str, tar.Shard]
+    extra: side_data.Extras = reader.PLAIN
+
+    def setup(self) -> None:
+        """Load the model and start what decodes."""
+        self.encoder = encoder.Encoder(self.source, self.precision, self.device)
+        # Two threads keep a GPU fed: one waits for its batch while the other queues the next.
+        self.runners = ThreadPoolExecutor(2 if self.device == "cuda" else self.threads)
+        reading = (self.source, self.encoder.preprocess, self.max_pixels, self.extra)
+        self.pool = engine.helpers(self.decoders, _start_decoder, reading) if self.decoders else None
+        self.reader = None if self.decoders else reader.Reader(*reading)
+
+    def close(self) -> None:
+        """Stop the helpers of a task that ran in this process."""
+        for pool in (getattr(self, "runners", None), getattr(self, "pool", None)):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def __call__(self, stem: str) -> dict[str, Any]:
+        """Embed one shard. Returns its rows and how many of them are bad."""
+        shard = self.found[stem]
+        with paths.local_copy(shard.location) as path, encoder.single_threaded():
+            with open(path, "rb") as file:
+                index = tar.read_index(file)
+            facts, image, tokens = self._embed_images(path, index.samples)
+            text = self._embed_texts(tokens)
+        beside = self._read_beside(shard, facts, index)
+        schema = embedding_schema(self.encoder.dim, self.extra.fields)
+        columns = _columns(facts, image, text, schema)
+        statuses = Counter(row["status"] for row in facts)
+        meta = {"statuses": dict(statuses), "notes": index.notes, "size": shard.size, "dim": self.encoder.dim, **beside}
+        batch = pa.RecordBatch.from_arrays(columns, schema=schema)
+        sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], {"rows": len(facts), **meta})
+        return {"rows": len(facts), "bad": len(facts) - statuses["ok"]}
+
+    def _read_beside(self, shard: tar.Shard, facts: list[dict[str, Any]], index: tar.Index) -> dict[str, Any]:
+        """Account for img2dataset's downloads, and fill columns that the samples' JSON lacks from its side table."""
+        side = side_data.read_side_table(shard.location, list(self.extra.columns))
+        if side is None:
+            return {}
+        for row in facts:
+            row |= {
+                name: value for name, value in self.extra.values(side.rows.get(row["key"])).items() if row[name] is None
+            }
+        if side.ended.get("success", 0) != len(facts):
+            index.notes.append(
+                f"{len(facts)} samples, but its side table says {side.ended.get('success', 0)} downloads"
+            )
+        return {"downloads": side.ended}
+
+    def _embed_images(
+        self, path: str, samples: list[tar.Sample]
+    ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+        """Read all rows and embed those that are ok: (facts of all, f32 [m, d], tokens i32 [m, context])."""
+        batches = [samples[start : start + self.batch_size] for start in range(0, len(samples), self.batch_size)]
+        depth = 2 * self.threads
+        if self.pool is None:
+            assert self.reader is not None
+            read = partial(self.reader, path)
+            done = ahead(self.runners, lambda part: self._encode(read(part)), batches, depth)
+        else:
+            done = ahead(self.runners, self._encode, self._decode(path, batches), 3 if self.device == "cuda" else depth)
+        parts = list(done)
+        facts = [row for part, _ in parts for row in part]
+        vectors = np.concatenate([vectors for _, (vectors, _) in parts])
+        return facts, vectors, np.concatenate([tokens for _, (_, tokens) in parts])
+
+    def _decode(self, path: str, batches: Sequence[Sequence[tar.Sample]]) -> Iterator[reader.Rows]:
+        """Decode batches ahead in processes, each batch in small parts so that the first is soon there."""
+        assert self.pool is not None
+        parts = [[batch[at : at + DECODE_ROWS] for at in range(0, len(batch), DECODE_ROWS)] for batch in batches]
+        flat = (part for batch in parts for part in batch)
+        per_batch = -(-self.batch_size // DECODE_ROWS)
+        read = ahead(self.pool, partial(_decode_ahead, path), flat, 2 * self.decoders + per_batch)
+        for batch in parts:
+            yield reader.join(list(itertools.islice(read, len(batch))))
+
+    def _encode(self, batch: reader.Rows) -> tuple[list[dict[str, Any]], tuple[np.ndarray, np.ndarray]]:
+        vectors = (
+            self.encoder.images(batch.pixels) if len(batch.pixels) else np.empty((0, self.encoder.dim), np.float32)
+        )
+        return batch.facts, (vectors, batch.tokens)
+
+    def _embed_texts(self, tokens_nl: np.ndarray) -> np.ndarray:
+        """Embed captions in batches of like length: f32 [m, d]."""
+        lengths = self.encoder.lengths(tokens_nl)
+        order = np.argsort(-lengths, kind="stable")  # longest first, so that the last batches are short work
+        size = TEXTS_PER_IMAGE * self.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        vectors = np.empty((len(order), self.encoder.dim), np.float32)
+        embedded = ahead(self.runners, lambda at: self.encoder.texts(tokens_nl[at]), batches, 2 * self.threads)
+        for at, part in zip(batches, embedded, strict=True):
+            vectors[at] = part
+        return vectors
+
+
+_reader: reader.Reader | None = None
+
+
+def _start_decoder(*reading: Any) -> None:
+    global _reader
+    _reader = reader.Reader(*reading)
+
+
+def _decode_ahead(path: str, samples: Sequence[tar.Sample]) -> reader.Rows:
+    assert _reader is not None
+    return _reader(path, samples)
+
+
+def ahead(pool: Executor, work: Callable[[In], Result], items: Iterable[In], depth: int) -> Iterator[Result]:
+    """Map over items in a pool, in order, with at most `depth` of them taken up before their turn."""
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _columns(
+    facts: list[dict[str, Any]], image_md: np.ndarray, text_md: np.ndarray, schema: pa.Schema
+) -> list[pa.Array]:
+    """Build a sidecar's columns from the rows' facts and the vectors f32 [m, d] of those that are ok.
+
+    A row whose vectors are not finite becomes `bad_embedding`. The score is the cosine of the vectors as stored.
+    """
+    embedded = np.flatnonzero([row["status"] == "ok" for row in facts])
+    sound = np.isfinite(image_md).all(axis=1) & np.isfinite(text_md).all(axis=1)
+    for at in embedded[~sound]:
+        facts[at]["status"] = "bad_embedding"
+    at, size = embedded[sound], (len(facts), image_md.shape[1])
+    image_nd, text_nd = np.zeros(size, np.float16), np.zeros(size, np.float16)
+    image_nd[at], text_nd[at] = image_md[sound], text_md[sound]
+    valid, score = np.zeros(len(facts), bool), np.zeros(len(facts), np.float32)
+    valid[at], score[at] = True, exact.cosines(image_nd[at], text_nd[at])
+    columns = {
+        name: pa.array([row[name] for row in facts], schema.field(name).type) for name in facts[0] if name != "status"
+    }
+    columns["status"] = sidecar.labels([row["status"] for row in facts], list(STATUSES))
+    columns["image_embedding"] = sidecar.vector_column(image_nd, valid)
+    columns["text_embedding"] = sidecar.vector_column(text_nd, valid)
+    columns["clip_score"] = pa.array(score, pa.float32(), mask=~valid)
+    return [columns[name] for name in schema.names]

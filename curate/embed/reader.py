@@ -1,0 +1,171 @@
+"""Rows of a pool: what each sample of a tar is, with its image as pixels and its caption as tokens.
+
+In: a tar's samples. Out: the facts of every row (key, uid, phash, status, caption, width, height, url, and the extra
+columns that were asked for), and pixels and tokens of those rows that are ok. A row is never lost: what is wrong with
+it becomes its status, where the image's fault is named before the caption's.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+from PIL.Image import Image
+
+from curate.embed import encoder, images, weights
+from curate.embed.side_data import Captions, Extras
+from curate.errors import ShardError
+from curate.storage import manifest, records, sidecar, tar
+from curate.storage.schema import STATUSES
+
+PLAIN = Extras({})
+
+
+@dataclass
+class Rows:
+    """Consecutive rows of a shard. pixels: u8 [m, h, w, 3] and tokens: i32 [m, context] of the m rows that are ok."""
+
+    facts: list[dict[str, Any]]
+    pixels: np.ndarray
+    tokens: np.ndarray
+
+
+def join(parts: Sequence[Rows]) -> Rows:
+    """Put consecutive rows together."""
+    return Rows(
+        [row for part in parts for row in part.facts],
+        np.concatenate([part.pixels for part in parts]),
+        np.concatenate([part.tokens for part in parts]),
+    )
+
+
+class Reader:
+    """Reads samples into rows for one model; safe to call from several threads.
+
+    preprocess: the model's image config; max_pixels: images of more are refused unseen.
+    """
+
+    def __init__(
+        self, source: weights.Source, preprocess: dict[str, Any], max_pixels: int, extras: Extras = PLAIN
+    ) -> None:
+        warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files become statuses
+        self.transform = images.transform(preprocess)
+        self.tokenize = encoder.Tokenizer(source)
+        self.max_pixels = max_pixels
+        self.extras = extras
+        self.captions = Captions(extras.captions) if extras.captions else None
+        self.no_pixels = np.empty((0, *encoder.pair(preprocess["size"]), 3), np.uint8)
+
+    def __call__(self, path: str, samples: Sequence[tar.Sample]) -> Rows:
+        """Read samples of the tar at a local path; one image is held in memory at a time."""
+        facts, pixels = [], []
+        with open(path, "rb") as file:
+            for sample in samples:
+                row, image = read_row(file, sample, self.max_pixels, self.extras, self.captions)
+                facts.append(row)
+                if row["status"] == "ok" and image is not None:
+                    try:
+                        pixels.append(self.transform(image))
+                    except images.BadImage as bad:
+                        row["status"] = bad.status
+        captions = [row["caption"] for row in facts if row["status"] == "ok"]
+        return Rows(facts, np.stack(pixels) if pixels else self.no_pixels, self.tokenize(captions))
+
+
+def read_row(
+    file: IO[bytes],
+    sample: tar.Sample,
+    max_pixels: int,
+    extras: Extras = PLAIN,
+    captions: Captions | None = None,
+) -> tuple[dict[str, Any], Image | None]:
+    """Read what a sample is, and its decoded image where there is one. The image's fault names the row.
+
+    captions: where a sample without a caption finds one by its url.
+    """
+    row = blank(sample) | extras.values()
+    if row["status"] != "ok":
+        return row, None
+    described = tar.describe(file, sample)
+    row |= extras.values(described)
+    row["url"] = records.usable_text(described.get("url"))
+    row["caption"], trouble = read_caption(file, sample, described)
+    if trouble == "no_caption" and captions is not None and row["url"]:
+        row["caption"] = captions.get(row["url"])
+        trouble = None if row["caption"] else trouble
+    image = None
+    try:
+        image = _read_image(file, sample, row, max_pixels)
+    except images.BadImage as bad:
+        trouble = bad.status
+    row["status"] = trouble or "ok"
+    return row, image
+
+
+def _read_image(file: IO[bytes], sample: tar.Sample, row: dict[str, Any], max_pixels: int) -> Image:
+    member = sample.image
+    if member is None:
+        raise images.BadImage("no_image")
+    if member.size > tar.MAX_MEMBER_BYTES:
+        raise images.BadImage("too_large")
+    data = read_bytes(file, member) or b""
+    row["uid"] = records.image_uid(data) if data else None
+    image = images.decode(data, max_pixels)
+    row["phash"] = images.perceptual_hash(image)
+    row["width"], row["height"] = image.size
+    return image
+
+
+def blank(sample: tar.Sample) -> dict[str, Any]:
+    """Begin a row, refusing keys that no output may carry. A key that is not UTF-8 is shown escaped."""
+    status = "duplicate_key" if sample.twin else "ok"
+    key = sample.key.encode("utf-8", "backslashreplace").decode()
+    empty = dict.fromkeys(("uid", "phash", "caption", "width", "height", "url"))
+    return {"key": key, "status": status if tar.is_safe(sample.key) else "unsafe_key", **empty}
+
+
+def read_bytes(file: IO[bytes], member: tar.Member) -> bytes | None:
+    """Read a member; None where it cannot be."""
+    try:
+        return tar.read_member(file, member)
+    except ShardError:
+        return None
+
+
+def read_caption(file: IO[bytes], sample: tar.Sample, described: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Find a sample's caption: its .txt member, else its JSON's, else what is said in its JSON's conversation.
+
+    Returns the caption, or the status it deserves.
+    """
+    member = sample.member(tar.CAPTION_SUFFIX)
+    if member is None:
+        caption = records.usable_text(described.get("caption"))
+        if caption is None and records.conversations_of(described):
+            caption = records.usable_text(records.whole_text(described))
+        return caption, None if caption else "no_caption"
+    data = read_bytes(file, member) if member.size <= tar.MAX_TEXT_BYTES else None
+    if data is None:
+        return None, "bad_caption"
+    try:
+        caption = data.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return None, "bad_caption"
+    return (caption, None) if caption else (None, "no_caption")
+
+
+def account(
+    output: manifest.Output, stems: Sequence[str]
+) -> tuple[set[str], dict[str, dict[str, Any]], dict[str, int]]:
+    """Say which stems have no sidecar yet, what the others' facts are, and how many of their rows have each status.
+
+    Raises: ContractError when a sidecar's statuses do not add up to its rows.
+    """
+    missing = set(output.missing(stems))
+    facts = {stem: sidecar.facts(output.path(f"{stem}.arrow")) for stem in stems if stem not in missing}
+    counts: Counter[str] = Counter()
+    for stem, fact in facts.items():
+        manifest.reconcile(stem, fact["rows"], fact["statuses"])
+        counts.update(fact["statuses"])
+    return missing, facts, {name: counts[name] for name in STATUSES if counts[name]}

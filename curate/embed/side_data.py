@@ -1,0 +1,196 @@
+"""What lies beside a pool's pictures: fields of its JSON, img2dataset's side tables, captions by url.
+
+In: the `key.json` of each sample, `{stem}.parquet` beside `{stem}.tar` (img2dataset writes one row there for every url
+it was given, downloaded or not), and a headerless TSV of captions and urls, as CC3M is published. Out: extra columns of
+the embeddings, how many downloads ended how, and captions for samples that have none.
+"""
+
+import math
+import threading
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from curate.errors import ShardError, UsageError, unknown
+from curate.storage import paths, records
+from curate.storage.schema import DERIVED, embedding_schema
+from curate.storage.tar import MAX_TEXT_BYTES, Shard, describe, read_index
+
+NUMBER, TEXT = "number", "text"
+PROBED = 100  # samples of a shard whose JSON is opened to learn its fields
+HEX_UID = 32  # DataComp's uid, in hexadecimal digits
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a row holds beyond the fixed columns. columns: field -> number or text; captions: a TSV, or ""."""
+
+    columns: Mapping[str, str]
+    captions: str = ""
+
+    @property
+    def fields(self) -> dict[str, pa.DataType]:
+        """Name the sidecar's extra columns and their types."""
+        return {stored(name): pa.float64() if kind == NUMBER else pa.string() for name, kind in self.columns.items()}
+
+    def values(self, *described: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Take the extra columns of a row from the first description that has the field."""
+        found = {}
+        for name, kind in self.columns.items():
+            value = next((each[name] for each in described if each and each.get(name) is not None), None)
+            found[stored(name)] = fit(value, kind)
+        return found
+
+
+def stored(name: str) -> str:
+    """Name a field's column: as it is called, or `source_…` where one of ours has that name."""
+    return f"source_{name}" if name in (*embedding_schema(1).names, *DERIVED) else name
+
+
+def fit(value: Any, kind: str) -> Any:
+    """Bring a value to its column's type; None where it does not fit, and for what is no finite number."""
+    try:
+        if kind == TEXT:
+            return None if value is None else records.usable_text(value if isinstance(value, str) else str(value))
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except (OverflowError, RecursionError):  # a number of 400 digits, lists in lists in lists
+        return None
+
+
+def column_kinds(found: Sequence[Shard], names: Sequence[str]) -> dict[str, str]:
+    """Learn which of a pool's JSON fields are numbers, from the first shard that has them.
+
+    DataComp's `uid` is always taken where the pool has one. Raises: UsageError naming the fields that there are.
+    """
+    fields: dict[str, list[Any]] = {}
+    for shard in found:
+        try:
+            with paths.open_read(shard.location) as file:
+                for sample in read_index(file).samples[:PROBED]:
+                    for name, value in describe(file, sample).items():
+                        fields.setdefault(name, []).append(value)
+        except (ShardError, OSError):
+            continue  # it fails by name when its turn comes
+        if fields:
+            break
+    wanted = list(dict.fromkeys(names))
+    if "uid" not in wanted and any(_is_uid(value) for value in fields.get("uid", [])):
+        wanted.append("uid")
+    for name in wanted:
+        if name not in fields:
+            raise unknown("field of the pool's JSON", name, fields)
+    return {name: _kind(fields[name]) for name in wanted}
+
+
+def _is_uid(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == HEX_UID and not set(value.lower()) - set("0123456789abcdef")
+
+
+def _kind(values: Sequence[Any]) -> str:
+    given = [value for value in values if value is not None]
+    return NUMBER if given and all(isinstance(value, int | float) for value in given) else TEXT
+
+
+def table_kinds(schema: pa.Schema, names: Sequence[str], where: str) -> dict[str, str]:
+    """Learn which columns of a table are numbers. Raises: UsageError naming the columns that there are."""
+    kinds = {}
+    for name in names:
+        if name not in schema.names:
+            raise unknown(f"column of {where}", name, schema.names)
+        kind = schema.field(name).type
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+        kinds[name] = NUMBER if number else TEXT
+    return kinds
+
+
+@dataclass(frozen=True)
+class SideTable:
+    """img2dataset's table of a shard. ended: downloads by how they ended; rows: the columns asked for, by key."""
+
+    ended: dict[str, int]
+    rows: dict[str, dict[str, Any]]
+
+
+def read_side_table(tar: str, columns: Sequence[str]) -> SideTable | None:
+    """Read `{stem}.parquet` beside a tar; None where there is none with a key and a status.
+
+    Raises: ShardError when it cannot be read.
+    """
+    import pyarrow.parquet as pq
+
+    location = f"{tar.removesuffix('.tar')}.parquet"
+    if not paths.exists(location):
+        return None
+    try:
+        with paths.open_read(location) as file:
+            held = pq.ParquetFile(file)
+            names = held.schema_arrow.names
+            if not {"key", "status"} <= set(names):
+                return None
+            table = held.read(columns=["key", "status", *(name for name in columns if name in names)])
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
+    counted = table["status"].value_counts().to_pylist()
+    ended = {str(each["values"]): int(each["counts"]) for each in counted}
+    rows = {row.pop("key"): row for row in table.drop_columns(["status"]).to_pylist()} if table.num_columns > 2 else {}
+    return SideTable(dict(sorted(ended.items())), rows)
+
+
+class Captions:
+    """Captions by url, from a TSV without a header; 16 bytes a row in memory. Safe to call from several threads.
+
+    Either column may come first: the url is the one that begins like one. The first of equal urls counts.
+    Raises: UsageError when the file is not of that form.
+    """
+
+    def __init__(self, location: str) -> None:
+        self._url, self._caption = caption_places(location)
+        self._file: IO[bytes] = paths.open_read(location)
+        self._lock = threading.Lock()
+        hashes, places, offset = array("Q"), array("Q"), 0
+        for line in self._file:
+            hashes.append(_hash(self._split(line)[0]))
+            places.append(offset)
+            offset += len(line)
+        order = np.argsort(np.frombuffer(hashes, np.uint64), kind="stable")
+        self._hashes = np.frombuffer(hashes, np.uint64)[order]
+        self._places = np.frombuffer(places, np.uint64)[order]
+
+    def _split(self, line: bytes) -> tuple[bytes, bytes]:
+        parts = line.rstrip(b"\r\n").split(b"\t")
+        whole = len(parts) > max(self._url, self._caption)
+        return (parts[self._url], parts[self._caption]) if whole else (b"", b"")
+
+    def get(self, url: str) -> str | None:
+        """Find a url's caption."""
+        wanted = url.encode()
+        at = int(np.searchsorted(self._hashes, np.uint64(_hash(wanted))))
+        while at < len(self._hashes) and int(self._hashes[at]) == _hash(wanted):
+            with self._lock:
+                self._file.seek(int(self._places[at]))
+                found, caption = self._split(self._file.readline())
+            if found == wanted:
+                return records.usable_text(caption.decode("utf-8", "replace"))
+            at += 1
+        return None
+
+
+def caption_places(location: str) -> tuple[int, int]:
+    """Tell from the first line of a TSV which field is the url, and which the caption. Raises: UsageError."""
+    if not paths.exists(location):
+        raise UsageError(f"{location} does not exist")
+    with paths.open_read(location) as file:
+        first = file.readline(MAX_TEXT_BYTES).rstrip(b"\r\n").split(b"\t")
+    url = next((place for place, text in enumerate(first) if text.startswith((b"http://", b"https://"))), -1)
+    if len(first) < 2 or url < 0:
+        raise UsageError(f"{location} is not a table of captions and urls: `caption TAB url`, without a header.")
+    return url, 0 if url else 1
+
+
+def _hash(url: bytes) -> int:
+    return int.from_bytes(blake2b(url, digest_size=8).digest())

@@ -1,0 +1,316 @@
+"""Write a selection out as something to train on.
+
+In: SEL, and through its manifests the embeddings and the pool. Out, by `format`:
+    webdataset  OUT/{000000}.tar   the original members of each kept sample byte for byte, a key.txt where its caption
+                came from elsewhere, and OUT/{000000}.arrow, which says where each sample came from
+    llava       OUT/coreset.json + OUT/images/{000000}/…, the same sidecars
+    keys, datacomp, parquet, clip-retrieval   lists and tables, no samples: see emit_tables
+Which samples go to which output shard is computed once on the driver from the `kept` columns, so output shards are an
+independent map. A sample that the pool no longer has is counted by reason and listed; it leaves its shard one short.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curate import engine
+from curate.emit import tables
+from curate.emit.kept_samples import Coreset, Fetched, open_coreset, unique_keys
+from curate.errors import UsageError, unknown
+from curate.storage import paths, records, sidecar
+from curate.storage.manifest import Artefact, Output, load_json, open_output, reconcile, versions
+from curate.storage.tar import CAPTION_SUFFIX, JSON_SUFFIX, TarWriter, read_json
+
+FORMATS = ("webdataset", "llava", *tables.FORMATS)
+EMITTED_SCHEMA = pa.schema(
+    [("key", pa.string()), ("source_stem", pa.string()), ("source_row", pa.int64()), ("uid", pa.binary(16))]
+)
+LLAVA_SCHEMA = EMITTED_SCHEMA.append(pa.field("record", pa.large_string()))
+MAX_LISTED = 1000
+
+
+@dataclass(frozen=True)
+class EmitOptions:
+    """What is written. shard_size: samples per output shard. prompt: the question asked of an image (llava)."""
+
+    format: str = "webdataset"
+    shard_size: int = 10_000
+    prompt: str = records.PROMPT
+
+    def resolved(self) -> dict[str, Any]:
+        """List the options that bear on this format."""
+        if self.format not in FORMATS:
+            raise unknown("format", self.format, FORMATS)
+        if self.shard_size < 1:
+            raise UsageError(f"shard_size is {self.shard_size}, expected at least 1")
+        names = {"webdataset": ("format", "shard_size"), "llava": ("format", "shard_size", "prompt")}
+        return {name: value for name, value in asdict(self).items() if name in names.get(self.format, ("format",))}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of one stem's kept rows: the `start`-th up to, not including, the `stop`-th."""
+
+    stem: str
+    start: int
+    stop: int
+
+
+def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | None = None) -> dict[str, Any]:
+    """Write the kept samples of `sel` to `out` and return the manifest.
+
+    pool: where the pool lies now, if it has moved. Raises: UsageError when nothing is kept or the pool is not found.
+    """
+    resolved = options.resolved()
+    if options.format in tables.FORMATS:
+        return tables.emit_tables(open_coreset(sel, pool, members=False), out, resolved, job)
+    coreset = open_coreset(sel, pool)
+    recorded = coreset.embedded.manifest["inputs"].get("pool", {}).get("digest", "")
+    inputs: dict[str, Artefact | Mapping[str, Any]] = {
+        "selection": coreset.selection,
+        "pool": {"path": coreset.pool, "digest": recorded},
+    }
+    output = open_output(out, "emit", resolved, inputs, overwrite=job.overwrite)
+    if output.complete:
+        return output.manifest
+    plan = plan_shards(coreset, options.shard_size)
+    with output.attempt():
+        if not plan:
+            raise UsageError(f"{sel} keeps no sample, so there is nothing to emit.", "loosen a step of `curate select`")
+    kept_rows = _RowsOnce(coreset)
+    renamed = unique_keys(((span.stem, kept_rows(span)) for spans in plan.values() for span in spans), coreset.keys)
+    suffix = ".tar" if options.format == "webdataset" else ".arrow"
+    make: type[_WriteTar] | type[_WriteImages] = _WriteTar if options.format == "webdataset" else _WriteImages
+    task = make(coreset, out, plan, renamed, options.prompt)
+    outcome = engine.run_stage("emit", task, output.missing(job.share(list(plan)), suffix), job)
+    output.log(
+        stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers, engine=job.engine
+    )
+    left = set(output.missing(list(plan), suffix)) - set(outcome.failed)
+    if left:
+        return {"unfinished": len(left), **output.plan}
+    replaced = None if outcome.failed else _replace_gone(task, output, suffix)
+    manifest = _finish(output, plan, task.renamed, suffix, outcome.failed, replaced)
+    counts = manifest["counts"]
+    lost = counts["rows"] - counts["written"] + counts.get("replaced", 0) - counts.get("in_failed_shards", 0)
+    if lost and not job.quiet:
+        told = f"{counts.get('replaced', 0):,} replaced by the next in rank, {counts['written']:,} written"
+        sys.stderr.write(f"emit: {lost:,} of {counts['rows']:,} samples could not be had; {told}\n")
+    return manifest
+
+
+def _replace_gone(task: "_WriteTar | _WriteImages", output: Output, suffix: str) -> str | None:
+    """Write one more shard with the next in rank for what is gone, where the selection names them. Returns its name.
+
+    The funnel's `reserve` lists [stem, row] in the order in which they would have been kept.
+    """
+    name = f"{len(task.plan):06d}"
+    gone = sum(len(sidecar.facts(output.path(f"{made}.arrow"))["gone"]) for made in task.plan)
+    reserve = load_json(task.coreset.selection.path("funnel.json")).get("reserve", []) if gone else []
+    if not reserve:
+        return None
+    task.need, task.reserve = gone, [(str(stem), int(row)) for stem, row in reserve]
+    rows = [(stem, np.array([row])) for stem, row in task.reserve]
+    kept = ((stem, task.coreset.kept_rows(stem)) for stem in task.coreset.selection.stems)
+    task.renamed = unique_keys([*kept, *rows], task.coreset.keys)
+    if output.missing([name], suffix):
+        task.setup()
+        task(name)
+    table = sidecar.table(output.path(f"{name}.arrow"), ["source_stem", "source_row"])
+    used = set(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    for stem, row in set(task.reserve) - used:
+        task.renamed.get(stem, {}).pop(row, None)
+    return name
+
+
+def _finish(
+    output: Output,
+    plan: Mapping[str, list[Span]],
+    renamed: Mapping[str, Mapping[int, str]],
+    suffix: str,
+    failed: Mapping[str, str],
+    replaced: str | None,
+) -> dict[str, Any]:
+    """Account for every selected sample and complete the directory. replaced: the shard of replacements."""
+    made = {name: sidecar.facts(output.path(f"{name}.arrow")) for name in plan if name not in failed}
+    gone = [entry for fact in made.values() for entry in fact["gone"]]
+    reasons: dict[str, int] = {}
+    for entry in gone:
+        reasons[entry["why"]] = reasons.get(entry["why"], 0) + 1
+    selected = sum(span.stop - span.start for spans in plan.values() for span in spans)
+    counts = {"written": sum(fact["rows"] for fact in made.values()), **dict(sorted(reasons.items()))}
+    if failed:
+        counts["in_failed_shards"] = sum(span.stop - span.start for name in failed for span in plan[name])
+    reconcile(output.directory, selected, counts)
+    if replaced is not None:
+        made[replaced] = sidecar.facts(output.path(f"{replaced}.arrow"))
+        counts["replaced"] = made[replaced]["rows"]
+        counts["written"] += made[replaced]["rows"]
+    if not counts["written"] and not failed:
+        paths.remove(output.directory)
+        told = ", ".join(f"{count:,} {why}" for why, count in reasons.items())
+        raise UsageError(
+            f"none of the {selected:,} kept samples could be had: {told}.", "say where the pool is: --pool"
+        )
+    if suffix == ".arrow" and not failed:
+        _join_records(output, list(made))
+    facts: dict[str, Any] = {
+        "shards": {name: {"rows": fact["rows"], "bytes": fact["bytes"]} for name, fact in made.items()},
+        "counts": {"rows": selected, **counts},
+        "versions": versions("pyarrow"),
+    }
+    captioned = sum(fact["captioned"] for fact in made.values())
+    if captioned:
+        facts["captions_added"] = captioned
+    if gone:
+        facts["gone"] = gone[:MAX_LISTED]
+    if renamed:
+        pairs = [(new, f"{stem} row {row}") for stem, rows in renamed.items() for row, new in rows.items()]
+        facts["counts"]["renamed"] = len(pairs)
+        facts["renamed"] = dict(pairs[:MAX_LISTED])
+    if failed:
+        facts["failed"] = failed
+    return output.finish(**facts)
+
+
+def plan_shards(coreset: Coreset, shard_size: int) -> dict[str, list[Span]]:
+    """Cut the kept rows, in stem and row order, into output shards of `shard_size` samples. Reads only `kept`."""
+    plan: dict[str, list[Span]] = {}
+    position = 0
+    for stem in coreset.selection.stems:
+        start, total = 0, len(coreset.kept_rows(stem))
+        while start < total:
+            stop = min(total, start + shard_size - position % shard_size)
+            plan.setdefault(f"{position // shard_size:06d}", []).append(Span(stem, start, stop))
+            position += stop - start
+            start = stop
+    return plan
+
+
+class _RowsOnce:
+    """Remember the kept rows of the last stem: spans come stem by stem."""
+
+    def __init__(self, coreset: Coreset) -> None:
+        self.coreset = coreset
+        self.stem, self.rows = "", np.empty(0, np.int64)
+
+    def __call__(self, span: Span) -> np.ndarray:
+        if span.stem != self.stem:
+            self.stem, self.rows = span.stem, self.coreset.kept_rows(span.stem)
+        return self.rows[span.start : span.stop]
+
+
+@dataclass
+class _Write:
+    """What the two writers share. need, reserve: see `_replace_gone`. gone: what could not be had, in the order met."""
+
+    coreset: Coreset
+    out: str
+    plan: Mapping[str, list[Span]]
+    renamed: dict[str, dict[int, str]]
+    prompt: str
+    need: int = 0
+    reserve: list[tuple[str, int]] = field(default_factory=list)
+    gone: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    captioned: int = 0
+
+    def setup(self) -> None:
+        """Nothing to prepare."""
+
+    def samples(self, name: str) -> Iterator[tuple[str, Fetched]]:
+        """Yield (output key, sample) of an output shard, noting what is gone."""
+        self.gone, self.rows, self.captioned = [], [], 0
+        for sample in self._fetch(name):
+            if sample.gone:
+                self.gone.append({"stem": sample.stem, "row": sample.row, "key": sample.key, "why": sample.gone})
+                continue
+            key = self.renamed.get(sample.stem, {}).get(sample.row, sample.key)
+            self.rows.append({"key": key, "source_stem": sample.stem, "source_row": sample.row, "uid": sample.uid})
+            yield key, sample
+
+    def _fetch(self, name: str) -> Iterator[Fetched]:
+        kept_rows = _RowsOnce(self.coreset)
+        for span in self.plan.get(name, []):
+            yield from self.coreset.fetch(span.stem, kept_rows(span))
+        for stem, row in self.reserve if name not in self.plan else []:
+            if len(self.rows) < self.need:
+                yield from self.coreset.fetch(stem, np.array([row]))
+
+    def write_sidecar(self, name: str, schema: pa.Schema, size: int) -> dict[str, Any]:
+        """Write where each sample of an output shard came from. size: bytes of the samples."""
+        batch = pa.RecordBatch.from_pylist(self.rows, schema)
+        facts = {"rows": len(self.rows), "bytes": size, "gone": self.gone, "captioned": self.captioned}
+        sidecar.write_table(paths.join(self.out, f"{name}.arrow"), schema, [batch], facts)
+        return {"rows": len(self.rows), "bad": len(self.gone)}
+
+
+class _WriteTar(_Write):
+    """Write one output tar. Its sidecar comes first, so that a tar under its name is a finished shard."""
+
+    def __call__(self, name: str, /) -> dict[str, Any]:
+        with paths.atomic_write(paths.join(self.out, f"{name}.tar")) as file:
+            with TarWriter(file) as tar:
+                for key, sample in self.samples(name):
+                    for member, _, data in sample.members:
+                        tar.add(key + member[len(sample.key) :], data)
+                    if sample.caption and not _says_something(sample):
+                        tar.add(f"{key}.{CAPTION_SUFFIX}", sample.caption.encode())
+                        self.captioned += 1
+            return self.write_sidecar(name, EMITTED_SCHEMA, tar.offset)
+
+
+def _says_something(sample: Fetched) -> bool:
+    """Say whether a sample has a caption of its own, or a conversation: in its text member or its JSON."""
+    described = read_json(sample.text(JSON_SUFFIX) or b"") or {}
+    own = records.usable_text(described.get("caption")) or records.conversations_of(described)
+    return bool(own) or sample.text(CAPTION_SUFFIX) is not None
+
+
+class _WriteImages(_Write):
+    """Write one folder of images. The sidecar, which carries the records, comes last."""
+
+    def __call__(self, name: str, /) -> dict[str, Any]:
+        size = 0
+        for key, sample in self.samples(name):
+            record = {"id": key}
+            if sample.image is not None:
+                member, _, data = sample.image
+                record["image"] = f"{name}/{key}{member[len(sample.key) :]}"
+                _write_plain(paths.join(self.out, "images", record["image"]), data)
+                size += len(data)
+            turns = records.conversations_of(read_json(sample.text(JSON_SUFFIX) or b""))
+            made = {**record, "conversations": turns or records.caption_turns(sample.caption, self.prompt)}
+            self.rows[-1]["record"] = records.dump(made).decode()
+        if not paths.is_remote(self.out):
+            os.sync()  # once a shard, before the sidecar says that its images are there
+        return self.write_sidecar(name, LLAVA_SCHEMA, size)
+
+
+def _write_plain(location: str, data: bytes) -> None:
+    """Write a file of a shard that is not finished yet: a rerun writes it again."""
+    if paths.is_remote(location):
+        with paths.atomic_write(location) as file:
+            file.write(data)
+        return
+    path = paths.local(location)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def _join_records(output: Output, names: list[str]) -> None:
+    """Write coreset.json from the sidecars' records, one record a line, without holding them all."""
+    with paths.atomic_write(output.path("coreset.json")) as file:
+        separator = b"[\n"
+        for name in names:
+            for batch in sidecar.batches(output.path(f"{name}.arrow")):
+                for record in batch.column("record"):
+                    file.write(separator + record.as_buffer().to_pybytes())
+                    separator = b",\n"
+        file.write(b"\n]\n" if separator == b",\n" else b"[]\n")

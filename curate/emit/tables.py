@@ -1,0 +1,167 @@
+"""Write a selection as lists and tables, which need no pool.
+
+In: SEL and the embeddings and clusters it rests on. Out, by format:
+    keys            OUT/{stem}.txt: the kept keys of a pool shard, one a line; {stem}.npy i64 where all are numbers
+    datacomp        OUT/subset.npy: the kept uids as sorted (u8, u8), DataComp's subset files
+    parquet         OUT/table/{stem}.parquet: every row with its key, caption, scores and verdict
+    clip-retrieval  OUT/img_emb/img_emb_{i}.npy, text_emb/text_emb_{i}.npy f16, metadata/metadata_{i}.parquet: kept rows
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curate import engine
+from curate.emit.kept_samples import Coreset
+from curate.storage import manifest, paths, records, sidecar
+from curate.storage.schema import UID, extra_columns, uid_pairs
+
+FORMATS = ("keys", "datacomp", "parquet", "clip-retrieval")
+FOLDERS = ("table", "img_emb", "text_emb", "metadata")
+EMBEDDED_COLUMNS = ("uid", "caption", "url", "width", "height", "status", "clip_score")
+
+
+def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: engine.Job) -> dict[str, Any]:
+    """Write one of the table formats and return the manifest."""
+    output = manifest.open_output(out, "emit", options, {"selection": coreset.selection}, overwrite=job.overwrite)
+    if output.complete:
+        return output.manifest
+    kind, stems = options["format"], coreset.selection.stems
+    if kind == "datacomp":
+        started = {"subset": _write_subset(coreset, output.path("subset.npy"))}
+        rows = sum(fact["rows"] for fact in started.values())
+        return output.finish(shards=started, counts=_account(coreset, output, rows, started["subset"]["no_uid"]))
+    number = {stem: f"{index:0{len(str(len(stems)))}d}" for index, stem in enumerate(stems)}
+    task: _Write = {"keys": _WriteKeys, "parquet": _WriteParquet, "clip-retrieval": _WriteVectors}[kind](
+        coreset, out, number
+    )
+    outcome = engine.run_stage("emit", task, [stem for stem in job.share(stems) if not task.done(stem)], job)
+    output.log(stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
+    if [stem for stem in stems if not task.done(stem) and stem not in outcome.failed]:
+        return {"unfinished": True, **output.plan}
+    for folder in FOLDERS:
+        paths.clear_temporaries(output.path(folder))
+    shards = {stem: {"rows": task.rows(stem)} for stem in stems if stem not in outcome.failed}
+    written = sum(shard["rows"] for shard in shards.values())
+    failed = sum(task.rows(stem) for stem in outcome.failed)
+    counts = _account(coreset, output, written, failed) if kind != "parquet" else {"rows": written + failed}
+    return output.finish(shards=shards, counts=counts, **({"failed": outcome.failed} if outcome.failed else {}))
+
+
+def _account(coreset: Coreset, output: manifest.Output, written: int, missing: int) -> dict[str, int]:
+    """Reconcile what was written with what was kept."""
+    kept = sum(len(coreset.kept_rows(stem)) for stem in coreset.selection.stems)
+    manifest.reconcile(output.directory, kept, {"written": written, "not written": missing})
+    return {"rows": kept, "written": written, **({"not_written": missing} if missing else {})}
+
+
+def _write_subset(coreset: Coreset, location: str) -> dict[str, int]:
+    """Write DataComp's subset file: dtype u8,u8, the two halves of each uid read as hexadecimal numbers, sorted.
+
+    The uids are those that the pool's own JSON gives, where it does.
+    """
+    halves, without = [np.empty(0, UID)], 0
+    for stem in coreset.selection.stems:
+        table = coreset.embedded.table(stem)
+        given = table["source_uid" if "source_uid" in table.column_names else "uid"]
+        uids = [records.uid_bytes(uid) for uid in given.take(coreset.kept_rows(stem)).to_pylist()]
+        found = [uid for uid in uids if uid is not None]
+        without += len(uids) - len(found)
+        halves.append(uid_pairs(found))
+    subset = np.sort(np.concatenate(halves))
+    sidecar.save_npy(location, subset)
+    return {"rows": len(subset), "no_uid": without}
+
+
+@dataclass
+class _Write:
+    """One table per stem. number: each stem's place, as clip-retrieval's files count."""
+
+    coreset: Coreset
+    out: str
+    number: Mapping[str, str]
+
+    def setup(self) -> None:
+        """Nothing to prepare."""
+
+    def __call__(self, stem: str, /) -> dict[str, Any]:
+        """Write a stem's table."""
+        raise NotImplementedError
+
+    def place(self, stem: str) -> str:
+        """Locate the file that, written last, says that a stem is done."""
+        raise NotImplementedError
+
+    def rows(self, stem: str) -> int:
+        """Count a stem's rows in this format."""
+        return len(self.coreset.kept_rows(stem))
+
+    def done(self, stem: str) -> bool:
+        """Say whether a stem is written."""
+        return paths.exists(self.place(stem))
+
+
+class _WriteKeys(_Write):
+    def place(self, stem: str) -> str:
+        return paths.join(self.out, f"{stem}.txt")
+
+    def __call__(self, stem: str, /) -> dict[str, Any]:
+        keys = self.coreset.keys(stem, self.coreset.kept_rows(stem))
+        if keys and all(key.isdecimal() and key.isascii() and len(key) <= 18 for key in keys):
+            sidecar.save_npy(paths.join(self.out, f"{stem}.npy"), np.array(keys, np.int64))
+        with paths.atomic_write(self.place(stem)) as file:
+            file.write("".join(f"{key}\n" for key in keys).encode())
+        return {"rows": len(keys)}
+
+
+class _WriteParquet(_Write):
+    def place(self, stem: str) -> str:
+        return paths.join(self.out, "table", f"{stem}.parquet")
+
+    def rows(self, stem: str) -> int:
+        return self.coreset.selection.rows[stem]
+
+    def __call__(self, stem: str, /) -> dict[str, Any]:
+        chosen, embedded = self.coreset.selection.table(stem), self.coreset.embedded.table(stem)
+        columns: dict[str, Any] = {"key": chosen["key"], "stem": pa.array([stem] * chosen.num_rows)}
+        for name in (*EMBEDDED_COLUMNS, *extra_columns(embedded.schema)):
+            columns[name] = embedded[name]
+        columns["uid"] = pa.array([uid and uid.hex() for uid in embedded["uid"].to_pylist()], pa.string())
+        try:
+            clusters = self.coreset.selection.source("cluster").table(stem)
+        except LookupError:
+            clusters = None
+        for table in filter(None, (clusters, chosen)):
+            columns |= {name: table[name] for name in table.column_names}
+        _save_parquet(self.place(stem), pa.table(columns).replace_schema_metadata(None))
+        return {"rows": chosen.num_rows}
+
+
+class _WriteVectors(_Write):
+    def place(self, stem: str) -> str:
+        return paths.join(self.out, "metadata", f"metadata_{self.number[stem]}.parquet")
+
+    def __call__(self, stem: str, /) -> dict[str, Any]:
+        rows, number = self.coreset.kept_rows(stem), self.number[stem]
+        for column, name in (("image_embedding", "img_emb"), ("text_embedding", "text_emb")):
+            kept, first = [], 0
+            for batch in self.coreset.embedded.batches(stem):
+                inside = rows[(rows >= first) & (rows < first + batch.num_rows)] - first
+                kept.append(sidecar.vectors(batch.column(column))[inside])
+                first += batch.num_rows
+            sidecar.save_npy(paths.join(self.out, name, f"{name}_{number}.npy"), np.concatenate(kept))
+        table = self.coreset.embedded.table(stem, ["key", *EMBEDDED_COLUMNS]).take(rows)
+        names = {"key": "image_path", "clip_score": "similarity"}
+        columns = {names.get(name, name): table[name] for name in table.column_names if name not in ("uid", "status")}
+        _save_parquet(self.place(stem), pa.table(columns).replace_schema_metadata(None))
+        return {"rows": len(rows)}
+
+
+def _save_parquet(location: str, table: pa.Table) -> None:
+    import pyarrow.parquet
+
+    with paths.atomic_write(location) as file:
+        pyarrow.parquet.write_table(table, file, compression="zstd")

@@ -1,0 +1,1 @@
+"""What others made: published embeddings and their layouts; pictures that lie in no tar yet."""

@@ -1,0 +1,225 @@
+"""Foreign embeddings: the layouts in which others publish them, read part by part as rows with vectors.
+
+A part is one file of vectors and what lies beside it; it becomes one sidecar, or the table that a pool is joined to.
+
+    clip-retrieval   img_emb/img_emb_{i}.npy, text_emb/text_emb_{i}.npy, metadata/metadata_{i}.parquet; LAION published
+                     its embeddings in the same form, the tables in a folder named …-metadata
+                                                                                  github.com/rom1504/clip-retrieval
+    datacomp         {uid}.parquet beside {uid}.npz with {arch}_img and {arch}_txt  github.com/mlfoundations/datacomp
+    nemo             *.parquet with image_id and embedding; images only            NeMo Curator's ImageEmbeddingStage
+    npy              {name}.npy, and where they exist {name}.text.npy and {name}.parquet
+
+Row order ties the files of a part together, and is checked. Arrays are mapped where they can be, never unpickled.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from curate.errors import ShardError, UsageError, unknown
+from curate.storage import paths
+
+# What each project calls the columns that a sidecar keeps, or that a pool is joined by.
+NAMES = {
+    "key": ("image_path", "key", "image_id", "__key__", "uid"),
+    "url": ("url", "URL"),
+    "caption": ("caption", "text", "TEXT", "top_caption"),
+    "sha256": ("sha256",),
+    "uid": ("uid",),
+    "width": ("original_width", "width", "WIDTH"),
+    "height": ("original_height", "height", "HEIGHT"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Files that belong together. stem: of the sidecar; image, text, table: locations, or "" where there is none.
+
+    entries: the names of the arrays inside an npz, or of the column inside a parquet file.
+    """
+
+    stem: str
+    image: str
+    text: str
+    table: str
+    entries: tuple[str, str] = ("", "")
+
+
+@dataclass
+class Table:
+    """A part, opened: columns by the names of `NAMES` (absent ones missing), vectors f16/f32 [n, d], text or None."""
+
+    rows: int
+    columns: dict[str, pa.Array]
+    image: np.ndarray
+    text: np.ndarray | None
+
+
+def list_parts(source: str, layout: str, arch: str) -> list[Part]:
+    """Find the parts of a foreign directory, sorted by stem.
+
+    Raises: UsageError for an unknown layout, or where nothing of its form is found, saying what is there.
+    """
+    if layout not in LAYOUTS:
+        raise unknown("layout", layout, LAYOUTS)
+    if not paths.exists(source):
+        raise UsageError(f"{source} does not exist")
+    found, form = LAYOUTS[layout](source, arch)
+    if not found:
+        held = ", ".join(paths.listdir(source)[:6]) or "nothing"
+        raise UsageError(f"{source} is not of the layout {layout}: {form} is expected; it holds {held}.")
+    return found
+
+
+def _clip_retrieval(source: str, arch: str) -> tuple[list[Part], str]:
+    beside = next((name for name in paths.listdir(source) if name.endswith("-metadata")), "metadata")
+    texts, tables = (set(paths.listdir(paths.join(source, folder))) for folder in ("text_emb", beside))
+    parts = []
+    for name in paths.listdir(paths.join(source, "img_emb")):
+        number = name.removeprefix("img_emb_").removesuffix(".npy")
+        if f"img_emb_{number}.npy" != name:
+            continue
+        text, table = f"text_emb_{number}.npy", f"metadata_{number}.parquet"
+        parts.append(
+            Part(
+                number,
+                paths.join(source, "img_emb", name),
+                paths.join(source, "text_emb", text) if text in texts else "",
+                paths.join(source, beside, table) if table in tables else "",
+            )
+        )
+    return parts, "img_emb/img_emb_{i}.npy"
+
+
+def _datacomp(source: str, arch: str) -> tuple[list[Part], str]:
+    held = paths.listdir(source)
+    stems = [name[:-4] for name in held if name.endswith(".npz") and f"{name[:-4]}.parquet" in set(held)]
+    entries = (f"{arch}_img", f"{arch}_txt")
+    place = {stem: paths.join(source, stem) for stem in stems}
+    parts = [
+        Part(stem, f"{place[stem]}.npz", f"{place[stem]}.npz", f"{place[stem]}.parquet", entries) for stem in stems
+    ]
+    return parts, "{uid}.parquet beside {uid}.npz"
+
+
+def _nemo(source: str, arch: str) -> tuple[list[Part], str]:
+    files = [source] if source.endswith(".parquet") else [paths.join(source, name) for name in paths.listdir(source)]
+    tables = [file for file in files if file.endswith(".parquet")]
+    return [Part(paths.name(file)[:-8], file, "", file, ("embedding", "")) for file in tables], "*.parquet"
+
+
+def _npy(source: str, arch: str) -> tuple[list[Part], str]:
+    folder = paths.parent(source) if source.endswith(".npy") else source
+    held = set(paths.listdir(folder))
+    names = [paths.name(source)] if source.endswith(".npy") else sorted(held)
+    parts = []
+    for name in names:
+        stem = name[:-4]
+        if name.endswith(".npy") and not stem.endswith(".text"):
+            beside = [f"{stem}.text.npy", f"{stem}.parquet"]
+            text, table = (paths.join(folder, other) if other in held else "" for other in beside)
+            parts.append(Part(stem, paths.join(folder, name), text, table))
+    return parts, "{name}.npy"
+
+
+LAYOUTS: dict[str, Callable[[str, str], tuple[list[Part], str]]] = {
+    "clip-retrieval": _clip_retrieval,
+    "datacomp": _datacomp,
+    "nemo": _nemo,
+    "npy": _npy,
+}
+
+
+def open_part(part: Part, more: Sequence[str] = ()) -> Table:
+    """Open a part. more: further columns of its table, by their own names.
+
+    Raises: ShardError when a file cannot be read or the rows do not line up.
+    """
+    columns = read_columns(part, (*NAMES, *more)) if part.table else {}
+    image = _vectors(part.image, part.entries[0])
+    text = _vectors(part.text, part.entries[1]) if part.text else None
+    held = {"images": len(image), "texts": len(image if text is None else text)}
+    held |= {name: len(column) for name, column in columns.items()}
+    if len(set(held.values())) > 1:
+        told = ", ".join(f"{count:,} {name}" for name, count in held.items())
+        raise ShardError(f"the rows of {part.image} do not line up: {told}")
+    if text is not None and text.shape != image.shape:
+        raise ShardError(f"{part.text} has vectors of {text.shape[1]} dimensions, {part.image} of {image.shape[1]}")
+    return Table(len(image), columns, image, text)
+
+
+def table_schema(part: Part) -> pa.Schema:
+    """Read which columns a part's table has. Raises: ShardError."""
+    import pyarrow.parquet as pq
+
+    try:
+        with paths.open_read(part.table) as file:
+            return pq.ParquetFile(file).schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{part.table} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def read_columns(part: Part, wanted: tuple[str, ...]) -> dict[str, pa.Array]:
+    """Read those of the wanted columns that a part's table has, by our names or its own. Raises: ShardError."""
+    import pyarrow.parquet as pq
+
+    try:
+        with paths.open_read(part.table) as file:
+            held = pq.ParquetFile(file)
+            there = set(held.schema_arrow.names)
+            chosen = {ours: next((name for name in NAMES.get(ours, (ours,)) if name in there), None) for ours in wanted}
+            read = held.read(columns=sorted({name for name in chosen.values() if name}))
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{part.table} cannot be read: {str(error).splitlines()[0]}") from None
+    return {ours: read[name].combine_chunks() for ours, name in chosen.items() if name}
+
+
+def _vectors(location: str, entry: str) -> np.ndarray:
+    """Read vectors f16/f32 [n, d] from an npy (mapped when local), an npz entry or a parquet column."""
+    try:
+        if location.endswith(".parquet"):
+            return _parquet_vectors(location, entry)
+        if location.endswith(".npz") or paths.is_remote(location):
+            with paths.open_read(location) as file:
+                held = np.load(file, allow_pickle=False)
+                found = held[entry] if location.endswith(".npz") else held
+        else:
+            found = np.load(paths.local(location), mmap_mode="r", allow_pickle=False)
+    except KeyError:
+        raise ShardError(f"{location} has no array {entry}") from None
+    except ShardError:
+        raise
+    except Exception as error:  # numpy parses headers as Python text: hostile ones raise nearly anything
+        raise ShardError(
+            f"{location} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from None
+    if found.ndim != 2 or found.dtype.kind != "f" or not found.shape[1]:
+        raise ShardError(f"{location} holds {found.dtype} {found.shape}, not vectors of numbers [n, d]")
+    return np.asarray(found)
+
+
+def _parquet_vectors(location: str, column: str) -> np.ndarray:
+    """Read a list column as f32 [n, d]; a row that is null or of another length becomes NaN."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        with paths.open_read(location) as file:
+            lists = pq.read_table(file, columns=[column])[column].combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
+    if not (
+        pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type) or pa.types.is_fixed_size_list(lists.type)
+    ):
+        raise ShardError(f"{location} has {lists.type} in {column}, not lists of numbers")
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    dim = int(np.bincount(lengths).argmax()) if len(lengths) else 0
+    if not dim:
+        raise ShardError(f"{location} has no vectors in {column}")
+    sound = lengths == dim
+    vectors = np.full((len(lists), dim), np.nan, np.float32)
+    flat = pc.list_flatten(lists.filter(pa.array(sound))).to_numpy(zero_copy_only=False)
+    vectors[sound] = flat.astype(np.float32).reshape(-1, dim)
+    return vectors

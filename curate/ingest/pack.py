@@ -1,0 +1,287 @@
+"""Make a pool of what is not in tars yet: folders of files, or parquet files that hold images.
+
+In: a folder as img2dataset's `files` output leaves it (`00000/key.jpg`, `key.txt`, `key.json`; any folders of images
+will do), or parquet files with images in a column: Hugging Face's `Image` (a struct of bytes and path), or
+img2dataset's `parquet` output. Out: `POOL/{stem}.tar`, every image byte for byte, one tar per folder or parquet file,
+more where there are more than `shard_size` samples. Nothing is decoded. A row of parquet without an image keeps its
+place, with its JSON; img2dataset's table beside a folder is copied beside its tar.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from curate import engine
+from curate.engine import Job
+from curate.errors import ShardError, UsageError, unknown
+from curate.storage import manifest, paths
+from curate.storage.tar import CAPTION_SUFFIX, IMAGE_SUFFIXES, JSON_SUFFIX, TarWriter, is_safe, split_name, suffix_of
+
+LAYOUTS = ("auto", "files", "parquet")
+IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
+CAPTIONS = ("caption", "text", "txt", "TEXT", "top_caption", "alt_text")
+KEYS = ("key", "__key__", "image_id", "id", "uid")
+PACKED = (*IMAGE_SUFFIXES, CAPTION_SUFFIX, JSON_SUFFIX)
+ROWS = 64  # of parquet, in memory at a time
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How a pool is made. image, caption: columns of parquet files, where their names do not say so."""
+
+    layout: str = "auto"
+    image: str = ""
+    caption: str = ""
+    shard_size: int = 10_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one tar is made of: files by key and suffix under a folder, or rows start … stop of a parquet file."""
+
+    source: str
+    rows: int
+    files: Sequence[tuple[str, str, str]] = ()  # (key, suffix, name in the folder)
+    start: int = 0
+    image: str = ""
+    caption: str = ""
+
+
+def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any]:
+    """Write the tars that are not there yet, and return the manifest.
+
+    Raises: UsageError when the source holds no images of the layout, saying what it holds.
+    """
+    if options.layout not in LAYOUTS:
+        raise unknown("layout", options.layout, LAYOUTS)
+    if options.shard_size < 1:
+        raise UsageError(f"shard_size is {options.shard_size}, expected at least 1")
+    if not paths.exists(source):
+        raise UsageError(f"{source} does not exist")
+    if not paths.is_dir(source) and not source.endswith(".parquet"):
+        raise UsageError(f"{source} is a file; expected a folder, or a parquet file with images in a column.")
+    if any(name.endswith(".tar") for name in paths.listdir(source)):
+        raise UsageError(f"{source} holds tars: it is a pool already.", f"curate embed {source} …")
+    passed: dict[str, int] = {}
+    parts: dict[str, Part] = {}
+    if options.layout != "parquet" and not source.endswith(".parquet"):
+        parts = _folders(source, options.shard_size, passed)
+    if not parts and options.layout != "files":
+        parts = _tables(source, options)
+    if not parts:
+        held = ", ".join(paths.listdir(source)[:6]) or "nothing"
+        raise UsageError(
+            f"{source} holds {held}; expected folders of images, or parquet files with images in a column."
+        )
+    made = {"layout": options.layout, "image": options.image, "caption": options.caption}
+    listing = [[stem, part.rows, part.start, _digest(part)] for stem, part in parts.items()]
+    inputs = {"source": {"path": source, "digest": manifest.digest(listing)}}
+    output = manifest.open_output(
+        out, "pack", {**made, "shard_size": options.shard_size}, inputs, overwrite=job.overwrite
+    )
+    if output.complete:
+        return output.manifest
+    outcome = engine.run_stage("pack", PackShard(parts, out), output.missing(job.share(list(parts)), ".tar"), job)
+    output.log(stage="pack", rows=outcome.rows, seconds=round(outcome.seconds, 3))
+    missing = set(output.missing(list(parts), ".tar"))
+    if missing - set(outcome.failed):
+        return {"format": manifest.FORMAT, **output.plan, "unfinished": sorted(missing), "failed": outcome.failed}
+    rows = {stem: {"rows": part.rows} for stem, part in parts.items() if stem not in missing}
+    return output.finish(
+        shards=rows,
+        counts={"rows": sum(each["rows"] for each in rows.values())},
+        **({"passed_over": passed} if passed else {}),
+        **({"failed": outcome.failed} if missing else {}),
+    )
+
+
+def _digest(part: Part) -> Any:
+    return [name for _, _, name in part.files] if part.files else paths.size(part.source)
+
+
+def _folders(source: str, shard_size: int, passed: dict[str, int]) -> dict[str, Part]:
+    """Find folders that hold images: their samples in the order of their keys. passed: other files, by suffix."""
+    parts: dict[str, Part] = {}
+    for folder, names in _walk(source, ""):
+        split = [(*split_name(name), name) for name in names]
+        if not any(suffix in IMAGE_SUFFIXES for _, suffix, _ in split):
+            continue
+        samples: dict[str, list[tuple[str, str, str]]] = {}
+        for key, suffix, name in split:
+            if suffix in PACKED and key:
+                samples.setdefault(key, []).append((key, suffix, name))
+            else:
+                passed[suffix] = passed.get(suffix, 0) + 1
+        place = paths.join(source, folder) if folder else source
+        stem = folder or paths.name(source if paths.is_remote(source) else os.path.abspath(paths.local(source)))
+        for name, start, stop in _cut(stem.replace("/", "__"), len(samples), shard_size):
+            files = [file for key in list(samples)[start:stop] for file in samples[key]]
+            _put(parts, name, Part(place, stop - start, files))
+    return parts
+
+
+def _put(parts: dict[str, Part], stem: str, part: Part) -> None:
+    """Add a part. Raises: UsageError where another one has its stem."""
+    if stem in parts:
+        raise UsageError(f"{parts[stem].source} and {part.source} would both become {stem}.tar.", "rename one of them")
+    parts[stem] = part
+
+
+def _walk(source: str, folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield every folder under a source with the names in it, both sorted. Links to folders are not followed."""
+    place = paths.join(source, folder) if folder else source
+    names, folders = paths.entries(place)
+    yield folder, names
+    for name in folders:
+        yield from _walk(source, f"{folder}/{name}" if folder else name)
+
+
+def _cut(stem: str, rows: int, shard_size: int) -> Iterator[tuple[str, int, int]]:
+    """Cut rows into shards: (stem, start, stop), the stems numbered where there are several."""
+    number = math.ceil(rows / shard_size)
+    for index in range(number):
+        name = stem if number == 1 else f"{stem}_{index:05d}"
+        yield name, index * shard_size, min(rows, (index + 1) * shard_size)
+
+
+def _tables(source: str, options: PackOptions) -> dict[str, Part]:
+    """Find parquet files with an image column; one without is refused, since it would be left out unseen."""
+    import pyarrow.parquet as pq
+
+    parts: dict[str, Part] = {}
+    for location in paths.expand(source, ".parquet"):
+        try:
+            with paths.open_read(location) as file:
+                held = pq.ParquetFile(file)
+                schema, rows = held.schema_arrow, held.metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise UsageError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
+        image = _column(schema, options.image, IMAGES, _holds_images, location, "image")
+        caption = _column(schema, options.caption, CAPTIONS, _holds_text, location, "caption")
+        if not image:
+            told = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            raise UsageError(f"{location} has no column of images: it has {told}.", "name it: --image COLUMN")
+        stem = paths.name(location).removesuffix(".parquet").replace(".", "_")
+        for name, start, stop in _cut(stem, rows, options.shard_size):
+            _put(parts, name, Part(location, stop - start, (), start, image, caption))
+    return parts
+
+
+def _column(
+    schema: pa.Schema, asked: str, names: Sequence[str], fits: Callable[[pa.DataType], bool], where: str, what: str
+) -> str:
+    """Choose a column by its name, among those of a fitting type; "" where there is none."""
+    if asked:
+        if asked not in schema.names:
+            raise unknown(f"column of {where}", asked, schema.names)
+        if not fits(schema.field(asked).type):
+            raise UsageError(f"{where}: the column {asked} is {schema.field(asked).type}, which holds no {what}.")
+        return asked
+    fitting = [field.name for field in schema if fits(field.type)]
+    named = [name for name in names if name in fitting]
+    return named[0] if named else fitting[0] if fitting and what == "image" else ""
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+@dataclass
+class PackShard:
+    """The task: one part to one tar."""
+
+    parts: dict[str, Part]
+    out: str
+
+    def setup(self) -> None:
+        """Nothing to prepare."""
+
+    def __call__(self, stem: str) -> dict[str, Any]:
+        """Write one tar."""
+        part = self.parts[stem]
+        members = _read_files(part) if part.files else _read_rows(stem, part)
+        with paths.atomic_write(paths.join(self.out, f"{stem}.tar")) as file, TarWriter(file) as tar:
+            for name, data in members:
+                tar.add(name, data)
+            side = f"{part.source}.parquet"
+            if part.files and paths.name(part.source) == stem and paths.exists(side):
+                with paths.atomic_write(paths.join(self.out, f"{stem}.parquet")) as copy:
+                    copy.write(paths.read_bytes(side))
+        return {"rows": part.rows}
+
+
+def _read_files(part: Part) -> Iterator[tuple[str, bytes]]:
+    for key, suffix, name in part.files:
+        yield f"{key}.{suffix}", paths.read_bytes(paths.join(part.source, name))
+
+
+def _read_rows(stem: str, part: Part) -> Iterator[tuple[str, bytes]]:
+    """Yield the members of rows of a parquet file. Raises: ShardError when it holds paths in place of images."""
+    seen: set[str] = set()
+    pictures = 0
+    for number, row in enumerate(_records(part), part.start):
+        held = row.pop(part.image)
+        image, path = (held.get("bytes"), held.get("path")) if isinstance(held, dict) else (held, None)
+        key = _key(row, f"{stem}_{number:09d}", seen)
+        if image:
+            pictures += 1
+            yield f"{key}.{suffix_of(image)}", image
+        elif path:
+            row[f"{part.image}_path"] = path
+        if part.caption and row.get(part.caption):
+            yield f"{key}.{CAPTION_SUFFIX}", row[part.caption].encode("utf-8", "replace")
+        plain = {name: value for name, value in row.items() if not isinstance(value, bytes)}
+        yield f"{key}.{JSON_SUFFIX}", json.dumps(_sound(plain), ensure_ascii=True, default=str).encode()
+    if part.rows and not pictures:
+        raise ShardError(f"{part.source} holds no image bytes in {part.image}: write it with the files embedded")
+
+
+def _records(part: Part) -> Iterator[dict[str, Any]]:
+    """Yield a part's rows, a few in memory at a time."""
+    import pyarrow.parquet as pq
+
+    try:
+        with paths.open_read(part.source) as file:
+            first = 0
+            for batch in pq.ParquetFile(file).iter_batches(ROWS):
+                low, high = max(part.start - first, 0), min(part.start + part.rows - first, batch.num_rows)
+                first += batch.num_rows
+                if high > low:
+                    yield from batch.slice(low, high - low).to_pylist()
+                if first >= part.start + part.rows:
+                    return
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{part.source} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _key(row: dict[str, Any], fallback: str, seen: set[str]) -> str:
+    """Name a row by its own key where it has a safe one that no earlier row has; a key ends at its first dot."""
+    given = next((row[name] for name in KEYS if isinstance(row.get(name), str | int)), None)
+    key = "" if given is None else re.sub(r"[./\\]", "_", str(given).strip())
+    if not key or not is_safe(key) or key in seen:
+        key = fallback
+    seen.add(key)
+    return key
+
+
+def _sound(value: Any) -> Any:
+    """Bring a value into what JSON has: no NaN, no infinity, no bytes."""
+    if isinstance(value, dict):
+        return {str(key): _sound(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_sound(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return None if isinstance(value, bytes) else value

@@ -1,0 +1,338 @@
+"""Import foreign embeddings as sidecars, as they are or joined to your own download.
+
+Without a pool, each part of the source becomes `EMB/{stem}.arrow` with its rows. With one, the sidecars are those of
+the pool's shards: each row finds its vectors in the source by key, url, sha256 or uid, keeps its place, and has the
+status `unmatched` where there are none. The match rate is reported and kept. A join holds 16 bytes per source row.
+"""
+
+import functools
+import hashlib
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from curate import engine
+from curate.embed import images, reader
+from curate.embed.side_data import Extras, fit, stored, table_kinds
+from curate.engine import Job
+from curate.errors import ShardError, UsageError, unknown
+from curate.ingest import layouts
+from curate.storage import manifest, paths, records, sidecar, tar
+from curate.storage.schema import STATUSES, embedding_schema
+from curate.vectors import exact
+
+JOINS = ("key", "url", "sha256", "uid")
+CHUNK_ROWS = 65_536
+ROW_BITS = 40  # a place in the source is part << ROW_BITS | row
+OPEN_PARTS = 4
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What is imported. pool, join: attach to the rows of your own download by key, url, sha256 or uid.
+
+    arch: which of DataComp's two models, l14 or b32. columns: further columns of the source's tables to keep.
+    """
+
+    layout: str
+    pool: str = ""
+    join: str = ""
+    arch: str = "l14"
+    max_pixels: int = images.MAX_PIXELS
+    columns: tuple[str, ...] = ()
+
+
+def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> dict[str, Any]:
+    """Bring foreign embeddings into the form that `curate embed` writes, and return the manifest.
+
+    Raises: UsageError for an unknown layout or join, a source of another form, or a join that matches nothing.
+    """
+    if bool(options.pool) != bool(options.join):
+        raise UsageError("--pool and --join go together.", f"--pool POOL --join {'|'.join(JOINS)}")
+    if options.join and options.join not in JOINS:
+        raise unknown("join", options.join, JOINS)
+    parts = layouts.list_parts(source, options.layout, options.arch)
+    files = [[part.stem, *map(paths.size, filter(None, (part.image, part.text, part.table)))] for part in parts]
+    inputs: dict[str, Any] = {"source": {"path": source, "digest": manifest.digest(files)}}
+    found = {shard.stem: shard for shard in tar.list_pool(options.pool)} if options.pool else {}
+    if options.pool:
+        sizes = manifest.digest([[shard.stem, shard.size] for shard in found.values()])
+        inputs["pool"] = {"path": options.pool, "digest": sizes}
+    made: dict[str, Any] = {name: getattr(options, name) for name in ("layout", "join", "arch", "max_pixels")}
+    extra = _extras(parts[0], options.columns)
+    if extra.columns:
+        made["columns"] = dict(extra.columns)
+    output = manifest.open_output(out, "import", made, inputs, overwrite=job.overwrite)
+    if output.complete:
+        return output.manifest
+    if not options.pool:
+        named = {part.stem: part for part in parts}
+        outcome = engine.run_stage("import", ImportPart(named, out, extra), output.missing(job.share(list(named))), job)
+        return _finish(output, list(named), outcome, {})
+    shared = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
+    with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
+        joined = build_join(parts, options.join, folder)
+        task = ImportShard(parts, found, folder, options.join, options.max_pixels, out, extra)
+        outcome = engine.run_stage("import", task, output.missing(job.share(list(found))), job)
+    return _finish(output, list(found), outcome, joined, quiet=job.quiet)
+
+
+def _extras(part: layouts.Part, names: Sequence[str]) -> Extras:
+    """Look up the types of further columns in the first part's table."""
+    if names and not part.table:
+        raise UsageError(f"{part.image} has no table beside it, so there are no columns {', '.join(names)}.")
+    return Extras(table_kinds(layouts.table_schema(part), names, part.table) if names else {})
+
+
+def _finish(
+    output: manifest.Output, stems: list[str], outcome: engine.Outcome, joined: dict[str, int], *, quiet: bool = True
+) -> dict[str, Any]:
+    """Account for every row, check that one model made them all, and write the manifest."""
+    missing, facts, counts = reader.account(output, stems)
+    dims = {fact["dim"]: stem for stem, fact in facts.items() if fact["dim"]}
+    if len(dims) > 1:
+        told = ", ".join(f"{stem} has {dim}" for dim, stem in dims.items())
+        raise UsageError(f"the parts are not of one model: {told} dimensions.", "import each into its own directory")
+    output.log(stage="import", rows=outcome.rows, seconds=round(outcome.seconds, 3))
+    if missing - set(outcome.failed):
+        return {"format": manifest.FORMAT, **output.plan, "unfinished": sorted(missing), "failed": outcome.failed}
+    if joined and facts:
+        total = sum(fact["rows"] for fact in facts.values())
+        joined["matched"] = sum(fact["matched"] for fact in facts.values())
+        if not joined["matched"]:
+            paths.remove(output.directory)
+            example, join = next(iter(facts.values()))["example"], output.plan["options"]["join"]
+            others = " or ".join(f"--join {name}" for name in JOINS if name != join)
+            raise UsageError(f"no row of the pool matches by {join} (the pool has {example!r}).", f"try {others}")
+        if not quiet:
+            rate = f"{joined['matched']:,} of {total:,} rows of the pool matched ({joined['matched'] / total:.1%})"
+            sys.stderr.write(f"import: {rate}; the source has {joined['source_rows']:,} rows\n")
+    return output.finish(
+        shards={stem: {"rows": fact["rows"]} for stem, fact in facts.items()},
+        counts=counts,
+        **({"joined": joined} if joined else {}),
+        **({"failed": outcome.failed} if missing else {}),
+    )
+
+
+def unit_rows(x_nd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Normalise rows to f16 [n, d]; says which are sound (finite, not zero), the others are zero."""
+    x = np.asarray(x_nd, np.float32)
+    with np.errstate(all="ignore"):
+        norms = np.linalg.norm(x, axis=1, keepdims=True)
+        sound = np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)
+        return np.where(sound[:, None], x / norms, 0).astype(np.float16), sound
+
+
+def _vector_columns(image_nd: np.ndarray, text_nd: np.ndarray | None, ok: np.ndarray) -> dict[str, pa.Array]:
+    """Build the vector columns and their score from unit rows f16 [n, d]; without text vectors, two are null."""
+    none = np.zeros(len(ok), bool)
+    text = np.zeros_like(image_nd) if text_nd is None else text_nd
+    has_text = none if text_nd is None else ok
+    return {
+        "image_embedding": sidecar.vector_column(image_nd, ok),
+        "text_embedding": sidecar.vector_column(text, has_text),
+        "clip_score": pa.array(exact.cosines(image_nd, text), pa.float32(), mask=~has_text),
+    }
+
+
+@dataclass
+class ImportPart:
+    """The task without a pool: one part of the source to one sidecar."""
+
+    parts: dict[str, layouts.Part]
+    out: str
+    extra: Extras
+
+    def setup(self) -> None:
+        """Nothing is shared between parts."""
+
+    def __call__(self, stem: str) -> dict[str, Any]:
+        """Import a part in chunks, however large it is."""
+        table = layouts.open_part(self.parts[stem], tuple(self.extra.columns))
+        starts = range(0, max(1, table.rows), CHUNK_ROWS)  # one batch at least
+        bad = sum(int((~self._vectors(table, start)[2]).sum()) for start in starts)
+        statuses = {name: count for name, count in (("ok", table.rows - bad), ("bad_embedding", bad)) if count}
+        dim = table.image.shape[1]
+        schema = embedding_schema(dim, self.extra.fields)
+        meta = {"rows": table.rows, "statuses": statuses, "dim": dim}
+        batches = (self._batch(stem, table, schema, start) for start in starts)
+        sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, batches, meta)
+        return {"rows": table.rows, "bad": bad}
+
+    def _vectors(self, table: layouts.Table, start: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        image, ok = unit_rows(table.image[start : start + CHUNK_ROWS])
+        if table.text is None:
+            return image, None, ok
+        text, sound = unit_rows(table.text[start : start + CHUNK_ROWS])
+        return image, text, ok & sound
+
+    def _batch(self, stem: str, table: layouts.Table, schema: pa.Schema, start: int) -> pa.RecordBatch:
+        image, text, ok = self._vectors(table, start)
+        columns = _vector_columns(image, text, ok)
+        columns["status"] = sidecar.labels(np.where(ok, "ok", "bad_embedding"), list(STATUSES))
+        given = {name: column.slice(start, len(ok)).to_pylist() for name, column in table.columns.items()}
+        for name in ("key", "caption", "url"):
+            texts = [records.usable_text(value) for value in given.get(name, [None] * len(ok))]
+            if name == "key":
+                texts = [text or f"{stem}_{start + row:09d}" for row, text in enumerate(texts)]
+            columns[name] = pa.array(texts, pa.string())
+        for name in ("width", "height"):
+            columns[name] = pa.array([_side(value) for value in given.get(name, [None] * len(ok))], pa.int32())
+        columns["uid"] = pa.array(
+            [records.uid_bytes(value) for value in given.get("uid", [None] * len(ok))], pa.binary(16)
+        )
+        columns["phash"] = pa.nulls(len(ok), pa.uint64())
+        for name, kind in self.extra.columns.items():
+            values = [fit(value, kind) for value in given.get(name, [None] * len(ok))]
+            columns[stored(name)] = pa.array(values, self.extra.fields[stored(name)])
+        return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def _side(value: Any) -> int | None:
+    """Take a width or height that fits the column, whatever type the source gave it."""
+    number = isinstance(value, int | float) and value == value
+    return int(value) if number and 0 < value < 1 << 31 else None
+
+
+def build_join(parts: Sequence[layouts.Part], join: str, folder: str) -> dict[str, int]:
+    """Index the source by a column: sorted 64-bit hashes and the places they stand for, as two files in `folder`.
+
+    A value that comes again keeps its first place. Returns how many rows there are, and how many came again.
+    Raises: UsageError when a part lacks the column, ShardError when it cannot be read.
+    """
+    hashes, places = [], []
+    for number, part in enumerate(parts):
+        columns = layouts.read_columns(part, (join,)) if part.table else {}
+        if join not in columns:
+            raise UsageError(
+                f"{part.table or part.image} has no column to join by {join}: one of {', '.join(layouts.NAMES[join])}."
+            )
+        found = [join_hash(value, join) for value in columns[join].to_pylist()]
+        hashes.append(np.array([value or 0 for value in found], np.uint64))
+        places.append(np.arange(len(found)) | number << ROW_BITS)
+    every = np.concatenate(hashes)
+    if not len(every):
+        raise UsageError("the source has no rows.")
+    unique, first = np.unique(every, return_index=True)  # the first of equals
+    np.save(f"{folder}/hashes.npy", unique)
+    np.save(f"{folder}/places.npy", np.concatenate(places)[first])
+    return {"source_rows": len(every), "repeated": len(every) - len(unique)}
+
+
+def join_hash(value: Any, join: str) -> int | None:
+    """Hash a value to join by into 64 bits, above zero; None for what is no text."""
+    if not isinstance(value, str) or not value.strip():
+        return None
+    text = value.strip().lower() if join in ("sha256", "uid") else value.strip()
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") | 1
+
+
+@dataclass
+class ImportShard:
+    """The task with a pool: one of its shards to one sidecar, with vectors from wherever they lie in the source."""
+
+    parts: list[layouts.Part]
+    found: dict[str, tar.Shard]
+    folder: str
+    join: str
+    max_pixels: int
+    out: str
+    extra: Extras
+
+    def setup(self) -> None:
+        """Map the index of the source."""
+        self.hashes = np.load(f"{self.folder}/hashes.npy", mmap_mode="r")
+        self.places = np.load(f"{self.folder}/places.npy", mmap_mode="r")
+        self.open = functools.lru_cache(OPEN_PARTS)(
+            lambda number: layouts.open_part(self.parts[number], tuple(self.extra.columns))
+        )
+
+    def __call__(self, stem: str) -> dict[str, Any]:
+        """Import the rows of one shard."""
+        with paths.local_copy(self.found[stem].location) as path, open(path, "rb") as file:
+            index = tar.read_index(file)
+            none = self.extra.values()
+            facts = [reader.read_row(file, sample, self.max_pixels)[0] | none for sample in index.samples]
+            given = [self._value(file, sample) for sample in index.samples]
+        wanted = np.array([join_hash(value, self.join) or 0 for value in given], np.uint64)
+        at = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
+        matched = (wanted > 0) & (self.hashes[at] == wanted)
+        image, text, ok = self._gather(facts, np.where(matched, self.places[at], -1))
+        for row, fact in enumerate(facts):
+            fact["status"] = _status(fact, bool(matched[row]), bool(ok[row]), has_text=text is not None)
+        ok = np.array([fact["status"] == "ok" for fact in facts])
+        columns = _vector_columns(image, text, ok)
+        columns["status"] = sidecar.labels([fact["status"] for fact in facts], list(STATUSES))
+        schema = embedding_schema(image.shape[1], self.extra.fields)
+        for name in ("key", "uid", "phash", "caption", "width", "height", "url", *self.extra.fields):
+            columns[name] = pa.array([fact[name] for fact in facts], schema.field(name).type)
+        statuses = dict(Counter(fact["status"] for fact in facts))
+        meta = {
+            "rows": len(facts),
+            "statuses": statuses,
+            "dim": image.shape[1],
+            "matched": int(matched.sum()),
+            "example": next((str(value) for value in given if value), ""),
+            "notes": index.notes,
+        }
+        batch = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+        sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], meta)
+        return {"rows": len(facts), "bad": len(facts) - statuses.get("ok", 0)}
+
+    def _value(self, file: IO[bytes], sample: tar.Sample) -> Any:
+        """Find what a sample is joined by; a sha256 that its JSON lacks is that of the image's bytes."""
+        if self.join == "key":
+            return sample.key
+        value = tar.describe(file, sample).get(self.join)
+        if value is None and self.join == "sha256" and sample.image is not None:
+            data = reader.read_bytes(file, sample.image)
+            return hashlib.sha256(data).hexdigest() if data else None
+        return value
+
+    def _gather(
+        self, facts: list[dict[str, Any]], places: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Fetch vectors by place (−1: none): unit rows f16 [n, d], and which rows have sound ones.
+
+        A caption that the pool lacks is taken from the source, and so are the extra columns.
+        """
+        sample = self.open(0)
+        image = np.zeros((len(facts), sample.image.shape[1]), np.float16)
+        text = None if sample.text is None else np.zeros_like(image)
+        ok = np.zeros(len(facts), bool)
+        for number in np.unique(places[places >= 0] >> ROW_BITS):
+            table = self.open(int(number))
+            if table.image.shape[1] != image.shape[1] or (table.text is None) != (text is None):
+                raise ShardError(f"{self.parts[number].image} is not of the same model as {self.parts[0].image}")
+            at = np.flatnonzero((places >= 0) & (places >> ROW_BITS == number))
+            rows_there = places[at] & ((1 << ROW_BITS) - 1)
+            image[at], ok[at] = unit_rows(table.image[rows_there])
+            if text is not None and table.text is not None:
+                text[at], sound = unit_rows(table.text[rows_there])
+                ok[at] &= sound
+            for name, kind in self.extra.columns.items():
+                held = table.columns[name].take(pa.array(rows_there)).to_pylist() if name in table.columns else []
+                for row, value in zip(at, held, strict=False):
+                    facts[row][stored(name)] = fit(value, kind)
+            captions = table.columns.get("caption")
+            for row, there in zip(at, rows_there, strict=True):
+                if facts[row]["caption"] is None and captions is not None:
+                    facts[row]["caption"] = records.usable_text(captions[int(there)].as_py())
+        return image, text, ok
+
+
+def _status(fact: dict[str, Any], matched: bool, sound: bool, *, has_text: bool) -> str:
+    """Decide a row's status: the pool's own trouble first, then the lack of a partner, then the partner's."""
+    status = str(fact["status"])
+    if status == "no_caption" and (fact["caption"] is not None or not has_text):
+        status = "ok"
+    if status != "ok":
+        return status
+    return "unmatched" if not matched else "ok" if sound else "bad_embedding"

@@ -1,0 +1,1 @@
+"""Instruction and text-only sources to one training set."""

@@ -1,0 +1,259 @@
+"""Mix instruction data from several sources: how much of each, how much text-only, in which order.
+
+In: a `[mix]` table with `[mix.sources.NAME]` tables. Out: `MIX/{000000}.tar` with `key.jpg` (the original bytes; absent
+for text-only) and `key.json` (the record in LLaVA's form, unchanged, plus `source`), or `MIX/mix.json` alone.
+Three stages: each source is read once into a table of scratch (`.spool/NAME.arrow`: record, place of its picture,
+tokens); the driver draws and shuffles row numbers; output shards are an independent map over those. The records never
+pass through memory together, so 665,298 of them need no more than a few hundred MB.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import pipelines
+from curate import engine, options
+from curate.errors import ContractError, UsageError, unknown
+from curate.mix import account as accounts
+from curate.mix import sampling
+from curate.mix.account import Columns, describe, recorded
+from curate.mix.read_sources import Spool, facts_place
+from curate.mix.sources import ELSEWHERE, Picture, SourceOptions, read_picture
+from curate.storage import paths, records, sidecar
+from curate.storage.manifest import Output, load_json, open_output, versions
+from curate.storage.tar import TarWriter, is_safe
+
+SPOOL = ".spool"
+
+
+@dataclass(frozen=True)
+class MixOptions:
+    """The table `[mix]`, without its sources.
+
+    text_share, total: in samples or tokens (`by`). tokenizer: `estimate` (a quarter of the UTF-8 bytes) or the path of
+    a tokenizer.json. image_tokens: what an image counts for. strict: refuse instead of counting faults.
+    """
+
+    seed: int = 0
+    shard_size: int = 5_000
+    shuffle: bool = True
+    format: Literal["webdataset", "llava"] = "webdataset"
+    by: Literal["samples", "tokens"] = "samples"
+    text_share: float | None = None
+    total: int | None = None
+    tokenizer: str = "estimate"
+    image_tokens: int = 0
+    strict: bool = False
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_table(mix_toml: str) -> dict[str, Any]:
+    """Read the `[mix]` table of a TOML file, laid over its base."""
+    try:
+        table = pipelines.read(Path(mix_toml)).get("mix")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{mix_toml} is not a readable TOML file: {error}") from None
+    if not isinstance(table, dict):
+        raise UsageError(f"{mix_toml} has no [mix] table.", "write [mix] and [mix.sources.NAME] tables")
+    return table
+
+
+def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, Any]:
+    """Mix the sources of a `[mix]` table (or of the TOML file that holds one) and return the manifest.
+
+    Raises: UsageError for tables that ask for what cannot be had; ContractError when `strict` meets a fault or a source
+    has another number of records than it `expect`s.
+    """
+    chosen = options.build(MixOptions, read_table(table) if isinstance(table, str) else table, "mix")
+    sources = build_sources(chosen)
+    request, inputs = recorded(vars(chosen), sources), accounts.inputs(sources)
+    output = open_output(out, "mix", request, inputs, overwrite=job.overwrite)
+    if output.complete:
+        return output.manifest
+    with output.attempt():
+        facts = _spool(output, chosen, sources, job)
+        tables = {name: Columns.read(output.path(f"{SPOOL}/{name}.arrow")) for name in sources}
+        _refuse_faults(chosen, sources, facts)
+        order = _draw(chosen, sources, tables)
+        return _write(output, chosen, sources, order, describe(sources, tables, facts, order), job)
+
+
+def build_sources(chosen: MixOptions) -> dict[str, SourceOptions]:
+    """Build the sources' options, without those that another replaces.
+
+    Raises: UsageError for a key that does not exist, or amounts that contradict each other.
+    """
+    if not chosen.sources:
+        raise UsageError("[mix] names no source.", "add a table [mix.sources.NAME] with path = …")
+    if chosen.shard_size < 1 or chosen.image_tokens < 0:
+        raise UsageError(
+            f"mix.shard_size={chosen.shard_size} and image_tokens={chosen.image_tokens}: expected at least 1, 0."
+        )
+    for name in chosen.sources:
+        if "/" in name or not is_safe(name):
+            raise UsageError(f"the mix source {name!r} cannot name a file.", "use letters, digits, - and _")
+    built = {name: options.build(SourceOptions, table, f"mix.sources.{name}") for name, table in chosen.sources.items()}
+    replaced = {source.replaces for source in built.values()} - {""}
+    for name in replaced - set(built):
+        raise unknown("source that another replaces", name, built)
+    sources = {name: source for name, source in built.items() if name not in replaced}
+    sampling.check(chosen.text_share, chosen.total, {name: source.amount for name, source in sources.items()})
+    return sources
+
+
+def _spool(
+    output: Output, chosen: MixOptions, sources: Mapping[str, SourceOptions], job: engine.Job
+) -> dict[str, dict[str, Any]]:
+    """Read every source once into its table of scratch; returns the facts of each."""
+    place = output.path(SPOOL)
+    paths.make_dir(place)
+    paths.clear_temporaries(place)
+    present = set(paths.listdir(place))
+    missing = [name for name in sources if f"{name}.arrow" not in present]
+    task = Spool(dict(sources), place, chosen.tokenizer, chosen.image_tokens)
+    outcome = engine.run_stage("read", task, missing, replace(job, gpus=0))
+    output.log(stage="mix read", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
+    for name, why in outcome.failed.items():
+        raise ContractError(f"mix source {name} cannot be read: {why}")
+    return {name: load_json(facts_place(place, name)) for name in sources}
+
+
+def _refuse_faults(
+    chosen: MixOptions, sources: Mapping[str, SourceOptions], facts: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Hold each source to its `expect`, and under `strict` to having no fault at all."""
+    for name, fact in facts.items():
+        expect = sources[name].expect
+        wanted = expect if isinstance(expect, dict) else {} if expect is None else {"": expect}
+        found = fact["folders"] if isinstance(expect, dict) else {"": fact["read"]}
+        for where in (*wanted, ELSEWHERE):
+            if found.get(where, 0) != wanted.get(where, 0):
+                raise ContractError(
+                    f"mix source {name} has {found.get(where, 0):,} records{where and ' in '}{where}, "
+                    f"expected {wanted.get(where, 0):,}.",
+                    "fetch the published file again, or change its `expect`",
+                )
+        faults = fact["faults"]
+        if chosen.strict and (faults or fact["duplicate_ids"]):
+            account = [f"{count:,} {why}" for why, count in faults.items()]
+            account += [f"{fact['duplicate_ids']:,} duplicate ids"] if fact["duplicate_ids"] else []
+            where = next((entry["what"] for entry in fact["listed"]), fact["listed_ids"][:1])
+            raise ContractError(
+                f"mix source {name} has {', '.join(account)} (the first: {where}), and strict is asked for."
+            )
+
+
+def _draw(chosen: MixOptions, sources: Mapping[str, SourceOptions], tables: Mapping[str, Columns]) -> sampling.Order:
+    """Choose the rows of each source, and their order in the mix."""
+    parts = [
+        sampling.Part(
+            name=name,
+            rows=sampling.choose(len(tables[name].tokens), source.amount, chosen.seed, name),
+            tokens=tables[name].tokens,
+            is_text=tables[name].is_text,
+            weight=source.weight,
+        )
+        for name, source in sources.items()
+    ]
+    return sampling.draw(parts, chosen.text_share, chosen.total, chosen.by, chosen.seed, chosen.shuffle)
+
+
+def _write(
+    output: Output,
+    chosen: MixOptions,
+    sources: Mapping[str, SourceOptions],
+    order: sampling.Order,
+    account: Mapping[str, Any],
+    job: engine.Job,
+) -> dict[str, Any]:
+    """Write the mix and complete the directory."""
+    if not len(order.rows):
+        raise UsageError("the mix is empty: no source gave a usable record.")
+    names, place = list(sources), output.path(SPOOL)
+    if chosen.format == "llava":
+        _write_json(output.path("mix.json"), _Reader(place, names), order, sources)
+        finished: dict[str, Any] = {"mix": {"rows": len(order.rows)}}
+    else:
+        stems = [f"{index:06d}" for index in range(-(-len(order.rows) // chosen.shard_size))]
+        task = _WriteShard(output.directory, place, names, order, chosen.shard_size)
+        outcome = engine.run_stage("mix", task, output.missing(job.share(stems), ".tar"), replace(job, gpus=0))
+        output.log(stage="mix", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
+        left = set(output.missing(stems, ".tar"))
+        if left - set(outcome.failed):
+            return {"unfinished": len(left), **output.plan}
+        finished = {stem: {"rows": len(task.positions(stem))} for stem in stems if stem not in left}
+        if outcome.failed:
+            return output.finish(shards=finished, **account, failed=outcome.failed)
+    manifest = output.finish(shards=finished, **account, versions=versions("pyarrow"))
+    paths.remove(place)
+    return manifest
+
+
+class _Reader:
+    """Fetch single rows of the tables of scratch, which are mapped, not read."""
+
+    def __init__(self, place: str, names: list[str]) -> None:
+        self.place, self.names = place, names
+        self.opened = lru_cache(maxsize=None)(self._open)
+
+    def _open(self, source: int) -> tuple[list[Any], np.ndarray]:
+        batches = list(sidecar.batches(paths.join(self.place, f"{self.names[source]}.arrow")))
+        return batches, np.cumsum([0, *(batch.num_rows for batch in batches)])
+
+    def row(self, source: int, row: int, columns: Sequence[str]) -> list[Any]:
+        """Return some columns of one row."""
+        batches, starts = self.opened(source)
+        index = int(np.searchsorted(starts, row, side="right")) - 1
+        return [batches[index].column(name)[row - int(starts[index])].as_py() for name in columns]
+
+
+@dataclass
+class _WriteShard:
+    """Write one tar of the mix."""
+
+    out: str
+    place: str
+    names: list[str]
+    order: sampling.Order
+    shard_size: int
+
+    def setup(self) -> None:
+        """Map the tables of scratch."""
+        self.reader = _Reader(self.place, self.names)
+
+    def positions(self, stem: str) -> range:
+        """List the mix's positions that a shard holds."""
+        start = int(stem) * self.shard_size
+        return range(start, min(len(self.order.rows), start + self.shard_size))
+
+    def __call__(self, stem: str, /) -> dict[str, Any]:
+        with paths.atomic_write(paths.join(self.out, f"{stem}.tar")) as file, TarWriter(file) as tar:
+            for position in self.positions(stem):
+                source, key = int(self.order.source[position]), f"{position:09d}"
+                picture = ("suffix", "location", "offset", "size")
+                row = self.reader.row(source, int(self.order.rows[position]), ("record", "has_source", *picture))
+                record, has_source, suffix, location, offset, size = row
+                if location is not None:
+                    tar.add(f"{key}.{suffix}", read_picture(Picture(location, offset, size, suffix)))
+                # One field more than the record had, as its last; a record with a `source` of its own keeps that.
+                more = b"}" if has_source else b', "source": ' + records.dump(self.names[source]) + b"}"
+                tar.add(f"{key}.json", record[:-1] + more)
+        return {"rows": len(self.positions(stem))}
+
+
+def _write_json(location: str, reader: _Reader, order: sampling.Order, sources: Mapping[str, SourceOptions]) -> None:
+    """Write the mix as one LLaVA JSON list, a record a line, each exactly as it came."""
+    roots = {source.images for source in sources.values()}
+    if len(roots - {""}) > 1:
+        raise UsageError(
+            'format = "llava" copies no images, and the sources have several image folders.',
+            'put them under one folder that every record\'s `image` is relative to, or use format = "webdataset"',
+        )
+    with paths.atomic_write(location) as file:
+        for count, (source, row) in enumerate(zip(order.source.tolist(), order.rows.tolist(), strict=True)):
+            file.write((b"[\n" if count == 0 else b",\n") + reader.row(source, row, ["record"])[0])
+        file.write(b"\n]\n")

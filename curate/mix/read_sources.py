@@ -1,0 +1,226 @@
+"""Read a source of a mix once, by its rules, into a table of scratch that later rows are fetched from.
+
+In: a source. Out: `NAME.arrow`, a row per usable record: its JSON as one line, where its picture's bytes lie, tokens,
+supervised tokens (those of the answers) and rounds; its facts hold what was read, lost, ruled out, reshaped and
+repeated by id.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from curate.emit.kept_samples import kept_pictures
+from curate.errors import UsageError
+from curate.mix import reshape, text_overlap
+from curate.mix.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries, read_picture
+from curate.storage import manifest, paths, records, sidecar
+
+SPOOL_SCHEMA = pa.schema(
+    [
+        ("record", pa.large_binary()),
+        ("has_source", pa.bool_()),
+        ("location", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("suffix", pa.string()),
+        ("image_hash", pa.uint64()),
+        ("tokens", pa.int32()),
+        ("supervised", pa.int32()),
+        ("rounds", pa.int32()),
+    ]
+)
+BATCH = 1024
+Count = Callable[[list[str]], list[int]]
+
+
+def token_counter(tokenizer: str) -> Count:
+    """Make a function that counts the tokens of texts. tokenizer: `estimate`, or the path of a tokenizer.json."""
+    if tokenizer == "estimate":
+        return lambda texts: [records.estimate_tokens(text) for text in texts]
+    import tokenizers
+
+    try:
+        loaded = tokenizers.Tokenizer.from_file(paths.local(tokenizer))
+    except Exception as error:  # the class that it raises
+        raise UsageError(f"{tokenizer} is no readable tokenizer.json: {error}") from None
+    return lambda texts: [len(found.ids) for found in loaded.encode_batch(texts, add_special_tokens=False)]
+
+
+@dataclass
+class Spool:
+    """The task: one source each."""
+
+    sources: dict[str, SourceOptions]
+    place: str
+    tokenizer: str
+    image_tokens: int
+
+    def setup(self) -> None:
+        """Load the tokenizer."""
+        self.count = token_counter(self.tokenizer)
+
+    def __call__(self, name: str, /) -> dict[str, Any]:
+        """Read one source and write its table."""
+        location, faults, ruled_out = paths.join(self.place, f"{name}.arrow"), Faults(), Faults()
+        found = _Census(entries(name, self.sources[name], faults, paths.join(self.place, name)))
+        reshaped: dict[str, int] = {}
+        shaped = self._shape(found, self.sources[name], ruled_out, reshaped)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            usable = 0
+            for batch in self._rows(shaped):
+                usable += batch.num_rows
+                yield batch
+            read = found.yielded + faults.left_out + sum(faults.counts.values())
+            rules_took = {**({"left out": faults.left_out} if faults.left_out else {}), **ruled_out.counts}
+            manifest.reconcile(name, read + sum(reshaped.values()), {"usable": usable, **faults.counts, **rules_took})
+            facts = {"read": read, "faults": faults.counts, "ruled_out": rules_took, "reshaped": reshaped}
+            facts |= {"listed": faults.listed + ruled_out.listed, "notes": faults.notes, "folders": faults.folders}
+            facts |= {"duplicate_ids": found.repeated, "listed_ids": found.listed}
+            manifest.save_json(facts_place(self.place, name), facts)  # before the table, which says that both are there
+
+        return {"rows": sidecar.write_table(location, SPOOL_SCHEMA, batches())}
+
+    def _shape(
+        self, found: Iterable[Entry], source: SourceOptions, ruled_out: Faults, reshaped: dict[str, int]
+    ) -> Iterator[Entry]:
+        """Apply the source's rules. reshaped: how many records each rule added or took away."""
+        found = _Sieve(source, ruled_out).passing(found)
+        for entry in _merge(found, reshaped) if source.merge else found:
+            parts = [entry.record]
+            if source.max_rounds is not None:
+                parts = reshape.segment(entry.record, source.max_rounds)
+                reshaped["max_rounds"] = reshaped.get("max_rounds", 0) + len(parts) - 1
+            for part in parts:
+                fitted = [part]
+                if source.max_tokens is not None:
+                    fitted = reshape.fit(part, source.max_tokens, source.overflow, lambda text: self.count([text])[0])
+                    reshaped["max_tokens"] = reshaped.get("max_tokens", 0) + max(0, len(fitted) - 1)
+                if not fitted:
+                    ruled_out.note("over max_tokens", part.get("id"))
+                yield from (Entry(record, entry.picture) for record in fitted)
+
+    def _rows(self, found: Iterator[Entry]) -> Iterator[pa.RecordBatch]:
+        """Turn entries into rows, batch by batch."""
+        while chunk := list(islice(found, BATCH)):
+            turns = [(number, turn) for number, entry in enumerate(chunk) for turn in entry.record["conversations"]]
+            sizes = self.count([turn["value"].replace(records.IMAGE_MARK, "") for _, turn in turns])
+            tokens = [self.image_tokens if entry.picture else 0 for entry in chunk]
+            supervised, rounds = [0] * len(chunk), [0] * len(chunk)
+            for (number, turn), size in zip(turns, sizes, strict=True):
+                tokens[number] += size
+                if turn["from"] in records.MODEL:
+                    supervised[number] += size
+                    rounds[number] += 1
+            pictures = [entry.picture for entry in chunk]
+            yield pa.record_batch(
+                [
+                    pa.array([records.dump(entry.record) for entry in chunk], pa.large_binary()),
+                    pa.array(["source" in entry.record for entry in chunk]),
+                    *(
+                        pa.array([picture and getattr(picture, key) for picture in pictures], kind)
+                        for key, kind in (("location", pa.string()), ("offset", pa.int64()), ("size", pa.int64()))
+                    ),
+                    pa.array([picture and picture.suffix for picture in pictures], pa.string()),
+                    pa.array(
+                        [_hash(f"{each.location}\0{each.offset}") if each else 0 for each in pictures], pa.uint64()
+                    ),
+                    pa.array(tokens, pa.int32()),
+                    pa.array(supervised, pa.int32()),
+                    pa.array(rounds, pa.int32()),
+                ],
+                schema=SPOOL_SCHEMA,
+            )
+
+
+@dataclass
+class _Sieve:
+    """The rules that judge a record whole: is it fit, selected, no benchmark's, and new?"""
+
+    source: SourceOptions
+    ruled_out: Faults
+    kept: set[bytes] = field(default_factory=set)
+    benchmark: set[str] = field(default_factory=set)
+    remembered: text_overlap.Remembered | None = None
+
+    def passing(self, found: Iterable[Entry]) -> Iterator[Entry]:
+        """Yield the records that no rule takes out, and count the others."""
+        source = self.source
+        if source.selection:
+            self.kept = kept_pictures(source.selection)
+        for pattern in source.exclude_text:
+            for location in paths.expand(pattern, ".json") or [pattern]:
+                with paths.open_read(location) as file:
+                    for value, _ in records.read_records(file, location):
+                        self.benchmark.update(text_overlap.runs(value) if isinstance(value, dict) else ())
+        if source.dedup_text is not None:
+            self.remembered = text_overlap.Remembered(source.dedup_text)
+        for entry in found:
+            why = self._judge(entry)
+            if why:
+                self.ruled_out.note(why, entry.record.get("id"))
+            else:
+                yield entry
+
+    def _judge(self, entry: Entry) -> str:
+        record, picture, source = entry.record, entry.picture, self.source
+        trouble = reshape.invalid(record, picture is not None) if source.drop_invalid else ""
+        if trouble:
+            return f"invalid: {trouble}"
+        if source.selection and picture is not None and records.image_uid(read_picture(picture)) not in self.kept:
+            return "picture not selected"
+        if self.benchmark and any(run in self.benchmark for run in text_overlap.runs(record)):
+            return "benchmark text"
+        if self.remembered is not None and self.remembered.near(records.whole_text(record), picture):
+            return "near-duplicate text"
+        return ""
+
+
+class _Census:
+    """Count the records that pass, and the ids that an earlier one had."""
+
+    def __init__(self, found: Iterator[Entry]) -> None:
+        self.found = found
+        self.yielded = self.repeated = 0
+        self.listed: list[Any] = []
+        self.seen: set[int] = set()
+
+    def __iter__(self) -> Iterator[Entry]:
+        for entry in self.found:
+            self.yielded += 1
+            if "id" in entry.record:
+                value = _hash(repr(entry.record["id"]))
+                if value in self.seen:
+                    self.repeated += 1
+                    self.listed += [entry.record["id"]] if len(self.listed) < MAX_LISTED else []
+                self.seen.add(value)
+            yield entry
+
+
+def _merge(found: Iterable[Entry], reshaped: dict[str, int]) -> Iterator[Entry]:
+    before = after = 0
+
+    def counted() -> Iterator[tuple[dict[str, Any], Any]]:
+        nonlocal before
+        for entry in found:
+            before += 1
+            yield entry.record, entry.picture
+
+    for record, picture in reshape.merge_by_image(counted()):
+        after += 1
+        yield Entry(record, picture)
+    reshaped["merge"] = after - before
+
+
+def facts_place(place: str, name: str) -> str:
+    """Locate what was learnt about a source while it was read."""
+    return paths.join(place, f"{name}.facts.json")
+
+
+def _hash(text: str) -> int:
+    """Hash a text to 64 bits, never 0, which stands for none."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) or 1

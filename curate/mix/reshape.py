@@ -1,0 +1,124 @@
+"""Rules that reshape instruction records, whole rounds at a time: merge, check, segment, cut to a length.
+
+A round is a question with its answer; what comes before the first question (a system turn) belongs to the first round.
+Records that no rule touches are the very objects that came in. Sources: LLaVA-1.5 (arXiv:2310.03744, appendix A.2):
+questions of one image merged into one conversation, long dialogues cut into segments, long texts truncated.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from curate.storage.records import HUMAN, IMAGE_MARK, MODEL, Turns
+
+Record = dict[str, Any]
+
+
+def merge_by_image(records: Iterable[tuple[Record, Any]]) -> Iterator[tuple[Record, Any]]:
+    """Join the records of one image into one conversation, at the place of the first, with its id and fields.
+
+    records: (record, picture); text-only ones (picture None) pass. Holds all records in memory.
+    """
+    groups: dict[Any, list[Record]] = {}
+    for number, (record, picture) in enumerate(records):
+        groups.setdefault((picture,) if picture is not None else number, []).append(record)
+    for key, group in groups.items():
+        picture = key[0] if isinstance(key, tuple) else None
+        if len(group) == 1:
+            yield group[0], picture
+            continue
+        turns: Turns = []
+        for record in group:
+            turns += record["conversations"] if not turns else [_without_mark(turn) for turn in record["conversations"]]
+        yield {**group[0], "conversations": turns}, picture
+
+
+def _without_mark(turn: Mapping[str, Any]) -> dict[str, Any]:
+    return (
+        {**turn, "value": turn["value"].replace(IMAGE_MARK, "").strip("\n")}
+        if IMAGE_MARK in turn["value"]
+        else dict(turn)
+    )
+
+
+def invalid(record: Record, has_image: bool) -> str:
+    """Name what makes a conversation unfit to train on, or nothing: turns must alternate and be filled."""
+    turns = record["conversations"]
+    body = turns[1:] if turns[0]["from"] == "system" else turns
+    if (
+        not body
+        or len(body) % 2
+        or any(turn["from"] not in (HUMAN, MODEL)[place % 2] for place, turn in enumerate(body))
+    ):
+        return "turns do not alternate"
+    if any(not turn["value"].replace(IMAGE_MARK, "").strip() for turn in body):
+        return "an empty turn"
+    marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns)
+    if marks != has_image:
+        return f"{marks} image marks for {int(has_image)} images"
+    return ""
+
+
+def rounds(turns: Sequence[dict[str, Any]]) -> list[Turns]:
+    """Group turns into rounds: a new one begins with each question that follows an answer."""
+    found: list[Turns] = []
+    answered = True
+    for turn in turns:
+        asks = turn["from"] not in MODEL
+        if not found or (asks and answered):
+            found.append([])
+            answered = False
+        found[-1].append(turn)
+        answered = answered or not asks
+    return found
+
+
+def segment(record: Record, max_rounds: int) -> list[Record]:
+    """Cut a record into records of at most `max_rounds` rounds."""
+    all_rounds = rounds(record["conversations"])
+    if len(all_rounds) <= max_rounds:
+        return [record]
+    parts = [all_rounds[start : start + max_rounds] for start in range(0, len(all_rounds), max_rounds)]
+    return _as_records(record, parts)
+
+
+def fit(record: Record, max_tokens: int, overflow: str, count: Callable[[str], int]) -> list[Record]:
+    """Bring a record to at most `max_tokens`, in whole rounds.
+
+    overflow: truncate keeps the leading rounds that fit; split makes further records of the rest; drop keeps nothing. A
+    round that is too long by itself is left out. Returns the records, none where nothing fits.
+    """
+    all_rounds = rounds(record["conversations"])
+    sizes = [sum(count(turn["value"]) for turn in each) for each in all_rounds]
+    if sum(sizes) <= max_tokens:
+        return [record]
+    parts: list[list[Turns]] = []
+    total = max_tokens
+    for each, size in zip(all_rounds, sizes, strict=True):
+        if size > max_tokens:
+            total = max_tokens  # what follows a gap begins a record of its own
+        elif total + size <= max_tokens and parts:
+            parts[-1].append(each)
+            total += size
+        else:
+            parts.append([each])
+            total = size
+        if overflow == "truncate" and (size > max_tokens or len(parts) > 1):
+            break
+    if overflow == "drop":
+        return []
+    return _as_records(record, parts[:1] if overflow == "truncate" else parts)
+
+
+def _as_records(record: Record, parts: Sequence[Sequence[Turns]]) -> list[Record]:
+    """Make records of parts: further ones get an id of their own, and each sees the image if the first did."""
+    seen = any(IMAGE_MARK in turn["value"] for turn in record["conversations"])
+    made = []
+    for number, part in enumerate(parts):
+        turns = [turn for each in part for turn in each]
+        if seen and not any(IMAGE_MARK in turn["value"] for turn in turns):
+            first = next((place for place, turn in enumerate(turns) if turn["from"] in HUMAN), None)
+            if first is not None:
+                turns[first] = {**turns[first], "value": f"{IMAGE_MARK}\n{turns[first]['value']}"}
+        names = {"id": f"{record['id']}_{number}"} if number and "id" in record else {}
+        made.append({**record, **names, "conversations": turns})
+    return made

@@ -1,0 +1,369 @@
+"""Sources of a mix: LLaVA JSON or JSON lines, webdataset shards, selections, text in its common forms, parquet.
+
+In: one `[mix.sources.NAME]` table. Out: `Entry`s, each a record in LLaVA's form and the place of its picture's original
+bytes (a file under the image root, or a stretch of a tar). What cannot be used is counted by reason and listed, never
+replaced: records that are no conversation, pictures that are missing, empty, or named outside their root.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from curate.emit.kept_samples import open_coreset
+from curate.errors import ShardError, UsageError
+from curate.mix.sampling import Amount
+from curate.storage import manifest, paths, records
+from curate.storage.tar import (
+    BLOCK,
+    CAPTION_SUFFIX,
+    IMAGE_SUFFIXES,
+    JSON_SUFFIX,
+    Sample,
+    TarWriter,
+    is_safe,
+    list_pool,
+    read_index,
+    read_json,
+    read_member,
+    suffix_of,
+)
+
+MAX_LISTED = 100
+TEXT, ELSEWHERE = "text", "elsewhere"  # beside the folders of `expect`
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """A table `[mix.sources.NAME]`.
+
+    path: a JSON, JSON-lines or parquet file (or pattern), a pool, or a directory made by select, emit or mix.
+    images: the folder, or the tars, that the records' `image` names lie in. only, without: which records to take
+    (`without = {source = ["sharegpt"]}` leaves out records whose field has one of the values).
+    expect: the number of records that the source must have; of a JSON source also a table of how many lie under each
+    first folder of their image names, and how many in `text`, without image.
+    count, fraction, cap: how many to draw; repeat: how often each is seen; weight: the source's part of the mix's
+    `total`.
+    replaces: another source, whose place this one takes.
+    selection: a directory made by `curate select`; records whose picture it did not keep, by the picture's bytes, go.
+    exclude_text: files of benchmark questions; records that share 13 words in a row with one go. dedup_text: of
+    conversations (about one picture, or without any) with this Jaccard similarity or more, the first stays.
+    merge: join all records of one image. max_rounds, max_tokens: limits on a record's questions with their answers, and
+    what to do about the second (`overflow`); whole rounds only.
+    """
+
+    path: str
+    images: str = ""
+    kind: Literal["auto", "json", "shards", "selection", "parquet"] = "auto"
+    prompt: str = records.PROMPT
+    only: Literal["all", "image", "text"] = "all"
+    without: dict[str, list[Any]] = field(default_factory=dict)
+    expect: int | dict[str, int] | None = None
+    replaces: str = ""
+    drop_invalid: bool = False
+    selection: str = ""
+    exclude_text: list[str] = field(default_factory=list)
+    dedup_text: float | None = None
+    merge: bool = False
+    max_rounds: int | None = None
+    max_tokens: int | None = None
+    overflow: Literal["truncate", "split", "drop"] = "truncate"
+    count: int | None = None
+    fraction: float | None = None
+    cap: int | None = None
+    repeat: int = 1
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.expect, dict) and not all(type(number) is int for number in self.expect.values()):
+            raise UsageError(f"expect={self.expect} is not a table of whole numbers.", "expect = {coco = 364_100, …}")
+        if min(each for each in (self.max_rounds, self.max_tokens, 1) if each is not None) < 1:
+            raise UsageError(f"max_rounds={self.max_rounds}, max_tokens={self.max_tokens}: expected at least 1.")
+        if self.dedup_text is not None and not 0.5 <= self.dedup_text <= 1:
+            raise UsageError(f"dedup_text={self.dedup_text} is not a similarity from 0.5 to 1.", "dedup_text = 0.8")
+
+    @property
+    def amount(self) -> Amount:
+        """Say how much of the source is wanted."""
+        return Amount(self.count, self.fraction, self.cap, self.repeat, self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Where an image's original bytes lie. offset: -1 for a whole file."""
+
+    location: str
+    offset: int
+    size: int
+    suffix: str
+
+
+def read_picture(picture: Picture) -> bytes:
+    """Read a picture's original bytes. Raises: ShardError when they are not what they were."""
+    try:
+        with paths.open_read(picture.location) as file:
+            file.seek(max(picture.offset, 0))
+            data = file.read(picture.size)
+    except OSError as error:
+        raise ShardError(f"the image {picture.location} cannot be read any more: {error.strerror or error}") from None
+    if len(data) != picture.size:
+        again = "run `curate mix` again with --overwrite"
+        raise ShardError(f"the image {picture.location} has changed while the mix was made", again)
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record in LLaVA's form and its picture; none makes it text-only."""
+
+    record: dict[str, Any]
+    picture: Picture | None
+
+
+@dataclass
+class Faults:
+    """What a source lost and why: exact counts of records, the first of each kind by name, and notes on shards.
+
+    left_out: records that were not asked for. folders: how many of all records, lost ones too, lie where `expect` asks.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0
+    listed: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    folders: dict[str, int] = field(default_factory=dict)
+
+    def note(self, why: str, what: Any, number: int = 1) -> None:
+        """Count a fault. what: the record's number or id."""
+        self.counts[why] = self.counts.get(why, 0) + number
+        if self.counts[why] <= MAX_LISTED:
+            self.listed.append({"why": why, "what": what})
+
+    def place(self, image: Any, expect: int | dict[str, int] | None) -> None:
+        """Count a record by the first folder of its image's name, where those are expected."""
+        if isinstance(expect, dict):
+            folder = str(image).removeprefix("./").partition("/")[0] if image else TEXT
+            folder = folder if folder in expect else ELSEWHERE
+            self.folders[folder] = self.folders.get(folder, 0) + 1
+
+
+def kind_of(source: SourceOptions) -> str:
+    """Tell how a source is to be read. Raises: UsageError when it is not there."""
+    if source.kind != "auto":
+        return source.kind
+    for suffix, kind in ((".json", "json"), (".jsonl", "json"), (".parquet", "parquet"), (".tar", "shards")):
+        if source.path.endswith(suffix):
+            return kind
+    if not any(mark in source.path for mark in "*?[{") and not paths.exists(source.path):
+        raise UsageError(f"the mix source {source.path} does not exist.")
+    if paths.exists(paths.join(source.path, manifest.MANIFEST)):
+        made = manifest.open_input(source.path)
+        if made.command == "select":
+            return "selection"
+        return "json" if made.manifest["options"].get("format") == "llava" else "shards"
+    return "shards" if any(name.endswith(".tar") for name in paths.listdir(source.path)) else "json"
+
+
+def files_of(source: SourceOptions, kind: str) -> list[str]:
+    """List the files of a JSON or parquet source."""
+    if kind == "json" and paths.exists(paths.join(source.path, manifest.MANIFEST)):
+        return [
+            paths.join(source.path, {"emit": "coreset.json"}.get(manifest.open_input(source.path).command, "mix.json"))
+        ]
+    found = [name for suffix in _suffixes(kind) for name in paths.expand(source.path, suffix)]
+    found = sorted({name for name in found if name.endswith(_suffixes(kind)) or name == source.path})
+    if not found:
+        raise UsageError(f"no {' or '.join(_suffixes(kind))} file matches the mix source {source.path}.")
+    return found
+
+
+def _suffixes(kind: str) -> tuple[str, ...]:
+    return (".json", ".jsonl") if kind == "json" else (".parquet",)
+
+
+def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
+    """Yield the usable records of a source in their order.
+
+    scratch: a location without suffix under which pictures that lie in no file of their own may be kept.
+    """
+    kind = kind_of(source)
+    if kind == "shards":
+        found = _from_shards(source, faults)
+    elif kind == "selection":
+        found = _from_selection(source, faults)
+    elif kind == "parquet":
+        found = _from_parquet(name, source, faults, scratch)
+    else:
+        found = _from_json(name, source, faults)
+    for entry in found:
+        is_text = entry.picture is None
+        left_out = any(entry.record.get(key) in values for key, values in source.without.items())
+        if left_out or (source.only == "image" and is_text) or (source.only == "text" and not is_text):
+            faults.left_out += 1
+        else:
+            yield entry
+
+
+def _from_json(name: str, source: SourceOptions, faults: Faults) -> Iterator[Entry]:
+    images = source.images or (
+        paths.join(source.path, "images") if paths.exists(paths.join(source.path, manifest.MANIFEST)) else ""
+    )
+    album = _Album(images)
+    number = 0
+    for location in files_of(source, "json"):
+        with paths.open_read(location) as file:
+            for value, trouble in records.read_records(file, location):
+                record, why = (None, trouble) if trouble else records.normalise(value, f"{name}-{number}")
+                number += 1
+                if record is None:
+                    faults.note(f"broken: {why}", number - 1)
+                    continue
+                faults.place(record.get("image"), source.expect)
+                picture, why = album.find(record.get("image"))
+                if why:
+                    faults.note(why, record.get("image"))
+                else:
+                    yield Entry(record, picture)
+
+
+class _Album:
+    """The images of a source by name: files under a folder, or members of tars."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.members: dict[str, Picture] | None = None
+        if root and is_tars(root):
+            self.members = {}
+            for shard in list_pool(root):
+                with paths.open_read(shard.location) as file:
+                    for sample in read_index(file).samples:
+                        for member in sample.members:
+                            picture = Picture(shard.location, member.offset, member.size, member.suffix)
+                            self.members.setdefault(member.name.removeprefix("./"), picture)
+
+    def find(self, image: Any) -> tuple[Picture | None, str]:
+        """Locate an image. Returns (picture, "") or (None, why not); (None, "") where no image is named."""
+        if not image:
+            return None, ""
+        if not self.root:
+            raise UsageError(
+                f"a record names the image {str(image)[:80]!r}, but its source names no folder of images.",
+                "add images = …",
+            )
+        suffix = str(image).rpartition(".")[2].lower()
+        if not is_safe(image) or suffix not in IMAGE_SUFFIXES:
+            return None, "unsafe or foreign image name"
+        if self.members is not None:
+            picture = self.members.get(image.removeprefix("./"))
+            return (picture, "") if picture is not None else (None, "missing image")
+        location = paths.join(self.root, image)
+        try:
+            size = os.stat(paths.local(location)).st_size if not paths.is_remote(location) else paths.size(location)
+        except (OSError, ValueError):
+            return None, "missing image"
+        return (Picture(location, -1, size, suffix), "") if size else (None, "empty image")
+
+
+def is_tars(root: str) -> bool:
+    """Say whether images lie in tars, rather than as files under a folder."""
+    return not paths.is_dir(root) or any(name.endswith(".tar") for name in paths.listdir(root))
+
+
+def _from_shards(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
+    for shard in list_pool(source.path):
+        with paths.open_read(shard.location) as file:
+            try:
+                index = read_index(file)
+            except ShardError as error:
+                faults.notes.append(f"{shard.stem}: {error}")
+                continue
+            faults.notes += [f"{shard.stem}: {note}" for note in index.notes]
+            for sample in index.samples:
+                texts: dict[str, bytes] = {}
+                for suffix in (JSON_SUFFIX, CAPTION_SUFFIX):
+                    member = sample.member(suffix)
+                    if member is not None:
+                        texts[suffix] = read_member(file, member)
+                yield from _from_sample(sample, texts, shard.location, source.prompt, faults)
+
+
+def _from_selection(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
+    coreset = open_coreset(source.path)
+    for stem in coreset.selection.stems:
+        for fetched in coreset.fetch(stem, coreset.kept_rows(stem)):
+            if fetched.sample is None or fetched.gone:
+                faults.note(f"gone: {fetched.gone}", fetched.key)
+                continue
+            texts = {suffix: data for _, suffix, data in fetched.members}
+            yield from _from_sample(fetched.sample, texts, coreset.tars[stem], source.prompt, faults)
+
+
+def _from_sample(
+    sample: Sample, texts: Mapping[str, bytes], location: str, prompt: str, faults: Faults
+) -> Iterator[Entry]:
+    """Make a record of a webdataset sample: its JSON where that is one, its conversation, or its caption."""
+    member = sample.image
+    picture = None if member is None else Picture(location, member.offset, member.size, member.suffix)
+    image = {} if member is None else {"image": paths.name(member.name)}
+    stored = read_json(texts.get(JSON_SUFFIX, b""))
+    turns = records.conversations_of(stored)
+    if stored is not None and turns is not None and "id" in stored:
+        if bool(stored.get("image")) != (picture is not None):
+            faults.note("missing image", sample.key)
+            return
+        yield Entry(stored, picture)
+        return
+    if turns is None:
+        try:
+            caption = texts.get(CAPTION_SUFFIX, b"").decode().strip()
+        except UnicodeDecodeError:
+            caption = ""
+        if not caption or picture is None:
+            faults.note("missing image" if caption else "broken: no conversation and no caption", sample.key)
+            return
+        turns = records.caption_turns(caption, prompt)
+    yield Entry({"id": sample.key, **image, "conversations": turns}, picture)
+
+
+def _from_parquet(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
+    """Read Hugging Face style parquet; pictures inside it are put into a tar beside the scratch, byte for byte."""
+    import pyarrow.parquet
+
+    album = _Album(source.images)
+    number, place = 0, f"{scratch}.tar"
+    with open(paths.local(place), "wb") as file, TarWriter(file) as tar:
+        for location in files_of(source, "parquet"):
+            with paths.open_read(location) as table:
+                for batch in pyarrow.parquet.ParquetFile(table).iter_batches(256):
+                    for value in batch.to_pylist():
+                        entry = _from_row(value, f"{name}-{number}", album, tar, place, faults)
+                        number += 1
+                        if entry is not None:
+                            yield entry
+
+
+def _from_row(
+    value: dict[str, Any], default_id: str, album: _Album, tar: TarWriter, place: str, faults: Faults
+) -> Entry | None:
+    held, several = value.get("image"), value.get("images")
+    if isinstance(several, list):
+        if len(several) > 1:
+            faults.note("several images", value.get("id", default_id))
+            return None
+        held, value = (several or [None])[0], {key: item for key, item in value.items() if key != "images"}
+    data = held.get("bytes") if isinstance(held, dict) else None
+    if isinstance(held, dict):
+        value = {**value, "image": held.get("path") or (f"{default_id}.{suffix_of(data)}" if data else None)}
+    value = {key: item for key, item in value.items() if not isinstance(item, bytes)}
+    record, why = records.normalise(value, default_id)
+    if record is None:
+        faults.note(f"broken: {why}", default_id)
+        return None
+    if not data:
+        picture, why = album.find(record.get("image"))
+        if why:
+            faults.note(why, record.get("image"))
+        return None if why else Entry(record, picture)
+    tar.add(f"{default_id}.{suffix_of(data)}", data)
+    padded = -(-len(data) // BLOCK) * BLOCK
+    return Entry(record, Picture(place, tar.offset - padded, len(data), suffix_of(data)))

@@ -1,0 +1,1 @@
+"""What directories hold, for people: pages, tables in the terminal, the life of one sample."""

@@ -1,0 +1,260 @@
+"""Samples for the report: which rows to show, and their thumbnails.
+
+In: a selection with its embeddings, clusters and pool. Out: `Card`s of text (untrusted: the page escapes it) and small
+JPEGs as data URIs. Rows are looked at in at most `MAX_STEMS` shards, evenly spread, and pictures decoded one at a time
+under a pixel limit, so that a page about any pool costs the same memory.
+"""
+
+import base64
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curate.embed import images
+from curate.errors import ShardError
+from curate.report import concepts
+from curate.storage import manifest, paths, tar
+
+MAX_STEMS = 48
+SIDE = 176
+MAX_PIXELS = 40_000_000
+MAX_CAPTION = 280
+MAX_BYTES = 12 << 20
+MAX_SAME_TWIN = 2
+
+Place = tuple[str, int]
+Item = TypeVar("Item")
+
+
+@dataclass
+class Card:
+    """A sample to show. twin: the card beside it; cosine: of the two images; similarity: what select recorded."""
+
+    key: str
+    stem: str
+    row: int
+    caption: str = ""
+    status: str = "ok"
+    kept: bool = False
+    dropped_by: str = ""
+    score: float | None = None
+    cluster: int | None = None
+    similarity: float | None = None
+    cosine: float | None = None
+    picture: str = ""
+    trouble: str = ""
+    twin: "Card | None" = None
+
+
+@dataclass
+class Gallery:
+    """The rows that may be shown: parallel arrays over sampled shards. reason: -1 kept, else an index of `reasons`."""
+
+    embedded: manifest.Artefact
+    selection: manifest.Artefact | None
+    clusters: manifest.Artefact | None
+    tars: dict[str, str]
+    seed: int
+    stems: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    cards: dict[Place, Card] = field(default_factory=dict)
+
+    def look(self) -> None:
+        """Read the scalar columns of the sampled shards."""
+        every = [stem for stem, rows in self.embedded.rows.items() if rows]
+        self.stems = [
+            every[i] for i in sorted({*np.linspace(0, len(every) - 1, min(MAX_STEMS, len(every))).astype(int)})
+        ]
+        parts = [self._columns(number, stem) for number, stem in enumerate(self.stems)]
+        self.columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+    def _columns(self, number: int, stem: str) -> dict[str, np.ndarray]:
+        table = self.embedded.table(stem, ["status", "clip_score"])
+        size = table.num_rows
+        found = {
+            "stem": np.full(size, number, np.int16),
+            "row": np.arange(size),
+            "score": _floats(table["clip_score"]),
+            "cluster": np.full(size, -1, np.int32),
+            "similarity": np.full(size, np.nan, np.float32),
+        }
+        reasons: Any = table["status"].cast(pa.string())
+        if self.clusters is not None:
+            found["cluster"] = self.clusters.table(stem, ["cluster"])["cluster"].to_numpy()
+        if self.selection is not None:
+            chosen = self.selection.table(stem, ["dropped_by", "twin_similarity"])
+            reasons = chosen["dropped_by"].cast(pa.string())
+            found["similarity"] = _floats(chosen["twin_similarity"])
+        found["reason"] = np.array([self._reason(text) for text in reasons.to_pylist()], np.int16)
+        return found
+
+    def _reason(self, text: str | None) -> int:
+        if text is None or text == "ok":
+            return -1
+        if text not in self.reasons:
+            self.reasons.append(text)
+        return self.reasons.index(text)
+
+    def sample(self, where: np.ndarray, number: int, name: str) -> list[Card]:
+        """Draw some of the rows at which `where` holds, in row order; the same ones each time."""
+        places = np.flatnonzero(where)
+        if len(places) > number:
+            seed = [self.seed, *name.encode()]
+            places = np.sort(np.random.default_rng(seed).choice(places, number, replace=False))
+        return [self.card(self.stems[self.columns["stem"][i]], int(self.columns["row"][i])) for i in places]
+
+    def dropped(self, reason: str, number: int) -> list[Card]:
+        """Draw rows that a step, or a bad status, took away."""
+        if reason not in self.reasons:
+            return []
+        return self.sample(self.columns["reason"] == self.reasons.index(reason), number, reason)
+
+    def card(self, stem: str, row: int) -> Card:
+        """Ask for a row to be shown."""
+        return self.cards.setdefault((stem, row), Card("", stem, row))
+
+    def compare_captions(self) -> dict[str, Any] | None:
+        """Compare what the sampled shards' usable captions speak of with what the kept ones do."""
+        return concepts.compare(self._captions())
+
+    def _captions(self) -> Iterator[tuple[str, bool]]:
+        most = -(-concepts.MAX_CAPTIONS // max(1, len(self.stems)))
+        start = 0
+        for stem, rows in ((stem, self.embedded.rows[stem]) for stem in self.stems):
+            table = self.embedded.table(stem, ["status", "caption"]).slice(0, most)
+            kept = self.columns["reason"][start : start + rows] < 0
+            status = table["status"].cast(pa.string()).to_pylist()
+            for i, caption in enumerate(table["caption"].to_pylist()):
+                if status[i] == "ok" and caption:
+                    yield caption, bool(kept[i])
+            start += rows
+
+    def twins(self, number: int) -> list[Card]:
+        """Choose dropped rows beside the kept twin of each, over the whole range of similarity, no twin too often.
+
+        Twins that stayed to the end are preferred to those that a later step dropped.
+        """
+        if self.selection is None:
+            return []
+        similar = self.columns["similarity"]
+        there = np.flatnonzero(~np.isnan(similar))
+        nearest_last = there[np.argsort(similar[there], kind="stable")].tolist()
+        pairs: list[tuple[Place, str]] = []
+        for i in _spread(nearest_last, 8 * number):
+            stem, row = self.stems[self.columns["stem"][i]], int(self.columns["row"][i])
+            [twin] = self.selection.table(stem, ["twin"])["twin"].slice(row, 1).to_pylist()
+            pairs.append(((stem, row), twin))
+        found = self._find({twin for _, twin in pairs if twin is not None})
+        shown: list[tuple[Place, str]] = []
+        for place, twin in pairs:
+            if twin in found and sum(twin == other for _, other in shown) < MAX_SAME_TWIN:
+                shown.append((place, twin))
+        cards = []
+        for stretch in filter(len, np.array_split(np.arange(len(shown)), number)):
+            stay = [i for i in stretch if self.columns["reason"][self._index(*found[shown[i][1]])] < 0]
+            place, twin = shown[stay[0] if stay else stretch[0]]
+            card = self.card(*place)
+            card.twin = self.card(*found[twin])
+            card.cosine = float(np.clip(self._vector(*place) @ self._vector(*found[twin]), -1, 1))
+            cards.append(card)
+        return cards
+
+    def _index(self, stem: str, row: int) -> int:
+        """Find a row in the columns."""
+        return int(np.searchsorted(self.columns["stem"], self.stems.index(stem))) + row
+
+    def _vector(self, stem: str, row: int) -> np.ndarray:
+        column = self.embedded.table(stem, ["image_embedding"])["image_embedding"].slice(row, 1)
+        [values] = column.to_pylist()
+        return np.asarray(values if values is not None else [0.0] * column.type.list_size, np.float32)
+
+    def _find(self, keys: set[str]) -> dict[str, Place]:
+        """Find rows by key in the sampled shards."""
+        wanted = pa.array(sorted(keys), pa.string())
+        found: dict[str, Place] = {}
+        for stem in self.stems:
+            column = self.embedded.table(stem, ["key"])["key"]
+            for row in pc.indices_nonzero(pc.is_in(column, value_set=wanted)).to_pylist():
+                found.setdefault(column[row].as_py(), (stem, row))
+        return found
+
+    def fill(self) -> int:
+        """Read the text, the verdict and the picture of every card. Returns the bytes of the pictures."""
+        spent = 0
+        for stem in sorted({stem for stem, _ in self.cards}):
+            cards = sorted((card for card in self.cards.values() if card.stem == stem), key=lambda card: card.row)
+            self._read_facts(stem, cards)
+            spent = self._read_pictures(stem, cards, spent)
+        return spent
+
+    def _read_facts(self, stem: str, cards: Sequence[Card]) -> None:
+        rows = np.array([card.row for card in cards])
+        table = self.embedded.table(stem, ["key", "caption", "status"]).take(rows).to_pylist()
+        for card, facts in zip(cards, table, strict=True):
+            at = self._index(stem, card.row)
+            caption = facts["caption"] or ""
+            card.key, card.status = facts["key"], facts["status"]
+            card.caption = caption if len(caption) <= MAX_CAPTION else caption[: MAX_CAPTION - 1] + "…"
+            reason = int(self.columns["reason"][at])
+            card.kept, card.dropped_by = reason < 0, "" if reason < 0 else self.reasons[reason]
+            card.score = _number(self.columns["score"][at])
+            card.similarity = _number(self.columns["similarity"][at])
+            card.cluster = int(self.columns["cluster"][at])
+
+    def _read_pictures(self, stem: str, cards: Iterable[Card], spent: int) -> int:
+        location = self.tars.get(stem)
+        if location is None:
+            for card in cards:
+                card.trouble = "not in the pool any more"
+            return spent
+        with paths.open_read(location) as file:
+            try:
+                samples = tar.read_index(file).samples
+            except ShardError:
+                samples = []
+            for card in cards:
+                sample = samples[card.row] if card.row < len(samples) else None
+                if sample is None or sample.key != card.key or sample.image is None:
+                    card.trouble = "no image"
+                elif spent < MAX_BYTES:
+                    try:
+                        card.picture = thumbnail(tar.read_member(file, sample.image))
+                        spent += len(card.picture)
+                    except ShardError:
+                        card.trouble = "too large to show"
+                    except images.BadImage as error:
+                        card.trouble = error.status.replace("_", " ")
+        return spent
+
+
+def thumbnail(data: bytes) -> str:
+    """Make a small JPEG of an image as a data URI. Raises: images.BadImage."""
+    picture = images.decode(data, MAX_PIXELS)
+    try:
+        picture.thumbnail((SIDE, SIDE))
+        buffer = io.BytesIO()
+        picture.convert("RGBA" if "transparency" in picture.info else "RGB").convert("RGB").save(
+            buffer, "JPEG", quality=72
+        )
+    except Exception:  # as hostile as decoding
+        raise images.BadImage("decode_error") from None
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _spread(items: Sequence[Item], number: int) -> list[Item]:
+    """Take evenly spaced items, the first and the last among them."""
+    return [items[i] for i in sorted({*np.linspace(0, len(items) - 1, min(len(items), number)).astype(int)})]
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(column.cast(pa.float32()).to_numpy(), np.float32)
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,264 @@
+"""Make one self-contained HTML page about a selection: what was dropped and why, with pictures.
+
+In: a directory that a verb made, or one that holds such directories (a pipeline's). Out: an HTML file that opens from
+disk without a network: its styles, script, charts and thumbnails are inside. Text from the data (captions, keys) is not
+trusted: the template escapes everything, and the page's policy runs no script but its own.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from curate import engine
+from curate.errors import UsageError
+from curate.report import ablation_tables, cluster_map, provenance, sections, threshold_sliders
+from curate.report.gallery import Gallery
+from curate.storage import manifest, paths, tar
+from curate.storage.schema import STATUSES
+
+KEPT, DROPPED, TWINS, BAD, CLUSTER_CARDS, CLUSTER_KEPT = 28, 14, 12, 7, 7, 3
+MAX_STEPS_SHOWN = 14
+JUDGEMENT = "judgement.json"
+COMMANDS = ("embed", "import", "cluster", "select", "emit", "mix")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What the page shows. seed: which examples are drawn."""
+
+    seed: int = 0
+    title: str = ""
+
+
+@dataclass
+class Found:
+    """The artefacts a page is about, by what they are."""
+
+    selection: manifest.Artefact | None = None
+    clusters: manifest.Artefact | None = None
+    embedded: manifest.Artefact | None = None
+    emitted: manifest.Artefact | None = None
+    mixed: manifest.Artefact | None = None
+    others: dict[str, manifest.Artefact] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict)
+    evals: dict[str, str] = field(default_factory=dict)
+    ablation: str = ""
+
+    @property
+    def chain(self) -> list[manifest.Artefact]:
+        """The artefacts in the order in which they were made."""
+        every = (self.embedded, self.clusters, self.selection, self.emitted, self.mixed)
+        return [artefact for artefact in every if artefact is not None]
+
+
+def report(directory: str, out: str, options: ReportOptions, job: engine.Job) -> dict[str, Any]:
+    """Write the page about `directory` to the file `out` and say what is in it.
+
+    Raises: UsageError when the directory holds nothing that curate made.
+    """
+    found = discover(directory)
+    gallery, troubles = _gallery(found, options.seed)
+    context: dict[str, Any] = {
+        "title": options.title or paths.name(paths.local(directory)),
+        "found": found,
+        "troubles": troubles,
+        "chain": [provenance.provenance(artefact, out) for artefact in found.chain],
+        "speeds": list(provenance.speeds(found.chain)),
+        "versions": provenance.versions(found.chain),
+        "typed": provenance.typed(found.chain),
+        "funnel": None,
+        "figures": [],
+        "select_words": [],
+        "sizes": None,
+        "concepts": gallery.compare_captions() if gallery and found.selection is not None else None,
+        "mixture": sections.mixture(found.mixed),
+        "losses": list(sections.losses(found.runs)),
+        "scores": list(sections.scores(found.evals)),
+        "runs": list(provenance.training(found.runs, out)),
+        "trials": ablation_tables.exhibit(found.ablation) if found.ablation else None,
+        "looked": _looked(gallery, found),
+        "embedded": found.embedded.manifest.get("counts", {}) if found.embedded is not None else {},
+        "others": list(_comparison(found, directory)),
+    }
+    if found.selection is not None:
+        funnel = manifest.load_json(found.selection.path("funnel.json"))
+        context |= {
+            "funnel": sections.funnel(funnel),
+            "figures": list(threshold_sliders.figures(funnel)),
+            "select_words": provenance.select_words(found.selection, out),
+        }
+    elif gallery is not None and gallery.columns:
+        scores = gallery.columns["score"]
+        if not np.isnan(scores).all():
+            label = f"{int((~np.isnan(scores)).sum()):,} pairs{_looked(gallery, found)}"
+            context["figures"] = [threshold_sliders.plain("clip_score", scores, label)]
+    if found.clusters is not None:
+        context["sizes"] = cluster_map.exhibit(found.clusters, found.selection)
+    pictures = _choose_cards(context, gallery, found)
+    page = render(context)
+    with paths.atomic_write(out) as file:
+        file.write(page)
+    facts = {"bytes": len(page), "samples_shown": len(gallery.cards) if gallery else 0, "picture_bytes": pictures}
+    return {"command": "report", "counts": facts, "shards": {}}
+
+
+def discover(directory: str) -> Found:
+    """Find what a directory is, or holds, and what it rests on. Raises: UsageError when nothing is found."""
+    found = Found()
+    if paths.exists(paths.join(directory, ablation_tables.FILE)):
+        found.ablation = paths.join(directory, ablation_tables.FILE)
+    for name, place in ((paths.name(directory), directory), *_children(directory)):
+        if paths.exists(paths.join(place, "metrics.jsonl")):
+            found.runs[name] = place
+        elif _is_eval(place):
+            found.evals[name] = place
+        elif paths.exists(paths.join(place, manifest.MANIFEST)):
+            if manifest.load_json(paths.join(place, manifest.MANIFEST)).get("command") in COMMANDS:
+                _place(found, manifest.open_input(place), name)
+        if place == directory and (found.chain or found.runs or found.evals):
+            break  # it is such a directory itself
+    newest = found.emitted if found.selection is None else found.selection
+    if newest is not None:
+        found.selection = found.selection or _source(newest, "select")
+        found.clusters = _source(newest, "cluster")
+        found.embedded = _source(newest, "embed", "import")
+    elif found.clusters is not None:
+        found.embedded = _source(found.clusters, "embed", "import")
+    if not (found.chain or found.runs or found.evals or found.ablation):
+        raise UsageError(
+            f"{directory} holds nothing that curate made.", "give a directory of select or emit, or a pipeline's OUT"
+        )
+    return found
+
+
+def _children(directory: str) -> Iterator[tuple[str, str]]:
+    yield from ((name, paths.join(directory, name)) for name in paths.listdir(directory))
+
+
+def _is_eval(place: str) -> bool:
+    """Say whether a directory holds a trained model's answers, its own or by benchmark."""
+    if paths.exists(paths.join(place, "answers.jsonl")):
+        return True
+    return any(sections.is_benchmark(child) for _, child in _children(place))
+
+
+def _place(found: Found, artefact: manifest.Artefact, name: str) -> None:
+    """File an artefact under what it is; of several selections the one named `selection`, else the first, leads."""
+    if artefact.command == "select":
+        if found.selection is None or name == "selection":
+            if found.selection is not None:
+                found.others[paths.name(found.selection.directory)] = found.selection
+            found.selection = artefact
+        else:
+            found.others[name] = artefact
+    elif artefact.command == "emit":
+        found.emitted = found.emitted or artefact
+    else:
+        setattr(found, {"cluster": "clusters", "mix": "mixed"}.get(artefact.command, "embedded"), artefact)
+
+
+def _source(artefact: manifest.Artefact, *commands: str) -> manifest.Artefact | None:
+    try:
+        return artefact.source(*commands)
+    except LookupError:
+        return None
+
+
+def _looked(gallery: Gallery | None, found: Found) -> str:
+    """Say of how many shards the examples and captions come, where that is not all of them."""
+    if gallery is None or found.embedded is None or len(gallery.stems) == len(found.embedded.stems):
+        return ""
+    return f" in {len(gallery.stems):,} of {len(found.embedded.stems):,} shards"
+
+
+def _gallery(found: Found, seed: int) -> tuple[Gallery | None, list[str]]:
+    """Open the rows that may be shown, and say why there are none or no pictures."""
+    if found.embedded is None:
+        return None, []
+    troubles, tars = [], {}
+    try:
+        pool = found.embedded.input_path("pool")
+        tars = {shard.stem: shard.location for shard in tar.list_pool(pool)}
+    except (KeyError, UsageError):
+        troubles.append("The pool is not where it was when it was embedded, so there are no pictures here.")
+    gallery = Gallery(found.embedded, found.selection, found.clusters, tars, seed)
+    gallery.look()
+    if len(gallery.stems) < len(found.embedded.stems):
+        troubles.append(
+            f"Examples come from {len(gallery.stems)} of {len(found.embedded.stems):,} shards; counts are of all."
+        )
+    return gallery, troubles
+
+
+def _choose_cards(context: dict[str, Any], gallery: Gallery | None, found: Found) -> int:
+    """Fill the page's galleries. Returns the bytes of the pictures."""
+    context |= {"twins": [], "kept": [], "dropped": [], "bad": [], "groups": []}
+    if gallery is None or not gallery.columns:
+        return 0
+    reason, cluster = gallery.columns["reason"], gallery.columns["cluster"]
+    context["twins"] = gallery.twins(TWINS)
+    context["kept"] = gallery.sample(reason < 0, KEPT, "kept")
+    steps = context["funnel"]["steps"][:MAX_STEPS_SHOWN] if context["funnel"] else []
+    context["dropped"] = [(step, cards) for step in steps if (cards := gallery.dropped(step["text"], DROPPED))]
+    counts = sections.bad_counts(found.embedded)
+    context["bad"] = [(name, STATUSES[name], n, gallery.dropped(name, BAD)) for name, n in counts.items()]
+    for group in (context["sizes"] or {}).get("groups", []):
+        name, inside = f"cluster {group['cluster']}", cluster == group["cluster"]
+        cards = gallery.sample(inside & (reason < 0), CLUSTER_KEPT if found.selection else CLUSTER_CARDS, name)
+        cards += gallery.sample(inside & (reason >= 0), CLUSTER_CARDS - len(cards), name)
+        if cards:
+            context["groups"].append((group, cards))
+    return gallery.fill()
+
+
+def _comparison(found: Found, directory: str) -> Iterator[dict[str, Any]]:
+    """List the other selections of a pipeline beside the leading one, judged where a demo knows the truth."""
+    judgement = paths.join(directory, JUDGEMENT)
+    judged = manifest.load_json(judgement) if paths.exists(judgement) else {}
+    every = (
+        {paths.name(found.selection.directory): found.selection, **found.others}
+        if found.selection and found.others
+        else {}
+    )
+    for name, artefact in every.items():
+        steps = artefact.manifest.get("options", {}).get("steps", [])
+        yield {
+            "name": name,
+            "kept": artefact.manifest["counts"].get("kept", 0),
+            "rows": sum(artefact.rows.values()),
+            "steps": steps,
+            "judged": judged.get(str(artefact.manifest.get("options", {}).get("recipe") or "steps")),
+        }
+
+
+def render(context: Mapping[str, Any]) -> bytes:
+    """Fill the template; every value is escaped but the charts, which escape their own texts."""
+    import jinja2
+
+    loader = jinja2.PackageLoader("curate.report")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"n": lambda value: f"{value:,}", "pct": _percent}
+    script, style = (loader.get_source(environment, name)[0] for name in ("report.js", "report.css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.get_template("report.html.j2")
+    page = template.render(**context, script=Markup(script), style=Markup(style), digest=digest, dumps=_script_json)
+    return page.encode("utf-8", "replace")
+
+
+def _percent(value: float) -> str:
+    """Write a percentage with one decimal, or one digit where that would say nothing."""
+    return f"{value:.1f}\u00a0%" if value >= 0.1 or not value else f"{value:.1g}\u00a0%"
+
+
+def _script_json(value: Any) -> Markup:
+    """Write JSON that cannot end the element it stands in."""
+    text = json.dumps(value)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

@@ -1,0 +1,155 @@
+"""Tell the life of one sample: what it is, how it scored, where it lies, which step dropped it and which twin stayed.
+
+The key is looked for in one column of one shard at a time; everything else joins by position.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from curate.errors import UsageError
+from curate.report import show
+from curate.storage import manifest, paths, sidecar
+from curate.storage.schema import STATUSES
+
+Place = tuple[str, int]
+
+
+def show_key(directory: str, key: str) -> Iterator[str]:
+    """Yield the life of the sample with a key (of each, where several shards use it). Raises: UsageError for none."""
+    stages, places = _trace(directory, key)
+    for place in places:
+        yield from _life(key, place, stages, stages["embed"])
+
+
+def facts_of(directory: str, key: str) -> Iterator[dict[str, Any]]:
+    """Yield the same as data: the row's place and all that its sidecars say but the vectors. Raises: UsageError."""
+    stages, places = _trace(directory, key)
+    for place in places:
+        facts: dict[str, Any] = {"stem": place[0], "row": place[1]}
+        for stage in ("embed", "cluster", "select"):
+            facts |= _row(stages[stage], place) if stage in stages else {}
+        facts["uid"] = facts["uid"].hex() if facts["uid"] else None
+        yield {name: value for name, value in facts.items() if not name.endswith("_embedding")}
+
+
+def _trace(directory: str, key: str) -> tuple[dict[str, manifest.Artefact], list[Place]]:
+    """Find the stages that a directory rests on (an import as `embed`), and a key's places in their rows."""
+    stages = {each.command: each for each in reversed(list(show.lineage(_latest(directory))))}
+    if "import" in stages:
+        stages.setdefault("embed", stages["import"])
+    if "embed" not in stages:
+        raise UsageError(
+            f"{directory} does not rest on embeddings.", "give a directory of embed, cluster, select or emit"
+        )
+    places = list(find(stages["embed"], key))
+    if not places:
+        raise UsageError(f"no sample has the key {key!r} in {stages['embed'].directory}.")
+    return stages, places
+
+
+def _latest(directory: str) -> manifest.Artefact:
+    """Open an artefact, or of a pipeline's directory the one that knows most: a coreset, else a selection, else …"""
+    if not paths.exists(paths.join(directory, manifest.MANIFEST)) and paths.is_dir(directory):
+        for name in ("coreset", "selection", "clusters", "embeddings"):
+            if paths.exists(paths.join(directory, name, manifest.MANIFEST)):
+                return manifest.open_input(paths.join(directory, name))
+    return manifest.open_input(directory)
+
+
+def find(embedded: manifest.Artefact, key: str) -> Iterator[Place]:
+    """Yield the places of a key, reading one column of one shard at a time."""
+    import pyarrow.compute as pc
+
+    for stem in embedded.stems:
+        matches = pc.indices_nonzero(pc.equal(embedded.table(stem, ["key"])["key"], key))
+        yield from ((stem, int(row)) for row in matches.to_pylist())
+
+
+def _life(
+    key: str, place: Place, stages: Mapping[str, manifest.Artefact], embedded: manifest.Artefact
+) -> Iterator[str]:
+    """Tell one sample's life, a paragraph for each stage that knows it."""
+    facts = _row(embedded, place)
+    funnel = manifest.load_json(stages["select"].path("funnel.json")) if "select" in stages else {}
+    yield f"{key} · row {place[1]:,} of {place[0]}"
+    yield f"  caption    {facts['caption'] or '(none)'}"
+    size = f"{facts['width']} × {facts['height']} px" if facts["width"] else "not decoded"
+    parts = (size, f"uid {facts['uid'].hex()}" if facts["uid"] else "", facts["url"] or "")
+    yield f"  image      {', '.join(filter(None, parts))}"
+    if facts["status"] != "ok":
+        yield f"  status     {facts['status']}: {STATUSES.get(facts['status'], 'unknown')}"
+    else:
+        yield f"  embedded   {_score('clip_score', facts['clip_score'], funnel)}"
+    if "cluster" in stages:
+        where = _row(stages["cluster"], place)
+        if where["cluster"] >= 0:
+            near = _score("centroid_similarity", where["centroid_similarity"], funnel)
+            yield f"  clustered  in cluster {where['cluster']}, {near}"
+    if "select" in stages:
+        yield from _verdict(place, stages["select"], embedded, funnel)
+    if "emit" in stages:
+        yield f"  emitted    {_emitted(stages['emit'], place)}"
+
+
+def _row(artefact: manifest.Artefact, place: Place) -> dict[str, Any]:
+    """Read one row of a sidecar."""
+    [record] = artefact.table(place[0]).slice(place[1], 1).to_pylist()
+    return dict(record)
+
+
+def _score(column: str, value: float, funnel: Mapping[str, Any]) -> str:
+    """Write a score, and above what part of the usable rows it lies, as far as the stored histogram tells."""
+    counted = funnel.get("histograms", {}).get(column)
+    if not counted or value is None:
+        return f"{column} {value:.4f}" if value is not None else f"no {column}"
+    middles = (np.array(counted["edges"][:-1]) + np.array(counted["edges"][1:])) / 2
+    below = sum(n for n, middle in zip(counted["all"], middles, strict=True) if middle < value)
+    return f"{column} {value:.4f}, above about {100 * below / max(1, sum(counted['all'])):.0f} % of the usable rows"
+
+
+def _verdict(
+    place: Place, selection: manifest.Artefact, embedded: manifest.Artefact, funnel: Mapping[str, Any]
+) -> Iterator[str]:
+    """Say whether the selection kept the row, else which step dropped it, in whose favour."""
+    verdict = _row(selection, place)
+    steps: Sequence[Mapping[str, Any]] = funnel.get("steps", [])
+    texts = [step["text"] for step in steps]
+    if verdict["kept"]:
+        yield f"  selected   kept by all {len(texts)} steps"
+    else:
+        reason = verdict["dropped_by"]
+        number = f", step {texts.index(reason) + 1} of {len(texts)}" if reason in texts else ""
+        yield f"  selected   no: dropped by {reason}{number}"
+    if verdict["twin"] is None:
+        return
+    linked = verdict["twin_similarity"]
+    yield f"  twin       {verdict['twin']} was kept in its place" + (
+        f", linked at {linked:.4f}" if linked is not None else ""
+    )
+    for other in find(embedded, verdict["twin"]):
+        cosine = float(_vector(embedded, place) @ _vector(embedded, other))
+        fate = _row(selection, other)
+        later = "and is in the selection" if fate["kept"] else f"and was dropped later by {fate['dropped_by']}"
+        yield f"             row {other[1]:,} of {other[0]}: cosine {cosine:.4f}, {later}"
+        yield f"             caption {_row(embedded, other)['caption']}"
+
+
+def _vector(embedded: manifest.Artefact, place: Place) -> np.ndarray:
+    [values] = embedded.table(place[0], ["image_embedding"])["image_embedding"].slice(place[1], 1).to_pylist()
+    return np.asarray(values, np.float32) if values is not None else np.zeros(1, np.float32)
+
+
+def _emitted(emitted: manifest.Artefact, place: Place) -> str:
+    """Find a sample in a coreset by where it came from."""
+    import pyarrow.compute as pc
+
+    for name in paths.listdir(emitted.directory):
+        if not name.endswith(".arrow"):
+            continue
+        table = sidecar.table(emitted.path(name), ["key", "source_stem", "source_row"])
+        here = pc.and_(pc.equal(table["source_stem"], place[0]), pc.equal(table["source_row"], place[1]))
+        for row in pc.indices_nonzero(here).to_pylist():
+            return f"as {table['key'][row].as_py()}, in shard {name.removesuffix('.arrow')} of {emitted.directory}"
+    return "no"

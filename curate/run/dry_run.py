@@ -1,0 +1,246 @@
+"""Say beforehand what a pipeline would do: the commands, and rows, bytes and time per stage.
+
+Rows and bytes come from the headers of the pool's shards (of many: the first, the middle and the last), or from the
+embeddings where they stand. Time comes from what an earlier run in the same place measured (`log.jsonl`), else from a
+short calibration on this machine: a hundred samples really embedded, and the code of clustering on made-up rows as wide
+(calibration.py). Nothing is written outside a temporary directory.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from curate.engine import Job, cores
+from curate.errors import CurateError
+from curate.run import calibration
+from curate.run.pipeline import TRAINER, Pipeline, check_trainer, shown_command, stage_options
+from curate.storage import manifest, paths, sidecar
+from curate.storage.tar import Shard, TarWriter, list_pool, read_index, read_member
+from curate.vectors import kmeans
+
+CALIBRATION_ROWS = (16, 16, 128)  # the first run pays for imports, the difference of the others is the rate
+RECORDS = (manifest.MANIFEST, "train_manifest.json", "answers.manifest.json")  # each says that a stage is done
+MAX_COUNTED = 16  # shards whose headers are all read; of more, the first, the middle and the last
+WRITE_BYTES_PER_S = 300e6  # tar copy and sidecar writing, fsync included; a fifth of an NVMe disk
+START_S = 4.0  # imports and workers, of a stage
+SKEW = 2.0  # sum of squared cluster sizes beside that of equal clusters, as k-means leaves them on a mixture
+SELECT_S_PER_ROW = 6e-6  # of the recipe balanced: sorts, and a pass over the edges
+DEMO_ROW_BYTES = 4500  # of a rendered sample in its tar
+ROW_OVERHEAD_BYTES = 120  # key, uid, hash, caption, scores
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a pool holds, exactly or (with more than three shards) extrapolated."""
+
+    rows: int
+    size_bytes: int
+    num_shards: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage reads and writes."""
+
+    rows: int
+    size_bytes: int
+    seconds: float | None
+    why: str = ""
+    gpus: int = 0
+
+
+def measure_pool(pool: str) -> tuple[Size, list[Shard]]:
+    """Count the samples of a pool from its shards' headers, of a large pool from three shards'."""
+    found = list_pool(pool)
+    looked = found if len(found) <= MAX_COUNTED else [found[0], found[len(found) // 2], found[-1]]
+    rows = seen = 0
+    for shard in looked:
+        with suppress(CurateError), paths.open_read(shard.location) as file:
+            rows += len(read_index(file).samples)
+            seen += shard.size
+    total = sum(shard.size for shard in found)
+    return Size(round(rows * total / seen) if seen else 0, total, len(found), len(looked) == len(found)), found
+
+
+def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
+    """Yield the plan of a pipeline, one stage after the other. gpus: those that the stages would share."""
+    check_trainer(pipeline, only)
+    total = hours = 0.0
+    unknown = ""
+    sizes: dict[str, int] = {"gpus": gpus}
+    for stage in pipeline.stages(only):
+        yield f"▸ {shown_command(pipeline, stage)}"
+        if any(paths.exists(paths.join(pipeline.place(stage), name)) for name in RECORDS):
+            yield "    stands finished; it is run again only if its request has changed"
+            if stage in ("embed", "import"):
+                _take_sizes(pipeline.place(stage), sizes)
+            continue
+        if stage == "mix":
+            yield from _sources(pipeline)
+        if stage in TRAINER or stage in ("report", "mix"):
+            continue
+        cost = _cost(pipeline, stage, sizes)
+        if cost is None or not cost.rows:
+            yield "    not known before the pool is there"
+            continue
+        total += cost.seconds or 0.0
+        if cost.seconds is None:
+            unknown = ", without what is not known"
+        spell = f"about {duration(cost.seconds)}" if cost.seconds is not None else "time not known"
+        why = f" ({cost.why})" if cost.why else ""
+        taken = (cost.seconds or 0.0) * cost.gpus / 3600
+        hours += taken
+        spell += f" · {taken:.2g} GPU-hours" if taken else ""
+        yield f"    {cost.rows:,} rows · {volume(cost.size_bytes)} written · {spell}{why}"
+    if total:
+        gpu = f", {hours:.2g} GPU-hours of it," if gpus else ""
+        core = f"{total * cores() / 3600:.2g} core-hours"
+        yield f"about {duration(total)} in all{unknown}{gpu} ({core}) on this machine, as it is now"
+
+
+def _sources(pipeline: Pipeline) -> Iterator[str]:
+    """Say what each source of the mix is expected to hold, and what is not there yet."""
+    for name, source in stage_options(pipeline, "mix").items():
+        expect = source.expect if isinstance(source.expect, dict) else {"": source.expect}
+        known = None not in expect.values()
+        holds = f"{sum(expect.values()):,} records expected" if known else "as many records as it holds"
+        lacking = [each for each in (source.path, source.images) if each and not _there(each)]
+        yield f"    {name}: {holds}" + (f"; not there yet: {', '.join(lacking)}" if lacking else "")
+
+
+def _there(location: str) -> bool:
+    return any(mark in location for mark in "*?[{") or paths.exists(location)
+
+
+def _cost(pipeline: Pipeline, stage: str, sizes: dict[str, int]) -> Cost | None:
+    """Estimate one stage; `sizes` carries rows and dimensions from stage to stage."""
+    if stage == "demo":
+        options = stage_options(pipeline, "demo")
+        sizes["rows"], sizes["row_bytes"] = options.rows, DEMO_ROW_BYTES
+        seconds = options.rows / 1500 / cores()
+        return Cost(options.rows, options.rows * DEMO_ROW_BYTES, seconds, "1,500 rows/s a core")
+    if stage == "embed":
+        return _embed_cost(pipeline, sizes)
+    rows, dim = sizes.get("rows", 0), sizes.get("dim", 512)
+    if stage == "cluster":
+        return _cluster_cost(pipeline, rows, dim, sizes["gpus"])
+    if stage == "select":
+        chains = 1 + len(pipeline.tables["select"].get("compare", []))
+        seconds = 1 + chains * rows * SELECT_S_PER_ROW
+        return Cost(rows, chains * rows * 40, seconds, "sorting")
+    kept = int(rows * 0.1)
+    size_bytes = kept * sizes.get("row_bytes", 0)
+    return Cost(kept, size_bytes, size_bytes / WRITE_BYTES_PER_S, "at 10 % kept")
+
+
+def _take_sizes(directory: str, sizes: dict[str, int]) -> None:
+    """Read rows and dimensions off finished embeddings."""
+    found = manifest.open_input(directory)
+    sizes["rows"] = sum(found.rows.values())
+    whole = sum(int(shard.get("size", 0)) for shard in found.manifest["shards"].values())  # of the pool's tars
+    sizes["row_bytes"] = whole // max(sizes["rows"], 1)
+    if found.stems:
+        schema = sidecar.reader(found.path(f"{found.stems[0]}.arrow")).schema
+        sizes["dim"] = schema.field("image_embedding").type.list_size
+
+
+def _cluster_cost(pipeline: Pipeline, rows: int, dim: int, gpus: int) -> Cost | None:
+    """Estimate the fit on its sample, the assignment of all rows and the comparisons inside clusters."""
+    if not rows:
+        return None
+    options = stage_options(pipeline, "cluster")
+    k = int(options.k) or kmeans.default_k(rows)
+    sample = int(options.sample) or kmeans.default_sample(rows, k, dim)
+    rates = calibration.cluster_rates(dim, k, rows, options.floor, gpu=gpus > 0)
+    passes = 3.0 if options.neighbours == 2 else 1.0  # own pairs are half of s², those with as many visitors another s²
+    parts = {
+        "fit": sample * options.iters * (rates.fit_row + k * rates.fit),
+        "assign": rows * k * rates.assign,
+        "relate": rows * rates.relate * SKEW * passes,
+        "scatter": rows * options.neighbours * dim * 4 / WRITE_BYTES_PER_S,  # written and read again
+    }
+    told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+    why = f"k = {k:,} by {rates.backend}, calibrated: {told}"
+    return Cost(rows, rows * 28, START_S + sum(parts.values()), why, gpus if rates.backend == "kmeans-gpu" else 0)
+
+
+def _embed_cost(pipeline: Pipeline, sizes: dict[str, int]) -> Cost | None:
+    """Estimate embedding from its log, else from really embedding the pool's first samples."""
+    try:
+        size, found = measure_pool(pipeline.pool)
+    except CurateError:
+        if "rows" not in sizes:
+            return None
+        return Cost(sizes["rows"], sizes["rows"] * (4 * sizes.get("dim", 64) + ROW_OVERHEAD_BYTES), None)
+    sizes["rows"], sizes["row_bytes"] = size.rows, size.size_bytes // max(size.rows, 1)
+    logged = _logged_rate(paths.join(pipeline.place("embed"), manifest.LOG))
+    try:
+        rate, dim = logged or _calibrate(pipeline, found)
+        why = "measured by an earlier run" if logged else "calibrated"
+    except CurateError as error:  # no weights yet, or no sample that can be read: the run itself would end like this
+        rate, dim, why = 0.0, sizes.get("dim", 512), f"as it stands the stage fails: {error}"
+    sizes["dim"] = dim
+    why += "" if size.exact else f", rows extrapolated from 3 of {size.num_shards:,} shards"
+    gpus = sizes["gpus"]
+    seconds = START_S + size.rows / rate / max(1, gpus if not logged else 1) if rate else None
+    return Cost(size.rows, size.rows * (4 * dim + ROW_OVERHEAD_BYTES), seconds, why, gpus)
+
+
+def _logged_rate(location: str) -> tuple[float, int] | None:
+    """Read rows/s and dimensions of the longest run in a log."""
+    best: tuple[float, float, int] | None = None
+    if paths.exists(location):
+        for line in paths.read_text(location).splitlines():
+            with suppress(ValueError, KeyError, ZeroDivisionError):
+                entry = json.loads(line)
+                rows = float(entry["rows"])
+                if rows and (best is None or rows > best[0]):
+                    best = (rows, rows / float(entry["seconds"]), int(entry.get("dim", 512)))
+    return best[1:] if best else None
+
+
+def _calibrate(pipeline: Pipeline, found: list[Shard]) -> tuple[float, int]:
+    """Embed the pool's first samples, few and more, so that loading cancels out. Returns rows/s and dimensions."""
+    from curate.embed.embed import embed
+
+    seconds, rows, dim = [], [], 512
+    with tempfile.TemporaryDirectory() as folder:
+        for turn, count in enumerate(CALIBRATION_ROWS):
+            pool, out = paths.join(folder, f"pool{turn}"), paths.join(folder, f"emb{turn}")
+            rows.append(_copy_head(found[0], paths.join(pool, "00000.tar"), count))
+            started = time.perf_counter()
+            embed(pool, out, stage_options(pipeline, "embed"), Job(workers=1, quiet=True))
+            seconds.append(time.perf_counter() - started)
+            dim = sidecar.reader(paths.join(out, "00000.arrow")).schema.field("image_embedding").type.list_size
+    return max(rows[-1] - rows[-2], 1) / max(seconds[-1] - seconds[-2], 1e-3), dim
+
+
+def _copy_head(shard: Shard, target: str, count: int) -> int:
+    """Copy a shard's first samples into a tar of their own; returns how many there were."""
+    with paths.open_read(shard.location) as file:
+        samples = read_index(file).samples[:count]
+        with paths.atomic_write(target) as sink, TarWriter(sink) as tar:
+            for sample in samples:
+                for member in sample.members:
+                    tar.add(member.name, read_member(file, member))
+    return len(samples)
+
+
+def duration(seconds: float) -> str:
+    """Write a time span to read."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def volume(size_bytes: float) -> str:
+    """Write a number of bytes to read."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} TB"

@@ -1,0 +1,435 @@
+"""Carry out a pipeline: one TOML file, every stage in order, each into its own directory under OUT.
+
+    OUT/demo/ embeddings/ clusters/ selection/ selection-NAME/ coreset/ report.html
+    and mix/ align/ finetune/ model/ eval/
+
+A stage that stands finished for the same request is not run again; one that a kill cut short goes on where it stood.
+The tables of the trainer are checked and carried out by `python -m train`, in a process of its own.
+"""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pipelines
+from curate import options
+from curate.engine import Job
+from curate.errors import ContractError, CurateError, UsageError, unknown
+from curate.storage import paths
+
+if TYPE_CHECKING:
+    from curate.storage.manifest import Artefact
+
+CORESET = ("demo", "import", "embed", "cluster", "select", "emit", "report")
+TRAIN = ("mix", "align", "finetune", "export", "eval")
+STAGES = CORESET + TRAIN
+GROUPS: dict[str, Sequence[str]] = {"coreset": CORESET, "train": TRAIN, "all": STAGES}
+PLACES = {
+    "demo": "demo",
+    "import": "embeddings",
+    "embed": "embeddings",
+    "cluster": "clusters",
+    "select": "selection",
+    "emit": "coreset",
+    "report": "report.html",
+    "mix": "mix",
+    "align": "align",
+    "finetune": "finetune",
+    "export": "model",
+    "eval": "eval",
+}
+TRAINER = ("model", "align", "finetune", "export", "eval", "generate")
+TABLES = ("about", "pool", "data", *CORESET, "mix", *TRAINER, "ablation")
+DATA_KEYS = ("align", "finetune", "eval", "eval_images", "eval_tasks", "eval_root")
+BESIDE = {"import": ("source",), "select": ("compare",), "emit": ("also",)}
+
+
+def shipped() -> Path:
+    """Locate the folder of the pipelines that travel with the package."""
+    return Path(pipelines.__path__[0])
+
+
+def find(name: str) -> Path:
+    """Find a pipeline by path, or a shipped one by name. Raises: UsageError with the names that exist."""
+    for candidate in (Path(name), shipped() / name, shipped() / f"{name}.toml", shipped() / Path(name).name):
+        if candidate.is_file():
+            return candidate
+    raise unknown("pipeline", name, (path.stem for path in shipped().glob("*.toml")))
+
+
+def listing() -> Iterator[tuple[str, str]]:
+    """Yield the shipped pipelines with the sentence each says about itself."""
+    for path in sorted(shipped().glob("*.toml")):
+        yield path.stem, str(tomllib.loads(path.read_text("utf-8")).get("about", ""))
+
+
+Echo = Callable[[str], None]
+
+
+@dataclass
+class Pipeline:
+    """A parsed pipeline. tables: the TOML's, with `--set` applied and `{here}` filled in.
+
+    places: where a stage's output lies, where that is not its own place under `out`.
+    """
+
+    path: Path
+    out: str
+    tables: dict[str, Any]
+    settings: list[str] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
+
+    def place(self, stage: str) -> str:
+        """Locate a stage's output."""
+        return self.places.get(stage) or paths.join(self.out, PLACES[stage])
+
+    @property
+    def pool(self) -> str:
+        """The pool that is embedded."""
+        if "demo" in self.tables:
+            return paths.join(self.place("demo"), "pool")
+        where = self.tables.get("pool", {}).get("path")
+        if not where:
+            raise UsageError(f"{self.path.name} names no pool.", "give one: --pool DIR, or `make coreset POOL=DIR`")
+        return str(where)
+
+    def stages(self, only: str | None = None) -> list[str]:
+        """List the stages to run, in order; eval only where there are questions to ask, or it is asked for.
+
+        only: a stage, or the groups coreset and train.
+        """
+        wanted = STAGES if only is None else GROUPS.get(only, (only,))
+        if only is not None and only not in GROUPS and only not in STAGES:
+            raise unknown("stage", only, [*GROUPS, *STAGES])
+        idle = not {"eval", "eval_tasks"} & set(self.tables.get("data", {})) and only != "eval"
+        found = [stage for stage in wanted if stage in self.tables and not (stage == "eval" and idle)]
+        if not found:
+            there = ", ".join(stage for stage in STAGES if stage in self.tables)
+            raise UsageError(f"{self.path.name} has no stage to run for {only or 'all'}; it has {there or 'none'}.")
+        return found
+
+
+def load(
+    name: str, out: str | None, *, pool: str | None = None, recipe: str | None = None, settings: Sequence[str] = ()
+) -> Pipeline:
+    """Read and check a pipeline.
+
+    pool: takes the place of the pipeline's own pool (of the demo's, too). recipe: takes the place of its steps.
+    """
+    path = find(name)
+    try:
+        tables = pipelines.read(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not readable TOML: {error}") from None
+    place = out or f"out/{path.stem}"
+    for setting in settings:
+        options.assign(tables, setting)
+    _check_tables(path.name, tables)
+    if pool is not None:
+        tables.pop("demo", None)
+        tables["pool"] = {"path": pool}
+    if recipe is not None:
+        tables.setdefault("select", {})
+        tables["select"] = {key: value for key, value in tables["select"].items() if key not in ("steps", "compare")}
+        tables["select"]["recipe"] = recipe
+    words = {"{here}": str(path.parent.resolve())}
+    if "ablation" not in tables:  # its trials have places of their own
+        words["{out}"] = place
+    pipeline = Pipeline(path, place, pipelines.fill(tables, words), list(settings))
+    for stage in (*CORESET, "mix"):
+        if stage in tables:
+            stage_options(pipeline, stage)
+    if "ablation" not in tables:  # an arm's steps may be its own
+        _check_choices(pipeline)
+    return pipeline
+
+
+def _check_tables(name: str, tables: Mapping[str, Any]) -> None:
+    """Refuse tables that do not exist or are none. Raises: UsageError."""
+    for table, value in tables.items():
+        if table not in TABLES:
+            raise unknown(f"table of {name}", table, TABLES)
+        if table != "about" and not isinstance(value, dict):
+            raise UsageError(f"{name}: {table} is {value!r}, not a table.", f"[{table}]")
+    for key in tables.get("data", {}):
+        if key not in DATA_KEYS:
+            raise unknown("key of [data]", key, DATA_KEYS)
+    if "source" not in tables.get("import", {"source": ""}):
+        raise UsageError("[import] needs source.", "--set import.source=DIR")
+    for table, key in (("select", "compare"), ("emit", "also")):
+        if not isinstance(several := tables.get(table, {}).get(key, []), list):
+            raise UsageError(f"{table}.{key}={several!r} is not a list.", f"{table}.{key} = [{several!r}]")
+
+
+def _check_choices(pipeline: Pipeline) -> None:
+    """Read every recipe, step and format that will be asked for, which is long before its stage. Raises: UsageError."""
+    from curate.select import catalogue
+
+    if "select" in pipeline.tables:
+        for _, chosen in _select_options(pipeline):
+            catalogue.parse(chosen.texts())
+    if "emit" in pipeline.tables:
+        for _, chosen in _emit_options(pipeline):
+            chosen.resolved()
+
+
+def stage_options(pipeline: Pipeline, stage: str, **changes: Any) -> Any:
+    """Build the options object of a curation stage from its table; every key is checked."""
+    beside = BESIDE.get(stage, ())
+    table = {key: value for key, value in pipeline.tables[stage].items() if key not in beside} | changes
+    if stage == "mix":
+        from curate.mix.mix import MixOptions, build_sources
+
+        return build_sources(options.build(MixOptions, table, stage))
+    return options.build(_kind(stage), table, stage)
+
+
+def check_trainer(pipeline: Pipeline, only: str | None = None) -> None:
+    """Have the trainer check its tables, where any of its stages is to run. Raises: UsageError in its words."""
+    if not set(pipeline.stages(only)) & set(TRAINER):
+        return
+    words = [sys.executable, "-m", "train", "check", "--config", str(pipeline.path), *_trainer_settings(pipeline)]
+    ended = subprocess.run(words, check=False, capture_output=True, text=True)
+    if ended.returncode:
+        raise UsageError(ended.stderr.strip().splitlines()[-1].removeprefix("error: "))
+
+
+def _kind(stage: str) -> type[Any]:
+    """Find the options class of a curation stage."""
+    files = {"import": "ingest.published", "demo": "demo.render"}
+    file = importlib.import_module(f"curate.{files.get(stage, f'{stage}.{stage}')}")
+    kind: type[Any] = getattr(file, f"{stage.capitalize()}Options")
+    return kind
+
+
+def trainer_command(pipeline: Pipeline, stage: str) -> list[str]:
+    """Write a trainer stage as the command line that carries it out."""
+    place, data = pipeline.place, pipeline.tables.get("data", {})
+    words = [sys.executable, "-m", "train", stage]
+    if stage == "align":
+        words += ["--data", data.get("align", place("emit")), "--out", place("align")]
+    elif stage == "finetune":
+        words += ["--data", data.get("finetune", place("mix")), "--out", place("finetune")]
+        words += ["--align", place("align")] if "align" in pipeline.tables else []
+    elif stage == "export":
+        words += [place("finetune" if "finetune" in pipeline.tables else "align"), "--out", place("export")]
+    else:
+        words += _questions(pipeline, data)
+    return [*words, "--config", str(pipeline.path), *_trainer_settings(pipeline)]
+
+
+def _trainer_settings(pipeline: Pipeline) -> list[str]:
+    return [f"--set={setting}" for setting in pipeline.settings if setting.split(".")[0] in TRAINER]
+
+
+def _questions(pipeline: Pipeline, data: Mapping[str, str]) -> list[str]:
+    """Write what `train eval` is to ask: benchmarks in the LLaVA evaluation layout, or a JSON of one's own."""
+    place = pipeline.place
+    if "eval_tasks" in data:
+        if "eval_root" not in data:
+            raise UsageError("data.eval_tasks needs data.eval_root.", "--set data.eval_root=DIR")
+        return [
+            place("export"),
+            "--tasks",
+            data["eval_tasks"],
+            "--eval-root",
+            data["eval_root"],
+            "--out",
+            place("eval"),
+        ]
+    if "eval" not in data:
+        raise UsageError(f"{pipeline.path.name} has no evaluation data.", "--set data.eval=FILE.json")
+    images = ["--images", data["eval_images"]] if "eval_images" in data else []
+    return [place("export"), "--data", data["eval"], "--out", paths.join(place("eval"), "answers.jsonl"), *images]
+
+
+def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = print) -> dict[str, Any]:
+    """Carry out the stages; returns the manifest of each.
+
+    Raises: what the stages raise; CurateError with exit code 1 when a trainer stage fails.
+    """
+    from curate.report.show import headline
+
+    made: dict[str, Any] = {}
+    check_trainer(pipeline, only)
+    for stage in pipeline.stages(only):
+        if stage == "report" and "demo" in pipeline.tables:
+            _judge_demo(pipeline, echo)
+        echo(f"\n▸ {shown_command(pipeline, stage)}")
+        if stage in TRAINER:
+            _train(pipeline, stage, job)
+            continue
+        for label, manifest in _curation(pipeline, stage, job):
+            made[label] = manifest
+            echo(headline(stage, manifest))
+            if stage == "select":
+                _tell_funnel(pipeline.place("select") + label.removeprefix("selection"), echo)
+            if stage == "report" and "emit" in pipeline.tables:
+                echo(f"\nThe coreset is in {pipeline.place('emit')}, the page to look at is {pipeline.place('report')}")
+    if "report" in pipeline.tables and any(stage in TRAINER for stage in pipeline.stages(only)):
+        made.update(_curation(pipeline, "report", job))  # once more, now with the mix and the loss curves
+        echo(f"\nThe page to look at is {pipeline.place('report')}")
+    return made
+
+
+def _train(pipeline: Pipeline, stage: str, job: Job) -> None:
+    """Carry out a trainer stage in a process of its own; with --overwrite, anew where its request has changed."""
+    words = trainer_command(pipeline, stage)
+    ended = subprocess.run(words, check=False).returncode
+    if ended == UsageError.exit_code and job.overwrite:
+        ended = subprocess.run([*words, "--overwrite"], check=False).returncode
+    if ended:
+        raise CurateError(f"{stage} ended with exit code {ended}", "mend what it says above and run again; it resumes")
+
+
+def _tell_funnel(selection: str, echo: Echo) -> None:
+    """Print a selection's funnel."""
+    from curate.report.show import funnel_lines
+    from curate.storage.manifest import load_json
+
+    echo(f"  {selection}")
+    for line in funnel_lines(load_json(paths.join(selection, "funnel.json"))):
+        echo(line)
+
+
+def _judge_demo(pipeline: Pipeline, echo: Echo) -> None:
+    """Compare every selection with what was planted, print it and keep it in judgement.json."""
+    from curate.demo.render import format_judgement
+    from curate.storage.manifest import MANIFEST, open_input, save_json
+
+    found = {}
+    for name in paths.listdir(pipeline.out):
+        if not name.startswith("selection") or not paths.exists(paths.join(pipeline.out, name, MANIFEST)):
+            continue
+        selection = open_input(paths.join(pipeline.out, name), "select")
+        label = str(selection.manifest["options"].get("recipe") or "steps")
+        found[label] = judge_selection(selection, pipeline.place("demo"))
+        whole = format_judgement(found[label])
+        told = whole if name == "selection" else "\n".join(whole.splitlines()[-2:])
+        echo(f"\nWhat the recipe `{label}` made of the planted faults:\n{told}")
+    save_json(paths.join(pipeline.out, "judgement.json"), found)
+
+
+def judge_selection(selection: "Artefact", demo: str) -> dict[str, Any]:
+    """Compare a selection with the truth of the demo that it was made from; see `curate.demo.render.judge`."""
+    from curate.demo.render import judge
+    from curate.storage import sidecar
+
+    rows = [selection.table(stem, ["key", "kept", "dropped_by"]).to_pydict() for stem in selection.stems]
+    keys, kept, dropped_by = ([v for part in rows for v in part[name]] for name in ("key", "kept", "dropped_by"))
+    return judge(keys, kept, dropped_by, sidecar.table(paths.join(demo, "truth.arrow")))
+
+
+def _curation(pipeline: Pipeline, stage: str, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Carry out one curation stage, and its companions, as (label, manifest)."""
+    place = pipeline.place
+    if stage == "demo":
+        from curate.demo.render import render_demo
+
+        yield stage, _fresh(job, partial(render_demo, place("demo"), stage_options(pipeline, "demo")))
+    elif stage == "import":
+        from curate.ingest.published import import_layout
+
+        source, chosen = pipeline.tables["import"]["source"], stage_options(pipeline, stage)
+        yield stage, _fresh(job, partial(import_layout, source, place(stage), chosen))
+    elif stage == "embed":
+        from curate.embed.embed import embed
+
+        chosen = stage_options(pipeline, stage)
+        yield stage, _fresh(job, partial(embed, pipeline.pool, place(stage), chosen))
+    elif stage == "cluster":
+        from curate.cluster.cluster import cluster
+
+        chosen = stage_options(pipeline, stage)
+        yield stage, _fresh(job, partial(cluster, place("embed"), place(stage), chosen))
+    elif stage == "select":
+        yield from _selections(pipeline, job)
+    elif stage == "emit":
+        yield from _emissions(pipeline, job)
+    elif stage == "report":
+        from curate.report.report import report
+
+        yield stage, report(pipeline.out, place(stage), stage_options(pipeline, stage), job)
+    else:
+        from curate.mix.mix import mix
+
+        yield stage, _fresh(job, partial(mix, pipeline.tables["mix"], place(stage)))
+
+
+def _selections(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Select by the pipeline's recipe, and by each one that it names for comparison."""
+    from curate.select.select import select
+
+    source = pipeline.place("cluster" if "cluster" in pipeline.tables else "embed")
+    for suffix, chosen in _select_options(pipeline):
+        yield f"selection{suffix}", _fresh(job, partial(select, source, pipeline.place("select") + suffix, chosen))
+
+
+def _select_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
+    """Yield each selection's options with what ends its directory's name: that of the recipe, or of one to compare."""
+    yield "", stage_options(pipeline, "select")
+    for recipe in pipeline.tables["select"].get("compare", []):
+        suffix = re.sub(r"[^0-9A-Za-z]+", "-", recipe).strip("-")
+        yield f"-{suffix}", stage_options(pipeline, "select", recipe=recipe)
+
+
+def _emissions(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Emit the coreset in its format, and in each further one that is asked for."""
+    from curate.emit.emit import emit
+
+    for suffix, chosen in _emit_options(pipeline):
+        target = pipeline.place("emit") + suffix
+        yield paths.name(target), _fresh(job, partial(emit, pipeline.place("select"), target, chosen))
+
+
+def _emit_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
+    """Yield each emission's options with what ends its directory's name."""
+    chosen = stage_options(pipeline, "emit")
+    yield "", chosen
+    for kind in pipeline.tables["emit"].get("also", []):
+        yield f"-{kind}", replace(chosen, format=kind)
+
+
+def _fresh(job: Job, stage: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
+    """Run a stage, resuming; with --overwrite, make it anew only where the request has changed."""
+    try:
+        return stage(replace(job, overwrite=False))
+    except ContractError:
+        if not job.overwrite:
+            raise
+        return stage(job)
+
+
+def shown_command(pipeline: Pipeline, stage: str) -> str:
+    """Write a stage as a command to read."""
+    if stage in TRAINER:
+        return shlex.join(["python", *trainer_command(pipeline, stage)[1:]])
+    place = pipeline.place
+    between = {
+        "demo": "",
+        "import": str(pipeline.tables.get("import", {}).get("source", "")),
+        "embed": pipeline.pool if stage == "embed" else "",
+        "cluster": place("embed"),
+        "select": place("cluster" if "cluster" in pipeline.tables else "embed"),
+        "emit": place("select"),
+        "report": pipeline.out,
+        "mix": str(pipeline.path),
+    }[stage]
+    if stage == "mix":
+        flags = [f"--set={setting}" for setting in pipeline.settings if setting.startswith("mix.")]
+        return shlex.join(["curate", "mix", between, place(stage), *flags])
+    flags = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in pipeline.tables[stage].items()
+        if not isinstance(value, dict | list)
+    ]
+    flags += [f"--step={step}" for step in pipeline.tables[stage].get("steps", [])] if stage == "select" else []
+    return shlex.join(["curate", stage, *([between] if between else []), place(stage), *flags])

@@ -1,0 +1,119 @@
+"""Columns that are computed from the stored embeddings where a step asks for them.
+
+They are written like calls, `rank(norm_sim("emb/target"), 0, 0.30)`, or like any column where the defaults will do,
+`above(neg_clip_loss, 0.2)`. A column is worked out once in a selection: where it is first asked for, over the rows that
+are alive there, with random draws by the selection's seed. All other rows have no value (NaN).
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from curate.errors import UsageError
+from curate.select import syntax
+from curate.select.frame import Directory, File, Frame, Group
+from curate.select.steps import coverage, pair_scores
+
+HIDDEN = 1  # the frame is not written
+LIKE = 'norm_sim("emb/target")'
+
+
+def neg_clip_loss(
+    frame: Frame,
+    temperature: float = pair_scores.TEMPERATURE,
+    batch_size: int = pair_scores.BATCH_SIZE,
+    batches: int = pair_scores.BATCHES,
+) -> np.ndarray:
+    """Compute the cosine of image and caption, less what either has with any other of a batch (negCLIPLoss)."""
+    if temperature < pair_scores.LEAST_TEMPERATURE or batch_size < 2 or batches < 1:
+        raise UsageError(
+            "neg_clip_loss needs a temperature of 0.003 or more, a batch_size of 2 or more and batches of 1 or more."
+        )
+    rows = np.flatnonzero(frame.alive & ~np.isnan(frame.column("clip_score")))
+    assert frame.text_vectors is not None, "some row has a clip_score"
+    found = pair_scores.neg_clip_loss(
+        frame.vectors, frame.text_vectors, rows, _random(frame, "neg_clip_loss"),
+        temperature=temperature, batch_size=batch_size, batches=batches,
+    )  # fmt: skip
+    return _spread(frame, rows, found)
+
+
+def norm_sim(frame: Frame, directory: Directory, p: str = "inf") -> np.ndarray:
+    """Measure nearness to another EMB: the highest cosine to its images, or the root of the squares' sum (p="2")."""
+    if p not in ("inf", "2"):
+        raise UsageError(f'norm_sim: p is {p!r}, expected "inf" or "2".')
+    rows = np.flatnonzero(frame.alive)
+    targets = (vectors for vectors, _ in frame.foreign(directory))
+    return _spread(frame, rows, pair_scores.norm_sim(frame.vectors, rows, targets, float(p)))
+
+
+def typicality(frame: Frame, neighbours: int = 20) -> np.ndarray:
+    """Compute one over the mean distance to the nearest neighbours in the cluster (TypiClust): high is typical."""
+    if neighbours < 1:
+        raise UsageError(f"typicality: {neighbours} neighbours, expected at least 1.")
+    groups = np.where(frame.alive, frame.group("cluster"), -1)
+    return coverage.typicality(frame.vectors, groups, neighbours, _random(frame, "typicality"))
+
+
+def redundancy(frame: Frame, column: Group = "") -> np.ndarray:
+    """Compute the mean cosine to all other rows (of a group, where one is named) about their common mean (PRISM)."""
+    groups = np.unique(frame.group(column), return_inverse=True)[1] if column else np.zeros(len(frame.good), np.int64)
+    return coverage.redundancy(frame.vectors, np.where(frame.alive, groups, -1))
+
+
+COLUMNS: dict[str, Callable[..., np.ndarray]] = {
+    column.__name__: column for column in (neg_clip_loss, norm_sim, typicality, redundancy)
+}
+
+
+def check(frame: Frame, text: str) -> None:
+    """Refuse a column that is neither stored nor can be computed. Raises: UsageError."""
+    if text in frame.columns:
+        return
+    name = text.partition("(")[0].strip()
+    if "(" not in text and name not in COLUMNS:
+        frame.known(text, frame.columns, also=COLUMNS)
+    name, arguments = _read(text)
+    kinds = syntax.parameters(COLUMNS[name], HIDDEN)
+    for key, value in arguments.items():
+        if kinds[key] is Group:
+            frame.known(value, frame.groups)
+    if name == "typicality":
+        frame.known("cluster", frame.groups)
+
+
+def compute(frame: Frame, text: str) -> np.ndarray:
+    """Compute a column as it is written, f32 [n]. Raises: UsageError when there is none like that."""
+    check(frame, text)
+    name, arguments = _read(text)
+    return COLUMNS[name](frame, **arguments)
+
+
+def reads(text: str) -> list[tuple[str, Any]]:
+    """List what a column reads besides the pool: (path, Directory or File)."""
+    if text.partition("(")[0].strip() not in COLUMNS:
+        return []
+    name, arguments = _read(text)
+    kinds = syntax.parameters(COLUMNS[name], HIDDEN)
+    return [(value, kinds[key]) for key, value in arguments.items() if kinds[key] in (Directory, File)]
+
+
+def signature(name: str) -> str:
+    """Write how a column is called, with its defaults."""
+    return syntax.signature(name, COLUMNS, HIDDEN)
+
+
+def _read(text: str) -> tuple[str, dict[str, Any]]:
+    return syntax.read(text if "(" in text else f"{text}()", COLUMNS, "column", LIKE, HIDDEN)
+
+
+def _random(frame: Frame, name: str) -> np.random.Generator:
+    return np.random.default_rng([frame.seed, zlib.crc32(name.encode())])
+
+
+def _spread(frame: Frame, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    found = np.full(len(frame.good), np.nan, np.float32)
+    found[rows] = values
+    return found

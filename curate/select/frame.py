@@ -1,0 +1,127 @@
+"""The pool as selection steps see it: columns over all rows, which of them are alive, and what a step may ask for.
+
+Everything is an array over all n rows of the pool, in row order; the rows themselves stay where they are.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+
+from curate.errors import UsageError, unknown
+
+Column = Annotated[str, "column"]  # numbers, stored or computed
+Group = Annotated[str, "group"]  # any column; equal values make a group
+Count = Annotated[float, "count"]  # rows, or a share of the good rows
+Threshold = Annotated[float, "threshold"]  # a cosine, or "auto" (AUTO)
+Share = Annotated[float, "share"]  # 0 … 1, or "auto" (AUTO)
+Levels = Annotated[tuple[int, ...], "levels"]  # falling numbers of clusters
+Keep = Annotated[str, "keep"]  # who of a group stays; max:COLUMN and min:COLUMN among them
+Directory = Annotated[str, "directory"]  # made by embed or import
+File = Annotated[str, "file"]
+POOL = "pool"  # in the place of a file: read it off the pool itself
+AUTO = -1.0
+CLUSTER_FIRST = "run `curate cluster EMB CLU`, then `curate select CLU …`"
+NO_CAPTIONS = """without captions' embeddings choose steps such as 'dedup("auto")' and 'balance(cluster, 30%)'"""
+UNKNOWN_BITS = 255
+FROM_CLUSTERS = ("cluster", "centroid_similarity", "nearest_similarity")
+Fetch = Callable[[np.ndarray], np.ndarray]  # row numbers to vectors f16 [m, d]
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # a, b, similarity, phash_bits (255: unknown)
+
+
+def _nothing(*_: Any) -> Any:
+    raise UsageError("these rows come without what the step reads.")
+
+
+@dataclass
+class Frame:
+    """The pool as the steps see it. Columns come when they are asked for; n is the number of all its rows."""
+
+    good: np.ndarray  # bool [n]
+    columns: Mapping[str, Callable[[], np.ndarray]]
+    groups: Mapping[str, Callable[[], np.ndarray]]
+    seed: int = 0
+    edges: Callable[[], Edges] | None = None
+    floor: float = 1.0
+    vectors: Fetch = _nothing
+    text_vectors: Fetch | None = None
+    captions: Callable[[np.ndarray], list[str]] = _nothing
+    centroids: Callable[[], np.ndarray] | None = None  # f32 [k, d]
+    shuffled: Sequence[float] | None = None  # clip_score of shuffled pairs, 0 … 100 % quantiles
+    recall: Mapping[str, Any] = field(default_factory=dict)  # of near pairs, as the clusters' manifest has it
+    foreign: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]] = _nothing  # another EMB's vectors and uids
+    lines: Callable[[str], list[str]] = _nothing  # of a text file
+    listed: Callable[[str], np.ndarray] = _nothing  # bool [n]: the rows whose uid a DataComp subset file has
+    alive: np.ndarray = field(init=False)
+    component: np.ndarray | None = None  # i64 [n]
+    twin: np.ndarray = field(init=False)  # i64 [n], the row kept in its place, or -1
+    twin_similarity: np.ndarray = field(init=False)
+    cache: dict[str, np.ndarray] = field(default_factory=dict)
+    compute: Callable[["Frame", str], np.ndarray] | None = None  # a column that is not stored, by how it is written
+
+    def __post_init__(self) -> None:
+        self.alive = self.good.copy()
+        self.twin = np.full(len(self.good), -1, np.int64)
+        self.twin_similarity = np.full(len(self.good), np.nan, np.float32)
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of numbers [n], stored or computed.
+
+        Raises: UsageError when it is unknown or empty on every good row.
+        """
+        if self.compute is not None and name not in self.columns and name not in self.cache:
+            self.cache[name] = self.compute(self, name)
+        return self._load(name, self.columns)
+
+    def group(self, name: str) -> np.ndarray:
+        """Return a column as group numbers i64 [n]."""
+        return self._load(name, self.groups)
+
+    def _load(self, name: str, known: Mapping[str, Callable[[], np.ndarray]]) -> np.ndarray:
+        if name not in self.cache:
+            self.known(name, known)
+            values = known[name]()
+            if values.dtype.kind == "f" and self.good.any() and np.isnan(values[self.good]).all():
+                hint = NO_CAPTIONS if name == "clip_score" else None
+                raise UsageError(f"the column {name} has no value on any good row.", hint)
+            self.cache[name] = values
+        return self.cache[name]
+
+    def known(self, name: str, columns: Iterable[str], also: Iterable[str] = ()) -> None:
+        """Refuse a column that is not there. also: what could have been written besides."""
+        if name not in columns and self.edges is None and name in FROM_CLUSTERS:
+            raise UsageError(f"the column {name} needs clusters.", CLUSTER_FIRST)
+        if name not in columns:
+            raise unknown("column", name, [*columns, *also])
+
+    def mask(self, rows: np.ndarray) -> np.ndarray:
+        """Turn row numbers into bool [n]."""
+        keep = np.zeros(len(self.good), bool)
+        keep[rows] = True
+        return keep
+
+    def count(self, n: float) -> int:
+        """Turn a count into rows; a float up to 1 is a share of the good rows."""
+        return round(n * int(self.good.sum())) if isinstance(n, float) and n <= 1 else int(n)
+
+    def random(self, number: int) -> np.ndarray:
+        """Return f64 [n] in [0, 1), by the seed and the step's number."""
+        return np.random.default_rng([self.seed, number]).random(len(self.good))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which rows stay, bool [n]; what the step worked out on the way, for the funnel; and who would come next.
+
+    reserve: i64, of the rows that the step drops those next in its rank, the first first; none where it has no rank.
+    """
+
+    keep: np.ndarray
+    estimates: dict[str, Any] = field(default_factory=dict)
+    reserve: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+def shortage(wanted: int, found: int) -> dict[str, Any]:
+    """Note that fewer rows were found than wanted."""
+    return {"asked": wanted, "available": found} if found < wanted else {}

@@ -1,0 +1,295 @@
+"""The columns of a pool over all its shards, for selection: read when they are asked for, a few bytes a row.
+
+Global row numbers count through the stems in the manifest's order. A number that is missing is NaN; a row without a
+value makes a group of its own.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property, partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curate.errors import ContractError, UsageError
+from curate.select import computed_columns
+from curate.select.frame import UNKNOWN_BITS, Edges, Frame
+from curate.storage import manifest, paths, records, sidecar
+from curate.storage.schema import CAPTION, CLUSTER_SCHEMA, LOSS, SIZES, STATUSES, UID, extra_columns, uid_pairs
+
+EDGES, CENTROIDS = "edges.arrow", "centroids.npy"
+NUMBERS = ("clip_score", "width", "height")
+HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@]*@)?(?P<host>[^/:?#]+)"
+ABOUT = {
+    "clip_score": "cosine of image and caption",
+    "width, height": "pixels, as stored",
+    "min_side, aspect_ratio": "the shorter side; the longer by the shorter",
+    "caption_words, caption_chars": "how long the caption is",
+    "centroid_similarity": "cosine to the cluster's centroid",
+    "nearest_similarity": "highest cosine inside the cluster, as far as the clusters' floor",
+    "loss": "what training measured, where --losses names it",
+}
+GROUPS = ("uid", "caption", "url", "host", "phash", "shard")
+
+
+class Pool:
+    """The scalar columns of a pool over all its shards, in stem order; each is read when it is asked for."""
+
+    def __init__(self, found: manifest.Artefact, losses: manifest.Artefact | None = None) -> None:
+        self.losses = losses
+        self.clu = found if found.command == "cluster" else None
+        try:
+            self.emb = found.source("embed", "import")
+        except LookupError:
+            raise UsageError(f"the embeddings under {found.directory} are not where its manifest says.") from None
+        if not self.emb.stems:
+            raise UsageError(f"{self.emb.directory} has no shard to select from.", "embed again: it says what failed")
+        if self.clu is not None:
+            manifest.check_aligned(self.emb, self.clu)
+        self.bounds = np.cumsum([0, *self.emb.rows.values()])
+
+    def extents(self) -> Iterator[tuple[str, int, int]]:
+        """Yield each stem with its first row and the one after its last."""
+        bounds = self.bounds.tolist()
+        yield from zip(self.emb.stems, bounds[:-1], bounds[1:], strict=True)
+
+    def chunks(self, name: str) -> pa.ChunkedArray:
+        """Return a column of the embeddings' sidecars, or of the clusters', over all stems."""
+        source = self.clu if self.clu is not None and name in CLUSTER_SCHEMA.names else self.emb
+        tables = [source.table(stem, [name])[name] for stem in self.emb.stems]
+        return pa.chunked_array([chunk for table in tables for chunk in table.chunks], type=tables[0].type)
+
+    @cached_property
+    def _status(self) -> tuple[np.ndarray, list[str]]:
+        names = list(STATUSES)
+        given = self.chunks("status").cast(pa.string())
+        codes = pc.index_in(given, pa.array(names)).fill_null(-1).to_numpy()
+        return codes.astype(np.int8), names
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """Count the rows of each status that occurs."""
+        codes, names = self._status
+        return {name: int((codes == i).sum()) for i, name in enumerate(names) if (codes == i).any()}
+
+    def status_rows(self, status: str) -> np.ndarray:
+        """Say which rows have a status, bool."""
+        codes, names = self._status
+        return np.asarray(codes == names.index(status))
+
+    def numbers(self, name: str) -> np.ndarray:
+        """Read a column as floats; a null is NaN."""
+        if name in CAPTION:
+            caption = self.chunks("caption")
+            words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(caption)))
+            found = words if name == "caption_words" else pc.utf8_length(caption)
+            return np.asarray(found.cast(pa.float32()).to_numpy())
+        if name in SIZES:
+            low, high = np.sort([self.numbers("width"), self.numbers("height")], axis=0)
+            return np.asarray(low if name == "min_side" else high / low)
+        if name == "nearest_similarity":
+            return self._nearest()
+        if name == LOSS:
+            return self._loss()
+        column = self.chunks(name)
+        return np.asarray(column.to_numpy() if name == "cluster" else column.cast(pa.float32(), safe=False).to_numpy())
+
+    def _loss(self) -> np.ndarray:
+        """Read what the trainer's sidecar says of each row. Raises: ContractError where its rows are others."""
+        assert self.losses is not None
+        parts = []
+        for stem in self.emb.stems:
+            found = self.losses.table(stem, ["key", LOSS]) if stem in self.losses.rows else None
+            if found is None or not found["key"].equals(self.emb.table(stem, ["key"])["key"]):
+                raise ContractError(
+                    f"{self.losses.directory} has other rows for {stem} than {self.emb.directory}.",
+                    "embed the very shards that were trained on: `curate embed DATA EMB`",
+                )
+            parts.append(found[LOSS].to_numpy())
+        return np.concatenate(parts)
+
+    def _nearest(self) -> np.ndarray:
+        """Find each row's highest cosine inside its cluster; the floor stands for anything below it."""
+        assert self.clu is not None
+        nearest = np.full(int(self.bounds[-1]), self.floor, np.float32)
+        a, b, similarity, _ = self.edges()
+        np.maximum.at(nearest, a, similarity)
+        np.maximum.at(nearest, b, similarity)
+        return nearest
+
+    def groups(self, name: str) -> np.ndarray:
+        """Read a column as group numbers i64; a row without a value is a group of its own."""
+        if name == "shard":
+            return np.repeat(np.arange(len(self.emb.stems)), np.diff(self.bounds))
+        if name == "host":
+            column = pc.struct_field(pc.extract_regex(self.chunks("url"), HOST), "host")
+        else:
+            column = self.chunks(name)
+        if name == "uid":  # half of a 128-bit hash is a number good enough to tell images apart
+            codes = np.concatenate([_half_numbers(chunk) for chunk in column.chunks])
+        elif pa.types.is_string(column.type):  # the dictionary of 100 million captions is larger than 2 GB, too
+            encoded = column.cast(pa.large_string()).dictionary_encode().unify_dictionaries().chunks
+            codes = pa.chunked_array([chunk.indices for chunk in encoded]).fill_null(0).to_numpy().astype(np.int64)
+        elif pa.types.is_floating(column.type):
+            codes = np.unique(column.fill_null(0).to_numpy(), return_inverse=True)[1]
+        else:
+            codes = column.fill_null(0).to_numpy().astype(np.int64)
+        empty = np.asarray(column.is_null().to_numpy())
+        return np.where(empty, -2 - np.arange(len(codes)), codes)
+
+    @property
+    def floor(self) -> float:
+        """The cosine above which edges were kept."""
+        return float(self.clu.manifest["options"].get("floor", 1)) if self.clu is not None else 1.0
+
+    @cached_property
+    def _edges(self) -> Edges:
+        assert self.clu is not None
+        table = sidecar.table(self.clu.path(EDGES))
+        bits = table["phash_bits"].fill_null(UNKNOWN_BITS).to_numpy()
+        return table["a"].to_numpy(), table["b"].to_numpy(), table["similarity"].to_numpy(), bits
+
+    def edges(self) -> Edges:
+        """Read the near-duplicate forest."""
+        return self._edges
+
+    def _by_stem(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Yield each stem that has some of these global rows: which of them, ascending, and their numbers in it."""
+        stem_of = np.searchsorted(self.bounds, rows, side="right") - 1
+        order = np.argsort(stem_of, kind="stable")
+        found, starts = np.unique(stem_of[order], return_index=True)
+        for index, here in zip(found, np.split(order, starts[1:]), strict=False):
+            yield self.emb.stems[index], here, rows[here] - self.bounds[index]
+
+    def keys(self, rows: np.ndarray) -> pa.Array:
+        """Look up keys by global row numbers, as large_string: Arrow's string holds 2 GB, some 100 million keys."""
+        found, places = [pa.array([], pa.large_string())], [np.empty(0, np.int64)]
+        for stem, here, own in self._by_stem(rows):
+            keys = self.emb.table(stem, ["key"])["key"].take(pa.array(own))
+            found.append(keys.combine_chunks().cast(pa.large_string()))
+            places.append(here)
+        return pa.concat_arrays(found).take(pa.array(np.argsort(np.concatenate(places))))
+
+    def vectors(self, rows: np.ndarray, column: str = "image_embedding") -> np.ndarray:
+        """Read embeddings by global row numbers, f16 [len(rows), d]."""
+        found: np.ndarray | None = None
+        for stem, here, own in self._by_stem(rows):
+            part = sidecar.take_vectors(self.emb.batches(stem), column, own)
+            found = np.empty((len(rows), part.shape[1]), np.float16) if found is None else found
+            found[here] = part
+        return np.empty((0, 1), np.float16) if found is None else found
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        """Read captions by global row numbers; "" where there is none."""
+        found = np.empty(len(rows), object)
+        for stem, here, own in self._by_stem(rows):
+            column = self.emb.table(stem, ["caption"])["caption"]
+            found[here] = column.take(pa.array(own)).fill_null("").to_pylist()
+        return list(found)
+
+    def foreign(self, directory: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield another EMB's good image embeddings f16 [m, d], mapped where they can be, and uid numbers i64 [m].
+
+        Raises: UsageError when it was made by another model, as far as that is recorded.
+        """
+        other = Pool(manifest.open_input(directory, "embed", "import"))
+        (ours, our_model), (theirs, their_model) = self._embedder, other._embedder
+        if ours != theirs or (our_model and their_model and our_model != their_model):
+            raise UsageError(
+                f"{directory} has {theirs} dimensions of {their_model or 'an unnamed model'}, "
+                f"this pool {ours} of {our_model or 'an unnamed model'}.",
+                "embed both with one model",
+            )
+        uids, good = other.groups("uid"), other.status_rows("ok")
+        for stem, first, _ in other.extents():
+            for batch in other.emb.batches(stem):
+                here = slice(first, first + batch.num_rows)
+                first = here.stop
+                vectors = sidecar.vectors(batch.column("image_embedding"))
+                yield vectors if good[here].all() else vectors[good[here]], uids[here][good[here]]
+
+    def centroids(self) -> np.ndarray:
+        """Read the clusters' centroids, f32 [k, d]."""
+        assert self.clu is not None
+        return sidecar.load_npy(self.clu.path(CENTROIDS))
+
+    @property
+    def _embedder(self) -> tuple[int, str]:
+        """Return the embeddings' dimensions and the model's name, empty where it is not recorded."""
+        options = self.emb.manifest.get("options", {})
+        named = [str(options[key]) for key in ("model", "pretrained", "weights") if options.get(key)]
+        return self._schema.field("image_embedding").type.list_size, " ".join(named)
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        return sidecar.reader(self.emb.path(f"{self.emb.stems[0]}.arrow")).schema
+
+    def listed(self, location: str) -> np.ndarray:
+        """Say which rows' uids a DataComp subset file has, bool: the pool's own uids where it gave them.
+
+        Raises: UsageError when the file is none.
+        """
+        try:
+            subset = sidecar.load_npy(location)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
+        if subset.dtype != UID or subset.ndim != 1:
+            raise UsageError(f"{location} holds {subset.dtype} {subset.shape}, not a subset of uids, u8,u8 [n].")
+        own = "source_uid" if "source_uid" in self._schema.names else "uid"
+        found = [records.uid_bytes(uid) for uid in self.chunks(own).to_pylist()]
+        rows = uid_pairs([uid or bytes(16) for uid in found])
+        given = np.array([uid is not None for uid in found], bool)
+        return np.asarray(np.isin(rows, subset) & given)
+
+    def frame(self, seed: int) -> Frame:
+        """Make the frame that the steps see."""
+        extra, scored = extra_columns(self._schema), self.chunks("clip_score")
+        numbers = [
+            *NUMBERS,
+            *CAPTION,
+            *SIZES,
+            *(each for each in extra if self._schema.field(each).type == pa.float64()),
+        ]
+        named = [*GROUPS, *extra]
+        numbers += [LOSS] if self.losses is not None else []
+        if self.clu is not None:
+            numbers += ["cluster", "centroid_similarity", "nearest_similarity"]
+            named += ["cluster"]
+        return Frame(
+            good=self.status_rows("ok"),
+            columns={name: partial(self.numbers, name) for name in numbers},
+            groups={name: partial(self.groups, name) for name in named},
+            seed=seed,
+            edges=self.edges if self.clu is not None and paths.exists(self.clu.path(EDGES)) else None,
+            floor=self.floor,
+            vectors=self.vectors,
+            text_vectors=partial(self.vectors, column="text_embedding") if scored.null_count < len(scored) else None,
+            captions=self.captions,
+            centroids=self.centroids if self.clu is not None else None,
+            lines=_lines,
+            recall={} if self.clu is None else self.clu.manifest.get("recall", {}),
+            listed=self.listed,
+            shuffled=None if self.clu is None else self.clu.manifest.get("fit", {}).get("shuffled_clip_score"),
+            foreign=self.foreign,
+            compute=computed_columns.compute,
+        )
+
+
+def _lines(location: str) -> list[str]:
+    """Read a text file's lines, or the texts of a JSON list. Raises: UsageError when it is neither."""
+    try:
+        if not location.endswith(".json"):
+            return paths.read_text(location).splitlines()
+        listed = manifest.load_json(location)
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise UsageError(f"{location} cannot be read as UTF-8 text: {error}") from None
+    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+        raise UsageError(f"{location} is no JSON list of texts.")
+    return listed
+
+
+def _half_numbers(chunk: pa.Array) -> np.ndarray:
+    """Read the first 8 bytes of 16-byte values as numbers i64 >= 0; a null is 0."""
+    filled = pa.concat_arrays([chunk.fill_null(bytes(16))])
+    halves = np.frombuffer(filled.buffers()[1], "<i8").reshape(-1, 2)
+    return halves[filled.offset : filled.offset + len(filled), 0] & np.int64(2**63 - 1)

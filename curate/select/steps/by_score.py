@@ -1,0 +1,102 @@
+"""Steps by the value of a column: bands, thresholds, the highest and the lowest.
+
+Ranks count from the highest value, ties go by row order, and rows without a value (NaN) rank last.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from curate.errors import UsageError
+from curate.select.frame import AUTO, CLUSTER_FIRST, Column, Count, Frame, Share, Verdict, shortage
+from curate.select.steps import auto_threshold
+
+
+def rank(frame: Frame, number: int, column: Column, lo: float, hi: float) -> Verdict:
+    """Keep round(lo N) <= rank < round(hi N), counted from the highest, of the N rows alive."""
+    if not 0 <= lo < hi <= 1:
+        raise UsageError(
+            f"rank({column}, {lo}, {hi}): expected 0 <= lo < hi <= 1, shares counted from the highest value."
+        )
+    values = frame.column(column)
+    order = descending(values, frame.alive)
+    first, last = round(lo * len(order)), round(hi * len(order))
+    return Verdict(frame.mask(order[first:last]), value_range(values, order[first:last]), order[last:])
+
+
+def above(frame: Frame, number: int, column: Column, x: float) -> Verdict:
+    """Keep the rows whose value is greater than x."""
+    return Verdict(frame.column(column) > x)
+
+
+def at_least(frame: Frame, number: int, column: Column, x: float) -> Verdict:
+    """Keep the rows whose value is x or greater."""
+    return Verdict(frame.column(column) >= np.float32(x))
+
+
+def below(frame: Frame, number: int, column: Column, x: float) -> Verdict:
+    """Keep the rows whose value is less than x."""
+    return Verdict(frame.column(column) < x)
+
+
+def at_most(frame: Frame, number: int, column: Column, x: float) -> Verdict:
+    """Keep the rows whose value is x or less."""
+    return Verdict(frame.column(column) <= np.float32(x))
+
+
+def top(frame: Frame, number: int, column: Column, n: Count) -> Verdict:
+    """Keep the n rows with the highest values."""
+    values = frame.column(column)
+    return _first(frame, values, descending(values, frame.alive), frame.count(n))
+
+
+def bottom(frame: Frame, number: int, column: Column, n: Count) -> Verdict:
+    """Keep the n rows with the lowest values."""
+    values = frame.column(column)
+    return _first(frame, values, descending(-values, frame.alive), frame.count(n))
+
+
+def _first(frame: Frame, values: np.ndarray, order: np.ndarray, wanted: int) -> Verdict:
+    chosen = order[:wanted]
+    return Verdict(frame.mask(chosen), value_range(values, chosen) | shortage(wanted, len(chosen)), order[wanted:])
+
+
+def descending(values: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """List the alive rows by descending value, ties by row, NaN last."""
+    rows = np.flatnonzero(alive)
+    return np.asarray(rows[np.argsort(-values[rows], kind="stable")])
+
+
+def value_range(values: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
+    """Note between which values the kept rows lie."""
+    kept = values[rows][~np.isnan(values[rows])] if values.dtype.kind == "f" else values[rows]
+    return {"lowest": float(kept.min()), "highest": float(kept.max())} if len(kept) else {}
+
+
+SURELY, ROOM = 2.0, 1.5  # of the mismatched share, and of the budget: see mismatch
+
+
+def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 3.0, budget: Count = 0) -> Verdict:
+    """Drop the lowest clip_scores: `factor` times the share of mismatched pairs, estimated from shuffled pairs.
+
+    With a budget, what lies beyond twice the share goes only while half as many again as the budget stay, so that later
+    steps can choose, and never so many that fewer than the budget do. The numbers were chosen on toy pools, whose
+    selector overlaps clean and faulty pairs (pipelines/LOG.md); where nothing looks mismatched, nothing is dropped.
+    """
+    scores = frame.column("clip_score")
+    rows = np.flatnonzero(frame.alive)
+    known = rows[~np.isnan(scores[rows])]
+    facts: dict[str, Any] = {}
+    if share == AUTO:
+        if frame.edges is None:
+            raise UsageError("mismatch() needs the scores of shuffled pairs, which clusters have.", CLUSTER_FIRST)
+        share, facts = 0.0, {"why": "there are no two pairs to shuffle"}
+        if frame.shuffled is not None:
+            share, facts = auto_threshold.mismatch_share(scores[known], np.asarray(frame.shuffled))
+    wanted, size = frame.count(budget), len(rows)
+    surely = round(min(factor, SURELY) * share * size)
+    drop = max(0, min(round(factor * share * size), max(surely, size - round(ROOM * wanted)), size - wanted))
+    if drop < round(share * size):
+        facts["why"] = f"{round(share * size):,} look mismatched, but the budget leaves only {drop:,} to drop"
+    chosen = descending(scores, frame.alive)[: len(rows) - drop]
+    return Verdict(frame.mask(chosen), {"share": share, "factor": factor, **facts, **value_range(scores, chosen)})

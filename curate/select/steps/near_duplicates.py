@@ -1,0 +1,326 @@
+"""What to do with groups of near-duplicates: which rows make a group, and which of them stays.
+
+In: the edges of the near-duplicate forest above a threshold, and the rows still alive. Three rules, named because they
+differ (their survivors grow in this order):
+
+    components  one row of each connected component, as Bunny's coreset was made; removes most, since components chain
+    semdedup    drop a row if any row before it is near, dropped or not, as in SemDeDup's code (arXiv:2303.09540)
+    greedy      drop a row if any row kept before it is near: no two survivors are near
+
+The forest decides `components` by itself while no row of a component has been dropped before. Everything else needs the
+products of the rows concerned, which all lie inside components: `vectors` fetches just these.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from curate.errors import UsageError, unknown
+from curate.select.frame import AUTO, CLUSTER_FIRST, Fetch, Frame, Group, Keep, Threshold, Verdict
+from curate.select.steps import auto_threshold
+from curate.select.steps.by_budget import preference
+from curate.vectors import forest, near_pairs
+from curate.vectors.exact import widen
+from curate.vectors.forest import Forest, components, spanning_forest
+
+RULES = ("components", "semdedup", "greedy")
+KEEPS = ("middle", "inner-middle", "far", "near", "random", "max:COLUMN", "min:COLUMN")
+GATHER_ROWS = 1 << 16
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """keep: bool [n]. component: i64 [n], -1 where not alive. twin: i64 [n], -1: none. similarity: f32 [n], to it."""
+
+    keep: np.ndarray
+    component: np.ndarray
+    twin: np.ndarray
+    similarity: np.ndarray
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def resolve(
+    edges: Edges,
+    alive: np.ndarray,
+    preference: np.ndarray,
+    rule: str,
+    keep: str,
+    threshold: float,
+    vectors: Fetch,
+) -> Resolved:
+    """Decide which near-duplicates stay.
+
+    edges: a forest above the threshold over all rows. preference: f64 [n], the smallest is kept first; for the keepers
+    `middle` and `inner-middle` it is the distance to the centroid, up to a monotone map. For `components` a dropped
+    row's similarity is the weakest link of the chain that joins it to its twin: the threshold at which they would part.
+    """
+    edges = _among_alive(edges, alive, threshold, vectors)
+    component = np.where(alive, components(edges[0], edges[1], len(alive)), -1)
+    rows, bounds = _groups(component)
+    order = np.lexsort((rows, preference[rows], component[rows]))
+    rows = rows[order]
+    sizes = np.diff(bounds)
+    if keep == "inner-middle":
+        rows = _by_inner_distance(rows, bounds, vectors)
+    result = Resolved(
+        alive.copy(), component, np.full(len(alive), -1, np.int64), np.full(len(alive), np.nan, np.float32),
+        _describe(edges[2], sizes, int(alive.sum())),
+    )  # fmt: skip
+    if not len(rows):
+        return result
+    if rule == "components":
+        chosen = rows[bounds[:-1] + (sizes // 2 if keep in ("middle", "inner-middle") else 0)]
+        result.keep[rows] = False
+        result.keep[chosen] = True
+        result.twin[rows] = np.repeat(chosen, sizes)
+        result.similarity[:] = weakest_links(edges, chosen, len(alive))
+    else:
+        if keep in ("middle", "inner-middle"):
+            rows = _from_the_middle(rows, bounds)
+        pairs = np.repeat(sizes == 2, sizes)
+        _drop_seconds(rows[pairs], edges, result)
+        larger = np.concatenate([[0], np.cumsum(sizes[sizes > 2])])
+        _drop_in_order(rows[~pairs], larger, rule, threshold, vectors, result)
+    return result
+
+
+def _describe(similarity: np.ndarray, sizes: np.ndarray, alive: int) -> dict[str, Any]:
+    """Sum up the components: many rows in one, or weak links, are the signs of a threshold that chains."""
+    return {
+        "components": len(sizes),
+        "rows_in_components": int(sizes.sum()),
+        "largest_component": int(sizes.max(initial=0)),
+        "largest_share": float(sizes.max(initial=0) / max(1, alive)),
+        "mean_link": float(similarity.mean(dtype=np.float64)) if len(similarity) else None,
+    }
+
+
+def _groups(component: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """List the rows of components of two and more, by component, and where each begins."""
+    rows = np.flatnonzero(component >= 0)
+    order = np.argsort(component[rows], kind="stable")
+    _, starts, sizes = np.unique(component[rows[order]], return_index=True, return_counts=True)
+    several = np.repeat(sizes > 1, sizes)
+    return rows[order][several], np.concatenate([[0], np.cumsum(sizes[sizes > 1])])
+
+
+def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fetch) -> Edges:
+    """Restrict a forest to the rows alive, looking up the pairs that a dropped row between them hides."""
+    a, b, similarity = edges
+    inside = alive[a] & alive[b]
+    if inside.all():
+        return edges
+    whole = components(a, b, len(alive))
+    left = components(a[inside], b[inside], len(alive))
+    rows = np.flatnonzero(alive)
+    pieces = np.unique(np.stack([whole[rows], left[rows]]), axis=1)[0]
+    names, counts = np.unique(pieces, return_counts=True)
+    torn = np.isin(whole, names[counts > 1]) & alive
+    members, bounds = _groups(np.where(torn, whole, -1))
+    found = [(a[inside], b[inside], similarity[inside])]
+    for part, cuts, x in _fetch_groups(members, bounds, vectors):
+        forest = Forest(len(part), threshold)
+        for pairs in near_pairs.near_pairs(x, np.arange(len(part)), cuts, threshold, forest=forest):
+            forest.add(*pairs)
+        i, j, cosine = forest.edges()
+        found.append((part[i], part[j], cosine))
+    a, b, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    _, first = np.unique(a * len(alive) + b, return_index=True)
+    chosen = first[spanning_forest(a[first], b[first], similarity[first], len(alive))]
+    return a[chosen], b[chosen], similarity[chosen]
+
+
+def _fetch_groups(
+    rows: np.ndarray, bounds: np.ndarray, vectors: Fetch
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the rows of as many whole groups as are fetched at once, where each begins, and the vectors."""
+    for first, last in near_pairs.batches_of_groups(bounds, GATHER_ROWS):
+        part = rows[bounds[first] : bounds[last]]
+        yield part, bounds[first : last + 1] - bounds[first], vectors(part)
+
+
+def _by_inner_distance(rows: np.ndarray, bounds: np.ndarray, vectors: Fetch) -> np.ndarray:
+    """Order each group by the distance to its own mean, ties by row; in a pair both are equally far."""
+    arranged = [rows[:0]]
+    for part, cuts, x in _fetch_groups(rows, bounds, vectors):
+        sizes = np.diff(cuts)
+        group = np.repeat(np.arange(len(sizes)), sizes)
+        x = widen(x)
+        mean = np.add.reduceat(x, cuts[:-1], axis=0, dtype=np.float64) / sizes[:, None]
+        parts = [slice(at, at + 4096) for at in range(0, len(x), 4096)]
+        distance = np.concatenate([np.linalg.norm(x[one] - mean[group[one]], axis=1) for one in parts])
+        arranged.append(part[np.lexsort((part, np.where(sizes[group] == 2, 0, distance), group))])
+    return np.concatenate(arranged)
+
+
+def _from_the_middle(rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Reorder each group so that its middle member comes first, then its neighbours in turn."""
+    sizes = np.diff(bounds)
+    position = np.arange(len(rows)) - np.repeat(bounds[:-1], sizes)
+    offset = np.abs(position - np.repeat(sizes // 2, sizes))
+    return rows[np.lexsort((position, offset, np.repeat(np.arange(len(sizes)), sizes)))]
+
+
+def _drop_seconds(rows: np.ndarray, edges: Edges, result: Resolved) -> None:
+    """Drop the second row of each pair: one edge joins the two, and no rule could judge otherwise."""
+    link = np.full(len(result.keep), np.nan, np.float32)
+    link[edges[0]], link[edges[1]] = edges[2], edges[2]
+    first, second = rows[::2], rows[1::2]
+    result.keep[second] = False
+    result.twin[second], result.similarity[second] = first, link[second]
+
+
+def _drop_in_order(
+    rows: np.ndarray, bounds: np.ndarray, rule: str, threshold: float, vectors: Fetch, result: Resolved
+) -> None:
+    """Apply semdedup or greedy to each group, whose rows stand in the order of preference; fills in the result."""
+    for part, cuts, x in _fetch_groups(rows, bounds, vectors):
+        dropped = np.zeros(len(part), bool)
+        twin = np.full(len(part), len(part))
+        cosine = np.full(len(part), np.nan, np.float32)
+        for i, j, similarity in near_pairs.near_pairs(x, np.arange(len(part)), cuts, threshold):
+            if rule == "greedy":
+                _drop_greedily(i, j, dropped)
+                kept = ~dropped[i]
+                i, j, similarity = i[kept], j[kept], similarity[kept]
+            dropped[j] = True
+            np.minimum.at(twin, j, i)  # the first in the order of preference
+            nearest = twin[j] == i
+            cosine[j[nearest]] = similarity[nearest]
+        gone = np.flatnonzero(dropped)
+        while len(chained := gone[dropped[twin[gone]]]):  # a twin may be gone too: its own stands in for it
+            twin[chained] = twin[twin[chained]]
+            cosine[chained] = np.nan
+        result.keep[part[gone]] = False
+        result.twin[part[gone]] = part[twin[gone]]
+        result.similarity[part[gone]] = cosine[gone]
+
+
+def _drop_greedily(i: np.ndarray, j: np.ndarray, dropped: np.ndarray) -> None:
+    """Drop every j that is near a row kept before it. Each i's own fate follows from pairs seen before or here.
+
+    Round by round, the rows that no undecided row precedes are decided for all groups at once.
+    """
+    while True:
+        open_pairs = ~dropped[i] & ~dropped[j]
+        i, j = i[open_pairs], j[open_pairs]
+        if not len(i):
+            return
+        preceded = np.zeros(len(dropped), bool)
+        preceded[j] = True
+        dropped[j[~preceded[i]]] = True
+
+
+def weakest_links(edges: Edges, starts: np.ndarray, num_rows: int) -> np.ndarray:
+    """Find for each row the weakest edge on the forest's path to its tree's start, f32 [n]; NaN off the trees.
+
+    starts: i64, one row for each tree. Breadth first from all starts at once, then pointer doubling: O(n log depth).
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import breadth_first_order
+
+    a, b, similarity = edges
+    weakest = np.full(num_rows, np.nan, np.float32)
+    if not len(a):
+        return weakest
+    names, ends = np.unique(np.concatenate([a, b]), return_inverse=True)
+    i, j, root = ends[: len(a)], ends[len(a) :], len(names)
+    tops = np.searchsorted(names, starts)
+    ones = np.ones(len(a) + len(starts), np.int8)
+    graph = coo_array(
+        (ones, (np.concatenate([i, np.full(len(tops), root)]), np.concatenate([j, tops]))), shape=(root + 1, root + 1)
+    )
+    parent = breadth_first_order(graph.tocsr(), root, directed=False)[1][:root]
+    link = np.full(root + 1, np.inf, np.float32)
+    downward = parent[j] == i
+    link[j[downward]] = similarity[downward]
+    link[i[~downward]] = similarity[~downward]
+    parent = np.append(parent, root)
+    while (parent != root).any():
+        link = np.minimum(link, link[parent])
+        parent = parent[parent]
+    weakest[names] = np.where(np.isinf(link[:root]), np.nan, link[:root])
+    return weakest
+
+
+def dedup(
+    frame: Frame, number: int, threshold: Threshold = 0.86, keep: Keep = "middle", rule: str = "components"
+) -> Verdict:
+    """Keep one row of each group of near-duplicates (cosine > threshold; "auto": by the pool's own pixels)."""
+    if rule not in RULES:
+        raise unknown("rule of dedup", rule, RULES)
+    if frame.edges is None:
+        raise UsageError("dedup needs clusters; this directory has none.", CLUSTER_FIRST)
+    a, b, similarity, bits = frame.edges()
+    threshold, above, facts = _linked(frame, "dedup", threshold, similarity, bits)
+    order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)
+    found = resolve((a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors)
+    gone = frame.alive & ~found.keep
+    seen = np.full(len(found.component), -1) if frame.component is None else frame.component
+    frame.component = np.where(found.component >= 0, found.component, seen)  # an earlier dedup's rows keep theirs
+    frame.twin[gone] = found.twin[gone]
+    frame.twin_similarity[gone] = found.similarity[gone]
+    return Verdict(found.keep, {"threshold": threshold, **facts, **found.facts, **_compared(frame, threshold)})
+
+
+def _linked(
+    frame: Frame, name: str, threshold: Threshold, similarity: np.ndarray, bits: np.ndarray
+) -> tuple[float, np.ndarray, dict[str, Any]]:
+    """Say above which cosine edges join near-duplicates, which ones do, bool, and what was found out for it."""
+    if threshold == AUTO:
+        told = auto_threshold.find_threshold(similarity, bits, frame.floor)
+        return told.threshold, told.linked(similarity, bits), told.facts()
+    if threshold < frame.floor:
+        raise UsageError(
+            f"{name}: the threshold {threshold} lies under the floor of these clusters, {frame.floor}.",
+            f"run `curate cluster … --floor {threshold}`, or use a threshold of at least {frame.floor}",
+        )
+    return threshold, similarity > threshold, {}
+
+
+def _compared(frame: Frame, threshold: float) -> dict[str, Any]:
+    """Say which share of the pairs above a threshold clustering compared, by its estimate at the next lower level."""
+    levels = [level for level in frame.recall.get("levels", []) if level["above"] <= threshold]
+    return {"pairs_compared": levels[-1]["found"]} if levels and levels[-1]["pairs"] else {}
+
+
+def placeholders(
+    frame: Frame,
+    number: int,
+    copies: int = 50,
+    captions: float = 0.5,
+    threshold: Threshold = AUTO,
+    by: Group = "caption",
+    exact: bool = False,
+) -> Verdict:
+    """Drop every row of a picture that stands under many captions ("image not found", a logo): not even one stays.
+
+    A picture is a component of near-duplicates above the threshold whose pixels agree, too, as far as they are known;
+    exact: rows of the same bytes, for which no clusters are needed. It goes if at least `copies` good rows of the pool
+    have it, earlier steps or not, and at least the share `captions` of them have a caption of their own. by: another
+    column than the caption, such as url, for pools where an error picture stands under one alt text.
+    """
+    if not 0 <= captions <= 1:
+        raise UsageError(f"placeholders: captions={captions}; expected a share between 0 and 1.")
+    rows = np.flatnonzero(frame.good)
+    facts: dict[str, Any] = {}
+    if exact:
+        labels = frame.group("uid")
+    elif frame.edges is None:
+        raise UsageError("placeholders needs clusters, or exact=True; this directory has none.", CLUSTER_FIRST)
+    else:
+        a, b, similarity, bits = frame.edges()
+        threshold, linked, _ = _linked(frame, "placeholders", threshold, similarity, bits)
+        linked &= (bits <= auto_threshold.TWIN_BITS) | (bits > 64)
+        labels = forest.components(a[linked], b[linked], len(frame.good))
+        facts["threshold"] = threshold
+    picture = np.unique(labels[rows], return_inverse=True)[1]
+    told = np.unique(frame.group(by)[rows], return_inverse=True)[1]
+    distinct = np.unique(picture * (int(told.max(initial=0)) + 1) + told) // (int(told.max(initial=0)) + 1)
+    sizes = np.bincount(picture)
+    bad = (sizes >= copies) & (np.bincount(distinct, minlength=len(sizes)) >= captions * sizes)
+    facts |= {"pictures": int(bad.sum()), "largest": int(sizes[bad].max(initial=0))}
+    return Verdict(frame.alive & ~frame.mask(rows[bad[picture]]), facts)

@@ -1,0 +1,1 @@
+"""What lies on disk: where it is, tars, sidecars and their columns, manifests, instruction records."""

@@ -1,0 +1,141 @@
+"""The maximum spanning forest of a graph of cosines, found piece by piece; and connected components."""
+
+import numpy as np
+
+MERGE_LEAST, MERGE_AT = 1 << 12, 1 << 20  # edges that wait, of a forest of as many rows at least and at most
+LEVELS = 24  # steps from the floor to 1 by which it is known what hangs together already
+MIRROR = np.uint64(0xAAAAAAAAAAAAAAAA)
+TILE_BITS = 11  # a tile's rows are numbered within 2 ** 11
+NO_EDGE = np.iinfo(np.int64).min
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Forest:
+    """A maximum spanning forest that grows by edges with a cosine above a floor. Rows are 0 … num_rows - 1."""
+
+    def __init__(self, num_rows: int, floor: float, merge_at: int | None = None) -> None:
+        self.num_rows = num_rows
+        self.floor = floor
+        self.merge_at = merge_at or min(max(num_rows, MERGE_LEAST), MERGE_AT)
+        self.kept: Edges = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        self.pending: list[Edges] = []
+        self.num_pending = 0
+        self._settled: np.ndarray | None = None
+
+    def add(self, a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
+        """Offer edges a < b (each pair at most once over the forest's life) with their cosine f32."""
+        self.pending.append((a, b, similarity))
+        self.num_pending += len(a)
+        if self.num_pending >= self.merge_at:
+            self._merge()
+
+    def settled(self) -> np.ndarray | None:
+        """Give each row the highest level, f64 [num_rows], of which the edges above it join it to most others.
+
+        An edge whose cosine is not above both its ends' level is in no maximum spanning forest: heavier ones join them
+        already. Rows that hang on nothing have the floor. None: there is no edge yet.
+        """
+        a, b, similarity = self.kept
+        if self._settled is None and len(a):
+            self._settled = np.full(self.num_rows, self.floor)
+            inside = np.ones(self.num_rows, bool)
+            for level in np.linspace(self.floor, 1, LEVELS + 1)[1:-1]:
+                within = (similarity > level) & inside[a] & inside[b]
+                labels = components(a[within], b[within], self.num_rows)
+                inside &= labels == np.bincount(labels[inside]).argmax()
+                self._settled[inside] = level
+        return self._settled
+
+    def edges(self) -> Edges:
+        """Return the forest: a, b i64 and similarity f32, sorted by a, then b."""
+        self._merge()
+        a, b, similarity = self.kept
+        order = np.lexsort((b, a))
+        return a[order], b[order], similarity[order]
+
+    def _merge(self) -> None:
+        if self.pending:
+            a, b, similarity = (np.concatenate(parts) for parts in zip(self.kept, *self.pending, strict=True))
+            chosen = spanning_forest(a, b, similarity, self.num_rows)
+            self.kept = a[chosen], b[chosen], similarity[chosen]
+            self.pending, self.num_pending = [], 0
+            self._settled = None
+
+
+def spanning_forest(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, num_rows: int) -> np.ndarray:
+    """Choose the edges of the maximum spanning forest. Pairs are distinct. Returns their indices, ascending."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import minimum_spanning_tree
+
+    if not len(a):
+        return np.empty(0, np.int64)
+    order = np.lexsort((b, a, -similarity))
+    names, i, j = _renumber(a, b, num_rows)
+    place = np.empty(len(a))
+    place[order] = np.arange(1, len(a) + 1)  # weight 0 would mean that there is no edge
+    graph = coo_array((place, (i, j)), shape=(len(names), len(names))).tocsr()
+    tree = minimum_spanning_tree(graph)
+    return np.sort(order[tree.data.astype(np.int64) - 1])
+
+
+def components(a: np.ndarray, b: np.ndarray, num_rows: int) -> np.ndarray:
+    """Label connected components. Returns i64 [num_rows]: the smallest row number of each row's component."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    labels = np.arange(num_rows)
+    if not len(a):
+        return labels
+    names, i, j = _renumber(a, b, num_rows)
+    graph = coo_array((np.ones(len(a), np.int8), (i, j)), shape=(len(names), len(names)))
+    count, found = connected_components(graph, directed=False)
+    first = np.full(count, num_rows, np.int64)
+    np.minimum.at(first, found, names)
+    labels[names] = first[found]
+    return labels
+
+
+def _renumber(a: np.ndarray, b: np.ndarray, num_rows: int) -> Edges:
+    """List the rows that have an edge, ascending, and number the edges' ends by their places in the list, i32."""
+    touched = np.zeros(num_rows, bool)
+    touched[a] = touched[b] = True
+    names = np.flatnonzero(touched)
+    place = np.empty(num_rows, np.int32)
+    place[names] = np.arange(len(names), dtype=np.int32)
+    return names, place[a], place[b]
+
+
+def tile_forest(products: np.ndarray, floor: float, *, square: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Find the maximum spanning forest of a tile of products, in the same order of edges as `spanning_forest`.
+
+    products: f32 [p, q], of left with right rows; square: left and right are the same rows, and only entries above the
+    diagonal count. Returns the edges' positions. Prim's algorithm on the dense matrix: O((p + q)^2) and no sorting.
+    """
+    p, q = products.shape
+    bits = products.view(np.int32)
+    rank = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64) << 2 * TILE_BITS  # in their order
+    rank -= (np.arange(p)[:, None] << TILE_BITS) + np.arange(q)
+    rank[products <= floor] = NO_EDGE
+    if square:
+        rank[np.tril_indices(p)] = NO_EDGE
+        rank = np.maximum(rank, rank.T)
+        ends = [(rank, slice(0, p))] * p
+    else:
+        backward = np.ascontiguousarray(rank.T)
+        ends = [(rank, slice(p, p + q))] * p + [(backward, slice(0, p))] * q
+    count = len(ends)
+    best, parent = np.full(count, NO_EDGE), np.full(count, -1)
+    waiting = np.ones(count, bool)
+    for _ in range(count):
+        node = int(best.argmax())
+        if best[node] == NO_EDGE:  # a new tree begins
+            node = int(waiting.argmax())
+        waiting[node], best[node] = False, NO_EDGE
+        matrix, other = ends[node]
+        row, reached = matrix[node if node < p else node - p], best[other]
+        better = (row > reached) & waiting[other]
+        np.copyto(reached, row, where=better)
+        parent[other][better] = node
+    child = np.flatnonzero(parent >= 0)
+    low, high = np.minimum(child, parent[child]), np.maximum(child, parent[child])
+    return low, high if square else high - p

@@ -1,0 +1,227 @@
+"""Spherical k-means: centroids fitted on a sample, and the nearest centroid of every row.
+
+Rows and centroids are unit vectors and closeness is the cosine. Fitting is one entry of a table, `BACKENDS`: Lloyd's
+algorithm by products of bytes on CPUs that have them, on others FAISS's `SuperKmeans` (pruned distances) for many
+clusters; FAISS's `Kmeans` for few clusters and on GPUs, and torch's products on GPUs that only torch sees.
+Assignment is a blocked matrix product and an argmax: 2 n k d operations, memory for one block.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from curate.vectors.exact import has_int8, to_bytes, widen
+
+FIT_BYTES = 1 << 30
+POINTS_PER_CENTROID = 256  # FAISS's own default bound; its silent subsampling is switched off below
+LEAST_POINTS_PER_CENTROID = 39  # below it FAISS calls a fit poor
+BLOCK_ELEMENTS = 1 << 22
+BYTES_K = 256  # clusters from which loading torch pays
+LLOYD_ROWS = 2048
+PRUNED_DIM = 32  # SuperKmeans refuses fewer dimensions
+PRUNED_K = (
+    1000  # its pruning gains 1.4 to 1.9 times at k = 2,000 and loses up to 3 times at k = 600 (tests/bench/cluster.py)
+)
+
+
+def default_k(rows: int) -> int:
+    """Choose the number of clusters: a hundredth of the rows, at most 10,000, and 2 sqrt(rows) where that is more.
+
+    The last gives 90,000 for the 2.05 billion rows on which Bunny's authors used 100,000.
+    """
+    return max(1, min(rows // 100, max(10_000, math.isqrt(4 * rows))))
+
+
+def default_sample(rows: int, k: int, dim: int) -> int:
+    """Choose how many rows to fit on: 256 a centroid within 1 GiB of f32, but no fewer than 39 a centroid."""
+    wanted = min(POINTS_PER_CENTROID * k, FIT_BYTES // (4 * dim))
+    return min(rows, max(wanted, LEAST_POINTS_PER_CENTROID * k))
+
+
+def unit_rows(x_nd: np.ndarray) -> np.ndarray:
+    """Scale rows to unit length, f32; zero rows stay zero."""
+    wide = x_nd.astype(np.float32)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    return np.asarray(wide / np.where(norms > 0, norms, 1))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Centroids f32 [k, d] of unit length, and how good they are on the rows that they were fitted on."""
+
+    centroids: np.ndarray
+    backend: str
+    mean_similarity: float
+    empty: int
+
+
+def _faiss(kind: str, x_nd: np.ndarray, k: int, iters: int, seed: int, **more: bool) -> np.ndarray:
+    """Fit by FAISS. kind: Kmeans, or SuperKmeans, whose distances are pruned."""
+    import faiss
+
+    every_row = {"max_points_per_centroid": len(x_nd), "min_points_per_centroid": 1}
+    fit = getattr(faiss, kind)(
+        x_nd.shape[1], k, niter=iters, seed=seed % (1 << 31), spherical=True, **every_row, **more
+    )
+    fit.train(x_nd)
+    return np.asarray(fit.centroids)
+
+
+def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, device: str = "cpu", int8: bool = False) -> np.ndarray:
+    """Fit by Lloyd's algorithm from k rows at random: rows are assigned by products of bytes or bf16, means are f32.
+
+    A rounded product may take a centroid for another that is as near to a thousandth or so; the objective, which is
+    measured exactly, is no worse than FAISS's: .12 % above it (tests/bench/cluster.py). An empty cluster takes
+    half of the largest, as in FAISS.
+    """
+    import torch
+
+    rng = np.random.default_rng(seed)
+    rows = torch.from_numpy(x_nd).to(device)
+    centroids = x_nd[np.sort(rng.permutation(len(x_nd))[:k])]
+
+    def rounded(matrix: np.ndarray) -> torch.Tensor:
+        if int8:
+            everything, origin = np.arange(len(matrix)), np.zeros((1, matrix.shape[1]), np.float32)
+            tensor: torch.Tensor = to_bytes(matrix, everything, origin, np.zeros(len(matrix), np.int64)).rows
+            return tensor
+        return torch.from_numpy(matrix).to(device, torch.bfloat16)
+
+    coarse = rounded(x_nd)
+    for _ in range(iters):
+        columns = rounded(centroids).T
+        sums, counts = torch.zeros(k, rows.shape[1], device=device), torch.zeros(k, dtype=torch.int64, device=device)
+        for first in range(0, len(rows), LLOYD_ROWS):
+            block = slice(first, first + LLOYD_ROWS)
+            if int8:  # numpy's argmax is the faster one
+                nearest = torch.from_numpy(torch._int_mm(coarse[block], columns).numpy().argmax(axis=1))
+            else:
+                nearest = (coarse[block] @ columns).argmax(dim=1)
+            here = torch.bincount(nearest, minlength=k)
+            if device == "cpu":
+                sums.index_add_(0, nearest, rows[block])
+            else:  # there index_add_ adds in any order, and repeats no byte
+                order = nearest.argsort(stable=True)
+                sums += torch.segment_reduce(rows[block][order], "sum", lengths=here, unsafe=True)
+            counts += here
+        centroids = _means(sums.cpu().numpy(), counts.cpu().numpy(), rng)
+    return centroids
+
+
+def _means(sums_kd: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Turn sums into unit centroids; empty clusters stand beside the largest ones."""
+    empty = np.flatnonzero(counts == 0)
+    largest = np.argsort(-counts, kind="stable")[: len(empty)]
+    centroids = unit_rows(sums_kd)
+    centroids[empty[: len(largest)]] = centroids[largest] * (
+        1 + rng.choice([-1e-3, 1e-3], (len(largest), sums_kd.shape[1]))
+    )
+    return unit_rows(centroids)
+
+
+BACKENDS: dict[str, Callable[[np.ndarray, int, int, int], np.ndarray]] = {
+    "bytes": partial(_lloyd, int8=True),
+    "superkmeans": partial(_faiss, "SuperKmeans"),
+    "kmeans": partial(_faiss, "Kmeans"),
+    "kmeans-gpu": partial(_faiss, "Kmeans", gpu=True),
+    "torch-gpu": partial(_lloyd, device="cuda"),
+}
+
+
+def choose_backend(dim: int, k: int, *, gpu: bool) -> str:
+    """Name the backend for this machine: a GPU where one is wanted and seen, else the fastest on its CPU.
+
+    At k = 2,000 `bytes` is 3.26 times as fast as `kmeans` and `superkmeans` 1.97 times (tests/bench/cluster.py); the
+    latter loses for few clusters.
+    """
+    import faiss
+
+    if gpu and getattr(faiss, "get_num_gpus", int)() > 0:
+        return "kmeans-gpu"
+    if gpu and _torch_sees_a_gpu():
+        return "torch-gpu"
+    if k >= BYTES_K and has_int8():
+        return "bytes"
+    pruned = dim >= PRUNED_DIM and k >= PRUNED_K and hasattr(faiss, "SuperKmeans")
+    return "superkmeans" if pruned else "kmeans"
+
+
+def _torch_sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def fit(x_nd: np.ndarray, k: int, iters: int, seed: int, *, backend: str) -> Fit:
+    """Fit k centroids to unit rows f32 [n, d], n >= k. Same rows, seed and backend: same bytes."""
+    assert k <= len(x_nd)
+    centroids = unit_rows(BACKENDS[backend](np.ascontiguousarray(x_nd, np.float32), k, iters, seed))
+    clusters, similarity = assign(x_nd, centroids)
+    for _ in range(3):
+        empty = np.flatnonzero(np.bincount(clusters, minlength=k) == 0)
+        worst = np.argsort(similarity, kind="stable")[: len(empty)]
+        if not len(empty) or similarity[worst[0]] > 1 - 1e-6:
+            break  # fewer distinct rows than clusters: what is empty stays so
+        centroids[empty] = x_nd[worst]
+        clusters, similarity = assign(x_nd, centroids)
+    empty_count = int((np.bincount(clusters, minlength=k) == 0).sum())
+    return Fit(centroids, backend, float(similarity.mean(dtype=np.float64)), empty_count)
+
+
+def assign(x_nd: np.ndarray, centroids_kd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find each row's nearest centroid by cosine, ties by the lowest number.
+
+    x_nd: f16 or f32 [n, d], unit rows. centroids_kd: f32 [k, d], unit rows. Returns i32 [n] and the cosine f32 [n].
+    """
+    clusters, similarity = np.empty(len(x_nd), np.int32), np.empty(len(x_nd), np.float32)
+    for block, scores in _scores(x_nd, centroids_kd):
+        best = scores.argmax(axis=1)
+        clusters[block], similarity[block] = best, scores[np.arange(len(scores)), best]
+    return clusters, similarity
+
+
+def nearest_two(x_nd: np.ndarray, centroids_kd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find each row's nearest and second nearest of at least two centroids: i32 [2, n], and the first's cosine f32 [n].
+
+    The first is `assign`'s.
+    """
+    clusters, similarity = np.empty((2, len(x_nd)), np.int32), np.empty(len(x_nd), np.float32)
+    for block, scores in _scores(x_nd, centroids_kd):
+        rows, best = np.arange(len(scores)), scores.argmax(axis=1)
+        clusters[0, block], similarity[block] = best, scores[rows, best]
+        scores[rows, best] = -np.inf
+        clusters[1, block] = scores.argmax(axis=1)
+    return clusters, similarity
+
+
+def _scores(x_nd: np.ndarray, centroids_kd: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the cosines of a block of rows with all centroids, in memory that is used again."""
+    n, k = len(x_nd), len(centroids_kd)
+    block = max(16, BLOCK_ELEMENTS // k)
+    centroids_dk = np.ascontiguousarray(centroids_kd.T)
+    products = np.empty((min(block, n), k), np.float32)
+    for first in range(0, n, block):
+        rows = widen(x_nd[first : first + block])
+        yield slice(first, first + len(rows)), np.matmul(rows, centroids_dk, out=products[: len(rows)])
+
+
+def shuffled_scores(image_nd: np.ndarray, text_nd: np.ndarray, seed: int, shuffles: int = 8) -> np.ndarray:
+    """Score every image against the captions of others: the scores that mismatched pairs would have.
+
+    image_nd, text_nd: [n, d], unit rows, n >= 2. Shuffle s pairs image i with caption i + offset of a random order, so
+    that none meets its own. Returns f32 [shuffles' * n], unsorted; there are at most n - 1 shuffles.
+    """
+    n = len(image_nd)
+    rng = np.random.default_rng([seed, 0x5CA1E])
+    order = rng.permutation(n)
+    offsets = rng.choice(n - 1, min(shuffles, n - 1), replace=False) + 1
+    image, text = image_nd[order], text_nd[order]
+    scores = np.empty((len(offsets), n), np.float32)
+    for s, offset in enumerate(offsets):
+        for first in range(0, n, 4096):
+            rows = np.arange(first, min(first + 4096, n))
+            scores[s, rows] = np.einsum("nd,nd->n", widen(image[rows]), widen(text[(rows + offset) % n]))
+    return scores.ravel()

@@ -1,0 +1,188 @@
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny_clip
+from artefacts import members, picture, write_pool, write_selection
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_layouts import QUIET, write_source
+
+from curate.embed import reader
+from curate.embed.embed import EmbedOptions, embed
+from curate.embed.side_data import NUMBER, TEXT, Captions, Extras, stored
+from curate.emit.emit import EmitOptions, emit
+from curate.errors import UsageError
+from curate.ingest.published import ImportOptions, import_layout
+from curate.storage import sidecar
+from curate.storage.schema import STATUSES
+from curate.storage.tar import TarWriter, read_index
+from house import REAL_DATA, curate
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_clip.write(tmp_path_factory.mktemp("model") / "clip")
+
+
+def write_silent_pool(folder, urls):
+    """A download without captions: pictures, and JSON with their urls."""
+    folder.mkdir()
+    with open(folder / "00000.tar", "wb") as file, TarWriter(file) as tar:
+        for row, url in enumerate(urls):
+            tar.add(f"{row:05d}.jpg", picture(row))
+            tar.add(f"{row:05d}.json", json.dumps({"url": url}).encode())
+    return str(folder)
+
+
+def test_captions_come_by_url_from_a_headerless_table_and_are_emitted(tmp_path, model):
+    pool = write_silent_pool(tmp_path / "pool", [f"http://x/{row}" for row in range(5)])
+    lines = ["a red thing\thttp://x/0", "first\thttp://x/2", "second\thttp://x/2", "\thttp://x/3", "no url"]
+    (tmp_path / "cc.tsv").write_text("\n".join([*lines, "été\thttp://x/4"]), "utf-8")
+    options = EmbedOptions(model, captions=str(tmp_path / "cc.tsv"))
+    manifest = embed(pool, str(tmp_path / "emb"), options, QUIET)
+    assert manifest["counts"] == {"ok": 3, "no_caption": 2} and manifest["inputs"]["captions"]["digest"]
+    table = sidecar.table(str(tmp_path / "emb" / "00000.arrow"))
+    assert table["caption"].to_pylist() == ["a red thing", None, "first", None, "été"]
+    sel = write_selection(tmp_path / "sel", str(tmp_path / "emb"), lambda stem, row, key: True)
+    manifest = emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET)
+    assert manifest["captions_added"] == 3
+    held = dict(members(tmp_path / "out" / "000000.tar"))
+    assert held["00004.txt"].decode() == "été" and held["00004.jpg"] == picture(4) and len(held) == 9
+
+
+def test_samples_that_say_something_themselves_are_emitted_as_they_are(tmp_path, model):
+    pool = write_pool(tmp_path / "pool", ["a"], 3)
+    with open(tmp_path / "pool" / "b.tar", "wb") as file, TarWriter(file) as tar:
+        tar.add("x.jpg", picture(9))
+        tar.add("x.json", b'{"caption": "in the JSON"}')
+    embed(pool, str(tmp_path / "emb"), EmbedOptions(model), QUIET)
+    sel = write_selection(tmp_path / "sel", str(tmp_path / "emb"), lambda stem, row, key: True)
+    manifest = emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET)
+    assert "captions_added" not in manifest
+    whole = members(tmp_path / "pool" / "a.tar") + members(tmp_path / "pool" / "b.tar")
+    assert members(tmp_path / "out" / "000000.tar") == whole
+
+
+@pytest.mark.parametrize("content", ["", "one column\n", "a\tb\nc\thttp://x\n"])
+def test_a_table_without_urls_is_refused_before_any_model_is_loaded(tmp_path, content):
+    pool = write_silent_pool(tmp_path / "pool", ["http://x/0"])
+    (tmp_path / "cc.tsv").write_text(content)
+    with pytest.raises(UsageError, match="caption TAB url"):
+        embed(pool, str(tmp_path / "emb"), EmbedOptions("ViT-B-32", captions=str(tmp_path / "cc.tsv")), QUIET)
+
+
+@pytest.mark.realdata
+def test_cc3m_as_it_is_published_finds_every_caption():
+    location = REAL_DATA / "text" / "cc3m_validation.tsv"
+    rows = [line.rstrip("\n").split("\t") for line in open(location, encoding="utf-8", newline="\n")]
+    captions = Captions(str(location))
+    first = {}
+    for caption, url in rows:
+        first.setdefault(url, caption.strip())
+    assert len(rows) == 15_833 or len(rows) == 15_840
+    assert {url: captions.get(url) for url in first} == first
+    assert captions.get("http://nowhere/none.jpg") is None
+
+
+def test_columns_of_a_source_are_kept_alone_and_joined(tmp_path):
+    told = {"similarity": [0.1, 0.2, None, 0.4, 0.5], "NSFW": ["UNLIKELY", None, "UNSURE", "", "NSFW"]}
+    write_source(tmp_path / "source", "clip-retrieval", [5], **told)
+    options = ImportOptions("clip-retrieval", columns=("similarity", "NSFW", "caption"))
+    manifest = import_layout(str(tmp_path / "source"), str(tmp_path / "emb"), options, QUIET)
+    assert manifest["options"]["columns"] == {"similarity": "number", "NSFW": "text", "caption": "text"}
+    table = sidecar.table(str(tmp_path / "emb" / "0000.arrow"))
+    assert table["similarity"].to_pylist() == told["similarity"]
+    assert table["NSFW"].to_pylist() == ["UNLIKELY", None, "UNSURE", None, "NSFW"]
+    assert table[stored("caption")].to_pylist() == table["caption"].to_pylist()
+    pool = write_silent_pool(tmp_path / "pool", ["http://x/4", "http://x/99", "http://x/1"])
+    options = ImportOptions("clip-retrieval", pool=pool, join="url", columns=("similarity", "NSFW"))
+    import_layout(str(tmp_path / "source"), str(tmp_path / "joined"), options, QUIET)
+    table = sidecar.table(str(tmp_path / "joined" / "00000.arrow"))
+    assert table["similarity"].to_pylist() == [0.5, None, 0.2] and table["NSFW"].to_pylist() == ["NSFW", None, None]
+    with pytest.raises(UsageError, match="unknown column of .*'similarty'.*did you mean 'similarity'"):
+        options = ImportOptions("clip-retrieval", columns=("similarty",))
+        import_layout(str(tmp_path / "source"), str(tmp_path / "no"), options, QUIET)
+
+
+def test_datacomps_uids_travel_from_the_pool_to_its_subset(tmp_path, model):
+    """DataComp's downloads have `uid` in their JSON, 32 hexadecimal digits; its resharder reads (u8, u8), sorted."""
+    uids = [f"{row * 0x1234567890ABCDEF1234567890ABCDEF % (1 << 128):032x}" for row in (7, 3, 5, 1)]
+    (tmp_path / "pool").mkdir()
+    with open(tmp_path / "pool" / "00000000.tar", "wb") as file, TarWriter(file) as tar:
+        for row, uid in enumerate(uids):
+            tar.add(f"{row:05d}.jpg", picture(row))
+            tar.add(f"{row:05d}.txt", b"words")
+            tar.add(f"{row:05d}.json", json.dumps({"uid": uid}).encode())
+    embed(str(tmp_path / "pool"), str(tmp_path / "emb"), EmbedOptions(model), QUIET)
+    sel = write_selection(tmp_path / "sel", str(tmp_path / "emb"), lambda stem, row, key: row != 2 or "sample(9)")
+    emit(sel, str(tmp_path / "out"), EmitOptions(format="datacomp"), QUIET)
+    subset = np.load(tmp_path / "out" / "subset.npy")
+    expected = sorted((int(uid[:16], 16), int(uid[16:], 16)) for row, uid in enumerate(uids) if row != 2)
+    assert subset.dtype == np.dtype("u8,u8") and subset.tolist() == expected
+    curate("select", tmp_path / "emb", tmp_path / "back", "--step", f"subset('{tmp_path / 'out' / 'subset.npy'}')")
+    chosen = sidecar.table(str(tmp_path / "back" / "00000000.arrow"))["kept"].to_pylist()
+    assert chosen == [True, True, False, True]
+    np.save(tmp_path / "numbers.npy", np.arange(3))
+    ended = curate(
+        "select", tmp_path / "emb", tmp_path / "no", "--step", f"subset('{tmp_path}/numbers.npy')", check=False
+    )
+    assert ended.returncode == 2 and "u8,u8" in ended.stderr
+
+
+def test_laions_tables_lie_in_a_folder_of_their_own_name(tmp_path):
+    write_source(tmp_path / "source", "clip-retrieval", [3])
+    (tmp_path / "source" / "metadata").rename(tmp_path / "source" / "laion2B-en-metadata")
+    import_layout(str(tmp_path / "source"), str(tmp_path / "emb"), ImportOptions("clip-retrieval"), QUIET)
+    assert sidecar.table(str(tmp_path / "emb" / "0000.arrow"))["url"].to_pylist()[2] == "http://x/2"
+
+
+def test_nemo_curators_own_output_is_imported(tmp_path):
+    """NeMo Curator 1.4.0, ConvertImageBatchToDocumentBatchStage(["image_id", "embedding"]) and ParquetWriter."""
+    (tmp_path / "nemo").mkdir()
+    kinds = pa.schema([("image_id", pa.large_string()), ("embedding", pa.list_(pa.float32()))])
+    rows = {"image_id": ["00000_000000", "00000_000001"], "embedding": [[3.0, 4.0], [0.0, 2.0]]}
+    pq.write_table(pa.table(rows, kinds), tmp_path / "nemo" / "65e82c05c89f41e2ae7034cef5c92999.parquet")
+    manifest = import_layout(str(tmp_path / "nemo"), str(tmp_path / "emb"), ImportOptions("nemo"), QUIET)
+    [stem] = manifest["shards"]
+    found = sidecar.table(str(tmp_path / "emb" / f"{stem}.arrow")).to_pylist()
+    assert [row["key"] for row in found] == rows["image_id"]
+    np.testing.assert_allclose([row["image_embedding"] for row in found], [[0.6, 0.8], [0, 1]], atol=1e-3)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("caption", "url", "score", "license")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.binary(max_size=200)
+    | st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES).map(lambda value: json.dumps(value).encode())
+)
+@example(b'{"score": 1%s}' % (b"0" * 400))
+@example(b'{"score": 1e999, "caption": NaN}')
+@example(b'{"license": %s1%s}' % (b"[" * 900, b"]" * 900))
+@example(b'{"caption": "\\ud800", "url": "\\ud800"}')
+@example(b"[" * 100_000)
+def test_no_json_of_a_sample_ever_crashes_or_loses_its_row(blob):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in (("a.jpg", picture(0)), ("a.json", blob)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    [sample] = read_index(file).samples
+    row, image = reader.read_row(file, sample, 10_000, Extras({"score": NUMBER, "license": TEXT}))
+    assert row["key"] == "a" and row["status"] in STATUSES
+    assert (row["status"] == "ok") == (row["caption"] is not None) and image is not None
+    kinds = {"caption": pa.string(), "url": pa.string(), "score": pa.float64(), "license": pa.string()}
+    for field, kind in kinds.items():
+        pa.array([row[field]], kind)

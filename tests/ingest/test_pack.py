@@ -1,0 +1,265 @@
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny_clip
+from artefacts import members, picture
+
+from curate.embed.embed import EmbedOptions, embed
+from curate.engine import Job
+from curate.errors import UsageError
+from curate.ingest.pack import PackOptions, pack
+from curate.storage import sidecar
+from curate.storage.tar import TarWriter, list_pool, read_index, suffix_of
+from house import curate, fingerprint
+
+QUIET = Job(quiet=True, workers=1)
+ENDED = ["success"] * 7 + ["failed_to_download", "failed_to_resize", "failed_to_download"]
+
+
+def downloads(first=0):
+    """The rows that img2dataset 1.47.0 writes of one shard, in its columns' order and types."""
+    made = []
+    for row, status in enumerate(ENDED, first):
+        good = status == "success"
+        why = None if good else "HTTP Error 404: File not found"
+        size = {"width": 24, "height": 24, "original_width": 300 + row, "original_height": 400}
+        told = {"caption": f"picture {row}", "url": f"http://x/{row}.jpg", "key": f"{row:06d}", "status": status}
+        sizes = {name: value if good else None for name, value in size.items()}
+        made.append({**told, "error_message": why, **sizes, "exif": "{}" if good else None, "sha256": f"{row:064x}"})
+    return made
+
+
+SCHEMA = pa.schema(
+    [("caption", pa.string()), ("url", pa.string()), ("key", pa.string()), ("status", pa.string())]
+    + [("error_message", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
+    + [("original_width", pa.int32()), ("original_height", pa.int32()), ("exif", pa.string()), ("sha256", pa.string())]
+)
+
+
+def write_files(folder, shards=2):
+    """img2dataset 1.47.0, `--output_format files`: {shard}/{key}.jpg .txt .json, {shard}.parquet, a JSON of counts."""
+    for number in range(shards):
+        place = folder / f"{number:05d}"
+        place.mkdir(parents=True)
+        rows = downloads(10 * number)
+        for row in rows:
+            if row["status"] == "success":
+                (place / f"{row['key']}.jpg").write_bytes(picture(int(row["key"])))
+                (place / f"{row['key']}.txt").write_text(row["caption"])
+                (place / f"{row['key']}.json").write_text(json.dumps(row, indent=4))
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / f"{number:05d}.parquet")
+        (folder / f"{number:05d}_stats.json").write_text('{"count": 10, "successes": 7}')
+    return str(folder)
+
+
+def write_webdataset(folder):
+    """img2dataset 1.47.0, `--output_format webdataset`: the same members in a tar, in the order of their arrival."""
+    folder.mkdir()
+    with open(folder / "00000.tar", "wb") as file, TarWriter(file) as tar:
+        for row in sorted(downloads(), key=lambda row: row["sha256"][-1] not in "02468"):
+            if row["status"] == "success":
+                tar.add(f"{row['key']}.jpg", picture(int(row["key"])))
+                tar.add(f"{row['key']}.txt", row["caption"].encode())
+                tar.add(f"{row['key']}.json", json.dumps(row, indent=4).encode())
+    pq.write_table(pa.Table.from_pylist(downloads(), SCHEMA), folder / "00000.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_clip.write(tmp_path_factory.mktemp("model") / "clip")
+
+
+def test_img2datasets_files_become_tars_byte_for_byte(tmp_path):
+    source = write_files(tmp_path / "download")
+    manifest = pack(source, str(tmp_path / "pool"), PackOptions(), QUIET)
+    assert manifest["counts"] == {"rows": 14} and list(manifest["shards"]) == ["00000", "00001"]
+    for number in range(2):
+        held = dict(members(tmp_path / "pool" / f"{number:05d}.tar"))
+        on_disk = {path.name: path.read_bytes() for path in (tmp_path / "download" / f"{number:05d}").iterdir()}
+        assert held == on_disk and list(held) == sorted(held)
+        side = f"{number:05d}.parquet"
+        assert (tmp_path / "pool" / side).read_bytes() == (tmp_path / "download" / side).read_bytes()
+
+
+def test_any_folders_of_images_will_do_and_what_is_left_out_is_counted(tmp_path):
+    for name in ("cats/a.png", "cats/a.txt", "cats/b.JPG", "cats/more/c.webp", "cats/notes.md", "read.txt"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(name.encode())
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    manifest = pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(shard_size=1), QUIET)
+    assert manifest["shards"] == {
+        "cats_00000": {"rows": 1}, "cats_00001": {"rows": 1}, "cats__more": {"rows": 1}
+    }  # fmt: skip
+    assert manifest["passed_over"] == {"md": 1}
+    assert members(tmp_path / "pool" / "cats_00000.tar") == [("a.png", b"cats/a.png"), ("a.txt", b"cats/a.txt")]
+    assert members(tmp_path / "pool" / "cats_00001.tar") == [("b.jpg", b"cats/b.JPG")]
+
+
+def write_hugging_face(path, rows=6):
+    """datasets 5.2.0, `Dataset.to_parquet` with an Image column: struct<bytes: binary, path: string>, text, label."""
+    images = [{"bytes": picture(row, kind="PNG" if row % 2 else "JPEG"), "path": None} for row in range(rows - 1)]
+    table = pa.table(
+        {
+            "image": pa.array([*images, None], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "text": [f"words {row}" for row in range(rows)],
+            "label": pa.array(range(rows), pa.int64()),
+            "score": [float("nan"), *[0.5] * (rows - 1)],
+        }
+    )
+    pq.write_table(table, path, row_group_size=2)
+
+
+def test_hugging_faces_image_parquet_becomes_a_pool_that_embeds(tmp_path, model):
+    (tmp_path / "in").mkdir()
+    write_hugging_face(tmp_path / "in" / "train-00000-of-00001.parquet")
+    manifest = pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(), QUIET)
+    [stem] = manifest["shards"]
+    held = dict(members(tmp_path / "pool" / f"{stem}.tar"))
+    assert held[f"{stem}_000000000.jpg"] == picture(0) and held[f"{stem}_000000001.png"] == picture(1, kind="PNG")
+    assert json.loads(held[f"{stem}_000000000.json"]) == {"text": "words 0", "label": 0, "score": None}
+    made = embed(str(tmp_path / "pool"), str(tmp_path / "emb"), EmbedOptions(model, columns=("label",)), QUIET)
+    assert made["counts"] == {"ok": 5, "no_image": 1}
+    table = sidecar.table(str(tmp_path / "emb" / f"{stem}.arrow"))
+    assert table["caption"].to_pylist() == [f"words {row}" for row in range(6)]
+    assert table["label"].to_pylist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_img2datasets_parquet_keeps_the_rows_that_failed(tmp_path, model):
+    (tmp_path / "in").mkdir()
+    rows = [row | {"jpg": picture(at) if row["status"] == "success" else None} for at, row in enumerate(downloads())]
+    pq.write_table(
+        pa.Table.from_pylist(rows, SCHEMA.append(pa.field("jpg", pa.binary()))), tmp_path / "in/00000.parquet"
+    )
+    pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(), QUIET)
+    embed(str(tmp_path / "pool"), str(tmp_path / "emb"), EmbedOptions(model, columns=("status",)), QUIET)
+    table = sidecar.table(str(tmp_path / "emb" / "00000.arrow"))
+    assert table["key"].to_pylist() == [row["key"] for row in rows]
+    assert table["status"].to_pylist() == ["ok"] * 7 + ["no_image"] * 3
+    assert table["source_status"].to_pylist() == ENDED
+
+
+def test_large_parquet_files_are_cut_and_keys_stay_unique(tmp_path):
+    rows = [{"id": name, "jpg": picture(at)} for at, name in enumerate(["a.b/c", "a.b/c", "../x", "", "e"])]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "all.parquet", row_group_size=2)
+    pack(str(tmp_path / "all.parquet"), str(tmp_path / "pool"), PackOptions(shard_size=3), QUIET)
+    keys = []
+    for shard in list_pool(str(tmp_path / "pool")):
+        with open(shard.location, "rb") as file:
+            samples = read_index(file).samples
+            keys += [sample.key for sample in samples]
+            assert not any(sample.twin for sample in samples)
+    assert keys == ["a_b_c", "all_00000_000000001", "___x", "all_00001_000000003", "e"]
+
+
+def test_workers_interruptions_and_the_command_line_leave_the_same_bytes(tmp_path):
+    source = write_files(tmp_path / "download", shards=3)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    pack(source, str(tmp_path / "a" / "pool"), PackOptions(), QUIET)
+    pack(source, str(tmp_path / "b" / "pool"), PackOptions(), Job(quiet=True, workers=1, part=(0, 2)))
+    curate("pack", source, tmp_path / "b" / "pool", "--workers", 2)
+    assert fingerprint(tmp_path / "a" / "pool") == fingerprint(tmp_path / "b" / "pool")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (PackOptions(layout="fils"), "did you mean 'files'"),
+        (PackOptions(image="pic"), "unknown column"),
+        (PackOptions(image="text"), "holds no image"),
+        (PackOptions(layout="files"), "expected folders of images"),
+        (PackOptions(shard_size=0), "at least 1"),
+    ],
+)
+def test_wrong_requests_are_refused(tmp_path, options, words):
+    (tmp_path / "in").mkdir()
+    write_hugging_face(tmp_path / "in" / "x.parquet")
+    with pytest.raises(UsageError) as refused:
+        pack(str(tmp_path / "in"), str(tmp_path / "pool"), options, QUIET)
+    assert words in str(refused.value)
+
+
+def test_folders_of_one_name_are_refused_and_the_folder_itself_has_its_name(tmp_path, monkeypatch):
+    for folder in ("in/a/b", "in/a__b"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.jpg").write_bytes(picture(0))
+    with pytest.raises(UsageError, match="in/a/b and .*in/a__b would both become a__b.tar"):
+        pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(), QUIET)
+    for name in ("y.1", "y_1"):
+        write_hugging_face(tmp_path / "in" / f"{name}.parquet")
+    with pytest.raises(UsageError, match="would both become y_1.tar"):
+        pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(layout="parquet"), QUIET)
+    with pytest.raises(UsageError, match="is a file; expected a folder"):
+        pack(__file__, str(tmp_path / "pool"), PackOptions(), QUIET)
+    monkeypatch.chdir(tmp_path / "in" / "a__b")
+    pack(".", str(tmp_path / "pool"), PackOptions(), QUIET)
+    assert [path.name for path in (tmp_path / "pool").glob("*.tar")] == ["a__b.tar"]
+
+
+def test_a_pool_is_no_source_and_paths_are_no_images(tmp_path):
+    with pytest.raises(UsageError, match="a pool already"):
+        pack(write_webdataset(tmp_path / "pool"), str(tmp_path / "again"), PackOptions(), QUIET)
+    table = {"image": [{"bytes": None, "path": "/etc/passwd"}], "text": ["a"]}
+    kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("text", pa.string())])
+    pq.write_table(pa.table(table, kinds), tmp_path / "paths.parquet")
+    manifest = pack(str(tmp_path / "paths.parquet"), str(tmp_path / "out"), PackOptions(), QUIET)
+    assert "no image bytes" in manifest["failed"]["paths"] and not list((tmp_path / "out").glob("*.tar"))
+    pq.write_table(pa.table({"words": ["a"]}), tmp_path / "text.parquet")
+    with pytest.raises(UsageError, match="no column of images.*--image"):
+        pack(str(tmp_path / "text.parquet"), str(tmp_path / "out2"), PackOptions(), QUIET)
+
+
+def test_downloads_are_accounted_for_and_their_columns_kept(tmp_path, model):
+    pool = write_webdataset(tmp_path / "pool")
+    wanted = ("original_width", "sha256")
+    manifest = embed(pool, str(tmp_path / "emb"), EmbedOptions(model, columns=wanted), QUIET)
+    assert manifest["downloads"] == {"failed_to_download": 2, "failed_to_resize": 1, "success": 7}
+    assert manifest["options"]["columns"] == {"original_width": "number", "sha256": "text"}
+    rows = sidecar.table(str(tmp_path / "emb" / "00000.arrow")).to_pylist()
+    by_key = {row["key"]: row for row in downloads()}
+    for row in rows:
+        assert row["original_width"] == by_key[row["key"]]["original_width"]
+        assert row["sha256"] == by_key[row["key"]]["sha256"] and row["width"] == 24
+    with pytest.raises(UsageError, match="unknown field.*'sha265'.*did you mean 'sha256'"):
+        embed(pool, str(tmp_path / "no"), EmbedOptions(model, columns=("sha265",)), QUIET)
+    curate("select", tmp_path / "emb", tmp_path / "sel", "--step", "above(original_width, 302.5)")
+    chosen = sidecar.table(str(tmp_path / "sel" / "00000.arrow")).to_pylist()
+    assert sorted(row["key"] for row in chosen if row["kept"]) == ["000003", "000004", "000005", "000006"]
+
+
+def test_a_side_table_stands_in_for_json_and_says_when_samples_are_missing(tmp_path, model):
+    (tmp_path / "pool").mkdir()
+    with open(tmp_path / "pool" / "00000.tar", "wb") as file, TarWriter(file) as tar:
+        for row in downloads()[:6]:
+            tar.add(f"{row['key']}.jpg", picture(int(row["key"])))
+            tar.add(f"{row['key']}.txt", row["caption"].encode())
+            tar.add(f"{row['key']}.json", json.dumps({"original_width": None if row["key"] > "000002" else 5}).encode())
+    pq.write_table(pa.Table.from_pylist(downloads(), SCHEMA), tmp_path / "pool" / "00000.parquet")
+    options = EmbedOptions(model, columns=("original_width",))
+    manifest = embed(str(tmp_path / "pool"), str(tmp_path / "emb"), options, QUIET)
+    assert "6 samples, but its side table says 7 downloads" in manifest["shards"]["00000"]["notes"]
+    assert sidecar.table(str(tmp_path / "emb/00000.arrow"))["original_width"].to_pylist() == [5, 5, 5, 303, 304, 305]
+    (tmp_path / "pool" / "00000.parquet").write_bytes(b"PAR1 no")
+    manifest = embed(str(tmp_path / "pool"), str(tmp_path / "bad"), options, QUIET)
+    assert "00000.parquet cannot be read" in manifest["failed"]["00000"]
+
+
+def test_suffixes_follow_the_bytes():
+
+    for kind, suffix in (
+        ("JPEG", "jpg"),
+        ("PNG", "png"),
+        ("WEBP", "webp"),
+        ("GIF", "gif"),
+        ("BMP", "bmp"),
+        ("TIFF", "tif"),
+    ):
+        assert suffix_of(picture(1, kind=kind)) == suffix
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    assert suffix_of(buffer.getvalue()) == "jpg"

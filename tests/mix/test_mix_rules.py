@@ -1,0 +1,223 @@
+"""What a mix does with a source beyond reading it: replace, select, decontaminate, deduplicate; and its account."""
+
+import json
+
+import numpy as np
+import pytest
+from artefacts import picture, write_embeddings, write_pool, write_selection
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_mix import QUIET, members, mixed, turns, write_text, write_vqa
+
+from curate.cluster.cluster import ClusterOptions, cluster
+from curate.embed.embed import EmbedOptions, embed
+from curate.errors import ContractError, UsageError
+from curate.mix import sampling
+from curate.mix.mix import mix
+from curate.select.select import SelectOptions, select
+from house import CLIP
+
+
+def write(path, values):
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def test_one_source_takes_the_place_of_another(tmp_path):
+    path, images, made = write_vqa(tmp_path, 8)
+    table = {"sources": {"vqa": {"path": path, "images": images}, "old": {"path": "nowhere.json"}}}
+    table["sources"]["new"] = {"path": write_text(tmp_path, 4), "replaces": "old"}
+    manifest = mix(table, str(tmp_path / "mix"), QUIET)
+    assert {name: entry["samples"] for name, entry in manifest["sources"].items()} == {"vqa": 8, "new": 4}
+    table["sources"]["new"]["replaces"] = "odl"
+    with pytest.raises(UsageError, match="did you mean 'old'"):
+        mix(table, str(tmp_path / "other"), QUIET)
+
+
+def test_texts_near_each_other_or_to_a_benchmark_go(tmp_path):
+    long = " ".join(f"word{n}" for n in range(30))
+    asked = " ".join(f"ask{n}" for n in range(15))
+    made = [
+        {"id": 0, "conversations": turns(long, "yes")},
+        {"id": 1, "conversations": turns(long + " more", "yes")},
+        {"id": 2, "conversations": turns(f"so {asked}", "leaked")},
+        {"id": 3, "conversations": turns("alone", "in the world")},
+        {"id": 4, "image": "a.jpg", "conversations": turns("what?", "a", image=True)},
+        {"id": 5, "image": "b.jpg", "conversations": turns("what?", "a", image=True)},
+        {"id": 6, "image": "a.jpg", "conversations": turns("What", "a", image=True)},
+    ]
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(picture(ord(name)))
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text(
+        json.dumps({"question_id": 1, "text": f"{asked}\nAnswer the question using a single word."}) + "\n"
+    )
+    source = {"path": write(tmp_path / "x.json", made), "images": str(tmp_path), "dedup_text": 0.8}
+    source["exclude_text"] = [str(bench)]
+    manifest = mix({"sources": {"x": source}}, str(tmp_path / "mix"), QUIET)
+    assert sorted(record["id"] for record, _ in mixed(tmp_path / "mix")) == [0, 3, 4, 5]
+    entry = manifest["sources"]["x"]
+    assert entry["ruled_out"] == {"near-duplicate text": 2, "benchmark text": 1} and "faults" not in entry
+    assert {"why": "benchmark text", "what": 2} in entry["listed"]
+    mix({"strict": True, "sources": {"x": source}}, str(tmp_path / "strict"), QUIET)  # rules are no faults
+    bench.write_text("")
+    with pytest.raises(ContractError, match="another state of .*bench.jsonl"):
+        mix({"sources": {"x": source}}, str(tmp_path / "mix"), QUIET)
+    with pytest.raises(UsageError, match="from 0.5 to 1"):
+        mix({"sources": {"x": {**source, "dedup_text": 0.2}}}, str(tmp_path / "mix2"), QUIET)
+
+
+def test_a_selection_of_the_pictures_decides_over_their_records(tmp_path):
+    """The pictures' pool was embedded and selected; the records lie in a JSON beside it."""
+    pool = write_pool(tmp_path / "pool", ["00000"], 6)
+    kept = write_selection(
+        tmp_path / "sel", write_embeddings(tmp_path / "emb", pool), lambda stem, row, key: row % 2 == 0 or "sample(9)"
+    )
+    made = [
+        {"id": n, "image": f"{n // 2:09d}.jpg", "conversations": turns(f"q{n}", "a", image=True)} for n in range(12)
+    ]
+    made.append({"id": "text", "conversations": turns("q", "a")})
+    table = {"sources": {"x": {"path": write(tmp_path / "x.json", made), "images": pool, "selection": kept}}}
+    manifest = mix(table, str(tmp_path / "mix"), QUIET)
+    ids = {record["id"] for record, _ in mixed(tmp_path / "mix")}
+    assert ids == {"text", *(n for n in range(12) if n // 2 % 2 == 0)}
+    assert manifest["sources"]["x"]["ruled_out"] == {"picture not selected": 6}
+
+
+def test_a_mix_is_a_pool_that_every_selector_works_on(tmp_path):
+    path, images, made = write_vqa(tmp_path, 24)
+    copies = [{**record, "id": f"again {record['id']}"} for record in made[:8]]
+    table = {"sources": {"vqa": {"path": write(tmp_path / "x.json", made + copies), "images": images}}}
+    table["sources"]["text"] = {"path": write_text(tmp_path, 5)}
+    mix(table, str(tmp_path / "mix"), QUIET)
+    embedded = embed(str(tmp_path / "mix"), str(tmp_path / "emb"), EmbedOptions(model=CLIP), QUIET)
+    assert embedded["counts"]["ok"] == 32 and embedded["counts"]["no_image"] == 5
+    cluster(str(tmp_path / "emb"), str(tmp_path / "clu"), ClusterOptions(k=2), QUIET)
+    chosen = SelectOptions(steps=("dedup(0.999)", "balance(cluster, 12)"))
+    select(str(tmp_path / "clu"), str(tmp_path / "sel"), chosen, QUIET)
+    table = {"sources": {"vqa": {"path": str(tmp_path / "sel")}}}
+    table["sources"]["text"] = {"path": str(tmp_path / "mix"), "only": "text"}
+    again = mix(table, str(tmp_path / "again"), QUIET)
+    assert again["sources"]["vqa"]["images"] == again["sources"]["vqa"]["samples"] == 12
+    whole = {json.dumps(record) for record, _ in mixed(tmp_path / "mix")}
+    assert {json.dumps(record) for record, _ in mixed(tmp_path / "again")} < whole, "records pass unchanged"
+
+
+def test_a_changed_folder_of_images_is_noticed(tmp_path):
+    path, images, made = write_vqa(tmp_path, 6)
+    table = {"sources": {"vqa": {"path": path, "images": images}}}
+    first = mix(table, str(tmp_path / "mix"), QUIET)
+    assert mix(table, str(tmp_path / "mix"), QUIET) == first
+    (tmp_path / "images" / made[0]["image"]).write_bytes(picture(99) + b"more")
+    with pytest.raises(ContractError, match="another state of .*images"):
+        mix(table, str(tmp_path / "mix"), QUIET)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.01, 0.4), st.integers(300, 2_000))
+def test_tokens_are_met_to_the_last_one(seed, share, total):
+    """Lengths of 1 to 30 tokens: some record always fills the gap."""
+    rng = np.random.default_rng(seed)
+    parts = [
+        sampling.Part(name, np.arange(300), rng.integers(1, 31, 300).astype(np.int32), np.full(300, text), None)
+        for name, text in (("image", False), ("text", True))
+    ]
+    order = sampling.draw(parts, share, total, "tokens", 0, True)
+    sizes = np.array([parts[s].tokens[r] for s, r in zip(order.source, order.rows, strict=True)])
+    assert abs(sizes[order.source == 1].sum() - share * total) <= 0.5
+    assert abs(sizes.sum() - total) <= 1
+    assert len(set(zip(order.source.tolist(), order.rows.tolist(), strict=True))) == len(order.rows)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+TALK = st.lists(
+    st.tuples(st.text(max_size=12), st.text(min_size=1, max_size=12).filter(str.strip)), min_size=1, max_size=3
+)
+STRAY = st.dictionaries(
+    st.text(max_size=4).filter(lambda k: k not in ("conversations", "image", "id")), VALUES, max_size=3
+)
+
+
+@st.composite
+def llava_records(draw):
+    """A record with the irregularities of the published sets: ids of any kind or none, stray fields anywhere."""
+    conversation = []
+    for asked, answered in draw(TALK):
+        conversation += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
+    fields = {"conversations": conversation, **draw(STRAY)}
+    if draw(st.booleans()):
+        fields["id"] = draw(st.integers() | st.text(max_size=6) | st.none())
+    if draw(st.booleans()):
+        fields["image"] = "a.jpg"
+    return {key: fields[key] for key in draw(st.permutations(sorted(fields)))}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(llava_records(), min_size=1, max_size=12), st.booleans(), st.sampled_from([None, 2]))
+def test_no_record_is_changed(tmp_path_factory, made, ascii_only, indent):
+    folder = tmp_path_factory.mktemp("round")
+    (folder / "a.jpg").write_bytes(picture(1))
+    (folder / "x.json").write_text(json.dumps(made, ensure_ascii=ascii_only, indent=indent), "utf-8")
+    source = {"path": str(folder / "x.json"), "images": str(folder)}
+    for form in ("llava", "webdataset"):
+        mix({"format": form, "shuffle": False, "sources": {"x": source}}, str(folder / form), QUIET)
+    back = json.loads((folder / "llava" / "mix.json").read_bytes())
+    assert [json.dumps(record) for record in back] == [json.dumps(record) for record in made]  # key order too
+    tarred = [json.loads(data) for name, data in members(folder / "webdataset" / "000000.tar") if name.endswith("json")]
+    for before, after in zip(made, tarred, strict=True):
+        assert json.dumps(after) == json.dumps(before if "source" in before else {**before, "source": "x"})
+
+
+def test_the_account_sets_before_beside_after(tmp_path):
+    path, images, made = write_vqa(tmp_path, 12)
+    (tmp_path / "images" / made[1]["image"]).unlink()  # records 1 and, sharing it, none other of an odd pair
+    table = {
+        "tokenizer": "estimate",
+        "sources": {
+            "vqa": {"path": path, "images": images, "count": 5, "repeat": 2},
+            "text": {"path": write_text(tmp_path, 9)},
+        },
+    }
+    manifest = mix(table, str(tmp_path / "mix"), QUIET)
+    entry, missing = manifest["sources"]["vqa"], manifest["faults"]["missing image"]
+    assert entry["read"] == 12 and entry["before"]["samples"] == entry["usable"] == 12 - missing
+    assert (entry["samples"], entry["distinct"], entry["before"]["image_uses_max"]) == (10, 5, 2)
+    assert sum(entry["image_uses"].values()) == entry["images"]
+    assert set(entry["before"]["length_percentiles"]) == {"5", "50", "95", "100"}
+    whole = manifest["before"]
+    assert whole["samples"] == entry["usable"] + 9 and whole["text_only"] == 9
+    assert manifest["counts"]["tokens"] == sum(each["tokens"] for each in manifest["sources"].values())
+    assert manifest["text_share_tokens"] == pytest.approx(
+        manifest["counts"]["text_only_tokens"] / manifest["counts"]["tokens"], abs=1e-6
+    )
+
+
+def test_parquet_of_texts_and_lists_of_pictures(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pair = [{"user": "what?", "assistant": "this"}, {"user": "and?", "assistant": "that"}]
+    rows = [
+        {"images": [{"bytes": picture(1), "path": None}], "texts": pair},
+        {"images": [{"bytes": picture(n), "path": None} for n in (1, 2)], "texts": pair},
+        {"images": [], "texts": pair},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    manifest = mix(
+        {"shuffle": False, "sources": {"p": {"path": str(tmp_path / "x.parquet")}}}, str(tmp_path / "m"), QUIET
+    )
+    (first, image), (second, none) = mixed(tmp_path / "m")
+    assert image == picture(1) and none is None
+    assert first["conversations"] == turns("what?", "this", "and?", "that", image=True)
+    assert second["conversations"] == turns("what?", "this", "and?", "that")
+    assert manifest["sources"]["p"]["faults"] == {"several images": 1}
+    parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}]
+    parts.append({"role": "assistant", "content": [{"type": "text", "text": "a"}]})
+    (tmp_path / "a.jpg").write_bytes(picture(3))
+    path = write(tmp_path / "parts.json", [{"image": "a.jpg", "messages": parts}])
+    mix({"sources": {"p": {"path": path, "images": str(tmp_path)}}}, str(tmp_path / "parts"), QUIET)
+    assert mixed(tmp_path / "parts")[0][0]["conversations"] == turns("q", "a", image=True)

@@ -1,0 +1,158 @@
+"""Pipelines: what is checked before anything runs, what is told beforehand, and that a second run does nothing."""
+
+import re
+import tomllib
+
+import pytest
+from artefacts import write_embeddings, write_pool
+
+from curate.errors import UsageError
+from curate.run import dry_run, pipeline
+from house import CLIP, ROOT, curate, fingerprint
+
+TABLES = f"""
+[pool]
+path = "POOL"
+[embed]
+model = "{CLIP}"
+[cluster]
+k = 12
+[select]
+recipe = "balanced"
+n = 100
+compare = ["random"]
+[emit]
+shard_size = 40
+"""
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory, demo):
+    path = tmp_path_factory.mktemp("plan") / "mine.toml"
+    path.write_text(TABLES.replace("POOL", str(demo / "pool")))
+    return path
+
+
+def test_the_dry_run_tells_and_does_nothing(plan, tmp_path):
+    told = curate("run", plan, "--out", tmp_path / "out", "--dry-run").stdout
+    assert "curate embed" in told and "599 rows" in told and "calibrated: fit" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_does_nothing_and_another_recipe_only_what_it_must(plan, tmp_path):
+    out = tmp_path / "out"
+    first = curate("run", plan, "--out", out)
+    assert "balance(cluster, 100, keep=" in first.stdout and (out / "selection-random" / "funnel.json").exists()
+    before = fingerprint(out)
+    assert curate("run", plan, "--out", out).stderr == "" and fingerprint(out) == before
+    refused = curate("run", plan, "--out", out, "--recipe", "laion", check=False)
+    assert refused.returncode == 2 and "--overwrite" in refused.stderr
+    curate("run", plan, "--out", out, "--set", "select.n=50", "--overwrite")
+    after = fingerprint(out)
+    assert {name for name in before if before[name] != after.get(name)} >= {"out/selection/funnel.json"}
+    assert all(after[name] == before[name] for name in before if name.startswith(("out/embeddings", "out/clusters")))
+
+
+def test_settings_and_tables_are_checked_before_anything_runs(plan, tmp_path):
+    for setting, word in [
+        ("embed.modle=x", "did you mean 'model'"),
+        ("cluster.k=many", "cluster.k='many' is not a whole number"),
+        ("sellect.n=3", "did you mean 'select'"),
+        ("data.evil=x", "did you mean 'eval'"),
+        ("select=3", "select is 3, not a table"),
+        ("embed=[{model='x'}]", "not a table"),
+        ("select.n=0", "expected a number of rows"),
+        ("select.recipe=bunni", "did you mean 'bunny'"),
+        ("select.compare=bunny", "is not a list"),
+        ("select.compare=['bunni']", "did you mean 'bunny'"),
+        ("emit.also=['key']", "did you mean 'keys'"),
+        ("import.layout=npy", "[import] needs source"),
+    ]:
+        with pytest.raises(UsageError, match=re.escape(word)):
+            pipeline.load(str(plan), None, settings=[setting])
+    steps = tmp_path / "steps.toml"
+    steps.write_text(TABLES.replace('recipe = "balanced"\nn = 100', "steps = ['rnak(clip_score, 0, 1)']"))
+    with pytest.raises(UsageError, match="did you mean 'rank'"):
+        pipeline.load(str(steps), None)
+
+
+def test_the_mix_and_the_trainers_tables_are_checked_too():
+    for setting, word in [("mix.shufle=true", "did you mean 'shuffle'"), ("mix.sources.text.cap=-1", "negative")]:
+        with pytest.raises(UsageError, match=word):
+            pipeline.load("demo", None, settings=[setting])
+    plan = pipeline.load("demo", None, settings=["align.lrr=1"])
+    pipeline.check_trainer(plan, "coreset")  # none of its stages, so none of its business
+    with pytest.raises(UsageError, match="did you mean 'lr'"):
+        pipeline.check_trainer(plan)
+
+
+def test_a_pipeline_without_the_stages_asked_for_says_which_it_has():
+    with pytest.raises(UsageError, match="mix_665k.toml has no stage to run for coreset; it has mix"):
+        pipeline.load("mix_665k", None).stages("coreset")
+
+
+def test_the_dry_run_goes_on_where_a_model_is_not_there_yet(demo, tmp_path):
+    words = [
+        "--pool",
+        demo / "pool",
+        "--set",
+        f"embed.model=local-dir:{tmp_path}/clip",
+        "--only",
+        "coreset",
+        "--dry-run",
+    ]
+    told = curate("run", "demo", "--out", tmp_path / "out", *words).stdout
+    assert "time not known (as it stands the stage fails: " in told and "no open_clip_config.json" in told
+    assert "curate emit " in told and "in all, without what is not known" in told
+
+
+def test_the_dry_run_of_a_mix_says_what_it_expects_and_what_is_missing():
+    told = list(dry_run.lines(pipeline.load("mix_665k", "o", settings=["mix.seed=3"]), None))
+    assert told[0].startswith("▸ curate mix ") and told[0].endswith("mix_665k.toml o/mix --set=mix.seed=3")
+    assert "665,298 records expected; not there yet: data/llava_v1_5_mix665k.json, data/images" in told[1]
+
+
+def test_a_pool_takes_the_place_of_the_demos():
+    plan = pipeline.load("demo", None, pool="shards/")
+    assert plan.pool == "shards/" and "demo" not in plan.tables and plan.stages("coreset")[0] == "embed"
+
+
+def test_trainer_commands_carry_the_file_the_places_and_the_settings():
+    plan = pipeline.load("demo", "there", settings=["align.lr=1e-3", "select.n=5"])
+    words = pipeline.trainer_command(plan, "align")
+    assert words[3:8] == ["align", "--data", "there/coreset", "--out", "there/align"]
+    assert "--set=align.lr=1e-3" in words and not any("select.n" in word for word in words)
+    assert ["--align", "there/align"] == pipeline.trainer_command(plan, "finetune")[8:10]
+
+
+def test_benchmarks_are_asked_where_they_are_named():
+    plan = pipeline.load("bunny", "o", settings=["data.eval_tasks=pope,gqa", "data.eval_root=e"])
+    assert "eval" in plan.stages("train")
+    assert pipeline.trainer_command(plan, "eval")[4:11] == [
+        "o/model",
+        "--tasks",
+        "pope,gqa",
+        "--eval-root",
+        "e",
+        "--out",
+        "o/eval",
+    ]
+    assert "eval" not in pipeline.load("bunny", "o").stages("train")
+
+
+def test_the_listing_names_every_shipped_pipeline():
+    listed = dict(pipeline.listing())
+    for path in (ROOT / "pipelines").glob("*.toml"):
+        assert listed[path.stem] == tomllib.loads(path.read_text()).get("about", "")
+
+
+def test_the_dry_run_reads_sizes_off_finished_embeddings_and_calibrates_what_follows(tmp_path):
+    write_embeddings(tmp_path / "embeddings", write_pool(tmp_path / "pool", ["a", "b"], 30))
+    (tmp_path / "p.toml").write_text(
+        "[embed]\nmodel = 'x'\n[cluster]\nk = 4\n[select]\nsteps = ['sample(9)']\n[emit]\n"
+    )
+    plan = pipeline.load(str(tmp_path / "p.toml"), str(tmp_path), pool=str(tmp_path / "pool"))
+    told = list(dry_run.lines(plan, "coreset"))
+    assert told[1].strip().startswith("stands finished")
+    assert "60 rows · " in told[3] and "k = 4 by kmeans, calibrated: fit " in told[3]
+    assert "60 rows · " in told[5] and "6 rows · " in told[7] and "core-hours" in told[-1]

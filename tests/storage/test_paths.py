@@ -1,0 +1,60 @@
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from curate.storage import paths
+
+
+class Flaky(MemoryFileSystem):
+    """A driver whose every operation fails in passing before it succeeds."""
+
+    protocol = "flaky"
+    store, pseudo_dirs = {}, [""]
+    failures, asked = 2, []
+
+    def _stumble(self, what):
+        Flaky.asked.append(what)
+        if Flaky.asked.count(what) <= Flaky.failures:
+            raise ConnectionResetError("reset by peer")
+
+
+def stumbling(name):
+    def operation(self, path, *rest, **options):
+        self._stumble((name, path))
+        return getattr(MemoryFileSystem, name)(self, path, *rest, **options)
+
+    return operation
+
+
+for name in ("exists", "isdir", "size", "ls", "rm", "cat_file", "get_file", "put_file"):
+    setattr(Flaky, name, stumbling(name))
+
+
+@pytest.fixture
+def place(monkeypatch):
+    monkeypatch.setattr(paths, "FIRST_PAUSE_S", 0.001)
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    Flaky.asked, Flaky.failures = [], 2
+    Flaky.store.clear()
+    return "flaky://pool"
+
+
+def test_what_fails_in_passing_is_tried_again(place):
+    with paths.atomic_write(f"{place}/a.txt") as file:
+        file.write(b"words")
+    assert paths.exists(f"{place}/a.txt") and paths.size(f"{place}/a.txt") == 5 and paths.listdir(place) == ["a.txt"]
+    assert paths.read_text(f"{place}/a.txt") == "words"
+    with paths.local_copy(f"{place}/a.txt") as path, open(path) as copy:
+        assert copy.read() == "words"
+    paths.remove(f"{place}/a.txt")
+    assert not paths.exists(f"{place}/a.txt")
+
+
+def test_what_goes_on_failing_is_given_up_and_what_is_final_is_not_tried_again(place):
+    with pytest.raises(FileNotFoundError):
+        paths.read_bytes(f"{place}/none")
+    assert len(Flaky.asked) == 3
+    Flaky.failures = 99
+    with pytest.raises(OSError, match=r"flaky://pool/none: ConnectionResetError: reset by peer, 5 times over"):
+        paths.size(f"{place}/none")
+    assert Flaky.asked.count(("size", f"{place}/none")) == paths.TRIES

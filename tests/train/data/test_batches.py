@@ -1,0 +1,105 @@
+"""The plan of steps: packing, grouping, order, and what a micro-batch holds."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import word_tokenizer
+
+from train.config import Stage
+from train.data.batches import Collator, Plan, pack, pack_evenly, pad_alike
+from train.data.measuring import measure
+from train.data.prompts import Encoder, get_template
+from train.data.sources import open_source
+
+SAMPLES = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=40)
+
+
+def costs(groups, lengths, images):
+    return [(sum(lengths[i] for i in g), sum(images[i] for i in g)) for g in groups]
+
+
+@settings(max_examples=100, deadline=None)
+@given(SAMPLES, st.integers(50, 120), st.integers(3, 12))
+def test_packing_fits_each_sample_once_and_wastes_less_than_half(samples, capacity, most):
+    lengths, images = zip(*samples, strict=True)
+    groups = pack(lengths, images, capacity, most)
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+    sums = costs(groups, lengths, images)
+    assert all(tokens <= capacity and shown <= most for tokens, shown in sums)
+    for (a, m), (b, n) in itertools.combinations(sums, 2):
+        assert a + b > capacity or m + n > most, "first fit leaves no two mergeable"
+    assert pack(lengths, images, capacity, most) == groups
+
+
+@settings(max_examples=100, deadline=None)
+@given(SAMPLES, st.integers(50, 400), st.integers(3, 12), st.integers(1, 4), st.sampled_from([pack_evenly, pad_alike]))
+def test_micro_batches_respect_the_limits_and_the_processes(samples, tokens, most, world, arrange):
+    lengths, images = zip(*samples, strict=True)
+    groups = arrange(lengths, images, Stage(micro_tokens=tokens, micro_images=most), world)
+    assert len(groups) % world == 0
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+    for group, (filled, shown) in zip(groups, costs(groups, lengths, images), strict=True):
+        padded = len(group) * max((lengths[i] for i in group), default=0)
+        assert (padded if arrange is pad_alike else filled) <= tokens and shown <= most
+    if arrange is pack_evenly:
+        fewest = len(pack(lengths, images, tokens, most))
+        assert len(groups) == -(-fewest // world) * world
+
+
+def test_micro_batches_are_even():
+    lengths = np.random.default_rng(0).integers(20, 900, 128).tolist()
+    groups = pack_evenly(lengths, [0] * 128, Stage(micro_tokens=16384), 4)
+    filled = [tokens for tokens, _ in costs(groups, lengths, [0] * 128)]
+    assert len(groups) == 4 and max(filled) < 1.03 * sum(filled) / 4
+
+
+def plan_of(world, **stage):
+    source = open_source(str(world / "mixed"))
+    encoder = Encoder(word_tokenizer(), get_template("qa"), "<image>", 5)
+    measured = measure(source, encoder, 64)
+    options = Stage(**{"batch_size": 8, **stage})
+    return Plan(measured, options), Collator(source, encoder, None, 64)
+
+
+def test_each_epoch_visits_each_sample_once_in_its_own_order(world):
+    plan, _ = plan_of(world, epochs=2.0)
+    assert plan.steps == 10
+    seen = [plan.samples(step) for step in range(10)]
+    first, second = list(itertools.chain(*seen[:5])), list(itertools.chain(*seen[5:]))
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+    again, _ = plan_of(world, epochs=2.0)
+    assert [again.samples(step) for step in reversed(range(10))] == seen[::-1], "any step, in any order"
+    assert plan_of(world, epochs=2.0, seed=1)[0].samples(0) != seen[0]
+
+
+def test_a_last_short_step_and_a_wrap_around(world):
+    plan, _ = plan_of(world, batch_size=16)
+    assert [len(plan.samples(step)) for step in range(plan.steps)] == [16, 16, 8]
+    plan, _ = plan_of(world, batch_size=64, steps=3)
+    assert [len(plan.samples(step)) for step in range(plan.steps)] == [64, 64, 64]
+
+
+def test_processes_share_a_step_without_overlap(world):
+    plan, _ = plan_of(world)
+    for processes in (1, 2, 3):
+        groups = plan.micro_batches(0, processes)
+        assert sorted(i for g in groups for row in g for i in row) == sorted(plan.samples(0))
+        assert len(groups) % processes == 0
+
+
+def test_a_packed_batch_holds_each_document_in_its_place(world):
+    plan, collator = plan_of(world)
+    collator.decode = False
+    (rows,) = plan.micro_batches(0, 1)
+    batch = collator(rows)
+    flat, positions = batch.ids_bl.flatten().numpy(), batch.positions_bl.flatten().numpy()
+    for index in plan.samples(0):
+        mine = batch.owners_s.numpy() == index
+        where, targets = batch.supervised_s.numpy()[mine], batch.targets_s.numpy()[mine]
+        assert (flat[where + 1] == targets).all() and len(targets) == plan.measured.supervised[index]
+        assert (np.diff(positions[where]) > 0).all()
+    assert batch.num_tokens == plan.measured.lengths[plan.samples(0)].sum()
+    assert (batch.positions_bl == 0).sum() == len(plan.samples(0)) == len(batch.documents)
+    assert batch.ids_bl.shape == (1, batch.num_tokens), "nothing is padded"

@@ -1,0 +1,233 @@
+"""Reading samples, good and bad, from shards and from JSON."""
+
+import contextlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from toys import add, picture, word_tokenizer, write_json, write_mixed
+
+from train.data.measuring import measure
+from train.data.prompts import Encoder, Rejected, get_template
+from train.data.sources import check_bad, decode_image, encode, open_source
+from train.errors import DataError, UsageError
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(word_tokenizer(), get_template("qa"), "<image>", 4)
+
+
+def shard(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for member, data in members:
+            add(tar, member, data)
+    return path
+
+
+def test_emitted_shards_become_captions(world, encoder):
+    source = open_source(str(world / "captions"))
+    record, encoded = encode(source, encoder, 0, 64)
+    assert len(source) == 48 and record.key == "000000" and source.name(0) == "000000.tar/000000"
+    assert encoder.tokenizer.decode(encoded.ids[4:]) == "caption : a big red square <eos>"
+    assert decode_image(source.image_bytes(record.images[0])).size == (32, 32)
+
+
+def test_shards_and_json_read_the_same(tmp_path, encoder):
+    tars, file = (
+        open_source(str(write_mixed(tmp_path / "tar", 10))),
+        open_source(str(write_json(tmp_path / "json", 10))),
+    )
+    for i in range(10):
+        (a, ours), (b, theirs) = encode(tars, encoder, i, 64), encode(file, encoder, i, 64)
+        assert (ours.ids == theirs.ids).all() and a.conversations == b.conversations
+        pixels = [[s.image_bytes(location) for location in r.images] for s, r in ((tars, a), (file, b))]
+        assert pixels[0] == pixels[1]
+    lines = tmp_path / "json" / "data.jsonl"
+    records = json.loads((tmp_path / "json" / "data.json").read_text())
+    lines.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n\n")
+    assert len(open_source(str(lines))) == 10
+    spread = tmp_path / "json" / "spread.json"
+    spread.write_text(
+        "\ufeff [ " + " , \n".join(json.dumps({**r, "é": "日本"}, ensure_ascii=False) for r in records) + "]"
+    )
+    assert open_source(str(spread)).record(7).key == records[7]["id"]
+    windows = tmp_path / "json" / "windows.json"
+    windows.write_bytes(json.dumps(records, indent=1).replace("\n", "\r\n").encode())
+    assert [open_source(str(windows)).key(i) for i in range(10)] == [record["id"] for record in records]
+
+
+def test_a_shard_has_the_rows_that_curate_sees(tmp_path):
+    """A repeated member begins another sample, and the first image of any format is the sample's."""
+    red, gif = picture("red", True, 0), io.BytesIO()
+    Image.open(io.BytesIO(red)).save(gif, "GIF")
+    members = [("a.png", red), ("a.jpg", b"x"), ("b.gif", gif.getvalue()), ("a.txt", b"red")]
+    members += [("b.txt", b"blue"), ("a.txt", b"green"), ("a.png", gif.getvalue())]
+    source = open_source(str(shard(tmp_path / "0.tar", members)))
+    records = [source.record(i) for i in range(len(source))]
+    assert [(r.key, r.conversations[1]["value"]) for r in records] == [("a", "red"), ("b", "blue"), ("a", "green")]
+    for record in records:
+        assert decode_image(source.image_bytes(record.images[0])).size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b'{"image": "' + b"x" * 300 + b'.jpg", "conversations": []}', "missing_image"),
+        (b'{"image": "a\\u0000b.jpg", "conversations": []}', "missing_image"),
+        (b'{"conversations": [{"from": "human", "value": "half \\ud800"}]}', "bad_utf8"),
+        (b"[" * 100_000, "bad_json"),
+        (b'{"id": ' + b"9" * 5_000 + b"}", "bad_json"),
+    ],
+    ids=["long name", "null in a name", "half a character", "deep", "long number"],
+)
+def test_hostile_records_are_reasons(tmp_path, encoder, text, reason):
+    (tmp_path / "data.jsonl").write_bytes(text + b"\n")
+    source = open_source(str(tmp_path / "data.jsonl"), digest=True)
+    assert measure(source, encoder, 64).reasons == {0: reason}
+
+
+def test_an_id_of_half_a_character_is_written_all_the_same(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"id": "\\ud800", "conversations": []}\n')
+    assert open_source(str(tmp_path / "data.jsonl")).name(0) == "data.jsonl/?"
+
+
+def test_bad_samples_are_reasons(tmp_path, encoder):
+    jpg = picture("red", True, 0)
+    good = json.dumps(
+        {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "red"}]}
+    ).encode()
+    path = shard(
+        tmp_path / "s" / "0.tar",
+        [
+            ("good.jpg", jpg), ("good.json", good),
+            ("nothing.jpg", jpg),
+            ("json.jpg", jpg), ("json.json", b"{"),
+            ("utf.jpg", jpg), ("utf.txt", b"\xff\xfe"),
+            ("gone.json", json.dumps({"image": "x.jpg", "conversations": json.loads(good)["conversations"]}).encode()),
+            ("lonely.txt", b"a red square"),
+            ("empty.jpg", jpg), ("empty.txt", b"  "),
+            ("pickle.jpg", jpg), ("pickle.pkl", b"cos\nsystem\n"), ("pickle.txt", b"red"),
+        ],
+    )  # fmt: skip
+    source = open_source(str(path))
+    measured = measure(source, encoder, 64)
+    found = {source.keys[i]: reason for i, reason in measured.reasons.items()}
+    assert found == {
+        "nothing": "no_caption",
+        "json": "bad_json",
+        "utf": "bad_utf8",
+        "gone": "missing_image",
+        "lonely": "no_image",
+        "empty": "no_caption",
+    }
+    assert measured.usable.tolist() == [0, 7] and source.name(2) == "0.tar/json"
+    with pytest.raises(DataError, match=r"6 of 8 samples .* 2 no_caption.*Examples: 0.tar/nothing") as error:
+        check_bad(source, measured.reasons, 0.001)
+    assert "\n" not in str(error.value)
+    check_bad(source, dict.fromkeys(range(3), "few"), 0.001)
+
+
+def test_a_torn_shard_gives_what_it_has(tmp_path, world, caplog):
+    whole = (world / "captions" / "000000.tar").read_bytes()
+    torn = tmp_path / "000000.tar"
+    torn.write_bytes(whole[: len(whole) // 2 + 700])
+    assert 0 < len(open_source(str(torn))) < 24
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_images_of_every_bad_kind():
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"  # would be run by a helper
+    for data in (b"", b"not an image", picture("red", True, 0)[:300], script):
+        with pytest.raises(Rejected, match="bad_image"):
+            decode_image(data)
+    broken = io.BytesIO()
+    Image.new("RGB", (40, 50)).save(broken, "AVIF")
+    data = bytearray(broken.getvalue())
+    for at in range(100, 180):  # of its boxes; the decoder answers with exceptions of many kinds
+        for value in (0, 255):
+            spoilt = bytes(data[:at]) + bytes([value]) + bytes(data[at + 1 :])
+            with contextlib.suppress(Rejected):
+                decode_image(spoilt)
+    out = io.BytesIO()
+    Image.new("1", (20_000, 5_100)).save(out, "PNG")
+    with pytest.raises(Rejected, match="huge_image|bad_image"):
+        decode_image(out.getvalue())
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4, 4), np.uint8), "RGBA").save(out, "PNG")
+    assert decode_image(out.getvalue()).mode == "RGB"
+
+
+@pytest.mark.parametrize("image", ["../secret.jpg", "/etc/passwd", "a/../../secret.jpg", 3])
+def test_no_image_outside_the_folder_is_read(tmp_path, image):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.jpg").write_bytes(picture("red", True, 0))
+    (tmp_path / "in" / "data.json").write_text(json.dumps([{"image": [image], "conversations": []}]))
+    with pytest.raises(Rejected, match="image_outside_folder"):
+        open_source(str(tmp_path / "in" / "data.json")).record(0)
+
+
+def test_half_of_the_images_missing_stops_with_examples(tmp_path, encoder):
+    path = write_json(tmp_path, 20)
+    for file in sorted((tmp_path / "images").iterdir())[::2]:
+        file.unlink()
+    source = open_source(str(path))
+    with pytest.raises(DataError, match=r"8 of 20 samples cannot be used: 8 missing_image. Examples: data.json/v0"):
+        check_bad(source, measure(source, encoder, 64).reasons, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda p: p / "none", "no such file"),
+        (lambda p: p, "no \\*.tar in that folder; it holds a.txt"),
+        (lambda p: p / "a.txt", "expected a folder"),
+        (lambda p: p / "e.json", "no samples"),
+        (lambda p: p / "d.json", "expected a JSON list"),
+        (lambda p: p / "b.json", "not valid JSON"),
+        (lambda p: p / "c.json", "ends within the list"),
+        (lambda p: p / "l.json", "is not UTF-8"),
+        (lambda p: p / "n.json", "not valid JSON: maximum recursion"),
+    ],
+)
+def test_nothing_to_read_is_said(tmp_path, make, word):
+    for file, text in {
+        "a.txt": "x",
+        "e.json": "[]",
+        "d.json": "{}",
+        "b.json": "[{]",
+        "c.json": "[{},",
+        "n.json": "[" * 100_000,
+    }.items():
+        (tmp_path / file).write_text(text)
+    (tmp_path / "l.json").write_bytes(b'[{"id": "\xe9"}]')
+    with pytest.raises(UsageError, match=word):
+        open_source(str(make(tmp_path)))
+    with pytest.raises(UsageError, match="goes with a LLaVA JSON"):
+        open_source(str(tmp_path), str(tmp_path))
+
+
+def test_measuring_in_workers_is_measuring(world, encoder, monkeypatch, tmp_path):
+    import torch
+
+    from train.data import measuring
+    from train.dist import Place
+
+    monkeypatch.setattr(measuring, "SPAN", 7)
+    source = open_source(str(world / "mixed"))
+    one = measure(source, encoder, 64)
+    assert one.lengths.all() and len(one.lengths) == 40
+    one.reasons[3] = "bad_json"
+    place = Place(torch.device("cpu"), torch.float32, 0, 1, "")
+    measuring._write(one, tmp_path / ".measured.npz")
+    for other in (measure(source, encoder, 64, workers=2), measuring.measure_once(source, None, 64, tmp_path, place)):
+        for name in ("lengths", "supervised", "images", "num_truncated"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+    assert other.reasons == {3: "bad_json"}, "what an interrupted run measured is read"
+    (tmp_path / ".measured.npz").write_bytes(b"PK torn")
+    again = measuring.measure_once(source, encoder, 64, tmp_path, place)
+    assert not again.reasons and np.array_equal(again.lengths, one.lengths)

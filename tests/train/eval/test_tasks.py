@@ -1,0 +1,287 @@
+"""Benchmarks as they lie on disk: prompts and truths, submissions, and answers that survive a kill."""
+
+import base64
+import csv
+import json
+import zipfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from test_cli import call
+from toys import picture
+
+from train.config import Eval, load
+from train.errors import DataError, UsageError
+from train.eval import answers, scoring, tasks
+from train.eval.scoring import Item
+from train.eval.tasks import LETTER, SHORT, Layout
+
+
+def lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The evaluation layout with two or three questions a benchmark, and real pictures for two of them."""
+    root = tmp_path / "eval"
+    ask = {"category": "random", "image": "1.jpg"}
+    lines(
+        root / "pope/llava_pope_test.jsonl",
+        [{**ask, "question_id": n, "text": f"what {n} ?\n{SHORT}"} for n in range(5)],
+    )
+    for category in ("random", "popular", "adversarial"):
+        rows = [{"image": "1.jpg", "text": f"what {n} ?", "label": ("yes", "no")[n % 2]} for n in range(5)]
+        lines(root / "pope/coco" / f"coco_pope_{category}.json", rows)
+    (root / "pope/val2014").mkdir()
+    (root / "pope/val2014/1.jpg").write_bytes(picture("red", True, 0))
+    texts = [f"Is it {word}?\n{SHORT}" for word in ("code", "art")]
+    rows = [
+        {"question_id": "OCR/images/0.1.png", "image": "OCR/images/0.1.png", "text": t, "category": "OCR"}
+        for t in texts
+    ]
+    lines(root / "mme/bunny_mme.jsonl", rows)
+    folder = root / "mme/MME_Benchmark_release_version/OCR/questions_answers_YN"
+    folder.mkdir(parents=True)
+    (folder / "0.txt").write_text(
+        "Is it code? Please answer yes or no.\tYes\nIs it art?  Please answer yes or no.\tNo\n"
+    )
+    lines(root / "textvqa/llava_textvqa_val_v051_ocr.jsonl", [
+        {"question_id": "ab", "image": "ab.jpg", "text": f"What Brand?\nReference OCR token: X, Y\n{SHORT}"},
+        {"question_id": "ab", "image": "ab.jpg", "text": f"Which year?\n{SHORT}"},
+    ])  # fmt: skip
+    rows = [{"image_id": "ab", "question": q, "answers": [q] * 10} for q in ("what brand?", "which year?")]
+    (root / "textvqa/TextVQA_0.5.1_val.json").write_text(json.dumps({"data": rows}))
+    turns = [{"from": "human", "value": "<image>\nWhich?\nA. x\nB. y"}, {"from": "gpt", "value": "B"}]
+    rows = [{"id": "5", "image": "5/image.png", "conversations": turns}, {"id": "4", "conversations": turns}]
+    (root / "scienceqa").mkdir()
+    (root / "scienceqa/llava_test_CQM-A.json").write_text(json.dumps(rows))
+    (root / "MMVP").mkdir()
+    with (root / "MMVP/Questions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Index", "Question", "Options", "Correct Answer"])
+        writer.writerows([[1, "Open or shut?", "(a) Open, wide (b) Shut", "(a)"], [2, "Which?", "(a) x (b) y", "(b)"]])
+    kinds = {"question_type": {"Scene": 1, "Action": 9}}
+    notes = [("1", 1, "image", "A"), ("v2", 9, "video", "B")]
+    names = ("question_id", "question_type_id", "data_type", "answer")
+    lines(
+        root / "seed_bench/llava-seed-bench.jsonl", [{"question_id": i, "image": "x", "text": "q"} for i in (1, "v2")]
+    )
+    notes = [dict(zip(names, note, strict=True)) for note in notes]
+    (root / "seed_bench/SEED-Bench.json").write_text(json.dumps({**kinds, "questions": notes}))
+    return root
+
+
+def test_prompts_and_truths_of_each_layout(root):
+    assert [i.truth for i in tasks.load("pope", root)] == ["yes", "no"] * 2 + ["yes"]
+    assert [(i.truth, i.category) for i in tasks.load("mme", root)] == [("Yes", "OCR"), ("No", "OCR")]
+    assert [i.truth[0] for i in tasks.load("textvqa", root)] == ["what brand?", "which year?"]
+    (science,) = tasks.load("sqa", root)
+    assert science.prompt == f"Which?\nA. x\nB. y\n{LETTER}" and science.truth == "B"
+    first, second = tasks.load("mmvp", root)
+    assert first.prompt == f"Open or shut?\nA. Open, wide\nB. Shut\n{LETTER}" and (first.truth, second.truth) == (
+        "A",
+        "B",
+    )
+    assert [(i.truth, i.category) for i in tasks.load("seed", root)] == [("A", "Scene"), ("B", "Action")]
+    assert len(tasks.load("seed_image", root)) == 1
+
+
+def test_vqav2_val_and_test(root, tmp_path):
+    folder = root / "vqav2"
+    folder.mkdir()
+    asked = [{"question_id": 7, "image_id": 42, "question": "What is it?"}]
+    (folder / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": asked}))
+    notes = [{"question_id": 7, "answers": [{"answer": "dog"}] * 10}]
+    (folder / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": notes}))
+    (item,) = tasks.load("vqav2", root)
+    assert item.image.endswith("val2014/COCO_val2014_000000000042.jpg") and scoring.vqa([item], ["a Dog"]).metrics == {
+        "accuracy": 100
+    }
+    rows = [{"question_id": n, "image": "x.jpg", "text": "q"} for n in (1, 2)]
+    lines(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", rows[:1])
+    lines(folder / "llava_vqav2_mscoco_test2015.jsonl", rows)
+    written = tasks.submit_vqav2(
+        Layout(root, "vqav2_test"), tasks.load("vqav2_test", root), ["The Dog."], tmp_path / "s"
+    )
+    assert json.loads(written.read_text()) == [{"question_id": 1, "answer": "dog"}, {"question_id": 2, "answer": ""}]
+
+
+def test_mmbench_reads_and_submits(root, tmp_path):
+    (root / "mmbench").mkdir()
+    head = "index question hint A B C D answer category image source l2-category comment split".split()
+    image = base64.b64encode(picture("red", True, 0)).decode()
+    rows = [
+        [f"{n}", 'Is "it"\n<red> & big?', "nan", "yes", "no", "", "", "B", "c", image, "s", "logic", "", "dev"]
+        for n in (3, 1000003)
+    ]
+    with (root / "mmbench/mmbench_dev_20230712.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([head, *rows])
+    asked = tasks.load("mmbench", root)
+    assert asked[0].prompt == f'Is "it"\n<red> & big?\nA. yes\nB. no\n{LETTER}'
+    assert tasks.image_bytes(asked[0].image) == picture("red", True, 0)
+    result = answers.score_texts("mmbench", asked, ["B", "A"], root, tmp_path / "submission")
+    assert result["scores"] == {"circular": 0, "vanilla": 50}
+    with zipfile.ZipFile(result["submission"]) as archive:
+        sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
+    table = [["".join(cell.itertext()) for cell in row] for row in sheet[0]]
+    assert table[0] == "index question A B C D prediction answer split".split()
+    assert table[1] == ["3", 'Is "it"\n<red> & big?', "yes", "no", "", "", "B", "B", "dev"]
+
+
+def test_mmmu_reads_parquet(root, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    image = {"bytes": picture("blue", True, 0), "path": "x.png"}
+    common = {"question": "<image 1> Which?", "image_1": image, "answer": "B"}
+    several = {
+        "id": "validation_Art_2",
+        "options": "[\"<img='a'>\", \"<img='b'>\"]",
+        "question_type": "multiple-choice",
+    }
+    rows = [
+        {**common, "id": "validation_Art_1", "options": "['x', \"y's\"]", "question_type": "multiple-choice"},
+        {**common, **several},
+        {**common, "id": "validation_Art_3", "options": "[]", "question_type": "open", "answer": "['7', 'seven']"},
+    ]
+    (root / "mmmu/MMMU/Art").mkdir(parents=True)
+    for split in ("validation", "test"):
+        parquet.write_table(pa.Table.from_pylist(rows), root / f"mmmu/MMMU/Art/{split}-00000-of-00001.parquet")
+    one, two, three = tasks.load("mmmu", root)
+    assert (
+        one.prompt == f"<image 1> Which?\n(A) x\n(B) y's\n\n{LETTER}"
+        and two.prompt.startswith("<image 1> Which?\n(A) <img='a'>")
+        and three.truth == ["7", "seven"]
+    )
+    assert tasks.image_bytes(one.image) == image["bytes"]
+    assert scoring.mmmu([one, three], ["B", "It is seven"]).metrics == {"accuracy": 100}
+    result = answers.score_texts("mmmu_test", tasks.load("mmmu_test", root), ["(B)", "", "7"], root, tmp_path / "s")
+    assert json.loads(Path(result["submission"]).read_text())["validation_Art_1"] == "B"
+
+
+def test_a_file_that_is_not_there_or_not_as_published(root):
+    with pytest.raises(UsageError, match="gqa needs gqa/data/testdev_balanced_questions.json or"):
+        tasks.load("gqa", root)
+    with pytest.raises(UsageError, match="did you mean 'pope'"):
+        tasks.load("pop", root)
+    lines(root / "pope/llava_pope_test.jsonl", [{"question_id": 1}])
+    with pytest.raises(DataError, match="not as published"):
+        tasks.load("pope", root)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_tail_is_cut_off_and_asked_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"question_id": n, "prompt": "é", "text": str(n)} for n in range(3)]
+    answers.append_answers(path, rows)
+    whole = path.read_bytes()
+    last = whole[: whole.index(b"\n", whole.index(b"\n") + 1) + 1]
+    for cut in range(len(last), len(whole)):
+        path.write_bytes(whole[:cut])
+        assert answers.read_answers(path, mend=True) == rows[:2] and path.read_bytes() == last
+    answers.append_answers(path, rows[2:])
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-5])
+    with pytest.raises(DataError, match="line 3"):
+        answers.read_answers(path)
+
+
+def test_answers_are_found_by_id_and_prompt():
+    asked = [Item("x", "one"), Item("x", "two"), Item(3, "three")]
+    rows = [
+        {"question_id": "x", "prompt": "two", "text": "2"},
+        {"question_id": "3", "prompt": "<image>\nother", "text": "3"},
+    ]
+    rows.append({"question_id": "x", "prompt": "two ", "text": "2b"})
+    assert answers.match(asked, rows) == [None, "2b", None]
+    assert answers.match(asked, rows, by_id=True) == [None, "2b", "3"]
+
+
+def test_score_and_table_beside_the_published_row(root, tmp_path, capfd):
+    rows = [{"question_id": n, "prompt": f"what {n} ?\n{SHORT}", "text": "No" if n % 2 else "Yes"} for n in range(5)]
+    lines(tmp_path / "a.jsonl", rows)
+    words = ("score", "pope", "--answers", tmp_path / "a.jsonl", "--eval-root", root)
+    code, out, _ = call(capfd, *words, "--set", "eval.published={pope=99, pope_accuracy=86}")
+    assert code == 0 and "+1.00  within 2%" in out and "+14.00  outside 2%" in out
+    held = json.loads(call(capfd, *words, "--set", "eval.published={pope=99}", "--json")[1])["published"]
+    assert held == [{"task": "pope", "metric": "f1", "questions": 5, "score": 100.0, "published": 99.0, "within": True}]
+    assert "known: " in call(capfd, *words, "--set", "eval.published={pop=1}")[2]
+    lines(tmp_path / "a.jsonl", rows[:4])
+    code, _, err = call(capfd, *words)
+    assert code == 2 and "answers 4 of the 5 questions of pope; type --partial" in err
+    assert call(capfd, *words, "--partial")[0] == 0
+    with pytest.raises(UsageError, match="must be a table"):
+        load(None, ["eval.published=3"])
+    with pytest.raises(UsageError, match="eval.batch_size = 0 must be greater than 0"):
+        load(None, ["eval.batch_size=0"])
+
+
+@pytest.fixture(scope="module")
+def model(world, tmp_path_factory):
+    from train.publish.export import export
+    from train.run.stage import run_stage
+
+    out = tmp_path_factory.mktemp("eval")
+    options = load(str(world / "config.toml"), ["align.steps=1"])
+    run_stage("align", options, str(world / "captions"), out / "run")
+    export(out / "run", out / "model", dtype="fp32")
+    return out / "model"
+
+
+def test_eval_resumes_to_the_same_answers(root, model, tmp_path, capfd):
+    lines(
+        root / "mm-vet/llava-mm-vet.jsonl",
+        [{"question_id": 0, "image": "v.jpg", "text": "what is it ?", "category": "conv"}],
+    )
+    (root / "mm-vet/images").mkdir()
+    (root / "mm-vet/images/v.jpg").write_bytes(picture("blue", True, 0))
+    words = ("eval", model, "--tasks", "pope,mmvet", "--eval-root", root, "--set", "eval.max_new_tokens=3")
+    words = (*words, "--set", "eval.batch_size=2", "--out")
+    code, out, _ = call(capfd, *words, tmp_path / "whole")
+    assert (
+        code == 0
+        and "by server" in out
+        and list(json.loads((tmp_path / "whole/mmvet/submission.json").read_text())) == ["v1_0"]
+    )
+    whole = (tmp_path / "whole/pope/answers.jsonl").read_bytes()
+    assert set(json.loads(whole.splitlines()[0])) == {
+        "question_id",
+        "prompt",
+        "text",
+        "answer_id",
+        "model_id",
+        "metadata",
+    }
+    result = json.loads((tmp_path / "whole/pope/manifest.json").read_text())["result"]
+    assert call(capfd, *words, tmp_path / "part", "--limit", 2)[0] == 0
+    torn = tmp_path / "part/pope/answers.jsonl"
+    torn.write_bytes(torn.read_bytes()[:-7])
+    assert call(capfd, *words, tmp_path / "part")[0] == 0
+    assert torn.read_bytes() == whole
+    assert json.loads((tmp_path / "part/pope/manifest.json").read_text())["result"] == result
+    before = torn.stat().st_mtime_ns
+    assert call(capfd, *words, tmp_path / "part", "--json")[0] == 0 and torn.stat().st_mtime_ns == before
+    code, _, err = call(capfd, *words, tmp_path / "part", "--set", "eval.max_new_tokens=4")
+    assert code == 2 and "max_new_tokens = 3, not 4" in err and "--overwrite" in err
+
+
+def test_eval_refuses_before_the_model_is_loaded(root, model, tmp_path, capfd):
+    (root / "pope/val2014/1.jpg").unlink()
+    with pytest.raises(UsageError, match="pope: 5 of 5 images are missing, the first is"):
+        answers.run_tasks(model, ["pope"], root, tmp_path / "out", Eval())
+    assert not (tmp_path / "out").exists()
+    assert (
+        "not an exported model"
+        in call(capfd, "eval", tmp_path, "--tasks", "pope", "--eval-root", root, "--out", "x")[2]
+    )
+    for wrong in ((), ("--tasks", "pope", "--data", "x.json")):
+        assert "either --data" in call(capfd, "eval", model, "--out", "x", *wrong)[2]
+    assert "--eval-root" in call(capfd, "eval", model, "--out", "x", "--tasks", "pope")[2]

@@ -1,0 +1,122 @@
+"""Packed documents, against transformers' own attention on each document alone and under its own masks."""
+
+import pytest
+import torch
+import transformers as tf
+
+from train.model.attention import NAME, Documents, apart, attend, register
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FEWER = {**SMALL, "num_key_value_heads": 2}
+CONFIGS = {
+    "phi": tf.PhiConfig(**SMALL),
+    "stablelm": tf.StableLmConfig(**FEWER),
+    "gemma": tf.GemmaConfig(**FEWER, head_dim=8),
+    "llama": tf.LlamaConfig(**FEWER),
+    "qwen2": tf.Qwen2Config(**FEWER),
+    "phi3": tf.Phi3Config(**FEWER, sliding_window=4),  # shorter than the documents
+    "granite": tf.GraniteConfig(**FEWER),  # MiniCPM's shape
+}
+LENGTHS = [7, 1, 12, 3]
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_losses_and_gradients_are_those_of_each_document_alone(family, checkpointing):
+    register()
+    torch.manual_seed(0)
+    ids = torch.randint(3, 64, (1, sum(LENGTHS)))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    outs = []
+    for attention in (NAME, "sdpa", "eager"):
+        torch.manual_seed(1)
+        model = tf.AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention)
+        body = model.get_decoder()
+        if attention == NAME:
+            if checkpointing:
+                body.activation_checkpointing_enable({"use_reentrant": False})
+            body.train()
+            with apart(LENGTHS, ids.device):
+                hidden = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        elif attention == "eager":
+            edges = Documents.of(LENGTHS, ids.device).edges
+            parts = [body(input_ids=ids[:, a:b], use_cache=False) for a, b in zip(edges, edges[1:], strict=False)]
+            hidden = torch.cat([part.last_hidden_state for part in parts], dim=1)
+        else:
+            hidden = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden)[0, :-1], ids[0, 1:], reduction="none")
+        loss.sum().backward()
+        outs.append((loss.detach(), gradients(model)))
+    for loss, gradient in outs[1:]:
+        torch.testing.assert_close(outs[0][0], loss, rtol=0, atol=1e-5)
+        torch.testing.assert_close(outs[0][1], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_the_work_is_quadratic_in_documents_not_in_rows():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module = torch.nn.Module()
+    q, k, v = torch.randn(3, 1, 4, 256, 8)
+    counts = []
+    for lengths in ([256], [64] * 4):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            attend(module, q, k, v, Documents.of(lengths, q.device), scaling=1.0)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == 4 * counts[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("heads", [4, 2])
+def test_the_variable_length_kernel_agrees(heads):
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // heads
+    shapes = [(1, 4, 600, 64), (1, heads, 600, 64), (1, heads, 600, 64)]
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    documents = Documents.of([300, 20, 280], q.device)
+    fast, _ = attend(module, q, k, v, documents, scaling=0.125)
+    slow, _ = attend(module, q.float(), k.float(), v.float(), documents, scaling=0.125)
+    torch.testing.assert_close(fast.float(), slow, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["phi", "gemma", "phi3"])
+def test_a_gpu_in_half_precision_takes_the_variable_length_kernel(family, monkeypatch):
+    """No GPU is needed: tensors that only pretend to be on one have shapes, types and kernels, and no values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.func import functional_call
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "varlen_attn" in str(func):
+                calls.append({tensor.dtype for tensor in args[:3]} | {tuple(args[9])})
+            return func(*args, **(kwargs or {}))
+
+    calls = []
+    register()
+    monkeypatch.setattr(torch._C, "_get_cudnn_sdp_enabled", lambda: False)  # the choice between two asks the driver
+    model = tf.AutoModel.from_config(CONFIGS[family], attn_implementation=NAME).to(torch.bfloat16).eval()
+    weights = [(n, t.shape, t.dtype) for n, t in (*model.named_parameters(), *model.named_buffers())]
+    with FakeTensorMode(), Seen(), torch.no_grad():
+        fake = {name: torch.empty(shape, dtype=dtype, device="cuda") for name, shape, dtype in weights}
+        row = torch.empty(1, sum(LENGTHS), 32, device="cuda", dtype=torch.bfloat16)
+        places = torch.empty(row.shape[:2], device="cuda", dtype=torch.int64)
+        with apart(LENGTHS, row.device):
+            options = {"inputs_embeds": row, "position_ids": places, "use_cache": False}
+            out = functional_call(model, fake, kwargs=options).last_hidden_state
+    assert out.device.type == "cuda" and out.shape == row.shape
+    assert calls == [{torch.bfloat16, (3 if family == "phi3" else -1, 0)}] * 2

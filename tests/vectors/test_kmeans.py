@@ -1,0 +1,132 @@
+"""Fitting and assigning against slow references."""
+
+import numpy as np
+import pytest
+from clouds import unit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curate.vectors import exact, kmeans
+
+
+def rows_of(n, dim, seed=0):
+    return unit(np.random.default_rng(seed).normal(size=(n, dim))).astype(np.float32)
+
+
+def slow_assign(x, centroids):
+    products = x.astype(np.float64) @ centroids.astype(np.float64).T
+    return np.array([int(np.flatnonzero(row == row.max())[0]) for row in products]), products.max(axis=1)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(1, 40), st.integers(0, 99))
+def test_every_row_gets_its_nearest_centroid(n, k, dim, seed):
+    x, centroids = rows_of(n, dim, seed).astype(np.float16), rows_of(k, dim, seed + 100)
+    cluster, similarity = kmeans.assign(x, centroids)
+    best, cosine = slow_assign(x, centroids)
+    assert cluster.dtype == np.int32 and similarity.dtype == np.float32
+    assert np.allclose(similarity, cosine, atol=1e-6)
+    tied = np.sort(x.astype(np.float64) @ centroids.T.astype(np.float64), axis=1)
+    clear = np.ones(n, bool) if k == 1 else tied[:, -1] - tied[:, -2] > 1e-5
+    assert (cluster == best)[clear].all()
+
+
+def test_equal_centroids_tie_to_the_lowest_number():
+    x, one = rows_of(50, 16), rows_of(1, 16, 1)
+    assert (kmeans.assign(x, np.repeat(one, 4, axis=0))[0] == 0).all()
+
+
+def test_the_block_size_changes_nothing(monkeypatch):
+    x, centroids = rows_of(500, 48).astype(np.float16), rows_of(20, 48, 1)
+    whole = kmeans.assign(x, centroids)
+    monkeypatch.setattr(kmeans, "BLOCK_ELEMENTS", 20 * 37)
+    for left, right in zip(whole, kmeans.assign(x, centroids), strict=True):
+        assert left.tobytes() == right.tobytes()
+
+
+def test_assigning_follows_a_permutation_of_the_rows():
+    x, centroids = rows_of(300, 32), rows_of(11, 32, 1)
+    order = np.random.default_rng(0).permutation(300)
+    assert (kmeans.assign(x[order], centroids)[0] == kmeans.assign(x, centroids)[0][order]).all()
+
+
+def test_widening_is_exact_for_every_finite_half():
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)].reshape(-1, 1)
+    assert exact.widen(halves).tobytes() == halves.astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize("backend", ["bytes", "superkmeans", "kmeans"])
+def test_a_fit_finds_planted_clusters_and_repeats_itself(backend):
+    rng = np.random.default_rng(3)
+    planted = rows_of(6, 32, 4)
+    x = unit(planted[rng.integers(0, 6, 600)] + 0.02 * rng.normal(size=(600, 32))).astype(np.float32)
+    fit = kmeans.fit(x, 40, 10, 7, backend=backend)
+    assert fit.centroids.shape == (40, 32) and np.allclose(np.linalg.norm(fit.centroids, axis=1), 1, atol=1e-5)
+    assert fit.mean_similarity > 0.99 and fit.empty == 0
+    assert kmeans.fit(x, 40, 10, 7, backend=backend).centroids.tobytes() == fit.centroids.tobytes()
+
+
+def test_fewer_distinct_rows_than_clusters_leave_empty_ones_and_say_so():
+    x = np.repeat(rows_of(3, 40), 30, axis=0)
+    fit = kmeans.fit(x, 8, 5, 0, backend="superkmeans")
+    assert fit.empty == 5 and fit.mean_similarity > 1 - 1e-5
+
+
+@pytest.mark.parametrize(
+    "dim, k, int8, backend",
+    [
+        *((2, 5_000, False, "kmeans"), (31, 1_000, False, "kmeans"), (512, 999, False, "kmeans")),
+        *((32, 1_000, False, "superkmeans"), (32, 256, True, "bytes"), (32, 255, True, "kmeans")),
+    ],
+)
+def test_each_backend_is_used_where_it_pays(monkeypatch, dim, k, int8, backend):
+    monkeypatch.setattr(kmeans, "has_int8", lambda: int8)
+    assert kmeans.choose_backend(dim, k, gpu=False) == backend
+
+
+def mixture(n=6_000, dim=48, clouds=80):
+    rng = np.random.default_rng(8)
+    spectrum = np.arange(1, dim + 1) ** -0.5
+    centers = rng.normal(size=(clouds, dim)) * spectrum
+    return unit(centers[rng.integers(0, clouds, n)] + 0.5 * rng.normal(size=(n, dim)) * spectrum).astype(np.float32)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_torchs_fit_is_as_good_as_faiss(int8):
+    x = mixture()
+    found = [kmeans._lloyd(x, 60, 12, seed, int8=int8) for seed in (0, 1, 2)]
+    again = kmeans._lloyd(x, 60, 12, 0, int8=int8)
+    assert found[0].tobytes() == again.tobytes() and np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
+    mine = [kmeans.assign(x, centroids)[1].mean() for centroids in found]
+    faiss = [kmeans.fit(x, 60, 12, seed, backend="kmeans").mean_similarity for seed in (0, 1, 2)]
+    assert np.mean(mine) > np.mean(faiss) - 0.003
+
+
+@pytest.mark.gpu
+def test_torchs_fit_on_a_gpu_repeats_itself_and_is_as_good_as_faiss():
+    x = mixture()
+    found = kmeans.fit(x, 60, 12, 0, backend="torch-gpu")
+    assert found.centroids.tobytes() == kmeans.fit(x, 60, 12, 0, backend="torch-gpu").centroids.tobytes()
+    assert found.mean_similarity > kmeans.fit(x, 60, 12, 0, backend="kmeans").mean_similarity - 0.005
+
+
+def test_one_cluster_is_the_mean_direction():
+    x = rows_of(100, 33)
+    assert np.allclose(kmeans.fit(x, 1, 3, 0, backend="superkmeans").centroids, unit(x.mean(0)[None]), atol=1e-3)
+
+
+def test_the_defaults_grow_with_the_rows():
+    assert [kmeans.default_k(n) for n in (1, 99, 20_000, 10**6, 10**7)] == [1, 1, 200, 10_000, 10_000]
+    assert kmeans.default_k(2_053_332_591) == 90_627
+    assert kmeans.default_sample(5_000, 50, 512) == 5_000
+    assert kmeans.default_sample(10**7, 1_000, 512) == 256_000
+    assert kmeans.default_sample(10**7, 10_000, 512) == 524_288
+    assert kmeans.default_sample(10**9, 100_000, 768) == 3_900_000
+
+
+def test_shuffled_pairs_never_meet_their_own_caption():
+    x = np.eye(20, dtype=np.float16)
+    assert kmeans.shuffled_scores(x, x, seed=1).max() == 0
+    assert len(kmeans.shuffled_scores(x, x, seed=1)) == 8 * 20
+    assert len(kmeans.shuffled_scores(x[:3], x[:3], seed=1)) == 2 * 3

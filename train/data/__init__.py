@@ -1,0 +1,1 @@
+"""Samples to batches: sources, prompts and label masks, packing."""

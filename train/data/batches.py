@@ -1,0 +1,297 @@
+"""Which samples go into which step, micro-batch and process, and the tensors that come of it.
+
+A step takes the next `batch_size` samples of the seeded epoch order. They are packed into micro-batches (first-fit
+decreasing over measured lengths, at most `micro_tokens` tokens and `micro_images` images each): one row of documents
+side by side, so nothing is padded. Without packing, samples of similar length lie in padded rows. The loss is
+normalised over the step, so this arrangement, like the number of processes, changes speed and not the result. The plan
+is a pure function of lengths, seed and step number: resuming at step n needs no cursor but n.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from train.config import Stage
+from train.data.prompts import Encoder, Rejected
+from train.data.sources import Measured, Source, decode_image, encode
+
+MAX_FILES = 1 << 16
+Groups = list[list[int]]
+Rows = list[list[int]]  # sample indices, row by row
+
+
+def pack(lengths: Sequence[int], images: Sequence[int], capacity: int, most_images: int) -> Groups:
+    """First-fit decreasing: return groups of positions into `lengths`, each within both capacities.
+
+    Deterministic: ties go by position. What alone exceeds a capacity has a group of its own.
+    """
+    groups: Groups = []
+    room: list[tuple[int, int]] = []
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length, shown = lengths[position], images[position]
+        at = next((g for g, (tokens, more) in enumerate(room) if tokens >= length and more >= shown), len(groups))
+        if at == len(groups):
+            groups.append([])
+            room.append((capacity, most_images))
+        groups[at].append(position)
+        room[at] = room[at][0] - length, room[at][1] - shown
+    return groups
+
+
+def pack_evenly(lengths: Sequence[int], images: Sequence[int], stage: Stage, world: int) -> Groups:
+    """Pack into as few micro-batches as `pack` needs, a multiple of `world`, and of like size: no process then waits.
+
+    The size is the smallest, in steps of 2 %, at which first-fit decreasing still needs no more of them.
+    """
+    packed = pack(lengths, images, stage.micro_tokens, stage.micro_images)
+    num = -(-len(packed) // world) * world
+    share = -(-sum(lengths) // max(1, num))
+    while share < stage.micro_tokens:
+        even = pack(lengths, images, share, stage.micro_images)
+        if len(even) <= num:
+            packed = even
+            break
+        share += 1 + share // 50
+    return spread(packed, world)
+
+
+def pad_alike(lengths: Sequence[int], images: Sequence[int], stage: Stage, world: int) -> Groups:
+    """Group samples of similar length so that the padded rows of a group respect both limits."""
+    groups: Groups = []
+    longest = shown = 0
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = groups and (len(groups[-1]) + 1) * longest <= stage.micro_tokens
+        if fits and shown + images[position] <= stage.micro_images:
+            groups[-1].append(position)
+            shown += images[position]
+        else:
+            groups.append([position])
+            longest, shown = lengths[position], images[position]
+    return spread(groups, world)
+
+
+def spread(groups: Groups, world: int) -> Groups:
+    """Halve the groups of most samples until their number is a multiple of `world`; some may then be empty."""
+    groups = list(groups)
+    while len(groups) % world:
+        big = max(range(len(groups)), key=lambda g: (len(groups[g]), -g))
+        half = -(-len(groups[big]) // 2)
+        groups[big : big + 1] = [groups[big][:half], groups[big][half:]]
+    return groups
+
+
+class Plan:
+    """The samples of every step."""
+
+    def __init__(self, measured: Measured, stage: Stage) -> None:
+        self.measured, self.stage = measured, stage
+        self.usable = measured.usable
+        self.num_samples = max(1, round(stage.epochs * len(self.usable)))
+        self.steps = stage.steps or -(-self.num_samples // stage.batch_size)
+        if stage.steps:
+            self.num_samples = stage.steps * stage.batch_size
+        self._epochs: dict[int, NDArray[np.int64]] = {}
+
+    def samples(self, step: int) -> list[int]:
+        """Return the sample indices of a step, across epoch ends."""
+        n = len(self.usable)
+        first, last = step * self.stage.batch_size, min((step + 1) * self.stage.batch_size, self.num_samples)
+        return [int(self._order(at // n)[at % n]) for at in range(first, last)]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._epochs:
+            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
+            rng = np.random.default_rng([self.stage.seed, epoch])
+            self._epochs[epoch] = self.usable[rng.permutation(len(self.usable))]
+        return self._epochs[epoch]
+
+    def micro_batches(self, step: int, world: int) -> list[Rows]:
+        """Return the step's micro-batches; process r of `world` takes each world-th from the r-th on."""
+        samples, stage = self.samples(step), self.stage
+        lengths = [int(self.measured.lengths[i]) for i in samples]
+        images = [int(self.measured.images[i]) for i in samples]
+        if stage.packing:
+            groups = pack_evenly(lengths, images, stage, world)
+            return [[[samples[i] for i in group]] if group else [] for group in groups]
+        return [[[samples[i]] for i in group] for group in pad_alike(lengths, images, stage, world)]
+
+
+@dataclass
+class Batch:
+    """One micro-batch. b rows of l positions, s supervised positions, n images in order of appearance.
+
+    Either one row of documents side by side, or a document a row, padded on the right.
+    """
+
+    ids_bl: Tensor  # i64
+    positions_bl: Tensor  # i64, from 0 in each document
+    supervised_s: Tensor  # i64 into the flattened b*l: the position that predicts
+    targets_s: Tensor  # i64: what it should predict
+    owners_s: Tensor  # i64: the sample index of each target
+    pixels_nchw: Tensor | None  # u8; None without images, or where features are cached
+    images: list[int]  # the sample index of each image
+    lengths: list[int]  # of the documents, row by row
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.lengths)
+
+    @property
+    def num_squares(self) -> int:
+        """The sum of the documents' squared lengths, which attention costs."""
+        return sum(length * length for length in self.lengths)
+
+    @property
+    def documents(self) -> list[int]:
+        """The lengths of the documents in the one row; none where there are several rows, of one document each."""
+        return self.lengths if len(self.ids_bl) == 1 else []
+
+    def to(self, device: torch.device) -> Batch:
+        """Move the tensors, all but the owners."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Move the tensors to where a GPU fetches them by itself; the DataLoader calls this."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        names = ("ids_bl", "positions_bl", "supervised_s", "targets_s", "pixels_nchw")
+        changed: dict[str, Any] = {n: change(tensor) for n in names if (tensor := getattr(self, n)) is not None}
+        return replace(self, **changed)
+
+
+class Collator:
+    """Read, decode, encode and arrange samples; lives in worker processes."""
+
+    def __init__(self, source: Source, encoder: Encoder, image_processor: Any, max_length: int) -> None:
+        self.source, self.encoder, self.max_length = source, encoder, max_length
+        self.image_processor = image_processor
+        self.decode = True  # false: features are cached, pixels are not needed
+        self.skip: dict[int, str] = {}  # samples whose pixels are known to be bad
+
+    def pixels(self, locations: Sequence[Any]) -> list[Tensor]:
+        """Decode and resize images to u8 [3, h, w], by the very code of the exported processor.  Raises: Rejected."""
+        images = [decode_image(self.source.image_bytes(location)) for location in locations]
+        if not images:
+            return []
+        out = self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        return [torch.from_numpy(np.ascontiguousarray(image)) for image in out]
+
+    def __call__(self, rows: Rows) -> Batch:
+        """Build a micro-batch; a sample whose pixels are broken is left out and named."""
+        ids: list[list[NDArray[Any]]] = []
+        pixels: list[Tensor] = []
+        images: list[int] = []
+        skipped: dict[int, str] = {}
+        documents: list[tuple[int, int, NDArray[Any], int]] = []  # row, start, labels, sample
+        for row in rows:
+            parts: list[NDArray[Any]] = []
+            start = 0
+            for index in row:
+                try:
+                    if index in self.skip:
+                        raise Rejected(self.skip[index])
+                    record, encoded = encode(self.source, self.encoder, index, self.max_length)
+                    if self.decode:
+                        pixels += self.pixels(record.images)
+                except Rejected as reason:
+                    skipped[index] = str(reason)
+                    continue
+                images += [index] * len(record.images)
+                documents.append((len(ids), start, encoded.labels, index))
+                parts.append(encoded.ids)
+                start += len(encoded.ids)
+            if parts:
+                ids.append(parts)
+        return _arrange(ids, documents, torch.stack(pixels) if pixels else None, images, skipped)
+
+
+def _arrange(
+    ids: list[list[NDArray[Any]]],
+    documents: list[tuple[int, int, NDArray[Any], int]],
+    pixels: Tensor | None,
+    images: list[int],
+    skipped: dict[int, str],
+) -> Batch:
+    width = max((sum(map(len, parts)) for parts in ids), default=0)
+    ids_bl = np.zeros((len(ids), width), np.int64)
+    positions_bl = np.tile(np.arange(width), (len(ids), 1))
+    for r, parts in enumerate(ids):
+        row = np.concatenate(parts)
+        ids_bl[r, : len(row)] = row
+        positions_bl[r, : len(row)] = np.concatenate([np.arange(len(part)) for part in parts])
+    where, targets, owners = [], [], []
+    for r, start, labels, index in documents:
+        learnt = np.flatnonzero(labels[1:] >= 0)
+        where.append(r * width + start + learnt)
+        targets.append(labels[1:][learnt])
+        owners.append(np.full(len(learnt), index))
+    empty = [np.zeros(0, np.int64)]
+    return Batch(
+        ids_bl=torch.from_numpy(ids_bl),
+        positions_bl=torch.from_numpy(positions_bl),
+        supervised_s=torch.from_numpy(np.concatenate(where or empty).astype(np.int64)),
+        targets_s=torch.from_numpy(np.concatenate(targets or empty).astype(np.int64)),
+        owners_s=torch.from_numpy(np.concatenate(owners or empty).astype(np.int64)),
+        pixels_nchw=pixels,
+        images=images,
+        lengths=[len(part) for parts in ids for part in parts],
+        skipped=skipped,
+    )
+
+
+class Steps(torch.utils.data.Dataset[list[Batch]]):
+    """Step number -> this process's micro-batches of the step."""
+
+    def __init__(self, plan: Plan, collator: Collator, rank: int, world: int) -> None:
+        self.plan, self.collator, self.rank, self.world = plan, collator, rank, world
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        groups = self.plan.micro_batches(step, self.world)
+        return [self.collator(rows) for rows in groups[self.rank :: self.world]]
+
+
+class Images(torch.utils.data.Dataset[tuple[Tensor | None, str]]):
+    """Sample index -> its pixels u8 [n, 3, h, w], or None and the reason."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
+        try:
+            return torch.stack(self.collator.pixels(self.collator.source.record(index).images)), ""
+        except Rejected as reason:
+            return None, str(reason)
+
+
+def load(dataset: Any, order: Sequence[int], workers: int, pin: bool) -> Any:
+    """Iterate a dataset in order, decoding ahead in worker processes; the order does not depend on their number."""
+    if workers:  # each tensor on its way holds an open file, and the usual 1,024 are soon too few
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_FILES)), hard))
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=pin,
+        worker_init_fn=_ignore_interrupts,
+    )
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Leave Ctrl-C to the training process, which saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,392 @@
+"""Samples on disk: shards of tar files, or a LLaVA JSON with a folder of images.
+
+Tar shards (`DIR/*.tar`, as `curate emit` and `curate mix` write them): `key.jpg|png|webp|…` optional, `key.json` with
+LLaVA `conversations`, else `key.txt` as the caption. JSON: a list of LLaVA records, or one record a line (`.jsonl`).
+
+Only offsets are kept in memory (about 100 bytes a sample); records and images are read where they lie, by any process.
+A sample that cannot be used is a reason and a count, never a crash: `measure` finds all but broken pixels before the
+first step, and `check_bad` stops the run, with three examples, when they are more than a few.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import stat
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.data.prompts import Encoded, Encoder, Rejected, parse
+from train.errors import DataError, UsageError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")  # Pillow's others run helpers (EPS) or fonts
+MAX_PIXELS = 89_478_485  # as in curate: a larger image is taken for a decompression bomb
+MAX_OPEN_FILES = 64
+FEW = 3  # so many bad samples never stop a run
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as read: its images are locations that the same source can open."""
+
+    key: str
+    conversations: Any
+    images: tuple[Any, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class Files:
+    """Read byte ranges of many files through a few open descriptors."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, int] = {}
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Return exactly `size` bytes.  Raises: Rejected("unreadable")."""
+        try:
+            if path not in self._open:
+                while len(self._open) >= MAX_OPEN_FILES:
+                    os.close(self._open.pop(next(iter(self._open))))
+                self._open[path] = os.open(path, os.O_RDONLY)
+            data = os.pread(self._open[path], size, offset)
+        except OSError:
+            raise Rejected("unreadable") from None
+        if len(data) != size:
+            raise Rejected("unreadable")
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_open": {}}
+
+
+class TarSource:
+    """Samples in tar shards, in shard and tar order."""
+
+    images_digest = ""  # images lie in the shards
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self.files, self.shards = Files(), [str(path) for path in shards]
+        self.keys: list[str] = []
+        rows: list[tuple[int, ...]] = []
+        for number, path in enumerate(shards):
+            for key, members in _scan_tar(path):
+                self.keys.append(key)
+                image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), (0, 0))
+                rows.append((number, *members.get("json", (0, 0)), *members.get("txt", (0, 0)), *image))
+        self.rows: NDArray[np.int64] = np.array(rows, np.int64).reshape(-1, 7)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def record(self, index: int) -> Record:
+        """Read the JSON or the caption of one sample."""
+        shard, json_at, json_size, text_at, text_size, image_at, image_size = (int(x) for x in self.rows[index])
+        path = self.shards[shard]
+        fields: dict[str, Any] = {}
+        if json_size:
+            parsed = _parse(self.files.read(path, json_at, json_size))
+            fields = parsed if isinstance(parsed, dict) else {}
+        conversations = fields.get("conversations")
+        images = ((path, image_at, image_size),) if image_size else ()
+        if conversations is None:
+            caption = fields.get("caption") if not text_size else None
+            if text_size:
+                try:
+                    caption = self.files.read(path, text_at, text_size).decode()
+                except UnicodeDecodeError:
+                    raise Rejected("bad_utf8") from None
+            if not isinstance(caption, str) or not caption.strip() or not images:
+                raise Rejected("no_caption" if images else "no_image")
+            conversations = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
+        elif fields.get("image") and not images:
+            raise Rejected("missing_image")
+        return Record(self.keys[index], conversations, images, fields)
+
+    def name(self, index: int) -> str:
+        """Return shard/key."""
+        return f"{Path(self.shards[int(self.rows[index][0])]).name}/{self.keys[index]}"
+
+    def key(self, index: int) -> str:
+        """Return the key."""
+        return self.keys[index]
+
+    def extents(self) -> Iterator[tuple[str, int, int]]:
+        """Yield each shard's stem and rows."""
+        edges = np.searchsorted(self.rows[:, 0], np.arange(len(self.shards) + 1)).tolist()
+        for path, start, stop in zip(self.shards, edges[:-1], edges[1:], strict=True):
+            yield Path(path).stem, start, stop
+
+    def image_bytes(self, location: Any) -> bytes:
+        """Read an image member."""
+        return self.files.read(*location)
+
+
+class JsonSource:
+    """LLaVA records in one JSON or JSON-lines file, images in a folder.
+
+    images_digest: of the images that the records name, in their order, name and size, so that a copy counts as the
+    same. A picture replaced by one of as many bytes goes unnoticed; to read them all would take as long as an epoch.
+    """
+
+    def __init__(self, path: Path, images: Path | None, *, digest: bool = False) -> None:
+        self.path, self.images, self.files = str(path), images, Files()
+        spans: list[tuple[int, int]] = []
+        seen = hashlib.blake2b(digest_size=16)
+        for offset, size, value in _json_spans(path):
+            spans.append((offset, size))
+            if digest:
+                seen.update(self._describe_images(len(spans) - 1, value).encode(errors="replace"))
+        self.spans: NDArray[np.int64] = np.array(spans, np.int64).reshape(-1, 2)
+        self.images_digest = seen.hexdigest() if digest else ""
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def record(self, index: int) -> Record:
+        """Read one record and look whether its images exist."""
+        fields = self._fields(index)
+        locations = tuple(self._locate(name)[0] for name in _image_names(fields))
+        return Record(_text(fields.get("id", f"#{index}")), fields.get("conversations"), locations, fields)
+
+    def name(self, index: int) -> str:
+        """Return file/key."""
+        return f"{Path(self.path).name}/{self.key(index)}"
+
+    def key(self, index: int) -> str:
+        """Return the record's id, or #row where there is none."""
+        try:
+            return _text(self._fields(index).get("id", f"#{index}"))
+        except Rejected:
+            return f"#{index}"
+
+    def extents(self) -> Iterator[tuple[str, int, int]]:
+        """Yield the file's stem and records."""
+        yield Path(self.path).stem, 0, len(self)
+
+    def _fields(self, index: int) -> dict[str, Any]:
+        offset, size = (int(x) for x in self.spans[index])
+        return _record_fields(self.files.read(self.path, offset, size))
+
+    def _locate(self, image: Any) -> tuple[str, int]:
+        """Return the path of an image below the folder, and its size.  Raises: Rejected."""
+        parts = PurePosixPath(image).parts if isinstance(image, str) else ("..",)
+        if ".." in parts or PurePosixPath(image).is_absolute():
+            raise Rejected("image_outside_folder")
+        if self.images is None:
+            raise Rejected("no_image_folder")
+        path = self.images.joinpath(*parts)
+        try:
+            found = path.stat()
+        except (OSError, ValueError):  # also a name that no file can have
+            raise Rejected("missing_image") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise Rejected("missing_image")
+        return str(path), found.st_size
+
+    def _describe_images(self, index: int, value: Any) -> str:
+        try:
+            sizes = [(name, self._locate(name)[1]) for name in _image_names(_record_fields(value))]
+        except Rejected:
+            return f"{index} Rejected\n"
+        return "".join(f"{name} {size}\n" for name, size in sizes)
+
+    def image_bytes(self, location: Any) -> bytes:
+        """Read an image file."""
+        try:
+            return Path(location).read_bytes()
+        except OSError:
+            raise Rejected("unreadable") from None
+
+
+Source = TarSource | JsonSource  # what training needs of samples; picklable, for worker processes
+
+
+def _parse(value: Any) -> Any:
+    """Parse bytes of JSON; what is parsed already stays.  Raises: Rejected."""
+    try:
+        return json.loads(value) if isinstance(value, bytes) else value
+    except (ValueError, RecursionError):
+        raise Rejected("bad_json") from None
+
+
+def _record_fields(value: Any) -> dict[str, Any]:
+    fields = _parse(value)
+    if not isinstance(fields, dict):
+        raise Rejected("bad_json")
+    return fields
+
+
+def _text(value: Any) -> str:
+    """Write a value as text that any file can hold: JSON may have halves of characters."""
+    return str(value).encode(errors="replace").decode()
+
+
+def _image_names(fields: dict[str, Any]) -> list[Any]:
+    names = fields.get("image") or []
+    return names if isinstance(names, list) else [names]
+
+
+def open_source(data: str, images: str | None = None, *, digest: bool = False) -> Source:
+    """Open a folder of shards, one shard, or a LLaVA JSON.
+
+    digest: identify the images of a JSON too, which looks at every one of them.
+    Raises: UsageError that says what was found instead.
+    """
+    path = Path(data)
+    if images and path.suffix not in (".json", ".jsonl"):
+        raise UsageError(f"--images {images} goes with a LLaVA JSON; the shards of --data {data} hold theirs")
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+        if not shards:
+            seen = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            raise UsageError(f"--data {data}: no *.tar in that folder; it holds {seen}")
+        return _not_empty(TarSource(shards), data)
+    if not path.is_file():
+        raise UsageError(f"--data {data}: no such file or folder")
+    if path.suffix == ".tar":
+        return _not_empty(TarSource([path]), data)
+    if path.suffix in (".json", ".jsonl"):
+        beside = path.parent / "images"
+        folder = Path(images) if images else beside if beside.is_dir() else path.parent
+        if not folder.is_dir():
+            raise UsageError(f"--images {folder}: no such folder")
+        return _not_empty(JsonSource(path, folder, digest=digest), data)
+    raise UsageError(f"--data {data}: expected a folder of .tar shards, a .tar, a .json or a .jsonl")
+
+
+def _not_empty(source: Source, data: str) -> Source:
+    if not len(source):
+        raise UsageError(f"--data {data}: no samples in it")
+    return source
+
+
+def _scan_tar(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Yield each sample's key with (offset, size) of its members by suffix; a torn tail is dropped with a warning.
+
+    Members of one key are one sample wherever they lie; a suffix that it has already begins another, as in curate.
+    """
+    rows: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    latest: dict[str, dict[str, tuple[int, int]]] = {}
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:", errors="replace") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, dot, suffix = name.partition(".")
+                if member.isreg() and dot and member.offset_data + member.size <= size:
+                    key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
+                    members = latest.get(key)
+                    if members is None or suffix in members:
+                        members = latest[key] = {}
+                        rows.append((key, members))
+                    members[suffix] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        log.warning("%s is torn (%s): %d samples were read before that", path, error, len(rows))
+    yield from rows
+
+
+def _json_spans(path: Path) -> Iterator[tuple[int, int, Any]]:
+    """Yield byte offset and size of each record of a JSON list or a JSON-lines file, and it: parsed, or as its line."""
+    if path.suffix == ".jsonl":
+        offset = 0
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    yield offset, len(line), line
+                offset += len(line)
+        return
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8: {error}") from None
+    decoder = json.JSONDecoder()
+    at = _skip(text, 0)
+    if text[at : at + 1] != "[":
+        raise UsageError(f"{path}: expected a JSON list of LLaVA records")
+    at, offset = at + 1, len(text[: at + 1].encode())
+    while True:
+        start = _skip(text, at, " \t\r\n,")
+        if start >= len(text):
+            raise UsageError(f"{path} is not valid JSON: it ends within the list, which no ] closes")
+        if text[start] == "]":
+            return
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path} is not valid JSON: {error}") from None
+        offset += len(text[at:start].encode())
+        size = len(text[start:end].encode())
+        yield offset, size, value
+        at, offset = end, offset + size
+
+
+def _skip(text: str, at: int, characters: str = " \t\r\n\ufeff") -> int:
+    while at < len(text) and text[at] in characters:
+        at += 1
+    return at
+
+
+def decode_image(data: bytes) -> Any:
+    """Decode to an RGB PIL image.  Raises: Rejected("bad_image" or "huge_image")."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Rejected("huge_image")
+            return image.convert("RGB")
+    except Rejected:
+        raise
+    except Exception:  # decoders answer hostile bytes with nearly every exception there is
+        raise Rejected("bad_image") from None
+
+
+def encode(source: Source, encoder: Encoder, index: int, max_length: int) -> tuple[Record, Encoded]:
+    """Read and encode one sample.  Raises: Rejected."""
+    record = source.record(index)
+    turns = parse(record.conversations, len(record.images))
+    return record, encoder.encode(turns, max_length)
+
+
+@dataclass
+class Measured:
+    """What each sample costs and why some cannot be used."""
+
+    lengths: NDArray[np.int32]  # tokens, 0 where unusable
+    supervised: NDArray[np.int32]  # positions with a target
+    images: NDArray[np.int32]
+    num_truncated: int
+    reasons: dict[int, str]  # sample index -> why it is skipped
+
+    @property
+    def usable(self) -> NDArray[np.int64]:
+        """The indices of the samples that can be trained on, in order."""
+        return np.flatnonzero(self.lengths)
+
+
+def check_bad(source: Source, reasons: dict[int, str], max_share: float) -> None:
+    """Stop when more than `max_share` of the samples cannot be used, and they are more than a few or half; or all are.
+
+    Raises: DataError with counts by reason and three examples.
+    """
+    n, bad = len(source), len(reasons)
+    if bad < n and (bad <= max_share * n or (bad <= FEW and bad * 2 < n)):
+        return
+    counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).most_common())
+    examples = "; ".join(f"{source.name(index)} ({reasons[index]})" for index in sorted(reasons)[:3])
+    advice = "; `curate mix` turns other forms of instruction data into LLaVA's"
+    if bad < n:
+        advice = f", or allow more with the stage's max_bad_share (now {max_share})"
+    raise DataError(f"{bad:,} of {n:,} samples cannot be used: {counts}. Examples: {examples}. Mend the data{advice}")

@@ -1,0 +1,256 @@
+"""Ask a model the questions of benchmarks, keep the answers, score them, and set the scores beside published ones.
+
+    OUT/TASK/answers.jsonl      one line an answer, in LLaVA's form (question_id, prompt, text, answer_id, model_id)
+    OUT/TASK/submission.json    or .xlsx: what the task's server takes, where there is one
+    OUT/TASK/manifest.json      the request and the scores, written last
+
+Answers are appended batch by batch, each batch one synced write of whole lines; a tail torn by a kill is cut off when
+the file is opened again, and what is answered is not asked again. Decoding is greedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.config import Eval
+from train.data.prompts import Rejected, Turn
+from train.data.sources import decode_image
+from train.errors import DataError, UsageError
+from train.eval.scoring import Item
+from train.eval.tasks import TASKS, Layout, get_task, image_bytes, load
+from train.folder import finish, held, open_run, relative
+
+if TYPE_CHECKING:
+    from train.eval.generate import Speaker
+
+log = logging.getLogger("train")
+ANSWERS, SUBMISSION = "answers.jsonl", "submission"
+
+
+def run_tasks(
+    folder: Path, names: Sequence[str], root: Path, out: Path, options: Eval, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Answer and score tasks by name, each in its folder under `out`; return what `score_texts` says, by task.
+
+    All questions and images are looked for before the model is loaded.  Raises: UsageError, DataError.
+    """
+    from train.eval.generate import load_speaker
+
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
+    loaded = {name: load(name, root)[: options.limit or None] for name in names}
+    for name, items in loaded.items():
+        _check_images(name, items)
+    speak = functools.cache(lambda: load_speaker(folder))
+    weights = digest_weights(folder)
+    results = {}
+    for name, items in loaded.items():
+        place = out / name
+        tokens = options.max_new_tokens or get_task(name).max_new_tokens
+        model = relative(str(folder), place)
+        request = {"command": "eval", "task": name, "model": model, "weights": weights, "max_new_tokens": tokens}
+        with held(place):
+            open_run(place, request, overwrite=overwrite)
+            rows = read_answers(place / ANSWERS, mend=True)
+            missing = [text is None for text in match(items, rows)]
+            for batch in _ask(speak, items, missing, options.batch_size, tokens, name):
+                append_answers(place / ANSWERS, [{**row, "model_id": folder.resolve().name} for row in batch])
+                rows += batch
+            texts = [text or "" for text in match(items, rows)]
+            results[name] = score_texts(name, items, texts, root, place / SUBMISSION)
+            finish(place, request, {k: v for k, v in results[name].items() if k != "submission"})
+        results[name]["answers"] = str(place / ANSWERS)
+    return results
+
+
+def score_file(name: str, answers: Path, root: Path, out: Path | None, partial: bool = False) -> dict[str, Any]:
+    """Score an answers file, ours or LLaVA's, without a model; `out` is where a submission goes, without its suffix.
+
+    Raises: UsageError where questions have no answer and the file is not said to be partial.
+    """
+    if not answers.is_file():
+        raise UsageError(f"--answers {answers}: no such file")
+    if get_task(name).score is None and out is None:
+        raise UsageError(f"{name} is scored by its server; say where the submission goes, for example --out {name}")
+    items = load(name, root)
+    found = match(items, read_answers(answers), by_id=True)
+    pairs = [(item, text) for item, text in zip(items, found, strict=True) if text is not None]
+    if not pairs or (len(pairs) < len(items) and not partial):
+        hint = "type --partial to score those it has" if pairs else f"is it an answers file of {name}?"
+        raise UsageError(f"{answers} answers {len(pairs):,} of the {len(items):,} questions of {name}; {hint}")
+    return score_texts(name, [item for item, _ in pairs], [text for _, text in pairs], root, out)
+
+
+def score_texts(
+    name: str, items: Sequence[Item], texts: Sequence[str], root: Path, stem: Path | None
+) -> dict[str, Any]:
+    """Score texts by a task's rule and write what its server takes; return questions, scores, categories."""
+    task = get_task(name)
+    result: dict[str, Any] = {"questions": len(items), "scores": {}, "categories": {}}
+    if task.score:
+        scores = task.score(items, texts)
+        assert tuple(scores.metrics) == task.metrics
+        result["scores"] = {metric: round(value, 4) for metric, value in scores.metrics.items()}
+        result["categories"] = {category: round(value, 4) for category, value in scores.categories.items()}
+    if task.submit and stem is not None:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        result["submission"] = str(task.submit(Layout(root, name), items, texts, stem))
+    return result
+
+
+def match(items: Sequence[Item], rows: Sequence[dict[str, Any]], *, by_id: bool = False) -> list[str | None]:
+    """Find the answer to each item, the latest of several; None where there is none.
+
+    Ids are not unique (MME, TextVQA), so id and prompt must agree; `by_id` lets a unique id do, for files whose prompts
+    are written otherwise.
+    """
+    exact = {(str(row["question_id"]), _bare(row["prompt"])): row["text"] for row in rows}
+    single = {}
+    if by_id:
+        asked, given = Counter(str(item.id) for item in items), Counter(str(row["question_id"]) for row in rows)
+        single = {id_: row["text"] for row in rows if given[id_ := str(row["question_id"])] == asked[id_] == 1}
+    return [exact.get((str(item.id), _bare(item.prompt)), single.get(str(item.id))) for item in items]
+
+
+def _bare(prompt: str) -> str:
+    return prompt.replace("<image>", "").strip()
+
+
+def read_answers(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
+    """Read an answers file; `mend` cuts it off at the first line that is not whole.  Raises: DataError."""
+    if mend and not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    whole = 0
+    with path.open("r+b" if mend else "rb") as file:
+        for number, line in enumerate(file, 1):
+            row = _answer(line) if line.strip() else {}
+            if row is None or (mend and not line.endswith(b"\n")):
+                if mend:
+                    log.warning("%s: cut off after %d whole answers", path, len(rows))
+                    file.truncate(whole)
+                    break
+                raise DataError(f"{path}, line {number}: expected a JSON object with question_id, prompt and text")
+            whole += len(line)
+            rows += [row] if row else []
+    return rows
+
+
+def _answer(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and "question_id" in row
+    return row if whole and isinstance(row.get("text"), str) and isinstance(row.get("prompt"), str) else None
+
+
+def append_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append answers as whole lines in one synced write."""
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with path.open("ab", buffering=0) as file:
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+
+
+def _ask(
+    speak: Callable[[], Speaker], items: Sequence[Item], missing: Sequence[bool], size: int, tokens: int, name: str
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the missing answers; batches are cut as if none were there, so that resuming changes no answer."""
+    started, said, done, total = time.monotonic(), 0.0, 0, sum(missing)
+    for start in range(0, len(items), size):
+        batch, wanted = items[start : start + size], missing[start : start + size]
+        if not any(wanted):
+            continue
+        turns = [[Turn("user", (*((None,) if item.image is not None else ()), item.prompt))] for item in batch]
+        images = [[_decode(name, item)] if item.image is not None else [] for item in batch]
+        texts = speak().answers(turns, images, tokens)
+        yield [_row(item, text) for item, text, want in zip(batch, texts, wanted, strict=True) if want]
+        done, spent = done + sum(wanted), time.monotonic() - started
+        if spent - said > 5 or done == total:
+            said, rate = spent, done / spent
+            log.info("%s: %s of %s, %.1f/s, %.0f s left", name, f"{done:,}", f"{total:,}", rate, (total - done) / rate)
+
+
+def _row(item: Item, text: str) -> dict[str, Any]:
+    answer_id = hashlib.blake2b(f"{item.id}\n{item.prompt}".encode(), digest_size=11).hexdigest()
+    row = {"question_id": item.id, "prompt": item.prompt, "text": text, "answer_id": answer_id}
+    return {**row, "model_id": "", "metadata": {}}
+
+
+def _decode(name: str, item: Item) -> Any:
+    try:
+        return decode_image(image_bytes(item.image))
+    except (OSError, Rejected) as reason:
+        raise DataError(f"{name}: the image of question {item.id} cannot be used ({reason})") from None
+
+
+def _check_images(name: str, items: Sequence[Item]) -> None:
+    missing = [item.image for item in items if isinstance(item.image, str) and not Path(item.image).is_file()]
+    if missing:
+        raise UsageError(f"{name}: {len(missing):,} of {len(items):,} images are missing, the first is {missing[0]}")
+
+
+def digest_weights(folder: Path) -> str:
+    """Identify a model without reading all of it: names, sizes, and both ends of each of its files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 22))
+            file.seek(max(0, size - (1 << 22)))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One score beside the published one."""
+
+    task: str
+    metric: str
+    questions: int
+    score: float | None  # None: the task's server tells
+    published: float | None = None
+    within: bool | None = None
+
+
+def compare(results: dict[str, dict[str, Any]], published: dict[str, float], tolerance: float) -> list[Line]:
+    """Set each score beside the published one; within: no further from it than this share of it."""
+    lines = []
+    for task, result in results.items():
+        for n, metric in enumerate(TASKS[task].metrics or ("",)):
+            score = result["scores"].get(metric)
+            known = published.get(f"{task}_{metric}", published.get(task) if n == 0 else None)
+            within = None if score is None or known is None else abs(score - known) <= tolerance * abs(known)
+            lines.append(Line(task, metric, result["questions"], score, known, within))
+    return lines
+
+
+def table(lines: Sequence[Line], tolerance: float) -> str:
+    """Write the lines as text; columns on publication only where something was published."""
+    shown = any(line.published is not None for line in lines)
+    head = f"{'task':<13} {'metric':<11} {'questions':>9} {'score':>9}"
+    out = [head + (f" {'published':>9} {'difference':>10}" if shown else "")]
+    for line in lines:
+        score = "by server" if line.score is None else f"{line.score:.2f}"
+        text = f"{line.task:<13} {line.metric:<11} {line.questions:>9,} {score:>9}"
+        if line.published is not None:
+            text += f" {line.published:>9.2f}"
+            if line.score is not None:
+                verdict = "within" if line.within else "outside"
+                text += f" {line.score - line.published:>+10.2f}  {verdict} {tolerance:.0%}"
+        out.append(text)
+    return "\n".join(out)

@@ -1,0 +1,176 @@
+"""Answer held-out questions and set the answers beside the truth.
+
+Input: LLaVA records (JSON with an image folder, or shards); each answer turn is a truth, asked with all turns before
+it. Output: one JSON line a question, and accuracies. Two rules: exact match after lower-casing and trimming; and for
+records with `task` "caption" and a `concept` word, that the first word of the answer which is any record's concept is
+this record's (source of the rule: a caption may say more than its concept, and only the concept is judged).
+Beside accuracy stands, unless it is not wanted, the perplexity of the true answers, each token given those before it.
+
+    OUT.jsonl           the answers            OUT.manifest.json   the request and the result, written last
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.config import Eval
+from train.data.prompts import Rejected, Turn, parse
+from train.data.sources import Source, decode_image, open_source
+from train.errors import UsageError
+from train.eval.answers import digest_weights
+from train.eval.generate import Speaker, load_speaker
+from train.folder import FORMAT, digest_data, read_json, whole_file, write_json
+
+DEFAULTS = Eval()
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answer turn to be produced."""
+
+    key: str
+    task: str
+    concept: str
+    turns: tuple[Turn, ...]
+    images: tuple[Any, ...]  # locations
+    truth: str
+
+
+def normalise(text: str) -> str:
+    """Lower-case, trim, and drop a final full stop."""
+    return text.strip().lower().removesuffix(".").strip()
+
+
+def concept_of(answer: str, concepts: set[str]) -> str:
+    """Return the first word of an answer that is one of the concepts, or an empty string."""
+    return next((word for word in re.findall(r"\w+", answer.lower()) if word in concepts), "")
+
+
+def evaluate(
+    folder: Path,
+    data: str,
+    out: Path,
+    *,
+    images: str | None = None,
+    options: Eval = DEFAULTS,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write an answer a line to `out`; return accuracies, overall and by task, and what was skipped.
+
+    Answers that stand there already for the same model, data and options are not given again.
+    """
+    limit, max_new_tokens = options.limit, options.max_new_tokens or 64
+    source = open_source(data, images, digest=True)
+    request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": digest_data(data)}
+    request |= {"images": source.images_digest, "max_new_tokens": max_new_tokens, "limit": limit}
+    request |= {} if options.perplexity else {"perplexity": False}
+    record = out.with_name(f"{out.stem}.manifest.json")
+    if record.is_file() and out.is_file() and not overwrite:
+        found = read_json(record)
+        if found.get("request") == request:
+            log.info("%s stands already; nothing to do (--overwrite answers again)", out)
+            return {**found["result"], "answers": str(out)}
+    if out.is_dir() or (out.exists() and not record.is_file() and not overwrite):
+        raise UsageError(f"--out {out} is there already, and no answers of eval's; give another, or --overwrite")
+    questions, skipped = collect(source, limit)
+    if not questions:
+        raise UsageError(f"--data {data}: no question with an answer in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    speaker = load_speaker(folder)
+    concepts = {q.concept for q in questions if q.concept}
+    rows: list[dict[str, Any]] = []
+    for batch in batches(questions, options.batch_size):
+        rows += _answer(speaker, source, batch, concepts, max_new_tokens, options.perplexity)
+    record.unlink(missing_ok=True)
+    with whole_file(out) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    result = {**summarise(rows), "skipped": skipped}
+    write_json(record, {"format": FORMAT, "request": request, "result": result})
+    return {**result, "answers": str(out)}
+
+
+def collect(source: Source, limit: int = 0) -> tuple[list[Question], int]:
+    """Gather the questions of a source in order, and count the samples that cannot be used."""
+    questions: list[Question] = []
+    skipped = 0
+    for index in range(len(source)):
+        if limit and len(questions) >= limit:
+            break
+        try:
+            record = source.record(index)
+            turns = parse(record.conversations, len(record.images))
+            for location in record.images:
+                decode_image(source.image_bytes(location))
+        except Rejected:
+            skipped += 1
+            continue
+        task, concept = str(record.fields.get("task") or ""), str(record.fields.get("concept") or "").lower()
+        for i, turn in enumerate(turns):
+            if turn.role == "assistant":
+                before = tuple(turns[:i])
+                questions.append(Question(record.key, task, concept, before, record.images, turn.text))
+    return questions[:limit] if limit else questions, skipped
+
+
+def batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
+    """Cut questions into batches in order; those with pictures and those without do not share one."""
+    for _, alike in itertools.groupby(questions, key=lambda question: bool(question.images)):
+        own = list(alike)
+        yield from (own[start : start + size] for start in range(0, len(own), size))
+
+
+def _answer(
+    speaker: Speaker,
+    source: Source,
+    questions: Sequence[Question],
+    concepts: set[str],
+    max_new_tokens: int,
+    perplexity: bool,
+) -> list[dict[str, Any]]:
+    images = []
+    for question in questions:
+        shown = sum(turn.num_images for turn in question.turns)
+        images.append([decode_image(source.image_bytes(location)) for location in question.images[:shown]])
+    turns = [q.turns for q in questions]
+    answers = speaker.answers(turns, images, max_new_tokens)
+    losses = speaker.truth_losses(turns, images, [q.truth for q in questions]) if perplexity else []
+    rows = []
+    for question, answer, told in itertools.zip_longest(questions, answers, losses):
+        if question.task == "caption" and question.concept:
+            right = concept_of(answer, concepts) == question.concept
+        else:
+            right = normalise(answer) == normalise(question.truth)
+        asked = question.turns[-1].text
+        row = {"key": question.key, "task": question.task, "question": asked, "answer": answer}
+        row |= {"concept": question.concept} if question.concept else {}
+        rows.append({**row, "truth": question.truth, "right": right})
+        if told is not None:
+            rows[-1] |= {"truth_loss": round(told[0], 5), "tokens": told[1]}
+    return rows
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return counts, accuracies and perplexities (where there are any), overall and by task."""
+    tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        tasks[row["task"]].append(row)
+    by_task = {task or "(none)": _score(own) for task, own in sorted(tasks.items())}
+    return {**_score(rows), "tasks": by_task}
+
+
+def _score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    found = {"questions": len(rows), "accuracy": round(sum(row["right"] for row in rows) / len(rows), 4)}
+    if "truth_loss" in rows[0]:
+        mean_loss = sum(row["truth_loss"] for row in rows) / max(1, sum(row["tokens"] for row in rows))
+        found["perplexity"] = round(math.exp(min(mean_loss, 100.0)), 4)
+    return found

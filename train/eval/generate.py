@@ -1,0 +1,121 @@
+"""Ask an exported model about an image: one question, many in batches, or a conversation in the terminal.
+
+Only transformers' own classes run the model: what works here works wherever llava-hf models are served.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.data.prompts import Rejected, Turn, to_messages
+from train.data.sources import decode_image
+from train.errors import UsageError
+from train.model.native import load_native
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """An exported model and its processor, on a device."""
+
+    model: Any
+    processor: Any
+    device: torch.device
+
+    def answers(
+        self, turns: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], max_new_tokens: int
+    ) -> list[str]:
+        """Answer conversations that end with a question, greedily, as one batch; images: PIL images by conversation."""
+        inputs = self._encode([self._write(conversation, open_ended=True) for conversation in turns], images)
+        with torch.inference_mode():
+            out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def truth_losses(
+        self, turns: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], truths: Sequence[str]
+    ) -> list[tuple[float, int]]:
+        """Return for each conversation the summed cross-entropy of its true answer, end included, and its tokens."""
+        answered = [[*c, Turn("assistant", (truth,))] for c, truth in zip(turns, truths, strict=True)]
+        asked = self._encode([self._write(c, open_ended=True) for c in turns], images)["attention_mask"].sum(1)
+        inputs = self._encode([self._write(c, open_ended=False) for c in answered], images)
+        ids = inputs["input_ids"]
+        sizes = [int(n) for n in inputs["attention_mask"].sum(1) - asked]  # padded on the left: answers end together
+        with torch.inference_mode():
+            logits = self.model(**inputs, logits_to_keep=max(sizes) + 1).logits.float()
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), ids[:, -max(sizes) :].flatten(), reduction="none"
+        ).view(len(ids), -1)
+        return [(float(row[len(row) - size :].sum()), size) for row, size in zip(losses, sizes, strict=True)]
+
+    def _write(self, turns: Sequence[Turn], *, open_ended: bool) -> str:
+        """Write a conversation in the model's template, to where the next answer begins if it is open-ended.
+
+        Text that imitates the image token gets a space, else the processor would look for a picture.
+        """
+        token = self.processor.image_token
+        spelt = f"{token[0]} {token[1:]}"
+        said = [Turn(t.role, tuple(part and part.replace(token, spelt) for part in t.parts)) for t in turns]
+        return str(self.processor.apply_chat_template(to_messages(said), add_generation_prompt=open_ended))
+
+    def _encode(self, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> Any:
+        """Encode conversations as one batch, padded on the left."""
+        flat, bos = [list(own) for own in images], self.processor.tokenizer.bos_token
+        inputs = self.processor(
+            text=list(texts),
+            images=flat if any(flat) else None,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+        )
+        inputs.pop("token_type_ids", None)
+        return inputs.to(self.device, dtype=self.model.dtype)
+
+
+def load_speaker(folder: Path) -> Speaker:
+    """Load an exported folder on the GPU where there is one.  Raises: UsageError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # bf16 products are slow on most CPUs.
+    model, processor = load_native(folder, "auto" if device.type == "cuda" else torch.float32)
+    processor.tokenizer.padding_side = "left"
+    return Speaker(model.to(device).eval(), processor, device)
+
+
+def read_image(path: str) -> Any:
+    """Read an image file.  Raises: UsageError."""
+    try:
+        return decode_image(Path(path).read_bytes())
+    except OSError as error:
+        raise UsageError(f"--image {path}: {error.strerror}") from None
+    except Rejected as reason:
+        raise UsageError(f"--image {path} cannot be used ({reason})") from None
+
+
+def ask(folder: Path, image: str | None, prompt: str, max_new_tokens: int, system: str = "") -> str:
+    """Answer one question about an image, or about none."""
+    images = [read_image(image)] if image else []
+    turns = [Turn("system", (system,))] if system else []
+    turns.append(Turn("user", (None,) * len(images) + ((prompt,) if prompt else ())))
+    return load_speaker(folder).answers([turns], [images], max_new_tokens)[0]
+
+
+def chat(
+    folder: Path, image: str | None, questions: Iterator[str], say: Callable[[str], None], max_new_tokens: int
+) -> None:
+    """Hold a conversation about an image until the questions end."""
+    images = [read_image(image)] if image else []
+    speaker = load_speaker(folder)
+    turns: list[Turn] = []
+    for question in questions:
+        first = (None,) * len(images) if not turns else ()
+        turns.append(Turn("user", (*first, question)))
+        answer = speaker.answers([turns], [images], max_new_tokens)[0]
+        turns.append(Turn("assistant", (answer,)))
+        say(answer)

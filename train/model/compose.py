@@ -1,0 +1,195 @@
+"""Compose `LlavaForConditionalGeneration` from a tower and a language model, choose what learns, run it thinly.
+
+The class is transformers' own, so that the artefact needs no code of ours. The forward pass here differs in three ways
+that change no result: the tower runs without a graph and only up to the feature layer, several documents may share a
+row, and logits are computed only at positions that have a label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.config import Model
+from train.model.language import (
+    add_image_token,
+    fold_logits_scaling,
+    image_token_id,
+    load_lm,
+    load_tokenizer,
+    read_lm_config,
+    room_for,
+    shrunk,
+)
+from train.model.layer import feature_layer_index
+from train.model.published import known_words
+from train.model.tower import EVA, MULTISCALE, Vision, describe_tower, load_tower
+
+OWN_TOWERS = {EVA: "the EVA02-CLIP tower", MULTISCALE: "a tower behind several scales (S²)"}
+log = logging.getLogger("train")
+
+
+@dataclass
+class Composed:
+    """A model in native form, with its tokenizer and what its tower expects."""
+
+    model: Any  # LlavaForConditionalGeneration
+    tokenizer: Any
+    vision: Vision
+    image_token: str
+    fingerprint: str  # of the tower's and the language model's weights as loaded
+    feature_index: int
+    feature_scale: float = 1.0  # on projected features while training; an export folds it into the projector
+
+    @property
+    def image_id(self) -> int:
+        """The id that stands for one image position."""
+        return int(self.model.config.image_token_id)
+
+
+def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
+    """Build the model on the CPU: tower and language model in `dtype`, projector in fp32, everything frozen.
+
+    The projector is drawn from `options.seed` as torch draws linear layers (as LLaVA does). The fingerprint is of the
+    weights before anything is folded into them, which rounds otherwise in another dtype.  Raises: UsageError.
+    """
+    from transformers import LlavaForConditionalGeneration
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    tower, vision = load_tower(options, dtype)
+    tokenizer = load_tokenizer(options)
+    lm = load_lm(options, tokenizer, dtype)
+    image_id = add_image_token(lm, tokenizer, options.image_token)
+    config = _native_config(options, tower.config, lm.config, vision, image_id)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    lm.set_attn_implementation(options.attention)  # the class above has set its own on the shared configuration
+    model.model.vision_tower = tower
+    model.model.language_model = lm.get_decoder()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model.model.multi_modal_projector = LlavaMultiModalProjector(config)
+    head = lm.get_output_embeddings()
+    model.lm_head.weight = head.weight
+    fingerprint = _fingerprint(model)
+    fold_logits_scaling(lm)
+    if getattr(head, "bias", None) is not None:
+        place_head_bias(model, head.bias, options.lm_head_bias)
+    index = feature_layer_index(options.feature_layer, tower.config.num_hidden_layers)
+    model.requires_grad_(False).eval()
+    leftover = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    assert not leftover, leftover
+    if limits(config):
+        log.warning("%s", limits(config))
+    scale = math.sqrt(lm.config.hidden_size) if options.scale_features else 1.0
+    return Composed(model, tokenizer, vision, options.image_token, fingerprint, index, scale)
+
+
+def blueprint(options: Model) -> tuple[Any, Vision]:
+    """Build the model on the meta device, from descriptions alone: no weights, and no hub for published models.
+
+    Raises: UsageError.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    options = replace(options, tower_weights="fresh", lm_weights="fresh")
+    tower_config, vision = describe_tower(options)
+    lm_config = read_lm_config(options)
+    words = known_words(options.tokenizer or options.lm)
+    if options.shrink or words is None:
+        tokenizer = load_tokenizer(options)
+        lm_config = shrunk(lm_config, tokenizer) if options.shrink else lm_config
+        image_id = image_token_id(tokenizer, options.image_token)
+    else:
+        image_id = words.size
+    lm_config.vocab_size = room_for(image_id, lm_config.vocab_size)
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(_native_config(options, tower_config, lm_config, vision, image_id)), vision
+
+
+def _native_config(options: Model, tower_config: Any, lm_config: Any, vision: Vision, image_id: int) -> Any:
+    from transformers import LlavaConfig
+
+    return LlavaConfig(
+        vision_config=tower_config,
+        text_config=lm_config,
+        image_token_index=image_id,
+        image_seq_length=vision.tokens_per_image,
+        vision_feature_layer=options.feature_layer,
+        vision_feature_select_strategy=vision.strategy,
+        tie_word_embeddings=bool(lm_config.tie_word_embeddings),
+    )
+
+
+def own_tower(config: Any) -> str:
+    """Name the tower of a configuration where it is one of ours, else return ""."""
+    return OWN_TOWERS.get(config.vision_config.model_type, "")
+
+
+def limits(config: Any) -> str:
+    """Say in one line what cannot be done with a model of this configuration, or "" where everything can."""
+    own = own_tower(config)
+    return own and (
+        f"{own} is no class of transformers: export writes a folder that `python -m train generate`, `eval` and "
+        "`merge` read, which is not native llava-hf (vLLM and plain transformers refuse it), and no --parts"
+    )
+
+
+def place_head_bias(model: Any, bias_v: Tensor, how: str) -> None:
+    """Fold the bias of a language model's head into the head's weight and the norm before it, or drop it.
+
+    The llava class has a head without bias. Behind a layer norm that is no loss: z = w n + c, where n has mean zero, so
+    u z with u = 1/w is the constant u c, and W + b u/(u c) gives W z + b. First c is moved by w, which makes that
+    constant about the width and so keeps the sum exact in bf16. Where the norm does not allow it (another kind, a
+    weight of almost zero, a head that is the embedding too), the bias is dropped with a warning.
+    """
+    if not bool(bias_v.any()):
+        return
+    if how == "drop":
+        log.info("the language model's lm_head.bias is dropped, as in Bunny (model.lm_head_bias)")
+        return
+    norm: Any = getattr(model.model.language_model, "final_layernorm", None)
+    layered = isinstance(norm, nn.LayerNorm) and norm.bias is not None and not model.config.tie_word_embeddings
+    if not layered or float(norm.weight.detach().abs().min()) < 1e-4:
+        log.warning("the language model's lm_head.bias is dropped: the norm before it does not allow to fold it")
+        return
+    bias_v = nn.functional.pad(bias_v, (0, len(model.lm_head.weight) - len(bias_v)))  # rows of added tokens
+    with torch.no_grad():
+        w_d, head_vd = norm.weight.double(), model.lm_head.weight
+        moved_d = norm.bias.double() + w_d
+        norm.bias.copy_(moved_d)
+        u_d = 1 / w_d
+        # Of the values as they are stored, so that rounding the moved bias costs nothing.
+        constant = float(u_d @ norm.bias.double())
+        shift_d = norm.bias.double() - (moved_d - w_d)
+        for rows in torch.split(torch.arange(len(head_vd)), 4096):
+            part = head_vd[rows].double()
+            head_vd[rows] = (part + torch.outer((bias_v[rows].double() - part @ shift_d) / constant, u_d)).to(
+                head_vd.dtype
+            )
+    log.info("the language model's lm_head.bias is folded into its head and last norm, which changes no logit")
+
+
+def fold_feature_scale(model: Any, factor: float) -> None:
+    """Multiply the projector's last layer, and so the image features, by a factor."""
+    last = model.model.multi_modal_projector.linear_2
+    with torch.no_grad():
+        last.weight.mul_(factor)
+        last.bias.mul_(factor)
+
+
+def _fingerprint(model: Any) -> str:
+    """Digest a strided sample of each weight, rounded to bf16, so that no dtype or device of loading matters."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        if "multi_modal_projector" not in name:
+            flat = tensor.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).float()
+            digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,188 @@
+"""The speaking half: load a language model and its tokenizer, or make small ones of the same kind."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.config import Model
+from train.data.prompts import TEMPLATES, is_token
+from train.errors import UsageError
+from train.folder import read_json, write_json
+from train.model import attention
+from train.model.published import Words, cannot_load, check_named, known_words, locate, read_config
+
+FOLDED = "folded_logits_scaling"  # key of the configuration: by what the last norm's weight was divided
+log = logging.getLogger("train")
+
+
+def read_lm_config(options: Model) -> Any:
+    """Read what a language model is.
+
+    Raises: UsageError, also for a kind whose head the llava class cannot express.
+    """
+    described = bool(options.shrink) or options.lm_weights == "fresh"
+    config = read_config(options.lm, "model.lm", described=described)
+    for key in ("final_logit_softcapping", "logit_scale"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise UsageError(f"model.lm {options.lm!r} has {key}, which the llava class does not apply")
+    return config
+
+
+def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
+    """Load a language model in `dtype` on the CPU, or draw a fresh or small one from `seed`.  Raises: UsageError."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    config = read_lm_config(options)
+    if options.shrink:
+        config = shrunk(config, tokenizer)
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    how = {"config": config, "attn_implementation": options.attention}
+    try:
+        if options.shrink or options.lm_weights == "fresh":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(options.seed + 1)
+                lm = AutoModelForCausalLM.from_config(**how, dtype=torch.float32)
+            for parameter in lm.parameters():  # drawn alike for every dtype; the angles of rotary embeddings stay fp32
+                parameter.data = parameter.data.to(dtype)
+        else:
+            lm = kind.from_pretrained(**locate(options.lm), **how, dtype=dtype)
+    except ImportError as error:
+        raise UsageError(f"model.attention = {options.attention!r} cannot be used: {error}".splitlines()[0]) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(cannot_load(options.lm, "model.lm", error)) from None
+    lm.config.architectures = [type(lm).__name__]  # other readers of llava-hf build the language model from it
+    return lm
+
+
+def fold_logits_scaling(lm: Any) -> None:
+    """Move Granite's division of the logits into the norm before the head: the llava class divides nothing.
+
+    Not into the head itself, which MiniCPM shares with its embedding.
+    """
+    factor = getattr(lm.config, "logits_scaling", 1.0)
+    if factor != 1.0:
+        fold_into_norm(lm.get_decoder(), factor)
+        lm.config.logits_scaling = 1.0
+        setattr(lm.config, FOLDED, factor)
+
+
+def fold_into_norm(decoder: Any, factor: float) -> None:
+    """Divide the last norm's weight, and so the logits, by a factor."""
+    with torch.no_grad():
+        decoder.norm.weight.div_(factor)
+
+
+def shrunk(config: Any, tokenizer: Any) -> Any:
+    """Return the configuration of a small model of the same class, for a tokenizer made here of its size."""
+    values = {**config.to_dict(), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    grouped = (config.num_key_value_heads or config.num_attention_heads) < config.num_attention_heads
+    values |= {"num_attention_heads": 2, "num_key_value_heads": 1 if grouped else 2}
+    if "head_dim" in values:
+        values["head_dim"] = 16  # wide enough that any published share of it can be rotated
+    for name in ("layer_types", "rope_scaling"):
+        values.pop(name, None)
+    if is_tiny(tokenizer):
+        values["vocab_size"] = len(tokenizer)
+        for kind in ("bos", "eos", "pad"):
+            values[f"{kind}_token_id"] = getattr(tokenizer, f"{kind}_token_id")
+    return type(config).from_dict(values)
+
+
+def load_tokenizer(options: Model) -> Any:
+    """Load a tokenizer without running code of its own, with a pad token; a small one where only a rehearsal is meant.
+
+    Raises: UsageError.
+    """
+    from transformers import AutoTokenizer
+
+    source = options.tokenizer or options.lm
+    check_named(source, "model.lm")
+    words = known_words(source) if options.shrink else None
+    try:
+        # A rehearsal asks no hub: it takes what lies here, in a folder or in the cache.
+        here = {} if words is None else {"local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(**locate(source), trust_remote_code=False, **here)
+    except (OSError, ValueError) as error:
+        if words is None:
+            raise UsageError(cannot_load(source, "model.tokenizer", error)) from None
+        log.info("the tokenizer of %s is not at hand: the rehearsal spells in bytes", source)
+        return tiny_tokenizer(words, options.image_token)
+    if not tokenizer.is_fast:
+        raise UsageError(f"the tokenizer of {source!r} has no fast form (tokenizer.json), which labels are built on")
+    if tokenizer.pad_token is None:  # only generation pads by id; training goes by lengths, so eos is safe
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def tiny_tokenizer(words: Words, image_token: str) -> Any:
+    """Make a tokenizer of bytes that begins and ends texts as the published one does, and knows every template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", *([words.bos] if words.bos else []), words.eos, image_token]
+    special = list(dict.fromkeys([*special, *(t for template in TEMPLATES.values() for t in template.special_tokens)]))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate([*special, *letters])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    if words.bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{words.bos} $A", special_tokens=[(words.bos, special.index(words.bos))]
+        )
+    names = {"unk_token": "<unk>", "eos_token": words.eos, "pad_token": "<unk>"}
+    if words.bos:
+        names["bos_token"] = words.bos
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, made_for_rehearsal=True, **names
+    )
+
+
+def name_for_older_readers(folder: Path) -> None:
+    """Call a saved tokenizer's class by the name that transformers 4 knows too, as vLLM and converters may read it."""
+    values = read_json(folder / "tokenizer_config.json")
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        write_json(folder / "tokenizer_config.json", {**values, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def is_tiny(tokenizer: Any) -> bool:
+    """Whether a tokenizer was made by `tiny_tokenizer`."""
+    return bool(tokenizer.init_kwargs.get("made_for_rehearsal", False))
+
+
+def room_for(token_id: int, rows: int) -> int:
+    """Return how many rows an embedding of `rows` needs to have that of a token; whole blocks of 64 stay whole."""
+    needed = max(rows, token_id + 1)
+    return needed if rows % 64 else -(-needed // 64) * 64
+
+
+def image_token_id(tokenizer: Any, token: str) -> int:
+    """Return the id of the image token, which is added to a tokenizer that has none.
+
+    Raises: UsageError for a token that stands for something else.
+    """
+    from tokenizers import AddedToken
+
+    if token in (tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+        raise UsageError(f"model.image_token = {token!r} stands for something else in the tokenizer; name another")
+    if not is_token(tokenizer, token):
+        tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(token, normalized=False, special=True)]})
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
+    """Return the id of the image token: one the tokenizer has, a spare row of the embedding, or else a new row of 0."""
+    known = image_token_id(tokenizer, token)
+    rows = lm.get_input_embeddings().num_embeddings
+    if room_for(known, rows) > rows:
+        log.info("the language model has no spare row for %s: its embedding grows from %d rows", token, rows)
+        lm.resize_token_embeddings(room_for(known, rows), mean_resizing=False)
+        with torch.no_grad():  # what is drawn for them would differ by dtype, and by what was drawn before
+            for table in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+                table.weight[rows:] = 0
+    return known

@@ -1,0 +1,88 @@
+"""What of a composed model learns in a stage: projector, LoRA or everything; the rest is frozen."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import Stage
+from train.model.compose import Composed
+from train.model.quantized import quantize
+from train.model.tower import HEADS, trim
+
+
+def lora_targets(model: Any) -> list[str]:
+    """Return the full paths of the language model's linear layers; the head is not among them."""
+    lm = model.model.language_model
+    return [f"model.language_model.{name}" for name, module in lm.named_modules() if isinstance(module, nn.Linear)]
+
+
+def lora_config(stage: Stage, targets: list[str]) -> Any:
+    """Describe the adapter for PEFT; its targets are one expression that matches only in the language model."""
+    from peft import LoraConfig
+
+    leaves = sorted({target.rsplit(".", 1)[1] for target in targets})
+    return LoraConfig(
+        r=stage.lora_rank,
+        lora_alpha=stage.lora_alpha,
+        lora_dropout=stage.lora_dropout,
+        bias="none",
+        target_modules=rf"model\.language_model\..*\.({'|'.join(map(re.escape, leaves))})",
+    )
+
+
+def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
+    """Freeze and unfreeze for a stage and return what learns by name, in fp32; cuts unused tower blocks.
+
+    The set is asserted against the stage: the whole projector, and LoRA factors on each linear layer of the language
+    model, or all of the language model and its head, or nothing more.
+    """
+    model = composed.model
+    trim(model.model.vision_tower, composed.model.config.vision_feature_layer)
+    model.requires_grad_(False)
+    projector = {f"model.multi_modal_projector.{n}" for n, _ in model.model.multi_modal_projector.named_parameters()}
+    expected = set(projector)
+    if stage.tune == "lora":
+        from peft import inject_adapter_in_model
+
+        if stage.quantize:
+            quantize(model)
+        targets = lora_targets(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stage.seed)
+            inject_adapter_in_model(lora_config(stage, targets), model)
+        expected |= {f"{target}.lora_{ab}.default.weight" for target in targets for ab in "AB"}
+    elif stage.tune == "full":
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+        expected |= {name for name, _ in model.named_parameters() if name.startswith(("model.language_model.", "lm_"))}
+    model.model.multi_modal_projector.requires_grad_(True)
+    if stage.tune_tower:
+        model.model.vision_tower.float().requires_grad_(True)  # its frozen ends too: they meet what it gives
+        for name, parameter in model.model.vision_tower.named_parameters(prefix="model.vision_tower"):
+            if any(word in name for word in HEADS):
+                parameter.requires_grad_(False)
+            else:
+                expected.add(name)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trainable) == expected, set(trainable) ^ expected
+    for parameter in trainable.values():
+        parameter.data = parameter.data.float()
+    model.eval()
+    model.model.language_model.train(stage.tune != "projector")
+    return trainable
+
+
+def recompute(language_model: Any, *, reentrant: bool = False) -> None:
+    """Let a prepared language model keep no activations and compute them again in the backward pass.
+
+    transformers does so in training mode alone. A frozen model's dropout must not come with that, so only the layers
+    that recompute are told, not what they hold.
+    """
+    language_model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    for module in language_model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True

@@ -1,0 +1,102 @@
+"""S²: one tower that looks at an image at several scales, each tile by tile, and gives one wider set of features.
+
+At scale k the image is k times the tower's size and is cut into k × k tiles; the tower sees each. A scale's tiles are
+laid together again and averaged down to the places of scale 1; the scales stand side by side in the channels. Three
+scales of SigLIP-SO400M-384 give 729 places of 3 x 1,152 channels from 1,152 px, with 14 runs of the tower. However
+many images come together, the tower sees `TILES` tiles at once, so that its memory does not grow with them.
+Source: S² (arXiv 2403.13043), as Bunny v1.1 uses it (bicubic without antialiasing, area averaging, both in fp32).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from train.model.layer import features
+
+TILES = 64  # as many images as a pass has at one scale (micro_images)
+
+
+class MultiscaleConfig(PreTrainedConfig):  # type: ignore[misc]
+    """A tower's own configuration and how it is used; the sizes that others read are those of the whole.
+
+    feature_index: how many of the tower's blocks run; tokens_skipped: how many of its first tokens are no patches.
+    """
+
+    model_type = "multiscale_vision_model"
+    base_config_key = "vision_config"
+    sub_configs = {"tower_config": AutoConfig}
+
+    tower_config: Any = None
+    scales: int = 3
+    feature_index: int = 0
+    tokens_skipped: int = 0
+    hidden_size: int = 0
+    image_size: int = 0
+    patch_size: int = 0
+    num_hidden_layers: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.tower_config, dict):
+            self.tower_config = AutoConfig.for_model(**self.tower_config)
+        if self.tower_config is not None:
+            tower = self.tower_config
+            self.hidden_size = self.scales * tower.hidden_size
+            self.image_size = self.scales * tower.image_size
+            self.patch_size = self.scales * tower.patch_size  # of the image at its largest: so many pixels a place
+            self.num_hidden_layers = tower.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_tiles(self) -> int:
+        """How often the tower runs for an image."""
+        return sum(scale**2 for scale in range(1, self.scales + 1))
+
+
+class MultiscaleModel(PreTrainedModel):  # type: ignore[misc]
+    """The tower inside, called as transformers' vision models are; only one hidden state is computed."""
+
+    config_class = MultiscaleConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config: MultiscaleConfig) -> None:
+        super().__init__(config)
+        self.tower = AutoModel.from_config(config.tower_config)
+        self.post_init()
+
+    @property
+    def encoder(self) -> Any:
+        """The blocks of the tower inside."""
+        return self.tower.encoder
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
+        """Return the features [n, places, scales x width] of normalised images of the largest size.
+
+        They stand in hidden_states[feature_index], as in the tower itself; the other hidden states are None.
+        """
+        scales = range(1, self.config.scales + 1)
+        merged = torch.cat([self._at_scale(pixel_values, scale) for scale in scales], 1).flatten(2).transpose(1, 2)
+        index, layers = self.config.feature_index, self.config.num_hidden_layers
+        return BaseModelOutput(
+            last_hidden_state=merged,
+            hidden_states=tuple(merged if i == index else None for i in range(layers + 1)),
+        )
+
+    def _at_scale(self, pixels_nchw: Tensor, scale: int) -> Tensor:
+        tower_size, dtype = self.config.tower_config.image_size, pixels_nchw.dtype
+        image = functional.interpolate(pixels_nchw.float(), size=scale * tower_size, mode="bicubic").to(dtype)
+        n, channels = image.shape[:2]
+        tiles = image.view(n, channels, scale, tower_size, scale, tower_size).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        index, skipped = self.config.feature_index, self.config.tokens_skipped
+        hidden = torch.cat([features(self.tower, part, index, "full") for part in torch.split(tiles, TILES)])
+        hidden = hidden[:, skipped:]
+        side = round(hidden.shape[1] ** 0.5)
+        tiled = hidden.reshape(n, scale, scale, side, side, -1)
+        whole = tiled.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, scale * side, scale * side)
+        return functional.interpolate(whole.float(), size=side, mode="area").to(hidden.dtype)

@@ -1,0 +1,27 @@
+"""Load an exported folder by transformers' own classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from train.errors import UsageError
+from train.model.own import register_own_classes
+
+
+def load_native(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    """Load an exported folder and its processor, the towers of our own among them.  Raises: UsageError."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
+    register_own_classes()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        return model, AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{folder} cannot be loaded as an exported model ({reason:.300})") from None

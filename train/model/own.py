@@ -1,0 +1,15 @@
+"""The towers that are built here, made known to transformers' Auto classes."""
+
+from __future__ import annotations
+
+
+def register_own_classes() -> None:
+    """Make transformers' Auto classes know the two towers that are built here."""
+    from transformers import AutoConfig, AutoModel
+
+    from train.model.eva import EvaVisionConfig, EvaVisionModel
+    from train.model.multiscale import MultiscaleConfig, MultiscaleModel
+
+    for config, model in ((EvaVisionConfig, EvaVisionModel), (MultiscaleConfig, MultiscaleModel)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)

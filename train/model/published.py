@@ -1,0 +1,116 @@
+"""What a model is, before its weights: its configuration from a folder, from the hub, or from the facts shipped here.
+
+The shipped facts (`pipelines/configs/ORG--NAME/`) are the sizes of the published models that the pipelines name. They
+describe a model where its weights are not wanted (counting parameters, rehearsing a recipe small), so that neither
+needs the hub. Weights always come with their own description. No code of a model's own is ever run.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pipelines
+from train.errors import UsageError
+from train.model.own import register_own_classes
+
+CONFIGS = Path(pipelines.__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What is known of a published tokenizer: its entries, the token before every text ("" for none), the last one."""
+
+    size: int
+    bos: str
+    eos: str
+
+
+def locate(source: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for a folder, a hub id, or a hub id with `@revision`."""
+    name, at, revision = source.partition("@")
+    if not at or Path(source).exists():
+        return {"pretrained_model_name_or_path": source}
+    return {"pretrained_model_name_or_path": name, "revision": revision}
+
+
+def shipped(source: str) -> Path | None:
+    """Return the folder of facts about a published model, or None where there is none or a folder has its name."""
+    folder = CONFIGS / source.partition("@")[0].replace("/", "--")
+    return folder if "/" in source and folder.is_dir() and not Path(source).exists() else None
+
+
+def known_words(source: str) -> Words | None:
+    """Return what is known of a published model's tokenizer."""
+    facts = tomllib.loads((CONFIGS / "tokenizers.toml").read_text("utf-8"))
+    found = facts.get(source.partition("@")[0])
+    return Words(**found) if found else None
+
+
+def check_named(source: str, option: str) -> None:
+    """Refuse a model that nobody named.  Raises: UsageError."""
+    if not source:
+        raise UsageError(f"{option} is not set; give a hub id or a local folder, e.g. --set {option}=FOLDER")
+
+
+def read_config(source: str, option: str, *, described: bool = False) -> Any:
+    """Read a model's configuration, MiniCPM's as the Granite that it is.
+
+    described: take the shipped facts where there are some.  Raises: UsageError.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    register_own_classes()
+    check_named(source, option)
+    where = locate(str((described and shipped(source)) or source))
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(**where)
+        if values.get("model_type") == "minicpm":
+            return granite_of_minicpm(values)
+        return AutoConfig.from_pretrained(**where, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(cannot_load(source, option, error)) from None
+
+
+def read_preprocess(source: str, *, described: bool = False) -> dict[str, Any]:
+    """Read how a tower wants its images, or an empty table where nothing says so."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(
+            **locate(str((described and shipped(source)) or source))
+        )
+    except (OSError, ValueError):
+        return {}
+    return dict(values)
+
+
+def granite_of_minicpm(values: dict[str, Any]) -> Any:
+    """Describe a MiniCPM as a Granite: the same layers under the same names, with MiniCPM's scales as multipliers.
+
+    Source: MiniCPM (arXiv 2404.06395, §4), and openbmb's configuration_minicpm.py for the names: embeddings times
+    scale_emb, branches times scale_depth / sqrt(layers), logits of hidden / (hidden_size / dim_model_base).
+    """
+    from transformers import GraniteConfig
+
+    layers, width, heads = (values[k] for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    same = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    same += ["num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias"]
+    same += ["bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"]
+    return GraniteConfig(
+        **{name: values[name] for name in same if name in values},
+        rope_parameters={"rope_type": "default", "rope_theta": float(values.get("rope_theta", 10_000.0))},
+        tie_word_embeddings=values.get("tie_word_embeddings", True),
+        embedding_multiplier=float(values["scale_emb"]),
+        residual_multiplier=values["scale_depth"] / layers**0.5,
+        attention_multiplier=(width // heads) ** -0.5,
+        logits_scaling=width / values["dim_model_base"],
+    )
+
+
+def cannot_load(source: str, option: str, error: Exception) -> str:
+    """Word the failure to load a model: the reason's first line, and what to type."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{option} {source!r} cannot be loaded ({reason}); give a local folder instead: --set {option}=FOLDER"

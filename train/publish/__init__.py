@@ -1,0 +1,1 @@
+"""Trained runs and released checkpoints to folders that others load."""

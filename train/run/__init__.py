@@ -1,0 +1,1 @@
+"""A stage from its first step to its last: loop, checkpoints, metrics, caches."""

@@ -1,0 +1,178 @@
+"""What a run has learnt, on disk.
+
+`checkpoints/step-000200/`: weights.safetensors (what learns, fp32, by parameter name), optimizer.safetensors (moments
+by name) and state.json (step, names, digests of the files, samples skipped so far, mean loss since the one before).
+Written beside its place and renamed, so that a checkpoint is whole or absent. It holds no random state: each
+micro-batch seeds its own. Tensors that processes share are written whole, so that any number of processes goes on.
+
+The finished weights of a run: projector.safetensors (llava-hf names), adapter/ (PEFT's own format, where LoRA was
+trained), weights.safetensors (whatever else was trained, by parameter name). Nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from train.errors import CheckpointError
+from train.folder import digest_file
+from train.model.weights import write_tensors
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+PROJECTOR = "model.multi_modal_projector."
+_LORA = re.compile(r"^(.*\.lora_[AB])\.default\.weight$")
+_STEP = re.compile(r"^step-(\d{6,})$")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that several processes share; each of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def collect(
+    trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None, *, keep: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Bring weights and moments together, file by file, on the CPU of the process that is to keep them."""
+    weights, moments = dict(trainable), {}
+    for name, parameter in trainable.items():
+        for kind, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
+            if isinstance(value, Tensor):
+                moments[f"{kind}/{name}"] = value
+    files: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, OPTIMIZER: {}}
+    for file, tensors in zip(files.values(), (weights, moments), strict=True):
+        for key, tensor in tensors.items():
+            value = whole(tensor.detach())
+            if keep:
+                file[key] = value.cpu().contiguous()
+    return files
+
+
+def save(
+    folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep_last: int
+) -> Path:
+    """Write the checkpoint of a step and delete all but the last `keep_last` and the one of the lowest loss.
+
+    files: tensors by file and name, from `collect`.  state: with the mean `loss` since the checkpoint before.
+    """
+    path, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, tensors in files.items():
+        write_tensors(tensors, partial / name)
+    digests = {name: digest_file(partial / name) for name in files}
+    body = {**state, "step": step, "trainable": sorted(files[WEIGHTS]), "files": digests}
+    (partial / "state.json").write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
+    for file in partial.iterdir():
+        with file.open("rb+") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    steps = _steps(folder)
+    best = min(steps, key=lambda step: (_loss(step), step))
+    for old in steps[:-keep_last]:
+        if old != best:
+            shutil.rmtree(old)
+    return path
+
+
+def _loss(path: Path) -> float:
+    try:
+        return float(json.loads((path / "state.json").read_text(encoding="utf-8"))["loss"])
+    except (OSError, ValueError, KeyError):
+        return math.inf
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest checkpoint, or None."""
+    steps = _steps(folder)
+    return steps[-1] if steps else None
+
+
+def restore(path: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load a checkpoint into parameters and optimizer and return its state.
+
+    Raises: CheckpointError when it is corrupt or was written for other parameters.
+    """
+    advice = "delete that folder to go on from the one before it, or start over with --overwrite"
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        broken = [name for name, digest in state["files"].items() if digest_file(path / name) != digest]
+        if broken:
+            raise CheckpointError(f"{path}/{broken[0]} is corrupt (its digest differs); {advice}")
+        weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from None
+    if state["trainable"] != sorted(trainable):
+        odd = sorted(set(state["trainable"]) ^ set(trainable))[0]
+        raise CheckpointError(f"{path} was written for other parameters ({odd} is on one side only); {advice}")
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            if weights[name].shape != parameter.shape:
+                raise CheckpointError(f"{path}: {name} is {list(weights[name].shape)}, not {list(parameter.shape)}")
+            parameter.copy_(_share(weights[name], parameter))
+    for key, value in moments.items():
+        kind, _, name = key.partition("/")
+        parameter = trainable[name]
+        optimizer.state[parameter][kind] = value if kind == "step" else _share(value.to(parameter.device), parameter)
+    return dict(state)
+
+
+def _share(value: Tensor, like: Tensor) -> Tensor:
+    """Cut a whole tensor as another is cut among processes."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def save_trained(out: Path, trained: Mapping[str, Tensor], lora_config: Any | None) -> None:
+    """Write the finished weights of a run."""
+    projector, adapter, rest = {}, {}, {}
+    for name, tensor in trained.items():
+        value, lora = tensor.detach().cpu().contiguous(), _LORA.match(name)
+        if name.startswith(PROJECTOR):
+            projector[name.removeprefix("model.")] = value
+        elif lora:
+            adapter[f"base_model.model.{lora.group(1)}.weight"] = value
+        else:
+            rest[name] = value
+    write_tensors(projector, out / "projector.safetensors")
+    if adapter:
+        assert lora_config is not None
+        lora_config.save_pretrained(out / "adapter")
+        write_tensors(adapter, out / "adapter" / "adapter_model.safetensors")
+    if rest:
+        write_tensors(rest, out / "weights.safetensors")
+
+
+def load_trained(out: Path) -> dict[str, Tensor]:
+    """Read the finished weights of a run by parameter name.  Raises: CheckpointError."""
+    trained: dict[str, Tensor] = {}
+    files = {"projector.safetensors": "model.", "adapter/adapter_model.safetensors": "", "weights.safetensors": ""}
+    for file, prefix in files.items():
+        if (out / file).is_file():
+            try:
+                tensors = load_file(out / file)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{out / file} cannot be read ({error}); train again with --overwrite") from None
+            for name, tensor in tensors.items():
+                lora = re.match(r"^base_model\.model\.(.*\.lora_[AB])\.weight$", name)
+                trained[f"{lora.group(1)}.default.weight" if lora else prefix + name] = tensor
+    if not any(name.startswith(PROJECTOR) for name in trained):
+        raise CheckpointError(f"{out} has no projector.safetensors: it is not a finished run")
+    return trained
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if _STEP.match(p.name) and p.is_dir())

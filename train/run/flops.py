@@ -1,0 +1,128 @@
+"""How much useful arithmetic a step holds, and what share of the device's peak that is (MFU).
+
+Multiplications and additions that the mathematics asks for, once each: nothing for recomputed activations or logits,
+nothing for padding. With T tokens, T_sup supervised ones, P weights of linear layers:
+
+    language model   4 P T frozen (forward, gradient of inputs), 6 P T where it learns; LoRA adds 6 P_lora T; those of
+                     the last layer that only labelled positions need (frugal.py): T_sup times
+    its attention    6 L d T^2 a document: forward and backward, causal
+    logits           4 d V T_sup, 6 where the head learns
+    projector        6 P T_image
+    tower            2 P T_tower + 4 L d T_tower^2 an image (each of its tiles with S²), three times that where it
+                     learns, 0 with cached features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from train.config import Stage
+from train.data.batches import Batch, Rows
+from train.data.sources import Measured
+from train.model.compose import Composed
+from train.model.frugal import last_parts
+from train.model.tower import HEADS
+
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, from NVIDIA's data sheets (SXM)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations by what causes them."""
+
+    token: float
+    square: float  # for each document, times its squared length
+    target: float  # the head, and the end of the last layer
+    image: float  # projector
+    tower: float  # an image
+
+    @classmethod
+    def of(cls, composed: Composed, stage: Stage) -> Self:
+        """Count for a model that is prepared for a stage."""
+        config, tower = composed.model.config.text_config, composed.model.config.vision_config
+        inner, vision = composed.model.model, composed.vision
+        learns = 6 if stage.tune == "full" else 4
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        one = getattr(tower, "tower_config", tower)  # of the tiles, where the tower stands behind several scales
+        first = int(vision.has_class_token) + getattr(tower, "tokens_skipped", 0)
+        seen = (vision.image_size // vision.patch_size) ** 2 + first
+        blocks = composed.feature_index
+        forward = 2 * _weights(inner.vision_tower, without=HEADS) * seen + 4 * blocks * one.hidden_size * seen**2
+        forward *= getattr(tower, "num_tiles", 1)
+
+        def words(module: nn.Module) -> float:
+            return learns * _weights(module, without=("lora_",)) + 6.0 * _weights(module, only="lora_")
+
+        late = sum(map(words, last_parts(inner.language_model)))
+        return cls(
+            token=words(inner.language_model) - late,
+            square=6.0 * config.num_hidden_layers * width,
+            target=learns * config.hidden_size * config.vocab_size + late,
+            image=6.0 * _weights(inner.multi_modal_projector) * vision.tokens_per_image,
+            tower=float(forward * (3 if stage.tune_tower else 1)),
+        )
+
+    def flops(self, batch: Batch, *, cached: bool) -> float:
+        """Return the operations of a micro-batch; from its counts alone, so that no device is waited for."""
+        words = self.token * batch.num_tokens + self.square * batch.num_squares + self.target * len(batch.targets_s)
+        return words + (self.image + (0.0 if cached else self.tower)) * len(batch.images)
+
+    def parts(self, measured: Measured, passes: Iterable[Rows], *, padded: bool) -> dict[str, float]:
+        """Sum up passes over samples by what they are for; padded: each is as long as the longest, labels or not."""
+        sums = np.zeros(4)
+        for rows in passes:
+            samples = [sample for row in rows for sample in row]
+            lengths = measured.lengths[samples].astype(np.int64)
+            if padded:
+                lengths = np.full(len(samples), lengths.max(initial=0))
+            targets = lengths.sum() if padded else measured.supervised[samples].sum()
+            sums += lengths.sum(), (lengths**2).sum(), targets, measured.images[samples].sum()
+        tokens, squares, targets, images = map(float, sums)
+        parts = {"language model": self.token * tokens + self.square * squares, "vocabulary": self.target * targets}
+        return {**parts, "projector": self.image * images, "tower": self.tower * images}
+
+
+def published(composed: Composed, stage: Stage) -> Cost:
+    """Count a step of the published scripts: the language model runs forward once more, logits are everywhere."""
+    cost, config, lm = Cost.of(composed, stage), composed.model.config.text_config, composed.model.model.language_model
+    head = (6.0 if stage.tune == "full" else 4.0) * config.hidden_size * config.vocab_size
+    token = cost.token + (cost.target - head) + 2.0 * _weights(lm)
+    return replace(cost, token=token, square=cost.square * 8 / 6, target=head)
+
+
+def _weights(module: Any, *, only: str = "", without: tuple[str, ...] = ()) -> int:
+    return sum(
+        part.in_features * part.out_features if isinstance(part, nn.Linear) else part.weight.numel()
+        for name, part in module.named_modules(prefix="vision_tower")
+        if isinstance(part, (nn.Linear, nn.Conv2d)) and only in name and not any(word in name for word in without)
+    )
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float) -> float | None:
+    """Return one device's operations a second at best: as given, else of a known GPU in bf16, else None."""
+    if given_tflops:
+        return given_tflops * 1e12
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "PCIe" in name or "NVL" in name:  # slower than the SXM boards of the same name
+        return None
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the most memory held so far: of the GPU's tensors, or else of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device) / 1e9)
+    import resource
+    import sys
+
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held / 1e9 * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere

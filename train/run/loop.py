@@ -1,0 +1,266 @@
+"""The optimisation loop: AdamW, linear warm-up and cosine to zero, one process or one of several under torchrun.
+
+The loss of a step is the sum over its supervised tokens, in all micro-batches of all processes, divided by their
+number. Gradients are summed across processes by hand, once a step: what learns is small, and a process whose samples
+have no image then needs no special case (sharding.py is for models where it is not small). Each micro-batch seeds its
+own dropout, so that a resumed run repeats an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from train.config import Stage
+from train.data.batches import Batch, Collator, Plan, Steps, load
+from train.data.sources import check_bad
+from train.dist import Place, StopSignal, sum_gradients
+from train.errors import Interrupted, TrainError
+from train.model.compose import Composed
+from train.model.forward import hidden_states, token_losses, tower_features
+from train.run import checkpoint, sharding
+from train.run.cache import FeatureCache
+from train.run.checkpoint import PROJECTOR
+from train.run.flops import Cost, peak_flops, peak_memory_gb
+from train.run.losses import SampleLosses
+from train.run.recorder import Recorder
+
+log = logging.getLogger("train")
+
+
+@dataclass
+class Training:
+    """One stage under way."""
+
+    composed: Composed
+    stage: Stage
+    trainable: Mapping[str, nn.Parameter]
+    plan: Plan
+    collator: Collator
+    place: Place
+    out: Path
+    skipped: dict[int, str]  # sample index -> reason, found so far
+    features: FeatureCache | None = None
+    sample_losses: SampleLosses | None = None
+    cost: Cost = field(init=False)
+
+    def run(self) -> None:
+        """Train from the last checkpoint, or from the start, to the end.
+
+        Raises: Interrupted after a signal, with a checkpoint written; TrainError for a loss that is not a number.
+        """
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[int]:
+        """Train step by step, as `run` does at once; yield the number of steps done after each."""
+        optimizer = make_optimizer(self.stage, self.trainable)
+        start = self._resume(optimizer)
+        if start >= self.plan.steps:
+            return
+        self.cost = Cost.of(self.composed, self.stage)
+        peak = peak_flops(self.place.device, self.place.dtype, self.stage.peak_tflops)
+        dataset = Steps(self.plan, self.collator, self.place.rank, self.place.world)
+        cuda = self.place.device.type == "cuda"
+        batches = iter(load(dataset, range(start, self.plan.steps), self.stage.workers, cuda))
+        recorder = Recorder(
+            *(self.out, start, self.plan.steps, self.place.rank == 0, self.stage.tracker),
+            settings=dataclasses.asdict(self.stage),
+        )
+        since: list[float] = []  # losses since the last checkpoint
+        with StopSignal() as stop, recorder:
+            for step in range(start, self.plan.steps):
+                began = time.perf_counter()
+                micro_batches = next(batches)
+                waited = time.perf_counter() - began
+                with out_of_memory(self.stage):
+                    row, stopping = self._step(step, micro_batches, optimizer, stop.received)
+                seconds = time.perf_counter() - began
+                if peak:
+                    row["mfu"] = row["tflop"] * 1e12 / (seconds * peak * self.place.world)
+                row["peak_memory_gb"] = peak_memory_gb(self.place.device)
+                recorder.write({**row, "data_wait_s": waited, "step_s": seconds})
+                since.append(row["loss"])
+                done = step + 1
+                if stopping or done == self.plan.steps or done % self.stage.save_every == 0:
+                    self._save(done, optimizer, sum(since) / len(since))
+                    since.clear()
+                if stopping and done < self.plan.steps:
+                    raise Interrupted(f"stopped by a signal after step {done}, saved; the same command goes on")
+                yield done
+
+    def _step(
+        self, step: int, micro_batches: list[Batch], optimizer: torch.optim.Optimizer, stop: bool
+    ) -> tuple[dict[str, float], bool]:
+        own = [len(b.targets_s) for b in micro_batches]
+        counts = [sum(own), sum(b.num_tokens for b in micro_batches), sum(b.ids_bl.numel() for b in micro_batches)]
+        counts += [sum(len(b.skipped) for b in micro_batches), int(stop), sum(n > 0 for n in own)]
+        cached = self.features is not None
+        useful = sum(self.cost.flops(b, cached=cached) for b in micro_batches)
+        totals = self.place.total([*map(float, counts), useful])
+        supervised, tokens, padded, skipped, stopping, filled, flops = totals
+        if skipped:
+            self._note_skipped(micro_batches)
+        shares: list[Tensor] = []  # read when all are under way: reading waits for the device
+        for i, batch in enumerate(micro_batches):
+            if len(batch.targets_s) or sharding.is_sharded(self.composed):
+                torch.manual_seed((self.stage.seed * 1_000_003 + step) * 1_009 + i * self.place.world + self.place.rank)
+                share = supervised if self.stage.loss_norm == "token" else len(batch.targets_s) * filled
+                shares.append(self._backward(step, batch, max(1.0, share)))
+        loss = self.place.total([sum(map(float, shares))])[0]
+        norm = self._clip_gradients() if math.isfinite(loss) else math.nan
+        if not math.isfinite(norm):
+            self._refuse_nan(step, micro_batches, loss, norm)
+        factor = schedule(step, self.plan.steps, self.stage.warmup)
+        for parameter_group in optimizer.param_groups:
+            parameter_group["lr"] = parameter_group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        row = {"step": step + 1, "loss": loss, "lr": self.stage.lr * factor, "grad_norm": norm}
+        row |= {"tokens": int(tokens), "supervised": int(supervised), "padding": 1 - tokens / max(1.0, padded)}
+        row["tflop"] = flops / 1e12
+        return row, stopping > 0
+
+    def _backward(self, step: int, batch: Batch, normaliser: float) -> Tensor:
+        batch = batch.to(self.place.device)
+        with self.place.autocast():
+            losses, objective = sharding.inside(self.composed, self._losses, batch)
+        (objective / normaliser).backward()  # type: ignore[no-untyped-call]
+        if self.sample_losses is not None:
+            self.sample_losses.note(step, batch.owners_s, losses)
+        return losses.sum().double() / normaliser
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the losses f32 [s] without a graph, and their sum with one."""
+        if not sharding.is_sharded(self.composed):
+            losses = self.token_losses(batch)
+            return losses.detach(), losses.sum()
+        losses = self.token_losses(batch if len(batch.targets_s) else sharding.blank(self.place.device))
+        weight = self.place.world if len(batch.targets_s) else 0  # the shards' gradients are averages
+        unused = sharding.untouched(self.composed, batch)
+        return losses.detach()[: len(batch.targets_s)], losses.sum() * weight + unused
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Return the loss f32 [s] of each supervised position."""
+        feats = None
+        if self.features is not None and batch.images:
+            feats = self.features.get(batch.images).to(self.place.device)
+        elif batch.pixels_nchw is not None:
+            feats = tower_features(self.composed, batch.pixels_nchw, tuned=self.stage.tune_tower)
+        row = batch.documents, batch.supervised_s
+        hidden = hidden_states(self.composed, batch.ids_bl, batch.positions_bl, feats, *row)
+        return token_losses(self.composed.model, hidden.flatten(0, 1)[batch.supervised_s], batch.targets_s)
+
+    def _clip_gradients(self) -> float:
+        parameters = list(self.trainable.values())
+        for parameter in parameters:
+            if parameter.grad is None:  # text alone gives the projector none
+                parameter.grad = torch.zeros_like(parameter)
+        if self.place.world > 1 and not sharding.is_sharded(self.composed):
+            sum_gradients(p.grad for p in parameters if p.grad is not None)
+        norm = nn.utils.clip_grad_norm_(parameters, self.stage.clip or math.inf)
+        return float(checkpoint.whole(norm))
+
+    def _note_skipped(self, micro_batches: list[Batch]) -> None:
+        found = {index: reason for batch in micro_batches for index, reason in batch.skipped.items()}
+        found = {index: reason for part in self.place.gather(found) for index, reason in part.items()}
+        new = {index: reason for index, reason in sorted(found.items()) if index not in self.skipped}
+        self.skipped |= new
+        if new:
+            index, reason = next(iter(new.items()))
+            log.warning("skipped %d sample(s), e.g. %s (%s)", len(new), self.collator.source.name(index), reason)
+            check_bad(self.collator.source, self.skipped, self.stage.max_bad_share)
+
+    def _refuse_nan(self, step: int, micro_batches: list[Batch], loss: float, norm: float) -> None:
+        from safetensors.torch import save_file
+
+        name = f"not-a-number-{step + 1:06d}-{self.place.rank}"
+        indices = sorted({int(i) for batch in micro_batches for i in batch.owners_s})
+        path = self.out / f"{name}.json"
+        path.write_text(json.dumps([self.collator.source.name(i) for i in indices], indent=1), encoding="utf-8")
+        tensors = {
+            f"{i}.{key}": value.cpu().contiguous()
+            for i, batch in enumerate(micro_batches)
+            for key, value in vars(batch).items()
+            if isinstance(value, Tensor)
+        }
+        save_file(tensors, self.out / f"{name}.safetensors")
+        what = f"the loss of step {step + 1} is {loss}"
+        if math.isfinite(loss):
+            what = f"the gradient of step {step + 1} is {norm}, at a loss of {loss:.4f}"
+        raise TrainError(
+            f"{what}; its batch is saved in {name}.safetensors, its samples are listed in {path}; try a lower lr"
+        )
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
+        path = checkpoint.latest(self.out / "checkpoints")
+        if path is None:
+            return 0
+        state = checkpoint.restore(path, self.trainable, optimizer)
+        self.skipped |= {int(index): reason for index, reason in state["skipped"].items()}
+        if self.sample_losses is not None:
+            self.sample_losses.restore(path)
+        log.info("going on from %s", path)
+        return int(state["step"])
+
+    def _save(self, step: int, optimizer: torch.optim.Optimizer, loss: float) -> None:
+        state = {"skipped": {str(i): r for i, r in sorted(self.skipped.items())}, "loss": loss}
+        extra = self.sample_losses.gather(self.place) if self.sample_losses is not None else {}
+        tensors = checkpoint.collect(self.trainable, optimizer, keep=self.place.rank == 0)
+        if self.place.rank == 0:
+            checkpoint.save(self.out / "checkpoints", step, {**tensors, **extra}, state, self.stage.keep_last)
+        self.place.barrier()
+
+
+@contextmanager
+def out_of_memory(stage: Stage) -> Iterator[None]:
+    """Turn running out of memory into an error that names the settings to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not known:
+            raise
+        more = {
+            "full": "shard = true (under torchrun)",
+            "lora": 'quantize = "nf4"',
+            "projector": f"micro_images (now {stage.micro_images})",
+        }
+        raise TrainError(
+            f"out of memory; lower micro_tokens (now {stage.micro_tokens:,}), or set model.gradient_checkpointing = "
+            f"true, or {more[stage.tune]}; the same command with --set goes on from the last checkpoint"
+        ) from None
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Return the factor on the learning rate of a step, counted from 0: a linear rise, then a cosine to zero."""
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def make_optimizer(stage: Stage, trainable: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
+    """Build AdamW with the projector (and tower) at `projector_lr`, decay on matrices only."""
+    groups = []
+    for in_projector in (True, False):
+        for matrix in (True, False):
+            near = (PROJECTOR, "model.vision_tower.")
+            parameters = [
+                p for n, p in trainable.items() if n.startswith(near) == in_projector and (p.ndim >= 2) == matrix
+            ]
+            lr = (stage.projector_lr or stage.lr) if in_projector else stage.lr
+            decay = stage.weight_decay if matrix else 0.0
+            if parameters:
+                groups.append({"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=stage.betas)

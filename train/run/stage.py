@@ -1,0 +1,268 @@
+"""`align` and `finetune`: from options and data to a directory with the weights that were learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from train.config import Config, Model, Stage
+from train.data.batches import Collator, Plan
+from train.data.chat import chat_template
+from train.data.measuring import measure_once
+from train.data.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
+from train.data.sources import Measured, Source, check_bad, open_source
+from train.dist import Place
+from train.errors import DataError, TrainError, UsageError
+from train.folder import absolute, digest_data, finish, held, open_run, read_json, relative
+from train.model.compose import Composed, compose
+from train.model.frugal import spare
+from train.model.learn import prepare, recompute
+from train.model.tower import make_image_processor
+from train.run import checkpoint, sharding
+from train.run.cache import cache_features
+from train.run.loop import Training, out_of_memory
+from train.run.losses import SampleLosses
+
+StageName = Literal["align", "finetune"]
+PARITY_SAMPLES = 32
+log = logging.getLogger("train")
+
+
+def run_stage(
+    stage_name: StageName,
+    config: Config,
+    data: str,
+    out: Path,
+    *,
+    images: str | None = None,
+    align: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Run a stage, or go on with it, or find it finished; return the content of its manifest.
+
+    align: a finished align run whose projector is the starting point; None starts from a random one.
+    Raises: TrainError and its kinds.
+    """
+    stage: Stage = getattr(config, stage_name)
+    place = Place.find(stage.precision, stage.workers)
+    with ExitStack() as stack:
+        stack.callback(_leave)
+        source = open_source(data, images, digest=place.rank == 0)
+        request = _request(stage_name, config, stage, data, images, align, out)
+        if source.images_digest:
+            request["inputs"]["images_digest"] = source.images_digest
+        status = _claim(place, out, request, overwrite, stack)
+        if status == "finished":
+            log.info("%s is finished; nothing to do (--overwrite starts over)", out)
+            return read_json(out / "manifest.json")
+        log.info("%s on %s", stage_name, place.reason)
+        training, learnt_from = _assemble(config, stage, stage_name, source, place, out, align)
+        training.run()
+        trained = checkpoint.collect(training.trainable, None, keep=place.rank == 0)[checkpoint.WEIGHTS]
+        if place.rank == 0:
+            result = _result(training, learnt_from)
+            adapter = training.composed.model.peft_config["default"] if stage.tune == "lora" else None
+            checkpoint.save_trained(out, trained, adapter)
+            _write_skipped(out, source, training.skipped)
+            if training.sample_losses is not None:
+                training.sample_losses.write(out / "losses", source)
+            finish(out, request, result)
+        place.barrier()
+        return read_json(out / "manifest.json")
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def load_options(run: Path) -> tuple[Model, Stage, StageName]:
+    """Read back from a finished run's manifest what it was asked.  Raises: UsageError."""
+    request = read_json(run / "manifest.json").get("request", {})
+    try:
+        model = Model(**request["model"])
+        stage = Stage(**{**request["stage"], "betas": tuple(request["stage"]["betas"])})
+        stage_name = request["command"]
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{run} is not the directory of an align or finetune run ({error})") from None
+    tower, lm, tokenizer = (absolute(path, run) for path in (model.tower, model.lm, model.tokenizer))
+    return dataclasses.replace(model, tower=tower, lm=lm, tokenizer=tokenizer), stage, stage_name
+
+
+def stage_template(model: Model, stage: Stage) -> Template:
+    """Return the template that a stage writes its samples in."""
+    template = get_template(stage.template or model.template)
+    if template.name == "plain" and not stage.plain_eos:
+        return dataclasses.replace(template, end_text="\n")
+    return template
+
+
+def make_encoder(composed: Composed, model: Model, stage: Stage) -> Encoder:
+    """Return the encoder of a stage."""
+    template = stage_template(model, stage)
+    return Encoder(composed.tokenizer, template, composed.image_token, composed.vision.tokens_per_image)
+
+
+def _request(
+    stage_name: StageName,
+    config: Config,
+    stage: Stage,
+    data: str,
+    images: str | None,
+    align: Path | None,
+    out: Path,
+) -> dict[str, Any]:
+    model = dataclasses.asdict(config.model)
+    for key in ("tower", "lm", "tokenizer"):
+        model[key] = relative(model[key], out)
+    inputs = {"data": relative(data, out), "digest": digest_data(data)}
+    if images:
+        inputs["images"] = relative(images, out)
+    if align is not None:
+        inputs["align"] = relative(str(align), out)
+    return {"command": stage_name, "model": model, "stage": dataclasses.asdict(stage), "inputs": inputs}
+
+
+def _claim(place: Place, out: Path, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> str:
+    """Let the first process claim the directory until the stack ends, and the others hear of it."""
+    answer: list[Any] = [None, None]
+    if place.rank == 0:
+        try:
+            stack.enter_context(held(out))
+            answer = [open_run(out, request, overwrite=overwrite), None]
+        except TrainError as error:
+            answer = [None, error]
+    if place.world > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return str(answer[0])
+
+
+def _assemble(
+    config: Config, stage: Stage, stage_name: StageName, source: Source, place: Place, out: Path, align: Path | None
+) -> tuple[Training, str]:
+    composed = compose(config.model, place.dtype)
+    learnt_from = "" if align is None else _load_align(composed, config.model, align)
+    if stage_name == "finetune" and align is None:
+        log.info("without --align the projector starts from random weights")
+    encoder = make_encoder(composed, config.model, stage)
+    check_parity(source, encoder)
+    max_length = config.model.max_length
+    measured = measure_once(source, encoder, max_length, out, place)
+    check_bad(source, measured.reasons, stage.max_bad_share)
+    plan = Plan(measured, stage)
+    trainable = prepare(composed, stage)
+    spare(composed.model.model.language_model)
+    _announce(measured, plan, trainable, composed, stage_name)
+    if config.model.gradient_checkpointing:
+        recompute(composed.model.model.language_model)
+    with out_of_memory(stage):
+        if stage.shard and place.world > 1:
+            trainable = sharding.shard(composed, stage, place)
+            log.info("the model is cut among %d processes", place.world)
+        composed.model.to(place.device)
+    collator = Collator(source, encoder, make_image_processor(composed.vision), max_length)
+    training = Training(composed, stage, trainable, plan, collator, place, out, dict(measured.reasons))
+    training.sample_losses = SampleLosses(len(source)) if stage.losses else None
+    with out_of_memory(stage):
+        training.features = cache_features(composed, stage, plan, collator, place, training.skipped)
+    return training, learnt_from
+
+
+def _load_align(composed: Composed, model: Model, align: Path) -> str:
+    """Start from the projector of an align run, which must have learnt from features like these."""
+    manifest = read_json(align / "manifest.json")
+    if manifest.get("request", {}).get("command") != "align":
+        raise UsageError(f"--align {align} is not an align run")
+    fingerprint = manifest["result"]["fingerprint"]
+    if fingerprint != composed.fingerprint:
+        raise UsageError(f"--align {align} was trained with another tower or language model than [model] names")
+    there, here = manifest["request"]["model"], dataclasses.asdict(model)
+    for key in ("feature_layer", "feature_strategy", "scales", "scale_features"):
+        if there.get(key) != here[key]:
+            raise UsageError(f"--align {align} was trained with model.{key} = {there.get(key)!r}, not {here[key]!r}")
+    trained = checkpoint.load_trained(align)
+    with torch.no_grad():
+        for key, tensor in trained.items():
+            composed.model.get_parameter(key).copy_(tensor)
+    return str(fingerprint)
+
+
+def check_parity(source: Source, encoder: Encoder) -> None:
+    """Compare our ids with the tokenised chat template on the first samples, so that training equals serving.
+
+    Raises: DataError with the sample where they differ.
+    """
+    template = chat_template(encoder)
+    special = set(encoder.tokenizer.all_special_tokens)
+    for index in range(min(PARITY_SAMPLES, len(source))):
+        try:
+            record = source.record(index)
+            turns = parse(record.conversations, len(record.images))
+            ours, _ = encoder.piece_ids(pieces(turns, encoder.template, encoder.end_token))
+        except Rejected:
+            continue
+        if any(token in part for turn in turns for part in turn.parts if part for token in special):
+            continue  # text that imitates a special token stays text here, and becomes the token there
+        text = encoder.tokenizer.apply_chat_template(to_messages(turns), chat_template=template, tokenize=False)
+        text = text.replace(encoder.image_token, encoder.image_token * encoder.tokens_per_image)
+        theirs = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if theirs != ours:
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+            raise DataError(
+                f"{source.name(index)}: the tokenizer splits the whole text unlike its pieces, near "
+                f"{encoder.tokenizer.decode(ours[max(0, at - 3) : at + 3])!r}; another template fits this tokenizer"
+            )
+
+
+def _announce(
+    measured: Measured, plan: Plan, trainable: dict[str, Any], composed: Composed, stage_name: StageName
+) -> None:
+    usable = plan.usable
+    counts = Counter(measured.reasons.values())
+    log.info(
+        "%d samples (%d with an image, %d cut at max_length, %d skipped%s), %d tokens, %d supervised",
+        *(len(usable), int((measured.images[usable] > 0).sum()), measured.num_truncated, len(measured.reasons)),
+        *("".join(f"; {reason}: {count}" for reason, count in sorted(counts.items())), int(measured.lengths.sum())),
+        int(measured.supervised.sum()),
+    )
+    positions = getattr(composed.model.config.text_config, "max_position_embeddings", None)
+    if positions and (longer := int((measured.lengths > positions).sum())):
+        told = "%d samples are longer than the language model's %d positions; --set model.max_length=%d cuts them"
+        log.warning(told, longer, positions, positions)
+    learning = sum(p.numel() for p in trainable.values())
+    everything = sum(p.numel() for p in composed.model.parameters())
+    log.info("%s learns %s of %s parameters in %d steps", stage_name, f"{learning:,}", f"{everything:,}", plan.steps)
+
+
+def _result(training: Training, learnt_from: str) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (training.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    tail = rows[-max(1, len(rows) // 10) :]
+    return {
+        "steps": training.plan.steps,
+        "samples": len(training.plan.usable),
+        "skipped": dict(sorted(Counter(training.skipped.values()).items())),
+        "truncated": training.plan.measured.num_truncated,
+        "first_loss": rows[0]["loss"],
+        "last_loss": round(sum(row["loss"] for row in tail) / len(tail), 6),
+        "tokens": sum(row["tokens"] for row in rows),
+        "supervised": sum(row["supervised"] for row in rows),
+        "fingerprint": training.composed.fingerprint,
+        "trainable": sorted(training.trainable),
+        "align_fingerprint": learnt_from,
+    }
+
+
+def _write_skipped(out: Path, source: Source, skipped: dict[int, str]) -> None:
+    lines = [json.dumps({"sample": source.name(i), "reason": reason}) for i, reason in sorted(skipped.items())]
+    (out / "skipped.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
