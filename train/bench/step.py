@@ -39,8 +39,8 @@ from train.data.sources import open_source
 from train.dist import Place
 from train.model.compose import Composed, blueprint, compose
 from train.model.forward import embeddings, tower_features
-from train.model.frugal import spare
 from train.model.learn import prepare, recompute
+from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
 from train.run.flops import Cost, published
 from train.run.loop import Training, out_of_memory
@@ -171,7 +171,7 @@ def _run(
         # those that are not reentrant, the default since, stop before its last product.
         recompute(lm, reentrant=True)
     else:
-        spare(lm)
+        skip_unlabelled(lm)
     with out_of_memory(stage):
         composed.model.to(place.device)
     collator = Collator(source, encoder, make_image_processor(composed.vision), model.max_length)

@@ -26,8 +26,9 @@ from train.config import Eval
 from train.data.prompts import Rejected, Turn
 from train.data.sources import decode_image
 from train.errors import DataError, UsageError
+from train.eval.layout import Layout
 from train.eval.scoring import Item
-from train.eval.tasks import TASKS, Layout, get_task, image_bytes, load
+from train.eval.tasks import TASKS, get_task, image_bytes, load
 from train.folder import finish, held, open_run, relative
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import ast
 import base64
 import csv
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -22,8 +21,9 @@ from typing import Any
 
 from train.errors import DataError, UsageError, did_you_mean
 from train.eval import scoring
+from train.eval.layout import Layout, parse_json, read_tsv
 from train.eval.scoring import Item, Scorer
-from train.eval.xlsx import write_xlsx
+from train.eval.submissions import submit_mmbench, submit_mmmu, submit_mmvet, submit_vqav2
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -39,47 +39,6 @@ class Task:
     metrics: tuple[str, ...] = ()
     submit: Submit | None = None
     max_new_tokens: int = 128  # as both papers' loaders ask for
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The folder with all benchmarks, on behalf of one of them."""
-
-    root: Path
-    task: str
-
-    def find(self, *names: str) -> Path:
-        """Return the first of these files or folders that exists.  Raises: UsageError naming them."""
-        for name in names:
-            if (self.root / name).exists():
-                return self.root / name
-        raise UsageError(f"--eval-root {self.root}: {self.task} needs {' or '.join(names)}")
-
-    def lines(self, *names: str) -> list[dict[str, Any]]:
-        """Read the first of these JSON-lines files."""
-        path = self.find(*names)
-        return [_parse(path, line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-    def json(self, *names: str) -> Any:
-        """Read the first of these JSON files."""
-        path = self.find(*names)
-        return _parse(path, path.read_text(encoding="utf-8"))
-
-    def ask(
-        self, questions: Sequence[dict[str, Any]], images: Path, truth: Callable[[dict[str, Any]], Any]
-    ) -> list[Item]:
-        """Make items of lines in LLaVA's form (question_id, image, text, category)."""
-        return [
-            Item(q["question_id"], q["text"], str(images / q["image"]), truth(q), str(q.get("category", "")))
-            for q in questions
-        ]
-
-
-def _parse(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
 
 
 def _question(prompt: str) -> str:
@@ -221,7 +180,7 @@ def load_mmmu(layout: Layout, split: str) -> list[Item]:
 
     folder = layout.find("mmmu/MMMU")
     better = layout.root / "mmmu" / "answer_dict_val.json"
-    truths = _parse(better, better.read_text(encoding="utf-8")) if better.is_file() else {}
+    truths = parse_json(better, better.read_text(encoding="utf-8")) if better.is_file() else {}
     files = sorted(folder.glob(f"*/{split}-*.parquet"), key=lambda path: (path.parent.name, path.name))
     if not files:
         raise UsageError(f"--eval-root {layout.root}: {layout.task} needs mmmu/MMMU/SUBJECT/{split}-*.parquet")
@@ -249,7 +208,7 @@ def _mmmu_item(record: dict[str, Any], image: tuple[str, int], subject: str, tru
 def load_mmbench(layout: Layout, *names: str) -> list[Item]:
     """Read a legacy TSV of MMBench: hint, question and options, and the image in base64."""
     out = []
-    for row in _tsv(layout.find(*names)):
+    for row in read_tsv(layout.find(*names)):
         there = takewhile(lambda letter: row.get(letter, "").lower() not in ("", "nan", "none"), "ABCD")  # noqa: B023
         options = [(letter, row[letter]) for letter in there]
         hint = "" if row.get("hint", "").lower() in ("", "nan", "none") else f"{row['hint']}\n"
@@ -259,13 +218,6 @@ def load_mmbench(layout: Layout, *names: str) -> list[Item]:
         image, choices = base64.b64decode(row["image"]), tuple(words for _, words in options)
         out.append(Item(int(row["index"]), prompt, image, row.get("answer"), category, choices))
     return out
-
-
-def _tsv(path: Path) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(1 << 28)  # images are fields
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            yield {key: value or "" for key, value in row.items() if key is not None}
 
 
 def load_mmvet(layout: Layout) -> list[Item]:
@@ -285,45 +237,6 @@ def load_daquar(layout: Layout) -> list[Item]:
             image = str(path.parent / "images" / row["image"])
             out.append(Item(f"{row['id']}/{n}", f"{prompt}\n{SHORT}", image, answer))
     return out
-
-
-def submit_vqav2(layout: Layout, items: Sequence[Item], texts: Sequence[str], stem: Path) -> Path:
-    """Write the list that EvalAI takes: an answer for each question of test2015, empty where it was not asked."""
-    said = {item.id: scoring.vqa_normalise(text) for item, text in zip(items, texts, strict=True)}
-    every = layout.lines("vqav2/llava_vqav2_mscoco_test2015.jsonl", "vqav2/bunny_vqav2_mscoco_test2015.jsonl")
-    rows = [{"question_id": q["question_id"], "answer": said.get(q["question_id"], "")} for q in every]
-    return _write(stem, rows)
-
-
-def submit_mmvet(layout: Layout, items: Sequence[Item], texts: Sequence[str], stem: Path) -> Path:
-    """Write the object that MM-Vet's evaluator takes."""
-    return _write(stem, {f"v1_{item.id}": text for item, text in zip(items, texts, strict=True)})
-
-
-def submit_mmmu(layout: Layout, items: Sequence[Item], texts: Sequence[str], stem: Path) -> Path:
-    """Write the object that EvalAI takes: a letter, or an open answer, by question."""
-    answers = scoring.mmmu_answers(items, texts)
-    return _write(stem, {str(item.id): answer for item, answer in zip(items, answers, strict=True)})
-
-
-def submit_mmbench(layout: Layout, items: Sequence[Item], texts: Sequence[str], stem: Path, *names: str) -> Path:
-    """Write the Excel sheet that MMBench's server takes: the TSV without hint and image, and a prediction."""
-    said = {str(item.id): text for item, text in zip(items, texts, strict=True)}
-    dropped = ("hint", "category", "source", "image", "comment", "l2-category")
-    table: list[list[str]] = []
-    for row in _tsv(layout.find(*names)):
-        columns = [name for name in row if name not in dropped]
-        if not table:
-            table.append([*columns[:6], "prediction", *columns[6:]])
-        cells = [row[name] for name in columns]
-        table.append([*cells[:6], said.get(row["index"], ""), *cells[6:]])
-    return write_xlsx(stem.with_suffix(".xlsx"), table)
-
-
-def _write(stem: Path, value: Any) -> Path:
-    path = stem.with_suffix(".json")
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-    return path
 
 
 @lru_cache(maxsize=1)

@@ -1,9 +1,17 @@
-"""Attention in which each document of a packed row sees only itself, at the cost of its own squared length.
+"""Attention for packed rows: many documents in one row, each of which attends to itself alone.
 
-transformers tells packed documents apart by a mask over the whole row, which is quadratic in the row and loses the fast
-kernels. Registered with it under `NAME`, this puts the documents' edges in the mask's place: one variable-length kernel
-on a GPU in half precision (torch.nn.attention.varlen), one causal call a document elsewhere. Without documents (rows
-that are padded on the right) it is transformers' own SDPA.
+Given documents of lengths l_1 ... l_n side by side in one row of L = sum(l_i) positions, position i may attend to
+position j where both lie in the same document and j <= i (and i - j < window, where the layer has a window).
+transformers expresses that by a mask over the whole row: L^2 entries, and no fast kernel takes it. Here the layers
+receive the documents' edges in the mask's place, and attention costs sum(l_i^2):
+
+    GPU, bf16 or fp16   one variable-length kernel over all documents (torch.nn.attention.varlen)
+    elsewhere           one causal call of scaled_dot_product_attention for each document
+
+Shapes: queries [1, heads, L, d]; keys and values [1, heads or fewer, L, d]; edges i32 [n + 1] = 0, l_1, l_1 + l_2, ...
+A model gets this by `attn_implementation=NAME`, and its row's documents by `packed_documents(lengths)` around the call.
+Without documents (rows padded on the right) it is transformers' own SDPA.
+Source: variable-length attention of FlashAttention-2 (arXiv 2307.08691), under torch's name.
 """
 
 from __future__ import annotations
@@ -23,9 +31,11 @@ NAME = "documents"
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a row lie: their edges, also as i32 [n+1] on the device; and what is learnt from them.
+    """The documents of one row.
 
-    learnt_s: i64, the positions whose last hidden states are used (frugal.py); None: all.
+    edges: 0 and where each document ends, on the host for the calls a document; edges_n: the same, i32 [n + 1] on the
+    device, for the kernel. longest: the longest document.
+    learnt_s: i64, the positions whose last hidden states are used (skip_unlabelled.py); None: all.
     """
 
     edges: tuple[int, ...]
@@ -35,7 +45,7 @@ class Documents:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None) -> Self:
-        """Lay documents of these lengths side by side."""
+        """Return the documents of a row that holds these lengths in this order."""
         edges = (0, *accumulate(lengths))
         return cls(edges, torch.tensor(edges, dtype=torch.int32, device=device), max(lengths, default=0), learnt_s)
 
@@ -44,8 +54,11 @@ _packed: ContextVar[Documents | None] = ContextVar("packed", default=None)
 
 
 @contextmanager
-def apart(lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None) -> Iterator[None]:
-    """Let a model that runs with `NAME` read its one row as documents of these lengths; none: as it is."""
+def packed_documents(lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None) -> Iterator[None]:
+    """Within this context, a model that runs with `NAME` reads its one row as documents of these lengths.
+
+    No lengths: rows are read as they are.
+    """
     token = _packed.set(Documents.of(lengths, device, learnt_s) if lengths else None)
     try:
         yield
@@ -62,7 +75,10 @@ def register() -> None:
 
 
 def mask(**options: Any) -> Documents | Tensor | None:
-    """Return what a model hands to each of its layers as the mask; not every layer passes anything else on."""
+    """Return the packed documents, or transformers' own mask where a row is not packed.
+
+    A model hands its mask to each of its layers: it is the only argument that every family passes on unchanged.
+    """
     from transformers.masking_utils import sdpa_mask
 
     found: Documents | Tensor | None = _packed.get()
@@ -78,7 +94,10 @@ def attend(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Return [b, l, heads, d] for query [b, heads, l, d] and key, value with as many or fewer heads."""
+    """Return [b, l, heads, d] for query [b, heads, l, d] and key, value with as many heads or fewer (shared ones).
+
+    `attention_mask` decides: documents (b = 1), or a mask of transformers.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if not isinstance(attention_mask, Documents):
@@ -95,6 +114,7 @@ def attend(
 
 
 def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return the causal mask [1, 1, l, l] with a window; None where the document is no longer than the window."""
     if window is None or length <= window:
         return None
     at = torch.arange(length, device=device)
@@ -107,7 +127,7 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # Rotary embeddings may have widened the two under autocast.
+    # Under autocast, rotary embeddings leave queries and keys in fp32.
     q_lhd, k_lhd, v_lhd = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     edges, longest = documents.edges_n, documents.longest
     out = varlen_attn(

@@ -1,8 +1,14 @@
-"""Compose `LlavaForConditionalGeneration` from a tower and a language model, choose what learns, run it thinly.
+"""A vision tower, a projector and a language model made into one `LlavaForConditionalGeneration`.
 
-The class is transformers' own, so that the artefact needs no code of ours. The forward pass here differs in three ways
-that change no result: the tower runs without a graph and only up to the feature layer, several documents may share a
-row, and logits are computed only at positions that have a label.
+    pixels [n, 3, h, w] -> tower -> features [n, tokens, width] -> projector (two linear layers, GELU between)
+        -> [n, tokens, d], which replace the image tokens among the embedded words [b, l, d] -> language model -> logits
+
+The class is transformers' own, so that the result loads without code of ours. It has fewer parts than some language
+models: a head without bias, no division of the logits. What such a model has more is folded into weights beside it
+where that changes no logit (`place_head_bias`, `fold_logits_scaling`), else said or refused.
+Cost: the weights once, on the CPU, in the dtype asked for; the projector is drawn new in fp32. Everything is frozen;
+learn.py chooses what learns, forward.py runs the model.
+Sources: LLaVA-1.5 (arXiv 2310.03744) for the structure; transformers' modeling_llava.py for the class.
 """
 
 from __future__ import annotations
@@ -142,12 +148,14 @@ def limits(config: Any) -> str:
 
 
 def place_head_bias(model: Any, bias_v: Tensor, how: str) -> None:
-    """Fold the bias of a language model's head into the head's weight and the norm before it, or drop it.
+    """Fold a head's bias b [v] into the head's weight W [v, d] and the norm before it, or drop it.
 
-    The llava class has a head without bias. Behind a layer norm that is no loss: z = w n + c, where n has mean zero, so
-    u z with u = 1/w is the constant u c, and W + b u/(u c) gives W z + b. First c is moved by w, which makes that
-    constant about the width and so keeps the sum exact in bf16. Where the norm does not allow it (another kind, a
-    weight of almost zero, a head that is the embedding too), the bias is dropped with a warning.
+    The llava class has a head without bias. Behind a layer norm nothing is lost: the norm gives z = w n + c with n of
+    mean zero. With u = 1/w elementwise, u . z = sum(n) + u . c = u . c is the same constant for every position, so
+    W + b u^T / (u . c) gives W z + b. To keep that constant away from zero, c is first replaced by c + w: it is then
+    about d, and the logits grow by W w, which is subtracted from b. So the sum stays exact in bf16.
+    Where the norm does not allow it (no layer norm, a weight of almost zero, a head that is the embedding too), the
+    bias is dropped with a warning.
     """
     if not bool(bias_v.any()):
         return

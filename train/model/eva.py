@@ -1,9 +1,15 @@
-"""EVA02-CLIP's image tower, which transformers lacks, in the form of its CLIP: a small vision transformer.
+"""EVA02-CLIP's image tower, which transformers lacks: a vision transformer called as transformers' CLIP tower is.
 
-Against CLIP's: queries and keys are rotated by the patch's place (keys have no bias), the MLP is gated, and a norm
-stands before each of a block's two last layers. `hidden_states[i]` is what leaves block i, before the last norm.
-Weights are read under three names: open_clip's and timm's (`visual.trunk.blocks.0.mlp.fc1_g…`), the authors'
-(`visual.blocks.0.mlp.w1…`, EVA02_CLIP_L_336_psz14_s6B.pt), and this class's own.
+An image [n, 3, s, s] becomes (s / patch)^2 patches and a class token in front, [n, 1 + patches, width], which pass
+through blocks of attention and MLP. What differs from CLIP's tower:
+
+    attention   queries and keys are rotated by the patch's row and column (2-D rotary embedding); keys have no bias
+    MLP         gated: fc2(norm(silu(gate x) * fc1 x))
+    norms       one more before the last linear layer of attention and of the MLP
+
+`hidden_states[i]` is what leaves block i, before the last norm. Cost: as a ViT of the same size; angles are computed
+anew for each batch. Weights are read under three names: open_clip's and timm's (`visual.trunk.blocks.0.mlp.fc1_g...`),
+the authors' (`visual.blocks.0.mlp.w1...`, EVA02_CLIP_L_336_psz14_s6B.pt), and this class's own.
 Sources: EVA-02 (arXiv 2303.11331), EVA-CLIP (arXiv 2303.15389); tested against timm's `eva02_large_patch14_clip_336`.
 """
 
@@ -148,7 +154,7 @@ class EvaVisionModel(PreTrainedModel):  # type: ignore[misc]
 
 
 def patch_angles(config: EvaVisionConfig, device: torch.device) -> Tensor:
-    """Return the rotation f32 [patches, head width / 2] of each patch: its row in the first half, its column then.
+    """Return how far each patch is rotated, f32 [patches, head width / 2]: by its row first, then by its column.
 
     Computed anew for each batch (a few thousand numbers), so that no buffer can be lost or cast.
     """

@@ -43,10 +43,10 @@ def hidden_states(
 
     documents: the lengths of the documents that share the one row, whose positions restart at 0 and which do not see
     each other. Without them a row is a document, padded on the right, where causal attention cannot look: no mask.
-    learnt_s: the positions of that one row whose states are used; others may then be anything (frugal.py).
+    learnt_s: the positions of that one row whose states are used; others may then be anything (skip_unlabelled.py).
     """
     embeds = embeddings(composed, ids_bl, feats)
-    with attention.apart(documents, ids_bl.device, learnt_s):
+    with attention.packed_documents(documents, ids_bl.device, learnt_s):
         out = composed.model.model.language_model(inputs_embeds=embeds, position_ids=positions_bl, use_cache=False)
     return cast(Tensor, out.last_hidden_state)
 

@@ -1,4 +1,4 @@
-"""The speaking half: load a language model and its tokenizer, or make small ones of the same kind."""
+"""The language model and its tokenizer: loaded, or drawn small and fresh for a rehearsal."""
 
 from __future__ import annotations
 

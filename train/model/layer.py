@@ -1,4 +1,4 @@
-"""Which layer of a tower is read, and its features."""
+"""Which layer of a tower is read, and what it gives."""
 
 from __future__ import annotations
 

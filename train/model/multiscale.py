@@ -1,9 +1,12 @@
-"""S²: one tower that looks at an image at several scales, each tile by tile, and gives one wider set of features.
+"""S²: one tower looks at an image at several scales, and the scales' features stand side by side in the channels.
 
-At scale k the image is k times the tower's size and is cut into k × k tiles; the tower sees each. A scale's tiles are
-laid together again and averaged down to the places of scale 1; the scales stand side by side in the channels. Three
-scales of SigLIP-SO400M-384 give 729 places of 3 x 1,152 channels from 1,152 px, with 14 runs of the tower. However
-many images come together, the tower sees `TILES` tiles at once, so that its memory does not grow with them.
+With k = 1 ... K: the image is resized to k times the tower's size, cut into k x k tiles, and the tower sees each tile.
+The k x k grids of features are laid together as the tiles lay, [k side, k side, width], and averaged over k x k
+neighbours, so that each scale gives [side, side, width]. Joined over scales: [side^2, K width].
+
+Three scales of SigLIP-SO400M-384 give 729 places of 3 x 1,152 channels from an image of 1,152 px.
+Cost: sum(k^2) runs of the tower an image, 14 for K = 3; the tower sees at most `TILES` tiles at once, so that its
+memory does not grow with the number of images.
 Source: S² (arXiv 2403.13043), as Bunny v1.1 uses it (bicubic without antialiasing, area averaging, both in fp32).
 """
 
@@ -23,7 +26,7 @@ TILES = 64  # as many images as a pass has at one scale (micro_images)
 
 
 class MultiscaleConfig(PreTrainedConfig):  # type: ignore[misc]
-    """A tower's own configuration and how it is used; the sizes that others read are those of the whole.
+    """The configuration of the tower inside and how it is used; sizes and width are those of the image as a whole.
 
     feature_index: how many of the tower's blocks run; tokens_skipped: how many of its first tokens are no patches.
     """
@@ -76,7 +79,7 @@ class MultiscaleModel(PreTrainedModel):  # type: ignore[misc]
         return self.tower.encoder
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
-        """Return the features [n, places, scales x width] of normalised images of the largest size.
+        """Return the features [n, places, scales x width] of normalised images [n, 3, K size, K size].
 
         They stand in hidden_states[feature_index], as in the tower itself; the other hidden states are None.
         """
@@ -92,6 +95,7 @@ class MultiscaleModel(PreTrainedModel):  # type: ignore[misc]
         tower_size, dtype = self.config.tower_config.image_size, pixels_nchw.dtype
         image = functional.interpolate(pixels_nchw.float(), size=scale * tower_size, mode="bicubic").to(dtype)
         n, channels = image.shape[:2]
+        # Tile (i, j) of image n is row n k^2 + i k + j.
         tiles = image.view(n, channels, scale, tower_size, scale, tower_size).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
         index, skipped = self.config.feature_index, self.config.tokens_skipped
         hidden = torch.cat([features(self.tower, part, index, "full") for part in torch.split(tiles, TILES)])

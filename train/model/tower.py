@@ -1,4 +1,4 @@
-"""The seeing half: load a vision tower, say how it wants its images, and pick the features it gives.
+"""The vision tower: loaded, and described by what the rest must know of it (sizes, tokens an image, colours).
 
 A tower is a `CLIPVisionModel`, `SiglipVisionModel` or `Dinov2Model` of transformers or the EVA02-CLIP of eva.py, from a
 hub id, a local folder, a folder with only a config.json (fresh weights), or an open_clip `local-dir:FOLDER` whose plain

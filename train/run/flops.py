@@ -4,7 +4,7 @@ Multiplications and additions that the mathematics asks for, once each: nothing 
 nothing for padding. With T tokens, T_sup supervised ones, P weights of linear layers:
 
     language model   4 P T frozen (forward, gradient of inputs), 6 P T where it learns; LoRA adds 6 P_lora T; those of
-                     the last layer that only labelled positions need (frugal.py): T_sup times
+                     the last layer that only labelled positions need (skip_unlabelled.py): T_sup times
     its attention    6 L d T^2 a document: forward and backward, causal
     logits           4 d V T_sup, 6 where the head learns
     projector        6 P T_image
@@ -26,7 +26,7 @@ from train.config import Stage
 from train.data.batches import Batch, Rows
 from train.data.sources import Measured
 from train.model.compose import Composed
-from train.model.frugal import last_parts
+from train.model.skip_unlabelled import last_parts
 from train.model.tower import HEADS
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, from NVIDIA's data sheets (SXM)

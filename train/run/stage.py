@@ -23,8 +23,8 @@ from train.dist import Place
 from train.errors import DataError, TrainError, UsageError
 from train.folder import absolute, digest_data, finish, held, open_run, read_json, relative
 from train.model.compose import Composed, compose
-from train.model.frugal import spare
 from train.model.learn import prepare, recompute
+from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
 from train.run import checkpoint, sharding
 from train.run.cache import cache_features
@@ -161,7 +161,7 @@ def _assemble(
     check_bad(source, measured.reasons, stage.max_bad_share)
     plan = Plan(measured, stage)
     trainable = prepare(composed, stage)
-    spare(composed.model.model.language_model)
+    skip_unlabelled(composed.model.model.language_model)
     _announce(measured, plan, trainable, composed, stage_name)
     if config.model.gradient_checkpointing:
         recompute(composed.model.model.language_model)

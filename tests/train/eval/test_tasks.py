@@ -14,8 +14,9 @@ from toys import picture
 from train.config import Eval, load
 from train.errors import DataError, UsageError
 from train.eval import answers, scoring, tasks
+from train.eval.layout import Layout
 from train.eval.scoring import Item
-from train.eval.tasks import LETTER, SHORT, Layout
+from train.eval.tasks import LETTER, SHORT
 
 
 def lines(path, rows):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as tf
 
-from train.model.attention import NAME, Documents, apart, attend, register
+from train.model.attention import NAME, Documents, attend, packed_documents, register
 
 SMALL = {
     "vocab_size": 64,
@@ -49,7 +49,7 @@ def test_packed_losses_and_gradients_are_those_of_each_document_alone(family, ch
             if checkpointing:
                 body.activation_checkpointing_enable({"use_reentrant": False})
             body.train()
-            with apart(LENGTHS, ids.device):
+            with packed_documents(LENGTHS, ids.device):
                 hidden = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         elif attention == "eager":
             edges = Documents.of(LENGTHS, ids.device).edges
@@ -115,7 +115,7 @@ def test_a_gpu_in_half_precision_takes_the_variable_length_kernel(family, monkey
         fake = {name: torch.empty(shape, dtype=dtype, device="cuda") for name, shape, dtype in weights}
         row = torch.empty(1, sum(LENGTHS), 32, device="cuda", dtype=torch.bfloat16)
         places = torch.empty(row.shape[:2], device="cuda", dtype=torch.int64)
-        with apart(LENGTHS, row.device):
+        with packed_documents(LENGTHS, row.device):
             options = {"inputs_embeds": row, "position_ids": places, "use_cache": False}
             out = functional_call(model, fake, kwargs=options).last_hidden_state
     assert out.device.type == "cuda" and out.shape == row.shape

@@ -15,8 +15,8 @@ from train.data.batches import Batch
 from train.data.sources import Measured
 from train.model.compose import compose
 from train.model.forward import hidden_states, token_losses, tower_features
-from train.model.frugal import spare
 from train.model.learn import prepare
+from train.model.skip_unlabelled import skip_unlabelled
 from train.run.flops import Cost, peak_flops, published
 from train.run.stage import run_stage
 
@@ -33,7 +33,7 @@ def test_counts_what_torch_counts(world, tune):
     composed = compose(configuration.load(str(world / "config.toml")).model)
     stage = Stage(tune=tune, lora_rank=4, lora_alpha=8, lora_dropout=0.0)
     prepare(composed, stage)
-    spare(composed.model.model.language_model)
+    skip_unlabelled(composed.model.model.language_model)
     config, size = composed.model.config.text_config, composed.vision.image_size
     ids = torch.tensor([[5, *[composed.image_id] * 5, *range(6, 20)]])
     supervised, length = torch.arange(10, 15), ids.shape[1]

@@ -1,9 +1,15 @@
-"""Work of the language model that no label asks for, left out of its training; results change by rounding only.
+"""Training without the work that no label asks for. Results change by rounding only.
 
-Logits are formed at positions with a label alone, and behind the last attention positions no longer meet: the last
-layer needs keys and values of every position, but queries, attention's output and the MLP only of those. That saves 10
-of its 12 d² weights a position: 1/38 of Phi-2's forward and backward pass. Besides, GELU as GPT-2 wrote it is eight
-operations in transformers, each of which keeps its result for the backward pass; torch has the same function as one.
+Only positions with a label enter the loss. The logits are formed at those alone (forward.py). The last layer's keys and
+values are needed at every position, since labelled positions attend to them; but its queries, its attention output and
+its MLP are functions of one position each, so they are computed at labelled positions only. Where a layer has 12 d^2
+weights, that skips 10 d^2 of them at every unlabelled position of one layer: 1/38 of Phi-2's forward and backward pass.
+
+How: hooks around those modules. Before a module, the row [1, L, d] is narrowed to the labelled positions [1, s, d];
+behind it, widened again with zeros, which no label sees. The positions come with the packed documents (attention.py).
+
+Besides, transformers writes GPT-2's GELU as eight operations, and each keeps its result for the backward pass; torch
+has the same function as one.
 """
 
 from __future__ import annotations
@@ -17,14 +23,14 @@ from train.model.attention import Documents
 LAST_PARTS = ("self_attn.q_proj", "self_attn.o_proj", "self_attn.dense", "mlp")  # each a function of one position
 
 
-class _Learnt:
-    """Hooks that narrow a row to its labelled positions before a module, and widen it with zeros behind."""
+class _LabelledPositions:
+    """Hooks that narrow a row to its labelled positions before a module, and widen it with zeros behind it."""
 
     learnt_s: Tensor | None = None
     length = 0
 
     def look(self, _layer: nn.Module, _args: Any, options: dict[str, Any]) -> None:
-        # The mask comes again when a recomputing backward pass runs the layer once more.
+        # Read at every run: with recomputation, the backward pass runs the layer again, outside packed_documents.
         mask = options.get("attention_mask")
         self.learnt_s = None
         if isinstance(mask, Documents):
@@ -40,20 +46,23 @@ class _Learnt:
         return whole.index_copy(1, self.learnt_s, out_bsd)
 
 
-def spare(language_model: Any) -> None:
-    """Let a language model that is prepared for a stage leave out what no label asks for (`attention.apart`)."""
+def skip_unlabelled(language_model: Any) -> None:
+    """Change a language model that is prepared for a stage so that it skips what no label asks for.
+
+    It does so in packed rows whose labelled positions are known (`attention.packed_documents`); others run whole.
+    """
     from transformers.activations import NewGELUActivation
 
     for module in list(language_model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    learnt, parts = _Learnt(), last_parts(language_model)
+    labelled, parts = _LabelledPositions(), last_parts(language_model)
     if parts:
-        language_model.layers[-1].register_forward_pre_hook(learnt.look, with_kwargs=True)
+        language_model.layers[-1].register_forward_pre_hook(labelled.look, with_kwargs=True)
     for part in parts:
-        part.register_forward_pre_hook(learnt.narrow)
-        part.register_forward_hook(learnt.widen)
+        part.register_forward_pre_hook(labelled.narrow)
+        part.register_forward_hook(labelled.widen)
 
 
 def last_parts(language_model: Any) -> list[nn.Module]:

@@ -6,13 +6,13 @@ import transformers as tf
 from test_attention import CONFIGS, FEWER, LENGTHS, SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.model.attention import NAME, apart, register
-from train.model.frugal import last_parts, spare
+from train.model.attention import NAME, packed_documents, register
+from train.model.skip_unlabelled import last_parts, skip_unlabelled
 
 LEARNT = torch.tensor([1, 4, 5, 9, 18, 19, 20])  # of four documents; the second and the last teach nothing
 
 
-def loss_and_gradients(family, lora, checkpointing, frugal, learnt=LEARNT):
+def loss_and_gradients(family, lora, checkpointing, skipping, learnt=LEARNT):
     register()
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=NAME)
@@ -23,15 +23,15 @@ def loss_and_gradients(family, lora, checkpointing, frugal, learnt=LEARNT):
         inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), model)
     body = model.get_decoder()
     body.train()
-    if frugal:
-        spare(body)
+    if skipping:
+        skip_unlabelled(body)
     if checkpointing:
         body.activation_checkpointing_enable({"use_reentrant": False})
     total = sum(LENGTHS)
     embeds = torch.randn(1, total, SMALL["hidden_size"]).requires_grad_()  # as image features: they learn in `align`
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     with FlopCounterMode(display=False) as counter:
-        with apart(LENGTHS, embeds.device, learnt):
+        with packed_documents(LENGTHS, embeds.device, learnt):
             hidden = body(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
         targets = torch.arange(total) % SMALL["vocab_size"]
         losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[0, learnt]), targets[learnt], reduction="none")
@@ -45,8 +45,8 @@ def loss_and_gradients(family, lora, checkpointing, frugal, learnt=LEARNT):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_losses_and_gradients_are_those_of_the_whole_model(family, lora, checkpointing):
     whole, there, work = loss_and_gradients(family, lora, checkpointing, False)
-    spared, here, less = loss_and_gradients(family, lora, checkpointing, True)
-    torch.testing.assert_close(spared, whole, rtol=0, atol=1e-6)
+    skipped, here, less = loss_and_gradients(family, lora, checkpointing, True)
+    torch.testing.assert_close(skipped, whole, rtol=0, atol=1e-6)
     assert here.keys() == there.keys() and less < work
     for name, gradient in there.items():
         torch.testing.assert_close(here[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
@@ -74,7 +74,7 @@ def test_a_row_without_labels_and_a_model_that_serves_are_whole():
     body = tf.AutoModelForCausalLM.from_config(CONFIGS["phi"], attn_implementation=NAME).get_decoder().eval()
     ids = torch.arange(3, 12).reshape(1, 9)
     before = body(input_ids=ids).last_hidden_state
-    spare(body)
+    skip_unlabelled(body)
     torch.testing.assert_close(body(input_ids=ids).last_hidden_state, before, rtol=0, atol=1e-6)
 
 
@@ -89,6 +89,6 @@ def test_what_is_not_known_is_left_alone(config, parts):
     body = tf.AutoModelForCausalLM.from_config(config).get_decoder().eval()
     ids = torch.arange(3, 12).reshape(1, 9)
     before = body(input_ids=ids).last_hidden_state
-    spare(body)
+    skip_unlabelled(body)
     assert len(last_parts(body)) == parts
     torch.testing.assert_close(body(input_ids=ids).last_hidden_state, before, rtol=0, atol=1e-6)
