@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from curate.storage import schema
 
 ROOT = Path(__file__).parent.parent
 # From the ground up. A room imports itself and rooms of the lines before its own; those of one line keep apart.
+# Both programs share `pipelines`, how files are read; its top level imports the standard library alone.
 FLOORS = """
+pipelines
 curate/errors
 curate/vectors
 curate/storage curate/engine curate/options
@@ -31,7 +34,10 @@ train/eval
 train/__main__
 """
 FLOOR = {room: number for number, line in enumerate(FLOORS.split("\n")) for room in line.split()}
-FILES = sorted(path for package in ("curate", "train") for path in (ROOT / package).rglob("*.py"))
+FILES = sorted(
+    [path for package in ("curate", "train") for path in (ROOT / package).rglob("*.py")]
+    + list((ROOT / "pipelines").glob("*.py"))  # the scripts in pipelines/demo are programs of their own
+)
 HEAVY = ("torch", "faiss", "open_clip", "transformers", "sklearn", "scipy", "ray", "jinja2", "webdataset")
 MAX_LINES = 450
 
@@ -41,8 +47,8 @@ def name_of(path: Path) -> str:
 
 
 def room_of(name: str) -> str:
-    """`curate/select/steps/by_score` stands in the room `curate/select`."""
-    return "/".join(name.split("/")[:2])
+    """`curate/select/steps/by_score` stands in the room `curate/select`; `pipelines` is one room."""
+    return "pipelines" if name.startswith("pipelines/") else "/".join(name.split("/")[:2])
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -60,18 +66,21 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 def files_imported(path: Path) -> set[str]:
     names = {name_of(file) for file in FILES}
-    return {name.replace(".", "/") for name in imports(path)} & names
+    found = {name.replace(".", "/") for name in imports(path)}
+    return (found | {f"{name}/__init__" for name in found & {"pipelines"}}) & names
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_one_way(path):
     own = room_of(name_of(path))
-    if path.name == "__init__.py":
+    if path.name == "__init__.py" and own != "pipelines":
         assert not imports(path)
         return
     assert own in FLOOR, f"give {own} a place in FLOORS"
     for other in {room_of(name) for name in files_imported(path)} - {own}:
-        assert other.split("/")[0] == own.split("/")[0], "curate and train meet at files alone"
+        assert other.split("/")[0] in (own.split("/")[0], "pipelines"), (
+            "curate and train meet at files and in pipelines"
+        )
         assert FLOOR[other] < FLOOR[own], f"{own} imports {other}"
 
 
@@ -87,6 +96,12 @@ def test_no_files_import_each_other_in_a_circle():
 @pytest.mark.parametrize("path", [file for file in FILES if name_of(file).startswith("curate/")], ids=name_of)
 def test_heavy_libraries_are_imported_where_they_are_used(path):
     assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & set(HEAVY)
+
+
+@pytest.mark.parametrize("path", [file for file in FILES if room_of(name_of(file)) == "pipelines"], ids=name_of)
+def test_what_both_programs_share_needs_the_standard_library_alone(path):
+    outside = {name.split(".")[0] for name in imports(path, top_level_only=True)} - sys.stdlib_module_names
+    assert outside <= {"pipelines"}
 
 
 def documented(section: str) -> list[tuple[str, str]]:

@@ -1,10 +1,12 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
 from curate.errors import UsageError
 from curate.options import assign, build
+from pipelines import options as shared
+from train.errors import UsageError as TrainerUsageError
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,9 @@ class Tea:
     cup: Literal["mug", "glass"] = "mug"
     spices: tuple[str, ...] = ()
     note: str | None = None
+    heat: tuple[float, float] = (80, 95)
+    times: list[int] = field(default_factory=list)
+    prices: dict[str, float] = field(default_factory=dict)
 
 
 def test_a_table_becomes_options():
@@ -33,6 +38,13 @@ def test_a_table_becomes_options():
         ({}, ["needs leaf"]),
         ({"leaf": "a", "spices": [3]}, ["tea.spices=[3] is not a list of strings"]),
         ({"leaf": "a", "spices": "clove"}, ["is not a list of strings"]),
+        ({"leaf": "a", "minutes": float("inf")}, ["tea.minutes=inf is not a finite number"]),
+        ({"leaf": "a", "minutes": True}, ["tea.minutes=True is not a number"]),
+        ({"leaf": "a", "heat": [80]}, ["tea.heat=[80] is not a list of 2 numbers"]),
+        ({"leaf": "a", "heat": [80, "x"]}, ["tea.heat=[80, 'x'] is not a list of 2 numbers"]),
+        ({"leaf": "a", "times": [1, 2.5]}, ["tea.times=[1, 2.5] is not a list of whole numbers"]),
+        ({"leaf": "a", "prices": {"oz": "x"}}, ["tea.prices={'oz': 'x'} is not a table of numbers"]),
+        ({"leaf": "a", "note": 3}, ["tea.note=3 is not a string"]),
         (3, ["[tea] is 3, not a table"]),
     ],
 )
@@ -47,5 +59,27 @@ def test_settings_reach_into_tables():
     for setting in ["tea.minutes=2.5", "tea.spices=['clove']", "tea.leaf=earl grey", "new.deep.key=true"]:
         assign(tables, setting)
     assert tables == {"tea": {"leaf": "earl grey", "minutes": 2.5, "spices": ["clove"]}, "new": {"deep": {"key": True}}}
-    with pytest.raises(UsageError, match="table.key=value"):
-        assign(tables, "nonsense")
+    for setting in ["nonsense", "tea=3", "tea..leaf=3", "=3", ".=3"]:
+        with pytest.raises(UsageError, match="table.key=value"):
+            assign(tables, setting)
+    with pytest.raises(UsageError, match="leaf is a value, not a table"):
+        assign(tables, "tea.leaf.colour=3")
+
+
+def test_what_a_table_leaves_out_is_taken_from_the_defaults():
+    given = Tea("assam", heat=(1, 2))
+    assert shared.build(Tea, {"minutes": 5}, "tea", given) == Tea("assam", 5.0, heat=(1, 2))
+    told = shared.build(Tea, {"heat": [70, 90.5], "times": [1, 2], "prices": {"oz": 3}}, "tea", given)
+    assert (told.heat, told.times, told.prices) == ((70.0, 90.5), [1, 2], {"oz": 3.0})
+    assert all(isinstance(number, float) for number in (*told.heat, *told.prices.values()))
+
+
+def test_both_programs_refuse_a_table_in_the_same_words(tmp_path):
+    from train import config
+
+    (tmp_path / "p.toml").write_text("[align]\nlrr = 3\n")
+    with pytest.raises(shared.OptionError) as ours:
+        shared.build(config.Stage, {"lrr": 3}, "align")
+    with pytest.raises(TrainerUsageError) as theirs:
+        config.load(str(tmp_path / "p.toml"))
+    assert str(theirs.value) == f"{ours.value.message} {ours.value.hint}"

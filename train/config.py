@@ -2,24 +2,22 @@
 
     [model] what is trained · [align] [finetune] the two stages · [export] · [eval] · [generate]
 
-The same file may hold the tables of other programs; they are ignored here. Every key of ours is checked against the
-dataclass (name and type). In a string, `{here}` is the folder of the TOML file. `--set align.lr=1e-3` overrides.
+The same file may hold the tables of other programs; they are ignored here. pipelines/options.py checks every key
+of ours against the dataclass, name and type. In a string, `{here}` is the folder of the TOML file. `--set align.lr=1`
+overrides.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import tomllib
-import types
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pipelines
+from pipelines import options
 from train.errors import UsageError, did_you_mean
 
 
@@ -138,21 +136,28 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
     Raises: UsageError for a missing file, an unknown table or key, a value of the wrong type.
     """
-    tables: dict[str, dict[str, Any]] = {}
-    if path:
-        tables = _read_toml(Path(path))
-    for override in overrides:
-        table, key, value = _parse_override(override)
-        if table in TABLES:  # `--set embed.model=…` is another program's business
-            tables.setdefault(table, {})[key] = value
+    tables = _read_toml(Path(path)) if path else {}
     config = Config()
-    changes = {name: _apply(getattr(config, name), values, name) for name, values in tables.items() if name in TABLES}
+    try:
+        for override in overrides:
+            table = options.parse_setting(override)[0][0]
+            if table not in (*TABLES, *NEIGHBOURS):
+                raise UsageError(f"--set {override!r}: unknown table {table!r}{did_you_mean(table, TABLES)}")
+            if table in TABLES:  # `--set embed.model=…` is another program's business
+                options.assign(tables, override)
+        changes = {
+            name: options.build(type(defaults := getattr(config, name)), table, name, defaults)
+            for name, table in tables.items()
+        }
+    except options.OptionError as error:
+        raise UsageError(f"{error.message} {error.hint}" if error.hint else error.message) from None
     config = dataclasses.replace(config, **changes)
     _check(config)
     return config
 
 
-def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Read the tables of this program from a file, laid over its bases."""
     try:
         document = pipelines.read(path)
     except FileNotFoundError as error:
@@ -161,67 +166,11 @@ def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
-    for name, values in document.items():
-        if name in NEIGHBOURS:
-            continue
-        if name not in TABLES:
-            near = difflib.get_close_matches(name, TABLES, n=1, cutoff=0.75)
-            if near:
-                raise UsageError(f"{path}: unknown table [{name}]; did you mean [{near[0]}]?")
-        elif not isinstance(values, dict):
-            raise UsageError(f"{path}: {name} must be a table, written [{name}]")
-    return {name: values for name, values in document.items() if name in TABLES}
-
-
-def _parse_override(override: str) -> tuple[str, str, Any]:
-    name, equals, text = override.partition("=")
-    table, dot, key = name.strip().partition(".")
-    if not (equals and dot and key):
-        raise UsageError(f"--set {override!r}: write it as table.key=value, for example align.lr=1e-3")
-    if table not in (*TABLES, *NEIGHBOURS):
-        raise UsageError(f"--set {override!r}: unknown table {table!r}{did_you_mean(table, TABLES)}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    return table, key.strip(), value
-
-
-def _apply(options: Any, values: dict[str, Any], table: str) -> Any:
-    hints = typing.get_type_hints(type(options))
-    changes = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise UsageError(f"unknown key {table}.{key}{did_you_mean(key, hints)}")
-        changes[key] = _coerce(value, hints[key], f"{table}.{key}")
-    return dataclasses.replace(options, **changes)
-
-
-def _coerce(value: Any, hint: Any, name: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise UsageError(f"{name} = {value!r} is not one of {', '.join(map(repr, choices))}")
-        return value
-    if origin is tuple:
-        kinds = typing.get_args(hint)
-        if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
-            raise UsageError(f"{name} = {value!r} must be a list of {len(kinds)} numbers")
-        return tuple(_coerce(item, kind, name) for item, kind in zip(value, kinds, strict=True))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise UsageError(f"{name} = {value!r} must be a table, written {{name = number, …}}")
-        kind = typing.get_args(hint)[1]
-        return {key: _coerce(item, kind, f"{name}.{key}") for key, item in value.items()}
-    assert isinstance(hint, type) and not isinstance(hint, types.UnionType), hint
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UsageError(f"{name} = {value!r} must be of type {hint.__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{name} = {value!r} must be a finite number")
-    return value
+    for name in (name for name in document if name not in (*NEIGHBOURS, *TABLES)):
+        near = difflib.get_close_matches(name, TABLES, n=1, cutoff=0.75)
+        if near:
+            raise UsageError(f"{path}: unknown table [{name}]; did you mean [{near[0]}]?")
+    return {name: table for name, table in document.items() if name in TABLES}
 
 
 def _check(config: Config) -> None:

@@ -219,7 +219,7 @@ def test_score_and_table_beside_the_published_row(root, tmp_path, capfd):
     code, _, err = call(capfd, *words)
     assert code == 2 and "answers 4 of the 5 questions of pope; type --partial" in err
     assert call(capfd, *words, "--partial")[0] == 0
-    with pytest.raises(UsageError, match="must be a table"):
+    with pytest.raises(UsageError, match="is not a table of numbers"):
         load(None, ["eval.published=3"])
     with pytest.raises(UsageError, match="eval.batch_size = 0 must be greater than 0"):
         load(None, ["eval.batch_size=0"])
