@@ -1,8 +1,7 @@
-"""What a mix is made of: its request with the state of its inputs, and what each source had, lost and gave.
+"""What a mix's manifest records: the request, the state of its inputs, and counts for each source.
 
-In: sources, and a few scalar columns of their tables of scratch. Out: what goes into the mix's manifest, twice over
-where it can be compared: before (all usable records of a source) and after (those that the mix drew, as often as it
-did).
+In: sources, and a few scalar columns of their temporary tables. Out: JSON for the manifest. Measures are given twice:
+`before` for all usable records of a source, and for the records that the mix drew, each as often as it was drawn.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ PLACES = ("path", "images", "selection", "exclude_text")  # inputs, recorded by 
 
 
 def recorded(options: Mapping[str, Any], sources: Mapping[str, SourceOptions]) -> dict[str, Any]:
-    """List what a mix is made by, without places: those are inputs."""
+    """List the resolved options without locations, which `inputs` records by their content."""
     asked: dict[str, Any] = {key: value for key, value in options.items() if key != "sources"}
     asked["tokenizer"] = asked["tokenizer"] if asked["tokenizer"] == "estimate" else _digest_file(asked["tokenizer"])
     defaults = vars(SourceOptions(""))
@@ -102,7 +101,7 @@ class Columns:
 
     @classmethod
     def read(cls, location: str) -> "Columns":
-        """Read them from a table of scratch."""
+        """Read them from a source's temporary table."""
         table = sidecar.table(location, ["tokens", "supervised", "rounds", "image_hash"])
         return cls(*(column.to_numpy() for column in table.columns))
 
@@ -145,7 +144,7 @@ def describe(
     facts: Mapping[str, Mapping[str, Any]],
     order: sampling.Order,
 ) -> dict[str, Any]:
-    """Account for each source and for the whole: what there was, what was lost and why, what the mix holds."""
+    """Describe each source and the whole mix: records read, lost by reason, and drawn, with their measures."""
     described, drawn = {}, []
     for number, (name, fact) in enumerate(facts.items()):
         rows = order.rows[order.source == number]

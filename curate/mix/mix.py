@@ -2,9 +2,9 @@
 
 In: a `[mix]` table with `[mix.sources.NAME]` tables. Out: `MIX/{000000}.tar` with `key.jpg` (the original bytes; absent
 for text-only) and `key.json` (the record in LLaVA's form, unchanged, plus `source`), or `MIX/mix.json` alone.
-Three stages: each source is read once into a table of scratch (`.spool/NAME.arrow`: record, place of its picture,
-tokens); the driver draws and shuffles row numbers; output shards are an independent map over those. The records never
-pass through memory together, so 665,298 of them need no more than a few hundred MB.
+Three stages: each source is read once into a temporary table (`.spool/NAME.arrow`: the record, where its picture's
+bytes lie, its tokens); the driver draws row numbers and shuffles them (sampling.py); each output shard is then written
+by itself from the rows that fall to it. Records never lie in memory together: 665,298 need a few hundred MB.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ from curate.errors import ContractError, UsageError, unknown
 from curate.mix import account as accounts
 from curate.mix import sampling
 from curate.mix.account import Columns, describe, recorded
-from curate.mix.read_sources import Spool, facts_place
+from curate.mix.read_sources import ReadSource, facts_location
 from curate.mix.sources import ELSEWHERE, Picture, SourceOptions, read_picture
 from curate.storage import paths, records, sidecar
 from curate.storage.manifest import Output, load_json, open_output, versions
 from curate.storage.tar import TarWriter, is_safe
 
-SPOOL = ".spool"
+SCRATCH = ".spool"
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, 
     if output.complete:
         return output.manifest
     with output.attempt():
-        facts = _spool(output, chosen, sources, job)
-        tables = {name: Columns.read(output.path(f"{SPOOL}/{name}.arrow")) for name in sources}
+        facts = _read_sources(output, chosen, sources, job)
+        tables = {name: Columns.read(output.path(f"{SCRATCH}/{name}.arrow")) for name in sources}
         _refuse_faults(chosen, sources, facts)
         order = _draw(chosen, sources, tables)
         return _write(output, chosen, sources, order, describe(sources, tables, facts, order), job)
@@ -105,27 +105,27 @@ def build_sources(chosen: MixOptions) -> dict[str, SourceOptions]:
     return sources
 
 
-def _spool(
+def _read_sources(
     output: Output, chosen: MixOptions, sources: Mapping[str, SourceOptions], job: engine.Job
 ) -> dict[str, dict[str, Any]]:
-    """Read every source once into its table of scratch; returns the facts of each."""
-    place = output.path(SPOOL)
+    """Read every source once into its temporary table. Returns what was learnt of each, by name."""
+    place = output.path(SCRATCH)
     paths.make_dir(place)
     paths.clear_temporaries(place)
     present = set(paths.listdir(place))
     missing = [name for name in sources if f"{name}.arrow" not in present]
-    task = Spool(dict(sources), place, chosen.tokenizer, chosen.image_tokens)
+    task = ReadSource(dict(sources), place, chosen.tokenizer, chosen.image_tokens)
     outcome = engine.run_stage("read", task, missing, replace(job, gpus=0))
     output.log(stage="mix read", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
     for name, why in outcome.failed.items():
         raise ContractError(f"mix source {name} cannot be read: {why}")
-    return {name: load_json(facts_place(place, name)) for name in sources}
+    return {name: load_json(facts_location(place, name)) for name in sources}
 
 
 def _refuse_faults(
     chosen: MixOptions, sources: Mapping[str, SourceOptions], facts: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Hold each source to its `expect`, and under `strict` to having no fault at all."""
+    """Compare each source with its `expect`; under `strict` refuse any lost record. Raises: ContractError."""
     for name, fact in facts.items():
         expect = sources[name].expect
         wanted = expect if isinstance(expect, dict) else {} if expect is None else {"": expect}
@@ -173,9 +173,9 @@ def _write(
     """Write the mix and complete the directory."""
     if not len(order.rows):
         raise UsageError("the mix is empty: no source gave a usable record.")
-    names, place = list(sources), output.path(SPOOL)
+    names, place = list(sources), output.path(SCRATCH)
     if chosen.format == "llava":
-        _write_json(output.path("mix.json"), _Reader(place, names), order, sources)
+        _write_json(output.path("mix.json"), _Rows(place, names), order, sources)
         finished: dict[str, Any] = {"mix": {"rows": len(order.rows)}}
     else:
         stems = [f"{index:06d}" for index in range(-(-len(order.rows) // chosen.shard_size))]
@@ -193,8 +193,8 @@ def _write(
     return manifest
 
 
-class _Reader:
-    """Fetch single rows of the tables of scratch, which are mapped, not read."""
+class _Rows:
+    """Fetch single rows of the temporary tables, which are memory-mapped: a row costs what it holds."""
 
     def __init__(self, place: str, names: list[str]) -> None:
         self.place, self.names = place, names
@@ -222,8 +222,8 @@ class _WriteShard:
     shard_size: int
 
     def setup(self) -> None:
-        """Map the tables of scratch."""
-        self.reader = _Reader(self.place, self.names)
+        """Open the temporary tables."""
+        self.table_rows = _Rows(self.place, self.names)
 
     def positions(self, stem: str) -> range:
         """List the mix's positions that a shard holds."""
@@ -235,7 +235,7 @@ class _WriteShard:
             for position in self.positions(stem):
                 source, key = int(self.order.source[position]), f"{position:09d}"
                 picture = ("suffix", "location", "offset", "size")
-                row = self.reader.row(source, int(self.order.rows[position]), ("record", "has_source", *picture))
+                row = self.table_rows.row(source, int(self.order.rows[position]), ("record", "has_source", *picture))
                 record, has_source, suffix, location, offset, size = row
                 if location is not None:
                     tar.add(f"{key}.{suffix}", read_picture(Picture(location, offset, size, suffix)))
@@ -245,7 +245,7 @@ class _WriteShard:
         return {"rows": len(self.positions(stem))}
 
 
-def _write_json(location: str, reader: _Reader, order: sampling.Order, sources: Mapping[str, SourceOptions]) -> None:
+def _write_json(location: str, table_rows: _Rows, order: sampling.Order, sources: Mapping[str, SourceOptions]) -> None:
     """Write the mix as one LLaVA JSON list, a record a line, each exactly as it came."""
     roots = {source.images for source in sources.values()}
     if len(roots - {""}) > 1:
@@ -255,5 +255,5 @@ def _write_json(location: str, reader: _Reader, order: sampling.Order, sources: 
         )
     with paths.atomic_write(location) as file:
         for count, (source, row) in enumerate(zip(order.source.tolist(), order.rows.tolist(), strict=True)):
-            file.write((b"[\n" if count == 0 else b",\n") + reader.row(source, row, ["record"])[0])
+            file.write((b"[\n" if count == 0 else b",\n") + table_rows.row(source, row, ["record"])[0])
         file.write(b"\n]\n")

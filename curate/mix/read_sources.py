@@ -1,8 +1,8 @@
-"""Read a source of a mix once, by its rules, into a table of scratch that later rows are fetched from.
+"""Read a source of a mix once, apply its rules, and keep its usable records in a temporary table.
 
-In: a source. Out: `NAME.arrow`, a row per usable record: its JSON as one line, where its picture's bytes lie, tokens,
-supervised tokens (those of the answers) and rounds; its facts hold what was read, lost, ruled out, reshaped and
-repeated by id.
+In: a source's options. Out: `NAME.arrow`, a row per usable record: its JSON as one line, where its picture's bytes lie,
+its tokens, supervised tokens (those of the answers) and rounds. `NAME.facts.json` counts the records read, lost by
+fault, taken out or reshaped by a rule, and those whose id an earlier record had; the counts must add up.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from curate.mix import reshape, text_overlap
 from curate.mix.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries, read_picture
 from curate.storage import manifest, paths, records, sidecar
 
-SPOOL_SCHEMA = pa.schema(
+SCRATCH_SCHEMA = pa.schema(
     [
         ("record", pa.large_binary()),
         ("has_source", pa.bool_()),
@@ -51,8 +51,8 @@ def token_counter(tokenizer: str) -> Count:
 
 
 @dataclass
-class Spool:
-    """The task: one source each."""
+class ReadSource:
+    """The engine's task: read the source of a name."""
 
     sources: dict[str, SourceOptions]
     place: str
@@ -66,7 +66,7 @@ class Spool:
     def __call__(self, name: str, /) -> dict[str, Any]:
         """Read one source and write its table."""
         location, faults, ruled_out = paths.join(self.place, f"{name}.arrow"), Faults(), Faults()
-        found = _Census(entries(name, self.sources[name], faults, paths.join(self.place, name)))
+        found = _CountedRecords(entries(name, self.sources[name], faults, paths.join(self.place, name)))
         reshaped: dict[str, int] = {}
         shaped = self._shape(found, self.sources[name], ruled_out, reshaped)
 
@@ -81,15 +81,17 @@ class Spool:
             facts = {"read": read, "faults": faults.counts, "ruled_out": rules_took, "reshaped": reshaped}
             facts |= {"listed": faults.listed + ruled_out.listed, "notes": faults.notes, "folders": faults.folders}
             facts |= {"duplicate_ids": found.repeated, "listed_ids": found.listed}
-            manifest.save_json(facts_place(self.place, name), facts)  # before the table, which says that both are there
+            manifest.save_json(
+                facts_location(self.place, name), facts
+            )  # before the table, which says that both are there
 
-        return {"rows": sidecar.write_table(location, SPOOL_SCHEMA, batches())}
+        return {"rows": sidecar.write_table(location, SCRATCH_SCHEMA, batches())}
 
     def _shape(
         self, found: Iterable[Entry], source: SourceOptions, ruled_out: Faults, reshaped: dict[str, int]
     ) -> Iterator[Entry]:
-        """Apply the source's rules. reshaped: how many records each rule added or took away."""
-        found = _Sieve(source, ruled_out).passing(found)
+        """Apply the source's rules. reshaped: filled with how many records each rule added (or took away)."""
+        found = _RecordFilter(source, ruled_out).filter(found)
         for entry in _merge(found, reshaped) if source.merge else found:
             parts = [entry.record]
             if source.max_rounds is not None:
@@ -133,13 +135,13 @@ class Spool:
                     pa.array(supervised, pa.int32()),
                     pa.array(rounds, pa.int32()),
                 ],
-                schema=SPOOL_SCHEMA,
+                schema=SCRATCH_SCHEMA,
             )
 
 
 @dataclass
-class _Sieve:
-    """The rules that judge a record whole: is it fit, selected, no benchmark's, and new?"""
+class _RecordFilter:
+    """Drop records by the source's rules: drop_invalid, selection, exclude_text, dedup_text, in this order."""
 
     source: SourceOptions
     ruled_out: Faults
@@ -147,8 +149,8 @@ class _Sieve:
     benchmark: set[str] = field(default_factory=set)
     remembered: text_overlap.Remembered | None = None
 
-    def passing(self, found: Iterable[Entry]) -> Iterator[Entry]:
-        """Yield the records that no rule takes out, and count the others."""
+    def filter(self, found: Iterable[Entry]) -> Iterator[Entry]:
+        """Yield the records that every rule keeps; count the others by rule in `ruled_out`."""
         source = self.source
         if source.selection:
             self.kept = kept_pictures(source.selection)
@@ -180,17 +182,17 @@ class _Sieve:
         return ""
 
 
-class _Census:
-    """Count the records that pass, and the ids that an earlier one had."""
+class _CountedRecords:
+    """Iterate over records, counting them and those whose id an earlier one had (8 bytes of memory an id)."""
 
     def __init__(self, found: Iterator[Entry]) -> None:
-        self.found = found
+        self.records = found
         self.yielded = self.repeated = 0
         self.listed: list[Any] = []
         self.seen: set[int] = set()
 
     def __iter__(self) -> Iterator[Entry]:
-        for entry in self.found:
+        for entry in self.records:
             self.yielded += 1
             if "id" in entry.record:
                 value = _hash(repr(entry.record["id"]))
@@ -216,7 +218,7 @@ def _merge(found: Iterable[Entry], reshaped: dict[str, int]) -> Iterator[Entry]:
     reshaped["merge"] = after - before
 
 
-def facts_place(place: str, name: str) -> str:
+def facts_location(place: str, name: str) -> str:
     """Locate what was learnt about a source while it was read."""
     return paths.join(place, f"{name}.facts.json")
 

@@ -1,8 +1,8 @@
 """Sources of a mix: LLaVA JSON or JSON lines, webdataset shards, selections, text in its common forms, parquet.
 
-In: one `[mix.sources.NAME]` table. Out: `Entry`s, each a record in LLaVA's form and the place of its picture's original
-bytes (a file under the image root, or a stretch of a tar). What cannot be used is counted by reason and listed, never
-replaced: records that are no conversation, pictures that are missing, empty, or named outside their root.
+In: one `[mix.sources.NAME]` table. Out: `Entry`s, each a record in LLaVA's form and where its picture's original bytes
+lie (a file under the image folder, or a byte range of a tar). What cannot be used is counted by reason and listed,
+never replaced: records that are no conversation, pictures that are missing, empty, or named outside their folder.
 """
 
 import os
@@ -84,7 +84,7 @@ class SourceOptions:
 
     @property
     def amount(self) -> Amount:
-        """Say how much of the source is wanted."""
+        """The part of the options that says how many records to draw."""
         return Amount(self.count, self.fraction, self.cap, self.repeat, self.weight)
 
 
@@ -184,7 +184,7 @@ def _suffixes(kind: str) -> tuple[str, ...]:
 def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
     """Yield the usable records of a source in their order.
 
-    scratch: a location without suffix under which pictures that lie in no file of their own may be kept.
+    scratch: path prefix for a temporary tar of the pictures that lie inside a table (parquet).
     """
     kind = kind_of(source)
     if kind == "shards":
@@ -208,7 +208,7 @@ def _from_json(name: str, source: SourceOptions, faults: Faults) -> Iterator[Ent
     images = source.images or (
         paths.join(source.path, "images") if paths.exists(paths.join(source.path, manifest.MANIFEST)) else ""
     )
-    album = _Album(images)
+    finder = _ImageFinder(images)
     number = 0
     for location in files_of(source, "json"):
         with paths.open_read(location) as file:
@@ -219,15 +219,15 @@ def _from_json(name: str, source: SourceOptions, faults: Faults) -> Iterator[Ent
                     faults.note(f"broken: {why}", number - 1)
                     continue
                 faults.place(record.get("image"), source.expect)
-                picture, why = album.find(record.get("image"))
+                picture, why = finder.find(record.get("image"))
                 if why:
                     faults.note(why, record.get("image"))
                 else:
                     yield Entry(record, picture)
 
 
-class _Album:
-    """The images of a source by name: files under a folder, or members of tars."""
+class _ImageFinder:
+    """Find a source's images by the names that records give: files under a folder, or members of tars."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -329,21 +329,21 @@ def _from_parquet(name: str, source: SourceOptions, faults: Faults, scratch: str
     """Read Hugging Face style parquet; pictures inside it are put into a tar beside the scratch, byte for byte."""
     import pyarrow.parquet
 
-    album = _Album(source.images)
+    finder = _ImageFinder(source.images)
     number, place = 0, f"{scratch}.tar"
     with open(paths.local(place), "wb") as file, TarWriter(file) as tar:
         for location in files_of(source, "parquet"):
             with paths.open_read(location) as table:
                 for batch in pyarrow.parquet.ParquetFile(table).iter_batches(256):
                     for value in batch.to_pylist():
-                        entry = _from_row(value, f"{name}-{number}", album, tar, place, faults)
+                        entry = _from_row(value, f"{name}-{number}", finder, tar, place, faults)
                         number += 1
                         if entry is not None:
                             yield entry
 
 
 def _from_row(
-    value: dict[str, Any], default_id: str, album: _Album, tar: TarWriter, place: str, faults: Faults
+    value: dict[str, Any], default_id: str, finder: _ImageFinder, tar: TarWriter, place: str, faults: Faults
 ) -> Entry | None:
     held, several = value.get("image"), value.get("images")
     if isinstance(several, list):
@@ -360,7 +360,7 @@ def _from_row(
         faults.note(f"broken: {why}", default_id)
         return None
     if not data:
-        picture, why = album.find(record.get("image"))
+        picture, why = finder.find(record.get("image"))
         if why:
             faults.note(why, record.get("image"))
         return None if why else Entry(record, picture)

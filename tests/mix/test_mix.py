@@ -137,8 +137,8 @@ def test_killed_in_mid_mix_then_run_again(tmp_path):
     mix(table, str(tmp_path / "whole"), QUIET)
     code = (
         "import time, curate.mix.mix as m\n"
-        "row = m._Reader.row\n"
-        "m._Reader.row = lambda *a: (time.sleep(0.02), row(*a))[1]\n"
+        "row = m._Rows.row\n"
+        "m._Rows.row = lambda *a: (time.sleep(0.02), row(*a))[1]\n"
         f"from curate.engine import Job\nm.mix({table!r}, {str(out)!r}, Job(workers=1, quiet=True))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
