@@ -31,6 +31,7 @@ train/model
 train/run
 train/publish train/bench
 train/eval
+train/console
 train/__main__
 """
 FLOOR = {room: number for number, line in enumerate(FLOORS.split("\n")) for room in line.split()}

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from train import config as configuration
+from train.console import describe_model, questions, quiet, say, show, show_answers, show_scores
 from train.errors import TrainError, UsageError
 
 app = typer.Typer(
@@ -28,7 +28,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-log = logging.getLogger("train")
 
 ConfigOption = Annotated[str | None, typer.Option("--config", help="TOML file with [model], [align], [finetune] …")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override an option: table.key=value. Repeatable.")]
@@ -99,7 +98,7 @@ def _stage(
     manifest = run_stage(name, options, data, out, images=images, align=align, overwrite=overwrite)
     if int(os.environ.get("RANK", "0")) == 0:
         result = {key: value for key, value in manifest["result"].items() if key != "trainable"}
-        _show({"out": str(out), **result}, as_json)
+        show({"out": str(out), **result}, as_json)
 
 
 @app.command()
@@ -120,7 +119,7 @@ def export(
     options = configuration.load(config, settings or ())
     from train.publish.export import export as write
 
-    _show(write(run, out, dtype=options.export.dtype, overwrite=overwrite, parts=parts), as_json)
+    show(write(run, out, dtype=options.export.dtype, overwrite=overwrite, parts=parts), as_json)
 
 
 @app.command("import")
@@ -140,7 +139,7 @@ def import_(
     options = configuration.load(config, settings or ())
     from train.publish.released import import_released
 
-    _show(import_released(checkpoint, out, options, overwrite=overwrite), as_json)
+    show(import_released(checkpoint, out, options, overwrite=overwrite), as_json)
 
 
 @app.command()
@@ -157,7 +156,7 @@ def merge(
     """
     from train.publish.export import merge as average
 
-    _show(average(models, weight, out, overwrite=overwrite), as_json)
+    show(average(models, weight, out, overwrite=overwrite), as_json)
 
 
 @app.command("eval")
@@ -192,22 +191,12 @@ def evaluate(
         check_published(options.published)
         names = [name.strip() for name in tasks.split(",")]
         results = run_tasks(model, names, _root(eval_root), out, options, overwrite=overwrite)
-        _show_scores(results, options, as_json)
+        show_scores(results, options, as_json)
         return
     from train.eval.evaluate import evaluate as answer_all
 
     summary = answer_all(model, str(data), out, images=images, options=options, overwrite=overwrite)
-    if as_json:
-        _show(summary, True)
-        return
-    lines = out.read_text(encoding="utf-8").splitlines()
-    shown = min(options.show, len(lines))
-    for line in (lines[(2 * i + 1) * len(lines) // (2 * shown)] for i in range(shown)):  # spread over the questions
-        row = json.loads(line)
-        mark, asked = "=" if row["right"] else "x", row["question"] or "(image)"
-        _say(f"{mark} {row['key']}  {asked[:60]!r}\n    answer  {row['answer']}\n    truth   {row['truth']}")
-    for task, score in {"all": summary, **summary["tasks"]}.items():
-        _say(f"{task:<12} {score['questions']:>6} questions   accuracy {score['accuracy']:.3f}")
+    show_answers(summary, out, options.show, as_json)
 
 
 @app.command()
@@ -231,27 +220,13 @@ def score(
     from train.eval.tasks import check_published
 
     check_published(options.published)
-    _show_scores({task: score_file(task, answers, _root(eval_root), out, partial)}, options, as_json)
+    show_scores({task: score_file(task, answers, _root(eval_root), out, partial)}, options, as_json)
 
 
 def _root(eval_root: Path | None) -> Path:
     if eval_root is None or not eval_root.is_dir():
         raise UsageError(f"--eval-root {eval_root}: give the folder that holds the benchmarks (pope/, gqa/, …)")
     return eval_root
-
-
-def _show_scores(results: dict[str, Any], options: configuration.Eval, as_json: bool) -> None:
-    from train.eval.answers import compare, table
-
-    lines = compare(results, options.published, options.tolerance)
-    if as_json:
-        held = [dataclasses.asdict(line) for line in lines if line.published is not None]
-        _show({"tasks": results, "published": held, "tolerance": options.tolerance}, True)
-        return
-    _say(table(lines, options.tolerance))
-    for name, result in results.items():
-        if "submission" in result:
-            _say(f"{name}: for its server: {result['submission']}")
 
 
 @app.command()
@@ -272,20 +247,10 @@ def generate(
     from train.eval.generate import ask, chat
 
     if prompt is None and not (image and not sys.stdin.isatty() and as_json):
-        chat(model, image, _questions(), _say, options.max_new_tokens)
+        chat(model, image, questions(), say, options.max_new_tokens)
         return
     answer = ask(model, image, prompt or "", options.max_new_tokens, options.system)
-    _show({"answer": answer}, as_json) if as_json else _say(answer)
-
-
-def _questions() -> Iterator[str]:
-    while True:
-        try:
-            question = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if question:
-            yield question
+    show({"answer": answer}, as_json) if as_json else say(answer)
 
 
 @app.command()
@@ -307,7 +272,7 @@ def inspect(
     from train.run.inspection import describe
 
     for text in describe(options, stage, data, images, num, colour=sys.stdout.isatty()):
-        _say(text)
+        say(text)
 
 
 @app.command()
@@ -334,7 +299,7 @@ def bench(
     result = measure(options, steps, batch_size)
     if out is not None:
         write_json(out, result)
-    _show(result, True) if as_json else _say(f"{result['model']}\n{table(result)}")
+    show(result, True) if as_json else say(f"{result['model']}\n{table(result)}")
 
 
 @app.command()
@@ -350,21 +315,7 @@ def check(config: ConfigOption = None, settings: SetOption = None, as_json: Json
     for stage in (options.align, options.finetune):
         get_template(stage.template or options.model.template)
     check_published(options.eval.published)
-    _show({**dataclasses.asdict(options), "composed": _composed(options.model)}, as_json)
-
-
-def _composed(model: configuration.Model) -> dict[str, Any]:
-    """Count the model from descriptions alone, where they are at hand."""
-    if not (model.tower and model.lm):
-        return {}
-    from train.model.compose import blueprint, limits
-
-    try:
-        native, vision = blueprint(model)
-    except UsageError as error:
-        return {"unknown": str(error)}
-    counts = {"parameters": sum(p.numel() for p in native.parameters()), "tokens_per_image": vision.tokens_per_image}
-    return {**counts, "limits": limits(native.config)}
+    show({**dataclasses.asdict(options), "composed": describe_model(options.model)}, as_json)
 
 
 @app.command()
@@ -376,41 +327,12 @@ def work() -> None:
     from train.work import answers
 
     for answer in answers(sys.stdin, lambda words: app(words, standalone_mode=False)):
-        _say(json.dumps(answer, ensure_ascii=False))
-
-
-def _show(value: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _say(json.dumps(value, ensure_ascii=False))
-        return
-    for key, entry in value.items():
-        if entry in ("", {}):
-            continue
-        if isinstance(entry, dict):
-            _say(f"[{key}]\n" + "\n".join(f"  {k} = {v!r}" for k, v in entry.items()))
-        else:
-            _say(f"{key} = {entry}")
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def _quiet() -> None:
-    """Leave stderr to our own lines; transformers prints whole configurations otherwise."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of every fork
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of each try to reach a hub that is not there
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    log.setLevel(level)
+        say(json.dumps(answer, ensure_ascii=False))
 
 
 def main(run: Callable[[], None] = app) -> None:
     """Run the command line and turn our errors, and the file system's, into one line and an exit code."""
-    _quiet()
+    quiet()
     try:
         run()
     except (TrainError, OSError) as error:

@@ -1,4 +1,9 @@
-"""Where a process runs and how it computes, what it shares with the others, and how it hears of a signal."""
+"""What a process of a run knows of itself and of the others: device, precision, rank, sums, signals.
+
+Under torchrun each process (a rank, 0 to world - 1) holds one device. `Runtime.detect` chooses device and precision and
+joins the group of all ranks; its other methods are the only collectives outside of FSDP. Gradients are summed in flat
+buckets of 64 M elements, so that many small tensors cost few messages and the copy of them stays small.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +20,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(hours=2)  # while the first process looks at millions of samples; NCCL's own is 10 minutes
-BUCKET = 1 << 26  # elements of gradients that are summed across processes in one go
+TIMEOUT = timedelta(hours=2)  # while the first rank looks at millions of samples; NCCL's own is 10 minutes
+BUCKET = 1 << 26  # elements of gradients in one message
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this process runs and how it computes."""
+class Runtime:
+    """Device, precision and rank of this process; frozen for the length of a run."""
 
     device: torch.device
     dtype: torch.dtype  # of matrix products and of frozen weights
     rank: int
-    world: int
-    reason: str
+    world: int  # number of ranks
+    reason: str  # device and precision in words, with why they were chosen
 
     @classmethod
-    def find(cls, precision: str, workers: int) -> Self:
+    def detect(cls, precision: str, workers: int) -> Self:
         """Choose device, precision and threads, and join the other processes where torchrun started several."""
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         cuda = torch.cuda.is_available()
@@ -38,13 +43,13 @@ class Place:
         if cuda:
             torch.cuda.set_device(device)
         if not cuda and "OMP_NUM_THREADS" not in os.environ:
-            # Threads that wait for a core which decodes make each matrix product wait: measured 4 times slower.
+            # A thread whose core is busy decoding holds up the whole matrix product: measured 4 times slower.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - workers))
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-        # Older GPUs only act as if: "supported" by emulation is many times slower than fp32.
-        own = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        bf16 = precision == "bf16" or (precision == "auto" and own)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+        # Older GPUs emulate bf16 and call it supported; that is many times slower than fp32.
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = precision == "bf16" or (precision == "auto" and native)
         why = f"{precision} was asked for" if precision != "auto" else "the GPU has it" if bf16 else "no GPU with bf16"
         reason = f"{device}, {'bf16 with fp32 masters' if bf16 else 'fp32'} ({why}), {world} process(es)"
         return cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason)
@@ -53,8 +58,8 @@ class Place:
         """Return the context of the forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
 
-    def total(self, values: list[float]) -> list[float]:
-        """Sum numbers over all processes."""
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Sum each number over all ranks, in float64."""
         if self.world == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -62,12 +67,12 @@ class Place:
         return [float(x) for x in tensor]
 
     def barrier(self) -> None:
-        """Wait for every process."""
+        """Wait for every rank."""
         if self.world > 1:
             dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
-        """Collect every process's object, in rank order."""
+        """Return every rank's object, in rank order; it is pickled on the way."""
         everyone: list[Any] = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(everyone, value)
@@ -95,7 +100,7 @@ class StopSignal:
 
 
 def sum_gradients(gradients: Iterable[Tensor]) -> None:
-    """Add up gradients over all processes, in place and a bucket at a time."""
+    """Sum gradients over all ranks in place, a bucket of at most BUCKET elements (or one larger tensor) at a time."""
     bucket: list[Tensor] = []
     for gradient in gradients:
         if bucket and sum(g.numel() for g in bucket) + gradient.numel() > BUCKET:

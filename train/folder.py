@@ -1,4 +1,4 @@
-"""A run's directory: what it was asked to do, whether it is done, and refusing to mix two requests in one place.
+"""A run's directory: its request, its state (new, unfinished, finished), its lock, and files written atomically.
 
     .plan.json      the request, while the run is unfinished      .lock   while a process writes it
     metrics.jsonl   one line a step                      tensorboard/   the same curves
@@ -36,7 +36,7 @@ Status = Literal["new", "unfinished", "finished"]
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file so that it is there whole or not at all: under a temporary name, synced, renamed."""
+    """Write a file atomically: under a temporary name, synced, then renamed."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         yield file
@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Make a directory and keep it for this process; where nothing comes into it, it goes again.
+    """Make a directory and lock it for this process; it is removed again if it stays empty.
 
     The lock is the kernel's (on NFS, the server's): it ends with its process, however that ends. A file system that
     knows no locks has none.  Raises: UsageError naming who has it.
@@ -99,7 +99,7 @@ def held(out: Path) -> Iterator[None]:
 
 
 def open_run(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> Status:
-    """Claim a directory that is `held` for a request, or find the same request there, unfinished or finished.
+    """Start a request in a locked directory, or find the same request there, unfinished or finished.
 
     A run that ended before its first step, as one does whose data must be mended first, gives way to any request.
     Raises: UsageError naming the first option that differs, both values, and `--overwrite`.

@@ -36,7 +36,7 @@ from train.config import Config, Model, Stage
 from train.data.batches import Batch, Collator, Plan, Rows
 from train.data.measuring import measure
 from train.data.sources import open_source
-from train.dist import Place
+from train.dist import Runtime
 from train.model.compose import Composed, blueprint, compose
 from train.model.forward import embeddings, tower_features
 from train.model.learn import prepare, recompute
@@ -155,11 +155,11 @@ def _run(
     """Run one kind, yielding after each step; note in the end what it measured."""
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (its import is nobody's step)
 
-    place = Place.find(stage.precision, stage.workers)
+    runtime = Runtime.detect(stage.precision, stage.workers)
     if kind == "reference":
         model = dataclasses.replace(model, attention="sdpa")
         stage = dataclasses.replace(stage, packing=False)
-    composed = compose(model, place.dtype)
+    composed = compose(model, runtime.dtype)
     encoder = make_encoder(composed, model, stage)
     if not (folder / "data").is_dir():
         write(folder / "data", stage.steps * stage.batch_size, composed.vision.tokens_per_image)
@@ -173,15 +173,15 @@ def _run(
     else:
         skip_unlabelled(lm)
     with out_of_memory(stage):
-        composed.model.to(place.device)
+        composed.model.to(runtime.device)
     collator = Collator(source, encoder, make_image_processor(composed.vision), model.max_length)
     plan = (Padded if kind == "reference" else Plan)(measured, stage)
     out = folder / kind
     out.mkdir(parents=True)
-    if place.device.type == "cuda":
+    if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     work = Reference if kind == "reference" else Training
-    steps = work(composed, stage, trainable, plan, collator, place, out, dict(measured.reasons)).steps()
+    steps = work(composed, stage, trainable, plan, collator, runtime, out, dict(measured.reasons)).steps()
     cpu_s: list[float] = []
     began = time.process_time()
     while next(steps, None):

@@ -1,4 +1,4 @@
-"""Encode every sample once, without its pixels, before the first step: lengths to pack by, and what cannot be used."""
+"""Encode every sample once before the first step, without decoding images: its length, and whether it can be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from train.data.batches import load
 from train.data.prompts import Encoder, Rejected
 from train.data.sources import Measured, Source, encode
-from train.dist import Place
+from train.dist import Runtime
 from train.folder import MEASURED, whole_file
 
 SPAN = 2048  # samples that a worker measures at a time
@@ -22,7 +22,7 @@ log = logging.getLogger("train")
 
 
 class Spans(torch.utils.data.Dataset[Measured]):
-    """Span number -> what its samples measure."""
+    """Span number -> `Measured` of the span's samples."""
 
     def __init__(self, source: Source, encoder: Encoder, max_length: int) -> None:
         self.source, self.encoder, self.max_length = source, encoder, max_length
@@ -57,17 +57,17 @@ def measure(source: Source, encoder: Encoder, max_length: int, workers: int = 0)
     return Measured(lengths, supervised, images, sum(part.num_truncated for part in parts), reasons)
 
 
-def measure_once(source: Source, encoder: Encoder, max_length: int, out: Path, place: Place) -> Measured:
-    """Measure in the first process, or read what an interrupted run measured, and tell the others."""
+def measure_once(source: Source, encoder: Encoder, max_length: int, out: Path, runtime: Runtime) -> Measured:
+    """Measure in the first rank, or read what an interrupted run measured; return it in every rank."""
     answer: list[Measured | None] = [None]
-    if place.rank == 0:
+    if runtime.rank == 0:
         answer = [_read(out / MEASURED, len(source))]
         if answer[0] is None:
             workers = min(16, os.cpu_count() or 1)
             answer = [measure(source, encoder, max_length, workers if workers > 1 else 0)]
             assert answer[0] is not None
             _write(answer[0], out / MEASURED)
-    if place.world > 1:
+    if runtime.world > 1:
         dist.broadcast_object_list(answer, src=0)
     assert answer[0] is not None
     return answer[0]

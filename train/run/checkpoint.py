@@ -1,9 +1,10 @@
-"""What a run has learnt, on disk.
+"""Checkpoints of a run under way, and the weights of a finished one.
 
 `checkpoints/step-000200/`: weights.safetensors (what learns, fp32, by parameter name), optimizer.safetensors (moments
 by name) and state.json (step, names, digests of the files, samples skipped so far, mean loss since the one before).
-Written beside its place and renamed, so that a checkpoint is whole or absent. It holds no random state: each
-micro-batch seeds its own. Tensors that processes share are written whole, so that any number of processes goes on.
+A checkpoint is written under a hidden name and renamed, so that it is complete or absent. It holds no random state,
+since each micro-batch seeds its own. Sharded tensors are gathered before they are written, so that a run can go on
+with another number of ranks. The first rank writes 12 bytes a trained parameter: weight and AdamW's moments, in fp32.
 
 The finished weights of a run: projector.safetensors (llava-hf names), adapter/ (PEFT's own format, where LoRA was
 trained), weights.safetensors (whatever else was trained, by parameter name). Nothing here is ever unpickled.
@@ -36,15 +37,18 @@ _LORA = re.compile(r"^(.*\.lora_[AB])\.default\.weight$")
 _STEP = re.compile(r"^step-(\d{6,})$")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that several processes share; each of them must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor gathered, any other as it is; a collective, so every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def collect(
     trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None, *, keep: bool
 ) -> dict[str, dict[str, Tensor]]:
-    """Bring weights and moments together, file by file, on the CPU of the process that is to keep them."""
+    """Gather weights and moments by file and name; a collective.
+
+    keep: whether this rank copies them to its CPU memory; the others get empty tables.
+    """
     weights, moments = dict(trainable), {}
     for name, parameter in trainable.items():
         for kind, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
@@ -53,7 +57,7 @@ def collect(
     files: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, OPTIMIZER: {}}
     for file, tensors in zip(files.values(), (weights, moments), strict=True):
         for key, tensor in tensors.items():
-            value = whole(tensor.detach())
+            value = full_tensor(tensor.detach())
             if keep:
                 file[key] = value.cpu().contiguous()
     return files
@@ -62,9 +66,10 @@ def collect(
 def save(
     folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep_last: int
 ) -> Path:
-    """Write the checkpoint of a step and delete all but the last `keep_last` and the one of the lowest loss.
+    """Write the checkpoint of a step; delete all but the last `keep_last` and the one of the lowest loss.
 
-    files: tensors by file and name, from `collect`.  state: with the mean `loss` since the checkpoint before.
+    files: tensors by file and name, as `collect` returns them.
+    state: also holds `loss`, the mean since the checkpoint before.
     """
     path, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -130,7 +135,7 @@ def restore(path: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.
 
 
 def _share(value: Tensor, like: Tensor) -> Tensor:
-    """Cut a whole tensor as another is cut among processes."""
+    """Cut a full tensor as another is cut among ranks."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,7 +1,11 @@
-"""How much useful arithmetic a step holds, and what share of the device's peak that is (MFU).
+"""The useful floating-point operations of a step, for the model FLOPs utilisation (MFU).
 
-Multiplications and additions that the mathematics asks for, once each: nothing for recomputed activations or logits,
-nothing for padding. With T tokens, T_sup supervised ones, P weights of linear layers:
+    MFU = operations / (seconds of the step * peak operations a second of one device * number of devices)
+
+A product of [m, k] and [k, n] counts 2 m k n. Each operation that the mathematics needs counts once; recomputed
+activations, recomputed logits and padding count nothing. A linear layer with P weights costs 2 P a token forward, 2 P
+for the gradient of its input and 2 P for that of its weights. With T tokens, T_sup supervised ones, L layers of width
+d, V words:
 
     language model   4 P T frozen (forward, gradient of inputs), 6 P T where it learns; LoRA adds 6 P_lora T; those of
                      the last layer that only labelled positions need (skip_unlabelled.py): T_sup times
@@ -10,6 +14,9 @@ nothing for padding. With T tokens, T_sup supervised ones, P weights of linear l
     projector        6 P T_image
     tower            2 P T_tower + 4 L d T_tower^2 an image (each of its tiles with S²), three times that where it
                      learns, 0 with cached features
+
+Counting costs nothing on the device: only lengths and shapes are read.
+Source: PaLM (arXiv:2204.02311), appendix B, extended to frozen and adapted layers.
 """
 
 from __future__ import annotations
@@ -34,10 +41,10 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, from 
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations by what causes them."""
+    """Floating-point operations for one unit of each thing that causes them."""
 
     token: float
-    square: float  # for each document, times its squared length
+    square: float  # attention: times the sum of squared document lengths
     target: float  # the head, and the end of the last layer
     image: float  # projector
     tower: float  # an image

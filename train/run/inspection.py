@@ -1,4 +1,4 @@
-"""Samples as the model reads them: the supervised text in green, runs of image tokens as one word, and the packing."""
+"""Print samples as the model reads them: supervised text in green, image tokens as one word; sum up packing."""
 
 from __future__ import annotations
 

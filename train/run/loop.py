@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from train.config import Stage
 from train.data.batches import Batch, Collator, Plan, Steps, load
 from train.data.sources import check_bad
-from train.dist import Place, StopSignal, sum_gradients
+from train.dist import Runtime, StopSignal, sum_gradients
 from train.errors import Interrupted, TrainError
 from train.model.compose import Composed
 from train.model.forward import hidden_states, token_losses, tower_features
@@ -47,7 +47,7 @@ class Training:
     trainable: Mapping[str, nn.Parameter]
     plan: Plan
     collator: Collator
-    place: Place
+    runtime: Runtime
     out: Path
     skipped: dict[int, str]  # sample index -> reason, found so far
     features: FeatureCache | None = None
@@ -69,12 +69,12 @@ class Training:
         if start >= self.plan.steps:
             return
         self.cost = Cost.of(self.composed, self.stage)
-        peak = peak_flops(self.place.device, self.place.dtype, self.stage.peak_tflops)
-        dataset = Steps(self.plan, self.collator, self.place.rank, self.place.world)
-        cuda = self.place.device.type == "cuda"
+        peak = peak_flops(self.runtime.device, self.runtime.dtype, self.stage.peak_tflops)
+        dataset = Steps(self.plan, self.collator, self.runtime.rank, self.runtime.world)
+        cuda = self.runtime.device.type == "cuda"
         batches = iter(load(dataset, range(start, self.plan.steps), self.stage.workers, cuda))
         recorder = Recorder(
-            *(self.out, start, self.plan.steps, self.place.rank == 0, self.stage.tracker),
+            *(self.out, start, self.plan.steps, self.runtime.rank == 0, self.stage.tracker),
             settings=dataclasses.asdict(self.stage),
         )
         since: list[float] = []  # losses since the last checkpoint
@@ -87,8 +87,8 @@ class Training:
                     row, stopping = self._step(step, micro_batches, optimizer, stop.received)
                 seconds = time.perf_counter() - began
                 if peak:
-                    row["mfu"] = row["tflop"] * 1e12 / (seconds * peak * self.place.world)
-                row["peak_memory_gb"] = peak_memory_gb(self.place.device)
+                    row["mfu"] = row["tflop"] * 1e12 / (seconds * peak * self.runtime.world)
+                row["peak_memory_gb"] = peak_memory_gb(self.runtime.device)
                 recorder.write({**row, "data_wait_s": waited, "step_s": seconds})
                 since.append(row["loss"])
                 done = step + 1
@@ -107,17 +107,19 @@ class Training:
         counts += [sum(len(b.skipped) for b in micro_batches), int(stop), sum(n > 0 for n in own)]
         cached = self.features is not None
         useful = sum(self.cost.flops(b, cached=cached) for b in micro_batches)
-        totals = self.place.total([*map(float, counts), useful])
+        totals = self.runtime.sum_over_ranks([*map(float, counts), useful])
         supervised, tokens, padded, skipped, stopping, filled, flops = totals
         if skipped:
             self._note_skipped(micro_batches)
         shares: list[Tensor] = []  # read when all are under way: reading waits for the device
         for i, batch in enumerate(micro_batches):
             if len(batch.targets_s) or sharding.is_sharded(self.composed):
-                torch.manual_seed((self.stage.seed * 1_000_003 + step) * 1_009 + i * self.place.world + self.place.rank)
+                torch.manual_seed(
+                    (self.stage.seed * 1_000_003 + step) * 1_009 + i * self.runtime.world + self.runtime.rank
+                )
                 share = supervised if self.stage.loss_norm == "token" else len(batch.targets_s) * filled
                 shares.append(self._backward(step, batch, max(1.0, share)))
-        loss = self.place.total([sum(map(float, shares))])[0]
+        loss = self.runtime.sum_over_ranks([sum(map(float, shares))])[0]
         norm = self._clip_gradients() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             self._refuse_nan(step, micro_batches, loss, norm)
@@ -132,9 +134,9 @@ class Training:
         return row, stopping > 0
 
     def _backward(self, step: int, batch: Batch, normaliser: float) -> Tensor:
-        batch = batch.to(self.place.device)
-        with self.place.autocast():
-            losses, objective = sharding.inside(self.composed, self._losses, batch)
+        batch = batch.to(self.runtime.device)
+        with self.runtime.autocast():
+            losses, objective = sharding.run_gathered(self.composed, self._losses, batch)
         (objective / normaliser).backward()  # type: ignore[no-untyped-call]
         if self.sample_losses is not None:
             self.sample_losses.note(step, batch.owners_s, losses)
@@ -145,16 +147,16 @@ class Training:
         if not sharding.is_sharded(self.composed):
             losses = self.token_losses(batch)
             return losses.detach(), losses.sum()
-        losses = self.token_losses(batch if len(batch.targets_s) else sharding.blank(self.place.device))
-        weight = self.place.world if len(batch.targets_s) else 0  # the shards' gradients are averages
-        unused = sharding.untouched(self.composed, batch)
+        losses = self.token_losses(batch if len(batch.targets_s) else sharding.placeholder_batch(self.runtime.device))
+        weight = self.runtime.world if len(batch.targets_s) else 0  # the shards' gradients are averages
+        unused = sharding.zero_for_unused(self.composed, batch)
         return losses.detach()[: len(batch.targets_s)], losses.sum() * weight + unused
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Return the loss f32 [s] of each supervised position."""
         feats = None
         if self.features is not None and batch.images:
-            feats = self.features.get(batch.images).to(self.place.device)
+            feats = self.features.get(batch.images).to(self.runtime.device)
         elif batch.pixels_nchw is not None:
             feats = tower_features(self.composed, batch.pixels_nchw, tuned=self.stage.tune_tower)
         row = batch.documents, batch.supervised_s
@@ -166,14 +168,14 @@ class Training:
         for parameter in parameters:
             if parameter.grad is None:  # text alone gives the projector none
                 parameter.grad = torch.zeros_like(parameter)
-        if self.place.world > 1 and not sharding.is_sharded(self.composed):
+        if self.runtime.world > 1 and not sharding.is_sharded(self.composed):
             sum_gradients(p.grad for p in parameters if p.grad is not None)
         norm = nn.utils.clip_grad_norm_(parameters, self.stage.clip or math.inf)
-        return float(checkpoint.whole(norm))
+        return float(checkpoint.full_tensor(norm))
 
     def _note_skipped(self, micro_batches: list[Batch]) -> None:
         found = {index: reason for batch in micro_batches for index, reason in batch.skipped.items()}
-        found = {index: reason for part in self.place.gather(found) for index, reason in part.items()}
+        found = {index: reason for part in self.runtime.gather(found) for index, reason in part.items()}
         new = {index: reason for index, reason in sorted(found.items()) if index not in self.skipped}
         self.skipped |= new
         if new:
@@ -184,7 +186,7 @@ class Training:
     def _refuse_nan(self, step: int, micro_batches: list[Batch], loss: float, norm: float) -> None:
         from safetensors.torch import save_file
 
-        name = f"not-a-number-{step + 1:06d}-{self.place.rank}"
+        name = f"not-a-number-{step + 1:06d}-{self.runtime.rank}"
         indices = sorted({int(i) for batch in micro_batches for i in batch.owners_s})
         path = self.out / f"{name}.json"
         path.write_text(json.dumps([self.collator.source.name(i) for i in indices], indent=1), encoding="utf-8")
@@ -215,11 +217,11 @@ class Training:
 
     def _save(self, step: int, optimizer: torch.optim.Optimizer, loss: float) -> None:
         state = {"skipped": {str(i): r for i, r in sorted(self.skipped.items())}, "loss": loss}
-        extra = self.sample_losses.gather(self.place) if self.sample_losses is not None else {}
-        tensors = checkpoint.collect(self.trainable, optimizer, keep=self.place.rank == 0)
-        if self.place.rank == 0:
+        extra = self.sample_losses.gather(self.runtime) if self.sample_losses is not None else {}
+        tensors = checkpoint.collect(self.trainable, optimizer, keep=self.runtime.rank == 0)
+        if self.runtime.rank == 0:
             checkpoint.save(self.out / "checkpoints", step, {**tensors, **extra}, state, self.stage.keep_last)
-        self.place.barrier()
+        self.runtime.barrier()
 
 
 @contextmanager

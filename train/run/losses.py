@@ -1,4 +1,8 @@
-"""What each sample cost when it was last learnt from: `RUN/losses/`, a sidecar of the data for `curate select`.
+"""The loss of each sample when it was last trained on: `RUN/losses/`, a sidecar of the data for `curate select`.
+
+The loss of sample i is the mean cross-entropy over its supervised tokens, before the optimiser step that used it. Each
+rank notes its own micro-batches: losses f32 [s] and the sample i64 [s] that each belongs to become one mean a sample (a
+segmented mean, O(s)). `gather` merges the ranks' notes when a checkpoint is written. Memory: 12 bytes a sample.
 
 One `{stem}.arrow` for each shard, a row a sample in the shard's order (for a JSON: one file, a row a record):
 `key` string · `loss` f32, the mean over its supervised tokens, null where it was never learnt from · `tokens` i32, the
@@ -16,14 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train.data.sources import Source
-from train.dist import Place
+from train.dist import Runtime
 from train.folder import MANIFEST, digest_file, whole_file, write_json
 
 FILE = "losses.safetensors"  # in a checkpoint
 
 
 class SampleLosses:
-    """The last loss of every sample; the first process has all of them after `gather`."""
+    """The last loss of every sample; every rank has all of them after `gather`."""
 
     def __init__(self, num: int) -> None:
         self.loss = np.full(num, np.nan, np.float32)
@@ -31,15 +35,15 @@ class SampleLosses:
         self._new: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def note(self, step: int, owners_s: Tensor, losses_s: Tensor) -> None:
-        """Note the losses of a micro-batch: each supervised token's, and whose it is."""
+        """Note a micro-batch: the sample index of each supervised token, i64 [s] on the CPU, and its loss, f32 [s]."""
         samples, inverse, counts = np.unique(owners_s.numpy(), return_inverse=True, return_counts=True)
         sums = torch.zeros(len(samples), dtype=torch.float64, device=losses_s.device)
         sums.index_add_(0, torch.from_numpy(inverse).to(losses_s.device), losses_s.double())
         self._new.append((step + 1, samples, sums.cpu().numpy() / counts, counts))
 
-    def gather(self, place: Place) -> dict[str, dict[str, Tensor]]:
-        """Take in what all processes noted; return the checkpoint's file."""
-        for part in place.gather(self._new):
+    def gather(self, runtime: Runtime) -> dict[str, dict[str, Tensor]]:
+        """Merge what all ranks noted; return the checkpoint's file. A collective."""
+        for part in runtime.gather(self._new):
             for step, samples, losses, counts in part:
                 self.loss[samples], self.tokens[samples], self.step[samples] = losses, counts, step
         self._new = []

@@ -1,4 +1,4 @@
-"""What a run says of itself, a step at a time: metrics.jsonl, TensorBoard, the progress line, and a tracker."""
+"""Metrics of each step: metrics.jsonl, TensorBoard, the progress line on stderr, and a tracker if one is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("train")
 
 
 class Recorder:
-    """Write a run's curves as it goes; lines behind the resumed step are dropped first."""
+    """Record steps as they are made; on resuming, lines of later steps are dropped first."""
 
     def __init__(self, out: Path, start: int, steps: int, active: bool, tracker: str, settings: dict[str, Any]) -> None:
         self.out, self.start, self.steps, self.active = out, start, steps, active

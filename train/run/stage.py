@@ -1,4 +1,4 @@
-"""`align` and `finetune`: from options and data to a directory with the weights that were learnt."""
+"""`align` and `finetune`: compose the model, measure the data, train, and write the run's directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.data.chat import chat_template
 from train.data.measuring import measure_once
 from train.data.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
 from train.data.sources import Measured, Source, check_bad, open_source
-from train.dist import Place
+from train.dist import Runtime
 from train.errors import DataError, TrainError, UsageError
 from train.folder import absolute, digest_data, finish, held, open_run, read_json, relative
 from train.model.compose import Composed, compose
@@ -46,28 +46,28 @@ def run_stage(
     align: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Run a stage, or go on with it, or find it finished; return the content of its manifest.
+    """Run a stage from its start or its last checkpoint; return its manifest. A finished run is left as it is.
 
-    align: a finished align run whose projector is the starting point; None starts from a random one.
+    align: a finished align run whose projector is the starting point; None: a random projector.
     Raises: TrainError and its kinds.
     """
     stage: Stage = getattr(config, stage_name)
-    place = Place.find(stage.precision, stage.workers)
+    runtime = Runtime.detect(stage.precision, stage.workers)
     with ExitStack() as stack:
-        stack.callback(_leave)
-        source = open_source(data, images, digest=place.rank == 0)
+        stack.callback(_leave_group)
+        source = open_source(data, images, digest=runtime.rank == 0)
         request = _request(stage_name, config, stage, data, images, align, out)
         if source.images_digest:
             request["inputs"]["images_digest"] = source.images_digest
-        status = _claim(place, out, request, overwrite, stack)
+        status = _claim(runtime, out, request, overwrite, stack)
         if status == "finished":
             log.info("%s is finished; nothing to do (--overwrite starts over)", out)
             return read_json(out / "manifest.json")
-        log.info("%s on %s", stage_name, place.reason)
-        training, learnt_from = _assemble(config, stage, stage_name, source, place, out, align)
+        log.info("%s on %s", stage_name, runtime.reason)
+        training, learnt_from = _assemble(config, stage, stage_name, source, runtime, out, align)
         training.run()
-        trained = checkpoint.collect(training.trainable, None, keep=place.rank == 0)[checkpoint.WEIGHTS]
-        if place.rank == 0:
+        trained = checkpoint.collect(training.trainable, None, keep=runtime.rank == 0)[checkpoint.WEIGHTS]
+        if runtime.rank == 0:
             result = _result(training, learnt_from)
             adapter = training.composed.model.peft_config["default"] if stage.tune == "lora" else None
             checkpoint.save_trained(out, trained, adapter)
@@ -75,17 +75,17 @@ def run_stage(
             if training.sample_losses is not None:
                 training.sample_losses.write(out / "losses", source)
             finish(out, request, result)
-        place.barrier()
+        runtime.barrier()
         return read_json(out / "manifest.json")
 
 
-def _leave() -> None:
+def _leave_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def load_options(run: Path) -> tuple[Model, Stage, StageName]:
-    """Read back from a finished run's manifest what it was asked.  Raises: UsageError."""
+    """Read the options of a finished run from its manifest.  Raises: UsageError."""
     request = read_json(run / "manifest.json").get("request", {})
     try:
         model = Model(**request["model"])
@@ -98,7 +98,7 @@ def load_options(run: Path) -> tuple[Model, Stage, StageName]:
 
 
 def stage_template(model: Model, stage: Stage) -> Template:
-    """Return the template that a stage writes its samples in."""
+    """Return the conversation template of a stage."""
     template = get_template(stage.template or model.template)
     if template.name == "plain" and not stage.plain_eos:
         return dataclasses.replace(template, end_text="\n")
@@ -131,16 +131,16 @@ def _request(
     return {"command": stage_name, "model": model, "stage": dataclasses.asdict(stage), "inputs": inputs}
 
 
-def _claim(place: Place, out: Path, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> str:
-    """Let the first process claim the directory until the stack ends, and the others hear of it."""
+def _claim(runtime: Runtime, out: Path, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> str:
+    """Lock the directory in the first rank until the stack ends; return its status or raise its error in all ranks."""
     answer: list[Any] = [None, None]
-    if place.rank == 0:
+    if runtime.rank == 0:
         try:
             stack.enter_context(held(out))
             answer = [open_run(out, request, overwrite=overwrite), None]
         except TrainError as error:
             answer = [None, error]
-    if place.world > 1:
+    if runtime.world > 1:
         dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]
@@ -148,16 +148,16 @@ def _claim(place: Place, out: Path, request: dict[str, Any], overwrite: bool, st
 
 
 def _assemble(
-    config: Config, stage: Stage, stage_name: StageName, source: Source, place: Place, out: Path, align: Path | None
+    config: Config, stage: Stage, stage_name: StageName, source: Source, runtime: Runtime, out: Path, align: Path | None
 ) -> tuple[Training, str]:
-    composed = compose(config.model, place.dtype)
+    composed = compose(config.model, runtime.dtype)
     learnt_from = "" if align is None else _load_align(composed, config.model, align)
     if stage_name == "finetune" and align is None:
         log.info("without --align the projector starts from random weights")
     encoder = make_encoder(composed, config.model, stage)
     check_parity(source, encoder)
     max_length = config.model.max_length
-    measured = measure_once(source, encoder, max_length, out, place)
+    measured = measure_once(source, encoder, max_length, out, runtime)
     check_bad(source, measured.reasons, stage.max_bad_share)
     plan = Plan(measured, stage)
     trainable = prepare(composed, stage)
@@ -166,15 +166,15 @@ def _assemble(
     if config.model.gradient_checkpointing:
         recompute(composed.model.model.language_model)
     with out_of_memory(stage):
-        if stage.shard and place.world > 1:
-            trainable = sharding.shard(composed, stage, place)
-            log.info("the model is cut among %d processes", place.world)
-        composed.model.to(place.device)
+        if stage.shard and runtime.world > 1:
+            trainable = sharding.shard(composed, stage, runtime)
+            log.info("the model is cut among %d processes", runtime.world)
+        composed.model.to(runtime.device)
     collator = Collator(source, encoder, make_image_processor(composed.vision), max_length)
-    training = Training(composed, stage, trainable, plan, collator, place, out, dict(measured.reasons))
+    training = Training(composed, stage, trainable, plan, collator, runtime, out, dict(measured.reasons))
     training.sample_losses = SampleLosses(len(source)) if stage.losses else None
     with out_of_memory(stage):
-        training.features = cache_features(composed, stage, plan, collator, place, training.skipped)
+        training.features = cache_features(composed, stage, plan, collator, runtime, training.skipped)
     return training, learnt_from
 
 
@@ -198,7 +198,9 @@ def _load_align(composed: Composed, model: Model, align: Path) -> str:
 
 
 def check_parity(source: Source, encoder: Encoder) -> None:
-    """Compare our ids with the tokenised chat template on the first samples, so that training equals serving.
+    """Check on the first samples that our token ids equal those of the exported chat template.
+
+    Training encodes a conversation piece by piece, serving renders the template and tokenises the whole text.
 
     Raises: DataError with the sample where they differ.
     """

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from toys import word_tokenizer
 
 from train.config import Stage
-from train.data.batches import Collator, Plan, pack, pack_evenly, pad_alike
+from train.data.batches import Collator, Plan, group_by_length, pack, pack_evenly
 from train.data.measuring import measure
 from train.data.prompts import Encoder, get_template
 from train.data.sources import open_source
@@ -34,7 +34,13 @@ def test_packing_fits_each_sample_once_and_wastes_less_than_half(samples, capaci
 
 
 @settings(max_examples=100, deadline=None)
-@given(SAMPLES, st.integers(50, 400), st.integers(3, 12), st.integers(1, 4), st.sampled_from([pack_evenly, pad_alike]))
+@given(
+    SAMPLES,
+    st.integers(50, 400),
+    st.integers(3, 12),
+    st.integers(1, 4),
+    st.sampled_from([pack_evenly, group_by_length]),
+)
 def test_micro_batches_respect_the_limits_and_the_processes(samples, tokens, most, world, arrange):
     lengths, images = zip(*samples, strict=True)
     groups = arrange(lengths, images, Stage(micro_tokens=tokens, micro_images=most), world)
@@ -42,7 +48,7 @@ def test_micro_batches_respect_the_limits_and_the_processes(samples, tokens, mos
     assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
     for group, (filled, shown) in zip(groups, costs(groups, lengths, images), strict=True):
         padded = len(group) * max((lengths[i] for i in group), default=0)
-        assert (padded if arrange is pad_alike else filled) <= tokens and shown <= most
+        assert (padded if arrange is group_by_length else filled) <= tokens and shown <= most
     if arrange is pack_evenly:
         fewest = len(pack(lengths, images, tokens, most))
         assert len(groups) == -(-fewest // world) * world

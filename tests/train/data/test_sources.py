@@ -215,19 +215,19 @@ def test_measuring_in_workers_is_measuring(world, encoder, monkeypatch, tmp_path
     import torch
 
     from train.data import measuring
-    from train.dist import Place
+    from train.dist import Runtime
 
     monkeypatch.setattr(measuring, "SPAN", 7)
     source = open_source(str(world / "mixed"))
     one = measure(source, encoder, 64)
     assert one.lengths.all() and len(one.lengths) == 40
     one.reasons[3] = "bad_json"
-    place = Place(torch.device("cpu"), torch.float32, 0, 1, "")
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, "")
     measuring._write(one, tmp_path / ".measured.npz")
-    for other in (measure(source, encoder, 64, workers=2), measuring.measure_once(source, None, 64, tmp_path, place)):
+    for other in (measure(source, encoder, 64, workers=2), measuring.measure_once(source, None, 64, tmp_path, runtime)):
         for name in ("lengths", "supervised", "images", "num_truncated"):
             assert np.array_equal(getattr(one, name), getattr(other, name))
     assert other.reasons == {3: "bad_json"}, "what an interrupted run measured is read"
     (tmp_path / ".measured.npz").write_bytes(b"PK torn")
-    again = measuring.measure_once(source, encoder, 64, tmp_path, place)
+    again = measuring.measure_once(source, encoder, 64, tmp_path, runtime)
     assert not again.reasons and np.array_equal(again.lengths, one.lengths)

@@ -1,0 +1,103 @@
+"""What the command line prints: results on stdout, as text or one JSON object, and our own log lines on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from train import config as configuration
+from train.errors import UsageError
+
+log = logging.getLogger("train")
+
+
+def show(value: dict[str, Any], as_json: bool) -> None:
+    """Print a result: tables as sections, or all of it as one JSON object."""
+    if as_json:
+        say(json.dumps(value, ensure_ascii=False))
+        return
+    for key, entry in value.items():
+        if entry in ("", {}):
+            continue
+        if isinstance(entry, dict):
+            say(f"[{key}]\n" + "\n".join(f"  {k} = {v!r}" for k, v in entry.items()))
+        else:
+            say(f"{key} = {entry}")
+
+
+def say(text: str) -> None:
+    """Print a line to stdout at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def quiet() -> None:
+    """Keep stderr for our own lines, of the first rank; transformers prints whole configurations otherwise."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of every fork
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of each try to reach a hub that is not there
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    log.setLevel(level)
+
+
+def show_scores(results: dict[str, Any], options: configuration.Eval, as_json: bool) -> None:
+    """Print benchmark scores beside the published ones."""
+    from train.eval.answers import compare, table
+
+    lines = compare(results, options.published, options.tolerance)
+    if as_json:
+        held = [dataclasses.asdict(line) for line in lines if line.published is not None]
+        show({"tasks": results, "published": held, "tolerance": options.tolerance}, True)
+        return
+    say(table(lines, options.tolerance))
+    for name, result in results.items():
+        if "submission" in result:
+            say(f"{name}: for its server: {result['submission']}")
+
+
+def show_answers(summary: dict[str, Any], out: Path, num: int, as_json: bool) -> None:
+    """Print `num` of the answers in a file beside the truth, and the accuracies."""
+    if as_json:
+        show(summary, True)
+        return
+    lines = out.read_text(encoding="utf-8").splitlines()
+    shown = min(num, len(lines))
+    for line in (lines[(2 * i + 1) * len(lines) // (2 * shown)] for i in range(shown)):  # spread over the questions
+        row = json.loads(line)
+        mark, asked = "=" if row["right"] else "x", row["question"] or "(image)"
+        say(f"{mark} {row['key']}  {asked[:60]!r}\n    answer  {row['answer']}\n    truth   {row['truth']}")
+    for task, score in {"all": summary, **summary["tasks"]}.items():
+        say(f"{task:<12} {score['questions']:>6} questions   accuracy {score['accuracy']:.3f}")
+
+
+def questions() -> Iterator[str]:
+    """Yield lines from stdin until it ends, with a prompt at a terminal."""
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if question:
+            yield question
+
+
+def describe_model(model: configuration.Model) -> dict[str, Any]:
+    """Count a model's parameters from its configuration alone; empty without one, `unknown` where it is not at hand."""
+    if not (model.tower and model.lm):
+        return {}
+    from train.model.compose import blueprint, limits
+
+    try:
+        native, vision = blueprint(model)
+    except UsageError as error:
+        return {"unknown": str(error)}
+    counts = {"parameters": sum(p.numel() for p in native.parameters()), "tokens_per_image": vision.tokens_per_image}
+    return {**counts, "limits": limits(native.config)}
