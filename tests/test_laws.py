@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Both programs share `pipelines`, how files are read; its top level imports the standard library alone.
 FLOORS = """
 pipelines
-curate/errors
+curate/errors curate/words
 curate/vectors
 curate/storage curate/engine curate/options
 curate/embed curate/cluster curate/select curate/emit

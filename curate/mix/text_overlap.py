@@ -6,7 +6,6 @@ the banding's small chance (about 5 % at the threshold, next to none above it). 
 of 13 words that a record's question shares with it (the rule of GPT-3's report, arXiv:2005.14165, appendix C).
 """
 
-import re
 import zlib
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from curate.storage.records import HUMAN, IMAGE_MARK
+from curate.words import pieces
 
 SHINGLE, RUN, HASHES = 3, 13, 128
 # Lines that say how to answer or what an OCR system read: the same under thousands of questions.
@@ -47,7 +47,7 @@ class Remembered:
 
 def words(text: str) -> list[str]:
     """Split a text into its words, without case and punctuation."""
-    return re.findall(r"\w+", text.replace(IMAGE_MARK, " ").casefold())
+    return pieces(text.replace(IMAGE_MARK, " "))
 
 
 def shingles(text: str) -> np.ndarray:

@@ -7,11 +7,12 @@ bounded: at most `MAX_CAPTIONS` captions are read, and rare phrases are forgotte
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from curate.words import words
 
 MAX_CAPTIONS, MAX_PHRASES, MAX_WORDS = 300_000, 400_000, 40
 MAX_LETTERS = 60
@@ -22,7 +23,6 @@ SMALL = frozenset(
     "them his her their our your my me us who which what where when how very some any all one two s t http https www "
     "com jpg".split()
 )
-WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Shares:
 
 
 def phrases(caption: str) -> set[str]:
-    """List a caption's phrases: lower-cased words that are not small, and pairs of such that follow each other."""
-    words = [word[:MAX_LETTERS] for word in WORD.findall(caption[:2000].lower())[:MAX_WORDS]]
-    found = {word for word in words if word not in SMALL}
-    return found | {f"{a} {b}" for a, b in zip(words, words[1:], strict=False) if a not in SMALL and b not in SMALL}
+    """List a caption's phrases: words without digits that are not small, and pairs of such that follow each other."""
+    read = [word[:MAX_LETTERS] for word in words(caption[:2000]) if not any(map(str.isdigit, word))][:MAX_WORDS]
+    found = {word for word in read if word not in SMALL}
+    return found | {f"{a} {b}" for a, b in zip(read, read[1:], strict=False) if a not in SMALL and b not in SMALL}
 
 
 def compare(captions: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """Balancing what captions name: phrases by LLaVA's rule, entries by MetaCLIP's, against slow references."""
 
-import csv
 import json
 import random
 import sys
@@ -13,40 +12,30 @@ from hypothesis import strategies as st
 from test_vector_steps import kept
 
 from curate.errors import UsageError
+from curate.select import catalogue
 from curate.select.steps import by_caption, phrases
-from house import REAL_DATA
+from curate.words import words
 
 
-@pytest.mark.parametrize(
-    "caption, expected",
-    [
-        ("a young boy riding a horse in the living room .", ["young boy", "horse", "living room"]),
-        ("The smiling woman, her two dogs and a RED ball", ["smiling woman", "two dogs", "red ball"]),
-        ("actor attends the premiere of film during festival", ["actor", "premiere", "film", "festival"]),
-        ("cars parked on the side of a busy street", ["cars", "side", "busy street"]),
-        ("a man's best friend: the golden retriever", ["man best friend", "golden retriever"]),
-        ("it is very nice", ["nice"]),
-        ("1 2 3 / ___ -- !", []),
-        ("", []),
-    ],
-)
-def test_simple_noun_phrases(caption, expected):
-    assert list(phrases.simple([caption])) == [expected]
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.text(max_size=60))
-def test_any_text_yields_words_without_the_closed_classes(text):
-    for phrase in next(phrases.simple([text])):
-        assert phrase and not set(phrase.split()) & (phrases.BREAKS | phrases.DETERMINERS)
+def test_a_phrase_is_a_noun_chunk_less_its_determiners():
+    extract, name = phrases.extractor("spacy:en_core_web_sm")
+    captions = ["The RED ball and a   dog", "it", ""]
+    assert list(extract(captions)) == [["red ball", "dog"], [], []]
+    assert name == "spacy 3.8, en_stand_in 1.0"
 
 
 def test_extractors_that_are_not_there_are_refused_never_replaced(monkeypatch):
-    with pytest.raises(UsageError, match='there are "simple" and "spacy:MODEL"'):
-        phrases.extractor("nltk")
+    for name in ("nltk", "simple", "spacy:"):
+        with pytest.raises(UsageError, match="expected a spaCy pipeline") as refused:
+            phrases.extractor(name)
+        assert refused.value.hint == "extractor='spacy:en_core_web_sm'"
+    with pytest.raises(UsageError, match="no pipeline 'de_core' here") as refused:
+        phrases.extractor("spacy:de_core")
+    assert refused.value.hint == "python -m spacy download de_core"
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(UsageError, match=r"needs spaCy.*data-curate\[text\]"):
-        phrases.extractor("spacy:en_core_web_sm")
+    with pytest.raises(UsageError, match="needs spaCy, which is not installed") as refused:
+        catalogue.parse(["noun_phrases()"])[0].run(None)
+    assert "data-curate[text]" in refused.value.hint and "download en_core_web_sm" in refused.value.hint
 
 
 def slow_llava(rows, names, least, cap, choose):
@@ -91,7 +80,7 @@ TEXTS = st.lists(st.lists(st.sampled_from([*WORDS, "New", ",", "york's"]), max_s
 
 
 def slow_matches(text, entries):
-    spaced = f" {' '.join(by_caption.words_of(text))} "
+    spaced = f" {' '.join(words(text))} "
     return [place for place, entry in enumerate(entries) if f" {entry} " in spaced]
 
 
@@ -108,8 +97,8 @@ def test_all_entries_are_found_in_one_pass(texts, entries):
 def test_common_words_and_pairs_of_the_pool(texts, least):
     counts = {}
     for text in texts:
-        words = by_caption.words_of(text)
-        for gram in {*words, *(" ".join(pair) for pair in zip(words, words[1:], strict=False))}:
+        found = words(text)
+        for gram in {*found, *(" ".join(pair) for pair in zip(found, found[1:], strict=False))}:
             counts[gram] = counts.get(gram, 0) + 1
     found = by_caption.common_grams(lambda: iter([texts[:5], texts[5:]]), least)
     assert sorted(found) == sorted(gram for gram, count in counts.items() if count >= least)
@@ -137,7 +126,12 @@ def test_phrases_of_a_pool(pool, tmp_path):
     found, manifest = kept(pool.path, tmp_path / "sel", "noun_phrases(min=3, cap=4)")
     numbers = np.arange(len(pool.ok)) % 97
     assert np.bincount(numbers[found], minlength=97).tolist() == [4] * 97
-    assert manifest["funnel"][0]["estimates"] == {"extractor": "simple", "phrases": 97, "too_rare": 0, "capped": 97}
+    assert manifest["funnel"][0]["estimates"] == {
+        "extractor": "spacy 3.8, en_stand_in 1.0",
+        "phrases": 97,
+        "too_rare": 0,
+        "capped": 97,
+    }
 
 
 def test_entries_of_a_file_and_of_the_pool(pool, tmp_path):
@@ -159,17 +153,3 @@ def test_entries_of_a_file_and_of_the_pool(pool, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(UsageError, match="no JSON list of texts"):
         kept(pool.path, tmp_path / "bad", f"metaclip(entries='{tmp_path / 'bad.json'}')")
-
-
-@pytest.mark.realdata
-def test_the_phrase_rule_on_conceptual_captions():
-    with open(REAL_DATA / "text" / "cc3m_validation.tsv", encoding="utf8", newline="") as file:
-        captions = [row[0] for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    rows, names = [], []
-    for row, found in enumerate(phrases.simple(captions)):
-        rows += [row] * len(set(found))
-        names += [by_caption._hash(phrase) for phrase in set(found)]
-    kept, facts = by_caption.balance_phrases(
-        np.array(rows), np.array(names, np.uint64), 3, 100, np.random.default_rng(0)
-    )
-    assert 0.85 < len(kept) / len(captions) < 0.93 and 18_000 < facts["phrases"] < 21_000 and facts["capped"] > 25

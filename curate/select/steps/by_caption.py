@@ -14,22 +14,23 @@ from curate.errors import UsageError
 from curate.select.frame import POOL, Count, File, Frame, Verdict
 from curate.select.steps import phrases
 from curate.select.steps.quotas import position_in_group
+from curate.words import words
 
 BLOCK = 1 << 16
 
 
-def noun_phrases(frame: Frame, number: int, min: int = 3, cap: int = 100, extractor: str = "simple") -> Verdict:
+def noun_phrases(frame: Frame, number: int, min: int = 3, cap: int = 100, extractor: str = phrases.DEFAULT) -> Verdict:
     """Keep of each noun phrase of at least `min` captions all of them, or `cap` at random (LLaVA's CC3M-595K).
 
-    extractor: "simple", or "spacy:en_core_web_sm" as LLaVA used; see phrases. A caption stays if any phrase keeps it.
-    Source: LLaVA (arXiv:2304.08485), appendix: rarest phrase first, which does not change the union.
+    extractor: a spaCy pipeline, "spacy:en_core_web_sm" as LLaVA used; see phrases. A caption stays if any phrase keeps
+    it. Source: LLaVA (arXiv:2304.08485), appendix: rarest phrase first, which does not change the union.
     """
     if min < 1 or cap < 1:
         raise UsageError(f"noun_phrases: min={min}, cap={cap}; expected both at least 1.")
     extract, name = phrases.extractor(extractor)
     rows, names = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
     for some, captions in _captions(frame):
-        hashes = [sorted({_hash(phrase) for phrase in found}) for found in extract(captions)]
+        hashes = [sorted({_hash(phrase) for phrase in each}) for each in extract(captions)]
         rows.append(np.repeat(some, [len(each) for each in hashes]))
         names.append(np.array([each for part in hashes for each in part], np.uint64))
     rng = np.random.default_rng([frame.seed, number])
@@ -63,7 +64,7 @@ def metaclip(frame: Frame, number: int, t: Count = 20_000, entries: File = POOL,
     if entries == POOL:
         listed = common_grams(lambda: (captions for _, captions in _captions(frame)), least)
     else:
-        listed = [" ".join(words_of(line)) for line in frame.lines(entries)]
+        listed = [" ".join(words(line)) for line in frame.lines(entries)]
     trie = Trie(dict.fromkeys(entry for entry in listed if entry))
     rows, mentions = [], []
     for some, captions in _captions(frame):
@@ -83,11 +84,6 @@ def draw_chances(rows: np.ndarray, entries: np.ndarray, counts: np.ndarray, t: i
     with np.errstate(divide="ignore"):
         missed = np.log1p(-np.minimum(1, t / np.maximum(counts, 1)))
     return np.asarray(1 - np.exp(np.bincount(rows, missed[entries], minlength=num_rows)))
-
-
-def words_of(text: str) -> list[str]:
-    """Cut a text into case-folded words."""
-    return phrases.WORD.findall(text.casefold())
 
 
 class Trie:
@@ -115,15 +111,16 @@ class Trie:
 
     def find(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Find which entries each text contains. Returns (text, entry) pairs, each once, sorted: two i64 arrays."""
-        cut = [words_of(text) for text in texts]
-        text_of = np.repeat(np.arange(len(cut)), [len(words) + 1 for words in cut])
+        cut = [words(text) for text in texts]
+        text_of = np.repeat(np.arange(len(cut)), [len(each) + 1 for each in cut])
         known = self.word.get
-        words = np.array([number for words in cut for number in (*(known(word, -1) for word in words), -1)], np.int64)
-        place, state = np.arange(len(words)), np.zeros(len(words), np.int64)
+        # All texts one after the other as word numbers, -1 where a word is in no entry, and at the end of each text.
+        numbers = np.array([number for each in cut for number in (*(known(word, -1) for word in each), -1)], np.int64)
+        place, state = np.arange(len(numbers)), np.zeros(len(numbers), np.int64)
         found = [np.empty(0, np.int64)]
         depth = 0
         while len(place) and len(self.keys):
-            word = words[place + depth]
+            word = numbers[place + depth]
             key = state * len(self.word) + word
             at = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
             on = (word >= 0) & (self.keys[at] == key)
@@ -142,7 +139,7 @@ def common_grams(blocks: Callable[[], Iterator[list[str]]], least: int) -> list[
     counts: dict[str, int] = {}
     for texts in blocks():
         for text in texts:
-            for word in set(words_of(text)):
+            for word in set(words(text)):
                 counts[word] = counts.get(word, 0) + 1
     common = sorted(word for word, count in counts.items() if count >= least)
     number = {word: place for place, word in enumerate(common)}
@@ -151,7 +148,7 @@ def common_grams(blocks: Callable[[], Iterator[list[str]]], least: int) -> list[
     for texts in blocks():
         mentioned: list[int] = []
         for text in texts:
-            known = [number.get(word, -1) for word in words_of(text)]
+            known = [number.get(word, -1) for word in words(text)]
             mentioned += {a * width + b for a, b in zip(known, known[1:], strict=False) if a >= 0 and b >= 0}
         names, times = np.unique(np.array(mentioned, np.int64), return_counts=True)
         names, place = np.unique(np.concatenate([pairs, names]), return_inverse=True)
