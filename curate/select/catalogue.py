@@ -11,15 +11,13 @@ from typing import Any
 
 from curate.select import computed_columns, syntax
 from curate.select.frame import POOL, Column, Directory, File, Frame, Group, Keep, Verdict
-from curate.select.steps import by_budget, by_caption, by_coverage, by_score, by_target
-from curate.select.steps.by_score import mismatch
-from curate.select.steps.near_duplicates import dedup, placeholders
+from curate.select.steps import by_budget, by_caption, by_coverage, by_duplicates, by_score, by_target
 
 STEPS: dict[str, Callable[..., Verdict]] = {
     step.__name__: step
     for step in (
         *(
-            dedup,
+            by_duplicates.dedup,
             by_score.rank,
             by_score.above,
             by_score.at_least,
@@ -31,7 +29,7 @@ STEPS: dict[str, Callable[..., Verdict]] = {
         *(by_budget.sample, by_budget.balance, by_budget.balance_tree, by_budget.cap),
         *(by_coverage.typical, by_coverage.coincide),
         *(by_caption.noun_phrases, by_caption.metaclip),
-        *(mismatch, placeholders, by_target.exclude, by_target.image_based, by_target.subset),
+        *(by_score.mismatch, by_duplicates.placeholders, by_target.exclude, by_target.image_based, by_target.subset),
     )
 }
 

@@ -55,15 +55,15 @@ class Frame:
     listed: Callable[[str], np.ndarray] = _nothing  # bool [n]: the rows whose uid a DataComp subset file has
     alive: np.ndarray = field(init=False)
     component: np.ndarray | None = None  # i64 [n]
-    twin: np.ndarray = field(init=False)  # i64 [n], the row kept in its place, or -1
-    twin_similarity: np.ndarray = field(init=False)
+    duplicate_of: np.ndarray = field(init=False)  # i64 [n], the row kept in its place, or -1
+    duplicate_similarity: np.ndarray = field(init=False)
     cache: dict[str, np.ndarray] = field(default_factory=dict)
     compute: Callable[["Frame", str], np.ndarray] | None = None  # a column that is not stored, by how it is written
 
     def __post_init__(self) -> None:
         self.alive = self.good.copy()
-        self.twin = np.full(len(self.good), -1, np.int64)
-        self.twin_similarity = np.full(len(self.good), np.nan, np.float32)
+        self.duplicate_of = np.full(len(self.good), -1, np.int64)
+        self.duplicate_similarity = np.full(len(self.good), np.nan, np.float32)
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers [n], stored or computed.

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from curate.errors import UsageError, unknown
 from curate.select import syntax
 from curate.select.frame import POOL, Directory, File
+from curate.select.steps import phrases
 
 DEFAULT = "balanced"
 DEFAULT_BUDGET = "30%"
-SPACY = "spacy:en_core_web_sm"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ def _sample(n: str) -> list[str]:
 
 def _balanced(n: str) -> list[str]:
     n = n or f'"{DEFAULT_BUDGET}"'
-    return ['dedup("auto")', f"mismatch(budget={n})", f'balance(cluster, {n}, keep="better:clip_score", wary=True)']
+    return [
+        'dedup("auto")',
+        f"mismatch(budget={n})",
+        f'balance(cluster, {n}, keep="better:clip_score", contradicting_last=True)',
+    ]
 
 
 def _bunny(clip: str = "0.40, 0.60", centroid: str = "0.15, 0.35", keep: str = "middle") -> Callable[[str], list[str]]:
@@ -73,7 +77,7 @@ def _datacomp_best(n: str, target: Directory) -> list[str]:
     return ["rank(clip_score, 0, 0.30)", *_datacomp_image(n, target)]
 
 
-def _llava_cc3m(n: str, extractor: str = SPACY) -> list[str]:
+def _llava_cc3m(n: str, extractor: str = phrases.DEFAULT) -> list[str]:
     return [f"noun_phrases(min=3, cap=100, extractor={extractor!r})", *_sample(n)]
 
 
@@ -87,8 +91,8 @@ def _neg_clip_loss_norm_sim(n: str, target: Directory) -> list[str]:
 
 RECIPES = {
     "balanced": Recipe(
-        "threshold and mismatch share read off the pool, then evenly over image clusters, better scores first, odd "
-        "clusters last; 30 % of the pool if not told",
+        "threshold and mismatch share read off the pool, then evenly over image clusters, better scores first, "
+        "clusters whose pictures contradict their captions last; 30 % of the pool if not told",
         _balanced,
     ),
     "bunny": Recipe("Bunny: one of each component at 0.86, clip rank 40-60 %, centroid rank 15-35 %, sample", _bunny()),

@@ -240,8 +240,8 @@ def _write(
     output: Output, pool: Pool, frame: Frame, codes: np.ndarray, names: Sequence[str]
 ) -> dict[str, dict[str, int]]:
     """Write the sidecars, and say per stem how many rows there are and stay."""
-    twins = np.flatnonzero(frame.twin >= 0)
-    twin_keys = pool.keys(frame.twin[twins])
+    twins = np.flatnonzero(frame.duplicate_of >= 0)
+    twin_keys = pool.keys(frame.duplicate_of[twins])
     missing = set(output.missing(pool.emb.stems))
     shards = {}
     for stem, first, last in pool.extents():
@@ -253,7 +253,7 @@ def _write(
         place = np.full(last - first, -1)
         place[twins[here] - first] = np.arange(here.start, here.stop)
         component = np.full(last - first, -1) if frame.component is None else frame.component[first:last]
-        similarity = frame.twin_similarity[first:last]
+        similarity = frame.duplicate_similarity[first:last]
         columns = [
             pool.emb.table(stem, ["key"])["key"].combine_chunks(),
             pa.array(kept),

@@ -7,6 +7,7 @@ pool's good rows: `0.02`, `2%` or `"2%"`.
 
 import ast
 import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from curate.select.frame import AUTO, Column, Count, Directory, File, Group, Kee
 
 PERCENT = re.compile(r"(?<=[\s(,=])(\d[\d_.]*%)(?=\s*[,)])")  # 2%, which Python cannot read
 Table = Mapping[str, Callable[..., Any]]
+RENAMED = {("balance", "wary"): "contradicting_last"}  # arguments by what they were called once
+log = logging.getLogger("curate")
 
 
 def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[str, dict[str, Any]]:
@@ -36,11 +39,14 @@ def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[st
     if len(call.args) > len(known):
         raise UsageError(f"the {noun} {text!r} has {len(call.args)} arguments; it is written {usage}.")
     for keyword in call.keywords:
-        if keyword.arg not in known:
-            raise unknown(f"argument of {name}", str(keyword.arg), known)
-        if keyword.arg in given:
-            raise UsageError(f"the {noun} {text!r} gives {keyword.arg} twice.")
-        given[keyword.arg] = keyword.value
+        key = RENAMED.get((name, str(keyword.arg)), str(keyword.arg))
+        if key not in known:
+            raise unknown(f"argument of {name}", key, known)
+        if key in given:
+            raise UsageError(f"the {noun} {text!r} gives {key} twice.")
+        if key != keyword.arg:
+            log.warning("%s: %s= is called %s= now", name, keyword.arg, key)
+        given[key] = keyword.value
     missing = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in given]
     if missing:
         raise UsageError(f"the {noun} {text!r} lacks {missing[0]}; it is written {usage}.")

@@ -52,7 +52,7 @@ def test_copies_of_photographs_are_found_and_one_in_a_hundred_at_most_is_wronged
     found = near_duplicates.resolve(
         edges, alive, -closeness, "components", "middle", told.threshold, lambda rows: x[rows]
     )
-    wronged = ~found.keep & (source[found.twin] != source) & (kind == "")
+    wronged = ~found.keep & (source[found.duplicate_of] != source) & (kind == "")
     assert wronged.sum() <= 0.01 * (kind == "").sum()
     if not planted:
         assert wronged.sum() <= 2

@@ -257,8 +257,8 @@ def test_one_row_is_selected_and_pools_without_captions_are_told_what_to_do(tmp_
     cluster(silent, str(tmp_path / "clu2"), ClusterOptions(k=2), QUIET)
     with pytest.raises(UsageError, match=r"clip_score has no value.*balance\(cluster, 30%\)"):
         select(str(tmp_path / "clu2"), str(tmp_path / "no"), SelectOptions(), QUIET)
-    wary = SelectOptions(steps=("balance(cluster, 4, wary=True)",))
-    manifest = select(str(tmp_path / "clu2"), str(tmp_path / "wary"), wary, QUIET)
+    last = SelectOptions(steps=("balance(cluster, 4, contradicting_last=True)",))
+    manifest = select(str(tmp_path / "clu2"), str(tmp_path / "last"), last, QUIET)
     assert "no captions' embeddings" in manifest["funnel"][0]["estimates"]["why"]
 
 

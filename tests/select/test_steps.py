@@ -274,7 +274,7 @@ def test_recipes_take_arguments():
         "image_based('emb/imagenet')",
         'sample("2%")',
     ]
-    assert recipes.steps("llava-cc3m(extractor='simple')")[0].endswith("extractor='simple')")
+    assert recipes.steps("llava-cc3m(extractor='spacy:x')")[0].endswith("extractor='spacy:x')")
     assert recipes.RECIPES["metaclip"].signature("metaclip") == "metaclip(entries='pool', t=20000)"
     assert recipes.RECIPES["bunny"].signature("bunny") == "bunny"
 

@@ -243,8 +243,8 @@ def test_every_rule_and_keeper_is_the_definition(n, seed, rule, keep, gone):
     assert (found.keep == slow_resolve(x, alive, preference, rule, keep, 0.8)).all()
     dropped = alive & ~found.keep
     assert (
-        found.keep[found.twin[dropped]].all()
-        and (found.component[found.twin[dropped]] == found.component[dropped]).all()
+        found.keep[found.duplicate_of[dropped]].all()
+        and (found.component[found.duplicate_of[dropped]] == found.component[dropped]).all()
     )
     assert (found.component >= 0).tolist() == alive.tolist()
 

@@ -1,5 +1,10 @@
 """Steps that keep an exact number of rows: at random, or shared evenly among groups.
 
+`balance` fills the groups like connected vessels. There is one level L; a group of s rows keeps min(L, s) of them, and
+L is the highest for which these quotas do not exceed the budget; the few rows still wanting go to random groups, one
+each. Small groups are so taken whole, large ones cut to the same size. Inside a group a preference decides. Any budget
+is met to the row (quotas.py has the proof and the other ways of sharing). O(n log n) time, a few arrays over the rows.
+
 A step with a budget says how many rows there were where they do not suffice, and names who would come next.
 """
 
@@ -9,7 +14,7 @@ import numpy as np
 
 from curate.errors import UsageError, unknown
 from curate.select.frame import CLUSTER_FIRST, Count, Frame, Group, Keep, Levels, Verdict, shortage
-from curate.select.steps import odd_clusters
+from curate.select.steps import contradicting_clusters
 from curate.select.steps.quotas import position_in_group, water_fill, water_fill_tree, weighted_fill
 from curate.vectors import kmeans
 
@@ -26,15 +31,18 @@ def sample(frame: Frame, number: int, n: Count, seed: int | None = None) -> Verd
     return Verdict(frame.mask(order[:wanted]), shortage(wanted, len(order)), order[wanted:])
 
 
-def balance(frame: Frame, number: int, column: Group, n: Count, keep: Keep = "random", wary: bool = False) -> Verdict:
+def balance(
+    frame: Frame, number: int, column: Group, n: Count, keep: Keep = "random", contradicting_last: bool = False
+) -> Verdict:
     """Keep exactly n rows, as evenly over the groups as their sizes allow (water-filling), at random inside each.
 
     keep: inside a group rather those with the highest `max:column` or lowest `min:column`, or `near` the centroid;
     `better:column` takes from the group's highest tenth at random, then from the next, and so on: better rows, and not
     the extremes alone, among which are pictures that show their own caption.
-    wary: fewer, or none, of odd groups, whose pictures are unlike those that go with captions like theirs and yet score
-    high (odd_clusters.py); reads 32 rows of each group, 262,144 in all. None is where captions have no embeddings, or
-    where the groups are fewer than 22 or more than 32,768.
+    contradicting_last: few rows, or none, of groups whose pictures are unlike those that go with captions like theirs
+    and yet score high (contradicting_clusters), while other groups have rows left; reads 32 rows of each group, 262,144
+    in all. No group is doubted where captions have no embeddings, or where there are fewer than 22 groups or more than
+    32,768.
     """
     rows = np.flatnonzero(frame.alive)
     names, place, sizes = np.unique(frame.group(column)[rows], return_inverse=True, return_counts=True)
@@ -42,38 +50,40 @@ def balance(frame: Frame, number: int, column: Group, n: Count, keep: Keep = "ra
     rng = np.random.default_rng([frame.seed, number, 1])
     quotas, level = water_fill(sizes, wanted, rng)
     facts: dict[str, Any] = {"groups": len(names), "level": level}
-    if wary:
-        weights, told = _trust(frame, rows, place, rng)
-        odd = weights < 1
-        if odd.any():
+    if contradicting_last:
+        weights, reason = _weights(frame, rows, place, rng)
+        doubted = weights < 1
+        if doubted.any():
             quotas = weighted_fill(sizes, weights, wanted)
-        facts |= told | {
-            "odd_groups": int(odd.sum()),
-            "odd_rows": int(sizes[odd].sum()),
-            "odd_kept": int(quotas[odd].sum()),
+        facts |= reason | {
+            "contradicting_groups": int(doubted.sum()),
+            "contradicting_rows": int(sizes[doubted].sum()),
+            "contradicting_kept": int(quotas[doubted].sum()),
         }
     return _fill(frame, number, keep, (rows, place, quotas), facts, frame.count(n))
 
 
-def _trust(
+def _weights(
     frame: Frame, rows: np.ndarray, place: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Say how much each group counts, f64 [groups], and why none is odd where that cannot be seen."""
+    """Say how much each group counts, f64 [groups], and why all count in full where nothing can be seen."""
     groups = int(place.max(initial=-1)) + 1
+    why = ""
     if frame.text_vectors is None:
-        return np.ones(groups), {"why": "no group is odd: there are no captions' embeddings to see it by"}
-    if groups < odd_clusters.LEAST_GROUPS:
-        return np.ones(groups), {"why": f"no group is odd: {groups} are too few to see it"}
-    if groups * odd_clusters.LEAST_EACH > odd_clusters.MAX_ROWS:
-        return np.ones(groups), {
-            "why": f"no group is odd: {odd_clusters.MAX_ROWS:,} rows show too little of {groups:,}"
-        }
-    few = odd_clusters.few_of_each(place, rows, rng)
+        why = "there are no captions' embeddings to see it by"
+    elif groups < contradicting_clusters.LEAST_GROUPS:
+        why = f"{groups} are too few to see it"
+    elif groups * contradicting_clusters.LEAST_EACH > contradicting_clusters.MAX_ROWS:
+        why = f"{contradicting_clusters.MAX_ROWS:,} rows show too little of {groups:,}"
+    if why or frame.text_vectors is None:
+        return np.ones(groups), {"why": f"no group's pictures seem to contradict its captions: {why}"}
+    few = contradicting_clusters.few_of_each(place, rows, rng)
     image, text = (
-        odd_clusters.group_means(fetch(rows[few]), place[few], groups) for fetch in (frame.vectors, frame.text_vectors)
+        contradicting_clusters.group_means(fetch(rows[few]), place[few], groups)
+        for fetch in (frame.vectors, frame.text_vectors)
     )
     scores = np.bincount(place, np.nan_to_num(frame.column("clip_score")[rows], nan=-1)) / np.bincount(place)
-    return odd_clusters.trust(image, text, scores), {}
+    return contradicting_clusters.trust(image, text, scores), {}
 
 
 def balance_tree(frame: Frame, number: int, n: Count, levels: Levels = (), keep: Keep = "random") -> Verdict:

@@ -17,27 +17,25 @@ from typing import Any
 
 import numpy as np
 
-from curate.errors import UsageError, unknown
-from curate.select.frame import AUTO, CLUSTER_FIRST, Fetch, Frame, Group, Keep, Threshold, Verdict
-from curate.select.steps import auto_threshold
-from curate.select.steps.by_budget import preference
-from curate.vectors import forest, near_pairs
+from curate.select.frame import Fetch
+from curate.vectors import near_pairs
 from curate.vectors.exact import widen
 from curate.vectors.forest import Forest, components, spanning_forest
 
 RULES = ("components", "semdedup", "greedy")
-KEEPS = ("middle", "inner-middle", "far", "near", "random", "max:COLUMN", "min:COLUMN")
 GATHER_ROWS = 1 << 16
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """keep: bool [n]. component: i64 [n], -1 where not alive. twin: i64 [n], -1: none. similarity: f32 [n], to it."""
+    """keep: bool [n]. component: i64 [n], -1 where not alive. duplicate_of: i64 [n], the row that stays for a dropped
+    one, -1: none. similarity: f32 [n], to it.
+    """
 
     keep: np.ndarray
     component: np.ndarray
-    twin: np.ndarray
+    duplicate_of: np.ndarray
     similarity: np.ndarray
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -55,7 +53,8 @@ def resolve(
 
     edges: a forest above the threshold over all rows. preference: f64 [n], the smallest is kept first; for the keepers
     `middle` and `inner-middle` it is the distance to the centroid, up to a monotone map. For `components` a dropped
-    row's similarity is the weakest link of the chain that joins it to its twin: the threshold at which they would part.
+    row's similarity is the weakest link of the chain that joins it to the row that stays: the threshold
+    at which they would part.
     """
     edges = _among_alive(edges, alive, threshold, vectors)
     component = np.where(alive, components(edges[0], edges[1], len(alive)), -1)
@@ -75,7 +74,7 @@ def resolve(
         chosen = rows[bounds[:-1] + (sizes // 2 if keep in ("middle", "inner-middle") else 0)]
         result.keep[rows] = False
         result.keep[chosen] = True
-        result.twin[rows] = np.repeat(chosen, sizes)
+        result.duplicate_of[rows] = np.repeat(chosen, sizes)
         result.similarity[:] = weakest_links(edges, chosen, len(alive))
     else:
         if keep in ("middle", "inner-middle"):
@@ -170,7 +169,7 @@ def _drop_seconds(rows: np.ndarray, edges: Edges, result: Resolved) -> None:
     link[edges[0]], link[edges[1]] = edges[2], edges[2]
     first, second = rows[::2], rows[1::2]
     result.keep[second] = False
-    result.twin[second], result.similarity[second] = first, link[second]
+    result.duplicate_of[second], result.similarity[second] = first, link[second]
 
 
 def _drop_in_order(
@@ -179,7 +178,7 @@ def _drop_in_order(
     """Apply semdedup or greedy to each group, whose rows stand in the order of preference; fills in the result."""
     for part, cuts, x in _fetch_groups(rows, bounds, vectors):
         dropped = np.zeros(len(part), bool)
-        twin = np.full(len(part), len(part))
+        stays = np.full(len(part), len(part))
         cosine = np.full(len(part), np.nan, np.float32)
         for i, j, similarity in near_pairs.near_pairs(x, np.arange(len(part)), cuts, threshold):
             if rule == "greedy":
@@ -187,15 +186,15 @@ def _drop_in_order(
                 kept = ~dropped[i]
                 i, j, similarity = i[kept], j[kept], similarity[kept]
             dropped[j] = True
-            np.minimum.at(twin, j, i)  # the first in the order of preference
-            nearest = twin[j] == i
+            np.minimum.at(stays, j, i)  # the first in the order of preference
+            nearest = stays[j] == i
             cosine[j[nearest]] = similarity[nearest]
         gone = np.flatnonzero(dropped)
-        while len(chained := gone[dropped[twin[gone]]]):  # a twin may be gone too: its own stands in for it
-            twin[chained] = twin[twin[chained]]
+        while len(chained := gone[dropped[stays[gone]]]):  # what it resembles may be gone, too: take that one's
+            stays[chained] = stays[stays[chained]]
             cosine[chained] = np.nan
         result.keep[part[gone]] = False
-        result.twin[part[gone]] = part[twin[gone]]
+        result.duplicate_of[part[gone]] = part[stays[gone]]
         result.similarity[part[gone]] = cosine[gone]
 
 
@@ -244,83 +243,3 @@ def weakest_links(edges: Edges, starts: np.ndarray, num_rows: int) -> np.ndarray
         parent = parent[parent]
     weakest[names] = np.where(np.isinf(link[:root]), np.nan, link[:root])
     return weakest
-
-
-def dedup(
-    frame: Frame, number: int, threshold: Threshold = 0.86, keep: Keep = "middle", rule: str = "components"
-) -> Verdict:
-    """Keep one row of each group of near-duplicates (cosine > threshold; "auto": by the pool's own pixels)."""
-    if rule not in RULES:
-        raise unknown("rule of dedup", rule, RULES)
-    if frame.edges is None:
-        raise UsageError("dedup needs clusters; this directory has none.", CLUSTER_FIRST)
-    a, b, similarity, bits = frame.edges()
-    threshold, above, facts = _linked(frame, "dedup", threshold, similarity, bits)
-    order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)
-    found = resolve((a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors)
-    gone = frame.alive & ~found.keep
-    seen = np.full(len(found.component), -1) if frame.component is None else frame.component
-    frame.component = np.where(found.component >= 0, found.component, seen)  # an earlier dedup's rows keep theirs
-    frame.twin[gone] = found.twin[gone]
-    frame.twin_similarity[gone] = found.similarity[gone]
-    return Verdict(found.keep, {"threshold": threshold, **facts, **found.facts, **_compared(frame, threshold)})
-
-
-def _linked(
-    frame: Frame, name: str, threshold: Threshold, similarity: np.ndarray, bits: np.ndarray
-) -> tuple[float, np.ndarray, dict[str, Any]]:
-    """Say above which cosine edges join near-duplicates, which ones do, bool, and what was found out for it."""
-    if threshold == AUTO:
-        told = auto_threshold.find_threshold(similarity, bits, frame.floor)
-        return told.threshold, told.linked(similarity, bits), told.facts()
-    if threshold < frame.floor:
-        raise UsageError(
-            f"{name}: the threshold {threshold} lies under the floor of these clusters, {frame.floor}.",
-            f"run `curate cluster … --floor {threshold}`, or use a threshold of at least {frame.floor}",
-        )
-    return threshold, similarity > threshold, {}
-
-
-def _compared(frame: Frame, threshold: float) -> dict[str, Any]:
-    """Say which share of the pairs above a threshold clustering compared, by its estimate at the next lower level."""
-    levels = [level for level in frame.recall.get("levels", []) if level["above"] <= threshold]
-    return {"pairs_compared": levels[-1]["found"]} if levels and levels[-1]["pairs"] else {}
-
-
-def placeholders(
-    frame: Frame,
-    number: int,
-    copies: int = 50,
-    captions: float = 0.5,
-    threshold: Threshold = AUTO,
-    by: Group = "caption",
-    exact: bool = False,
-) -> Verdict:
-    """Drop every row of a picture that stands under many captions ("image not found", a logo): not even one stays.
-
-    A picture is a component of near-duplicates above the threshold whose pixels agree, too, as far as they are known;
-    exact: rows of the same bytes, for which no clusters are needed. It goes if at least `copies` good rows of the pool
-    have it, earlier steps or not, and at least the share `captions` of them have a caption of their own. by: another
-    column than the caption, such as url, for pools where an error picture stands under one alt text.
-    """
-    if not 0 <= captions <= 1:
-        raise UsageError(f"placeholders: captions={captions}; expected a share between 0 and 1.")
-    rows = np.flatnonzero(frame.good)
-    facts: dict[str, Any] = {}
-    if exact:
-        labels = frame.group("uid")
-    elif frame.edges is None:
-        raise UsageError("placeholders needs clusters, or exact=True; this directory has none.", CLUSTER_FIRST)
-    else:
-        a, b, similarity, bits = frame.edges()
-        threshold, linked, _ = _linked(frame, "placeholders", threshold, similarity, bits)
-        linked &= (bits <= auto_threshold.TWIN_BITS) | (bits > 64)
-        labels = forest.components(a[linked], b[linked], len(frame.good))
-        facts["threshold"] = threshold
-    picture = np.unique(labels[rows], return_inverse=True)[1]
-    told = np.unique(frame.group(by)[rows], return_inverse=True)[1]
-    distinct = np.unique(picture * (int(told.max(initial=0)) + 1) + told) // (int(told.max(initial=0)) + 1)
-    sizes = np.bincount(picture)
-    bad = (sizes >= copies) & (np.bincount(distinct, minlength=len(sizes)) >= captions * sizes)
-    facts |= {"pictures": int(bad.sum()), "largest": int(sizes[bad].max(initial=0))}
-    return Verdict(frame.alive & ~frame.mask(rows[bad[picture]]), facts)

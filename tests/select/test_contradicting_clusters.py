@@ -1,4 +1,4 @@
-"""Odd groups: against a slow reading of their sentence, and what balance does with them."""
+"""Contradicting clusters: against a slow reading of their sentence, and what balance does with them."""
 
 import numpy as np
 import pytest
@@ -7,15 +7,16 @@ from hypothesis import strategies as st
 from test_coverage import unit
 from test_steps import frame_of
 
+from curate.errors import UsageError
 from curate.select import catalogue, recipes
-from curate.select.steps import odd_clusters
+from curate.select.steps import contradicting_clusters
 
 
 def slow_likeness(image, text, plain):
     found = []
     for group in range(len(text)):
         others = sorted((-float(text[group] @ text[other]), other) for other in np.flatnonzero(plain) if other != group)
-        near = [other for _, other in others[: odd_clusters.NEIGHBOURS]]
+        near = [other for _, other in others[: contradicting_clusters.NEIGHBOURS]]
         found.append(np.mean([image[group] @ image[other] for other in near]) if near else 0)
     return np.array(found)
 
@@ -30,38 +31,40 @@ def directions(seed, groups):
 def test_likeness_is_the_mean_cosine_to_the_pictures_of_the_nearest_captions(seed, groups, share):
     image, text, lots = directions(seed, groups)
     plain = lots < share
-    np.testing.assert_allclose(odd_clusters.likeness(image, text, plain), slow_likeness(image, text, plain), atol=1e-5)
+    np.testing.assert_allclose(
+        contradicting_clusters.likeness(image, text, plain), slow_likeness(image, text, plain), atol=1e-5
+    )
 
 
 def test_likeness_does_not_depend_on_the_block(monkeypatch):
     image, text, lots = directions(0, 50)
-    whole = odd_clusters.likeness(image, text, lots < 0.5)
-    monkeypatch.setattr(odd_clusters, "BLOCK", 7)
-    np.testing.assert_allclose(odd_clusters.likeness(image, text, lots < 0.5), whole, atol=1e-6)
+    whole = contradicting_clusters.likeness(image, text, lots < 0.5)
+    monkeypatch.setattr(contradicting_clusters, "BLOCK", 7)
+    np.testing.assert_allclose(contradicting_clusters.likeness(image, text, lots < 0.5), whole, atol=1e-6)
 
 
 def test_few_rows_of_each_group_stand_for_it():
     groups = np.repeat([0, 1, 2], [500, 3, 40])
-    few = odd_clusters.few_of_each(groups, np.arange(543), np.random.default_rng(0))
+    few = contradicting_clusters.few_of_each(groups, np.arange(543), np.random.default_rng(0))
     assert np.bincount(groups[few]).tolist() == [32, 3, 32] and (np.diff(few) > 0).all()
     x = np.random.default_rng(1).normal(size=(543, 4)).astype(np.float16)
-    means = odd_clusters.group_means(x[few], groups[few], 3)
+    means = contradicting_clusters.group_means(x[few], groups[few], 3)
     for group in range(3):
         mean = x[few[groups[few] == group]].astype(np.float64).mean(axis=0)
         np.testing.assert_allclose(means[group], mean / np.linalg.norm(mean), atol=1e-3)
 
 
 def test_what_is_read_does_not_grow_with_the_groups(monkeypatch):
-    monkeypatch.setattr(odd_clusters, "MAX_ROWS", 45)
-    few = odd_clusters.few_of_each(np.repeat(np.arange(3), 100), np.arange(300), np.random.default_rng(0))
+    monkeypatch.setattr(contradicting_clusters, "MAX_ROWS", 45)
+    few = contradicting_clusters.few_of_each(np.repeat(np.arange(3), 100), np.arange(300), np.random.default_rng(0))
     assert np.bincount(few // 100).tolist() == [15, 15, 15]
 
 
 def test_few_rows_are_read_in_few_stretches():
     rng = np.random.default_rng(0)
     rows = np.flatnonzero(rng.random(100_000) < 0.5)
-    few = odd_clusters.few_of_each(rng.integers(0, 20, len(rows)), rows, rng)
-    assert len(few) == 640 and len(np.unique(rows[few] // odd_clusters.STRETCH)) <= 4
+    few = contradicting_clusters.few_of_each(rng.integers(0, 20, len(rows)), rows, rng)
+    assert len(few) == 640 and len(np.unique(rows[few] // contradicting_clusters.STRETCH)) <= 4
 
 
 @settings(deadline=None, max_examples=30)
@@ -73,22 +76,22 @@ def test_trust_falls_with_spreads_below_the_plainer_half_and_is_full_there(seed,
     lower, middle = np.quantile(found[plain], [0.16, 0.5])
     spreads = (middle - found) / (middle - lower)
     expected = np.where(plain | (spreads <= 2), 1, np.where(spreads >= 4, 0, (4 - spreads) / 2))
-    np.testing.assert_allclose(odd_clusters.trust(image, text, score), expected, atol=1e-3)
+    np.testing.assert_allclose(contradicting_clusters.trust(image, text, score), expected, atol=1e-3)
 
 
-def world(groups=40, each=30, odd=4, dim=16, seed=0, captions=True):
-    """Groups whose captions follow their pictures, and odd ones: the others' captions, pictures of a kind of their own.
+def world(groups=40, each=30, contradicting=4, dim=16, seed=0, captions=True):
+    """Groups whose captions follow their pictures, and contradicting ones with pictures of their own.
 
-    Odd rows have the highest clip_score.
+    Contradicting rows have the highest clip_score.
     """
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(2, dim))  # of kinds of things
     kind = np.arange(groups) % 2
     image = centres[kind] + 0.3 * rng.normal(size=(groups, dim))
-    image[:odd] = 2 * rng.normal(size=dim) + 0.3 * rng.normal(size=(odd, dim))
+    image[:contradicting] = 2 * rng.normal(size=dim) + 0.3 * rng.normal(size=(contradicting, dim))
     text = centres[kind] + 0.3 * rng.normal(size=(groups, dim))
     cluster = np.repeat(np.arange(groups), each)
-    score = rng.random(len(cluster)).astype(np.float32) + (cluster < odd)
+    score = rng.random(len(cluster)).astype(np.float32) + (cluster < contradicting)
     frame = frame_of(len(cluster), cluster=cluster, clip_score=score)
     images, texts = (unit(x[cluster] + 0.3 * rng.normal(size=(len(cluster), dim))) for x in (image, text))
     frame.vectors = images.astype(np.float16).__getitem__
@@ -96,24 +99,25 @@ def world(groups=40, each=30, odd=4, dim=16, seed=0, captions=True):
     return frame
 
 
-def balanced(frame, wary):
-    verdict = catalogue.parse([f'balance(cluster, 200, keep="better:clip_score", wary={wary})'])[0].run(frame)
+def balanced(frame, last):
+    text = f'balance(cluster, 200, keep="better:clip_score", contradicting_last={last})'
+    verdict = catalogue.parse([text])[0].run(frame)
     assert verdict.keep.sum() == 200
     return np.bincount(frame.group("cluster")[verdict.keep], minlength=40), verdict.estimates
 
 
-def test_a_wary_balance_takes_fewer_rows_of_odd_groups():
+def test_balance_takes_fewer_rows_of_contradicting_groups():
     plain, _ = balanced(world(), False)
     assert (plain == 5).all()
     counts, told = balanced(world(), True)
     assert counts[:4].sum() == 0 and counts[4:].min() >= 5
-    assert told["odd_groups"] == 4 and told["odd_kept"] == 0 and told["odd_rows"] == 120
+    assert told["contradicting_groups"] == 4 and told["contradicting_kept"] == 0 and told["contradicting_rows"] == 120
     again, _ = balanced(world(), True)
     assert (again == counts).all()
 
 
 def test_more_groups_than_can_be_looked_at_keep_their_share(monkeypatch):
-    monkeypatch.setattr(odd_clusters, "MAX_ROWS", 100)
+    monkeypatch.setattr(contradicting_clusters, "MAX_ROWS", 100)
     counts, told = balanced(world(), True)
     assert (counts == 5).all() and "100 rows show too little" in told["why"]
 
@@ -124,22 +128,32 @@ def test_unlike_pictures_that_score_low_keep_their_share():
     score[frame.group("cluster") < 4] -= 1.5
     score[frame.group("cluster") >= 4] = 0.5
     counts, told = balanced(frame, True)
-    assert (counts == 5).all() and told["odd_groups"] == 0
+    assert (counts == 5).all() and told["contradicting_groups"] == 0
 
 
 @pytest.mark.parametrize(
     "frame, why", [(world(captions=False), "no captions' embeddings"), (world(groups=12), "too few")]
 )
-def test_where_oddness_cannot_be_seen_no_group_is_odd_and_the_funnel_says_why(frame, why):
+def test_where_no_contradiction_can_be_seen_the_funnel_says_why(frame, why):
     counts, told = balanced(frame, True)
-    assert why in told["why"] and told["odd_groups"] == 0 and np.ptp(counts[counts > 0]) <= 1
+    assert why in told["why"] and told["contradicting_groups"] == 0 and np.ptp(counts[counts > 0]) <= 1
 
 
-def test_odd_groups_fill_up_last():
+def test_contradicting_groups_fill_up_last():
     frame = world()
-    verdict = catalogue.parse(["balance(cluster, 1_100, wary=True)"])[0].run(frame)
-    assert verdict.keep.sum() == 1_100 and verdict.estimates["odd_kept"] == 20  # 1,080 rows are of the others
+    verdict = catalogue.parse(["balance(cluster, 1_100, contradicting_last=True)"])[0].run(frame)
+    assert verdict.keep.sum() == 1_100 and verdict.estimates["contradicting_kept"] == 20  # 1,080 rows are of the others
 
 
-def test_the_default_is_wary():
-    assert "wary=True" in recipes.steps("balanced", "2%")[-1]
+def test_the_default_puts_contradicting_groups_last():
+    assert "contradicting_last=True" in recipes.steps("balanced", "2%")[-1]
+
+
+def test_the_former_name_of_the_option_works_and_says_the_new_one(caplog):
+    step = catalogue.parse(["balance(cluster, 200, wary=True)"])[0]
+    assert step.arguments["contradicting_last"] is True and step.text.endswith("wary=True)")
+    assert "balance: wary= is called contradicting_last= now" in caplog.text
+    with pytest.raises(UsageError, match="contradicting_last twice"):
+        catalogue.parse(["balance(cluster, 200, wary=True, contradicting_last=True)"])
+    with pytest.raises(UsageError, match="unknown argument of cap 'wary'"):
+        catalogue.parse(["cap(cluster, 2, wary=True)"])

@@ -1,0 +1,96 @@
+"""Steps that drop near-duplicates: all but one of each group, or pictures that stand under many captions whole.
+
+They read the near-duplicate forest that clustering stored. Which pairs count as near-duplicates is told by a cosine, or
+by the pool's own pixels (auto_threshold); which row of a group stays is decided in near_duplicates.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from curate.errors import UsageError, unknown
+from curate.select.frame import AUTO, CLUSTER_FIRST, Frame, Group, Keep, Threshold, Verdict
+from curate.select.steps import auto_threshold
+from curate.select.steps.by_budget import preference
+from curate.select.steps.near_duplicates import RULES, resolve
+from curate.vectors import forest
+
+
+def dedup(
+    frame: Frame, number: int, threshold: Threshold = 0.86, keep: Keep = "middle", rule: str = "components"
+) -> Verdict:
+    """Keep one row of each group of near-duplicates (cosine > threshold; "auto": by the pool's own pixels)."""
+    if rule not in RULES:
+        raise unknown("rule of dedup", rule, RULES)
+    if frame.edges is None:
+        raise UsageError("dedup needs clusters; this directory has none.", CLUSTER_FIRST)
+    a, b, similarity, bits = frame.edges()
+    threshold, above, facts = _linked(frame, "dedup", threshold, similarity, bits)
+    order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)
+    found = resolve((a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors)
+    gone = frame.alive & ~found.keep
+    seen = np.full(len(found.component), -1) if frame.component is None else frame.component
+    frame.component = np.where(found.component >= 0, found.component, seen)  # an earlier dedup's rows keep theirs
+    frame.duplicate_of[gone] = found.duplicate_of[gone]
+    frame.duplicate_similarity[gone] = found.similarity[gone]
+    return Verdict(found.keep, {"threshold": threshold, **facts, **found.facts, **_compared(frame, threshold)})
+
+
+def _linked(
+    frame: Frame, name: str, threshold: Threshold, similarity: np.ndarray, bits: np.ndarray
+) -> tuple[float, np.ndarray, dict[str, Any]]:
+    """Say above which cosine edges join near-duplicates, which ones do, bool, and what was found out for it."""
+    if threshold == AUTO:
+        told = auto_threshold.find_threshold(similarity, bits, frame.floor)
+        return told.threshold, told.linked(similarity, bits), told.facts()
+    if threshold < frame.floor:
+        raise UsageError(
+            f"{name}: the threshold {threshold} lies under the floor of these clusters, {frame.floor}.",
+            f"run `curate cluster … --floor {threshold}`, or use a threshold of at least {frame.floor}",
+        )
+    return threshold, similarity > threshold, {}
+
+
+def _compared(frame: Frame, threshold: float) -> dict[str, Any]:
+    """Say which share of the pairs above a threshold clustering compared, by its estimate at the next lower level."""
+    levels = [level for level in frame.recall.get("levels", []) if level["above"] <= threshold]
+    return {"pairs_compared": levels[-1]["found"]} if levels and levels[-1]["pairs"] else {}
+
+
+def placeholders(
+    frame: Frame,
+    number: int,
+    copies: int = 50,
+    captions: float = 0.5,
+    threshold: Threshold = AUTO,
+    by: Group = "caption",
+    exact: bool = False,
+) -> Verdict:
+    """Drop every row of a picture that stands under many captions ("image not found", a logo): not even one stays.
+
+    A picture is a component of near-duplicates above the threshold whose pixels agree, too, as far as they are known;
+    exact: rows of the same bytes, for which no clusters are needed. It goes if at least `copies` good rows of the pool
+    have it, earlier steps or not, and at least the share `captions` of them have a caption of their own. by: another
+    column than the caption, such as url, for pools where an error picture stands under one alt text.
+    """
+    if not 0 <= captions <= 1:
+        raise UsageError(f"placeholders: captions={captions}; expected a share between 0 and 1.")
+    rows = np.flatnonzero(frame.good)
+    facts: dict[str, Any] = {}
+    if exact:
+        labels = frame.group("uid")
+    elif frame.edges is None:
+        raise UsageError("placeholders needs clusters, or exact=True; this directory has none.", CLUSTER_FIRST)
+    else:
+        a, b, similarity, bits = frame.edges()
+        threshold, linked, _ = _linked(frame, "placeholders", threshold, similarity, bits)
+        linked &= (bits <= auto_threshold.TWIN_BITS) | (bits > 64)
+        labels = forest.components(a[linked], b[linked], len(frame.good))
+        facts["threshold"] = threshold
+    picture = np.unique(labels[rows], return_inverse=True)[1]
+    told = np.unique(frame.group(by)[rows], return_inverse=True)[1]
+    distinct = np.unique(picture * (int(told.max(initial=0)) + 1) + told) // (int(told.max(initial=0)) + 1)
+    sizes = np.bincount(picture)
+    bad = (sizes >= copies) & (np.bincount(distinct, minlength=len(sizes)) >= captions * sizes)
+    facts |= {"pictures": int(bad.sum()), "largest": int(sizes[bad].max(initial=0))}
+    return Verdict(frame.alive & ~frame.mask(rows[bad[picture]]), facts)
