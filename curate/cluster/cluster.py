@@ -4,8 +4,9 @@ In: `EMB/{stem}.arrow`. Out: `CLU/centroids.npy` f32 [k, d], `CLU/{stem}.arrow` 
 `CLU/edges.arrow` (each cluster's near-duplicate forest above a floor), `CLU/fit.json` (how the centroids came about).
 
 Three passes: fit on a sample of rows; assign every row, shard by shard, and scatter the vectors to buckets of clusters
-under `CLU/.buckets`; relate the rows of each cluster, bucket by bucket. The scatter costs the image vectors' size on
-disk until the end. Memory: the sample (1 GiB by default) on the driver, then one shard or one bucket for each worker.
+under `CLU/.buckets`; find the near-duplicates in each cluster, bucket by bucket. The scatter takes the image vectors'
+size on disk until the end. Memory: the sample (1 GiB by default) on the driver, then one shard or one bucket for each
+worker.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ class ClusterOptions:
 
 
 def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, Any]:
-    """Cluster the good rows of `emb` and relate those that share a cluster. Returns the manifest.
+    """Cluster the good rows of `emb` and find the near-duplicates in each cluster. Returns the manifest.
 
     Raises: UsageError when k does not suit the rows, ShardError when a sidecar cannot be read.
     """
@@ -62,9 +63,9 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     scattered = sum(rows_ok.values()) * options.neighbours
     buckets = min(MAX_BUCKETS, -(-scattered * dim * 2 // edges.BUCKET_BYTES)) or 1
     scatter = output.path(BUCKETS)
-    related = paths.exists(output.path(EDGES))
+    has_edges = paths.exists(output.path(EDGES))
     missing = set(output.missing(source.stems))
-    if not related:
+    if not has_edges:
         missing |= {stem for stem in source.stems if not paths.exists(paths.join(scatter, f"{stem}.arrow"))}
     assigned = run_stage(
         "assign",
@@ -76,9 +77,9 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     if job.part is not None and output.missing(source.stems):
         return {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows}}
     seconds = assigned.seconds
-    if not related:
+    if not has_edges:
         todo = [b for b in job.share(range(buckets)) if not paths.exists(paths.join(scatter, f"edges-{b}.arrow"))]
-        found = run_stage("relate", edges.Relate(emb, out, options.floor), todo, job)
+        found = run_stage("relate", edges.FindEdges(emb, out, options.floor), todo, job)
         _refuse_failures(found.failed)
         if not all(paths.exists(paths.join(scatter, f"edges-{b}.arrow")) for b in range(buckets)):
             return {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows, "related": found.rows}}
@@ -198,7 +199,7 @@ def _shuffled(source: Artefact, rows_ok: dict[str, int], seed: int) -> list[floa
 
 @dataclass
 class Assign:
-    """Assign a shard's rows to centroids, write its sidecar and scatter its vectors by bucket."""
+    """Assign a shard's rows to centroids, write its sidecar, and scatter its vectors by bucket of clusters."""
 
     emb: str
     out: str

@@ -1,8 +1,14 @@
-"""The near-duplicate graph of a clustered pool: rows gathered by cluster, related, and joined into one file of edges.
+"""The near-duplicate edges of a clustered pool: rows gathered by cluster, compared, and joined into one file.
 
-Rows reach their cluster by way of buckets of clusters under `CLU/.buckets`: one file a shard, one record batch a
-bucket. With two neighbours a row also visits its second nearest cluster, and is compared with the rows that live there;
-the edges of all clusters then make one forest over the whole pool, for which the driver holds them all.
+Shards hold rows in the order of the pool, near-duplicates are looked for inside clusters. So each shard's vectors are
+first scattered by bucket, cluster modulo the number of buckets, under `CLU/.buckets`: one file a shard, one record
+batch a bucket. A worker then gathers one bucket from all files, sorts it by cluster, and writes the maximum spanning
+forest of each cluster's near-duplicates. With two neighbours a row also probes its second nearest cluster, as queries
+of an inverted-file index do: it is compared with that cluster's members. A pair can then meet twice, and the edges of
+all clusters are reduced to one forest over the whole pool, for which the driver holds them all.
+
+Cost: the vectors are written once and read once; comparing is `near_pairs`'. Memory: one bucket (about 128 MiB, or on
+disk where it is much larger) for each worker.
 """
 
 import tempfile
@@ -16,6 +22,7 @@ import pyarrow as pa
 from curate.storage import manifest, paths, sidecar
 from curate.storage.schema import EDGE_SCHEMA
 from curate.vectors import forest, kmeans, near_pairs
+from curate.vectors.duplicate_forest import near_duplicate_forest
 
 EDGES, BUCKETS = "edges.arrow", ".buckets"
 BUCKET_BYTES = 128 << 20
@@ -25,12 +32,12 @@ RECALL_PAIRS = 50_000  # that are enough
 
 
 def scatter_schema(dim: int) -> pa.Schema:
-    """Describe a scattered row: its global number, the cluster it is at, whether it only visits, its facts."""
+    """Describe a scattered row: its global number, a cluster, whether it only probes it, its hash and its vector."""
     return pa.schema(
         [
             ("row", pa.int64()),
             ("cluster", pa.int32()),
-            ("visits", pa.bool_()),
+            ("probe", pa.bool_()),
             ("phash", pa.uint64()),
             ("vector", pa.list_(pa.float16(), dim)),
         ]
@@ -42,10 +49,10 @@ def scatter(
 ) -> None:
     """Write a shard's good rows with their vectors, one record batch for each bucket.
 
-    places: i32 [1 or 2, rows], the cluster in which a row lives and the one that it visits; -1: none.
+    places: i32 [1 or 2, rows], the cluster of which a row is a member and the one that it probes; -1: none.
     """
-    visits, row = np.nonzero(places >= 0)
-    cluster = places[visits, row]
+    probe, row = np.nonzero(places >= 0)
+    cluster = places[probe, row]
     order = np.argsort(cluster % buckets, kind="stable")
     bounds = np.searchsorted(cluster[order] % buckets, np.arange(buckets + 1))
     shard = list(source.batches(stem))
@@ -57,14 +64,14 @@ def scatter(
             here = order[first:last]
             vectors = sidecar.take_vectors(shard, "image_embedding", row[here])
             phash = hashes.take(pa.array(row[here])).combine_chunks()
-            columns = [pa.array(row[here] + first_row), pa.array(cluster[here]), pa.array(visits[here] == 1), phash]
+            columns = [pa.array(row[here] + first_row), pa.array(cluster[here]), pa.array(probe[here] == 1), phash]
             yield pa.record_batch([*columns, sidecar.vector_column(vectors, np.ones(len(here), bool))], schema=schema)
 
     sidecar.write_table(location, schema, batches())
 
 
 @dataclass
-class Relate:
+class FindEdges:
     """Find the near-duplicate forests of all clusters of a bucket."""
 
     emb: str
@@ -81,17 +88,17 @@ class Relate:
             sidecar.reader(paths.join(self.out, BUCKETS, f"{stem}.arrow")).get_batch(bucket) for stem in self.stems
         ]
         table = pa.Table.from_batches(parts)
-        clusters, visits = table["cluster"].to_numpy(), table["visits"].to_numpy()
-        order = np.lexsort((visits, clusters))  # those that live there, then those that visit, each by row
+        clusters, probes = table["cluster"].to_numpy(), table["probe"].to_numpy()
+        order = np.lexsort((probes, clusters))  # of each cluster its members, then the rows that probe it, each by row
         rows, clusters = table["row"].to_numpy()[order], clusters[order]
         bounds = np.concatenate([[0], np.flatnonzero(np.diff(clusters)) + 1, [len(clusters)]])
-        heads = np.add.reduceat(~visits[order], bounds[:-1], dtype=np.int64) if len(rows) else None
+        members = np.add.reduceat(~probes[order], bounds[:-1], dtype=np.int64) if len(rows) else None
         with _matrix(len(rows), parts[0].schema.field("vector").type.list_size) as vectors:
             start = 0
             for part in parts:
                 vectors[start : start + part.num_rows] = sidecar.vectors(part.column("vector"))
                 start += part.num_rows
-            a, b, similarity = near_pairs.relate_clusters(vectors, order, bounds, self.floor, heads=heads)
+            a, b, similarity = near_duplicate_forest(vectors, order, bounds, self.floor, members=members)
         hashes, unknown = _hashes(table["phash"], order)
         bits = pa.array(near_pairs.differing_bits(hashes[a], hashes[b]), pa.uint8(), mask=unknown[a] | unknown[b])
         ends = np.minimum(rows[a], rows[b]), np.maximum(rows[a], rows[b])
@@ -135,7 +142,7 @@ def join_edges(output: manifest.Output, buckets: int, neighbours: int) -> None:
     a, b = table["a"].to_numpy(), table["b"].to_numpy()
     order = np.lexsort((b, a))
     met_before = np.append(False, (np.diff(a[order]) == 0) & (np.diff(b[order]) == 0))[: len(order)]
-    order = order[~met_before]  # two rows may meet in both their clusters
+    order = order[~met_before]  # two rows may meet in both their clusters; a forest takes a pair once
     chosen = order[
         forest.spanning_forest(a[order], b[order], table["similarity"].to_numpy()[order], int(b.max(initial=-1)) + 1)
     ]
@@ -154,8 +161,8 @@ def recall(images_nd: np.ndarray, centroids_kd: np.ndarray, neighbours: int, flo
     compared = 0
     while compared < len(images_nd) and pairs[0] < RECALL_PAIRS:
         rows = np.arange(compared, len(images_nd))
-        heads = min(RECALL_ROWS, len(rows))
-        for a, b, cosine in near_pairs.near_pairs(images_nd, rows, [0, len(rows)], floor, heads=np.array([heads])):
+        chunk = min(RECALL_ROWS, len(rows))  # compared with all rows from here on: no pair is counted twice
+        for a, b, cosine in near_pairs.near_pairs(images_nd, rows, [0, len(rows)], floor, members=np.array([chunk])):
             met = np.ones(len(a), bool)
             if places is not None:
                 home, other = places
@@ -165,7 +172,7 @@ def recall(images_nd: np.ndarray, centroids_kd: np.ndarray, neighbours: int, flo
                     met |= (home[a] == other[b]) | (other[a] == home[b])
             pairs += [int((cosine > level).sum()) for level in levels]
             found += [int((met & (cosine > level)).sum()) for level in levels]
-        compared += heads
+        compared += chunk
     shares = [
         {"above": level, "pairs": int(all_), "found": round(int(some) / int(all_), 4) if all_ else None}
         for level, all_, some in zip(levels, pairs, found, strict=True)

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from curate.vectors import kmeans, near_pairs
+from curate.vectors import duplicate_forest, kmeans
 
 PROBE_ROWS, PROBE_ITERS = 16_384, 4
 PROBE_K = {"superkmeans": 4_000}  # whose pruning begins at a quarter of it; else PROBE_ROWS // 16
@@ -45,7 +45,7 @@ def cluster_rates(dim: int, k: int, rows: int, floor: float, *, gpu: bool) -> Cl
         fits.append(max(whole - assigns[-1], 1e-9) / (PROBE_ROWS * PROBE_ITERS))
     each = max(fits[1] - fits[0], 0) / max(most - few, 1)
     bounds = np.arange(0, PROBE_ROWS - PROBE_ROWS % group + 1, group)
-    compare = _seconds(lambda: near_pairs.relate_clusters(narrow, np.arange(PROBE_ROWS), bounds, floor))
+    compare = _seconds(lambda: duplicate_forest.near_duplicate_forest(narrow, np.arange(PROBE_ROWS), bounds, floor))
     grown = max(1.0, rows / max(k, 1) / group)
     return ClusterRates(
         max(fits[1] - each * most, 0),

@@ -1,10 +1,26 @@
-"""The maximum spanning forest of a graph of cosines, found piece by piece; and connected components."""
+"""The maximum spanning forest of a graph of cosines, built piece by piece; and connected components.
+
+Of the graph that joins every two rows with a cosine above a floor, a maximum spanning forest is enough: for any
+threshold t, the rows that hang together through edges above t are the same in the forest as in the whole graph. (Where
+the forest leaves out an edge, a path of edges at least as heavy already joins its ends: the cycle property.) A forest
+of n rows has at most n - 1 edges, so that n ** 2 / 2 cosines are never held.
+
+Edges have one strict order: by falling cosine, then by smaller a, then by smaller b. Under a strict order the forest
+is unique, and the forest of a union is the forest of the union of forests:
+
+    F(E1 + E2) = F(F(E1) + F(E2)).
+
+So edges may arrive in any pieces, each may be reduced by itself, and the result is the same to the byte. `Forest`
+collects edges and reduces them now and then (SciPy's Kruskal, O(E log E)); `tile_forest` reduces a whole tile of
+products by Prim's algorithm (O(p + q) ** 2, no sorting).
+
+Shapes: edges are three arrays a, b (i64, a < b) and similarity (f32). Source: J. B. Kruskal, 1956; R. C. Prim, 1957.
+"""
 
 import numpy as np
 
 MERGE_LEAST, MERGE_AT = 1 << 12, 1 << 20  # edges that wait, of a forest of as many rows at least and at most
-LEVELS = 24  # steps from the floor to 1 by which it is known what hangs together already
-MIRROR = np.uint64(0xAAAAAAAAAAAAAAAA)
+LEVELS = 24  # steps from the floor to 1 at which it is known which rows are connected already
 TILE_BITS = 11  # a tile's rows are numbered within 2 ** 11
 NO_EDGE = np.iinfo(np.int64).min
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -20,7 +36,7 @@ class Forest:
         self.kept: Edges = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
         self.pending: list[Edges] = []
         self.num_pending = 0
-        self._settled: np.ndarray | None = None
+        self._levels: np.ndarray | None = None
 
     def add(self, a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
         """Offer edges a < b (each pair at most once over the forest's life) with their cosine f32."""
@@ -29,22 +45,23 @@ class Forest:
         if self.num_pending >= self.merge_at:
             self._merge()
 
-    def settled(self) -> np.ndarray | None:
-        """Give each row the highest level, f64 [num_rows], of which the edges above it join it to most others.
+    def connected_levels(self) -> np.ndarray | None:
+        """Give each row the highest level, f64 [num_rows], above which edges already connect it to most others.
 
-        An edge whose cosine is not above both its ends' level is in no maximum spanning forest: heavier ones join them
-        already. Rows that hang on nothing have the floor. None: there is no edge yet.
+        An edge whose cosine is not above the level of both its ends closes a cycle of heavier edges, and is in no
+        maximum spanning forest: it need not be looked for. At every level there is one set of rows that counts as
+        connected, the largest component within that of the level before. Other rows have the floor. None: no edge yet.
         """
         a, b, similarity = self.kept
-        if self._settled is None and len(a):
-            self._settled = np.full(self.num_rows, self.floor)
+        if self._levels is None and len(a):
+            self._levels = np.full(self.num_rows, self.floor)
             inside = np.ones(self.num_rows, bool)
             for level in np.linspace(self.floor, 1, LEVELS + 1)[1:-1]:
                 within = (similarity > level) & inside[a] & inside[b]
                 labels = components(a[within], b[within], self.num_rows)
                 inside &= labels == np.bincount(labels[inside]).argmax()
-                self._settled[inside] = level
-        return self._settled
+                self._levels[inside] = level
+        return self._levels
 
     def edges(self) -> Edges:
         """Return the forest: a, b i64 and similarity f32, sorted by a, then b."""
@@ -59,7 +76,7 @@ class Forest:
             chosen = spanning_forest(a, b, similarity, self.num_rows)
             self.kept = a[chosen], b[chosen], similarity[chosen]
             self.pending, self.num_pending = [], 0
-            self._settled = None
+            self._levels = None
 
 
 def spanning_forest(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, num_rows: int) -> np.ndarray:
@@ -71,8 +88,10 @@ def spanning_forest(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, num_ro
         return np.empty(0, np.int64)
     order = np.lexsort((b, a, -similarity))
     names, i, j = _renumber(a, b, num_rows)
+    # An edge's weight is its place in the strict order, from 1 (SciPy reads a weight of 0 as "no edge"): the minimum
+    # spanning tree of places is the maximum one of cosines, and its weights name the edges.
     place = np.empty(len(a))
-    place[order] = np.arange(1, len(a) + 1)  # weight 0 would mean that there is no edge
+    place[order] = np.arange(1, len(a) + 1)
     graph = coo_array((place, (i, j)), shape=(len(names), len(names))).tocsr()
     tree = minimum_spanning_tree(graph)
     return np.sort(order[tree.data.astype(np.int64) - 1])
@@ -96,7 +115,10 @@ def components(a: np.ndarray, b: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def _renumber(a: np.ndarray, b: np.ndarray, num_rows: int) -> Edges:
-    """List the rows that have an edge, ascending, and number the edges' ends by their places in the list, i32."""
+    """List the rows that have an edge, ascending, and number the edges' ends by their places in that list, i32.
+
+    Most rows of a pool have no near-duplicate: SciPy then works on a graph of the few that have.
+    """
     touched = np.zeros(num_rows, bool)
     touched[a] = touched[b] = True
     names = np.flatnonzero(touched)
@@ -106,16 +128,23 @@ def _renumber(a: np.ndarray, b: np.ndarray, num_rows: int) -> Edges:
 
 
 def tile_forest(products: np.ndarray, floor: float, *, square: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Find the maximum spanning forest of a tile of products, in the same order of edges as `spanning_forest`.
+    """Find the maximum spanning forest of a tile of products, under the same strict order as `spanning_forest`.
 
-    products: f32 [p, q], of left with right rows; square: left and right are the same rows, and only entries above the
-    diagonal count. Returns the edges' positions. Prim's algorithm on the dense matrix: O((p + q)^2) and no sorting.
+    products: f32 [p, q] of left with right rows, p, q <= 2 ** TILE_BITS. square: left and right are the same rows, and
+    only entries above the diagonal count. Returns the edges' positions. Prim's algorithm on the dense matrix.
+
+    Every entry becomes one i64 whose order is the strict order of edges: the cosine's 32 bits in front, and behind them
+    a * 2 ** TILE_BITS + b, subtracted, so that one comparison of integers settles ties too.
     """
     p, q = products.shape
+    # The bits of positive f32 rise with their value; those of negative ones fall, and flipping all but the sign bit
+    # mends that.
     bits = products.view(np.int32)
-    rank = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64) << 2 * TILE_BITS  # in their order
+    rank = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64) << 2 * TILE_BITS
     rank -= (np.arange(p)[:, None] << TILE_BITS) + np.arange(q)
     rank[products <= floor] = NO_EDGE
+    # ends[node]: the matrix in which the node's edges are a row, and the nodes at their other ends. Nodes are the left
+    # rows, then, where they are others, the right ones.
     if square:
         rank[np.tril_indices(p)] = NO_EDGE
         rank = np.maximum(rank, rank.T)
@@ -128,7 +157,7 @@ def tile_forest(products: np.ndarray, floor: float, *, square: bool) -> tuple[np
     waiting = np.ones(count, bool)
     for _ in range(count):
         node = int(best.argmax())
-        if best[node] == NO_EDGE:  # a new tree begins
+        if best[node] == NO_EDGE:  # nothing more can be reached: a new tree begins
             node = int(waiting.argmax())
         waiting[node], best[node] = False, NO_EDGE
         matrix, other = ends[node]

@@ -1,9 +1,18 @@
 """Spherical k-means: centroids fitted on a sample, and the nearest centroid of every row.
 
-Rows and centroids are unit vectors and closeness is the cosine. Fitting is one entry of a table, `BACKENDS`: Lloyd's
-algorithm by products of bytes on CPUs that have them, on others FAISS's `SuperKmeans` (pruned distances) for many
-clusters; FAISS's `Kmeans` for few clusters and on GPUs, and torch's products on GPUs that only torch sees.
-Assignment is a blocked matrix product and an argmax: 2 n k d operations, memory for one block.
+Rows and centroids are unit vectors and closeness is the cosine, so that the nearest centroid is the one with the
+highest dot product, and the best centroid of a set of rows is their mean, scaled to unit length. Lloyd's algorithm
+repeats the two from k random rows on; neither step can lower the objective, the mean cosine of rows and their
+centroids.
+
+Fitting is one entry of a table, `BACKENDS`: Lloyd's algorithm by products of bytes on CPUs that have them, on others
+FAISS's `SuperKmeans` (pruned distances) for many clusters; FAISS's `Kmeans` for few clusters and on GPUs, and torch's
+products on GPUs that only torch sees. A fit may multiply rounded numbers; what it reports, and every assignment, is
+computed in f32.
+
+Shapes: rows x_nd f16 or f32 [n, d], centroids f32 [k, d]. Cost: 2 n k d operations for an iteration or an assignment;
+memory: the sample in f32 for a fit, one block of rows times centroids for an assignment. Source: S. P. Lloyd, 1982;
+I. S. Dhillon, D. S. Modha, 2001 (spherical k-means).
 """
 
 import math
@@ -13,7 +22,8 @@ from functools import partial
 
 import numpy as np
 
-from curate.vectors.exact import has_int8, to_bytes, widen
+from curate.vectors.exact import widen
+from curate.vectors.screen import has_int8, to_bytes
 
 FIT_BYTES = 1 << 30
 POINTS_PER_CENTROID = 256  # FAISS's own default bound; its silent subsampling is switched off below
@@ -22,9 +32,7 @@ BLOCK_ELEMENTS = 1 << 22
 BYTES_K = 256  # clusters from which loading torch pays
 LLOYD_ROWS = 2048
 PRUNED_DIM = 32  # SuperKmeans refuses fewer dimensions
-PRUNED_K = (
-    1000  # its pruning gains 1.4 to 1.9 times at k = 2,000 and loses up to 3 times at k = 600 (tests/bench/cluster.py)
-)
+PRUNED_K = 1000  # its pruning gains 1.4 to 1.9 times at k = 2,000 and loses up to 3 times at k = 600 (bench/cluster.py)
 
 
 def default_k(rows: int) -> int:
@@ -71,11 +79,11 @@ def _faiss(kind: str, x_nd: np.ndarray, k: int, iters: int, seed: int, **more: b
 
 
 def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, device: str = "cpu", int8: bool = False) -> np.ndarray:
-    """Fit by Lloyd's algorithm from k rows at random: rows are assigned by products of bytes or bf16, means are f32.
+    """Fit by Lloyd's algorithm from k random rows: rows are assigned by products of int8 or bf16, means are f32.
 
-    A rounded product may take a centroid for another that is as near to a thousandth or so; the objective, which is
-    measured exactly, is no worse than FAISS's: .12 % above it (tests/bench/cluster.py). An empty cluster takes
-    half of the largest, as in FAISS.
+    With a rounded product a row may go to a centroid that is farther than the nearest by a thousandth or so. The
+    objective is no worse for it: measured in f32, .12 % above FAISS's (tests/bench/cluster.py). An empty cluster takes
+    half of the largest, as in FAISS. Returns f32 [k, d].
     """
     import torch
 
@@ -96,14 +104,14 @@ def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, device: str = "cp
         sums, counts = torch.zeros(k, rows.shape[1], device=device), torch.zeros(k, dtype=torch.int64, device=device)
         for first in range(0, len(rows), LLOYD_ROWS):
             block = slice(first, first + LLOYD_ROWS)
-            if int8:  # numpy's argmax is the faster one
+            if int8:  # NumPy's argmax of int32 is faster than torch's
                 nearest = torch.from_numpy(torch._int_mm(coarse[block], columns).numpy().argmax(axis=1))
             else:
                 nearest = (coarse[block] @ columns).argmax(dim=1)
             here = torch.bincount(nearest, minlength=k)
             if device == "cpu":
                 sums.index_add_(0, nearest, rows[block])
-            else:  # there index_add_ adds in any order, and repeats no byte
+            else:  # on a GPU index_add_ adds in any order, and two runs would differ; sorted segments do not
                 order = nearest.argsort(stable=True)
                 sums += torch.segment_reduce(rows[block][order], "sum", lengths=here, unsafe=True)
             counts += here
@@ -112,7 +120,11 @@ def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, device: str = "cp
 
 
 def _means(sums_kd: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Turn sums into unit centroids; empty clusters stand beside the largest ones."""
+    """Turn sums of rows f32 [k, d] into unit centroids; empty clusters split the largest ones.
+
+    An empty cluster gets a large one's centroid, moved by a thousandth in random directions: the next assignment then
+    divides the large cluster's rows between the two.
+    """
     empty = np.flatnonzero(counts == 0)
     largest = np.argsort(-counts, kind="stable")[: len(empty)]
     centroids = unit_rows(sums_kd)
@@ -164,8 +176,8 @@ def fit(x_nd: np.ndarray, k: int, iters: int, seed: int, *, backend: str) -> Fit
         empty = np.flatnonzero(np.bincount(clusters, minlength=k) == 0)
         worst = np.argsort(similarity, kind="stable")[: len(empty)]
         if not len(empty) or similarity[worst[0]] > 1 - 1e-6:
-            break  # fewer distinct rows than clusters: what is empty stays so
-        centroids[empty] = x_nd[worst]
+            break  # there are fewer distinct rows than clusters: what is empty stays so
+        centroids[empty] = x_nd[worst]  # the rows that lie worst begin clusters of their own
         clusters, similarity = assign(x_nd, centroids)
     empty_count = int((np.bincount(clusters, minlength=k) == 0).sum())
     return Fit(centroids, backend, float(similarity.mean(dtype=np.float64)), empty_count)

@@ -10,11 +10,11 @@ The baseline does the work of SemDeDup's published code, written from its descri
             its upper triangle, each column's highest value; for each threshold a column of verdicts; pickle them
 
 Its data frames are pandas' where that is installed, else plain arrays, which are faster; the result says which. Left
-out of it: starting jobs, computing the clusters, and writing the lists of what stays. Ours is what `curate
-cluster` does (relating the rows of each cluster, every threshold above the floor at once, and writing the edges), then
-for each threshold what `dedup(threshold, keep="far", rule="semdedup")` does. Two more lines bound both from below: a
-bare loop (one scan, one product, triangle and maximum per cluster, one threshold, nothing stored) and the f32 products
-of the clusters alone. CPU seconds on one thread count: on a busy machine only they are steady.
+out of it: starting jobs, computing the clusters, and writing the lists of what stays. Ours is what `curate cluster`
+does (finding the near-duplicates of each cluster for every threshold above the floor at once, and writing the edges),
+then for each threshold what `dedup(threshold, keep="far", rule="semdedup")` does. Two more lines bound both from below:
+a bare loop (one scan, one product, triangle and maximum per cluster, one threshold, nothing stored) and the f32
+products of the clusters alone. CPU seconds on one thread count: on a busy machine only they are steady.
 """
 
 import argparse
@@ -36,9 +36,9 @@ sys.path.insert(0, str(ROOT))
 from curate.select.steps import near_duplicates  # noqa: E402
 from curate.storage import manifest  # noqa: E402
 from curate.vectors import (  # noqa: E402
-    exact,  # noqa: E402
+    duplicate_forest,  # noqa: E402
     kmeans,  # noqa: E402
-    near_pairs,  # noqa: E402
+    screen,  # noqa: E402
 )
 
 FLOOR = 0.80
@@ -119,11 +119,11 @@ def bare_loop(memory, nearest, distances, k, threshold):
     return keep
 
 
-def relate_all(memory16, nearest, folder):
+def find_edges(memory16, nearest, folder):
     """Find and write the edges of all clusters."""
     order = np.argsort(nearest, kind="stable")
     bounds = np.concatenate([[0], np.flatnonzero(np.diff(nearest[order])) + 1, [len(order)]])
-    a, b, cosine = near_pairs.relate_clusters(memory16, order, bounds, FLOOR)
+    a, b, cosine = duplicate_forest.near_duplicate_forest(memory16, order, bounds, FLOOR)
     a, b = order[a], order[b]
     np.savez(folder / "edges.npz", a=a, b=b, cosine=cosine)
     return a, b, cosine
@@ -166,11 +166,11 @@ def one_round(memory, memory16, names, nearest, centroids, folder):
     distances, sort = clock(lambda: sort_clusters(memory, names, nearest, centroids, folder))
     gone, dedup = clock(lambda: dedup_clusters(memory, k, folder))
     bare, bare_time = clock(lambda: bare_loop(memory, nearest, distances, k, 0.95))
-    edges, relating = clock(lambda: relate_all(memory16, nearest, folder))
+    edges, finding = clock(lambda: find_edges(memory16, nearest, folder))
     kept, judging = clock(lambda: {t: judge(edges, memory16, distances, t) for t in THRESHOLDS})
     _, alone = clock(products_alone(memory, np.bincount(nearest).tolist()))
     times = {"sort": sort, "dedup": dedup, "bare_loop": bare_time}
-    times |= {"relate": relating, "judge": judging, "products_alone": alone}
+    times |= {"edges": finding, "judge": judging, "products_alone": alone}
     differing = sum(int((~kept[t][gone[t]]).sum() != (~kept[t]).sum()) for t in THRESHOLDS)
     differing += sum(int(kept[t][gone[t]].sum()) for t in THRESHOLDS) + int((bare != kept[0.95]).sum())
     return times, {"differing_rows": differing, "kept": {str(t): int(kept[t].sum()) for t in THRESHOLDS}}
@@ -204,7 +204,7 @@ def main():
         for name in rounds[0]
     }
     cpu = {name: found["cpu_s"] for name, found in median.items()}
-    ours = cpu["relate"] + cpu["judge"]
+    ours = cpu["edges"] + cpu["judge"]
     found = {
         "command": "OMP_NUM_THREADS=1 python tests/bench/dedup.py " + " ".join(sys.argv[1:]),
         **vars(chosen),
@@ -212,12 +212,12 @@ def main():
         "thresholds": len(THRESHOLDS),
         "largest_cluster": int(np.bincount(nearest).max()),
         "data_frames": "pandas" if frames() else "plain arrays",
-        "screened_in": "int8" if exact.has_int8() else "f32",
+        "screened_in": "int8" if screen.has_int8() else "f32",
         **median,
         "times_faster_than_semdedup": round((cpu["sort"] + cpu["dedup"]) / ours, 2),
         "times_faster_than_its_dedup_loop": round(cpu["dedup"] / ours, 2),
         "times_faster_than_bare_loop_at_each_threshold": round(len(THRESHOLDS) * cpu["bare_loop"] / ours, 2),
-        "relate_to_products": round(cpu["relate"] / cpu["products_alone"], 2),
+        "edges_to_products": round(cpu["edges"] / cpu["products_alone"], 2),
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
         "versions": manifest.versions("torch", "numpy", "scipy", "pandas"),

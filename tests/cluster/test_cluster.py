@@ -18,6 +18,7 @@ from curate.storage import paths, sidecar
 from curate.storage.manifest import open_output
 from curate.storage.schema import embedding_schema
 from curate.vectors import forest, near_pairs
+from curate.vectors.duplicate_forest import near_duplicate_forest
 from house import fingerprint, manifest
 
 QUIET = Job(workers=1, quiet=True)
@@ -60,7 +61,7 @@ def test_the_edges_are_each_clusters_forest(cloud, tmp_path, monkeypatch):
     for number in range(5):
         rows = np.flatnonzero(found == number)
         here = edges.filter(pa.compute.equal(edges["cluster"], number))
-        a, b, similarity = near_pairs.relate_clusters(cloud.image, rows, [0, len(rows)], 0.7)
+        a, b, similarity = near_duplicate_forest(cloud.image, rows, [0, len(rows)], 0.7)
         assert here["a"].to_pylist() == rows[a].tolist() and here["b"].to_pylist() == rows[b].tolist()
         assert here["similarity"].to_numpy().tobytes() == similarity.tobytes()
         bits = near_pairs.differing_bits(cloud.phash[rows[a]], cloud.phash[rows[b]])

@@ -7,7 +7,7 @@ from clouds import unit
 
 from curate.embed.images import perceptual_hash
 from curate.select.steps import auto_threshold, near_duplicates
-from curate.vectors import kmeans, near_pairs
+from curate.vectors import duplicate_forest, kmeans, near_pairs
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_copies_of_photographs_are_found_and_one_in_a_hundred_at_most_is_wronged
     clusters, closeness = kmeans.assign(x, centroids)
     order = np.argsort(clusters, kind="stable")
     bounds = np.concatenate([[0], np.cumsum(np.bincount(clusters, minlength=len(centroids)))])
-    a, b, similarity = near_pairs.relate_clusters(x, order, bounds, 0.8)
+    a, b, similarity = duplicate_forest.near_duplicate_forest(x, order, bounds, 0.8)
     a, b = order[a], order[b]
     bits = near_pairs.differing_bits(phash[a], phash[b])
     told = auto_threshold.find_threshold(similarity, bits, 0.8)

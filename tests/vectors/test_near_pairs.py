@@ -9,8 +9,10 @@ from PIL import Image, ImageOps
 
 from curate.embed.images import perceptual_hash
 from curate.select.steps import near_duplicates
-from curate.vectors import forest, near_pairs
-from curate.vectors.exact import Screen, exact_products
+from curate.vectors import duplicate_forest, forest, near_pairs
+from curate.vectors.duplicate_forest import near_duplicate_forest
+from curate.vectors.exact import exact_products
+from curate.vectors.screen import Screen
 
 
 def cluster_rows(n, dim=16, seed=0, spread=0.5):
@@ -48,7 +50,7 @@ def slow_forest(x, floor):
 
 
 def forest_of(x, floor, bounds=None, **how):
-    return near_pairs.relate_clusters(x, np.arange(len(x)), [0, len(x)] if bounds is None else bounds, floor, **how)
+    return near_duplicate_forest(x, np.arange(len(x)), [0, len(x)] if bounds is None else bounds, floor, **how)
 
 
 def slow_cosines(x):
@@ -82,7 +84,7 @@ def test_any_threshold_above_the_floor_gives_the_true_components(n, seed, thresh
 @pytest.mark.parametrize("tile, merge_at", [(7, 1 << 20), (64, 50), (1000, 1), (33, 333)])
 def test_tiles_merges_and_the_screen_change_no_byte(monkeypatch, tile, merge_at, int8):
     monkeypatch.setattr(near_pairs, "PANEL", 70)
-    monkeypatch.setattr(near_pairs, "LARGE", 100)
+    monkeypatch.setattr(duplicate_forest, "LARGE", 100)
     x = np.concatenate([cluster_rows(150, seed=5, spread=0.15), cluster_rows(90, seed=6)])
     x[20:40] = x[3]  # equal rows tie
     whole = forest_of(x, 0.5, [0, 150, 240], int8=False)
@@ -110,13 +112,13 @@ def test_dense_and_crowded_tiles_have_the_same_forest(monkeypatch, spread, ties,
 def test_pairs_are_decided_by_the_exact_cosine_and_none_is_missed(n, seed, floor, int8):
     x = cluster_rows(n, dim=8, seed=seed, spread=0.4)
     expected = slow_cosines(x)
-    heads = np.array([n // 3, np.random.default_rng(seed).integers(0, n - n // 3, endpoint=True)])
-    how = {"heads": heads, "tile": 9, "int8": int8}
+    members = np.array([n // 3, np.random.default_rng(seed).integers(0, n - n // 3, endpoint=True)])
+    how = {"members": members, "tile": 9, "int8": int8}
     found = list(near_pairs.near_pairs(x, np.arange(n), [0, n // 3, n], floor, **how))
     a, b, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else np.zeros((3, 0))
     near = np.triu(expected > np.float32(floor), 1)
     near[: n // 3, n // 3 :] = False
-    near[n // 3 + heads[1] :] = False
+    near[n // 3 + members[1] :] = False
     assert sorted(zip(a, b, cosine, strict=True)) == [(i, j, expected[i, j]) for i, j in np.argwhere(near)]
 
 
@@ -132,12 +134,12 @@ def test_the_fast_product_errs_by_less_than_its_slack(dim, seed, floor):
             centres = np.asarray(centre, np.float32)[None]
             left = screen.prepare(x, np.arange(30), centres, groups)
             right = screen.prepare(x, np.arange(30)[::-1], centres, groups)
-            found = screen.near(left, right)
+            found = screen.candidates(left, right)
             levels = np.maximum(floor, rng.uniform(-1, 1, (2, 30)))
             asked = (exact_products(x, x[::-1]) > np.minimum.outer(*levels)).ravel()
             assert (
                 set(np.flatnonzero(asked))
-                <= set(screen.near(left, right, tuple(levels)).tolist())
+                <= set(screen.candidates(left, right, tuple(levels)).tolist())
                 <= set(found.tolist())
             )
             assert near <= {flat - flat % 30 + 29 - flat % 30 for flat in found.tolist()}
@@ -149,7 +151,7 @@ def test_screening_with_bytes_finds_few_pairs_beyond_those_that_are_near():
     screen, groups = Screen(0.85, int8=True), np.zeros(500, np.int64)
     prepared = screen.prepare(x, np.arange(500), x.astype(np.float32).mean(axis=0)[None], groups)
     exact = exact_products(x, x)
-    assert len(screen.near(prepared, prepared)) <= (exact > 0.84).sum()
+    assert len(screen.candidates(prepared, prepared)) <= (exact > 0.84).sum()
 
 
 def test_rows_of_different_clusters_are_never_joined():

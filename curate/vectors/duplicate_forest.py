@@ -1,0 +1,90 @@
+"""The near-duplicate forest of every cluster: its cosine graph above a floor, reduced to a maximum spanning forest.
+
+`near_pairs` finds the pairs of a cluster's rows above the floor, `Forest` keeps of them what its components need at
+any higher threshold. One picture under many keys can fill a large cluster. Its copies are therefore found first, by
+hashes of the vectors: each of them is joined to the first of its like by one edge, and is not compared. The clusters
+that follow each other are worked together up to 2,048 rows, so that small ones cost no forest each.
+
+Shapes: x_nd f16 [n, d]; edges as places in `rows`. Cost: that of the pairs. Memory: one forest, and what pairs need.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from curate.vectors.exact import exact_cosines
+from curate.vectors.forest import Edges, Forest
+from curate.vectors.near_pairs import TILE, batches_of_groups, near_pairs, screens_int8
+
+LARGE = 1024  # rows of a cluster from which equal rows are looked for first
+GROUP_ROWS = 1 << 11  # rows of clusters whose forests are found together; a larger one has its own
+
+
+def near_duplicate_forest(
+    x_nd: np.ndarray,
+    rows: np.ndarray,
+    bounds: Sequence[int] | np.ndarray,
+    floor: float,
+    *,
+    members: np.ndarray | None = None,
+    tile: int = TILE,
+    merge_at: int | None = None,
+    int8: bool | None = None,
+) -> Edges:
+    """Find the near-duplicate forests of clusters.
+
+    x_nd: f16 [n, d], unit rows. rows: i64; cluster c is rows[bounds[c] : bounds[c + 1]], of which the first members[c]
+    belong to it and the rest probe it (by default none; see `near_pairs`).
+    Returns places a < b in `rows`, i64, and the cosine f32, sorted by a, then b; the same for any tile, merge_at (edges
+    that wait before they are merged) and way to screen.
+    """
+    bounds = np.asarray(bounds)
+    sizes = np.diff(bounds)
+    members = sizes if members is None else members
+    int8 = screens_int8(x_nd.shape[1], sizes, members) if int8 is None else int8
+    found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+    for first, last in batches_of_groups(bounds, GROUP_ROWS):
+        start, parts = int(bounds[first]), bounds[first : last + 1] - bounds[first]
+        here = rows[start : bounds[last]]
+        copies, originals = _copies(x_nd, here, parts)
+        norms = exact_cosines(x_nd, here[originals], here[copies])
+        stars = originals[norms > floor], copies[norms > floor], norms[norms > floor]
+        different = np.ones(len(here), bool)
+        different[copies] = False
+        # What is compared is numbered anew, without the copies: place p of it is place left[p] among these rows, and
+        # before[p] counts the different rows before place p.
+        left, before = np.flatnonzero(different), np.append(0, np.cumsum(different))
+        own = before[parts[:-1] + members[first:last]] - before[parts[:-1]]
+        forest = Forest(len(left), floor, merge_at)
+        how = {"members": own, "tile": tile, "int8": int8, "forest": forest}
+        for edges in near_pairs(x_nd, here[left], before[parts], floor, **how):
+            forest.add(*edges)
+        a, b, similarity = forest.edges()
+        a, b, similarity = (np.concatenate(both) for both in zip((left[a], left[b], similarity), stars, strict=True))
+        order = np.lexsort((b, a))
+        found.append((a[order] + start, b[order] + start, similarity[order]))
+    a, b, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
+    return a, b, similarity
+
+
+def _copies(x_nd: np.ndarray, rows: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the rows that equal an earlier one of their large cluster: places of copies, and of the first like each.
+
+    Rows are told apart by a linear hash of 64 bits: the sum of their 8-byte words times odd random weights, modulo
+    2 ** 64. (Rows of other than a multiple of 8 bytes are hashed by their single numbers.)
+    """
+    copies, originals = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    words = np.dtype(np.uint64 if x_nd.shape[1] * x_nd.itemsize % 8 == 0 else f"u{x_nd.itemsize}")
+    weights = np.asarray(np.random.default_rng(0).integers(1 << 63, size=x_nd.shape[1], dtype=np.uint64)) * 2 + 1
+    for group in np.flatnonzero(np.diff(bounds) > LARGE).tolist():
+        here = rows[bounds[group] : bounds[group + 1]]
+        hashes = np.empty(len(here), np.uint64)
+        for at in range(0, len(here), TILE):
+            values = x_nd[here[at : at + TILE]].view(words).astype(np.uint64, copy=False)
+            hashes[at : at + TILE] = np.einsum("nw,w->n", values, weights[: values.shape[1]])
+        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        original = first[inverse]
+        copy = np.flatnonzero(original != np.arange(len(original)))
+        copies.append(copy + bounds[group])
+        originals.append(original[copy] + bounds[group])
+    return np.concatenate(copies), np.concatenate(originals)
