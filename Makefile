@@ -10,10 +10,12 @@ SET ?=
 OVERWRITE ?=
 PY := .venv/bin/python
 READY := .venv/.ready
+QUICK := tests/test_laws.py tests/test_options.py tests/storage tests/vectors tests/select/test_steps.py tests/select/test_coverage.py \
+	tests/mix/test_text_overlap.py tests/train/test_config.py
 RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install coreset train eval test lint format ablation bench picture clean
+.PHONY: help install coreset train eval check test lint format ablation bench picture clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -38,6 +40,9 @@ eval: $(READY) ## score the trained model again
 
 test: $(READY) ## run the tests: offline, on the processor alone
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+
+check: lint ## lint, types and the quick tests: what to run while you work
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(QUICK)
 
 lint: $(READY) ## ruff and mypy
 	.venv/bin/ruff check .

@@ -30,7 +30,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_carries_everything_that_runs(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {str(path.relative_to(ROOT)) for folder in ("curate", "train") for path in (ROOT / folder).glob("*.py")}
+    wanted = {str(path.relative_to(ROOT)) for folder in ("curate", "train") for path in (ROOT / folder).rglob("*.py")}
     wanted |= {f"pipelines/{path.name}" for path in PIPELINES}
     wanted |= {"pipelines/demo/clip/open_clip_model.safetensors", "pipelines/demo/lm/model.safetensors"}
     assert wanted <= names

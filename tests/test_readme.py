@@ -12,7 +12,8 @@ from house import ROOT, parse
 
 # In this order: the guides go on in the folder that the first one fills.
 GUIDES = ("laion.md", "published_embeddings.md", "mix_695k.md", "train_bunny.md", "ray.md", "add_a_step.md")
-DOCS = ["README.md", *(f"docs/{name}" for name in GUIDES)]
+ACCOUNTS = ("evidence.md", "speed.md")  # figures, each with its command
+DOCS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", *(f"docs/{name}" for name in (*GUIDES, *ACCOUNTS))]
 
 
 def blocks(name, kind):
@@ -41,11 +42,23 @@ def folder_with_pipelines(folder):
     return folder
 
 
-def test_every_guide_is_read_here_and_linked_from_the_readme():
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} == set(GUIDES)
+def test_every_page_is_read_here_and_linked_from_the_readme():
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} == {*GUIDES, *ACCOUNTS}
     text = (ROOT / "README.md").read_text()
-    assert all(f"(docs/{name})" in text for name in GUIDES)
+    assert all(f"({name})" in text for name in DOCS[1:])
+    assert len(text.splitlines()) <= 120
     assert len(commands("README.md")) >= 6
+
+
+def test_the_map_names_places_that_exist():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for path in re.findall(r"(?:curate|train|tests|pipelines)/[\w/.]*", text):
+        assert (ROOT / path).exists(), path
+    for room in re.findall(r"\*\*`([\w/]+)/`\*\*", text):
+        assert (ROOT / "curate" / room).is_dir() or (ROOT / room).is_dir(), room
+    rooms = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("*/*/__init__.py")}
+    rooms = {room for room in rooms if room.startswith(("curate/", "train/"))}
+    assert not [room for room in rooms if room not in text and f"`{room.split('/')[1]}/`" not in text]
 
 
 def test_links_lead_somewhere():

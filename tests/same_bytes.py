@@ -1,7 +1,7 @@
 """Compare two outputs of the same pipeline, byte for byte: does a change of the code leave what users get as it was?
 
     git worktree add /tmp/before REVISION && make -C /tmp/before coreset train && make coreset train
-    python tests/bench/same_bytes.py /tmp/before/out/demo out/demo
+    python tests/same_bytes.py /tmp/before/out/demo out/demo
 
 Differences that a change of the code may make are set aside: in JSON, the versions of packages, times, speeds, digests
 of manifests (they cover the versions), and the folders that paths begin with; logs and event files; and the page, whose
