@@ -66,18 +66,18 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     if options.captions:
         side_data.caption_places(options.captions)
     _check_members(list(found.values()), captions=bool(options.captions))
-    extra = side_data.Extras(side_data.column_kinds(list(found.values()), options.columns), options.captions)
+    extras = side_data.Extras(side_data.column_kinds(list(found.values()), options.columns), options.captions)
     source, device = weights.find(options.model, options.pretrained), encoder.choose_device()
     precision, reason = encoder.choose_precision(options.precision, device, source)
     batch_size = options.batch_size or (GPU_BATCH if device == "cuda" else CPU_BATCH)
     made = {
-        "model": _name(options.model),
-        "pretrained": _name(options.pretrained),
+        "model": _portable_name(options.model),
+        "pretrained": _portable_name(options.pretrained),
         "weights": source.weights,
         "precision": precision,
         "batch_size": batch_size,
         "max_pixels": options.max_pixels,
-        **({"columns": dict(extra.columns)} if extra.columns else {}),
+        **({"columns": dict(extras.columns)} if extras.columns else {}),
     }
     listing = manifest.digest([[shard.stem, shard.size] for shard in found.values()])
     inputs = {"pool": {"path": pool, "digest": listing}}
@@ -92,22 +92,22 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     if not job.quiet:
         told = f"{workers} worker(s), {decoders or threads} decoding {'processes' if decoders else 'threads'} each"
         sys.stderr.write(f"embed: {options.model} in {precision} on {device} ({reason}), {told}\n")
-    task = EmbedShard(source, precision, device, batch_size, options.max_pixels, threads, decoders, out, found, extra)
+    task = EmbedShard(source, precision, device, batch_size, options.max_pixels, threads, decoders, out, found, extras)
     try:
         outcome = engine.run_stage("embed", task, output.missing(job.share(list(found))), job, workers=workers)
     finally:
         task.close()
-    output.log(model=_at_home(options.model), pretrained=_at_home(options.pretrained))
+    output.log(model=_absolute(options.model), pretrained=_absolute(options.pretrained))
     return _finish(output, list(found), outcome, device, workers)
 
 
-def _name(given: str) -> str:
+def _portable_name(given: str) -> str:
     """Name a model or its weights without the place where they lie; their digest tells them apart."""
-    place = _at_home(given).removeprefix("local-dir:")
+    place = _absolute(given).removeprefix("local-dir:")
     return os.path.basename(place) if os.path.exists(place) else given
 
 
-def _at_home(given: str) -> str:
+def _absolute(given: str) -> str:
     """Write the place of a local model or of local weights in full; any other name stays as it is."""
     kind = "local-dir:" if given.startswith("local-dir:") else ""
     folder = os.path.expanduser(given.removeprefix(kind))
@@ -118,11 +118,11 @@ def _finish(
     output: manifest.Output, stems: list[str], outcome: engine.Outcome, device: str, workers: int
 ) -> dict[str, Any]:
     """Account for every row and write the manifest, unless other slices still have shards to do."""
-    missing, facts, counts = reader.account(output, stems)
+    facts, counts = reader.account(output, stems)
     dim = next((fact["dim"] for fact in facts.values()), 0)
     output.log(stage="embed", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=workers, dim=dim)
-    if missing - set(outcome.failed):
-        return {"format": manifest.FORMAT, **output.plan, "unfinished": sorted(missing), "failed": outcome.failed}
+    if unfinished := output.unfinished(stems, outcome.failed):
+        return unfinished
     downloads: Counter[str] = Counter()
     for fact in facts.values():
         downloads.update(fact.get("downloads", {}))
@@ -133,7 +133,7 @@ def _finish(
         },
         counts=counts,
         **({"downloads": dict(sorted(downloads.items()))} if downloads else {}),
-        **({"failed": outcome.failed} if missing else {}),
+        **({"failed": outcome.failed} if outcome.failed else {}),
         versions=manifest.versions("torch", "open_clip_torch", "pillow"),
         device=encoder.describe_device(device),
     )
@@ -188,14 +188,14 @@ class EmbedShard:
     decoders: int
     out: str
     found: dict[str, tar.Shard]
-    extra: side_data.Extras = reader.PLAIN
+    extras: side_data.Extras = side_data.NO_EXTRAS
 
     def setup(self) -> None:
         """Load the model and start what decodes."""
         self.encoder = encoder.Encoder(self.source, self.precision, self.device)
         # Two threads keep a GPU fed: one waits for its batch while the other queues the next.
         self.runners = ThreadPoolExecutor(2 if self.device == "cuda" else self.threads)
-        reading = (self.source, self.encoder.preprocess, self.max_pixels, self.extra)
+        reading = (self.source, self.encoder.preprocess, self.max_pixels, self.extras)
         self.pool = engine.helpers(self.decoders, _start_decoder, reading) if self.decoders else None
         self.reader = None if self.decoders else reader.Reader(*reading)
 
@@ -217,7 +217,7 @@ class EmbedShard:
             facts, image, tokens = self._embed_images(path, index.samples)
             text = self._embed_texts(tokens)
         beside = self._read_beside(shard, facts, index)
-        schema = embedding_schema(self.encoder.dim, self.extra.fields)
+        schema = embedding_schema(self.encoder.dim, self.extras.fields)
         columns = _columns(facts, image, text, schema)
         statuses = Counter(row["status"] for row in facts)
         meta = {"statuses": dict(statuses), "notes": index.notes, "size": shard.size, "dim": self.encoder.dim, **beside}
@@ -227,12 +227,14 @@ class EmbedShard:
 
     def _read_beside(self, shard: tar.Shard, facts: list[dict[str, Any]], index: tar.Index) -> dict[str, Any]:
         """Account for img2dataset's downloads, and fill columns that the samples' JSON lacks from its side table."""
-        side = side_data.read_side_table(shard.location, list(self.extra.columns))
+        side = side_data.read_side_table(shard.location, list(self.extras.columns))
         if side is None:
             return {}
         for row in facts:
             row |= {
-                name: value for name, value in self.extra.values(side.rows.get(row["key"])).items() if row[name] is None
+                name: value
+                for name, value in self.extras.values(side.rows.get(row["key"])).items()
+                if row[name] is None
             }
         if side.ended.get("success", 0) != len(facts):
             index.notes.append(
@@ -249,9 +251,11 @@ class EmbedShard:
         if self.pool is None:
             assert self.reader is not None
             read = partial(self.reader, path)
-            done = ahead(self.runners, lambda part: self._encode(read(part)), batches, depth)
+            done = map_ahead(self.runners, lambda part: self._encode(read(part)), batches, depth)
         else:
-            done = ahead(self.runners, self._encode, self._decode(path, batches), 3 if self.device == "cuda" else depth)
+            done = map_ahead(
+                self.runners, self._encode, self._decode(path, batches), 3 if self.device == "cuda" else depth
+            )
         parts = list(done)
         facts = [row for part, _ in parts for row in part]
         vectors = np.concatenate([vectors for _, (vectors, _) in parts])
@@ -263,7 +267,7 @@ class EmbedShard:
         parts = [[batch[at : at + DECODE_ROWS] for at in range(0, len(batch), DECODE_ROWS)] for batch in batches]
         flat = (part for batch in parts for part in batch)
         per_batch = -(-self.batch_size // DECODE_ROWS)
-        read = ahead(self.pool, partial(_decode_ahead, path), flat, 2 * self.decoders + per_batch)
+        read = map_ahead(self.pool, partial(_decode_batch, path), flat, 2 * self.decoders + per_batch)
         for batch in parts:
             yield reader.join(list(itertools.islice(read, len(batch))))
 
@@ -280,7 +284,7 @@ class EmbedShard:
         size = TEXTS_PER_IMAGE * self.batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         vectors = np.empty((len(order), self.encoder.dim), np.float32)
-        embedded = ahead(self.runners, lambda at: self.encoder.texts(tokens_nl[at]), batches, 2 * self.threads)
+        embedded = map_ahead(self.runners, lambda at: self.encoder.texts(tokens_nl[at]), batches, 2 * self.threads)
         for at, part in zip(batches, embedded, strict=True):
             vectors[at] = part
         return vectors
@@ -294,12 +298,12 @@ def _start_decoder(*reading: Any) -> None:
     _reader = reader.Reader(*reading)
 
 
-def _decode_ahead(path: str, samples: Sequence[tar.Sample]) -> reader.Rows:
+def _decode_batch(path: str, samples: Sequence[tar.Sample]) -> reader.Rows:
     assert _reader is not None
     return _reader(path, samples)
 
 
-def ahead(pool: Executor, work: Callable[[In], Result], items: Iterable[In], depth: int) -> Iterator[Result]:
+def map_ahead(pool: Executor, work: Callable[[In], Result], items: Iterable[In], depth: int) -> Iterator[Result]:
     """Map over items in a pool, in order, with at most `depth` of them taken up before their turn."""
     waiting: deque[Future[Result]] = deque()
     try:

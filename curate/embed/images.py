@@ -78,7 +78,10 @@ def transform(preprocess: Mapping[str, Any]) -> Transform:
 
 @functools.cache
 def _cosines() -> np.ndarray:
-    """Rows 1 to 8 of the DCT-II over 32 points, as whole numbers: exact, so the same bits on every machine."""
+    """Return the waves of frequency 1 to 8 of the DCT-II over 32 points, i64 [8, 32], times 4096 and rounded.
+
+    In whole numbers every sum is exact, so the hash has the same bits on every machine.
+    """
     frequency, position = np.arange(1, 9)[:, None], np.arange(HASH_SIDE)
     waves = np.cos(np.pi * frequency * (2 * position + 1) / (2 * HASH_SIDE))
     return np.asarray(np.rint(4096 * waves), np.int64)
@@ -87,14 +90,24 @@ def _cosines() -> np.ndarray:
 def perceptual_hash(image: Image.Image) -> int:
     """Hash a decoded image into 64 bits; near-copies differ in few of them, a flat image gives 0.
 
-    The classic DCT hash: grey, 32 × 32, the 8 × 8 lowest frequencies without the constant row and column, each bit says
-    whether its coefficient is above the median. Raises: BadImage `decode_error`.
+    The idea: scaling, recompression and a change of brightness alter fine detail and the mean of a picture, hardly its
+    coarse shapes. So keep only the coarse shapes, and of each only whether it is strong or weak.
+    1. Reduce the picture to 32 × 32 grey values P.
+    2. Take its discrete cosine transform, waves · P · wavesᵀ, for the frequencies 1 to 8 in either direction:
+       64 coefficients. Frequency 0, the mean brightness, is left out.
+    3. Bit i is 1 where coefficient i is above the median of the 64, so that about half the bits are set.
+    Two hashes are compared by the number of bits in which they differ (Hamming distance, 0 to 64).
+    Source: the pHash of "Implementation and Benchmarking of Perceptual Image Hash Functions" (Zauner, 2010).
+    Differs from Zauner: waves are rounded to whole numbers, and the first row and column are left out with the mean.
+    Raises: BadImage `decode_error`.
     """
     try:
         grey = image.convert("L") if image.mode in ("RGB", "L") else image.convert("RGB").convert("L")
         small = np.asarray(grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.int64)
     except Exception:
         raise BadImage("decode_error") from None
-    coefficients = (_cosines() @ small @ _cosines().T).reshape(-1)
+    waves = _cosines()
+    coefficients = (waves @ small @ waves.T).reshape(-1)
+    # The median of 64 is the mean of the middle two; both sides are doubled to stay in whole numbers.
     bits = 2 * coefficients > np.sort(coefficients)[31:33].sum()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

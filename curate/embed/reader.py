@@ -15,12 +15,10 @@ import numpy as np
 from PIL.Image import Image
 
 from curate.embed import encoder, images, weights
-from curate.embed.side_data import Captions, Extras
+from curate.embed.side_data import NO_EXTRAS, Captions, Extras
 from curate.errors import ShardError
 from curate.storage import manifest, records, sidecar, tar
 from curate.storage.schema import STATUSES
-
-PLAIN = Extras({})
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Reader:
     """
 
     def __init__(
-        self, source: weights.Source, preprocess: dict[str, Any], max_pixels: int, extras: Extras = PLAIN
+        self, source: weights.Source, preprocess: dict[str, Any], max_pixels: int, extras: Extras = NO_EXTRAS
     ) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files become statuses
         self.transform = images.transform(preprocess)
@@ -78,14 +76,14 @@ def read_row(
     file: IO[bytes],
     sample: tar.Sample,
     max_pixels: int,
-    extras: Extras = PLAIN,
+    extras: Extras = NO_EXTRAS,
     captions: Captions | None = None,
 ) -> tuple[dict[str, Any], Image | None]:
     """Read what a sample is, and its decoded image where there is one. The image's fault names the row.
 
     captions: where a sample without a caption finds one by its url.
     """
-    row = blank(sample) | extras.values()
+    row = begin_row(sample) | extras.values()
     if row["status"] != "ok":
         return row, None
     described = tar.describe(file, sample)
@@ -118,9 +116,9 @@ def _read_image(file: IO[bytes], sample: tar.Sample, row: dict[str, Any], max_pi
     return image
 
 
-def blank(sample: tar.Sample) -> dict[str, Any]:
+def begin_row(sample: tar.Sample) -> dict[str, Any]:
     """Begin a row, refusing keys that no output may carry. A key that is not UTF-8 is shown escaped."""
-    status = "duplicate_key" if sample.twin else "ok"
+    status = "duplicate_key" if sample.repeated else "ok"
     key = sample.key.encode("utf-8", "backslashreplace").decode()
     empty = dict.fromkeys(("uid", "phash", "caption", "width", "height", "url"))
     return {"key": key, "status": status if tar.is_safe(sample.key) else "unsafe_key", **empty}
@@ -155,10 +153,8 @@ def read_caption(file: IO[bytes], sample: tar.Sample, described: dict[str, Any])
     return (caption, None) if caption else (None, "no_caption")
 
 
-def account(
-    output: manifest.Output, stems: Sequence[str]
-) -> tuple[set[str], dict[str, dict[str, Any]], dict[str, int]]:
-    """Say which stems have no sidecar yet, what the others' facts are, and how many of their rows have each status.
+def account(output: manifest.Output, stems: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """Read the facts of the stems that have a sidecar, and count how many of their rows have each status.
 
     Raises: ContractError when a sidecar's statuses do not add up to its rows.
     """
@@ -168,4 +164,4 @@ def account(
     for stem, fact in facts.items():
         manifest.reconcile(stem, fact["rows"], fact["statuses"])
         counts.update(fact["statuses"])
-    return missing, facts, {name: counts[name] for name in STATUSES if counts[name]}
+    return facts, {name: counts[name] for name in STATUSES if counts[name]}

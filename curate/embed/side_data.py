@@ -36,23 +36,28 @@ class Extras:
     @property
     def fields(self) -> dict[str, pa.DataType]:
         """Name the sidecar's extra columns and their types."""
-        return {stored(name): pa.float64() if kind == NUMBER else pa.string() for name, kind in self.columns.items()}
+        return {
+            column_name(name): pa.float64() if kind == NUMBER else pa.string() for name, kind in self.columns.items()
+        }
 
     def values(self, *described: Mapping[str, Any] | None) -> dict[str, Any]:
         """Take the extra columns of a row from the first description that has the field."""
         found = {}
         for name, kind in self.columns.items():
             value = next((each[name] for each in described if each and each.get(name) is not None), None)
-            found[stored(name)] = fit(value, kind)
+            found[column_name(name)] = to_column_value(value, kind)
         return found
 
 
-def stored(name: str) -> str:
+NO_EXTRAS = Extras({})
+
+
+def column_name(name: str) -> str:
     """Name a field's column: as it is called, or `source_…` where one of ours has that name."""
     return f"source_{name}" if name in (*embedding_schema(1).names, *DERIVED) else name
 
 
-def fit(value: Any, kind: str) -> Any:
+def to_column_value(value: Any, kind: str) -> Any:
     """Bring a value to its column's type; None where it does not fit, and for what is no finite number."""
     try:
         if kind == TEXT:

@@ -4,7 +4,7 @@ In: SEL, and through its manifests the embeddings and the pool. Out, by `format`
     webdataset  OUT/{000000}.tar   the original members of each kept sample byte for byte, a key.txt where its caption
                 came from elsewhere, and OUT/{000000}.arrow, which says where each sample came from
     llava       OUT/coreset.json + OUT/images/{000000}/…, the same sidecars
-    keys, datacomp, parquet, clip-retrieval   lists and tables, no samples: see emit_tables
+    keys, datacomp, parquet, clip-retrieval   lists and tables, no samples: see tables.py
 Which samples go to which output shard is computed once on the driver from the `kept` columns, so output shards are an
 independent map. A sample that the pool no longer has is counted by reason and listed; it leaves its shard one short.
 """
@@ -82,7 +82,7 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     with output.attempt():
         if not plan:
             raise UsageError(f"{sel} keeps no sample, so there is nothing to emit.", "loosen a step of `curate select`")
-    kept_rows = _RowsOnce(coreset)
+    kept_rows = _KeptRows(coreset)
     renamed = unique_keys(((span.stem, kept_rows(span)) for spans in plan.values() for span in spans), coreset.keys)
     suffix = ".tar" if options.format == "webdataset" else ".arrow"
     make: type[_WriteTar] | type[_WriteImages] = _WriteTar if options.format == "webdataset" else _WriteImages
@@ -91,9 +91,8 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     output.log(
         stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers, engine=job.engine
     )
-    left = set(output.missing(list(plan), suffix)) - set(outcome.failed)
-    if left:
-        return {"unfinished": len(left), **output.plan}
+    if unfinished := output.unfinished(list(plan), outcome.failed, suffix):
+        return unfinished
     replaced = None if outcome.failed else _replace_gone(task, output, suffix)
     manifest = _finish(output, plan, task.renamed, suffix, outcome.failed, replaced)
     counts = manifest["counts"]
@@ -192,7 +191,7 @@ def plan_shards(coreset: Coreset, shard_size: int) -> dict[str, list[Span]]:
     return plan
 
 
-class _RowsOnce:
+class _KeptRows:
     """Remember the kept rows of the last stem: spans come stem by stem."""
 
     def __init__(self, coreset: Coreset) -> None:
@@ -235,7 +234,7 @@ class _Write:
             yield key, sample
 
     def _fetch(self, name: str) -> Iterator[Fetched]:
-        kept_rows = _RowsOnce(self.coreset)
+        kept_rows = _KeptRows(self.coreset)
         for span in self.plan.get(name, []):
             yield from self.coreset.fetch(span.stem, kept_rows(span))
         for stem, row in self.reserve if name not in self.plan else []:
@@ -259,13 +258,13 @@ class _WriteTar(_Write):
                 for key, sample in self.samples(name):
                     for member, _, data in sample.members:
                         tar.add(key + member[len(sample.key) :], data)
-                    if sample.caption and not _says_something(sample):
+                    if sample.caption and not _has_text(sample):
                         tar.add(f"{key}.{CAPTION_SUFFIX}", sample.caption.encode())
                         self.captioned += 1
             return self.write_sidecar(name, EMITTED_SCHEMA, tar.offset)
 
 
-def _says_something(sample: Fetched) -> bool:
+def _has_text(sample: Fetched) -> bool:
     """Say whether a sample has a caption of its own, or a conversation: in its text member or its JSON."""
     described = read_json(sample.text(JSON_SUFFIX) or b"") or {}
     own = records.usable_text(described.get("caption")) or records.conversations_of(described)

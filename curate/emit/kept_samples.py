@@ -90,11 +90,11 @@ class Coreset:
             members: list[tuple[str, str, bytes]] = []
             gone = "gone" if found is None else _read(file, found, members)
             fetched = Fetched(stem, row, key, uid, caption or "", members, gone, found)
-            if not gone and self._differs(fetched):
+            if not gone and self._image_changed(fetched):
                 gone = "changed"
             yield Fetched(stem, row, key, uid, caption or "", (), gone) if gone else fetched
 
-    def _differs(self, sample: Fetched) -> bool:
+    def _image_changed(self, sample: Fetched) -> bool:
         """Say whether the image is another than the one recorded. An imported uid may be another's: not checked."""
         if sample.uid is None or self.embedded.command != "embed":
             return False
@@ -172,7 +172,7 @@ def unique_keys(
     Keys are compared by 64-bit hashes, 8 bytes each: a chance collision costs a needless new name, nothing else.
     """
     places = list(chunks)
-    hashes = [np.array([_key_hash(key) for key in keys_of(stem, rows)], np.uint64) for stem, rows in places]
+    hashes = [np.array([_hash_key(key) for key in keys_of(stem, rows)], np.uint64) for stem, rows in places]
     flat = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
     order = np.argsort(flat, kind="stable")
     ascending = flat[order]
@@ -186,7 +186,7 @@ def unique_keys(
         row = int(rows[position - bounds[chunk]])
         [old] = keys_of(stem, np.array([row]))
         for new in _other_keys(old, stem):
-            value = _key_hash(new)
+            value = _hash_key(new)
             place = int(np.searchsorted(ascending, np.uint64(value)))
             if value not in taken and (place == len(ascending) or int(ascending[place]) != value):
                 taken.add(value)
@@ -202,5 +202,5 @@ def _other_keys(key: str, stem: str) -> Iterator[str]:
         yield f"{head}{slash}{stem.replace('.', '_')}__{tail}{f'_{number}' if number else ''}"
 
 
-def _key_hash(key: str) -> int:
+def _hash_key(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.removeprefix("./").encode(), digest_size=8).digest())

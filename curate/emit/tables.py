@@ -38,10 +38,10 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
     task: _Write = {"keys": _WriteKeys, "parquet": _WriteParquet, "clip-retrieval": _WriteVectors}[kind](
         coreset, out, number
     )
-    outcome = engine.run_stage("emit", task, [stem for stem in job.share(stems) if not task.done(stem)], job)
+    outcome = engine.run_stage("emit", task, output.missing(job.share(stems), task.name), job)
     output.log(stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
-    if [stem for stem in stems if not task.done(stem) and stem not in outcome.failed]:
-        return {"unfinished": True, **output.plan}
+    if unfinished := output.unfinished(stems, outcome.failed, task.name):
+        return unfinished
     for folder in FOLDERS:
         paths.clear_temporaries(output.path(folder))
     shards = {stem: {"rows": task.rows(stem)} for stem in stems if stem not in outcome.failed}
@@ -91,22 +91,22 @@ class _Write:
         """Write a stem's table."""
         raise NotImplementedError
 
-    def place(self, stem: str) -> str:
-        """Locate the file that, written last, says that a stem is done."""
+    def name(self, stem: str) -> str:
+        """Name the file, within the directory, that is written last and so says that a stem is done."""
         raise NotImplementedError
+
+    def place(self, stem: str) -> str:
+        """Locate that file."""
+        return paths.join(self.out, self.name(stem))
 
     def rows(self, stem: str) -> int:
         """Count a stem's rows in this format."""
         return len(self.coreset.kept_rows(stem))
 
-    def done(self, stem: str) -> bool:
-        """Say whether a stem is written."""
-        return paths.exists(self.place(stem))
-
 
 class _WriteKeys(_Write):
-    def place(self, stem: str) -> str:
-        return paths.join(self.out, f"{stem}.txt")
+    def name(self, stem: str) -> str:
+        return f"{stem}.txt"
 
     def __call__(self, stem: str, /) -> dict[str, Any]:
         keys = self.coreset.keys(stem, self.coreset.kept_rows(stem))
@@ -118,8 +118,8 @@ class _WriteKeys(_Write):
 
 
 class _WriteParquet(_Write):
-    def place(self, stem: str) -> str:
-        return paths.join(self.out, "table", f"{stem}.parquet")
+    def name(self, stem: str) -> str:
+        return f"table/{stem}.parquet"
 
     def rows(self, stem: str) -> int:
         return self.coreset.selection.rows[stem]
@@ -141,8 +141,8 @@ class _WriteParquet(_Write):
 
 
 class _WriteVectors(_Write):
-    def place(self, stem: str) -> str:
-        return paths.join(self.out, "metadata", f"metadata_{self.number[stem]}.parquet")
+    def name(self, stem: str) -> str:
+        return f"metadata/metadata_{self.number[stem]}.parquet"
 
     def __call__(self, stem: str, /) -> dict[str, Any]:
         rows, number = self.coreset.kept_rows(stem), self.number[stem]

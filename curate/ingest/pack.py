@@ -89,15 +89,14 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
         return output.manifest
     outcome = engine.run_stage("pack", PackShard(parts, out), output.missing(job.share(list(parts)), ".tar"), job)
     output.log(stage="pack", rows=outcome.rows, seconds=round(outcome.seconds, 3))
-    missing = set(output.missing(list(parts), ".tar"))
-    if missing - set(outcome.failed):
-        return {"format": manifest.FORMAT, **output.plan, "unfinished": sorted(missing), "failed": outcome.failed}
-    rows = {stem: {"rows": part.rows} for stem, part in parts.items() if stem not in missing}
+    if unfinished := output.unfinished(list(parts), outcome.failed, ".tar"):
+        return unfinished
+    rows = {stem: {"rows": part.rows} for stem, part in parts.items() if stem not in outcome.failed}
     return output.finish(
         shards=rows,
         counts={"rows": sum(each["rows"] for each in rows.values())},
         **({"passed_over": passed} if passed else {}),
-        **({"failed": outcome.failed} if missing else {}),
+        **({"failed": outcome.failed} if outcome.failed else {}),
     )
 
 
@@ -122,11 +121,11 @@ def _folders(source: str, shard_size: int, passed: dict[str, int]) -> dict[str, 
         stem = folder or paths.name(source if paths.is_remote(source) else os.path.abspath(paths.local(source)))
         for name, start, stop in _cut(stem.replace("/", "__"), len(samples), shard_size):
             files = [file for key in list(samples)[start:stop] for file in samples[key]]
-            _put(parts, name, Part(place, stop - start, files))
+            _add_part(parts, name, Part(place, stop - start, files))
     return parts
 
 
-def _put(parts: dict[str, Part], stem: str, part: Part) -> None:
+def _add_part(parts: dict[str, Part], stem: str, part: Part) -> None:
     """Add a part. Raises: UsageError where another one has its stem."""
     if stem in parts:
         raise UsageError(f"{parts[stem].source} and {part.source} would both become {stem}.tar.", "rename one of them")
@@ -169,7 +168,7 @@ def _tables(source: str, options: PackOptions) -> dict[str, Part]:
             raise UsageError(f"{location} has no column of images: it has {told}.", "name it: --image COLUMN")
         stem = paths.name(location).removesuffix(".parquet").replace(".", "_")
         for name, start, stop in _cut(stem, rows, options.shard_size):
-            _put(parts, name, Part(location, stop - start, (), start, image, caption))
+            _add_part(parts, name, Part(location, stop - start, (), start, image, caption))
     return parts
 
 
@@ -243,7 +242,7 @@ def _read_rows(stem: str, part: Part) -> Iterator[tuple[str, bytes]]:
         if part.caption and row.get(part.caption):
             yield f"{key}.{CAPTION_SUFFIX}", row[part.caption].encode("utf-8", "replace")
         plain = {name: value for name, value in row.items() if not isinstance(value, bytes)}
-        yield f"{key}.{JSON_SUFFIX}", json.dumps(_sound(plain), ensure_ascii=True, default=str).encode()
+        yield f"{key}.{JSON_SUFFIX}", json.dumps(_to_json(plain), ensure_ascii=True, default=str).encode()
     if part.rows and not pictures:
         raise ShardError(f"{part.source} holds no image bytes in {part.image}: write it with the files embedded")
 
@@ -276,12 +275,12 @@ def _key(row: dict[str, Any], fallback: str, seen: set[str]) -> str:
     return key
 
 
-def _sound(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """Bring a value into what JSON has: no NaN, no infinity, no bytes."""
     if isinstance(value, dict):
-        return {str(key): _sound(each) for key, each in value.items()}
+        return {str(key): _to_json(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_sound(each) for each in value]
+        return [_to_json(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return None if isinstance(value, bytes) else value

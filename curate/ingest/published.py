@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from curate import engine
 from curate.embed import images, reader
-from curate.embed.side_data import Extras, fit, stored, table_kinds
+from curate.embed.side_data import Extras, column_name, table_kinds, to_column_value
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.ingest import layouts
@@ -94,14 +94,14 @@ def _finish(
     output: manifest.Output, stems: list[str], outcome: engine.Outcome, joined: dict[str, int], *, quiet: bool = True
 ) -> dict[str, Any]:
     """Account for every row, check that one model made them all, and write the manifest."""
-    missing, facts, counts = reader.account(output, stems)
+    facts, counts = reader.account(output, stems)
     dims = {fact["dim"]: stem for stem, fact in facts.items() if fact["dim"]}
     if len(dims) > 1:
         told = ", ".join(f"{stem} has {dim}" for dim, stem in dims.items())
         raise UsageError(f"the parts are not of one model: {told} dimensions.", "import each into its own directory")
     output.log(stage="import", rows=outcome.rows, seconds=round(outcome.seconds, 3))
-    if missing - set(outcome.failed):
-        return {"format": manifest.FORMAT, **output.plan, "unfinished": sorted(missing), "failed": outcome.failed}
+    if unfinished := output.unfinished(stems, outcome.failed):
+        return unfinished
     if joined and facts:
         total = sum(fact["rows"] for fact in facts.values())
         joined["matched"] = sum(fact["matched"] for fact in facts.values())
@@ -117,7 +117,7 @@ def _finish(
         shards={stem: {"rows": fact["rows"]} for stem, fact in facts.items()},
         counts=counts,
         **({"joined": joined} if joined else {}),
-        **({"failed": outcome.failed} if missing else {}),
+        **({"failed": outcome.failed} if outcome.failed else {}),
     )
 
 
@@ -190,8 +190,8 @@ class ImportPart:
         )
         columns["phash"] = pa.nulls(len(ok), pa.uint64())
         for name, kind in self.extra.columns.items():
-            values = [fit(value, kind) for value in given.get(name, [None] * len(ok))]
-            columns[stored(name)] = pa.array(values, self.extra.fields[stored(name)])
+            values = [to_column_value(value, kind) for value in given.get(name, [None] * len(ok))]
+            columns[column_name(name)] = pa.array(values, self.extra.fields[column_name(name)])
         return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
@@ -320,7 +320,7 @@ class ImportShard:
             for name, kind in self.extra.columns.items():
                 held = table.columns[name].take(pa.array(rows_there)).to_pylist() if name in table.columns else []
                 for row, value in zip(at, held, strict=False):
-                    facts[row][stored(name)] = fit(value, kind)
+                    facts[row][column_name(name)] = to_column_value(value, kind)
             captions = table.columns.get("caption")
             for row, there in zip(at, rows_there, strict=True):
                 if facts[row]["caption"] is None and captions is not None:

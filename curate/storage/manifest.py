@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -90,10 +90,29 @@ class Output:
         """Locate a file of this directory."""
         return paths.join(self.directory, name)
 
-    def missing(self, stems: Sequence[str], suffix: str = ".arrow") -> list[str]:
-        """List the stems whose file is not there yet, in order."""
-        present = set(paths.listdir(self.directory))
-        return [stem for stem in stems if stem + suffix not in present]
+    def missing(self, stems: Sequence[str], name: str | Callable[[str], str] = ".arrow") -> list[str]:
+        """List the stems whose file is not there yet, in order. One listing per folder.
+
+        name: the suffix of a stem's file, or how the file of a stem is called (`table/00000.parquet`).
+        """
+        named = {stem: stem + name if isinstance(name, str) else name(stem) for stem in stems}
+        folders = {file.rpartition("/")[0] for file in named.values()}
+        present = {
+            paths.join(folder, file) if folder else file
+            for folder in folders
+            for file in paths.listdir(self.path(folder) if folder else self.directory)
+        }
+        return [stem for stem, file in named.items() if file not in present]
+
+    def unfinished(
+        self, stems: Sequence[str], failed: Mapping[str, str], name: str | Callable[[str], str] = ".arrow"
+    ) -> dict[str, Any] | None:
+        """Return what a stage answers while other slices still have shards to make; None when all are made or failed.
+
+        failed: the shards that this run could not make, with the reasons. name: as for `missing`.
+        """
+        left = [stem for stem in self.missing(stems, name) if stem not in failed]
+        return {"format": FORMAT, **self.plan, "unfinished": left, "failed": dict(failed)} if left else None
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write the manifest, which makes the directory complete, and return it. What killed runs left half is deleted.

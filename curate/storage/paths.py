@@ -51,7 +51,7 @@ def _remote(location: str) -> tuple[Any, str]:
     return fs, path
 
 
-def _patiently(location: str, work: Callable[[Any, str], Result]) -> Result:
+def _with_retries(location: str, work: Callable[[Any, str], Result]) -> Result:
     """Do work(filesystem, path) on a remote location, again after a pause while it fails in passing.
 
     Raises: OSError when it goes on failing, or what the driver raises for good (no such file, no permission).
@@ -64,7 +64,7 @@ def _patiently(location: str, work: Callable[[Any, str], Result]) -> Result:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if "Credentials" in type(error).__name__:
                 raise UsageError(f"cannot open {location}: {reason}", "see the driver's own settings") from None
-            if not _passes(error):
+            if not _may_pass(error):
                 raise
             if attempt + 1 == TRIES:
                 raise OSError(f"{location}: {reason}, {TRIES} times over") from None
@@ -73,7 +73,7 @@ def _patiently(location: str, work: Callable[[Any, str], Result]) -> Result:
     raise AssertionError("unreachable")
 
 
-def _passes(error: Exception) -> bool:
+def _may_pass(error: Exception) -> bool:
     """Say whether an error may pass by itself: one of the network's, or of a driver's client library."""
     if isinstance(error, OSError):
         return not isinstance(error, FINAL)
@@ -113,28 +113,28 @@ def resolve(written: str, start: str) -> str:
 def exists(location: str) -> bool:
     """Say whether a file or directory is there."""
     if is_remote(location):
-        return bool(_patiently(location, lambda fs, path: fs.exists(path)))
+        return bool(_with_retries(location, lambda fs, path: fs.exists(path)))
     return os.path.exists(local(location))
 
 
 def is_dir(location: str) -> bool:
     """Say whether a location is a directory (for object stores: a prefix with objects)."""
     if is_remote(location):
-        return bool(_patiently(location, lambda fs, path: fs.isdir(path)))
+        return bool(_with_retries(location, lambda fs, path: fs.isdir(path)))
     return os.path.isdir(local(location))
 
 
 def size(location: str) -> int:
     """Return a file's size in bytes."""
     if is_remote(location):
-        return int(_patiently(location, lambda fs, path: fs.size(path)))
+        return int(_with_retries(location, lambda fs, path: fs.size(path)))
     return os.path.getsize(local(location))
 
 
 def listdir(directory: str) -> list[str]:
     """List the names in a directory, sorted; none where it does not exist."""
     if is_remote(directory):
-        found = _patiently(directory, lambda fs, path: fs.ls(path, detail=False) if fs.isdir(path) else [])
+        found = _with_retries(directory, lambda fs, path: fs.ls(path, detail=False) if fs.isdir(path) else [])
         return sorted(name(entry) for entry in found if name(entry) != name(directory))
     return sorted(os.listdir(local(directory))) if os.path.isdir(local(directory)) else []
 
@@ -142,7 +142,7 @@ def listdir(directory: str) -> list[str]:
 def entries(directory: str) -> tuple[list[str], list[str]]:
     """List the files and the folders in a directory, each sorted. Links to folders are in neither."""
     if is_remote(directory):
-        found = _patiently(directory, lambda fs, path: fs.ls(path, detail=True))
+        found = _with_retries(directory, lambda fs, path: fs.ls(path, detail=True))
         named = [(name(each["name"]), each["type"]) for each in found if name(each["name"]) != name(directory)]
         files, folders = ([each for each, kind in named if kind == wanted] for wanted in ("file", "directory"))
         return sorted(files), sorted(folders)
@@ -163,7 +163,7 @@ def make_dir(directory: str) -> None:
 def remove(location: str) -> None:
     """Delete a file or a whole directory, if it is there."""
     if is_remote(location):
-        _patiently(location, lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None)
+        _with_retries(location, lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None)
         return
     path = local(location)
     if os.path.isdir(path) and not os.path.islink(path):
@@ -177,14 +177,14 @@ def remove(location: str) -> None:
 def open_read(location: str) -> IO[bytes]:
     """Open a file for reading bytes; seekable, local or remote."""
     if is_remote(location):
-        return _patiently(location, lambda fs, path: cast(IO[bytes], fs.open(path, "rb")))
+        return _with_retries(location, lambda fs, path: cast(IO[bytes], fs.open(path, "rb")))
     return open(local(location), "rb")
 
 
 def read_bytes(location: str) -> bytes:
     """Read a file whole."""
     if is_remote(location):
-        return _patiently(location, lambda fs, path: cast(bytes, fs.cat_file(path)))
+        return _with_retries(location, lambda fs, path: cast(bytes, fs.cat_file(path)))
     return Path(local(location)).read_bytes()
 
 
@@ -200,7 +200,7 @@ def local_copy(location: str, suffix: str = "") -> Iterator[str]:
         yield local(location)
         return
     with tempfile.NamedTemporaryFile(suffix=suffix) as copy:
-        _patiently(location, lambda fs, path: fs.get_file(path, copy.name))
+        _with_retries(location, lambda fs, path: fs.get_file(path, copy.name))
         yield copy.name
 
 
@@ -214,7 +214,7 @@ def atomic_write(location: str) -> Iterator[IO[bytes]]:
         with tempfile.NamedTemporaryFile() as copy:
             yield cast(IO[bytes], copy)
             copy.flush()
-            _patiently(location, lambda fs, path: fs.put_file(copy.name, path))
+            _with_retries(location, lambda fs, path: fs.put_file(copy.name, path))
         return
     path = local(location)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -303,4 +303,4 @@ def _glob(pattern: str) -> list[str]:
     if not is_remote(pattern):
         return glob.glob(local(pattern), recursive=True)
     scheme = pattern.split("://", 1)[0]
-    return [f"{scheme}://{match}" for match in _patiently(pattern, lambda fs, path: fs.glob(path))]
+    return [f"{scheme}://{match}" for match in _with_retries(pattern, lambda fs, path: fs.glob(path))]

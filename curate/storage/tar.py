@@ -42,11 +42,11 @@ class Member:
 
 @dataclass(slots=True)
 class Sample:
-    """The members that share a key. `twin` marks a key that the shard had used before."""
+    """The members that share a key. repeated: the shard had used the key before, with such a member."""
 
     key: str
     members: list[Member] = field(default_factory=list)
-    twin: bool = False
+    repeated: bool = False
 
     def member(self, *suffixes: str) -> Member | None:
         """Return the first member with one of the suffixes."""
@@ -93,8 +93,8 @@ def list_pool(pool: str) -> list[Shard]:
     if len(set(stems)) < len(stems):
         stems = [f"{paths.name(paths.parent(location))}__{stem}" for location, stem in zip(found, stems, strict=True)]
     if len(set(stems)) < len(stems):
-        twin = next(stem for stem in stems if stems.count(stem) > 1)
-        raise UsageError(f"{pool} matches several shards named {twin}.tar; embed them as separate pools")
+        shared = next(stem for stem in stems if stems.count(stem) > 1)
+        raise UsageError(f"{pool} matches several shards named {shared}.tar; embed them as separate pools")
     return [Shard(stem, location, paths.size(location)) for stem, location in zip(stems, found, strict=True)]
 
 
@@ -123,7 +123,7 @@ def read_index(file: IO[bytes]) -> Index:
     """Read a shard's headers and group its members into samples.
 
     file: seekable. A key that reappears after others is joined to its first row; a repeated member starts a new row,
-    marked as twin. A truncation or a foreign stretch ends the reading there and leaves a note.
+    marked as repeated. A truncation or a foreign stretch ends the reading there and leaves a note.
     Raises: ShardError when not a single member can be read.
     """
     total = file.seek(0, io.SEEK_END)
@@ -143,7 +143,7 @@ def read_index(file: IO[bytes]) -> Index:
             continue
         sample = latest.get(key)
         if sample is None or any(member.suffix == suffix for member in sample.members):
-            sample = Sample(key, twin=sample is not None)
+            sample = Sample(key, repeated=sample is not None)
             rows.append(sample)
             latest[key] = sample
         sample.members.append(Member(name, suffix, offset, length))

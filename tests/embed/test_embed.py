@@ -14,7 +14,7 @@ from artefacts import picture, write_pool
 from PIL import Image
 from test_encoder import FORMATS, cosines, reference
 
-from curate.embed.embed import EmbedOptions, ahead, embed
+from curate.embed.embed import EmbedOptions, embed, map_ahead
 from curate.engine import Job
 from curate.errors import ContractError, UsageError
 from curate.storage import sidecar
@@ -293,6 +293,6 @@ def test_work_runs_ahead_by_no_more_than_its_depth():
             yield item
 
     with ThreadPoolExecutor(2) as pool:
-        for result in ahead(pool, lambda item: item * item, items(), 4):
+        for result in map_ahead(pool, lambda item: item * item, items(), 4):
             assert len(taken) <= round(result**0.5) + 4
     assert len(taken) == 20

@@ -14,7 +14,7 @@ from test_layouts import QUIET, write_source
 
 from curate.embed import reader
 from curate.embed.embed import EmbedOptions, embed
-from curate.embed.side_data import NUMBER, TEXT, Captions, Extras, stored
+from curate.embed.side_data import NUMBER, TEXT, Captions, Extras, column_name
 from curate.emit.emit import EmitOptions, emit
 from curate.errors import UsageError
 from curate.ingest.published import ImportOptions, import_layout
@@ -98,7 +98,7 @@ def test_columns_of_a_source_are_kept_alone_and_joined(tmp_path):
     table = sidecar.table(str(tmp_path / "emb" / "0000.arrow"))
     assert table["similarity"].to_pylist() == told["similarity"]
     assert table["NSFW"].to_pylist() == ["UNLIKELY", None, "UNSURE", None, "NSFW"]
-    assert table[stored("caption")].to_pylist() == table["caption"].to_pylist()
+    assert table[column_name("caption")].to_pylist() == table["caption"].to_pylist()
     pool = write_silent_pool(tmp_path / "pool", ["http://x/4", "http://x/99", "http://x/1"])
     options = ImportOptions("clip-retrieval", pool=pool, join="url", columns=("similarity", "NSFW"))
     import_layout(str(tmp_path / "source"), str(tmp_path / "joined"), options, QUIET)

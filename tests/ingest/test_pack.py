@@ -152,7 +152,7 @@ def test_large_parquet_files_are_cut_and_keys_stay_unique(tmp_path):
         with open(shard.location, "rb") as file:
             samples = read_index(file).samples
             keys += [sample.key for sample in samples]
-            assert not any(sample.twin for sample in samples)
+            assert not any(sample.repeated for sample in samples)
     assert keys == ["a_b_c", "all_00000_000000001", "___x", "all_00001_000000003", "e"]
 
 

@@ -46,7 +46,7 @@ def content(data, index):
     """All samples as (key, {suffix: bytes}, twin)."""
     file = io.BytesIO(data)
     return [
-        (sample.key, {member.suffix: read_member(file, member) for member in sample.members}, sample.twin)
+        (sample.key, {member.suffix: read_member(file, member) for member in sample.members}, sample.repeated)
         for sample in index.samples
     ]
 
