@@ -70,8 +70,8 @@ class Step:
         """List what the step reads besides the pool: (path, Directory or File), those of its columns included."""
         kinds = syntax.parameters(STEPS[self.name], HIDDEN)
         named = [(value, kinds[name]) for name, value in self.arguments.items() if kinds[name] in (Directory, File)]
-        found = [(value, kind) for value, kind in named if value != POOL]
-        return [*found, *(each for column in self._columns() for each in computed_columns.reads(column))]
+        besides = [(value, kind) for value, kind in named if value != POOL]
+        return [*besides, *(each for column in self._columns() for each in computed_columns.reads(column))]
 
 
 def parse(texts: Sequence[str]) -> list[Step]:

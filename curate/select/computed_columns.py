@@ -33,11 +33,11 @@ def neg_clip_loss(
         )
     rows = np.flatnonzero(frame.alive & ~np.isnan(frame.column("clip_score")))
     assert frame.text_vectors is not None, "some row has a clip_score"
-    found = pair_scores.neg_clip_loss(
+    scores = pair_scores.neg_clip_loss(
         frame.vectors, frame.text_vectors, rows, _random(frame, "neg_clip_loss"),
         temperature=temperature, batch_size=batch_size, batches=batches,
     )  # fmt: skip
-    return _spread(frame, rows, found)
+    return _spread(frame, rows, scores)
 
 
 def norm_sim(frame: Frame, directory: Directory, p: str = "inf") -> np.ndarray:
@@ -114,6 +114,6 @@ def _random(frame: Frame, name: str) -> np.random.Generator:
 
 
 def _spread(frame: Frame, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    found = np.full(len(frame.good), np.nan, np.float32)
-    found[rows] = values
-    return found
+    spread = np.full(len(frame.good), np.nan, np.float32)
+    spread[rows] = values
+    return spread

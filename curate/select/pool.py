@@ -35,13 +35,13 @@ GROUPS = ("uid", "caption", "url", "host", "phash", "shard")
 class Pool:
     """The scalar columns of a pool over all its shards, in stem order; each is read when it is asked for."""
 
-    def __init__(self, found: manifest.Artefact, losses: manifest.Artefact | None = None) -> None:
+    def __init__(self, source: manifest.Artefact, losses: manifest.Artefact | None = None) -> None:
         self.losses = losses
-        self.clu = found if found.command == "cluster" else None
+        self.clu = source if source.command == "cluster" else None
         try:
-            self.emb = found.source("embed", "import")
+            self.emb = source.source("embed", "import")
         except LookupError:
-            raise UsageError(f"the embeddings under {found.directory} are not where its manifest says.") from None
+            raise UsageError(f"the embeddings under {source.directory} are not where its manifest says.") from None
         if not self.emb.stems:
             raise UsageError(f"{self.emb.directory} has no shard to select from.", "embed again: it says what failed")
         if self.clu is not None:
@@ -82,8 +82,8 @@ class Pool:
         if name in CAPTION:
             caption = self.chunks("caption")
             words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(caption)))
-            found = words if name == "caption_words" else pc.utf8_length(caption)
-            return np.asarray(found.cast(pa.float32()).to_numpy())
+            counted = words if name == "caption_words" else pc.utf8_length(caption)
+            return np.asarray(counted.cast(pa.float32()).to_numpy())
         if name in SIZES:
             low, high = np.sort([self.numbers("width"), self.numbers("height")], axis=0)
             return np.asarray(low if name == "min_side" else high / low)
@@ -99,13 +99,13 @@ class Pool:
         assert self.losses is not None
         parts = []
         for stem in self.emb.stems:
-            found = self.losses.table(stem, ["key", LOSS]) if stem in self.losses.rows else None
-            if found is None or not found["key"].equals(self.emb.table(stem, ["key"])["key"]):
+            recorded = self.losses.table(stem, ["key", LOSS]) if stem in self.losses.rows else None
+            if recorded is None or not recorded["key"].equals(self.emb.table(stem, ["key"])["key"]):
                 raise ContractError(
                     f"{self.losses.directory} has other rows for {stem} than {self.emb.directory}.",
                     "embed the very shards that were trained on: `curate embed DATA EMB`",
                 )
-            parts.append(found[LOSS].to_numpy())
+            parts.append(recorded[LOSS].to_numpy())
         return np.concatenate(parts)
 
     def _nearest(self) -> np.ndarray:
@@ -157,35 +157,35 @@ class Pool:
         """Yield each stem that has some of these global rows: which of them, ascending, and their numbers in it."""
         stem_of = np.searchsorted(self.bounds, rows, side="right") - 1
         order = np.argsort(stem_of, kind="stable")
-        found, starts = np.unique(stem_of[order], return_index=True)
-        for index, here in zip(found, np.split(order, starts[1:]), strict=False):
+        stems, starts = np.unique(stem_of[order], return_index=True)
+        for index, here in zip(stems, np.split(order, starts[1:]), strict=False):
             yield self.emb.stems[index], here, rows[here] - self.bounds[index]
 
     def keys(self, rows: np.ndarray) -> pa.Array:
         """Look up keys by global row numbers, as large_string: Arrow's string holds 2 GB, some 100 million keys."""
-        found, places = [pa.array([], pa.large_string())], [np.empty(0, np.int64)]
+        parts, places = [pa.array([], pa.large_string())], [np.empty(0, np.int64)]
         for stem, here, own in self._by_stem(rows):
             keys = self.emb.table(stem, ["key"])["key"].take(pa.array(own))
-            found.append(keys.combine_chunks().cast(pa.large_string()))
+            parts.append(keys.combine_chunks().cast(pa.large_string()))
             places.append(here)
-        return pa.concat_arrays(found).take(pa.array(np.argsort(np.concatenate(places))))
+        return pa.concat_arrays(parts).take(pa.array(np.argsort(np.concatenate(places))))
 
     def vectors(self, rows: np.ndarray, column: str = "image_embedding") -> np.ndarray:
         """Read embeddings by global row numbers, f16 [len(rows), d]."""
-        found: np.ndarray | None = None
+        vectors: np.ndarray | None = None
         for stem, here, own in self._by_stem(rows):
             part = sidecar.take_vectors(self.emb.batches(stem), column, own)
-            found = np.empty((len(rows), part.shape[1]), np.float16) if found is None else found
-            found[here] = part
-        return np.empty((0, 1), np.float16) if found is None else found
+            vectors = np.empty((len(rows), part.shape[1]), np.float16) if vectors is None else vectors
+            vectors[here] = part
+        return np.empty((0, 1), np.float16) if vectors is None else vectors
 
     def captions(self, rows: np.ndarray) -> list[str]:
         """Read captions by global row numbers; "" where there is none."""
-        found = np.empty(len(rows), object)
+        texts = np.empty(len(rows), object)
         for stem, here, own in self._by_stem(rows):
             column = self.emb.table(stem, ["caption"])["caption"]
-            found[here] = column.take(pa.array(own)).fill_null("").to_pylist()
-        return list(found)
+            texts[here] = column.take(pa.array(own)).fill_null("").to_pylist()
+        return list(texts)
 
     def foreign(self, directory: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield another EMB's good image embeddings f16 [m, d], mapped where they can be, and uid numbers i64 [m].
@@ -236,9 +236,9 @@ class Pool:
         if subset.dtype != UID or subset.ndim != 1:
             raise UsageError(f"{location} holds {subset.dtype} {subset.shape}, not a subset of uids, u8,u8 [n].")
         own = "source_uid" if "source_uid" in self._schema.names else "uid"
-        found = [records.uid_bytes(uid) for uid in self.chunks(own).to_pylist()]
-        rows = uid_pairs([uid or bytes(16) for uid in found])
-        given = np.array([uid is not None for uid in found], bool)
+        uids = [records.uid_bytes(uid) for uid in self.chunks(own).to_pylist()]
+        rows = uid_pairs([uid or bytes(16) for uid in uids])
+        given = np.array([uid is not None for uid in uids], bool)
         return np.asarray(np.isin(rows, subset) & given)
 
     def frame(self, seed: int) -> Frame:

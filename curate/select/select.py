@@ -66,11 +66,11 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
 
     Raises: UsageError for steps that cannot be, or that leave no row.
     """
-    found = open_input(source, "cluster", "embed", "import")
+    parent = open_input(source, "cluster", "embed", "import")
     texts = options.texts()
     parsed = catalogue.parse(texts)
     losses = open_input(options.losses, "losses") if options.losses else None
-    pool = Pool(found, losses)
+    pool = Pool(parent, losses)
     frame = pool.frame(options.seed)
     for step in parsed:
         step.check(frame)
@@ -79,7 +79,7 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
         out,
         "select",
         {"steps": texts, "recipe": recipe, "seed": options.seed},
-        {"clusters" if found.command == "cluster" else "embeddings": found}
+        {"clusters" if parent.command == "cluster" else "embeddings": parent}
         | ({"losses": losses} if losses is not None else {})
         | _read_besides(parsed),
         overwrite=job.overwrite,
@@ -106,22 +106,22 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
 
 def _read_besides(parsed: Sequence[catalogue.Step]) -> dict[str, Artefact | Mapping[str, Any]]:
     """Open what steps and computed columns name besides the pool: it is input, too."""
-    found: dict[str, Artefact | Mapping[str, Any]] = {}
+    inputs: dict[str, Artefact | Mapping[str, Any]] = {}
     for number, (location, kind) in enumerate(dict.fromkeys(each for step in parsed for each in step.reads()), 1):
         if kind is Directory:
-            found[f"target-{number}"] = open_input(location, "embed", "import")
+            inputs[f"target-{number}"] = open_input(location, "embed", "import")
         elif not paths.exists(location):
             raise UsageError(f"{location}, which a step reads, does not exist.")
         else:
-            found[f"file-{number}"] = {"path": location, "digest": file_digest(location)}
-    return found
+            inputs[f"file-{number}"] = {"path": location, "digest": file_digest(location)}
+    return inputs
 
 
 def _names(parsed: Sequence[catalogue.Step]) -> list[str]:
     """Name what may drop a row: the steps' texts, told apart where one is given twice, then the bad statuses."""
     texts = [step.text for step in parsed]
-    told = [text if texts.count(text) == 1 else f"{text} #{i}" for i, text in enumerate(texts, 1)]
-    return [*told, *(status for status in STATUSES if status != "ok")]
+    names = [text if texts.count(text) == 1 else f"{text} #{i}" for i, text in enumerate(texts, 1)]
+    return [*names, *(status for status in STATUSES if status != "ok")]
 
 
 def _run(

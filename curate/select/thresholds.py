@@ -63,8 +63,8 @@ def _one_sided(name: str, x: float, values: np.ndarray) -> dict[str, Any]:
     ranks = np.linspace(0, max(len(known) - 1, 0), PLACES + 1).astype(np.int64)
     places = np.unique(np.append(known[ranks].astype(np.float64).round(4) if len(known) else [], x))
     typed = places.astype(known.dtype) if known.dtype.kind == "f" else places
-    found = np.searchsorted(known, typed, side=ONE_SIDED[name])
-    counts = found if name in DOWNWARD else len(known) - found
+    below = np.searchsorted(known, typed, side=ONE_SIDED[name])
+    counts = below if name in DOWNWARD else len(known) - below
     own = int(np.searchsorted(places, x))
     return {
         "kind": name,

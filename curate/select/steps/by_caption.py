@@ -68,9 +68,9 @@ def metaclip(frame: Frame, number: int, t: Count = 20_000, entries: File = POOL,
     trie = Trie(dict.fromkeys(entry for entry in listed if entry))
     rows, mentions = [], []
     for some, captions in _captions(frame):
-        place, found = trie.find(captions)
+        place, entry = trie.find(captions)
         rows.append(some[place])
-        mentions.append(found.astype(np.int32))
+        mentions.append(entry.astype(np.int32))
     at, mentioned = np.concatenate([np.empty(0, np.int64), *rows]), np.concatenate([np.empty(0, np.int32), *mentions])
     counts = np.bincount(mentioned, minlength=len(trie))
     chance = draw_chances(at, mentioned, counts, frame.count(t), len(frame.good))
@@ -117,7 +117,7 @@ class Trie:
         # All texts one after the other as word numbers, -1 where a word is in no entry, and at the end of each text.
         numbers = np.array([number for each in cut for number in (*(known(word, -1) for word in each), -1)], np.int64)
         place, state = np.arange(len(numbers)), np.zeros(len(numbers), np.int64)
-        found = [np.empty(0, np.int64)]
+        pairs_by_depth = [np.empty(0, np.int64)]
         depth = 0
         while len(place) and len(self.keys):
             word = numbers[place + depth]
@@ -126,8 +126,8 @@ class Trie:
             on = (word >= 0) & (self.keys[at] == key)
             place, state, depth = place[on], self.target[at[on]], depth + 1
             entry = self.end[state]
-            found.append((text_of[place] * self.size + entry)[entry >= 0])
-        pairs = np.unique(np.concatenate(found))
+            pairs_by_depth.append((text_of[place] * self.size + entry)[entry >= 0])
+        pairs = np.unique(np.concatenate(pairs_by_depth))
         return pairs // max(1, self.size), pairs % max(1, self.size)
 
 
@@ -144,7 +144,7 @@ def common_grams(blocks: Callable[[], Iterator[list[str]]], least: int) -> list[
     common = sorted(word for word, count in counts.items() if count >= least)
     number = {word: place for place, word in enumerate(common)}
     width = len(common) + 1
-    pairs, found = np.empty(0, np.int64), np.empty(0, np.int64)
+    pairs, totals = np.empty(0, np.int64), np.empty(0, np.int64)
     for texts in blocks():
         mentioned: list[int] = []
         for text in texts:
@@ -152,8 +152,8 @@ def common_grams(blocks: Callable[[], Iterator[list[str]]], least: int) -> list[
             mentioned += {a * width + b for a, b in zip(known, known[1:], strict=False) if a >= 0 and b >= 0}
         names, times = np.unique(np.array(mentioned, np.int64), return_counts=True)
         names, place = np.unique(np.concatenate([pairs, names]), return_inverse=True)
-        pairs, found = names, np.bincount(place, np.concatenate([found, times])).astype(np.int64)
-    return common + [f"{common[pair // width]} {common[pair % width]}" for pair in pairs[found >= least].tolist()]
+        pairs, totals = names, np.bincount(place, np.concatenate([totals, times])).astype(np.int64)
+    return common + [f"{common[pair // width]} {common[pair % width]}" for pair in pairs[totals >= least].tolist()]
 
 
 def _captions(frame: Frame) -> Iterator[tuple[np.ndarray, list[str]]]:

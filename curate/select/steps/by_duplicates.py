@@ -27,13 +27,15 @@ def dedup(
     a, b, similarity, bits = frame.edges()
     threshold, above, facts = _linked(frame, "dedup", threshold, similarity, bits)
     order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)
-    found = resolve((a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors)
-    gone = frame.alive & ~found.keep
-    seen = np.full(len(found.component), -1) if frame.component is None else frame.component
-    frame.component = np.where(found.component >= 0, found.component, seen)  # an earlier dedup's rows keep theirs
-    frame.duplicate_of[gone] = found.duplicate_of[gone]
-    frame.duplicate_similarity[gone] = found.similarity[gone]
-    return Verdict(found.keep, {"threshold": threshold, **facts, **found.facts, **_compared(frame, threshold)})
+    resolved = resolve(
+        (a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors
+    )
+    gone = frame.alive & ~resolved.keep
+    seen = np.full(len(resolved.component), -1) if frame.component is None else frame.component
+    frame.component = np.where(resolved.component >= 0, resolved.component, seen)  # an earlier dedup's rows keep theirs
+    frame.duplicate_of[gone] = resolved.duplicate_of[gone]
+    frame.duplicate_similarity[gone] = resolved.similarity[gone]
+    return Verdict(resolved.keep, {"threshold": threshold, **facts, **resolved.facts, **_compared(frame, threshold)})
 
 
 def _linked(
@@ -41,8 +43,8 @@ def _linked(
 ) -> tuple[float, np.ndarray, dict[str, Any]]:
     """Say above which cosine edges join near-duplicates, which ones do, bool, and what was found out for it."""
     if threshold == AUTO:
-        told = auto_threshold.find_threshold(similarity, bits, frame.floor)
-        return told.threshold, told.linked(similarity, bits), told.facts()
+        evidence = auto_threshold.find_threshold(similarity, bits, frame.floor)
+        return evidence.threshold, evidence.linked(similarity, bits), evidence.facts()
     if threshold < frame.floor:
         raise UsageError(
             f"{name}: the threshold {threshold} lies under the floor of these clusters, {frame.floor}.",
@@ -88,8 +90,8 @@ def placeholders(
         labels = forest.components(a[linked], b[linked], len(frame.good))
         facts["threshold"] = threshold
     picture = np.unique(labels[rows], return_inverse=True)[1]
-    told = np.unique(frame.group(by)[rows], return_inverse=True)[1]
-    distinct = np.unique(picture * (int(told.max(initial=0)) + 1) + told) // (int(told.max(initial=0)) + 1)
+    caption = np.unique(frame.group(by)[rows], return_inverse=True)[1]
+    distinct = np.unique(picture * (int(caption.max(initial=0)) + 1) + caption) // (int(caption.max(initial=0)) + 1)
     sizes = np.bincount(picture)
     bad = (sizes >= copies) & (np.bincount(distinct, minlength=len(sizes)) >= captions * sizes)
     facts |= {"pictures": int(bad.sum()), "largest": int(sizes[bad].max(initial=0))}

@@ -73,15 +73,17 @@ def value_range(values: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
     return {"lowest": float(kept.min()), "highest": float(kept.max())} if len(kept) else {}
 
 
-SURELY, ROOM = 2.0, 1.5  # of the mismatched share, and of the budget: see mismatch
+ALWAYS_FACTOR = 2.0  # times the mismatched share go whatever the budget
+HEADROOM = 1.5  # times the budget stay, as far as what goes lies beyond ALWAYS_FACTOR
 
 
 def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 3.0, budget: Count = 0) -> Verdict:
     """Drop the lowest clip_scores: `factor` times the share of mismatched pairs, estimated from shuffled pairs.
 
-    With a budget, what lies beyond twice the share goes only while half as many again as the budget stay, so that later
-    steps can choose, and never so many that fewer than the budget do. The numbers were chosen on toy pools, whose
-    selector overlaps clean and faulty pairs (pipelines/LOG.md); where nothing looks mismatched, nothing is dropped.
+    Right and wrong captions overlap in their scores, so that dropping only the estimated share p of the N rows would
+    leave many wrong ones among the lowest that stay: `factor` p N go. With a budget B of rows that later steps keep,
+    at most max(2 p N, N - 1.5 B) and never more than N - B of them, so that those steps still have a choice. Where
+    nothing looks mismatched, nothing goes. The numbers were chosen on toy pools (pipelines/LOG.md). O(N log N) time.
     """
     scores = frame.column("clip_score")
     rows = np.flatnonzero(frame.alive)
@@ -94,8 +96,8 @@ def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 3.0
         if frame.shuffled is not None:
             share, facts = auto_threshold.mismatch_share(scores[known], np.asarray(frame.shuffled))
     wanted, size = frame.count(budget), len(rows)
-    surely = round(min(factor, SURELY) * share * size)
-    drop = max(0, min(round(factor * share * size), max(surely, size - round(ROOM * wanted)), size - wanted))
+    always = round(min(factor, ALWAYS_FACTOR) * share * size)
+    drop = max(0, min(round(factor * share * size), max(always, size - round(HEADROOM * wanted)), size - wanted))
     if drop < round(share * size):
         facts["why"] = f"{round(share * size):,} look mismatched, but the budget leaves only {drop:,} to drop"
     chosen = descending(scores, frame.alive)[: len(rows) - drop]

@@ -1,5 +1,11 @@
 """Which rows stand for their group: typicality, density, kernel herding, and how redundant a row is.
 
+Typicality: a row whose nearest neighbours are near lies where its group is dense; 1 / mean distance to the k nearest.
+Density: the mean of the Gaussian kernel exp(-|x - y|² / 2σ²) over a group's pairs. Herding: rows are taken one by one,
+each time the one that brings the chosen rows' distribution nearest to the whole group's (maximum mean discrepancy).
+Redundancy: how much a row points where the other rows point, once the mean is taken off, by one sum of unit vectors in
+the place of all pairs. Each function names its paper, its formula and its cost.
+
 Numerics on unit vectors. `fetch` returns the vectors of some rows, f16 or f32 [m, d]: an array's `x.__getitem__`, or
 what reads them from disk. `groups` says which cluster each row belongs to; rows of a negative group are left out. Only
 rows of one group are ever compared. A group of more than `PART` rows is cut at random into parts of about equal size
@@ -68,18 +74,18 @@ def typicality(fetch: Fetch, groups: np.ndarray, neighbours: int, rng: np.random
     most 1 / NEAREST; NaN outside groups, 0 for a row alone in its group. O(n PART d) time.
     Source: TypiClust (arXiv:2202.02794), equation 4, there with 20 neighbours; PreSel (arXiv:2503.07591) takes 5.
     """
-    found = np.full(len(groups), np.nan, np.float32)
+    scores = np.full(len(groups), np.nan, np.float32)
     for _, rows, x in each_part(fetch, *parts_of(groups, rng)):
         count = min(neighbours, len(rows) - 1)
         if not count:
-            found[rows] = 0
+            scores[rows] = 0
             continue
         products = x @ x.T
         np.fill_diagonal(products, -2)
         nearest = np.partition(products, len(rows) - count, axis=1)[:, len(rows) - count :]
         distance = np.sqrt(np.maximum(0, 2 - 2 * nearest.astype(np.float64))).mean(axis=1)
-        found[rows] = 1 / np.maximum(distance, NEAREST)
-    return found
+        scores[rows] = 1 / np.maximum(distance, NEAREST)
+    return scores
 
 
 def most_typical(
@@ -148,13 +154,13 @@ def transferability(centroids_gd: np.ndarray) -> np.ndarray:
     plain mean. Returns f64 [g]; 0 where there is no other. O(g^2 d) time, in blocks.
     """
     unit = unit_rows(centroids_gd)
-    found = np.zeros(len(unit))
+    scores = np.zeros(len(unit))
     block = max(16, (1 << 24) // max(1, len(unit)))
     for first in range(0, len(unit), block):
         cosine = unit[first : first + block] @ unit.T
         other = cosine <= SAME_CONCEPT
-        found[first : first + block] = np.where(other, cosine, 0).sum(axis=1) / np.maximum(1, other.sum(axis=1))
-    return found
+        scores[first : first + block] = np.where(other, cosine, 0).sum(axis=1) / np.maximum(1, other.sum(axis=1))
+    return scores
 
 
 def herd(kernel_mm: np.ndarray, count: int) -> np.ndarray:
@@ -235,9 +241,9 @@ def redundancy(fetch: Fetch, groups: np.ndarray, block: int = BLOCK) -> np.ndarr
     """
     rows = np.flatnonzero(groups >= 0)
     _, place, sizes = np.unique(groups[rows], return_inverse=True, return_counts=True)
-    found = np.full(len(groups), np.nan, np.float32)
+    scores = np.full(len(groups), np.nan, np.float32)
     if not len(rows):
-        return found
+        return scores
     cuts = [slice(first, first + block) for first in range(0, len(rows), block)]
     dim = fetch(rows[:1]).shape[1]
     means, directions = np.zeros((len(sizes), dim)), np.zeros((len(sizes), dim))
@@ -250,8 +256,8 @@ def redundancy(fetch: Fetch, groups: np.ndarray, block: int = BLOCK) -> np.ndarr
         u = _centred(fetch(rows[cut]), means, place[cut])
         along = (u @ directions[0]) if len(sizes) == 1 else np.einsum("nd,nd->n", u, directions[place[cut]])
         along -= np.einsum("nd,nd->n", u, u)
-        found[rows[cut]] = along / np.maximum(1, sizes[place[cut]] - 1)
-    return found
+        scores[rows[cut]] = along / np.maximum(1, sizes[place[cut]] - 1)
+    return scores
 
 
 def _add_by_group(totals: np.ndarray, place: np.ndarray, values: np.ndarray) -> None:

@@ -119,14 +119,14 @@ def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fet
     names, counts = np.unique(pieces, return_counts=True)
     torn = np.isin(whole, names[counts > 1]) & alive
     members, bounds = _groups(np.where(torn, whole, -1))
-    found = [(a[inside], b[inside], similarity[inside])]
+    parts = [(a[inside], b[inside], similarity[inside])]
     for part, cuts, x in _fetch_groups(members, bounds, vectors):
         forest = Forest(len(part), threshold)
         for pairs in near_pairs.near_pairs(x, np.arange(len(part)), cuts, threshold, forest=forest):
             forest.add(*pairs)
         i, j, cosine = forest.edges()
-        found.append((part[i], part[j], cosine))
-    a, b, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        parts.append((part[i], part[j], cosine))
+    a, b, similarity = (np.concatenate(parts) for parts in zip(*parts, strict=True))
     _, first = np.unique(a * len(alive) + b, return_index=True)
     chosen = first[spanning_forest(a[first], b[first], similarity[first], len(alive))]
     return a[chosen], b[chosen], similarity[chosen]

@@ -1,6 +1,13 @@
 """How a budget is shared among groups: evenly, by weight, or down a tree, and always to the last row.
 
-Quotas are whole numbers, at most a group's size, that sum to the budget. Arrays in, arrays out.
+All three are water-filling. Groups are vessels of their size s_i, the budget B is water, and water stands at one level
+L in all of them: q_i = min(L w_i, s_i) with sum q_i = B, where every w_i is 1 for even shares. The sum grows with L, so
+there is one such level: `water_fill` finds the whole one by bisection and gives what is left over to random groups, one
+row each; `weighted_fill` sorts the groups by the level s_i / w_i at which they are full, reads off between which two of
+these L lies, and rounds by largest fractions. Down a tree each node's quota is shared among its children the same way.
+
+Quotas are whole numbers, at most a group's size, that sum to the budget exactly. Arrays in, arrays out. O(k log k) time
+for k groups.
 """
 
 from collections.abc import Sequence
@@ -64,6 +71,7 @@ def weighted_fill(sizes: np.ndarray, weights: np.ndarray, total: int) -> np.ndar
         if (~weighty).any():
             quotas[~weighty] = weighted_fill(sizes[~weighty], np.ones((~weighty).sum()), total - int(quotas.sum()))
         return quotas
+    # The level at which a group is full; groups that fill up first come first.
     full_at = np.divide(sizes, weights, out=np.full(len(sizes), np.inf), where=weighty)
     order = np.argsort(full_at, kind="stable")
     before = np.concatenate([[0], np.cumsum(sizes[order])[:-1]])  # rows of the groups that fill up earlier
@@ -71,7 +79,7 @@ def weighted_fill(sizes: np.ndarray, weights: np.ndarray, total: int) -> np.ndar
     level = np.divide(total - before, weight, out=np.full(len(sizes), np.inf), where=weight > 0)
     fits = np.flatnonzero((level <= full_at[order]) & (weight > 0))
     exact = np.minimum(sizes, level[fits[0]] * weights) if len(fits) else np.where(weighty, sizes, 0).astype(np.float64)
-    quotas = np.minimum(np.floor(exact + 1e-9).astype(np.int64), sizes)
+    quotas = np.minimum(np.floor(exact + 1e-9).astype(np.int64), sizes)  # 1e-9: 3 may have come out as 2.9999999999
     missing = total - int(quotas.sum())
     by_fraction = np.argsort(quotas - exact, kind="stable")
     quotas[by_fraction[(quotas < sizes)[by_fraction]][:missing]] += 1
