@@ -1,6 +1,18 @@
 """What a pool says about itself: where its near-duplicates end, and what share of its pairs do not belong together.
 
-Both are read off facts that clustering stored, so that they cost no look at the embeddings.
+The threshold. Above which cosine two pictures are copies of one depends on the embedder: one sees the scene and calls
+two kitchens alike at .95, another sees colours. The pixels know better, by their perceptual hashes of 64 bits: copies
+differ in few, look-alikes (other pictures that the embedder takes for alike) mostly in more than FAR_BITS = 24. Of the
+linked pairs near a cosine, let far(cosine) be the share that differ in more; since at least FAR_LOOKALIKES = 2/3 of
+look-alikes do and hardly any copies, far / (2/3) estimates the share of look-alikes there. It falls with the cosine and
+is fitted so (isotonic regression on bins even in log(1 - cosine), one standard error added). From where it passes one
+half on, a pair whose pixels agree is a copy; from where it passes one in a hundred on, any pair is.
+
+The share of mismatched pairs. If a share p of the pairs is as good as shuffled, then at least p q of all scores lie
+below the shuffled scores' quantile q: the least of share-below(q) / q over several q bounds p from above.
+
+Both are read off facts that clustering stored, the edges of the near-duplicate forest and the scores of shuffled pairs:
+no look at the embeddings. O(m log m) time for m edges or scores.
 """
 
 import math
@@ -10,7 +22,7 @@ from typing import Any
 import numpy as np
 
 TIMID = 0.999
-TWIN_BITS = 8  # at most: near-duplicates by their pixels, whatever the embedder says
+COPY_BITS = 8  # at most: near-duplicates by their pixels, whatever the embedder says
 NEAR_BITS = 16  # at most: 95 % of near-duplicates, crops and borders among them; 2 to 5 % of look-alikes
 FAR_BITS = 24  # more: 1 % of near-duplicates, at least two thirds of look-alikes
 FAR_LOOKALIKES = 2 / 3
@@ -18,7 +30,7 @@ DOUBT = 0.5  # share of look-alikes up to which pixels decide a pair
 CERTAIN = 0.01  # share of look-alikes up to which the cosine alone decides
 BLIND = 0.9  # beyond it real pairs score as shuffled ones do, and their order says nothing
 NUM_BINS = 240
-LEAST_TWINS = 10
+LEAST_COPIES = 10
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Evidence:
     bits: int
     reason: str
     pairs: int
-    twins: int
+    pixel_copies: int
 
     def linked(self, similarity: np.ndarray, bits: np.ndarray) -> np.ndarray:
         """Say which pairs are near-duplicates, bool. bits: u8, above 64 where unknown: the cosine must do alone."""
@@ -39,8 +51,8 @@ class Evidence:
 
     def facts(self) -> dict[str, Any]:
         """Return what the funnel prints."""
-        told = {"why": self.reason, "linked_pairs": self.pairs, "pixel_twins": self.twins, "most_bits": self.bits}
-        return told | ({"anyhow_above": self.anyhow} if self.anyhow < math.inf else {})
+        facts = {"why": self.reason, "linked_pairs": self.pairs, "pixel_twins": self.pixel_copies}
+        return facts | {"most_bits": self.bits} | ({"anyhow_above": self.anyhow} if self.anyhow < math.inf else {})
 
 
 def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Evidence:
@@ -58,10 +70,10 @@ def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Ev
 
     known = bits <= 64
     similarity, bits = similarity[known], bits[known]
-    pairs, twins = len(similarity), int((bits <= TWIN_BITS).sum())
-    if twins < LEAST_TWINS:
-        what = "no perceptual hashes" if not pairs else f"only {twins} pixel twins"
-        return Evidence(max(TIMID, floor), math.inf, TWIN_BITS, f"timid: {what} among the linked pairs", pairs, twins)
+    pairs, copies = len(similarity), int((bits <= COPY_BITS).sum())
+    if copies < LEAST_COPIES:
+        what = "no perceptual hashes" if not pairs else f"only {copies} pixel twins"
+        return Evidence(max(TIMID, floor), math.inf, COPY_BITS, f"timid: {what} among the linked pairs", pairs, copies)
     edges = 1 - np.logspace(np.log10(1 - floor), -6, NUM_BINS + 1)
     place = np.clip(np.searchsorted(edges, similarity, side="right") - 1, 0, NUM_BINS - 1)
     count = np.bincount(place, minlength=NUM_BINS)
@@ -74,10 +86,10 @@ def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Ev
     likely, certain = (full[at_most <= limit] for limit in (DOUBT, CERTAIN))
     if not len(likely):
         why = "timid: most linked pairs differ in their pixels at any cosine"
-        return Evidence(max(TIMID, floor), math.inf, TWIN_BITS, why, pairs, twins)
+        return Evidence(max(TIMID, floor), math.inf, COPY_BITS, why, pairs, copies)
     anyhow = float(edges[certain[0]]) if len(certain) else math.inf
     why = f"above it most linked pairs are duplicates; those of at most {NEAR_BITS} differing bits are taken"
-    return Evidence(float(edges[likely[0]]), anyhow, NEAR_BITS, why, pairs, twins)
+    return Evidence(float(edges[likely[0]]), anyhow, NEAR_BITS, why, pairs, copies)
 
 
 def mismatch_share(scores: np.ndarray, shuffled: np.ndarray) -> tuple[float, dict[str, Any]]:

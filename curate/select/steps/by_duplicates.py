@@ -86,7 +86,7 @@ def placeholders(
     else:
         a, b, similarity, bits = frame.edges()
         threshold, linked, _ = _linked(frame, "placeholders", threshold, similarity, bits)
-        linked &= (bits <= auto_threshold.TWIN_BITS) | (bits > 64)
+        linked &= (bits <= auto_threshold.COPY_BITS) | (bits > 64)
         labels = forest.components(a[linked], b[linked], len(frame.good))
         facts["threshold"] = threshold
     picture = np.unique(labels[rows], return_inverse=True)[1]
