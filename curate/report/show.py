@@ -39,9 +39,9 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
     rows = sum(int(shard.get("rows", 0)) for shard in manifest.get("shards", {}).values())
     number = len(manifest.get("shards", {}))
     what = f"{rows:,} rows in {_several(number, 'shard')}" if number else ""
-    fit = manifest.get("fit", {})
-    if fit:
-        account += f" · k = {manifest['clusters']['k']:,} fitted on {fit['fitted_rows']:,} rows"
+    if "clusters" in manifest:
+        fitted = manifest["fit"].get("fitted_rows")
+        account += f" · k = {manifest['clusters']['k']:,} {'given' if fitted is None else f'fitted on {fitted:,} rows'}"
     if manifest.get("unfinished"):
         account = "this part is done, others are not yet"
     return f"  {command}: {' — '.join(part for part in (what, account) if part) or 'done'}"
