@@ -10,10 +10,8 @@ Manifests hold no times and no absolute paths: the same request gives the same b
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
 import socket
@@ -22,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from filelock import FileLock, Timeout
+
 from train.errors import UsageError
 
 FORMAT = 1
 MANIFEST, PLAN, LOCK = "manifest.json", ".plan.json", ".lock"
-log = logging.getLogger("train")
 MEASURED = ".measured.npz"  # in an unfinished run, so that going on needs no second look at every sample
 # Options that change no result, or (how a step is cut into passes) only which dropout is drawn and the rounding.
 EXECUTION = frozenset({"workers", "save_every", "keep_last", "peak_tflops", "tracker", "shard"})
@@ -68,28 +67,21 @@ def read_json(path: Path) -> dict[str, Any]:
 def held(out: Path) -> Iterator[None]:
     """Make a directory and lock it for this process; it is removed again if it stays empty.
 
-    The lock is the kernel's (on NFS, the server's): it ends with its process, however that ends. A file system that
-    knows no locks has none.  Raises: UsageError naming who has it.
+    The lock ends with its process, however that ends.  Raises: UsageError naming who has it.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; give a directory")
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("a+", encoding="utf-8")
+        taken = FileLock(out / LOCK, timeout=0).acquire()
+    except Timeout:
+        holder = (out / LOCK).read_text(encoding="utf-8")
+        raise UsageError(f"--out {out} is being written by {holder}; let it end, or give another") from None
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.seek(0)
-            raise UsageError(f"--out {out} is being written by {lock.read()}; let it end, or give another") from None
-        except OSError as error:
-            log.info("%s cannot be locked (%s): let no two commands write it at once", out, error.strerror)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+    with taken:
+        (out / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         try:
             yield
         finally:
