@@ -8,12 +8,19 @@ wrong.
 import json
 import logging
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from curate.cluster.options import ClusterOptions
 from curate.command import Json, Run, verb
+from curate.demo.options import DemoOptions
+from curate.embed.options import EmbedOptions
+from curate.emit.options import EmitOptions
 from curate.errors import CurateError, UsageError
+from curate.ingest.options import ImportOptions, PackOptions
+from curate.report.options import ReportOptions
+from curate.select.options import SelectOptions
 from curate.storage import paths
 
 app = typer.Typer(
@@ -24,13 +31,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-
-Columns = Annotated[str, typer.Option(metavar="A,B,…", help="Fields of the JSON or table beside to keep as columns.")]
-
-
-def _names(listed: str) -> tuple[str, ...]:
-    """Split a list of names."""
-    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 def main() -> None:
@@ -57,21 +57,16 @@ def main() -> None:
 def pack(
     source: Annotated[str, typer.Argument(help="A folder of files, or parquet files with images in a column.")],
     out: Annotated[str, typer.Argument(help="Directory for the pool.")],
-    layout: Annotated[str, typer.Option(help="auto, files or parquet.")] = "auto",
-    image: Annotated[str, typer.Option(help="The column of images (parquet).")] = "",
-    caption: Annotated[str, typer.Option(help="The column of captions (parquet).")] = "",
-    shard_size: Annotated[int, typer.Option(help="Samples per tar, at most.")] = 10_000,
     *,
+    options: PackOptions,
     run: Run,
 ) -> None:
     """Make a pool of images that are not in tars yet, byte for byte.
 
     Example: `curate pack download/ pool/` writes `pool/{folder}.tar`.
     """
-    from curate.ingest.pack import PackOptions
     from curate.ingest.pack import pack as stage
 
-    options = PackOptions(layout, image, caption, shard_size)
     run.make(out, lambda job: stage(source, out, options, job))
 
 
@@ -79,27 +74,16 @@ def pack(
 def embed(
     pool: Annotated[str, typer.Argument(help="Tars: a directory, glob, brace pattern or URL.")],
     out: Annotated[str, typer.Argument(help="Directory for the embeddings.")],
-    model: Annotated[
-        str, typer.Option(help="An open_clip name, local-dir:FOLDER, hf-hub:ID or a config JSON.")
-    ] = "ViT-L-14",
-    pretrained: Annotated[str, typer.Option(help="A tag that open_clip lists, or a local checkpoint.")] = "",
-    precision: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass (0: by device).")] = 0,
-    decoders: Annotated[int, typer.Option(help="Decoding processes per worker (0: by device).")] = 0,
-    columns: Columns = "",
-    captions: Annotated[str, typer.Option(help="A TSV of captions and urls, for samples without a caption.")] = "",
     *,
+    options: EmbedOptions,
     run: Run,
 ) -> None:
     """Embed images and captions with CLIP, shard by shard, and score how well they match.
 
     Example: `curate embed shards/ emb/ --model ViT-L-14 --pretrained openai` writes `emb/{shard}.arrow`.
     """
-    from curate.embed.embed import EmbedOptions
     from curate.embed.embed import embed as stage
 
-    more: dict[str, Any] = {"decoders": decoders, "columns": _names(columns), "captions": captions}
-    options = EmbedOptions(model, pretrained, precision, batch_size, **more)
     run.make(out, lambda job: stage(pool, out, options, job))
 
 
@@ -107,21 +91,16 @@ def embed(
 def import_(
     source: Annotated[str, typer.Argument(help="The folder of published embeddings.")],
     out: Annotated[str, typer.Argument(help="Directory for the embeddings.")],
-    layout: Annotated[str, typer.Option(help="clip-retrieval, datacomp, nemo or npy.")],
-    pool: Annotated[str, typer.Option(help="Attach them to your own download: its tars.")] = "",
-    join: Annotated[str, typer.Option(help="What rows are matched by: key, url, sha256 or uid.")] = "",
-    arch: Annotated[str, typer.Option(help="Which of DataComp's two models: l14 or b32.")] = "l14",
-    columns: Columns = "",
     *,
+    options: ImportOptions,
     run: Run,
 ) -> None:
     """Import published embeddings as sidecars, as they are or joined to your own download.
 
     Example: `curate import laion/ emb/ --layout clip-retrieval --pool shards/ --join url` writes `emb/{shard}.arrow`.
     """
-    from curate.ingest.published import ImportOptions, import_layout
+    from curate.ingest.published import import_layout
 
-    options = ImportOptions(layout, pool=pool, join=join, arch=arch, columns=_names(columns))
     run.make(out, lambda job: import_layout(source, out, options, job))
 
 
@@ -129,25 +108,16 @@ def import_(
 def cluster(
     embeddings: Annotated[str, typer.Argument(help="A directory of `curate embed` or `import`.")],
     out: Annotated[str, typer.Argument(help="Directory for the clusters.")],
-    k: Annotated[int, typer.Option(help="Clusters (0: from the number of rows).")] = 0,
-    iters: Annotated[int, typer.Option(help="Iterations of k-means.")] = 20,
-    sample: Annotated[int, typer.Option(help="Rows to fit on (0: from k).")] = 0,
-    centroids: Annotated[str, typer.Option(help="Assign to the centroids in this .npy instead of fitting.")] = "",
-    floor: Annotated[float, typer.Option(help="Lowest cosine kept as a near-duplicate edge.")] = 0.80,
-    neighbours: Annotated[int, typer.Option(help="Compare across this many nearest clusters, 1 or 2.")] = 1,
     *,
+    options: ClusterOptions,
     run: Run,
 ) -> None:
     """Cluster the images by k-means, assign every row, and relate near-duplicates within clusters.
 
     Example: `curate cluster emb/ clu/ --k 10000` writes `clu/centroids.npy`, `clu/{shard}.arrow` and `clu/edges.arrow`.
     """
-    from curate.cluster.cluster import ClusterOptions
     from curate.cluster.cluster import cluster as stage
 
-    options = ClusterOptions(
-        k=k, iters=iters, sample=sample, centroids=centroids, floor=floor, neighbours=neighbours, seed=run.seed
-    )
     run.make(out, lambda job: stage(embeddings, out, options, job))
 
 
@@ -157,13 +127,8 @@ def select(
         str, typer.Argument(help="A directory of `curate cluster`, or of `embed` where no step needs clusters.")
     ],
     out: Annotated[str, typer.Argument(help="Directory for the selection.")],
-    step: Annotated[
-        list[str] | None, typer.Option(help="A step, e.g. 'rank(clip_score, 0.4, 0.6)'; repeat in order.")
-    ] = None,
-    recipe: Annotated[str, typer.Option(help="A named chain of steps [balanced].")] = "",
-    n: Annotated[str, typer.Option(help="How many rows the recipe keeps: 2000000, or a share such as 2%.")] = "",
-    losses: Annotated[str, typer.Option(help="RUN/losses of the trainer: gives steps the column `loss`.")] = "",
     *,
+    options: SelectOptions,
     run: Run,
 ) -> None:
     """Run a funnel of steps and keep, for every row, the reason why it left.
@@ -173,10 +138,8 @@ def select(
     By hand: `curate select clu/ sel/ --step 'dedup(0.9)' --step 'rank(clip_score, 0, 0.5)' --step 'sample(10_000)'`;
     `curate steps` lists them all.
     """
-    from curate.select.select import SelectOptions
     from curate.select.select import select as stage
 
-    options = SelectOptions(steps=tuple(step or ()), recipe=recipe, n=n, seed=run.seed, losses=losses)
     run.make(out, lambda job: stage(source, out, options, job))
     if not run.as_json and not run.dry_run:
         from curate.report.show import funnel_lines
@@ -202,23 +165,17 @@ def steps() -> None:
 def emit(
     selection: Annotated[str, typer.Argument(help="A directory of `curate select`.")],
     out: Annotated[str, typer.Argument(help="Directory for the coreset.")],
-    format: Annotated[
-        str, typer.Option(help="webdataset, llava, datacomp, keys, parquet or clip-retrieval.")
-    ] = "webdataset",
-    shard_size: Annotated[int, typer.Option(help="Samples per output shard.")] = 10_000,
-    prompt: Annotated[str, typer.Option(help="The question put before a caption (llava).")] = "",
-    pool: Annotated[str, typer.Option(help="Where the pool is now, if it moved.")] = "",
     *,
+    options: EmitOptions,
+    pool: Annotated[str, typer.Option(help="Where the pool is now, if it moved.")] = "",
     run: Run,
 ) -> None:
     """Write the coreset, ready to train on: the original members of each kept sample, byte for byte.
 
     Example: `curate emit sel/ coreset/` writes `coreset/{000000}.tar` and `coreset/{000000}.arrow`.
     """
-    from curate.emit.emit import EmitOptions
     from curate.emit.emit import emit as stage
 
-    options = EmitOptions(format=format, shard_size=shard_size, **({"prompt": prompt} if prompt else {}))
     run.make(out, lambda job: stage(selection, out, options, job, pool or None))
 
 
@@ -252,19 +209,16 @@ def mix(
 @verb(app, but=("engine", "part"))
 def demo(
     out: Annotated[str, typer.Argument(help="Directory for the demo.")],
-    rows: Annotated[int, typer.Option(help="Samples in the pool.")] = 12_000,
-    shards: Annotated[int, typer.Option(help="Tars in the pool.")] = 6,
-    dirt: Annotated[str, typer.Option(help="dirty, half or clean: how many faults are planted.")] = "dirty",
     *,
+    options: DemoOptions,
     run: Run,
 ) -> None:
     """Render a pool of captioned pictures with planted faults, instruction data and tests.
 
     Example: `curate demo out/demo` writes `out/demo/{pool,instruct,test}/`, `truth.arrow` and `text.json`.
     """
-    from curate.demo.render import DemoOptions, render_demo
+    from curate.demo.render import render_demo
 
-    options = DemoOptions(rows=rows, seed=run.seed, shards=shards, dirt=dirt)
     run.make(out, lambda job: render_demo(out, options, job))
 
 
@@ -272,18 +226,16 @@ def demo(
 def report(
     directory: Annotated[str, typer.Argument(help="A directory that a verb made, or one that holds such directories.")],
     out: Annotated[str, typer.Argument(help="The HTML file.")],
-    title: Annotated[str, typer.Option(help="Heading of the page [the directory's name].")] = "",
     *,
+    options: ReportOptions,
     run: Run,
 ) -> None:
     """Write one self-contained HTML page: funnel, scores with cuts that move, clusters, twins, mixes, runs, ablations.
 
     Example: `curate report out/demo out/demo/report.html` writes that file, which needs no network.
     """
-    from curate.report.report import ReportOptions
     from curate.report.report import report as stage
 
-    options = ReportOptions(seed=run.seed, title=title)
     run.make(out, lambda job: stage(directory, out, options, job))
 
 

@@ -1,13 +1,18 @@
-"""What all verbs share: their common options, declared once, and how a verb runs, answers and ends.
+"""What all verbs share: where their options come from, and how a verb runs, answers and ends.
 
-A verb is a function of its own options with a last parameter `run`; `verb` makes it a command that also takes the
-common options it names, which mean the same everywhere.
+A verb is a function of its arguments, of `options` where its stage has any, and of `run`. `verb` makes a command of it:
+the fields of the stage's options become the command's options, and so do the common ones, which mean the same
+everywhere. A field is typed where it is annotated with its help: `k: Annotated[int, "Clusters."]`, and a second text
+names the option where the field's name does not suit. A tuple is typed as `A,B,…`, or under a name of its own again
+and again. A field `seed` takes the common option of that name.
 """
 
+import dataclasses
 import functools
 import inspect
 import json
 import os
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -44,7 +49,6 @@ class Run:
     verb: str
     job: Job
     source: str = ""
-    seed: int = 0
     dry_run: bool = False
     as_json: bool = False
 
@@ -79,25 +83,67 @@ def verb(
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         known_as = name or function.__name__
-        own = [each for each in inspect.signature(function).parameters.values() if each.name != "run"]
+        given = inspect.signature(function).parameters
+        kind = given["options"].annotation if "options" in given else None
+        of_stage = _parameters(kind) if kind else []
+        own = [
+            each
+            for parameter in given.values()
+            if parameter.name != "run"
+            for each in (of_stage if parameter.name == "options" else [parameter])
+        ]
         common = [
-            inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
-            for each, (declared, default) in COMMON.items()
-            if each not in but
+            _parameter(each, declared, default) for each, (declared, default) in COMMON.items() if each not in but
         ]
 
         @functools.wraps(function)
-        def command(**given: Any) -> None:
-            told = {each.name: given.pop(each.name) for each in common}
-            answer = {each: told.pop(each) for each in ("seed", "dry_run", "as_json") if each in told}
-            source = "" if own[0].name == "out" else str(given[own[0].name])
-            function(**given, run=Run(known_as, _job(**told), source, **answer))
+        def command(**values: Any) -> None:
+            told = {each.name: values.pop(each.name) for each in common}
+            answer = {each: told.pop(each) for each in ("dry_run", "as_json") if each in told}
+            seed = {each: told.pop(each) for each in ("seed",) if each in told}
+            source = "" if own[0].name == "out" else str(values[own[0].name])
+            if kind:
+                values["options"] = build(kind, {each.name: values.pop(each.name) for each in of_stage} | seed)
+            function(**values, run=Run(known_as, _job(**told), source, **answer))
 
         command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
         command.__annotations__ = {each.name: each.annotation for each in (*own, *common)}
         return app.command(known_as)(command)
 
     return decorate
+
+
+def _parameter(name: str, declared: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
+
+
+def _parameters(kind: type[Any]) -> list[inspect.Parameter]:
+    """Declare the typed fields of an options class as options of the command line."""
+    hints, found = typing.get_type_hints(kind, include_extras=True), []
+    for field in dataclasses.fields(kind):
+        if typing.get_origin(hints[field.name]) is not Annotated:
+            continue
+        declared, help_text, *named = typing.get_args(hints[field.name])
+        default: Any = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        metavar = None
+        if typing.get_origin(declared) is tuple:
+            declared, default, metavar = (list[str], [], None) if named else (str, ",".join(default), "A,B,…")
+        elif str in typing.get_args(declared):
+            declared = str
+        option = typer.Option(*named, help=help_text, metavar=metavar)
+        found.append(_parameter(field.name, Annotated[declared, option], default))
+    return found
+
+
+def build(kind: type[Any], values: dict[str, Any]) -> Any:
+    """Make an options object of what was typed; common options that the class has no field for are left out."""
+    hints = typing.get_type_hints(kind)
+    given = {name: value for name, value in values.items() if name in hints}
+    for name, value in given.items():
+        if typing.get_origin(hints[name]) is tuple:
+            listed = value if isinstance(value, list) else [each.strip() for each in value.split(",") if each.strip()]
+            given[name] = tuple(listed)
+    return kind(**given)
 
 
 def _described(location: str) -> str:

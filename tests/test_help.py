@@ -9,6 +9,14 @@ import tarfile
 import pytest
 
 from curate.cli import app as curate_app
+from curate.cluster.options import ClusterOptions
+from curate.command import build
+from curate.demo.options import DemoOptions
+from curate.embed.options import EmbedOptions
+from curate.emit.options import EmitOptions
+from curate.ingest.options import ImportOptions, PackOptions
+from curate.report.options import ReportOptions
+from curate.select.options import SelectOptions
 from house import ROOT, curate, parse
 from train.__main__ import app as train_app
 
@@ -44,6 +52,28 @@ def test_help_of_the_program_names_every_verb_at_once(program):
     for each, command in VERBS:
         if each == program:
             assert re.search(rf"\b{command.name or command.callback.__name__}\b", ended.stdout)
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("curate pack s o", PackOptions()),
+        ("curate embed p o --columns 'a, b' --seed 3 --batch-size 7", EmbedOptions(columns=("a", "b"), batch_size=7)),
+        ("curate import s o --layout npy", ImportOptions("npy")),
+        ("curate cluster e o --k 7 --seed 3 --floor 0.5", ClusterOptions(k=7, seed=3, floor=0.5)),
+        (
+            "curate select c o --step 'cap(a, 2)' --step 'sample(3, seed=1)'",
+            SelectOptions(("cap(a, 2)", "sample(3, seed=1)")),
+        ),
+        ("curate select c o --n 2%", SelectOptions(n="2%")),
+        ("curate emit s o", EmitOptions()),
+        ("curate demo o --seed 4", DemoOptions(seed=4)),
+        ("curate report d o", ReportOptions()),
+    ],
+)
+def test_what_is_typed_becomes_the_options_of_the_stage(line, expected):
+    _, values = parse(line)
+    assert build(type(expected), values) == expected
 
 
 def test_brackets_in_help_are_shown():

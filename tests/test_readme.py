@@ -131,7 +131,7 @@ def test_the_step_of_the_guide_works_as_the_guide_says(tmp_path, monkeypatch):
     cluster(emb, str(tmp_path / "clu"), ClusterOptions(k=2), quiet)
     [line] = commands("docs/add_a_step.md", "sh step")
     _, values = parse(line)
-    made = select(str(tmp_path / "clu"), str(tmp_path / "s"), SelectOptions(steps=tuple(values["step"])), quiet)
+    made = select(str(tmp_path / "clu"), str(tmp_path / "s"), SelectOptions(steps=tuple(values["steps"])), quiet)
     assert made["counts"]["kept"] == made["funnel"][-1]["estimates"]["places"] > 0
 
 

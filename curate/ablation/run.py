@@ -207,7 +207,8 @@ def command(plan: Pipeline, job: Job, only: str, *, dry_run: bool, as_json: bool
         for line in lines(plan):
             echo(line)
         return True
-    from curate.report.report import ReportOptions, report
+    from curate.report.options import ReportOptions
+    from curate.report.report import report
 
     result = run(plan, job, (lambda _: None) if as_json else echo)
     page = plan.place("report")

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from curate.cluster import edges
 from curate.cluster.edges import BUCKETS, EDGES
+from curate.cluster.options import ClusterOptions
 from curate.engine import Job, run_stage
 from curate.errors import ContractError, ShardError, UsageError
 from curate.storage import paths, sidecar
@@ -31,19 +32,6 @@ MAX_BUCKETS = 1024
 NULL_ROWS = 1 << 16
 RECALL_SAMPLE = 1 << 16
 CENTROIDS, FIT = "centroids.npy", "fit.json"
-
-
-@dataclass(frozen=True)
-class ClusterOptions:
-    """What is made. k 0: from the rows; sample 0: from k; centroids: a .npy to assign to in place of fitting."""
-
-    k: int = 0
-    iters: int = 20
-    sample: int = 0
-    centroids: str = ""
-    floor: float = 0.80
-    neighbours: int = 1
-    seed: int = 0
 
 
 def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, Any]:

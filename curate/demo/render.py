@@ -29,6 +29,7 @@ import pyarrow as pa
 from PIL import Image
 
 from curate import engine
+from curate.demo.options import DemoOptions
 from curate.demo.words import GROUNDS, NAMES, PLACES, QUESTIONS, SIZES, TASKS, TEXTURES, answer, text_task
 from curate.demo.world import (
     DIRT,
@@ -109,19 +110,6 @@ def render(
     write_texts(out / "text.json", rows=instruct, rng=np.random.default_rng([seed, 3]))
     render_tests(out / "test", per_concept=tests, captions=caption_tests, rng=np.random.default_rng([seed, 4]))
     return dict(sorted(Counter(truth["fault"].to_pylist()).items()))
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """What the demo renders; see `render`."""
-
-    rows: int = 12_000
-    seed: int = 0
-    shards: int = 6
-    dirt: str = "dirty"
-    instruct: int = 3_000
-    tests: int = 4
-    caption_tests: int = 0
 
 
 def render_demo(out: str, chosen: DemoOptions, job: engine.Job) -> dict[str, Any]:

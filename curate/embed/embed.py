@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from curate import engine
-from curate.embed import encoder, images, reader, side_data, weights
+from curate.embed import encoder, reader, side_data, weights
+from curate.embed.options import EmbedOptions
 from curate.engine import Job
 from curate.errors import ShardError, UsageError
 from curate.storage import manifest, paths, sidecar, tar
@@ -33,26 +34,6 @@ TEXTS_PER_IMAGE = 2  # caption batches may be larger: captions are short
 PROBED_JSON = 100  # samples of a shard whose JSON is opened in search of a caption
 In = TypeVar("In")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class EmbedOptions:
-    """What is embedded, and how exactly. batch_size 0: 32 on CPU, 256 on a GPU.
-
-    columns: fields of the samples' JSON to keep as columns; captions: a TSV of captions by url, for samples without.
-
-    decoders: processes that decode, per worker; it changes nothing in the output. 0: on a CPU the model's own threads
-    decode, on a GPU there is a process for every core.
-    """
-
-    model: str
-    pretrained: str = ""
-    precision: str = "auto"
-    batch_size: int = 0
-    max_pixels: int = images.MAX_PIXELS
-    decoders: int = 0
-    columns: tuple[str, ...] = ()
-    captions: str = ""
 
 
 def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any]:

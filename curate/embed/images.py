@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from curate.embed.options import MAX_PIXELS
+
 # What web pools hold. Fixed, because Pillow's full list runs helpers (EPS) and parsers that nobody needs here.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")
-MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MB as RGB
 HASH_SIDE = 32
 
 Transform = Callable[[Image.Image], np.ndarray]

@@ -12,7 +12,7 @@ independent map. A sample that the pool no longer has is counted by reason and l
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,35 +21,17 @@ import pyarrow as pa
 from curate import engine
 from curate.emit import tables
 from curate.emit.kept_samples import Coreset, Fetched, open_coreset, unique_keys
-from curate.errors import UsageError, unknown
+from curate.emit.options import TABLES, EmitOptions
+from curate.errors import UsageError
 from curate.storage import paths, records, sidecar
 from curate.storage.manifest import Artefact, Output, load_json, open_output, reconcile, versions
 from curate.storage.tar import CAPTION_SUFFIX, JSON_SUFFIX, TarWriter, read_json
 
-FORMATS = ("webdataset", "llava", *tables.FORMATS)
 EMITTED_SCHEMA = pa.schema(
     [("key", pa.string()), ("source_stem", pa.string()), ("source_row", pa.int64()), ("uid", pa.binary(16))]
 )
 LLAVA_SCHEMA = EMITTED_SCHEMA.append(pa.field("record", pa.large_string()))
 MAX_LISTED = 1000
-
-
-@dataclass(frozen=True)
-class EmitOptions:
-    """What is written. shard_size: samples per output shard. prompt: the question asked of an image (llava)."""
-
-    format: str = "webdataset"
-    shard_size: int = 10_000
-    prompt: str = records.PROMPT
-
-    def resolved(self) -> dict[str, Any]:
-        """List the options that bear on this format."""
-        if self.format not in FORMATS:
-            raise unknown("format", self.format, FORMATS)
-        if self.shard_size < 1:
-            raise UsageError(f"shard_size is {self.shard_size}, expected at least 1")
-        names = {"webdataset": ("format", "shard_size"), "llava": ("format", "shard_size", "prompt")}
-        return {name: value for name, value in asdict(self).items() if name in names.get(self.format, ("format",))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +49,7 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     pool: where the pool lies now, if it has moved. Raises: UsageError when nothing is kept or the pool is not found.
     """
     resolved = options.resolved()
-    if options.format in tables.FORMATS:
+    if options.format in TABLES:
         return tables.emit_tables(open_coreset(sel, pool, members=False), out, resolved, job)
     coreset = open_coreset(sel, pool)
     recorded = coreset.embedded.manifest["inputs"].get("pool", {}).get("digest", "")

@@ -19,7 +19,6 @@ from curate.emit.kept_samples import Coreset
 from curate.storage import manifest, paths, records, sidecar
 from curate.storage.schema import UID, extra_columns, uid_pairs
 
-FORMATS = ("keys", "datacomp", "parquet", "clip-retrieval")
 FOLDERS = ("table", "img_emb", "text_emb", "metadata")
 EMBEDDED_COLUMNS = ("uid", "caption", "url", "width", "height", "status", "clip_score")
 

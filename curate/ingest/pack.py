@@ -20,6 +20,7 @@ import pyarrow as pa
 from curate import engine
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
+from curate.ingest.options import PackOptions
 from curate.storage import manifest, paths
 from curate.storage.tar import CAPTION_SUFFIX, IMAGE_SUFFIXES, JSON_SUFFIX, TarWriter, is_safe, split_name, suffix_of
 
@@ -29,16 +30,6 @@ CAPTIONS = ("caption", "text", "txt", "TEXT", "top_caption", "alt_text")
 KEYS = ("key", "__key__", "image_id", "id", "uid")
 PACKED = (*IMAGE_SUFFIXES, CAPTION_SUFFIX, JSON_SUFFIX)
 ROWS = 64  # of parquet, in memory at a time
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """How a pool is made. image, caption: columns of parquet files, where their names do not say so."""
-
-    layout: str = "auto"
-    image: str = ""
-    caption: str = ""
-    shard_size: int = 10_000
 
 
 @dataclass(frozen=True)

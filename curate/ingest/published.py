@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from curate import engine
-from curate.embed import images, reader
+from curate.embed import reader
 from curate.embed.side_data import Extras, column_name, table_kinds, to_column_value
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.ingest import layouts
+from curate.ingest.options import ImportOptions
 from curate.storage import manifest, paths, records, sidecar, tar
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
@@ -31,21 +32,6 @@ JOINS = ("key", "url", "sha256", "uid")
 CHUNK_ROWS = 65_536
 ROW_BITS = 40  # a place in the source is part << ROW_BITS | row
 OPEN_PARTS = 4
-
-
-@dataclass(frozen=True)
-class ImportOptions:
-    """What is imported. pool, join: attach to the rows of your own download by key, url, sha256 or uid.
-
-    arch: which of DataComp's two models, l14 or b32. columns: further columns of the source's tables to keep.
-    """
-
-    layout: str
-    pool: str = ""
-    join: str = ""
-    arch: str = "l14"
-    max_pixels: int = images.MAX_PIXELS
-    columns: tuple[str, ...] = ()
 
 
 def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from curate import engine
 from curate.errors import UsageError
 from curate.report import ablation_tables, cluster_map, provenance, sections, threshold_sliders
 from curate.report.gallery import Gallery
+from curate.report.options import ReportOptions
 from curate.storage import manifest, paths, tar
 from curate.storage.schema import STATUSES
 
@@ -26,14 +27,6 @@ KEPT, DROPPED, TWINS, BAD, CLUSTER_CARDS, CLUSTER_KEPT = 28, 14, 12, 7, 7, 3
 MAX_STEPS_SHOWN = 14
 JUDGEMENT = "judgement.json"
 COMMANDS = ("embed", "import", "cluster", "select", "emit", "mix")
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """What the page shows. seed: which examples are drawn."""
-
-    seed: int = 0
-    title: str = ""
 
 
 @dataclass

@@ -204,8 +204,7 @@ def check_trainer(pipeline: Pipeline, only: str | None = None) -> None:
 
 def _kind(stage: str) -> type[Any]:
     """Find the options class of a curation stage."""
-    files = {"import": "ingest.published", "demo": "demo.render"}
-    file = importlib.import_module(f"curate.{files.get(stage, f'{stage}.{stage}')}")
+    file = importlib.import_module(f"curate.{'ingest' if stage == 'import' else stage}.options")
     kind: type[Any] = getattr(file, f"{stage.capitalize()}Options")
     return kind
 

@@ -11,7 +11,6 @@ cannot do without: `exclude`, and `dedup` where an earlier step tore a component
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from curate.engine import Job, Progress
 from curate.errors import UsageError
 from curate.select import catalogue, recipes, thresholds
 from curate.select.frame import Directory, Frame
+from curate.select.options import SelectOptions
 from curate.select.pool import Pool
 from curate.storage import paths, sidecar
 from curate.storage.manifest import (
@@ -39,26 +39,6 @@ FUNNEL = "funnel.json"
 LEAST_RESERVE, MAX_RESERVE = 100, 100_000  # else a fiftieth of the rows kept
 NUM_BINS = 60
 SCORES = ("clip_score", "centroid_similarity")
-
-
-@dataclass(frozen=True)
-class SelectOptions:
-    """What is selected: steps, or a recipe for a budget of n rows (2000, 0.02 or "2%"); neither: `balanced`."""
-
-    steps: tuple[str, ...] = ()
-    recipe: str = ""
-    n: int | float | str = ""
-    seed: int = 0
-    losses: str = ""  # RUN/losses of `python -m train … --losses`: gives the column `loss`
-
-    def texts(self) -> list[str]:
-        """Write out the steps. Raises: UsageError when steps and recipe, or steps and n, are both given."""
-        if not self.steps:
-            return recipes.steps(self.recipe or recipes.DEFAULT, self.n)
-        if self.recipe or self.n != "":
-            other = f"the recipe {self.recipe!r}" if self.recipe else f"n={self.n}"
-            raise UsageError(f"steps and {other} are both given.", "give one; a last step `sample(n)` sets the size")
-        return [text.strip() for text in self.steps]
 
 
 def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str, Any]:

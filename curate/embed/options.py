@@ -1,0 +1,26 @@
+"""What `curate embed` may be asked for. Imports nothing heavy: the command line reads it for its help."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MB as RGB
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What is embedded, and how exactly. batch_size 0: 32 on CPU, 256 on a GPU.
+
+    columns: fields of the samples' JSON to keep as columns; captions: a TSV of captions by url, for samples without.
+
+    decoders: processes that decode, per worker; it changes nothing in the output. 0: on a CPU the model's own threads
+    decode, on a GPU there is a process for every core.
+    """
+
+    model: Annotated[str, "An open_clip name, local-dir:FOLDER, hf-hub:ID or a config JSON."] = "ViT-L-14"
+    pretrained: Annotated[str, "A tag that open_clip lists, or a local checkpoint."] = ""
+    precision: Annotated[str, "auto, bf16, fp16 or fp32."] = "auto"
+    batch_size: Annotated[int, "Samples per forward pass (0: by device)."] = 0
+    max_pixels: int = MAX_PIXELS
+    decoders: Annotated[int, "Decoding processes per worker (0: by device)."] = 0
+    columns: Annotated[tuple[str, ...], "Fields of the JSON or table beside to keep as columns."] = ()
+    captions: Annotated[str, "A TSV of captions and urls, for samples without a caption."] = ""

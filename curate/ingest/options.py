@@ -1,0 +1,31 @@
+"""What `curate pack` and `import` may be asked for. Imports nothing heavy: the command line reads it for its help."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from curate.embed.options import MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How a pool is made. image, caption: columns of parquet files, where their names do not say so."""
+
+    layout: Annotated[str, "auto, files or parquet."] = "auto"
+    image: Annotated[str, "The column of images (parquet)."] = ""
+    caption: Annotated[str, "The column of captions (parquet)."] = ""
+    shard_size: Annotated[int, "Samples per tar, at most."] = 10_000
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What is imported. pool, join: attach to the rows of your own download by key, url, sha256 or uid.
+
+    arch: which of DataComp's two models, l14 or b32. columns: further columns of the source's tables to keep.
+    """
+
+    layout: Annotated[str, "clip-retrieval, datacomp, nemo or npy."]
+    pool: Annotated[str, "Attach them to your own download: its tars."] = ""
+    join: Annotated[str, "What rows are matched by: key, url, sha256 or uid."] = ""
+    arch: Annotated[str, "Which of DataComp's two models: l14 or b32."] = "l14"
+    max_pixels: int = MAX_PIXELS
+    columns: Annotated[tuple[str, ...], "Fields of the JSON or table beside to keep as columns."] = ()
