@@ -278,6 +278,7 @@ def run(
     Example: `curate run demo --out out/demo --only coreset` writes `out/demo/{embeddings,clusters,selection,coreset}`.
     """
     from curate.run import pipeline as pipelines
+    from curate.run import stages
 
     if names or not pipeline:
         for name, about in pipelines.listing():
@@ -296,7 +297,7 @@ def run(
         for line in lines(plan, only or None, run.job.gpus):
             typer.echo(line)
         return
-    made = pipelines.run(plan, run.job, only or None, echo=(lambda _: None) if run.as_json else typer.echo)
+    made = stages.run(plan, run.job, only or None, echo=(lambda _: None) if run.as_json else typer.echo)
     if run.as_json:
         typer.echo(json.dumps({label: manifest.get("counts", {}) for label, manifest in made.items()}))
     if any(manifest.get("failed") for manifest in made.values()):

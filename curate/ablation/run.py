@@ -29,7 +29,8 @@ from curate.engine import Job
 from curate.errors import UsageError, unknown
 from curate.run import dry_run as telling
 from curate.run import pipeline
-from curate.run.pipeline import TRAINER, Echo, Pipeline
+from curate.run.pipeline import TRAINER, Pipeline
+from curate.run.stages import Echo
 from curate.storage import paths
 from curate.storage.manifest import FORMAT, MANIFEST, digest, reconcile, save_json, versions
 

@@ -23,7 +23,7 @@ from typing import Any
 from curate.demo.oracle import ORACLE, score_concepts, select_oracle
 from curate.engine import Job
 from curate.errors import CurateError, ShardError
-from curate.run import pipeline
+from curate.run import pipeline, stages
 from curate.run.pipeline import Pipeline
 from curate.storage import manifest, paths
 
@@ -95,7 +95,7 @@ class Work:
                 self._oracle(trial.plan)
             else:
                 job = Job(workers=1, quiet=True, overwrite=self.overwrite)
-                pipeline.run(trial.plan, job, stage, echo=lambda _: None)
+                stages.run(trial.plan, job, stage, echo=lambda _: None)
         if self.level == "pools":
             return {"rows": sum(manifest.open_input(trial.plan.place("embed"), "embed", "import").rows.values())}
         if self.level == "coresets":
@@ -165,7 +165,7 @@ def measure(plan: Pipeline, evaluated: Mapping[str, Any]) -> dict[str, float]:
     selection = manifest.open_input(plan.place("select"), "select")
     found: dict[str, float] = {"kept": int(selection.manifest["counts"]["kept"])}
     if "demo" in plan.tables:
-        judged = pipeline.judge_selection(selection, plan.place("demo"))
+        judged = stages.judge_selection(selection, plan.place("demo"))
         found |= {"right_share": judged["right_share"], "concepts": judged["concepts"]["after"]}
     for task, result in evaluated.get("tasks", {}).items():
         if "scores" in result:  # a benchmark of the papers

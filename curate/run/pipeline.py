@@ -1,10 +1,6 @@
-"""Carry out a pipeline: one TOML file, every stage in order, each into its own directory under OUT.
+"""Read a pipeline: one TOML file with a table for every stage, and the command line that each stage amounts to.
 
-    OUT/demo/ embeddings/ clusters/ selection/ selection-NAME/ coreset/ report.html
-    and mix/ align/ finetune/ model/ eval/
-
-A stage that stands finished for the same request is not run again; one that a kill cut short goes on where it stood.
-The tables of the trainer are checked and carried out by `python -m train`, in a process of its own.
+stages.py carries it out. The tables of the trainer are checked by `python -m train check`, in a process of its own.
 """
 
 import importlib
@@ -13,20 +9,15 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pipelines
 from curate import options
-from curate.engine import Job
-from curate.errors import ContractError, CurateError, UsageError, unknown
+from curate.errors import UsageError, unknown
 from curate.storage import paths
-
-if TYPE_CHECKING:
-    from curate.storage.manifest import Artefact
 
 CORESET = ("demo", "import", "embed", "cluster", "select", "emit", "report")
 TRAIN = ("mix", "align", "finetune", "export", "eval")
@@ -69,9 +60,6 @@ def listing() -> Iterator[tuple[str, str]]:
     """Yield the shipped pipelines with the sentence each says about itself."""
     for path in sorted(shipped().glob("*.toml")):
         yield path.stem, str(tomllib.loads(path.read_text("utf-8")).get("about", ""))
-
-
-Echo = Callable[[str], None]
 
 
 @dataclass
@@ -174,10 +162,10 @@ def _check_choices(pipeline: Pipeline) -> None:
     from curate.select import catalogue
 
     if "select" in pipeline.tables:
-        for _, chosen in _select_options(pipeline):
+        for _, chosen in select_options(pipeline):
             catalogue.parse(chosen.texts())
     if "emit" in pipeline.tables:
-        for _, chosen in _emit_options(pipeline):
+        for _, chosen in emit_options(pipeline):
             chosen.resolved()
 
 
@@ -250,129 +238,7 @@ def _questions(pipeline: Pipeline, data: Mapping[str, str]) -> list[str]:
     return [place("export"), "--data", data["eval"], "--out", paths.join(place("eval"), "answers.jsonl"), *images]
 
 
-def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = print) -> dict[str, Any]:
-    """Carry out the stages; returns the manifest of each.
-
-    Raises: what the stages raise; CurateError with exit code 1 when a trainer stage fails.
-    """
-    from curate.report.show import headline
-
-    made: dict[str, Any] = {}
-    check_trainer(pipeline, only)
-    for stage in pipeline.stages(only):
-        if stage == "report" and "demo" in pipeline.tables:
-            _judge_demo(pipeline, echo)
-        echo(f"\n▸ {shown_command(pipeline, stage)}")
-        if stage in TRAINER:
-            _train(pipeline, stage, job)
-            continue
-        for label, manifest in _curation(pipeline, stage, job):
-            made[label] = manifest
-            echo(headline(stage, manifest))
-            if stage == "select":
-                _tell_funnel(pipeline.place("select") + label.removeprefix("selection"), echo)
-            if stage == "report" and "emit" in pipeline.tables:
-                echo(f"\nThe coreset is in {pipeline.place('emit')}, the page to look at is {pipeline.place('report')}")
-    if "report" in pipeline.tables and any(stage in TRAINER for stage in pipeline.stages(only)):
-        made.update(_curation(pipeline, "report", job))  # once more, now with the mix and the loss curves
-        echo(f"\nThe page to look at is {pipeline.place('report')}")
-    return made
-
-
-def _train(pipeline: Pipeline, stage: str, job: Job) -> None:
-    """Carry out a trainer stage in a process of its own; with --overwrite, anew where its request has changed."""
-    words = trainer_command(pipeline, stage)
-    ended = subprocess.run(words, check=False).returncode
-    if ended == UsageError.exit_code and job.overwrite:
-        ended = subprocess.run([*words, "--overwrite"], check=False).returncode
-    if ended:
-        raise CurateError(f"{stage} ended with exit code {ended}", "mend what it says above and run again; it resumes")
-
-
-def _tell_funnel(selection: str, echo: Echo) -> None:
-    """Print a selection's funnel."""
-    from curate.report.show import funnel_lines
-    from curate.storage.manifest import load_json
-
-    echo(f"  {selection}")
-    for line in funnel_lines(load_json(paths.join(selection, "funnel.json"))):
-        echo(line)
-
-
-def _judge_demo(pipeline: Pipeline, echo: Echo) -> None:
-    """Compare every selection with what was planted, print it and keep it in judgement.json."""
-    from curate.demo.render import format_judgement
-    from curate.storage.manifest import MANIFEST, open_input, save_json
-
-    found = {}
-    for name in paths.listdir(pipeline.out):
-        if not name.startswith("selection") or not paths.exists(paths.join(pipeline.out, name, MANIFEST)):
-            continue
-        selection = open_input(paths.join(pipeline.out, name), "select")
-        label = str(selection.manifest["options"].get("recipe") or "steps")
-        found[label] = judge_selection(selection, pipeline.place("demo"))
-        whole = format_judgement(found[label])
-        told = whole if name == "selection" else "\n".join(whole.splitlines()[-2:])
-        echo(f"\nWhat the recipe `{label}` made of the planted faults:\n{told}")
-    save_json(paths.join(pipeline.out, "judgement.json"), found)
-
-
-def judge_selection(selection: "Artefact", demo: str) -> dict[str, Any]:
-    """Compare a selection with the truth of the demo that it was made from; see `curate.demo.render.judge`."""
-    from curate.demo.render import judge
-    from curate.storage import sidecar
-
-    rows = [selection.table(stem, ["key", "kept", "dropped_by"]).to_pydict() for stem in selection.stems]
-    keys, kept, dropped_by = ([v for part in rows for v in part[name]] for name in ("key", "kept", "dropped_by"))
-    return judge(keys, kept, dropped_by, sidecar.table(paths.join(demo, "truth.arrow")))
-
-
-def _curation(pipeline: Pipeline, stage: str, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Carry out one curation stage, and its companions, as (label, manifest)."""
-    place = pipeline.place
-    if stage == "demo":
-        from curate.demo.render import render_demo
-
-        yield stage, _fresh(job, partial(render_demo, place("demo"), stage_options(pipeline, "demo")))
-    elif stage == "import":
-        from curate.ingest.published import import_layout
-
-        source, chosen = pipeline.tables["import"]["source"], stage_options(pipeline, stage)
-        yield stage, _fresh(job, partial(import_layout, source, place(stage), chosen))
-    elif stage == "embed":
-        from curate.embed.embed import embed
-
-        chosen = stage_options(pipeline, stage)
-        yield stage, _fresh(job, partial(embed, pipeline.pool, place(stage), chosen))
-    elif stage == "cluster":
-        from curate.cluster.cluster import cluster
-
-        chosen = stage_options(pipeline, stage)
-        yield stage, _fresh(job, partial(cluster, place("embed"), place(stage), chosen))
-    elif stage == "select":
-        yield from _selections(pipeline, job)
-    elif stage == "emit":
-        yield from _emissions(pipeline, job)
-    elif stage == "report":
-        from curate.report.report import report
-
-        yield stage, report(pipeline.out, place(stage), stage_options(pipeline, stage), job)
-    else:
-        from curate.mix.mix import mix
-
-        yield stage, _fresh(job, partial(mix, pipeline.tables["mix"], place(stage)))
-
-
-def _selections(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Select by the pipeline's recipe, and by each one that it names for comparison."""
-    from curate.select.select import select
-
-    source = pipeline.place("cluster" if "cluster" in pipeline.tables else "embed")
-    for suffix, chosen in _select_options(pipeline):
-        yield f"selection{suffix}", _fresh(job, partial(select, source, pipeline.place("select") + suffix, chosen))
-
-
-def _select_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
+def select_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
     """Yield each selection's options with what ends its directory's name: that of the recipe, or of one to compare."""
     yield "", stage_options(pipeline, "select")
     for recipe in pipeline.tables["select"].get("compare", []):
@@ -380,31 +246,12 @@ def _select_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
         yield f"-{suffix}", stage_options(pipeline, "select", recipe=recipe)
 
 
-def _emissions(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Emit the coreset in its format, and in each further one that is asked for."""
-    from curate.emit.emit import emit
-
-    for suffix, chosen in _emit_options(pipeline):
-        target = pipeline.place("emit") + suffix
-        yield paths.name(target), _fresh(job, partial(emit, pipeline.place("select"), target, chosen))
-
-
-def _emit_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
+def emit_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
     """Yield each emission's options with what ends its directory's name."""
     chosen = stage_options(pipeline, "emit")
     yield "", chosen
     for kind in pipeline.tables["emit"].get("also", []):
         yield f"-{kind}", replace(chosen, format=kind)
-
-
-def _fresh(job: Job, stage: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
-    """Run a stage, resuming; with --overwrite, make it anew only where the request has changed."""
-    try:
-        return stage(replace(job, overwrite=False))
-    except ContractError:
-        if not job.overwrite:
-            raise
-        return stage(job)
 
 
 def shown_command(pipeline: Pipeline, stage: str) -> str:
