@@ -59,7 +59,7 @@ def test_settings_reach_into_tables():
     for setting in ["tea.minutes=2.5", "tea.spices=['clove']", "tea.leaf=earl grey", "new.deep.key=true"]:
         assign(tables, setting)
     assert tables == {"tea": {"leaf": "earl grey", "minutes": 2.5, "spices": ["clove"]}, "new": {"deep": {"key": True}}}
-    for setting in ["nonsense", "tea=3", "tea..leaf=3", "=3", ".=3"]:
+    for setting in ["nonsense", "tea..leaf=3", "tea.=3", "=3", ".=3"]:
         with pytest.raises(UsageError, match="table.key=value"):
             assign(tables, setting)
     with pytest.raises(UsageError, match="leaf is a value, not a table"):

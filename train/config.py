@@ -140,7 +140,9 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
     config = Config()
     try:
         for override in overrides:
-            table = options.parse_setting(override)[0][0]
+            table, *keys = options.parse_setting(override)[0]
+            if not keys:
+                raise UsageError(f"--set {override!r}: write it as table.key=value, for example align.lr=1e-3")
             if table not in (*TABLES, *NEIGHBOURS):
                 raise UsageError(f"--set {override!r}: unknown table {table!r}{did_you_mean(table, TABLES)}")
             if table in TABLES:  # `--set embed.model=…` is another program's business

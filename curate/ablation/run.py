@@ -27,8 +27,8 @@ from curate.ablation import statistics
 from curate.ablation.trials import LEVELS, MEASURES, Trial, Work
 from curate.engine import Job
 from curate.errors import UsageError, unknown
-from curate.run import dry_run as telling
 from curate.run import pipeline
+from curate.run.dry_run import lines as stage_lines
 from curate.run.pipeline import TRAINER, Pipeline
 from curate.run.stages import Echo
 from curate.storage import paths
@@ -216,8 +216,8 @@ def command(plan: Pipeline, job: Job, only: str, *, dry_run: bool, as_json: bool
     report(plan.out, page, ReportOptions(), job)
     echo(json.dumps(result, ensure_ascii=False) if as_json else f"\nThe page to look at is {page}")
     for failed in result["failed"][:5]:
-        told = f"{' · '.join(failed['arm'].values())}, seed {failed['seed']}: {failed['error']}"
-        log.warning("%s", told)
+        line = f"{' · '.join(failed['arm'].values())}, seed {failed['seed']}: {failed['error']}"
+        log.warning("%s", line)
     return not result["failed"] and all(bar["met"] for bar in result["bars"])
 
 
@@ -326,7 +326,7 @@ def lines(plan: Pipeline) -> Iterator[str]:
     yield from _about(ablation)
     first = ablation.trials[0]
     yield f"the first one, {' · '.join(first.arm.values())}, seed {first.seed}; the others differ in what the arms say:"
-    for line in telling.lines(first.plan, None):
+    for line in stage_lines(first.plan, None):
         yield f"  {line}"
     for trial in ablation.trials[: len(ablation.arms)]:
         yield f"  {' · '.join(trial.arm.values())}: {' '.join(_changes(first.plan, trial.plan)) or 'as above'}"

@@ -27,9 +27,9 @@ def summarise(
             values = by_seed(trials, arm, measure)
             if values:
                 other = None if arm[compare] == reference else by_seed(trials, base, measure)
-                told = None if other is None else {"to": reference, **paired(values, other)}
+                difference = None if other is None else {"to": reference, **paired(values, other)}
                 entries.append(
-                    {"arm": dict(arm), "measure": measure, **spread(list(values.values())), "difference": told}
+                    {"arm": dict(arm), "measure": measure, **spread(list(values.values())), "difference": difference}
                 )
     return entries
 
@@ -42,10 +42,10 @@ def judge(trials: Trials, bars: Sequence[Mapping[str, Any]], compare: str) -> li
     judged = []
     for bar in bars:
         better, than = ({**bar["where"], compare: bar[side]} for side in ("better", "than"))
-        found = paired(by_seed(trials, better, bar["measure"]), by_seed(trials, than, bar["measure"]), bar["by"])
-        one_sided = found.pop("exceeds")
+        difference = paired(by_seed(trials, better, bar["measure"]), by_seed(trials, than, bar["measure"]), bar["by"])
+        one_sided = difference.pop("exceeds")
         met = one_sided is not None and one_sided < bar["alpha"]
-        judged.append({**bar, **found, "p": one_sided, "met": met})
+        judged.append({**bar, **difference, "p": one_sided, "met": met})
     return judged
 
 
@@ -78,17 +78,17 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], by: float = 0
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
         return {"n": 0, **dict.fromkeys(("mean", "sd", "t", "p", "low", "high", "exceeds"))}
-    found = spread([ours[seed] - theirs[seed] for seed in seeds])
-    n, mean, sd = found["n"], found["mean"], found["sd"]
+    differences = spread([ours[seed] - theirs[seed] for seed in seeds])
+    n, mean, sd = differences["n"], differences["mean"], differences["sd"]
     if sd is None:
-        return {**found, **dict.fromkeys(("t", "p", "low", "high", "exceeds"))}
+        return {**differences, **dict.fromkeys(("t", "p", "low", "high", "exceeds"))}
     if sd <= 1e-12:
-        return {**found, "t": None, "p": None, "low": mean, "high": mean, "exceeds": 0.0 if mean > by else 1.0}
+        return {**differences, "t": None, "p": None, "low": mean, "high": mean, "exceeds": 0.0 if mean > by else 1.0}
     error = sd / math.sqrt(n)
     reach = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
     t = mean / error
     return {
-        **found,
+        **differences,
         "t": t,
         "p": float(2 * stats.t.sf(abs(t), n - 1)),
         "low": mean - reach,
@@ -103,34 +103,34 @@ def table(result: Mapping[str, Any], lead: str, measures: Sequence[str]) -> Iter
     lead: the measure shown with its spread and its difference to the reference; of the others the mean alone.
     """
     compare = str(result["compare"])
-    found = {(tuple(entry["arm"].items()), entry["measure"]): entry for entry in result["summary"]}
+    entries = {(tuple(entry["arm"].items()), entry["measure"]): entry for entry in result["summary"]}
     blocks: dict[tuple[tuple[str, str], ...], list[tuple[tuple[str, str], ...]]] = {}
-    for arm in dict.fromkeys(arm for arm, _ in found):
+    for arm in dict.fromkeys(arm for arm, _ in entries):
         blocks.setdefault(tuple(pair for pair in arm if pair[0] != compare), []).append(arm)
-    shown = [name for name in measures if name != lead and any(measure == name for _, measure in found)]
-    width = max([len(dict(arm)[compare]) for arm, _ in found], default=0) + 2
+    shown = [name for name in measures if name != lead and any(measure == name for _, measure in entries)]
+    width = max([len(dict(arm)[compare]) for arm, _ in entries], default=0) + 2
     for rest, arms in blocks.items():
         yield ""
         yield " · ".join(f"{axis} {value}" for axis, value in rest) or str(result["name"])
         heads = "".join(f"  {name:>7}" for name in shown)
         yield f"  {compare:<{width}}{lead:>16}{'d to ' + str(result['reference']):>28}{'n':>4}{heads}"
         for arm in arms:
-            entry = found.get((arm, lead))
-            told = _lead(entry) if entry else f"{'':48}"
-            rest_told = "".join(f"  {_mean(found.get((arm, name))):>{max(7, len(name))}}" for name in shown)
-            yield f"  {dict(arm)[compare]:<{width}}{told}{rest_told}"
+            entry = entries.get((arm, lead))
+            leading = _lead(entry) if entry else f"{'':48}"
+            others = "".join(f"  {_mean(entries.get((arm, name))):>{max(7, len(name))}}" for name in shown)
+            yield f"  {dict(arm)[compare]:<{width}}{leading}{others}"
     yield from _bars(result)
 
 
 def _lead(entry: Mapping[str, Any]) -> str:
     mean = f"{entry['mean']:.3f}" + (f" ±{entry['sd']:.3f}" if entry["sd"] is not None else "")
-    told = entry["difference"]
-    if told is None or told["mean"] is None:
+    difference = entry["difference"]
+    if difference is None or difference["mean"] is None:
         return f"{mean:>16}{'':28}{entry['n']:>4}"
-    difference = f"{told['mean']:+.3f}"
-    if told["low"] is not None:
-        difference += f" [{told['low']:+.3f}, {told['high']:+.3f}]"
-    return f"{mean:>16}{difference:>28}{told['n']:>4}"
+    text = f"{difference['mean']:+.3f}"
+    if difference["low"] is not None:
+        text += f" [{difference['low']:+.3f}, {difference['high']:+.3f}]"
+    return f"{mean:>16}{text:>28}{difference['n']:>4}"
 
 
 def _mean(entry: Mapping[str, Any] | None) -> str:

@@ -87,10 +87,10 @@ class Work:
     def __call__(self, item: int) -> dict[str, Any]:
         """Carry out a trial's stages of this level; at the last one, measure it and write `trial.json`."""
         trial = self.trials[item]
-        told: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         for stage in trial.stages(self.level):
             if stage in pipeline.TRAINER:
-                told[stage] = self._train(trial.plan, stage)
+                results[stage] = self._train(trial.plan, stage)
             elif stage == "select" and trial.plan.tables["select"].get("recipe") == ORACLE:
                 self._oracle(trial.plan)
             else:
@@ -100,10 +100,10 @@ class Work:
             return {"rows": sum(manifest.open_input(trial.plan.place("embed"), "embed", "import").rows.values())}
         if self.level == "coresets":
             return {"rows": manifest.open_input(trial.plan.place("select"), "select").manifest["counts"]["kept"]}
-        found = {"request": trial.request, "measures": measure(trial.plan, told.get("eval", {}))}
+        record = {"request": trial.request, "measures": measure(trial.plan, results.get("eval", {}))}
         paths.make_dir(trial.plan.out)
-        manifest.save_json(paths.join(trial.plan.out, TRIAL), {"arm": dict(trial.arm), "seed": trial.seed, **found})
-        return found
+        manifest.save_json(paths.join(trial.plan.out, TRIAL), {"arm": dict(trial.arm), "seed": trial.seed, **record})
+        return record
 
     def _oracle(self, plan: Pipeline) -> None:
         select_oracle(plan.place("cluster"), plan.place("demo"), plan.place("select"), plan.tables["select"])
@@ -123,8 +123,8 @@ class Trainer:
 
     def __init__(self) -> None:
         words = [sys.executable, "-m", "train", "work"]
-        self.told = tempfile.TemporaryFile()  # a pipe that nobody reads would stop it
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.told)
+        self.stderr = tempfile.TemporaryFile()  # a pipe that nobody reads would stop it
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr)
 
     def ask(self, words: Sequence[str]) -> dict[str, Any]:
         """Have a command carried out. Raises: CurateError when the process has ended."""
@@ -137,8 +137,8 @@ class Trainer:
             line = b""
         if not line:
             code = self.process.wait()
-            self.told.seek(0)
-            last = self.told.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+            self.stderr.seek(0)
+            last = self.stderr.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
             trainer.cache_clear()
             raise CurateError(f"the trainer ended with exit code {code} at {' '.join(words[:2])}: {last[0]}")
         return dict(json.loads(line))
@@ -149,7 +149,7 @@ class Trainer:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         self.process.wait()
-        self.told.close()
+        self.stderr.close()
 
 
 @functools.cache
@@ -163,17 +163,17 @@ def trainer() -> Trainer:
 def measure(plan: Pipeline, evaluated: Mapping[str, Any]) -> dict[str, float]:
     """Gather the measures that a trial has: of its selection, and of its model's answers where it has a model."""
     selection = manifest.open_input(plan.place("select"), "select")
-    found: dict[str, float] = {"kept": int(selection.manifest["counts"]["kept"])}
+    measures: dict[str, float] = {"kept": int(selection.manifest["counts"]["kept"])}
     if "demo" in plan.tables:
         judged = stages.judge_selection(selection, plan.place("demo"))
-        found |= {"right_share": judged["right_share"], "concepts": judged["concepts"]["after"]}
+        measures |= {"right_share": judged["right_share"], "concepts": judged["concepts"]["after"]}
     for task, result in evaluated.get("tasks", {}).items():
         if "scores" in result:  # a benchmark of the papers
-            found |= {f"{task}_{name}": float(value) for name, value in result["scores"].items()}
+            measures |= {f"{task}_{name}": float(value) for name, value in result["scores"].items()}
     text = evaluated.get("tasks", {}).get("text", {})
-    found |= {f"text_{name}": text[name] for name in ("accuracy", "perplexity") if name in text}
+    measures |= {f"text_{name}": text[name] for name in ("accuracy", "perplexity") if name in text}
     if "answers" in evaluated:
         with paths.open_read(evaluated["answers"]) as file:
             rows = [json.loads(line) for line in file.read().splitlines()]
-        found |= score_concepts(rows) if "demo" in plan.tables else {"accuracy": evaluated["accuracy"]}
-    return found
+        measures |= score_concepts(rows) if "demo" in plan.tables else {"accuracy": evaluated["accuracy"]}
+    return measures

@@ -27,14 +27,14 @@ def score_concepts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             right[row["task"]][row["concept"]].append(row["right"])
     frequency = dict(zip(NAMES, concept_weights().tolist(), strict=True))
     kinds = sorted(right, key=lambda task: task != "caption")
-    found: dict[str, list[float]] = defaultdict(list)
+    measures: dict[str, list[float]] = defaultdict(list)
     for kind in kinds:
         means = {concept: sum(hits) / len(hits) for concept, hits in right[kind].items()}
         weights = np.array([frequency[concept] for concept in means])
         name = "caption" if kind == "caption" else "answer"
-        found[name].append(float(np.mean(list(means.values()))))
-        found[f"{name}_weighted"].append(float(np.average(list(means.values()), weights=weights)))
-    return {name: sum(values) / len(values) for name, values in found.items()}
+        measures[name].append(float(np.mean(list(means.values()))))
+        measures[f"{name}_weighted"].append(float(np.average(list(means.values()), weights=weights)))
+    return {name: sum(values) / len(values) for name, values in measures.items()}
 
 
 def select_oracle(clustered: str, demo: str, out: str, options: Mapping[str, Any]) -> None:
@@ -61,9 +61,9 @@ def select_oracle(clustered: str, demo: str, out: str, options: Mapping[str, Any
     seen: set[str] = set()
     chosen = []
     for row in rng.permutation(np.flatnonzero(good)).tolist():
-        told = truth[keys[row]]
-        if told["fault"] in RIGHT and told["source"] not in seen:
-            seen.add(told["source"])
+        planted = truth[keys[row]]
+        if planted["fault"] in RIGHT and planted["source"] not in seen:
+            seen.add(planted["source"])
             chosen.append(row)
     concept = np.unique([truth[keys[row]]["concept"] for row in chosen], return_inverse=True)[1]
     wanted = parse_count(options["n"], "select.n")

@@ -170,8 +170,8 @@ class RenderShard:
 
     def _members(self, row: int, rng: np.random.Generator) -> dict[str, bytes]:
         jpeg = _encode(draw(self.planned.shown[row], rng, label=self.label))
-        told = self.planned.captions[row]
-        text: bytes | None = told.encode()
+        caption = self.planned.captions[row]
+        text: bytes | None = caption.encode()
         fault = self.broken.get(row)
         if fault == "corrupt":
             jpeg = jpeg[:2] + rng.bytes(len(jpeg) - 2)
@@ -180,18 +180,18 @@ class RenderShard:
         elif fault == "no_caption":
             text = None
         elif fault == "not_utf8":
-            text = f"{told} caf\xe9".encode("latin-1")
-        described = _describe(self.keys[row], jpeg, None if fault in ("no_caption", "not_utf8") else told)
+            text = f"{caption} caf\xe9".encode("latin-1")
+        described = _describe(self.keys[row], jpeg, None if fault in ("no_caption", "not_utf8") else caption)
         return {"jpg": jpeg, "json": described} | ({} if text is None else {"txt": text})
 
 
-def _describe(key: str, jpeg: bytes, told: str | None) -> bytes:
+def _describe(key: str, jpeg: bytes, caption: str | None) -> bytes:
     """Return the JSON that img2dataset writes beside a picture."""
     sides = {f"{which}{axis}": SIDE for which in ("", "original_") for axis in ("width", "height")}
     state = {"key": key, "status": "success", "error_message": None, "exif": "{}"}
     digest = hashlib.sha256(jpeg).hexdigest()
     url = f"https://pictures.example/{key}.jpg"
-    return json.dumps({"caption": told, "url": url, **state, **sides, "sha256": digest}).encode()
+    return json.dumps({"caption": caption, "url": url, **state, **sides, "sha256": digest}).encode()
 
 
 def _cut_last_picture(data: bytes) -> bytes:
@@ -352,10 +352,10 @@ def format_judgement(judgement: Mapping[str, Any]) -> str:
 
 def _judgement_lines(judgement: Mapping[str, Any]) -> Iterator[str]:
     yield f"{'planted fault':<16}{'rows':>8}{'removed':>9}{'share':>8}  removed by"
-    for fault, found in judgement["kinds"].items():
-        by = ", ".join(f"{why} {n:,}" for why, n in sorted(found["removed_by"].items(), key=lambda item: -item[1]))
-        share = found["removed"] / found["planted"]
-        yield f"{fault:<16}{found['planted']:>8,}{found['removed']:>9,}{share:>8.1%}  {by}".rstrip()
+    for fault, counts in judgement["kinds"].items():
+        by = ", ".join(f"{why} {n:,}" for why, n in sorted(counts["removed_by"].items(), key=lambda item: -item[1]))
+        share = counts["removed"] / counts["planted"]
+        yield f"{fault:<16}{counts['planted']:>8,}{counts['removed']:>9,}{share:>8.1%}  {by}".rstrip()
     copies, concepts = judgement["duplicates"], judgement["concepts"]
     lost = f"{copies['sources_lost_to_dedup']:,} of {copies['sources']:,} sources lost to dedup"
     yield f"extra copies: {copies['extra_planted']:,} planted, {copies['extra_kept']:,} kept; {lost}"

@@ -17,27 +17,27 @@ MAX_FAILED = 20
 Ablation = Mapping[str, Any]
 
 
-def exhibit(location: str) -> dict[str, Any]:
+def section(location: str) -> dict[str, Any]:
     """Lay out an ablation: its claims, and for every measure the arms in groups."""
-    found = manifest.load_json(location)
+    ablation = manifest.load_json(location)
     record = paths.join(paths.parent(location), manifest.MANIFEST)
     made = manifest.load_json(record) if paths.exists(record) else {}
-    every = list(measures(found))
+    every = list(measures(ablation))
     return {
-        "name": str(found.get("name", paths.name(paths.parent(location)))),
-        "about": found.get("about", ""),
-        "axes": {axis: " · ".join(map(str, values)) for axis, values in found["axes"].items()},
+        "name": str(ablation.get("name", paths.name(paths.parent(location)))),
+        "about": ablation.get("about", ""),
+        "axes": {axis: " · ".join(map(str, values)) for axis, values in ablation["axes"].items()},
         "settings": list(_settings(made.get("options", {}).get("axes", {}))),
         "versions": made.get("versions", {}),
-        "compare": found["compare"],
-        "reference": found["reference"],
-        "seeds": len(found["seeds"]),
-        "trials": len(found["trials"]),
-        "bars": [{**bar, **_measure(found, bar["measure"])} for bar in found.get("bars", [])],
+        "compare": ablation["compare"],
+        "reference": ablation["reference"],
+        "seeds": len(ablation["seeds"]),
+        "trials": len(ablation["trials"]),
+        "bars": [{**bar, **_measure(ablation, bar["measure"])} for bar in ablation.get("bars", [])],
         "measures": every,
         "glance": list(_glance(every)),
-        "failed": found.get("failed", [])[:MAX_FAILED],
-        "num_failed": len(found.get("failed", [])),
+        "failed": ablation.get("failed", [])[:MAX_FAILED],
+        "num_failed": len(ablation.get("failed", [])),
     }
 
 
@@ -45,11 +45,13 @@ def _settings(axes: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
     """List what each value of an axis sets: the axis, the value, and the settings, steps joined by arrows."""
     for axis, values in axes.items():
         for value, tables in values.items():
-            told: list[str] = []
+            settings: list[str] = []
             for table, pairs in tables.items():
                 away = f"no {table}"  # align = false takes a table away
-                told += [f"{table}.{key}={_written(v)}" for key, v in pairs.items()] if pairs is not False else [away]
-            yield axis, value, told
+                settings += (
+                    [f"{table}.{key}={_written(v)}" for key, v in pairs.items()] if pairs is not False else [away]
+                )
+            yield axis, value, settings
 
 
 def _written(value: Any) -> str:
@@ -58,23 +60,28 @@ def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def measures(found: Ablation) -> Iterator[dict[str, Any]]:
+def measures(ablation: Ablation) -> Iterator[dict[str, Any]]:
     """Lay out each measure: its arms in groups, each with its interval, and a sweep where an axis is a scale."""
-    for name in found["measures"]:
-        cells = [cell for cell in found["summary"] if cell["measure"] == name]
+    for name in ablation["measures"]:
+        cells = [cell for cell in ablation["summary"] if cell["measure"] == name]
         groups = []
-        for key in dict.fromkeys(_others(cell["arm"], found["compare"]) for cell in cells):
-            rows = [_row(cell, found) for cell in cells if _others(cell["arm"], found["compare"]) == key]
+        for key in dict.fromkeys(_others(cell["arm"], ablation["compare"]) for cell in cells):
+            rows = [_row(cell, ablation) for cell in cells if _others(cell["arm"], ablation["compare"]) == key]
             plots, scale = charts.forest([_interval(row) for row in rows])
             drawn = [row | {"plot": plot} for row, plot in zip(rows, plots, strict=True)]
             groups.append({"name": key, "rows": drawn, "scale": scale})
         if groups:
-            yield {"name": name, **_measure(found, name), "groups": groups, "sweeps": list(_sweeps(found, cells, name))}
+            yield {
+                "name": name,
+                **_measure(ablation, name),
+                "groups": groups,
+                "sweeps": list(_sweeps(ablation, cells, name)),
+            }
 
 
-def _measure(found: Ablation, name: str) -> dict[str, Any]:
+def _measure(ablation: Ablation, name: str) -> dict[str, Any]:
     """Say how a measure is meant and written."""
-    known = found["measures"].get(name, {})
+    known = ablation["measures"].get(name, {})
     unit = known.get("unit", "number")
     return {
         "means": known.get("about", ""),
@@ -88,18 +95,18 @@ def _others(arm: Mapping[str, Any], compare: str) -> str:
     return ", ".join(f"{axis} {value}" for axis, value in arm.items() if axis != compare)
 
 
-def _row(cell: Mapping[str, Any], found: Ablation) -> dict[str, Any]:
+def _row(cell: Mapping[str, Any], ablation: Ablation) -> dict[str, Any]:
     """Write one arm: the compared value, its mean, and whether it differs from the reference for better or worse."""
     difference = cell.get("difference")
-    better = found["measures"].get(cell["measure"], {}).get("better", "")
+    better = ablation["measures"].get(cell["measure"], {}).get("better", "")
     verdict = ""
     if difference and difference.get("low") is not None and better:
         up = difference["low"] > 0
         if up or difference["high"] < 0:
             verdict = "better" if up == (better == "higher") else "worse"
-    scale = 100 if found["measures"].get(cell["measure"], {}).get("unit") == "share" else 1
+    scale = 100 if ablation["measures"].get(cell["measure"], {}).get("unit") == "share" else 1
     return {
-        "value": str(cell["arm"].get(found["compare"], "")),
+        "value": str(cell["arm"].get(ablation["compare"], "")),
         "n": cell["n"],
         "mean": scale * cell["mean"],
         "sd": None if cell.get("sd") is None else scale * cell["sd"],
@@ -132,20 +139,20 @@ def _glance(every: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"name": group, "arms": {arm: [cells.get(name) for name in names] for arm, cells in arms.items()}}
 
 
-def _sweeps(found: Ablation, cells: Sequence[Mapping[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+def _sweeps(ablation: Ablation, cells: Sequence[Mapping[str, Any]], name: str) -> Iterator[dict[str, Any]]:
     """Draw the means over each axis that is a scale of three values or more, a line for each compared value."""
-    scale = 100 if _measure(found, name)["percent"] else 1
-    for axis, values in found["axes"].items():
+    scale = 100 if _measure(ablation, name)["percent"] else 1
+    for axis, values in ablation["axes"].items():
         places = {str(value): _as_number(value) for value in values}
-        if axis == found["compare"] or len(values) < 3 or None in places.values():
+        if axis == ablation["compare"] or len(values) < 3 or None in places.values():
             continue
         groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for cell in cells:
             arm = {other: value for other, value in cell["arm"].items() if other != axis}
             place = places.get(str(cell["arm"].get(axis)))
             if place is not None:
-                lines = groups.setdefault(_others(arm, found["compare"]), {})
-                lines.setdefault(str(arm.get(found["compare"], "")), []).append((place, scale * float(cell["mean"])))
+                lines = groups.setdefault(_others(arm, ablation["compare"]), {})
+                lines.setdefault(str(arm.get(ablation["compare"], "")), []).append((place, scale * float(cell["mean"])))
         ticks = {place: text for text, place in places.items() if place is not None}
         log = min(ticks) > 0 and max(ticks) / min(ticks) >= 8
         for group, lines in groups.items():

@@ -19,7 +19,7 @@ MAX_ROWS, MAX_SPOTS = 200_000_000, 1500
 KINDS = (("none", 0.0), ("fewer", 0.5), ("par", 2.0), ("more", 4.0), ("most", np.inf))
 
 
-def exhibit(clusters: manifest.Artefact, selection: manifest.Artefact | None) -> dict[str, Any] | None:
+def section(clusters: manifest.Artefact, selection: manifest.Artefact | None) -> dict[str, Any] | None:
     """Compare the clusters before and after. None where the clusters have no rows."""
     k = int(clusters.manifest["options"].get("k") or 0)
     total = sum(clusters.rows.values())
@@ -119,8 +119,8 @@ def project(x_kd: np.ndarray, weights: np.ndarray) -> np.ndarray:
     _, axes = np.linalg.eigh((centred * weights[:, None]).T @ centred)
     plane = axes[:, ::-1][:, :2]
     plane = plane * np.sign(plane[np.abs(plane).argmax(0), np.arange(plane.shape[1])])
-    found = centred @ plane
-    return np.pad(found, ((0, 0), (0, 2 - found.shape[1])))
+    points = centred @ plane
+    return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
 
 
 def _kind(share: float, overall: float) -> str:

@@ -55,8 +55,8 @@ class Shares:
 def phrases(caption: str) -> set[str]:
     """List a caption's phrases: words without digits that are not small, and pairs of such that follow each other."""
     read = [word[:MAX_LETTERS] for word in words(caption[:2000]) if not any(map(str.isdigit, word))][:MAX_WORDS]
-    found = {word for word in read if word not in SMALL}
-    return found | {f"{a} {b}" for a, b in zip(read, read[1:], strict=False) if a not in SMALL and b not in SMALL}
+    single = {word for word in read if word not in SMALL}
+    return single | {f"{a} {b}" for a, b in zip(read, read[1:], strict=False) if a not in SMALL and b not in SMALL}
 
 
 def compare(captions: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:
@@ -67,11 +67,11 @@ def compare(captions: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:
     for caption, is_kept in captions:
         if seen >= MAX_CAPTIONS:
             break
-        found = phrases(caption)
-        pool.update(found)
+        its = phrases(caption)
+        pool.update(its)
         seen += 1
         if is_kept:
-            kept.update(found)
+            kept.update(its)
             chosen += 1
         least = 1
         while len(pool) > MAX_PHRASES:

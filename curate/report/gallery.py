@@ -1,7 +1,7 @@
 """Samples for the report: which rows to show, and their thumbnails.
 
 In: a selection with its embeddings, clusters and pool. Out: `Card`s of text (untrusted: the page escapes it) and small
-JPEGs as data URIs. Rows are looked at in at most `MAX_STEMS` shards, evenly spread, and pictures decoded one at a time
+JPEGs as data URIs. Rows are taken from at most `MAX_STEMS` shards, evenly spread, and pictures decoded one at a time
 under a pixel limit, so that a page about any pool costs the same memory.
 """
 
@@ -65,7 +65,7 @@ class Gallery:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     cards: dict[Place, Card] = field(default_factory=dict)
 
-    def look(self) -> None:
+    def read_columns(self) -> None:
         """Read the scalar columns of the sampled shards."""
         every = [stem for stem, rows in self.embedded.rows.items() if rows]
         self.stems = [
@@ -77,7 +77,7 @@ class Gallery:
     def _columns(self, number: int, stem: str) -> dict[str, np.ndarray]:
         table = self.embedded.table(stem, ["status", "clip_score"])
         size = table.num_rows
-        found = {
+        columns = {
             "stem": np.full(size, number, np.int16),
             "row": np.arange(size),
             "score": _floats(table["clip_score"]),
@@ -86,13 +86,13 @@ class Gallery:
         }
         reasons: Any = table["status"].cast(pa.string())
         if self.clusters is not None:
-            found["cluster"] = self.clusters.table(stem, ["cluster"])["cluster"].to_numpy()
+            columns["cluster"] = self.clusters.table(stem, ["cluster"])["cluster"].to_numpy()
         if self.selection is not None:
             chosen = self.selection.table(stem, ["dropped_by", "twin_similarity"])
             reasons = chosen["dropped_by"].cast(pa.string())
-            found["similarity"] = _floats(chosen["twin_similarity"])
-        found["reason"] = np.array([self._reason(text) for text in reasons.to_pylist()], np.int16)
-        return found
+            columns["similarity"] = _floats(chosen["twin_similarity"])
+        columns["reason"] = np.array([self._reason(text) for text in reasons.to_pylist()], np.int16)
+        return columns
 
     def _reason(self, text: str | None) -> int:
         if text is None or text == "ok":
@@ -150,18 +150,18 @@ class Gallery:
             stem, row = self.stems[self.columns["stem"][i]], int(self.columns["row"][i])
             [twin] = self.selection.table(stem, ["twin"])["twin"].slice(row, 1).to_pylist()
             pairs.append(((stem, row), twin))
-        found = self._find({twin for _, twin in pairs if twin is not None})
+        places = self._find({twin for _, twin in pairs if twin is not None})
         shown: list[tuple[Place, str]] = []
         for place, twin in pairs:
-            if twin in found and sum(twin == other for _, other in shown) < MAX_SAME_TWIN:
+            if twin in places and sum(twin == other for _, other in shown) < MAX_SAME_TWIN:
                 shown.append((place, twin))
         cards = []
         for stretch in filter(len, np.array_split(np.arange(len(shown)), number)):
-            stay = [i for i in stretch if self.columns["reason"][self._index(*found[shown[i][1]])] < 0]
+            stay = [i for i in stretch if self.columns["reason"][self._index(*places[shown[i][1]])] < 0]
             place, twin = shown[stay[0] if stay else stretch[0]]
             card = self.card(*place)
-            card.twin = self.card(*found[twin])
-            card.cosine = float(np.clip(self._vector(*place) @ self._vector(*found[twin]), -1, 1))
+            card.twin = self.card(*places[twin])
+            card.cosine = float(np.clip(self._vector(*place) @ self._vector(*places[twin]), -1, 1))
             cards.append(card)
         return cards
 
@@ -177,12 +177,12 @@ class Gallery:
     def _find(self, keys: set[str]) -> dict[str, Place]:
         """Find rows by key in the sampled shards."""
         wanted = pa.array(sorted(keys), pa.string())
-        found: dict[str, Place] = {}
+        places: dict[str, Place] = {}
         for stem in self.stems:
             column = self.embedded.table(stem, ["key"])["key"]
             for row in pc.indices_nonzero(pc.is_in(column, value_set=wanted)).to_pylist():
-                found.setdefault(column[row].as_py(), (stem, row))
-        return found
+                places.setdefault(column[row].as_py(), (stem, row))
+        return places
 
     def fill(self) -> int:
         """Read the text, the verdict and the picture of every card. Returns the bytes of the pictures."""

@@ -43,14 +43,14 @@ def provenance(artefact: Artefact, out: str) -> dict[str, Any]:
 
 def _places(artefact: Artefact, here: str) -> dict[str, str]:
     """Find where the local models lay that the manifest names without their place: the log has it."""
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     for entry in entries(artefact.path(LOG)):
         for key in ("model", "pretrained"):
             name = str(entry.get(key) or "")
             place = name.removeprefix("local-dir:")
             if place.startswith("/"):
-                found[key] = name.removesuffix(place) + paths.relative(place, here)
-    return found
+                places[key] = name.removesuffix(place) + paths.relative(place, here)
+    return places
 
 
 def _table(mixed: Artefact, here: str) -> Iterator[str]:
@@ -98,8 +98,8 @@ def training(runs: Mapping[str, str], out: str) -> Iterator[dict[str, str]]:
     here = paths.parent(out)
     for name, place in runs.items():
         names = (MANIFEST, PLAN)
-        found = next((paths.join(place, name) for name in names if paths.exists(paths.join(place, name))), None)
-        manifest = load_json(found) if found else {}
+        record = next((paths.join(place, name) for name in names if paths.exists(paths.join(place, name))), None)
+        manifest = load_json(record) if record else {}
         request = manifest.get("request", {})
         stage = str(request.get("command", "finetune"))
         words = ["python", "-m", "train", stage]
@@ -107,16 +107,16 @@ def training(runs: Mapping[str, str], out: str) -> Iterator[dict[str, str]]:
             if isinstance(value := request.get("inputs", {}).get(option), str) and value:
                 words += [f"--{option}", paths.relative(paths.resolve(value, place), here)]
         words += ["--config", f"{name}.toml", "--out", paths.relative(place, here)]
-        model = {key: _seen(value, place, here) for key, value in request.get("model", {}).items()}
+        model = {key: _from_page(value, place, here) for key, value in request.get("model", {}).items()}
         facts = {key: str(model.get(key) or "").removeprefix("local-dir:") for key in ("tower", "lm", "template")}
         account = [f"{key} {value}" for key, value in (facts | manifest.get("versions", {})).items() if value]
         tables = {"model": model, stage: request.get("stage", {})} if model else {}
         lines = [line for key, table in tables.items() for line in (f"[{key}]", *_values(table))]
-        told = {"command": shlex.join(words), "file": f"{name}.toml", "table": "\n".join(lines)}
-        yield told | {"account": " · ".join(account) or "no manifest yet"}
+        entry = {"command": shlex.join(words), "file": f"{name}.toml", "table": "\n".join(lines)}
+        yield entry | {"account": " · ".join(account) or "no manifest yet"}
 
 
-def _seen(value: Any, place: str, here: str) -> Any:
+def _from_page(value: Any, place: str, here: str) -> Any:
     """Write a local model's place, recorded as seen from `place`, as seen from the page; anything else as it is."""
     text = str(value).removeprefix("local-dir:")
     if not text.startswith("."):
@@ -140,10 +140,10 @@ def speeds(chain: Sequence[Artefact]) -> Iterator[dict[str, Any]]:
 
 def versions(chain: Sequence[Artefact]) -> dict[str, str]:
     """Gather the versions that the stages recorded."""
-    found = {"python": platform.python_version()}
+    recorded = {"python": platform.python_version()}
     for artefact in chain:
-        found |= {name: str(version) for name, version in artefact.manifest.get("versions", {}).items()}
-    return found
+        recorded |= {name: str(version) for name, version in artefact.manifest.get("versions", {}).items()}
+    return recorded
 
 
 def entries(location: str) -> Iterator[Mapping[str, Any]]:

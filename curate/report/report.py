@@ -30,7 +30,7 @@ COMMANDS = ("embed", "import", "cluster", "select", "emit", "mix")
 
 
 @dataclass
-class Found:
+class Artefacts:
     """The artefacts a page is about, by what they are."""
 
     selection: manifest.Artefact | None = None
@@ -55,45 +55,44 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
 
     Raises: UsageError when the directory holds nothing that curate made.
     """
-    found = discover(directory)
-    gallery, troubles = _gallery(found, options.seed)
+    artefacts = discover(directory)
+    gallery, troubles = _gallery(artefacts, options.seed)
     context: dict[str, Any] = {
         "title": options.title or paths.name(paths.local(directory)),
-        "found": found,
         "troubles": troubles,
-        "chain": [provenance.provenance(artefact, out) for artefact in found.chain],
-        "speeds": list(provenance.speeds(found.chain)),
-        "versions": provenance.versions(found.chain),
-        "typed": provenance.typed(found.chain),
+        "chain": [provenance.provenance(artefact, out) for artefact in artefacts.chain],
+        "speeds": list(provenance.speeds(artefacts.chain)),
+        "versions": provenance.versions(artefacts.chain),
+        "typed": provenance.typed(artefacts.chain),
         "funnel": None,
         "figures": [],
         "select_words": [],
         "sizes": None,
-        "concepts": gallery.compare_captions() if gallery and found.selection is not None else None,
-        "mixture": sections.mixture(found.mixed),
-        "losses": list(sections.losses(found.runs)),
-        "scores": list(sections.scores(found.evals)),
-        "runs": list(provenance.training(found.runs, out)),
-        "trials": ablation_tables.exhibit(found.ablation) if found.ablation else None,
-        "looked": _looked(gallery, found),
-        "embedded": found.embedded.manifest.get("counts", {}) if found.embedded is not None else {},
-        "others": list(_comparison(found, directory)),
+        "concepts": gallery.compare_captions() if gallery and artefacts.selection is not None else None,
+        "mixture": sections.mixture(artefacts.mixed),
+        "losses": list(sections.losses(artefacts.runs)),
+        "scores": list(sections.scores(artefacts.evals)),
+        "runs": list(provenance.training(artefacts.runs, out)),
+        "ablation": ablation_tables.section(artefacts.ablation) if artefacts.ablation else None,
+        "in_shards": _in_shards(gallery, artefacts),
+        "embedded": artefacts.embedded.manifest.get("counts", {}) if artefacts.embedded is not None else {},
+        "others": list(_comparison(artefacts, directory)),
     }
-    if found.selection is not None:
-        funnel = manifest.load_json(found.selection.path("funnel.json"))
+    if artefacts.selection is not None:
+        funnel = manifest.load_json(artefacts.selection.path("funnel.json"))
         context |= {
             "funnel": sections.funnel(funnel),
             "figures": list(threshold_sliders.figures(funnel)),
-            "select_words": provenance.select_words(found.selection, out),
+            "select_words": provenance.select_words(artefacts.selection, out),
         }
     elif gallery is not None and gallery.columns:
         scores = gallery.columns["score"]
         if not np.isnan(scores).all():
-            label = f"{int((~np.isnan(scores)).sum()):,} pairs{_looked(gallery, found)}"
+            label = f"{int((~np.isnan(scores)).sum()):,} pairs{_in_shards(gallery, artefacts)}"
             context["figures"] = [threshold_sliders.plain("clip_score", scores, label)]
-    if found.clusters is not None:
-        context["sizes"] = cluster_map.exhibit(found.clusters, found.selection)
-    pictures = _choose_cards(context, gallery, found)
+    if artefacts.clusters is not None:
+        context["sizes"] = cluster_map.section(artefacts.clusters, artefacts.selection)
+    pictures = _choose_cards(context, gallery, artefacts)
     page = render(context)
     with paths.atomic_write(out) as file:
         file.write(page)
@@ -101,33 +100,33 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
     return {"command": "report", "counts": facts, "shards": {}}
 
 
-def discover(directory: str) -> Found:
-    """Find what a directory is, or holds, and what it rests on. Raises: UsageError when nothing is found."""
-    found = Found()
+def discover(directory: str) -> Artefacts:
+    """Find what a directory is, or holds, and what it rests on. Raises: UsageError when there is nothing."""
+    artefacts = Artefacts()
     if paths.exists(paths.join(directory, ablation_tables.FILE)):
-        found.ablation = paths.join(directory, ablation_tables.FILE)
+        artefacts.ablation = paths.join(directory, ablation_tables.FILE)
     for name, place in ((paths.name(directory), directory), *_children(directory)):
         if paths.exists(paths.join(place, "metrics.jsonl")):
-            found.runs[name] = place
+            artefacts.runs[name] = place
         elif _is_eval(place):
-            found.evals[name] = place
+            artefacts.evals[name] = place
         elif paths.exists(paths.join(place, manifest.MANIFEST)):
             if manifest.load_json(paths.join(place, manifest.MANIFEST)).get("command") in COMMANDS:
-                _place(found, manifest.open_input(place), name)
-        if place == directory and (found.chain or found.runs or found.evals):
+                _place(artefacts, manifest.open_input(place), name)
+        if place == directory and (artefacts.chain or artefacts.runs or artefacts.evals):
             break  # it is such a directory itself
-    newest = found.emitted if found.selection is None else found.selection
+    newest = artefacts.emitted if artefacts.selection is None else artefacts.selection
     if newest is not None:
-        found.selection = found.selection or _source(newest, "select")
-        found.clusters = _source(newest, "cluster")
-        found.embedded = _source(newest, "embed", "import")
-    elif found.clusters is not None:
-        found.embedded = _source(found.clusters, "embed", "import")
-    if not (found.chain or found.runs or found.evals or found.ablation):
+        artefacts.selection = artefacts.selection or _source(newest, "select")
+        artefacts.clusters = _source(newest, "cluster")
+        artefacts.embedded = _source(newest, "embed", "import")
+    elif artefacts.clusters is not None:
+        artefacts.embedded = _source(artefacts.clusters, "embed", "import")
+    if not (artefacts.chain or artefacts.runs or artefacts.evals or artefacts.ablation):
         raise UsageError(
             f"{directory} holds nothing that curate made.", "give a directory of select or emit, or a pipeline's OUT"
         )
-    return found
+    return artefacts
 
 
 def _children(directory: str) -> Iterator[tuple[str, str]]:
@@ -141,19 +140,19 @@ def _is_eval(place: str) -> bool:
     return any(sections.is_benchmark(child) for _, child in _children(place))
 
 
-def _place(found: Found, artefact: manifest.Artefact, name: str) -> None:
+def _place(artefacts: Artefacts, artefact: manifest.Artefact, name: str) -> None:
     """File an artefact under what it is; of several selections the one named `selection`, else the first, leads."""
     if artefact.command == "select":
-        if found.selection is None or name == "selection":
-            if found.selection is not None:
-                found.others[paths.name(found.selection.directory)] = found.selection
-            found.selection = artefact
+        if artefacts.selection is None or name == "selection":
+            if artefacts.selection is not None:
+                artefacts.others[paths.name(artefacts.selection.directory)] = artefacts.selection
+            artefacts.selection = artefact
         else:
-            found.others[name] = artefact
+            artefacts.others[name] = artefact
     elif artefact.command == "emit":
-        found.emitted = found.emitted or artefact
+        artefacts.emitted = artefacts.emitted or artefact
     else:
-        setattr(found, {"cluster": "clusters", "mix": "mixed"}.get(artefact.command, "embedded"), artefact)
+        setattr(artefacts, {"cluster": "clusters", "mix": "mixed"}.get(artefact.command, "embedded"), artefact)
 
 
 def _source(artefact: manifest.Artefact, *commands: str) -> manifest.Artefact | None:
@@ -163,33 +162,33 @@ def _source(artefact: manifest.Artefact, *commands: str) -> manifest.Artefact | 
         return None
 
 
-def _looked(gallery: Gallery | None, found: Found) -> str:
+def _in_shards(gallery: Gallery | None, artefacts: Artefacts) -> str:
     """Say of how many shards the examples and captions come, where that is not all of them."""
-    if gallery is None or found.embedded is None or len(gallery.stems) == len(found.embedded.stems):
+    if gallery is None or artefacts.embedded is None or len(gallery.stems) == len(artefacts.embedded.stems):
         return ""
-    return f" in {len(gallery.stems):,} of {len(found.embedded.stems):,} shards"
+    return f" in {len(gallery.stems):,} of {len(artefacts.embedded.stems):,} shards"
 
 
-def _gallery(found: Found, seed: int) -> tuple[Gallery | None, list[str]]:
+def _gallery(artefacts: Artefacts, seed: int) -> tuple[Gallery | None, list[str]]:
     """Open the rows that may be shown, and say why there are none or no pictures."""
-    if found.embedded is None:
+    if artefacts.embedded is None:
         return None, []
     troubles, tars = [], {}
     try:
-        pool = found.embedded.input_path("pool")
+        pool = artefacts.embedded.input_path("pool")
         tars = {shard.stem: shard.location for shard in tar.list_pool(pool)}
     except (KeyError, UsageError):
         troubles.append("The pool is not where it was when it was embedded, so there are no pictures here.")
-    gallery = Gallery(found.embedded, found.selection, found.clusters, tars, seed)
-    gallery.look()
-    if len(gallery.stems) < len(found.embedded.stems):
+    gallery = Gallery(artefacts.embedded, artefacts.selection, artefacts.clusters, tars, seed)
+    gallery.read_columns()
+    if len(gallery.stems) < len(artefacts.embedded.stems):
         troubles.append(
-            f"Examples come from {len(gallery.stems)} of {len(found.embedded.stems):,} shards; counts are of all."
+            f"Examples come from {len(gallery.stems)} of {len(artefacts.embedded.stems):,} shards; counts are of all."
         )
     return gallery, troubles
 
 
-def _choose_cards(context: dict[str, Any], gallery: Gallery | None, found: Found) -> int:
+def _choose_cards(context: dict[str, Any], gallery: Gallery | None, artefacts: Artefacts) -> int:
     """Fill the page's galleries. Returns the bytes of the pictures."""
     context |= {"twins": [], "kept": [], "dropped": [], "bad": [], "groups": []}
     if gallery is None or not gallery.columns:
@@ -199,24 +198,24 @@ def _choose_cards(context: dict[str, Any], gallery: Gallery | None, found: Found
     context["kept"] = gallery.sample(reason < 0, KEPT, "kept")
     steps = context["funnel"]["steps"][:MAX_STEPS_SHOWN] if context["funnel"] else []
     context["dropped"] = [(step, cards) for step in steps if (cards := gallery.dropped(step["text"], DROPPED))]
-    counts = sections.bad_counts(found.embedded)
+    counts = sections.bad_counts(artefacts.embedded)
     context["bad"] = [(name, STATUSES[name], n, gallery.dropped(name, BAD)) for name, n in counts.items()]
     for group in (context["sizes"] or {}).get("groups", []):
         name, inside = f"cluster {group['cluster']}", cluster == group["cluster"]
-        cards = gallery.sample(inside & (reason < 0), CLUSTER_KEPT if found.selection else CLUSTER_CARDS, name)
+        cards = gallery.sample(inside & (reason < 0), CLUSTER_KEPT if artefacts.selection else CLUSTER_CARDS, name)
         cards += gallery.sample(inside & (reason >= 0), CLUSTER_CARDS - len(cards), name)
         if cards:
             context["groups"].append((group, cards))
     return gallery.fill()
 
 
-def _comparison(found: Found, directory: str) -> Iterator[dict[str, Any]]:
+def _comparison(artefacts: Artefacts, directory: str) -> Iterator[dict[str, Any]]:
     """List the other selections of a pipeline beside the leading one, judged where a demo knows the truth."""
     judgement = paths.join(directory, JUDGEMENT)
     judged = manifest.load_json(judgement) if paths.exists(judgement) else {}
     every = (
-        {paths.name(found.selection.directory): found.selection, **found.others}
-        if found.selection and found.others
+        {paths.name(artefacts.selection.directory): artefacts.selection, **artefacts.others}
+        if artefacts.selection and artefacts.others
         else {}
     )
     for name, artefact in every.items():

@@ -98,7 +98,7 @@ def losses(runs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
             charts.Line("loss of each step", steps[thin], loss[thin].tolist(), "all"),
             charts.Line(f"mean of {width} steps", steps[thin], smooth[thin].tolist(), "kept"),
         ]
-        facts = {name: float(np.median(found)) for key, name in PACE.items() if (found := _numbers(entries, key))}
+        facts = {name: float(np.median(values)) for key, name in PACE.items() if (values := _numbers(entries, key))}
         chart = charts.curves(lines, f"loss of {name} by step", from_zero=True)
         yield {
             "name": name,
@@ -117,9 +117,9 @@ def scores(evals: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         examples: list[Mapping[str, Any]] = []
         for entry in provenance.entries(paths.join(place, "answers.jsonl")):
             if isinstance(entry.get("right"), bool):
-                found = tasks.setdefault(str(entry.get("task") or "all"), [])
-                found.append(entry["right"])
-                if len(found) <= 3:
+                answers = tasks.setdefault(str(entry.get("task") or "all"), [])
+                answers.append(entry["right"])
+                if len(answers) <= 3:
                     examples.append(entry)
         table = [
             {"task": task, "questions": len(right), "accuracy": 100 * sum(right) / len(right)}
@@ -151,5 +151,5 @@ def _numbers(entries: list[Mapping[str, Any]], key: str) -> list[float]:
 def bad_counts(embedded: manifest.Artefact | None) -> dict[str, int]:
     """Count the unusable rows by status, the most frequent first."""
     counts = embedded.manifest.get("counts", {}) if embedded is not None else {}
-    found = {name: int(counts[name]) for name in STATUSES if name != "ok" and counts.get(name)}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    bad = {name: int(counts[name]) for name in STATUSES if name != "ok" and counts.get(name)}
+    return dict(sorted(bad.items(), key=lambda item: -item[1]))

@@ -164,8 +164,8 @@ def funnel_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
         kept, before = int(step["kept"]), int(step["before"])
         bar = "█" * round(BAR * kept / total) if total else ""
         yield f"  {bar:<{BAR}} {kept:>11,}  −{before - kept:,} by {step['text']}"
-        told = ((name.replace("_", " "), value) for name, value in (step.get("estimates") or {}).items())
-        yield from _wrapped([f"{name} {_number(value)}" for name, value in told if _is_short(value)], BAR + 17)
+        estimates = ((name.replace("_", " "), value) for name, value in (step.get("estimates") or {}).items())
+        yield from _wrapped([f"{name} {_number(value)}" for name, value in estimates if _is_short(value)], BAR + 17)
 
 
 def score_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
@@ -263,24 +263,24 @@ def _model(directory: str) -> Iterator[str]:
 
 def _ablation(directory: str) -> Iterator[str]:
     """Describe an ablation: what was claimed and held, and each arm beside the reference."""
-    found = ablation_tables.exhibit(paths.join(directory, ablation_tables.FILE))
-    yield f"{directory}: an ablation, {found['name']}: {found['trials']:,} trials over {found['seeds']} seeds"
-    yield f"  {found['about']}"
-    for bar in found["bars"]:
+    ablation = ablation_tables.section(paths.join(directory, ablation_tables.FILE))
+    yield f"{directory}: an ablation, {ablation['name']}: {ablation['trials']:,} trials over {ablation['seeds']} seeds"
+    yield f"  {ablation['about']}"
+    for bar in ablation["bars"]:
         scale, unit = (100, " %") if bar["percent"] else (1, "")
         facts = f"{scale * bar['mean']:+.2f}{unit}, t {_number(bar['t'])}, p {_number(bar['p'])}, n {bar['n']}"
         yield f"  {'held    ' if bar['met'] else 'NOT HELD'}  {bar['claim']}: {bar['measure']} {facts}"
-    yield f"  means; ▲ better, ▼ worse than {found['reference']} by the 95 % interval of the paired difference"
-    for group in found["glance"][:3]:
-        yield from _arms(group, found["measures"])
-    if len(found["glance"]) > 3:
-        yield f"  … and {len(found['glance']) - 3} more such tables"
-    if found["num_failed"]:
-        yield f"  {found['num_failed']:,} trials FAILED: run the same command again"
+    yield f"  means; ▲ better, ▼ worse than {ablation['reference']} by the 95 % interval of the paired difference"
+    for group in ablation["glance"][:3]:
+        yield from _arm_lines(group, ablation["measures"])
+    if len(ablation["glance"]) > 3:
+        yield f"  … and {len(ablation['glance']) - 3} more such tables"
+    if ablation["num_failed"]:
+        yield f"  {ablation['num_failed']:,} trials FAILED: run the same command again"
     yield f"  all of it: {paths.join(directory, ablation_tables.FILE)}, or `curate report {directory} report.html`"
 
 
-def _arms(group: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _arm_lines(group: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Lay out the arms of a group as a table, as many measures as the line has room for."""
     names = [measure["name"] + (" %" if measure["percent"] else "") for measure in measures]
     arms = list(group["arms"].items())[: 2 * MOST]
@@ -288,8 +288,8 @@ def _arms(group: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -> It
     fits = [place for place in range(len(names)) if left + sum(len(name) + 2 for name in names[: place + 1]) < WIDTH]
     yield f"  {group['name']:<{left}}" + "".join(f"  {names[place]}" for place in fits)
     for arm, cells in arms:
-        told = (f"{_cell(cells[place]):>{len(names[place])}}" for place in fits)
-        yield f"  {arm[:30]:<{left}}" + "".join(f"  {text}" for text in told)
+        values = (f"{_cell(cells[place]):>{len(names[place])}}" for place in fits)
+        yield f"  {arm[:30]:<{left}}" + "".join(f"  {text}" for text in values)
     if len(arms) < len(group["arms"]):
         yield f"  … and {len(group['arms']) - len(arms)} more arms"
 
@@ -339,16 +339,16 @@ def _pipeline(directory: str) -> Iterator[str]:
 
 def _pool(directory: str) -> Iterator[str]:
     """Describe a pool by its shards, and by the members of the first of them."""
-    found = tar.list_pool(directory)
-    size = sum(shard.size for shard in found)
-    names = f"{found[0].stem} … {found[-1].stem}"
-    yield f"{directory}: a pool of {_several(len(found), 'tar')}, {size / 1e6:,.1f} MB: {names}"
-    with paths.open_read(found[0].location) as file:
+    shards = tar.list_pool(directory)
+    size = sum(shard.size for shard in shards)
+    names = f"{shards[0].stem} … {shards[-1].stem}"
+    yield f"{directory}: a pool of {_several(len(shards), 'tar')}, {size / 1e6:,.1f} MB: {names}"
+    with paths.open_read(shards[0].location) as file:
         index = tar.read_index(file)
     suffixes = Counter(member.suffix for sample in index.samples for member in sample.members)
     members = " · ".join(f"{count:,} .{suffix}" for suffix, count in suffixes.most_common(MOST))
-    yield f"  {found[0].stem} has {_several(len(index.samples), 'sample')}: {members}"
-    yield from (f"  {found[0].stem}: {note}" for note in index.notes)
+    yield f"  {shards[0].stem} has {_several(len(index.samples), 'sample')}: {members}"
+    yield from (f"  {shards[0].stem}: {note}" for note in index.notes)
     yield f"  curate embed {directory} EMB"
 
 

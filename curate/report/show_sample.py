@@ -1,6 +1,6 @@
-"""Tell the life of one sample: what it is, how it scored, where it lies, which step dropped it and which twin stayed.
+"""Tell the story of one sample: what it is, how it scored, where it lies, which step dropped it and which twin stayed.
 
-The key is looked for in one column of one shard at a time; everything else joins by position.
+The key is searched in one column of one shard at a time; everything else joins by position.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +17,10 @@ Place = tuple[str, int]
 
 
 def show_key(directory: str, key: str) -> Iterator[str]:
-    """Yield the life of the sample with a key (of each, where several shards use it). Raises: UsageError for none."""
+    """Yield the story of the sample with a key (of each, where several shards use it). Raises: UsageError for none."""
     stages, places = _trace(directory, key)
     for place in places:
-        yield from _life(key, place, stages, stages["embed"])
+        yield from _story(key, place, stages, stages["embed"])
 
 
 def facts_of(directory: str, key: str) -> Iterator[dict[str, Any]]:
@@ -67,10 +67,10 @@ def find(embedded: manifest.Artefact, key: str) -> Iterator[Place]:
         yield from ((stem, int(row)) for row in matches.to_pylist())
 
 
-def _life(
+def _story(
     key: str, place: Place, stages: Mapping[str, manifest.Artefact], embedded: manifest.Artefact
 ) -> Iterator[str]:
-    """Tell one sample's life, a paragraph for each stage that knows it."""
+    """Tell one sample's story, a paragraph for each stage that knows it."""
     facts = _row(embedded, place)
     funnel = manifest.load_json(stages["select"].path("funnel.json")) if "select" in stages else {}
     yield f"{key} · row {place[1]:,} of {place[0]}"

@@ -55,15 +55,15 @@ class Cost:
 
 def measure_pool(pool: str) -> tuple[Size, list[Shard]]:
     """Count the samples of a pool from its shards' headers, of a large pool from three shards'."""
-    found = list_pool(pool)
-    looked = found if len(found) <= MAX_COUNTED else [found[0], found[len(found) // 2], found[-1]]
+    shards = list_pool(pool)
+    counted = shards if len(shards) <= MAX_COUNTED else [shards[0], shards[len(shards) // 2], shards[-1]]
     rows = seen = 0
-    for shard in looked:
+    for shard in counted:
         with suppress(CurateError), paths.open_read(shard.location) as file:
             rows += len(read_index(file).samples)
             seen += shard.size
-    total = sum(shard.size for shard in found)
-    return Size(round(rows * total / seen) if seen else 0, total, len(found), len(looked) == len(found)), found
+    total = sum(shard.size for shard in shards)
+    return Size(round(rows * total / seen) if seen else 0, total, len(shards), len(counted) == len(shards)), shards
 
 
 def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
@@ -139,12 +139,12 @@ def _cost(pipeline: Pipeline, stage: str, sizes: dict[str, int]) -> Cost | None:
 
 def _take_sizes(directory: str, sizes: dict[str, int]) -> None:
     """Read rows and dimensions off finished embeddings."""
-    found = manifest.open_input(directory)
-    sizes["rows"] = sum(found.rows.values())
-    whole = sum(int(shard.get("size", 0)) for shard in found.manifest["shards"].values())  # of the pool's tars
+    embedded = manifest.open_input(directory)
+    sizes["rows"] = sum(embedded.rows.values())
+    whole = sum(int(shard.get("size", 0)) for shard in embedded.manifest["shards"].values())  # of the pool's tars
     sizes["row_bytes"] = whole // max(sizes["rows"], 1)
-    if found.stems:
-        schema = sidecar.reader(found.path(f"{found.stems[0]}.arrow")).schema
+    if embedded.stems:
+        schema = sidecar.reader(embedded.path(f"{embedded.stems[0]}.arrow")).schema
         sizes["dim"] = schema.field("image_embedding").type.list_size
 
 
@@ -163,15 +163,15 @@ def _cluster_cost(pipeline: Pipeline, rows: int, dim: int, gpus: int) -> Cost | 
         "relate": rows * rates.relate * SKEW * passes,
         "scatter": rows * options.neighbours * dim * 4 / WRITE_BYTES_PER_S,  # written and read again
     }
-    told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
-    why = f"k = {k:,} by {rates.backend}, calibrated: {told}"
+    by_part = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+    why = f"k = {k:,} by {rates.backend}, calibrated: {by_part}"
     return Cost(rows, rows * 28, START_S + sum(parts.values()), why, gpus if rates.backend == "kmeans-gpu" else 0)
 
 
 def _embed_cost(pipeline: Pipeline, sizes: dict[str, int]) -> Cost | None:
     """Estimate embedding from its log, else from really embedding the pool's first samples."""
     try:
-        size, found = measure_pool(pipeline.pool)
+        size, shards = measure_pool(pipeline.pool)
     except CurateError:
         if "rows" not in sizes:
             return None
@@ -179,7 +179,7 @@ def _embed_cost(pipeline: Pipeline, sizes: dict[str, int]) -> Cost | None:
     sizes["rows"], sizes["row_bytes"] = size.rows, size.size_bytes // max(size.rows, 1)
     logged = _logged_rate(paths.join(pipeline.place("embed"), manifest.LOG))
     try:
-        rate, dim = logged or _calibrate(pipeline, found)
+        rate, dim = logged or _calibrate(pipeline, shards)
         why = "measured by an earlier run" if logged else "calibrated"
     except CurateError as error:  # no weights yet, or no sample that can be read: the run itself would end like this
         rate, dim, why = 0.0, sizes.get("dim", 512), f"as it stands the stage fails: {error}"
@@ -203,7 +203,7 @@ def _logged_rate(location: str) -> tuple[float, int] | None:
     return best[1:] if best else None
 
 
-def _calibrate(pipeline: Pipeline, found: list[Shard]) -> tuple[float, int]:
+def _calibrate(pipeline: Pipeline, shards: list[Shard]) -> tuple[float, int]:
     """Embed the pool's first samples, few and more, so that loading cancels out. Returns rows/s and dimensions."""
     from curate.embed.embed import embed
 
@@ -211,7 +211,7 @@ def _calibrate(pipeline: Pipeline, found: list[Shard]) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as folder:
         for turn, count in enumerate(CALIBRATION_ROWS):
             pool, out = paths.join(folder, f"pool{turn}"), paths.join(folder, f"emb{turn}")
-            rows.append(_copy_head(found[0], paths.join(pool, "00000.tar"), count))
+            rows.append(_copy_head(shards[0], paths.join(pool, "00000.tar"), count))
             started = time.perf_counter()
             embed(pool, out, stage_options(pipeline, "embed"), Job(workers=1, quiet=True))
             seconds.append(time.perf_counter() - started)

@@ -98,11 +98,11 @@ class Pipeline:
         if only is not None and only not in GROUPS and only not in STAGES:
             raise unknown("stage", only, [*GROUPS, *STAGES])
         idle = not {"eval", "eval_tasks"} & set(self.tables.get("data", {})) and only != "eval"
-        found = [stage for stage in wanted if stage in self.tables and not (stage == "eval" and idle)]
-        if not found:
+        stages = [stage for stage in wanted if stage in self.tables and not (stage == "eval" and idle)]
+        if not stages:
             there = ", ".join(stage for stage in STAGES if stage in self.tables)
             raise UsageError(f"{self.path.name} has no stage to run for {only or 'all'}; it has {there or 'none'}.")
-        return found
+        return stages
 
 
 def load(

@@ -87,17 +87,17 @@ def _judge_demo(pipeline: Pipeline, echo: Echo) -> None:
     from curate.demo.render import format_judgement
     from curate.storage.manifest import MANIFEST, open_input, save_json
 
-    found = {}
+    judgements = {}
     for name in paths.listdir(pipeline.out):
         if not name.startswith("selection") or not paths.exists(paths.join(pipeline.out, name, MANIFEST)):
             continue
         selection = open_input(paths.join(pipeline.out, name), "select")
         label = str(selection.manifest["options"].get("recipe") or "steps")
-        found[label] = judge_selection(selection, pipeline.place("demo"))
-        whole = format_judgement(found[label])
-        told = whole if name == "selection" else "\n".join(whole.splitlines()[-2:])
-        echo(f"\nWhat the recipe `{label}` made of the planted faults:\n{told}")
-    save_json(paths.join(pipeline.out, "judgement.json"), found)
+        judgements[label] = judge_selection(selection, pipeline.place("demo"))
+        whole = format_judgement(judgements[label])
+        text = whole if name == "selection" else "\n".join(whole.splitlines()[-2:])
+        echo(f"\nWhat the recipe `{label}` made of the planted faults:\n{text}")
+    save_json(paths.join(pipeline.out, "judgement.json"), judgements)
 
 
 def judge_selection(selection: "Artefact", demo: str) -> dict[str, Any]:

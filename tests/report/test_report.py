@@ -136,7 +136,7 @@ def test_the_page_tells_the_funnel_and_shows_twins_side_by_side(tmp_path):
 )
 def test_any_directory_has_its_page(tmp_path, name, expected):
     text, found = page(make(tmp_path) / name, tmp_path / "r.html")
-    assert {expected, "kept", "making"} <= {a.get("id") for a in found.all("section")}
+    assert {expected, "kept", "provenance"} <= {a.get("id") for a in found.all("section")}
     selected = expected == "funnel"
     assert ('class="tag">kept' in text) == ('id="cuts-data"' in text) == selected
     assert ("What is in it" in text) == (not selected)
@@ -323,12 +323,12 @@ def test_very_many_clusters_are_drawn_in_a_bounded_map(tmp_path, monkeypatch):
     emb = write_embeddings(tmp_path / "emb", write_pool(tmp_path / "pool", ["a", "b"], 60), dim=3)
     cluster(emb, str(tmp_path / "clu"), ClusterOptions(k=12), QUIET)
     select(str(tmp_path / "clu"), str(tmp_path / "sel"), SelectOptions(steps=("sample(30)",)), QUIET)
-    made = cluster_map.exhibit(*(manifest.open_input(str(tmp_path / name)) for name in ("clu", "sel")))
+    made = cluster_map.section(*(manifest.open_input(str(tmp_path / name)) for name in ("clu", "sel")))
     assert made["map"].count("<circle") == made["drawn"] == 4
     _, found = page(tmp_path / "sel", tmp_path / "r.html")
     assert "4 of 12 clusters are drawn" in " ".join("".join(found.words).split())
     monkeypatch.setattr(cluster_map, "MAX_ROWS", 60)
-    made = cluster_map.exhibit(*(manifest.open_input(str(tmp_path / name)) for name in ("clu", "sel")))
+    made = cluster_map.section(*(manifest.open_input(str(tmp_path / name)) for name in ("clu", "sel")))
     assert made["counted"] == (1, 2)
 
 

@@ -1,4 +1,4 @@
-"""What `curate show` tells: one screen for every kind of directory, and the life of one sample."""
+"""What `curate show` tells: one screen for every kind of directory, and the story of one sample."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_an_input_that_changed_is_warned_of(home, tmp_path):
     assert any("WARNING" in line and "has changed since" in line for line in show.show(str(tmp_path / "sel")))
 
 
-def test_the_life_of_a_sample_is_told_with_its_twin(home):
+def test_the_story_of_a_sample_is_told_with_its_twin(home):
     import pyarrow as pa
 
     rows = pa.ipc.open_file(pa.memory_map(str(home / "selection" / "a.arrow"))).read_all().to_pylist()
