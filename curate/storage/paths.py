@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -169,9 +169,11 @@ def remove(location: str) -> None:
     if os.path.isdir(path) and not os.path.islink(path):
         import shutil
 
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.unlink(path)
+        while os.path.lexists(path):
+            with suppress(FileNotFoundError):  # another process deletes it, too
+                shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 def open_read(location: str) -> IO[bytes]:

@@ -58,3 +58,27 @@ def test_what_goes_on_failing_is_given_up_and_what_is_final_is_not_tried_again(p
     with pytest.raises(OSError, match=r"flaky://pool/none: ConnectionResetError: reset by peer, 5 times over"):
         paths.size(f"{place}/none")
     assert Flaky.asked.count(("size", f"{place}/none")) == paths.TRIES
+
+
+def test_two_processes_delete_one_directory(tmp_path):
+    import threading
+
+    for turn in range(20):
+        folder = tmp_path / str(turn)
+        for number in range(200):
+            paths.make_dir(str(folder / str(number % 10)))
+            (folder / str(number % 10) / str(number)).touch()
+        failed = []
+
+        def delete(folder=folder, failed=failed):
+            try:
+                paths.remove(str(folder))
+            except OSError as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=delete) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed and not folder.exists()
