@@ -10,7 +10,7 @@ worker.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,10 +20,21 @@ import pyarrow as pa
 from curate.cluster import edges
 from curate.cluster.edges import BUCKETS, EDGES
 from curate.cluster.options import ClusterOptions
-from curate.engine import Job, run_stage
+from curate.engine import Job, Outcome, run_stage
 from curate.errors import ContractError, ShardError, UsageError
-from curate.storage import paths, sidecar
-from curate.storage.manifest import Artefact, Output, load_json, open_input, open_output, reconcile, save_json, versions
+from curate.storage import claim, paths, sidecar
+from curate.storage.manifest import (
+    MANIFEST,
+    PLAN,
+    Artefact,
+    Output,
+    load_json,
+    open_input,
+    open_output,
+    reconcile,
+    save_json,
+    versions,
+)
 from curate.storage.schema import CLUSTER_SCHEMA
 from curate.vectors import kmeans
 from curate.vectors.exact import widen
@@ -32,6 +43,7 @@ MAX_BUCKETS = 1024
 NULL_ROWS = 1 << 16
 RECALL_SAMPLE = 1 << 16
 CENTROIDS, FIT = "centroids.npy", "fit.json"
+FIT_CLAIM, FINISH_CLAIM = ".fit.claim", ".finish.claim"
 
 
 def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, Any]:
@@ -46,37 +58,85 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     output = open_output(out, "cluster", _recorded(options), inputs, overwrite=job.overwrite)
     if output.complete:
         return output.manifest
-    if not paths.exists(output.path(FIT)):
-        _fit(source, rows_ok, options, output, job)
+    _once(
+        job,
+        output.path(FIT_CLAIM),
+        lambda: paths.exists(output.path(FIT)),
+        lambda: _fit(source, rows_ok, options, output, job),
+    )
     scattered = sum(rows_ok.values()) * options.neighbours
     buckets = min(MAX_BUCKETS, -(-scattered * dim * 2 // edges.BUCKET_BYTES)) or 1
-    scatter = output.path(BUCKETS)
-    has_edges = paths.exists(output.path(EDGES))
-    missing = set(output.missing(source.stems))
-    if not has_edges:
-        missing |= {stem for stem in source.stems if not paths.exists(paths.join(scatter, f"{stem}.arrow"))}
-    assigned = run_stage(
-        "assign",
-        Assign(emb, out, buckets, options.neighbours),
-        [stem for stem in job.share(source.stems) if stem in missing],
-        job,
-    )
-    _refuse_failures(assigned.failed)
-    if job.part is not None and output.missing(source.stems):
-        return {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows}}
-    seconds = assigned.seconds
-    if not has_edges:
-        todo = [b for b in job.share(range(buckets)) if not paths.exists(paths.join(scatter, f"edges-{b}.arrow"))]
-        found = run_stage("relate", edges.FindEdges(emb, out, options.floor), todo, job)
-        _refuse_failures(found.failed)
-        if not all(paths.exists(paths.join(scatter, f"edges-{b}.arrow")) for b in range(buckets)):
-            return {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows, "related": found.rows}}
-        edges.join_edges(output, buckets, options.neighbours)
-        seconds += found.seconds
-    paths.remove(scatter)
-    manifest = _finish(source, output, rows_ok, _recall(source, rows_ok, options, output))
-    output.log(stage="cluster", rows=sum(rows_ok.values()), seconds=round(seconds, 3), workers=job.workers)
+    assigned = _assign(source, output, options.neighbours, buckets, job)
+    counts = {"assigned": assigned.rows}
+    if left := output.missing(source.stems):
+        return {**output.plan, "shards": {}, "counts": counts, "unfinished": left}
+    _refuse_unlike(source, output)
+    found = _find_edges(emb, output, options.floor, buckets, job)
+    counts["related"] = found.rows
+    if not paths.exists(output.path(EDGES)) and (buckets_left := edges.missing(output, buckets)):
+        return {**output.plan, "shards": {}, "counts": counts, "unfinished": [f"bucket {b}" for b in buckets_left]}
+
+    def finish() -> None:
+        if not paths.exists(output.path(EDGES)):
+            edges.join_edges(output, buckets, options.neighbours)
+        paths.remove(output.path(BUCKETS))
+        _finish(source, output, rows_ok, _recall(source, rows_ok, options, output))
+
+    _once(job, output.path(FINISH_CLAIM), lambda: paths.exists(output.path(MANIFEST)), finish)
+    paths.remove(output.path(PLAN))  # this slice may have written it after another had finished
+    seconds = round(assigned.seconds + found.seconds, 3)
+    output.log(stage="cluster", rows=sum(rows_ok.values()), seconds=seconds, workers=job.workers)
+    manifest: dict[str, Any] = load_json(output.path(MANIFEST))
     return manifest
+
+
+def _once(job: Job, claimed: str, done: Callable[[], bool], work: Callable[[], None]) -> None:
+    """Do what is not done yet; of several slices one does it, and the others wait."""
+    if job.part is not None:
+        claim.once(claimed, done, work)
+    elif not done():
+        work()
+
+
+def _assign(source: Artefact, output: Output, neighbours: int, buckets: int, job: Job) -> Outcome:
+    """Assign and scatter what this slice has to, of the shards that lack their sidecar or their scattered vectors."""
+    missing = set(output.missing(source.stems))
+    scattered = set(paths.listdir(output.path(BUCKETS)))
+    # Looked at after the scatter: it is removed only once the edges are there.
+    if not paths.exists(output.path(EDGES)):
+        missing |= {stem for stem in source.stems if f"{stem}.arrow" not in scattered}
+    todo = [stem for stem in job.share(source.stems) if stem in missing]
+    assigned = run_stage("assign", Assign(source.directory, output.directory, buckets, neighbours), todo, job)
+    _refuse_failures(assigned.failed)
+    return assigned
+
+
+def _find_edges(emb: str, output: Output, floor: float, buckets: int, job: Job) -> Outcome:
+    """Find the edges of this slice's buckets that are not there yet."""
+    missing = set(edges.missing(output, buckets))
+    if paths.exists(output.path(EDGES)):  # looked at after the buckets: they are removed only once the edges are there
+        missing.clear()
+    todo = [bucket for bucket in job.share(range(buckets)) if bucket in missing]
+    found = run_stage("relate", edges.FindEdges(emb, output.directory, floor), todo, job)
+    if not paths.exists(output.path(EDGES)):  # else another slice has finished, and taken away what this one read
+        _refuse_failures(found.failed)
+    return found
+
+
+def _refuse_unlike(source: Artefact, output: Output) -> None:
+    """Raise ContractError when a shard was assigned to other centroids than those that stand there."""
+    centroids = _digest(sidecar.load_npy(output.path(CENTROIDS)))
+    for stem in source.stems:
+        used = sidecar.facts(output.path(f"{stem}.arrow")).get("centroids")
+        if used != centroids:
+            raise ContractError(
+                f"{output.path(stem)}.arrow was assigned to other centroids ({used}) than {CENTROIDS} ({centroids}).",
+                "--overwrite makes the directory anew",
+            )
+
+
+def _digest(centroids_kd: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(centroids_kd).tobytes(), digest_size=16).hexdigest()
 
 
 def _is_ok(source: Artefact, stem: str) -> np.ndarray:
@@ -108,8 +168,7 @@ def _resolve(options: ClusterOptions, source: Artefact, rows: int, dim: int) -> 
         raise UsageError(f"floor={options.floor} is no cosine; it must lie between -1 and 1.", "--floor 0.80")
     if options.centroids:
         given = _load_centroids(options.centroids, dim)
-        digest = hashlib.blake2b(given.tobytes(), digest_size=16).hexdigest()
-        inputs["centroids"] = {"path": options.centroids, "digest": digest}
+        inputs["centroids"] = {"path": options.centroids, "digest": _digest(given)}
         neighbours = min(len(given), options.neighbours)
         return replace(options, k=len(given), sample=0, iters=0, neighbours=neighbours), inputs
     k = options.k or kmeans.default_k(rows)
@@ -153,6 +212,8 @@ def _fit(source: Artefact, rows_ok: dict[str, int], options: ClusterOptions, out
         facts = {"fitted_rows": len(images), "backend": backend, "empty": found.empty}
         facts["mean_similarity"] = found.mean_similarity
     facts["shuffled_clip_score"] = _shuffled(source, rows_ok, options.seed)
+    if paths.exists(output.path(FIT)):  # another slice took this one for dead, and has fitted meanwhile
+        return
     sidecar.save_npy(output.path(CENTROIDS), centroids)
     save_json(output.path(FIT), facts)
 
@@ -198,6 +259,7 @@ class Assign:
         """Load the centroids."""
         self.source = open_input(self.emb)
         self.centroids = sidecar.load_npy(paths.join(self.out, CENTROIDS))
+        self.digest = _digest(self.centroids)
         rows = list(self.source.rows.values())
         self.first_row = dict(zip(self.source.stems, np.cumsum([0, *rows]).tolist(), strict=False))
 
@@ -221,7 +283,7 @@ class Assign:
         scattered = paths.join(self.out, BUCKETS, f"{stem}.arrow")
         edges.scatter(scattered, self.source, stem, self.first_row[stem], places, self.buckets)
         table = pa.record_batch([pa.array(places[0]), pa.array(similarity, mask=~ok)], schema=CLUSTER_SCHEMA)
-        facts = {"rows": len(ok), "ok": int(ok.sum())}
+        facts = {"rows": len(ok), "ok": int(ok.sum()), "centroids": self.digest}
         sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), CLUSTER_SCHEMA, [table], facts)
         return facts
 
@@ -239,7 +301,7 @@ def _recall(source: Artefact, rows_ok: dict[str, int], options: ClusterOptions, 
     return edges.recall(shuffled, sidecar.load_npy(output.path(CENTROIDS)), options.neighbours, options.floor)
 
 
-def _finish(source: Artefact, output: Output, rows_ok: dict[str, int], recall: dict[str, Any]) -> dict[str, Any]:
+def _finish(source: Artefact, output: Output, rows_ok: dict[str, int], recall: dict[str, Any]) -> None:
     """Check the counts and write the manifest."""
     shards = {}
     k = int(output.plan["options"]["k"])
@@ -250,7 +312,7 @@ def _finish(source: Artefact, output: Output, rows_ok: dict[str, int], recall: d
         reconcile(stem, rows, {"clustered": int((clusters >= 0).sum()), "bad": rows - rows_ok[stem]})
         shards[stem] = {"rows": rows, "ok": rows_ok[stem]}
     counts = {"clustered": sum(rows_ok.values()), "bad": sum(source.rows.values()) - sum(rows_ok.values())}
-    return output.finish(
+    output.finish(
         shards=shards,
         counts=counts,
         fit=load_json(output.path(FIT)),

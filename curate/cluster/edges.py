@@ -131,6 +131,12 @@ def _hashes(column: pa.ChunkedArray, order: np.ndarray) -> tuple[np.ndarray, np.
     return column.fill_null(0).to_numpy()[order], unknown
 
 
+def missing(output: manifest.Output, buckets: int) -> list[int]:
+    """List the buckets whose edges are not there yet. One listing."""
+    present = set(paths.listdir(output.path(BUCKETS)))
+    return [bucket for bucket in range(buckets) if f"edges-{bucket}.arrow" not in present]
+
+
 def join_edges(output: manifest.Output, buckets: int, neighbours: int) -> None:
     """Write the buckets' edges into one file: bucket after bucket, or, where clusters overlap, as one forest by row."""
     scattered = output.path(BUCKETS)
