@@ -7,6 +7,7 @@ receive the documents' edges in the mask's place, and attention costs sum(l_i^2)
 
     GPU, bf16 or fp16   one variable-length kernel over all documents (torch.nn.attention.varlen)
     elsewhere           one causal call of scaled_dot_product_attention for each document
+    caps and sinks      the formula itself for each document, which no kernel of torch computes: sum(l_i^2) memory, too
 
 Shapes: queries [1, heads, L, d]; keys and values [1, heads or fewer, L, d]; edges i32 [n + 1] = 0, l_1, l_1 + l_2, ...
 A model gets this by `attn_implementation=NAME`, and its row's documents by `packed_documents(lengths)` around the call.
@@ -16,17 +17,26 @@ Source: variable-length attention of FlashAttention-2 (arXiv 2307.08691), under 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from train.errors import UsageError
+
 NAME = "documents"
+# Options that attention functions are given and that change no result here; any other that is set is refused.
+_HARMLESS = {"is_causal", "position_ids", "documents", "use_cache", "output_attentions", "output_hidden_states"}
+_HARMLESS |= {"return_dict", "output_router_logits", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+_OTHERWISE = "take transformers' own attention: --set model.attention=eager"
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Documents:
     edges_n: Tensor
     longest: int
     learnt_s: Tensor | None = None
+    window: int | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None) -> Self:
@@ -54,14 +65,17 @@ _packed: ContextVar[Documents | None] = ContextVar("packed", default=None)
 
 
 @contextmanager
-def packed_documents(lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None) -> Iterator[None]:
+def packed_documents(
+    lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None
+) -> Iterator[Documents | None]:
     """Within this context, a model that runs with `NAME` reads its one row as documents of these lengths.
 
-    No lengths: rows are read as they are.
+    Yields the documents; None without lengths: rows are then read as they are.
     """
-    token = _packed.set(Documents.of(lengths, device, learnt_s) if lengths else None)
+    documents = Documents.of(lengths, device, learnt_s) if lengths else None
+    token = _packed.set(documents)
     try:
-        yield
+        yield documents
     finally:
         _packed.reset(token)
 
@@ -74,15 +88,21 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
-def mask(**options: Any) -> Documents | Tensor | None:
+def mask(local_size: int | None = None, **options: Any) -> Documents | Tensor | None:
     """Return the packed documents, or transformers' own mask where a row is not packed.
 
     A model hands its mask to each of its layers: it is the only argument that every family passes on unchanged.
+    local_size: how far back a layer with a window looks.  Raises: UsageError for attention in fixed chunks.
     """
     from transformers.masking_utils import sdpa_mask
 
-    found: Documents | Tensor | None = _packed.get()
-    return sdpa_mask(**options) if found is None else found
+    found = _packed.get()
+    if found is None:
+        out: Tensor | None = sdpa_mask(local_size=local_size, **options)
+        return out
+    if local_size is not None and getattr(options.get("config"), "attention_chunk_size", None) == local_size:
+        raise UsageError(f"{_kind(options['config'])} attends in chunks of {local_size}; {_OTHERWISE}")
+    return replace(found, window=local_size)
 
 
 def attend(
@@ -91,26 +111,45 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Documents | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Return [b, l, heads, d] for query [b, heads, l, d] and key, value with as many heads or fewer (shared ones).
 
-    `attention_mask` decides: documents (b = 1), or a mask of transformers.
+    `attention_mask` decides: documents (b = 1), or a mask of transformers. softcap: scores are at most this far from
+    0, by tanh. s_aux: f [heads], attention sinks: one more score a head that takes a share and gives nothing.
+    Raises: UsageError for an option that would change the result and is not known here.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if not isinstance(attention_mask, Documents):
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return out, None
-    if query.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and not options.get("dropout"):
-        return _varlen(query, key, value, attention_mask, sliding_window, options.get("scaling")), None
-    lengths = [b - a for a, b in pairwise(attention_mask.edges)]
+    documents = attention_mask if isinstance(attention_mask, Documents) else None
+    unknown = sorted(name for name, value in options.items() if value is not None and name not in _HARMLESS)
+    if documents is not None and options.get("is_causal") is False:
+        unknown.append("is_causal = False")
+    if unknown:
+        raise UsageError(f"attention of {_kind(module)} takes {', '.join(unknown)}, unknown here; {_OTHERWISE}")
+    if softcap is None and s_aux is None:
+        one = partial(sdpa_attention_forward, module, dropout=dropout, scaling=scaling, **options)
+    else:
+        one = partial(_explicit, dropout=dropout, scaling=scaling, softcap=softcap, sinks_h=s_aux)
+    if documents is None:
+        return one(query, key, value, attention_mask)[0], None
+    window = documents.window if sliding_window is None else sliding_window
+    if softcap is None and s_aux is None and not dropout and reason_against_varlen(query, value) is None:
+        return _varlen(query, key, value, documents, window, scaling), None
+    lengths = [b - a for a, b in pairwise(documents.edges)]
     parts = []
     for part in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):  # type: ignore[no-untyped-call]
-        window = _window(part[0].shape[2], sliding_window, query.device)
-        parts.append(sdpa_attention_forward(module, *part, window, **options)[0])
+        parts.append(one(*part, _window(part[0].shape[2], window, query.device))[0])
     return torch.cat(parts, dim=1), None
+
+
+def _kind(thing: Any) -> str:
+    return type(thing).__name__.removesuffix("Config").removesuffix("Attention")
 
 
 def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -120,6 +159,70 @@ def _window(length: int, window: int | None, device: torch.device) -> Tensor | N
     at = torch.arange(length, device=device)
     behind = at[:, None] - at[None, :]
     return ((behind >= 0) & (behind < window))[None, None]
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks_h: Tensor | None,
+) -> tuple[Tensor, None]:
+    """Attend as the formula says, scores in memory [b, heads, l, l]: for what no kernel of torch computes.
+
+    scores = softcap tanh(q k^T scaling / softcap); out = softmax([scores, sinks]) [v, 0].
+    mask: bool, true where a position may be seen; or added to the scores; None: causal.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, wide = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        rows, columns = scores.shape[-2:]
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if sinks_h is not None:
+        sinks = sinks_h.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    shares = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    shares = torch.nn.functional.dropout(shares, dropout) if dropout else shares
+    return (shares @ wide).transpose(1, 2).contiguous(), None
+
+
+@cache
+def _varlen_lacks() -> str:
+    """Return why torch's variable-length kernel cannot be used at all, or ""."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"torch {torch.__version__} has no varlen_attn"
+    lacks = {"window_size", "enable_gqa", "scale"} - signature(varlen_attn).parameters.keys()
+    return f"varlen_attn of torch {torch.__version__} lacks {', '.join(sorted(lacks))}" if lacks else ""
+
+
+def reason_against_varlen(query: Tensor, value: Tensor) -> str | None:
+    """Return why the variable-length kernel cannot take tensors like these, or None where it can."""
+    if not query.is_cuda:
+        return "no GPU"
+    if value.dtype not in (torch.bfloat16, torch.float16):
+        return f"{value.dtype} is no half precision"
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+        return f"heads of {query.shape[-1]} and {value.shape[-1]} channels"
+    return _varlen_lacks() or None
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """Say in words how packed documents attend on a device, and why so."""
+    probe = torch.empty(1, 1, 1, 8, device=device, dtype=dtype)
+    against = reason_against_varlen(probe, probe)
+    if against is None:
+        return "packed documents attend by one variable-length kernel (torch.nn.attention.varlen)"
+    return f"packed documents attend by one SDPA call a document ({against})"
 
 
 def _varlen(

@@ -22,6 +22,7 @@ from train.data.sources import Measured, Source, check_bad, open_source
 from train.dist import Runtime
 from train.errors import DataError, TrainError, UsageError
 from train.folder import absolute, digest_data, finish, held, open_run, read_json, relative
+from train.model import attention
 from train.model.compose import Composed, compose
 from train.model.learn import prepare, recompute
 from train.model.skip_unlabelled import skip_unlabelled
@@ -159,6 +160,8 @@ def _assemble(
     max_length = config.model.max_length
     measured = measure_once(source, encoder, max_length, out, runtime)
     check_bad(source, measured.reasons, stage.max_bad_share)
+    if stage.packing and config.model.attention == attention.NAME:
+        log.info("%s", attention.describe(place.device, place.dtype))
     plan = Plan(measured, stage)
     trainable = prepare(composed, stage)
     skip_unlabelled(composed.model.model.language_model)

@@ -4,6 +4,8 @@ import pytest
 import torch
 import transformers as tf
 
+from train.errors import UsageError
+from train.model import attention
 from train.model.attention import NAME, Documents, attend, packed_documents, register
 
 SMALL = {
@@ -25,8 +27,21 @@ CONFIGS = {
     "qwen2": tf.Qwen2Config(**FEWER),
     "phi3": tf.Phi3Config(**FEWER, sliding_window=4),  # shorter than the documents
     "granite": tf.GraniteConfig(**FEWER),  # MiniCPM's shape
+    "gpt_oss": tf.GptOssConfig(
+        **FEWER, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4
+    ),  # sinks
+    "gemma2": tf.Gemma2Config(**FEWER, head_dim=8, attn_logit_softcapping=0.5, sliding_window=4),
 }
+NO_SDPA = ("gpt_oss", "gemma2")  # transformers has sinks and caps in its eager attention alone
 LENGTHS = [7, 1, 12, 3]
+
+
+def enlarge(model):
+    """Make every weight matter: sinks start at 0 and scores far below any cap."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def gradients(model):
@@ -41,17 +56,18 @@ def test_packed_losses_and_gradients_are_those_of_each_document_alone(family, ch
     ids = torch.randint(3, 64, (1, sum(LENGTHS)))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     outs = []
-    for attention in (NAME, "sdpa", "eager"):
+    for kind in (NAME, *([] if family in NO_SDPA else ["sdpa"]), "eager"):
         torch.manual_seed(1)
-        model = tf.AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention)
+        model = tf.AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=kind)
+        enlarge(model)
         body = model.get_decoder()
-        if attention == NAME:
+        if kind == NAME:
             if checkpointing:
                 body.activation_checkpointing_enable({"use_reentrant": False})
             body.train()
             with packed_documents(LENGTHS, ids.device):
                 hidden = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        elif attention == "eager":
+        elif kind == "eager":
             edges = Documents.of(LENGTHS, ids.device).edges
             parts = [body(input_ids=ids[:, a:b], use_cache=False) for a, b in zip(edges, edges[1:], strict=False)]
             hidden = torch.cat([part.last_hidden_state for part in parts], dim=1)
@@ -63,6 +79,54 @@ def test_packed_losses_and_gradients_are_those_of_each_document_alone(family, ch
     for loss, gradient in outs[1:]:
         torch.testing.assert_close(outs[0][0], loss, rtol=0, atol=1e-5)
         torch.testing.assert_close(outs[0][1], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
+def test_padded_rows_keep_sinks_and_caps(family):
+    register()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    outs = []
+    for kind in (NAME, "eager"):
+        torch.manual_seed(1)
+        model = tf.AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=kind).eval()
+        enlarge(model)
+        outs.append(model(input_ids=ids, use_cache=False).logits.detach())
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("documents", [None, [3, 4]])
+def test_an_option_that_is_not_known_is_refused(documents):
+    q, k, v = torch.randn(3, 1, 4, 7, 8)
+    mask = None if documents is None else Documents.of(documents, q.device)
+    attend(torch.nn.Module(), q, k, v, mask, scaling=1.0, position_ids=torch.arange(7), something=None)
+    with pytest.raises(UsageError, match="takes block_indices, unknown here; .*--set model.attention=eager"):
+        attend(torch.nn.Module(), q, k, v, mask, scaling=1.0, block_indices=torch.zeros(1))
+
+
+def test_attention_in_chunks_is_refused():
+    register()
+    config = tf.Llama4TextConfig(**FEWER, head_dim=8, attention_chunk_size=4, num_local_experts=2)
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    with packed_documents([3, 4], torch.device("cpu")), pytest.raises(UsageError, match="attends in chunks of 4"):
+        model(input_ids=torch.arange(3, 10)[None], use_cache=False)
+
+
+def test_a_torch_whose_kernel_lacks_an_argument_calls_sdpa_and_says_so(monkeypatch):
+    """torch 2.9's varlen_attn had neither windows nor shared heads."""
+    from torch.nn.attention import varlen
+
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None, scale=None):
+        raise AssertionError
+
+    half = torch.empty(1, 2, 3, 8, dtype=torch.bfloat16)
+    on_gpu = type("", (), {"is_cuda": True, "shape": half.shape, "dtype": half.dtype})()
+    attention._varlen_lacks.cache_clear()
+    assert attention.reason_against_varlen(on_gpu, on_gpu) is None
+    attention._varlen_lacks.cache_clear()
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    assert attention.reason_against_varlen(on_gpu, on_gpu).endswith("lacks enable_gqa, window_size")
+    attention._varlen_lacks.cache_clear()
+    assert attention.describe(torch.device("cpu"), torch.float32).endswith("one SDPA call a document (no GPU)")
 
 
 def test_the_work_is_quadratic_in_documents_not_in_rows():
