@@ -5,7 +5,7 @@
 
 The class is transformers' own, so that the result loads without code of ours. It has fewer parts than some language
 models: a head without bias, no division of the logits. What such a model has more is folded into weights beside it
-where that changes no logit (`place_head_bias`, `fold_logits_scaling`), else said or refused.
+where that changes no logit (`place_head_bias`, `fold_scales`), else said or refused.
 Cost: the weights once, on the CPU, in the dtype asked for; the projector is drawn new in fp32. Everything is frozen;
 learn.py chooses what learns, forward.py runs the model.
 Sources: LLaVA-1.5 (arXiv 2310.03744) for the structure; transformers' modeling_llava.py for the class.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from train.config import Model
 from train.model.language import (
     add_image_token,
-    fold_logits_scaling,
+    fold_scales,
     image_token_id,
     load_lm,
     load_tokenizer,
@@ -35,7 +35,9 @@ from train.model.language import (
 )
 from train.model.layer import feature_layer_index
 from train.model.published import known_words
+from train.model.recurrent import isolate_documents
 from train.model.tower import EVA, MULTISCALE, Vision, describe_tower, load_tower
+from train.model.verify import packs, reference
 
 OWN_TOWERS = {EVA: "the EVA02-CLIP tower", MULTISCALE: "a tower behind several scales (S²)"}
 log = logging.getLogger("train")
@@ -52,6 +54,7 @@ class Composed:
     fingerprint: str  # of the tower's and the language model's weights as loaded
     feature_index: int
     feature_scale: float = 1.0  # on projected features while training; an export folds it into the projector
+    can_pack: bool = True  # documents in one row do not see each other
 
     @property
     def image_id(self) -> int:
@@ -72,6 +75,7 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
     tokenizer = load_tokenizer(options)
     lm = load_lm(options, tokenizer, dtype)
     image_id = add_image_token(lm, tokenizer, options.image_token)
+    theirs = reference(lm, image_id)
     config = _native_config(options, tower.config, lm.config, vision, image_id)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
@@ -84,9 +88,12 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
     head = lm.get_output_embeddings()
     model.lm_head.weight = head.weight
     fingerprint = _fingerprint(model)
-    fold_logits_scaling(lm)
-    if getattr(head, "bias", None) is not None:
-        place_head_bias(model, head.bias, options.lm_head_bias)
+    fold_scales(lm)
+    lost_v = None
+    if getattr(head, "bias", None) is not None and not place_head_bias(model, head.bias, options.lm_head_bias):
+        lost_v = head.bias.detach()
+    isolate_documents(model.model.language_model)
+    can_pack = packs(model, theirs, lost_v, options.lm)
     index = feature_layer_index(options.feature_layer, tower.config.num_hidden_layers)
     model.requires_grad_(False).eval()
     leftover = [name for name, p in model.named_parameters() if p.device.type == "meta"]
@@ -94,7 +101,7 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
     if limits(config):
         log.warning("%s", limits(config))
     scale = math.sqrt(lm.config.hidden_size) if options.scale_features else 1.0
-    return Composed(model, tokenizer, vision, options.image_token, fingerprint, index, scale)
+    return Composed(model, tokenizer, vision, options.image_token, fingerprint, index, scale, can_pack)
 
 
 def blueprint(options: Model) -> tuple[Any, Vision]:
@@ -147,9 +154,10 @@ def limits(config: Any) -> str:
     )
 
 
-def place_head_bias(model: Any, bias_v: Tensor, how: str) -> None:
+def place_head_bias(model: Any, bias_v: Tensor, how: str) -> bool:
     """Fold a head's bias b [v] into the head's weight W [v, d] and the norm before it, or drop it.
 
+    Returns whether the bias is kept.
     The llava class has a head without bias. Behind a layer norm nothing is lost: the norm gives z = w n + c with n of
     mean zero. With u = 1/w elementwise, u . z = sum(n) + u . c = u . c is the same constant for every position, so
     W + b u^T / (u . c) gives W z + b. To keep that constant away from zero, c is first replaced by c + w: it is then
@@ -158,15 +166,15 @@ def place_head_bias(model: Any, bias_v: Tensor, how: str) -> None:
     bias is dropped with a warning.
     """
     if not bool(bias_v.any()):
-        return
+        return True
     if how == "drop":
         log.info("the language model's lm_head.bias is dropped, as in Bunny (model.lm_head_bias)")
-        return
+        return False
     norm: Any = getattr(model.model.language_model, "final_layernorm", None)
     layered = isinstance(norm, nn.LayerNorm) and norm.bias is not None and not model.config.tie_word_embeddings
     if not layered or float(norm.weight.detach().abs().min()) < 1e-4:
         log.warning("the language model's lm_head.bias is dropped: the norm before it does not allow to fold it")
-        return
+        return False
     bias_v = nn.functional.pad(bias_v, (0, len(model.lm_head.weight) - len(bias_v)))  # rows of added tokens
     with torch.no_grad():
         w_d, head_vd = norm.weight.double(), model.lm_head.weight
@@ -182,6 +190,7 @@ def place_head_bias(model: Any, bias_v: Tensor, how: str) -> None:
                 head_vd.dtype
             )
     log.info("the language model's lm_head.bias is folded into its head and last norm, which changes no logit")
+    return True
 
 
 def fold_feature_scale(model: Any, factor: float) -> None:

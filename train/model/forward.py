@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from train.model import attention
 from train.model.compose import Composed
 from train.model.layer import features
+from train.model.recurrent import for_recurrent
 from train.model.tower import Vision
 
 LOGIT_CHUNK = 1 << 25  # elements of one slice of logits: 128 MB in fp32
@@ -46,8 +47,10 @@ def hidden_states(
     learnt_s: the positions of that one row whose states are used; others may then be anything (skip_unlabelled.py).
     """
     embeds = embeddings(composed, ids_bl, feats)
-    with attention.packed_documents(documents, ids_bl.device, learnt_s):
-        out = composed.model.model.language_model(inputs_embeds=embeds, position_ids=positions_bl, use_cache=False)
+    language_model = composed.model.model.language_model
+    with attention.packed_documents(documents, ids_bl.device, learnt_s) as packed:
+        more = for_recurrent(language_model, packed)
+        out = language_model(inputs_embeds=embeds, position_ids=positions_bl, use_cache=False, **more)
     return cast(Tensor, out.last_hidden_state)
 
 

@@ -59,11 +59,20 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
     return lm
 
 
-def fold_logits_scaling(lm: Any) -> None:
-    """Move Granite's division of the logits into the norm before the head: the llava class divides nothing.
+def fold_scales(lm: Any) -> None:
+    """Move the scales that a family applies outside its layers into weights: the llava class applies none.
 
-    Not into the head itself, which MiniCPM shares with its embedding.
+    Granite divides its logits; that goes into the norm before the head, not into the head itself, which MiniCPM shares
+    with its embedding. Falcon-H1 multiplies words as it looks them up, and logits: that goes into the embedding, and
+    into the norm, less what a head that is the embedding has got already.
     """
+    if lm.config.model_type == "falcon_h1":
+        words, logits = lm.config.embedding_multiplier, lm.config.lm_head_multiplier
+        with torch.no_grad():
+            lm.get_input_embeddings().weight.mul_(words)
+            lm.get_decoder().final_layernorm.weight.mul_(logits / words if lm.config.tie_word_embeddings else logits)
+        for one in (lm.config, lm.get_decoder()):
+            one.embedding_multiplier = one.lm_head_multiplier = 1.0
     factor = getattr(lm.config, "logits_scaling", 1.0)
     if factor != 1.0:
         fold_into_norm(lm.get_decoder(), factor)

@@ -158,10 +158,12 @@ def _assemble(
     encoder = make_encoder(composed, config.model, stage)
     check_parity(source, encoder)
     max_length = config.model.max_length
+    if stage.packing and not composed.can_pack:  # compose has said why
+        stage = dataclasses.replace(stage, packing=False)
     measured = measure_once(source, encoder, max_length, out, runtime)
     check_bad(source, measured.reasons, stage.max_bad_share)
     if stage.packing and config.model.attention == attention.NAME:
-        log.info("%s", attention.describe(place.device, place.dtype))
+        log.info("%s", attention.describe(runtime.device, runtime.dtype))
     plan = Plan(measured, stage)
     trainable = prepare(composed, stage)
     skip_unlabelled(composed.model.model.language_model)

@@ -1,0 +1,46 @@
+"""Recurrent layers in packed rows: each document starts from an empty state.
+
+Hybrid language models (LFM2, Falcon-H1, Qwen3.5) mix attention with layers that carry a state along the row: a causal
+convolution over the last few positions, a gated recurrence, a state space. Such a layer knows no mask: in a packed row
+it would carry one document's state into the next. Here it runs once for each document, and its outputs are laid side by
+side again: out = [f(x_1), ..., f(x_n)] for a row [x_1, ..., x_n], exact on every device, at n calls a layer.
+
+Such a layer is known by the convolution that it holds (`nn.Conv1d`): all of transformers' have one. The documents come
+as a keyword argument, which decoders pass on to their layers, so that a backward pass that recomputes has them, too.
+A family that does not pass it on fails the comparison of compose (verify.py) and is trained without packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.model.attention import Documents
+
+
+def isolate_documents(language_model: Any) -> None:
+    """Let the recurrent layers of a language model, where it has some, run a document at a time in packed rows."""
+    found = [m for m in language_model.modules() if any(isinstance(child, nn.Conv1d) for child in m.children())]
+    for module in found:
+        module.forward = partial(_each_alone, module.forward)
+    language_model.has_recurrent_layers = bool(found)
+
+
+def for_recurrent(language_model: Any, documents: Documents | None) -> dict[str, Documents]:
+    """Return what a language model must be given besides, for its recurrent layers to know a packed row's documents."""
+    needed = documents is not None and getattr(language_model, "has_recurrent_layers", False)
+    return {"documents": documents} if needed and documents is not None else {}
+
+
+def _each_alone(run: Callable[..., Tensor], *args: Any, documents: Documents | None = None, **options: Any) -> Tensor:
+    """Call `run` on each document of hidden states [1, l, d], given first or by name."""
+    if documents is None:
+        return run(*args, **options)
+    hidden_bld, rest = (args[0], args[1:]) if args else (options.pop("hidden_states"), ())
+    lengths = [b - a for a, b in pairwise(documents.edges)]
+    return torch.cat([run(part, *rest, **options) for part in hidden_bld.split(lengths, dim=1)], dim=1)

@@ -1,0 +1,97 @@
+"""What was composed against the language model itself: the same logits, alone and packed, or words that say otherwise.
+
+Two short texts run through the causal language model as transformers publishes it, with its plainest attention, before
+anything is folded or put into the llava class. Then both run through the composed model, side by side in a packed row.
+Equal logits show at once that head, scales, attention and the isolation of documents are right. Where they differ, the
+texts run one by one: equal then, the family is trained without packing; unequal, it is refused with the difference.
+
+    difference of a position = |ours - theirs| / |theirs|, over its logits [v]
+
+In fp32 the largest counts, in half precision the median of a text's positions, as rounding may send a token to another
+expert. Cost: three or four passes of a few tokens on the CPU; nothing random is drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.errors import UsageError
+from train.model import attention
+from train.model.recurrent import for_recurrent
+
+LENGTHS = (5, 9)  # tokens of the two texts
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Two texts, i64 ids each, and the logits [l, v] that the causal language model gives for each."""
+
+    texts: list[Tensor]
+    logits: list[Tensor]
+
+
+def reference(lm: Any, skip: int) -> Reference:
+    """Run a causal language model that is not composed yet on two texts without the token `skip`."""
+    rows = lm.get_input_embeddings().num_embeddings
+    ids = [i for i in range(3, rows, max(1, (rows - 3) // (sum(LENGTHS) + 1))) if i != skip]
+    texts = [torch.tensor((ids * sum(LENGTHS))[sum(LENGTHS[:n]) :][:length]) for n, length in enumerate(LENGTHS)]
+    lm.eval()
+    lm.set_attn_implementation("eager")
+    with torch.no_grad():
+        return Reference(texts, [lm(input_ids=text[None], use_cache=False).logits[0].float() for text in texts])
+
+
+def packs(model: Any, theirs: Reference, bias_v: Tensor | None, lm: str) -> bool:
+    """Compare a composed model's logits; return whether documents can share a row.
+
+    bias_v: of the head, where it was dropped.  Raises: UsageError where a text alone gives other logits.
+    """
+    expected = theirs.logits if bias_v is None else [part - bias_v.float() for part in theirs.logits]
+    dtype = next(model.model.language_model.parameters()).dtype
+    limit = max(1e-4, 8 * torch.finfo(dtype).eps)
+    together = _logits(model, theirs.texts)
+    if (apart := _difference(together, expected, dtype)) <= limit:
+        return True
+    alone = [part for text in theirs.texts for part in _logits(model, [text])]
+    difference = _difference(alone, expected, dtype)
+    kind = model.config.text_config.model_type
+    if not difference <= limit:  # a difference that is no number is none that can be borne
+        raise UsageError(
+            f"model.lm {lm!r} ({kind}): in the llava class its logits differ from its own by {difference:.2g} of their "
+            f"size, rounding explains {limit:.1g}: the class lacks something that this family has; take another"
+        )
+    log.warning(
+        "%s: documents in a row would see each other (logits differ by %.2g of their size); it trains without packing",
+        *(kind, apart),
+    )
+    return False
+
+
+def _logits(model: Any, texts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the logits [l, v] of texts, which share a row where they are several."""
+    language_model = model.model.language_model
+    lengths = [len(text) for text in texts]
+    row, device = torch.cat(list(texts))[None], texts[0].device
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad(), attention.packed_documents(lengths if len(lengths) > 1 else (), device) as documents:
+        embeds = language_model.get_input_embeddings()(row)
+        more = for_recurrent(language_model, documents)
+        out = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False, **more)
+        logits: Tensor = model.lm_head(out.last_hidden_state)[0].float()
+    return list(torch.split(logits, lengths))
+
+
+def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) -> float:
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        per_position = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
+        value = float(per_position.max() if dtype == torch.float32 else per_position.median())
+        worst = value if value != value else max(worst, value)
+    return worst
