@@ -14,8 +14,10 @@ result. The plan is a pure function of lengths, seed and step number: to resume 
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +32,7 @@ from train.data.prompts import Encoder, Rejected
 from train.data.sources import Measured, Source, decode_image, encode
 
 MAX_FILES = 1 << 16
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Groups = list[list[int]]
 Rows = list[list[int]]  # sample indices, row by row
 
@@ -287,7 +290,7 @@ def load(dataset: Any, order: Sequence[int], workers: int, pin: bool) -> Any:
     if workers:  # each tensor on its way holds an open file, and the usual 1,024 are soon too few
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_FILES)), hard))
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
         sampler=order,
@@ -297,8 +300,24 @@ def load(dataset: Any, order: Sequence[int], workers: int, pin: bool) -> Any:
         pin_memory=pin,
         worker_init_fn=_ignore_signals,
     )
+    # A worker inherits the blocked signals, so that none can end it before it has learnt to ignore them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Leave Ctrl-C to the training process, which saves first."""
+    """Leave Ctrl-C and SIGTERM, which go to the whole process group, to the training process, which saves first.
+
+    SIGTERM stays blocked, and a thread takes it: from the training process, which ends its workers by it, it counts.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

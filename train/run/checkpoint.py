@@ -17,9 +17,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +35,7 @@ from train.model.weights import write_tensors
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 PROJECTOR = "model.multi_modal_projector."
+GRACE_S = 30.0  # between SIGTERM and SIGKILL: torchrun's default (--shutdown-timeout), Slurm's and Kubernetes' too
 _LORA = re.compile(r"^(.*\.lora_[AB])\.default\.weight$")
 _STEP = re.compile(r"^step-(\d{6,})$")
 
@@ -59,7 +62,7 @@ def collect(
         for key, tensor in tensors.items():
             value = full_tensor(tensor.detach())
             if keep:
-                file[key] = value.cpu().contiguous()
+                file[key] = value.to("cpu", copy=True).contiguous()  # training goes on while it is written
     return files
 
 
@@ -90,6 +93,50 @@ def save(
         if old != best:
             shutil.rmtree(old)
     return path
+
+
+class Writer:
+    """Write checkpoints in a thread, one at a time, while training goes on with its own copy of the tensors."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[float] | None = None
+        self.seconds = 0.0  # that the last write took
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def submit(self, write: Callable[[], Any]) -> None:
+        """Start a write; waits for the one before.  Raises: whatever that one raised."""
+        self.wait()
+
+        def timed() -> float:
+            began = time.perf_counter()
+            write()
+            return time.perf_counter() - began
+
+        self._pending = self._thread.submit(timed)
+
+    def wait(self) -> None:
+        """Wait for the write under way.  Raises: whatever it raised, OSError where the disk is full."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.seconds = pending.result()
+
+
+def shutdown_advice(step_s: float, save_s: float, size_bytes: float) -> str:
+    """Say what a stop needs where a step and a checkpoint take longer than GRACE_S; else return ""."""
+    if step_s + save_s <= GRACE_S:
+        return ""
+    needed = math.ceil(1.2 * (step_s + save_s) / 30) * 30
+    return (
+        f"a checkpoint of {size_bytes / 1e9:.1f} GB takes {save_s:.0f} s and a step {step_s:.0f} s, more than the "
+        f"{GRACE_S:.0f} s that torchrun and most schedulers leave after SIGTERM; type torchrun --shutdown-timeout "
+        f"{needed}, else a stop goes back to the last checkpoint"
+    )
 
 
 def _loss(path: Path) -> float:

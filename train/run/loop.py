@@ -53,6 +53,7 @@ class Training:
     features: FeatureCache | None = None
     sample_losses: SampleLosses | None = None
     cost: Cost = field(init=False)
+    _told_grace: bool = field(init=False, default=False)
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the end.
@@ -72,19 +73,19 @@ class Training:
         peak = peak_flops(self.runtime.device, self.runtime.dtype, self.stage.peak_tflops)
         dataset = Steps(self.plan, self.collator, self.runtime.rank, self.runtime.world)
         cuda = self.runtime.device.type == "cuda"
-        batches = iter(load(dataset, range(start, self.plan.steps), self.stage.workers, cuda))
         recorder = Recorder(
             *(self.out, start, self.plan.steps, self.runtime.rank == 0, self.stage.tracker),
             settings=dataclasses.asdict(self.stage),
         )
         since: list[float] = []  # losses since the last checkpoint
-        with StopSignal() as stop, recorder:
+        with StopSignal() as stop, recorder, checkpoint.Writer() as writer:
+            batches = load(dataset, range(start, self.plan.steps), self.stage.workers, cuda)
             for step in range(start, self.plan.steps):
                 began = time.perf_counter()
                 micro_batches = next(batches)
                 waited = time.perf_counter() - began
                 with out_of_memory(self.stage):
-                    row, stopping = self._step(step, micro_batches, optimizer, stop.received)
+                    row, stopping = self._step(step, micro_batches, optimizer, stop)
                 seconds = time.perf_counter() - began
                 if peak:
                     row["mfu"] = row["tflop"] * 1e12 / (seconds * peak * self.runtime.world)
@@ -93,22 +94,26 @@ class Training:
                 since.append(row["loss"])
                 done = step + 1
                 if stopping or done == self.plan.steps or done % self.stage.save_every == 0:
-                    self._save(done, optimizer, sum(since) / len(since))
+                    self._save(done, optimizer, sum(since) / len(since), writer)
                     since.clear()
+                    self._tell_grace(seconds, writer)
                 if stopping and done < self.plan.steps:
+                    writer.wait()
+                    self.runtime.barrier()  # a rank that ends before the checkpoint is whole would end the others
                     raise Interrupted(f"stopped by a signal after step {done}, saved; the same command goes on")
                 yield done
+            writer.wait()
 
     def _step(
-        self, step: int, micro_batches: list[Batch], optimizer: torch.optim.Optimizer, stop: bool
+        self, step: int, micro_batches: list[Batch], optimizer: torch.optim.Optimizer, stop: StopSignal
     ) -> tuple[dict[str, float], bool]:
         own = [len(b.targets_s) for b in micro_batches]
         counts = [sum(own), sum(b.num_tokens for b in micro_batches), sum(b.ids_bl.numel() for b in micro_batches)]
-        counts += [sum(len(b.skipped) for b in micro_batches), int(stop), sum(n > 0 for n in own)]
+        counts += [sum(len(b.skipped) for b in micro_batches), sum(n > 0 for n in own)]
         cached = self.features is not None
         useful = sum(self.cost.flops(b, cached=cached) for b in micro_batches)
         totals = self.runtime.sum_over_ranks([*map(float, counts), useful])
-        supervised, tokens, padded, skipped, stopping, filled, flops = totals
+        supervised, tokens, padded, skipped, filled, flops = totals
         if skipped:
             self._note_skipped(micro_batches)
         shares: list[Tensor] = []  # read when all are under way: reading waits for the device
@@ -119,7 +124,9 @@ class Training:
                 )
                 share = supervised if self.stage.loss_norm == "token" else len(batch.targets_s) * filled
                 shares.append(self._backward(step, batch, max(1.0, share)))
-        loss = self.runtime.sum_over_ranks([sum(map(float, shares))])[0]
+        mine = sum(map(float, shares))
+        # Asked for late, so that a signal during the passes ends the run after this step and not after the next.
+        loss, stopping = self.runtime.sum_over_ranks([mine, float(stop.received)])
         norm = self._clip_gradients() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             self._refuse_nan(step, micro_batches, loss, norm)
@@ -215,13 +222,20 @@ class Training:
         log.info("going on from %s", path)
         return int(state["step"])
 
-    def _save(self, step: int, optimizer: torch.optim.Optimizer, loss: float) -> None:
+    def _save(self, step: int, optimizer: torch.optim.Optimizer, loss: float, writer: checkpoint.Writer) -> None:
         state = {"skipped": {str(i): r for i, r in sorted(self.skipped.items())}, "loss": loss}
         extra = self.sample_losses.gather(self.runtime) if self.sample_losses is not None else {}
         tensors = checkpoint.collect(self.trainable, optimizer, keep=self.runtime.rank == 0)
         if self.runtime.rank == 0:
-            checkpoint.save(self.out / "checkpoints", step, {**tensors, **extra}, state, self.stage.keep_last)
-        self.runtime.barrier()
+            folder, keep = self.out / "checkpoints", self.stage.keep_last
+            writer.submit(lambda: checkpoint.save(folder, step, {**tensors, **extra}, state, keep))
+
+    def _tell_grace(self, step_s: float, writer: checkpoint.Writer) -> None:
+        if writer.seconds and not self._told_grace:
+            size = 12.0 * sum(p.numel() for p in self.trainable.values())
+            if advice := checkpoint.shutdown_advice(step_s, writer.seconds, size):
+                log.warning("%s", advice)
+                self._told_grace = True
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class SampleLosses:
                 self.loss[samples], self.tokens[samples], self.step[samples] = losses, counts, step
         self._new = []
         arrays = {"loss": self.loss, "tokens": self.tokens, "step": self.step}
-        return {FILE: {name: torch.from_numpy(array) for name, array in arrays.items()}}
+        return {FILE: {name: torch.tensor(array) for name, array in arrays.items()}}
 
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint."""
