@@ -1,28 +1,34 @@
-"""Run a task over items on one or many processes: the only room that knows processes.
+"""Run a task over items on one or many processes.
 
 A task is picklable, is set up once per worker and turns one item into a small dict; what it makes it writes to files.
-An exception becomes the item's error and the others go on. Every engine and worker count leaves the same files, since
-items are whole shards or buckets, and nothing passes between them.
+An exception becomes the item's error and the others go on, unless it says that nothing can go on: a full disk, a lost
+mount, a permission taken away. An item whose worker dies is done again by a new one, up to TRIES times. Every engine
+and worker count leaves the same files, since items are whole shards or buckets, and nothing passes between them.
 """
 
+import contextlib
+import errno
 import logging
 import os
-import sys
 import time
 import traceback
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
-from curate.errors import CurateError, UsageError, unknown
+from curate import processes
+from curate.errors import CurateError, RunError, UsageError, unknown
+from curate.processes import TRIES, Processes
+from curate.progress import Progress
 
 log = logging.getLogger("curate")
-IN_FLIGHT_PER_WORKER = 2
-PLAIN_INTERVAL_S = 10.0
 ENGINES = ("local", "ray")
-RAY_TRIES = 3  # of an item whose worker dies
+RAY_LOOK_S = 2.0  # between two looks at what Ray's actors are at
+Note = Callable[[Any, int], None]  # (item, rows done of it)
+ENDING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENOTCONN)
+LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class Task(Protocol):
@@ -38,16 +44,26 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one item. Exactly one of value and error is set."""
+    """What became of one item. Exactly one of value and error is set.
+
+    passes: the error may be gone when the item is tried again. ends: no other item can be done either. trace: the
+    traceback of an error.
+    """
 
     item: Any
     value: dict[str, Any] | None = None
     error: str | None = None
+    passes: bool = False
+    ends: bool = False
+    trace: str = ""
 
 
 @dataclass(frozen=True)
 class Job:
-    """How a stage runs; never what it makes. workers 0: one per GPU, else one per core. Raises: UsageError."""
+    """How a stage runs; never what it makes. workers 0: one per core, or per GPU where a stage uses them.
+
+    Raises: UsageError.
+    """
 
     workers: int = 0
     engine: str = "local"
@@ -60,7 +76,7 @@ class Job:
         if self.engine not in ENGINES:
             raise unknown("engine", self.engine, ENGINES)
         if self.workers < 0:
-            raise UsageError(f"workers={self.workers} is negative.", "0 takes one per GPU, else one per core")
+            raise UsageError(f"workers={self.workers} is negative.", "0 takes one per core or GPU")
 
     def share(self, items: Sequence[Any]) -> list[Any]:
         """Take the items of this slice: every WORLD-th from RANK on, or all."""
@@ -72,170 +88,162 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def advance(rows: int) -> None:
+    """Say, from within a task, that `rows` more of the item at work are done: for the progress line alone."""
+    if not processes.tell(rows) and _here:
+        _here[-1](rows)
+
+
+_here: list[Callable[[int], None]] = []  # who hears of items at work in this very process, innermost last
+
+
 def run(
-    task: Task, items: Sequence[Any], *, engine: str = "local", workers: int = 1, gpus: int = 0
-) -> Iterator[Report]:
+    task: Task,
+    items: Sequence[Any],
+    *,
+    engine: str = "local",
+    workers: int = 1,
+    gpus: int = 0,
+    note: Note = lambda item, rows: None,
+) -> Generator[Report, None, None]:
     """Work all items and yield a report for each, in the order in which they end.
 
-    gpus: with more than zero, each local worker sees one of them.
+    gpus: with more than zero, each local worker sees one of them. note: hears how many rows of an item are done while
+    it is at work, maybe in another thread.
     """
     if engine == "ray":
-        yield from _run_ray(task, items, max(1, workers), gpus)
+        yield from _run_ray(task, items, max(1, workers), gpus, note)
     elif workers <= 1 or len(items) <= 1:
         task.setup()
-        yield from (_attempt(task, item) for item in items)
+        for item in items:
+            done = 0
+
+            def hear(rows: int, item: Any = item) -> None:
+                nonlocal done
+                done += rows
+                note(item, done)
+
+            yield _attempt_heard(task, item, hear)
     else:
-        yield from _run_pool(task, items, min(workers, len(items)), gpus)
+        yield from _run_pool(task, items, min(workers, len(items)), gpus, note)
 
 
 def _attempt(task: Task, item: Any) -> Report:
     try:
         return Report(item, value=task(item))
     except Exception as error:
-        return Report(item, error=_words(error))
+        return _failure(item, error)
+
+
+def _attempt_heard(task: Task, item: Any, hear: Callable[[int], None]) -> Report:
+    """Attempt an item in this process. hear: is told of its rows as they are done."""
+    _here.append(hear)
+    try:
+        return _attempt(task, item)
+    finally:
+        _here.pop()
+
+
+def _failure(item: Any, error: Exception) -> Report:
+    """Say what an exception means for its item and for the others."""
+    told = str(error) if isinstance(error, CurateError) else _words(error)
+    passes = isinstance(error, OSError | MemoryError | processes.WorkerDied) and not isinstance(error, LASTING)
+    trace = "".join(traceback.format_exception(error))
+    return Report(item, error=told, passes=passes, ends=_ends(error), trace=trace)
 
 
 def _words(error: Exception) -> str:
-    """Put an exception into one line; what is not ours keeps its traceback for the debug log."""
-    if isinstance(error, CurateError):
+    """Put an exception that is not ours into one line."""
+    if isinstance(error, processes.WorkerDied):
         return str(error)
-    log.debug("%s", traceback.format_exc())
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
+def _ends(error: Exception) -> bool:
+    """Say whether no other item can be done either: what is wrong is the place, not the file."""
+    if isinstance(error, RunError):
+        return True
+    if not isinstance(error, OSError):
+        return False
+    if error.errno in ENDING:
+        return True
+    name = error.filename if isinstance(error.filename, str) and "://" not in error.filename else ""
+    if not name or os.path.exists(name):
+        return False
+    folder = os.path.dirname(os.path.abspath(name))
+    barred = error.errno in (errno.EACCES, errno.EPERM)  # from making a file, or from its folder
+    return barred or not os.path.isdir(folder)
+
+
 _task: Task | None = None
-_trouble = ""
 
 
-def _start_worker(task: Task, devices: Any) -> None:
-    """Begin a pool worker: claim a GPU where there are any, then set up its copy of the task."""
-    global _task, _trouble
-    _end_with_parent()
-    if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
-    try:
-        task.setup()
-    except Exception as error:  # raised here, it would break the pool without a word of what it was
-        _trouble = _words(error)
+def _start_worker(task: Task, device: str | None) -> None:
+    """Begin a worker: claim a GPU where there are any, then set up its copy of the task."""
+    global _task
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    task.setup()
     _task = task
-
-
-def _end_with_parent() -> None:
-    """Let this process die with the one that started it, which a killed run could not ask for."""
-    import multiprocessing
-    import multiprocessing.connection
-    import threading
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def helpers(count: int, start: Callable[..., None], arguments: tuple[Any, ...]) -> ProcessPoolExecutor:
-    """Start processes that serve a worker, each begun by `start(*arguments)`; they end with it."""
-    import multiprocessing
-
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_start_helper, initargs=(start, arguments))
-
-
-def _start_helper(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    _end_with_parent()
-    start(*arguments)
 
 
 def _work(item: Any) -> Report:
     assert _task is not None
-    return Report(item, error=_trouble) if _trouble else _attempt(_task, item)
+    return _attempt(_task, item)
 
 
-def _run_pool(task: Task, items: Sequence[Any], workers: int, gpus: int) -> Iterator[Report]:
-    import multiprocessing
+def helpers(count: int, start: Callable[..., None], arguments: tuple[Any, ...]) -> Processes:
+    """Start processes that serve a worker, each begun by `start(*arguments)`; they end with it."""
+    return Processes(start, [arguments] * count)
 
-    context = multiprocessing.get_context("spawn")  # forked children of a threaded process deadlock
-    devices = None
-    if gpus > 0:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        names = visible.split(",")
-        devices = context.Queue()
-        for index in range(workers):
-            devices.put(names[index % len(names)])
-    threads = {"OMP_NUM_THREADS": str(max(1, cores() // workers))}
-    saved = {name: os.environ.get(name) for name in threads}
-    os.environ.update({name: value for name, value in threads.items() if saved[name] is None})
+
+def _run_pool(task: Task, items: Sequence[Any], workers: int, gpus: int, note: Note) -> Iterator[Report]:
+    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
+    devices = [names[index % len(names)] if gpus > 0 else None for index in range(workers)]
+    saved = os.environ.get("OMP_NUM_THREADS")
+    if saved is None:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // workers))
+    pool = Processes(_start_worker, [(task, device) for device in devices])
+    done = False
     try:
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(task, devices))
-        try:
-            yield from _drain(pool, items, workers * IN_FLIGHT_PER_WORKER)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        yield from _drain(pool, items, workers, note)
+        done = True
     finally:
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
+        pool.shutdown(cancel_futures=not done)
+        if saved is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
 
 
-def _drain(pool: ProcessPoolExecutor, items: Sequence[Any], in_flight: int) -> Iterator[Report]:
-    """Keep a bounded number of items in the pool and yield what ends; a dead worker fails what is left by name."""
+def _drain(pool: Processes, items: Sequence[Any], workers: int, note: Note) -> Iterator[Report]:
+    """Keep every worker at an item, and yield what ends."""
     waiting: dict[Future[Report], Any] = {}
     queue = iter(items)
-    broken = ""
     while True:
-        while not broken and len(waiting) < in_flight:
-            item = next(queue, None)
-            if item is None:
-                break
-            try:
-                waiting[pool.submit(_work, item)] = item
-            except BrokenProcessPool:
-                broken = "a worker process died (out of memory?)"
-                yield Report(item, error=broken)
+        while len(waiting) < workers and (item := next(queue, _NONE)) is not _NONE:
+            waiting[pool.submit_noted(partial(note, item), _work, item)] = item
         if not waiting:
-            break
+            return
         done, _ = wait(waiting, return_when=FIRST_COMPLETED)
         for future in done:
             item = waiting.pop(future)
             try:
-                yield future.result()
-            except BrokenProcessPool:
-                broken = "a worker process died (out of memory?)"
-                yield Report(item, error=broken)
-    for item in queue:
-        yield Report(item, error=broken)
+                report = future.result()
+            except Exception as error:  # of its worker's setup, or its worker died
+                report = _failure(item, error)
+            yield report
 
 
-def _run_ray(task: Task, items: Sequence[Any], workers: int, gpus: int) -> Iterator[Report]:
+_NONE = object()
+
+
+def _run_ray(task: Task, items: Sequence[Any], workers: int, gpus: int, note: Note) -> Iterator[Report]:
     """Schedule items on Ray actors; Ray carries shard names, never data.
 
     When an actor or its node dies, a new one does the item again. Actors without further work are let go, so that there
     is room for the new one even where the lost node had the last free core.
     """
-    try:
-        import ray
-    except ImportError:
-        raise UsageError("--engine ray needs Ray", "pip install 'data-curate[ray]'") from None
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)
-    here = os.getcwd()
-
-    class Worker:
-        def __init__(self) -> None:
-            self.trouble = ""
-            try:
-                os.chdir(here)  # relative locations mean the same on every node, of a shared file system
-                task.setup()
-            except Exception as error:  # raised here, it would be lost among Ray's own
-                self.trouble = _words(error)
-
-        def work(self, item: Any) -> Report:
-            return Report(item, error=self.trouble) if self.trouble else _attempt(task, item)
-
-    actor = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1)(Worker)
+    ray = _ray()
+    actor = _actor(ray, task, gpus)
     idle = [actor.remote() for _ in range(min(workers, len(items)))]
     running: dict[Any, tuple[Any, Any]] = {}
     queue, tries = list(reversed(items)), dict.fromkeys(items, 0)
@@ -245,14 +253,18 @@ def _run_ray(task: Task, items: Sequence[Any], workers: int, gpus: int) -> Itera
             running[worker.work.remote(item)] = worker, item
         if not queue:
             idle.clear()
-        [done], _ = ray.wait(list(running), num_returns=1)
-        worker, item = running.pop(done)
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=RAY_LOOK_S)
+        if not ended:
+            _look(ray, running.values(), note)
+            continue
+        worker, item = running.pop(ended[0])
         try:
-            report = ray.get(done)
+            report = ray.get(ended[0])
         except ray.exceptions.RayError as error:  # Ray's own retries are spent before it knows that a node is dead
             tries[item] += 1
-            worker, report = actor.remote(), Report(item, error=f"its worker died {RAY_TRIES} times ({_words(error)})")
-            if tries[item] < RAY_TRIES:
+            worker = actor.remote()
+            report = Report(item, error=f"its worker died {TRIES} times ({_words(error)})", passes=True)
+            if tries[item] < TRIES:
                 queue.append(item)
                 report = None
         idle.append(worker)
@@ -260,12 +272,61 @@ def _run_ray(task: Task, items: Sequence[Any], workers: int, gpus: int) -> Itera
             yield report
 
 
+def _ray() -> Any:
+    """Reach Ray's cluster, or begin one on this machine. Raises: UsageError when Ray is not installed."""
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("--engine ray needs Ray", "pip install 'data-curate[ray]'") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False)
+    return ray
+
+
+def _actor(ray: Any, task: Task, gpus: int) -> Any:
+    """Declare the actor that works items; beside its work it answers how far it is."""
+    here = os.getcwd()
+
+    class Worker:
+        def __init__(self) -> None:
+            self.trouble: Exception | None = None
+            self.done = 0
+            try:
+                os.chdir(here)  # relative locations mean the same on every node, of a shared file system
+                task.setup()
+            except Exception as error:  # raised here, it would be lost among Ray's own
+                self.trouble = error
+
+        def work(self, item: Any) -> Report:
+            self.done = 0
+            return _failure(item, self.trouble) if self.trouble else _attempt_heard(task, item, self.advance)
+
+        def advance(self, rows: int) -> None:
+            self.done += rows
+
+        @ray.method(concurrency_group="looks")  # type: ignore[untyped-decorator]
+        def look(self) -> int:
+            return self.done
+
+    return ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, concurrency_groups={"looks": 1})(Worker)
+
+
+def _look(ray: Any, running: Any, note: Note) -> None:
+    """Ask actors how many rows they have done of the items that they are at; those that do not answer keep silent."""
+    asked = {worker.look.remote(): item for worker, item in running}
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=RAY_LOOK_S)
+    for answer in answered:
+        with contextlib.suppress(ray.exceptions.RayError):
+            note(asked[answer], ray.get(answer))
+
+
 @dataclass
 class Outcome:
-    """The reports of a stage, sorted by item, and its speed."""
+    """The reports of a stage, sorted by item, and its speed. passing: the failed items that may do better next time."""
 
     done: dict[Any, dict[str, Any]] = field(default_factory=dict)
     failed: dict[Any, str] = field(default_factory=dict)
+    passing: set[Any] = field(default_factory=set)
     rows: int = 0
     seconds: float = 0.0
 
@@ -278,63 +339,61 @@ def run_stage(
     *,
     workers: int | None = None,
     unit: str = "shards",
+    gpu: bool = False,
+    places: Sequence[str] = (),
 ) -> Outcome:
-    """Run a task over the items with a progress line on stderr (items, rows, rows/s, failed, ETA), and collect it.
+    """Run a task over the items, telling its progress on stderr, and collect what became of them.
 
-    workers: overrides the job's number where the stage knows better.
+    workers: overrides the job's number where the stage knows better. gpu: the task uses a GPU where there is one.
+    places: the directories that all items rest on; one that is gone ends the stage.
+
+    Raises: RunError at the first error that no other item could escape.
     """
     outcome, started = Outcome(), time.perf_counter()
-    count = workers if workers is not None else job.workers or (job.gpus or cores())
-    line = Progress(label, len(items), unit=unit, quiet=job.quiet)
-    for report in run(task, items, engine=job.engine, workers=count, gpus=job.gpus):
-        if report.error is not None:
-            outcome.failed[report.item] = report.error
-            line.write(f"{label}: {report.item}: {report.error}")
-        else:
-            assert report.value is not None
-            outcome.done[report.item] = report.value
-            outcome.rows += int(report.value.get("rows", 0))
-        line.update(len(outcome.done) + len(outcome.failed), outcome.rows, len(outcome.failed))
+    gpus = job.gpus if gpu else 0
+    count = workers if workers is not None else job.workers or gpus or cores()
+    line, standing = Progress(label, len(items), unit=unit, quiet=job.quiet), _Standing(places)
+    reports = run(task, items, engine=job.engine, workers=count, gpus=gpus, note=line.within)
+    with contextlib.closing(line), contextlib.closing(reports):
+        for report in reports:
+            line.end(report.item)
+            lost = standing.lost()
+            if lost or report.ends:
+                log.debug("%s", report.trace)
+                told = lost or f"{label}: {report.item}: {report.error}"
+                raise RunError(told, "mend it and run the same command again; it goes on from here")
+            if report.error is not None:
+                outcome.failed[report.item] = report.error
+                outcome.passing |= {report.item} if report.passes else set()
+                line.write(f"{label}: {report.item}: {report.error}")
+                log.debug("%s", report.trace)
+            else:
+                assert report.value is not None
+                outcome.done[report.item] = report.value
+                outcome.rows += int(report.value.get("rows", 0))
+            line.update(len(outcome.done) + len(outcome.failed), outcome.rows, len(outcome.failed))
     outcome.seconds = time.perf_counter() - started
-    line.close()
     order = {item: index for index, item in enumerate(items)}
     outcome.done = dict(sorted(outcome.done.items(), key=lambda pair: order[pair[0]]))
     outcome.failed = dict(sorted(outcome.failed.items(), key=lambda pair: order[pair[0]]))
     return outcome
 
 
-class Progress:
-    """One line per stage on stderr: rewritten in a terminal, every ten seconds and at the end elsewhere."""
+class _Standing:
+    """Whether local directories are still those that they were: a lost mount leaves another, or none, in its place."""
 
-    def __init__(self, label: str, total: int, *, unit: str = "shards", quiet: bool = False) -> None:
-        self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
-        self.live = sys.stderr.isatty()
-        self.started = self.shown = time.perf_counter()
-        self.text = ""
+    def __init__(self, places: Sequence[str]) -> None:
+        self.known = {place: _identity(place) for place in places if "://" not in place}
 
-    def update(self, done: int, rows: int, failed: int = 0) -> None:
-        """Note progress; prints only as often as a reader can follow."""
-        now = time.perf_counter()
-        elapsed = max(now - self.started, 1e-9)
-        left = elapsed / done * (self.total - done) if done else 0.0
-        timing = f"ETA {left:,.0f} s" if done < self.total else f"{elapsed:,.1f} s"
-        speed = f"  {rows:,} rows  {rows / elapsed:,.0f} rows/s" if rows else ""
-        trouble = f"  {failed} failed" if failed else ""
-        self.text = f"{self.label:<8} {done:,}/{self.total:,} {self.unit}{speed}{trouble}  {timing}"
-        if self.live and not self.quiet:
-            sys.stderr.write(f"\r\x1b[K{self.text}")
-            sys.stderr.flush()
-        elif now - self.shown > PLAIN_INTERVAL_S:
-            self.shown = now
-            self.write(self.text)
+    def lost(self) -> str:
+        """Name the first directory that is gone; empty where all stand."""
+        gone = (place for place, before in self.known.items() if before is not None and _identity(place) != before)
+        return next((f"{place} is not there any more (a lost mount?)." for place in gone), "")
 
-    def write(self, text: str) -> None:
-        """Print a line of its own."""
-        if not self.quiet:
-            sys.stderr.write(f"\r\x1b[K{text}\n" if self.live else f"{text}\n")
-            sys.stderr.flush()
 
-    def close(self) -> None:
-        """Leave the last state as a full line."""
-        if self.text:
-            self.write(self.text)
+def _identity(place: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(place)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -3,6 +3,7 @@
 CurateError          anything the user can act on; shown as one line, never as a traceback
 ├── UsageError       the request was wrong: unknown name, bad value, nothing to do            exit 2
 ├── ContractError    files do not fit together: other options, rows that do not line up       exit 2
+├── RunError         nothing can go on: a full disk, a lost mount; a rerun takes it up again  exit 1
 └── ShardError       one shard cannot be worked; the others go on, a rerun retries it         exit 1
 """
 
@@ -36,6 +37,10 @@ class ContractError(CurateError):
     """Artefacts contradict each other or the request."""
 
     exit_code = 2
+
+
+class RunError(CurateError):
+    """What all shards rest on is out of order, so that the run stops at once; when that is mended, a rerun goes on."""
 
 
 class ShardError(CurateError):

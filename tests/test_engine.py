@@ -1,11 +1,19 @@
+import io
+import multiprocessing
 import os
+import random
+import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from curate.engine import Job, Progress, run_stage
+from curate import progress
+from curate.engine import Job, advance, helpers, run, run_stage
 from curate.errors import ShardError, UsageError
+from curate.processes import WorkerDied
+from curate.progress import Progress
 
 
 @dataclass
@@ -36,10 +44,66 @@ def test_every_item_is_reported_once_whatever_becomes_of_it(workers):
     assert len({value["process"] for value in outcome.done.values()}) == workers
 
 
-def test_a_worker_that_dies_fails_its_items_by_name():
-    outcome = run_stage("square", Square(), list(range(5, 12)), Job(quiet=True), workers=2)
-    assert set(outcome.done) | set(outcome.failed) == set(range(5, 12))
-    assert "died" in outcome.failed[5]
+def test_an_item_that_kills_its_workers_fails_by_name_and_costs_no_other():
+    outcome = run_stage("square", Square(), [5, 0, 1, 2, 6, 7, 8, 9, 10], Job(quiet=True), workers=2)
+    assert set(outcome.done) == {0, 1, 2, 6, 7, 8, 9, 10}
+    assert "died 3 times" in outcome.failed[5] and outcome.passing == {5}
+
+
+@dataclass
+class Mortal:
+    """Die at an item the first few times that it comes."""
+
+    folder: str
+    deaths: int
+
+    def setup(self):
+        """Nothing to prepare."""
+
+    def __call__(self, item):
+        died = Path(self.folder, str(item))
+        times = len(died.read_text()) if died.exists() else 0
+        if times < self.deaths:
+            died.write_text("x" * (times + 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"rows": 1}
+
+
+def test_an_item_whose_worker_is_killed_twice_is_done_by_the_third(tmp_path):
+    outcome = run_stage("mortal", Mortal(str(tmp_path), 2), [1, 2, 3], Job(quiet=True), workers=2)
+    assert set(outcome.done) == {1, 2, 3} and not outcome.failed
+
+
+def fetch(size):
+    return b"x" * size
+
+
+def start_dying(size):
+    if size:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_helpers_killed_at_any_moment_are_replaced_and_nobody_waits_for_them():
+    pool, rng = helpers(2, start_dying, (0,)), random.Random(3)
+    waiting = [pool.submit(fetch, 20_000_000) for _ in range(30)]  # more than a pipe holds: death comes in mid-write
+    ended = []
+    try:
+        for number, future in enumerate(waiting):
+            ended.append(future.exception(timeout=120))
+            if number < 10:
+                time.sleep(0.02 * rng.random())
+                rng.choice(multiprocessing.active_children()).kill()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    assert {type(error) for error in ended} <= {type(None), WorkerDied} and ended.count(None) >= 25
+    assert not multiprocessing.active_children()
+
+
+def test_helpers_that_die_at_their_start_say_so():
+    pool = helpers(2, start_dying, (1,))
+    with pytest.raises(WorkerDied, match="died 3 times"):
+        pool.submit(fetch, 1).result(timeout=60)
+    pool.shutdown()
 
 
 @dataclass
@@ -69,13 +133,81 @@ def test_slices_part_the_items():
     assert sorted(sum(parts, [])) == items and Job().share(items) == items
 
 
-def test_progress_prints_whole_lines_elsewhere_than_in_a_terminal(capsys):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_leaves_one_line_elsewhere_than_in_a_terminal(capsys):
     line = Progress("embed", 2)
     line.update(1, 10)
     line.update(2, 20, 1)
     line.close()
+    line.close()
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and "2/2 shards  20 rows" in printed and "1 failed" in printed
+
+
+def test_progress_tells_every_ten_seconds_without_a_word_from_anyone(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 0.02)
+    line = Progress("embed", 2)
+    line.within("a", 4)
+    deadline = time.monotonic() + 60
+    told = ""
+    while told.count("\n") < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        told += capsys.readouterr().err
+    line.close()
+    assert told.splitlines()[1].startswith("embed    0/2 shards  4 rows") and "ETA unknown" in told
+
+
+def test_progress_in_a_terminal_leaves_its_last_state_once(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    line = Progress("embed", 2)
+    line.update(1, 10)
+    line.write("embed: 00001: [a word] failed")
+    line.update(2, 20, 1)
+    line.close()
+    bar, _, rest = screen.getvalue().rpartition("\x1b[1A\x1b[2K")  # one line up, and that line erased
+    assert "[a word] failed" in bar and "━" in bar
+    assert rest.startswith("embed    2/2 shards  20 rows") and rest.count("\n") == 1
+
+
+def test_rows_within_an_item_count_towards_rate_and_remaining_time():
+    line = Progress("embed", 4, quiet=True)
+    line.update(1, 100)
+    line.started -= 10
+    assert "100 rows  10 rows/s  ETA 30 s" in line.text()
+    line.within("b", 50)
+    line.within("c", 50)
+    assert "200 rows  20 rows/s  ETA 10 s" in line.text()
+    line.end("b")
+    line.end("c")
+    line.update(3, 300)
+    assert "300 rows  30 rows/s  ETA 3 s" in line.text()
+
+
+@dataclass
+class Rows:
+    def setup(self):
+        """Nothing to prepare."""
+
+    def __call__(self, item):
+        for _ in range(3):
+            advance(10)
+            time.sleep(0.6)
+        return {"rows": 30}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_are_told_while_their_item_is_at_work(workers):
+    told = []
+    reports = list(run(Rows(), ["a", "b"], workers=workers, note=lambda item, rows: told.append((item, rows))))
+    assert len(reports) == 2
+    for item in ("a", "b"):
+        rows = [number for name, number in told if name == item]
+        assert rows == sorted(rows) and rows[-1] == 30 and len(rows) == 3
 
 
 @dataclass
@@ -93,7 +225,7 @@ def test_each_of_several_workers_sees_one_gpu_of_those_that_are_visible(monkeypa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    outcome = run_stage("device", Device(), list(range(6)), Job(gpus=2, quiet=True))
+    outcome = run_stage("device", Device(), list(range(6)), Job(gpus=2, quiet=True), gpu=True)
     devices = {value["process"]: value["device"] for value in outcome.done.values()}
     assert set(devices.values()) == expected and len(devices) == 2
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible

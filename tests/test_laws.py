@@ -14,8 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Both programs share `pipelines`, how files are read; its top level imports the standard library alone.
 FLOORS = """
 pipelines
-curate/errors curate/words
-curate/naming
+curate/errors curate/words curate/processes curate/progress
 curate/vectors
 curate/storage curate/engine curate/options
 curate/embed curate/cluster curate/select curate/emit

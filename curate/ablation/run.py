@@ -239,7 +239,7 @@ def run(plan: Pipeline, job: Job, echo: Echo = print) -> dict[str, Any]:
                 chosen.setdefault(key, number)
         work = Work(trials, level, job.overwrite)
         outcome = engine.run_stage(
-            level, work, list(chosen.values()), job, unit="trials" if level == "models" else level
+            level, work, list(chosen.values()), job, unit="trials" if level == "models" else level, gpu=True
         )
         broken = {key: outcome.failed[number] for key, number in chosen.items() if number in outcome.failed}
         for number, trial in enumerate(trials):

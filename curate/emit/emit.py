@@ -69,7 +69,7 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     suffix = ".tar" if options.format == "webdataset" else ".arrow"
     make: type[_WriteTar] | type[_WriteImages] = _WriteTar if options.format == "webdataset" else _WriteImages
     task = make(coreset, out, plan, renamed, options.prompt)
-    outcome = engine.run_stage("emit", task, output.missing(job.share(list(plan)), suffix), job)
+    outcome = engine.run_stage("emit", task, output.missing(job.share(list(plan)), suffix), job, places=(out,))
     output.log(
         stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers, engine=job.engine
     )
@@ -208,6 +208,7 @@ class _Write:
         """Yield (output key, sample) of an output shard, noting what is gone."""
         self.gone, self.rows, self.captioned = [], [], 0
         for sample in self._fetch(name):
+            engine.advance(1)
             if sample.gone:
                 self.gone.append({"stem": sample.stem, "row": sample.row, "key": sample.key, "why": sample.gone})
                 continue

@@ -37,7 +37,7 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
     task: _Write = {"keys": _WriteKeys, "parquet": _WriteParquet, "clip-retrieval": _WriteVectors}[kind](
         coreset, out, number
     )
-    outcome = engine.run_stage("emit", task, output.missing(job.share(stems), task.name), job)
+    outcome = engine.run_stage("emit", task, output.missing(job.share(stems), task.name), job, places=(out,))
     output.log(stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
     if unfinished := output.unfinished(stems, outcome.failed, task.name):
         return unfinished

@@ -78,7 +78,8 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
     )
     if output.complete:
         return output.manifest
-    outcome = engine.run_stage("pack", PackShard(parts, out), output.missing(job.share(list(parts)), ".tar"), job)
+    todo = output.missing(job.share(list(parts)), ".tar")
+    outcome = engine.run_stage("pack", PackShard(parts, out), todo, job, places=(out, paths.parent(source)))
     output.log(stage="pack", rows=outcome.rows, seconds=round(outcome.seconds, 3))
     if unfinished := output.unfinished(list(parts), outcome.failed, ".tar"):
         return unfinished
@@ -214,6 +215,7 @@ class PackShard:
 
 def _read_files(part: Part) -> Iterator[tuple[str, bytes]]:
     for key, suffix, name in part.files:
+        engine.advance(suffix in IMAGE_SUFFIXES)
         yield f"{key}.{suffix}", paths.read_bytes(paths.join(part.source, name))
 
 
@@ -230,6 +232,7 @@ def _read_rows(stem: str, part: Part) -> Iterator[tuple[str, bytes]]:
             yield f"{key}.{suffix_of(image)}", image
         elif path:
             row[f"{part.image}_path"] = path
+        engine.advance(1)
         if part.caption and row.get(part.caption):
             yield f"{key}.{CAPTION_SUFFIX}", row[part.caption].encode("utf-8", "replace")
         plain = {name: value for name, value in row.items() if not isinstance(value, bytes)}

@@ -24,7 +24,7 @@ from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.ingest import layouts
 from curate.ingest.options import ImportOptions
-from curate.storage import faults, manifest, paths, records, sidecar, tar
+from curate.storage import manifest, paths, records, sidecar, tar
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
 
@@ -59,13 +59,14 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         return output.manifest
     if not options.pool:
         named = {part.stem: part for part in parts}
-        outcome = engine.run_stage("import", ImportPart(named, out, extra), output.missing(job.share(list(named))), job)
-        return _finish(output, list(named), outcome, {}, quiet=job.quiet)
+        todo = output.missing(job.share(list(named)))
+        outcome = engine.run_stage("import", ImportPart(named, out, extra), todo, job, places=(out,))
+        return _finish(output, list(named), outcome, {})
     shared = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
     with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
         joined = build_join(parts, options.join, folder)
         task = ImportShard(parts, found, folder, options.join, options.max_pixels, out, extra)
-        outcome = engine.run_stage("import", task, output.missing(job.share(list(found))), job)
+        outcome = engine.run_stage("import", task, output.missing(job.share(list(found))), job, places=(out,))
     return _finish(output, list(found), outcome, joined, quiet=job.quiet)
 
 
@@ -77,7 +78,7 @@ def _extras(part: layouts.Part, names: Sequence[str]) -> Extras:
 
 
 def _finish(
-    output: manifest.Output, stems: list[str], outcome: engine.Outcome, joined: dict[str, int], *, quiet: bool
+    output: manifest.Output, stems: list[str], outcome: engine.Outcome, joined: dict[str, int], *, quiet: bool = True
 ) -> dict[str, Any]:
     """Account for every row, check that one model made them all, and write the manifest."""
     facts, counts = reader.account(output, stems)
@@ -99,13 +100,10 @@ def _finish(
         if not quiet:
             rate = f"{joined['matched']:,} of {total:,} rows of the pool matched ({joined['matched'] / total:.1%})"
             sys.stderr.write(f"import: {rate}; the source has {joined['source_rows']:,} rows\n")
-    bad = faults.total(fact.get("faults", {}) for fact in facts.values())
-    faults.write("import", bad, quiet=quiet)
     return output.finish(
         shards={stem: {"rows": fact["rows"]} for stem, fact in facts.items()},
         counts=counts,
         **({"joined": joined} if joined else {}),
-        **({"faults": bad} if bad else {}),
         **({"failed": outcome.failed} if outcome.failed else {}),
     )
 
@@ -248,7 +246,10 @@ class ImportShard:
         with paths.local_copy(self.found[stem].location) as path, open(path, "rb") as file:
             index = tar.read_index(file)
             none = self.extra.values()
-            facts = [reader.read_row(file, sample, self.max_pixels)[0] | none for sample in index.samples]
+            facts = []
+            for sample in index.samples:
+                facts.append(reader.read_row(file, sample, self.max_pixels)[0] | none)
+                engine.advance(1)
             given = [self._value(file, sample) for sample in index.samples]
         wanted = np.array([join_hash(value, self.join) or 0 for value in given], np.uint64)
         at = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
@@ -271,8 +272,6 @@ class ImportShard:
             "example": next((str(value) for value in given if value), ""),
             "notes": index.notes,
         }
-        bad = {"reasons": reader.reasons(facts), "faults": reader.image_faults(stem, facts)}
-        meta |= {name: told for name, told in bad.items() if told}
         batch = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
         sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], meta)
         return {"rows": len(facts), "bad": len(facts) - statuses.get("ok", 0)}

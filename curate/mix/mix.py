@@ -8,7 +8,7 @@ by itself from the rows that fall to it. Records never lie in memory together: 6
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +115,7 @@ def _read_sources(
     present = set(paths.listdir(place))
     missing = [name for name in sources if f"{name}.arrow" not in present]
     task = ReadSource(dict(sources), place, chosen.tokenizer, chosen.image_tokens)
-    outcome = engine.run_stage("read", task, missing, replace(job, gpus=0))
+    outcome = engine.run_stage("read", task, missing, job)
     output.log(stage="mix read", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
     for name, why in outcome.failed.items():
         raise ContractError(f"mix source {name} cannot be read: {why}")
@@ -180,7 +180,9 @@ def _write(
     else:
         stems = [f"{index:06d}" for index in range(-(-len(order.rows) // chosen.shard_size))]
         task = _WriteShard(output.directory, place, names, order, chosen.shard_size)
-        outcome = engine.run_stage("mix", task, output.missing(job.share(stems), ".tar"), replace(job, gpus=0))
+        outcome = engine.run_stage(
+            "mix", task, output.missing(job.share(stems), ".tar"), job, places=(output.directory,)
+        )
         output.log(stage="mix", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
         left = set(output.missing(stems, ".tar"))
         if left - set(outcome.failed):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from train.config import ADDED, Config, Model, Stage
+from train.config import Config, Model, Stage
 from train.data.batches import Collator, Plan
 from train.data.chat import chat_template
 from train.data.measuring import measure_once
@@ -122,7 +122,6 @@ def _request(
     out: Path,
 ) -> dict[str, Any]:
     model = dataclasses.asdict(config.model)
-    options = {k: v for k, v in dataclasses.asdict(stage).items() if k not in ADDED or v != getattr(Stage, k)}
     for key in ("tower", "lm", "tokenizer"):
         model[key] = relative(model[key], out)
     inputs = {"data": relative(data, out), "digest": digest_data(data)}
@@ -130,7 +129,7 @@ def _request(
         inputs["images"] = relative(images, out)
     if align is not None:
         inputs["align"] = relative(str(align), out)
-    return {"command": stage_name, "model": model, "stage": options, "inputs": inputs}
+    return {"command": stage_name, "model": model, "stage": dataclasses.asdict(stage), "inputs": inputs}
 
 
 def _claim(runtime: Runtime, out: Path, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> str:

@@ -1,0 +1,232 @@
+"""Processes that do calls, each on a pipe of its own, so that any of them may die.
+
+Python's pools share one queue among their processes. One that is killed breaks the whole pool, or worse: killed in the
+middle of a write, it leaves whoever reads that queue waiting for ever, since the others still hold its end open. Here a
+pipe has one writer, so that the death of a process ends what is read from it. Its call is then done again by a new
+process, up to TRIES times in all. A thread in this process waits for each of the others.
+"""
+
+import atexit
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+TRIES = 3
+NOTE_INTERVAL_S = 0.5
+JOIN_S = 5.0  # for a process to end by itself once its pipe is closed
+Start = Callable[..., None]
+Note = Callable[[Any], None]
+
+
+class WorkerDied(Exception):
+    """The process that did a call died, and so did its successors."""
+
+
+class Processes(Executor):
+    """A pool of processes. Each begins with `start(*arguments)`; what that raises, all of its calls raise.
+
+    arguments: those of each process, as many as there shall be processes.
+    """
+
+    def __init__(self, start: Start, arguments: Sequence[tuple[Any, ...]]) -> None:
+        self._all = [_Seat(start, each) for each in arguments]
+        self._free: queue.SimpleQueue[_Seat] = queue.SimpleQueue()
+        for seat in self._all:
+            self._free.put(seat)
+        self._threads = ThreadPoolExecutor(len(self._all))
+        atexit.register(self.shutdown, cancel_futures=True)  # or else a crash here would wait for them without end
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        """Have a process do work(*arguments); picklable, as its result. Raises later: WorkerDied, or what it raised."""
+        return self._threads.submit(self._call, None, work, arguments, named)
+
+    def submit_noted(self, note: Note, work: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """Submit, and pass on what the call tells of its progress by `tell`. note: called in another thread."""
+        return self._threads.submit(self._call, note, work, arguments, {})
+
+    def _call(self, note: Note | None, work: Callable[..., Any], arguments: Any, named: Any) -> Any:
+        seat = self._free.get()
+        try:
+            return seat.call(note, work, arguments, named)
+        finally:
+            self._free.put(seat)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the processes: when they have done what was submitted, or with cancel_futures at once."""
+        if cancel_futures:
+            for seat in self._all:
+                seat.kill()
+        self._threads.shutdown(wait=True, cancel_futures=cancel_futures)
+        for seat in self._all:
+            seat.close()
+        atexit.unregister(self.shutdown)
+
+
+class _Seat:
+    """The place of one process after another."""
+
+    def __init__(self, start: Start, arguments: tuple[Any, ...]) -> None:
+        self.start, self.arguments = start, arguments
+        self.process: Any = None
+        self.pipe: Connection | None = None
+        self.ending = False
+
+    def call(self, note: Note | None, work: Callable[..., Any], arguments: Any, named: Any) -> Any:
+        for _ in range(TRIES):
+            if self.ending:
+                break
+            if self.process is not None and not self.process.is_alive():
+                self.close()  # it died between two calls, which costs neither of them a try
+            try:
+                if self.process is None:
+                    self._begin()
+                assert self.pipe is not None
+                self.pipe.send((work, arguments, named))
+                kind, value = self.pipe.recv()
+                while kind == "note":
+                    if note is not None:
+                        note(value)
+                    kind, value = self.pipe.recv()
+            except (EOFError, OSError):  # the other end is closed
+                self.close()
+                continue
+            if kind == "raised":
+                raise value
+            return value
+        raise WorkerDied(f"its worker process died {TRIES} times (killed, or out of memory?)")
+
+    def _begin(self) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("spawn")  # forked children of a threaded process deadlock
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,))
+        try:
+            # What a process starts from must fit into a pipe's buffer, or else its death stops the starting thread for
+            # ever. So the arguments, which may be large, take our own pipe.
+            self.process.start()
+        finally:
+            theirs.close()
+        if self.ending:
+            self.kill()
+        self.pipe.send((self.start, self.arguments))
+
+    def kill(self) -> None:
+        """End the process at once, and let no other take its place."""
+        self.ending = True
+        with contextlib.suppress(AttributeError, ValueError):  # not begun, or closed by now
+            self.process.kill()
+
+    def close(self) -> None:
+        """End the process, which waits for its next call or is dead."""
+        if self.pipe is not None:
+            self.pipe.close()
+        if self.process is not None and self.process.pid is not None:
+            self.process.join(JOIN_S)
+            if self.process.is_alive():
+                self.process.kill()
+            self.process.join()
+            with contextlib.suppress(ValueError):  # another thread's start has just noted its end
+                self.process.close()
+        self.process = self.pipe = None
+
+
+def _serve(pipe: Connection) -> None:
+    """Do calls until the pipe ends."""
+    global _teller
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides
+    trouble: BaseException | None = None
+    _teller = _Teller(pipe)
+    try:
+        start, given = pipe.recv()
+        try:
+            start(*given)
+        except Exception as error:
+            trouble = error
+        while True:
+            work, arguments, named = pipe.recv()
+            _teller.total = 0
+            try:
+                if trouble is not None:
+                    raise trouble
+                answer = "value", work(*arguments, **named)
+            except Exception as error:
+                answer = "raised", _portable(error)
+            try:
+                _teller.send(answer)
+            except (TypeError, AttributeError, ValueError) as error:  # pickle's
+                _teller.send(("raised", RuntimeError(f"what a process made cannot be sent: {error}")))
+    except (EOFError, OSError):
+        pass
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # its own helpers end with it; an ordinary exit would wait for them
+
+
+def _portable(error: Exception) -> Exception:
+    """Make an exception that survives the pipe, with its traceback as a note."""
+    import pickle
+
+    told = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception whose class takes other arguments than it keeps
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(told)
+    return error
+
+
+class _Teller:
+    """Sends what a call tells of its progress, now and then, and its answer."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe, self.lock = pipe, threading.Lock()
+        self.total, self.sent_at = 0, 0.0
+
+    def add(self, rows: int) -> None:
+        with self.lock:
+            self.total += rows
+            if time.monotonic() - self.sent_at >= NOTE_INTERVAL_S:
+                self.sent_at = time.monotonic()
+                self.pipe.send(("note", self.total))
+
+    def send(self, answer: Any) -> None:
+        with self.lock:
+            self.pipe.send(answer)
+
+
+_teller: _Teller | None = None
+
+
+def tell(rows: int) -> bool:
+    """Pass on that the call at work in this process did so many rows more. Says whether there is anyone to tell."""
+    if _teller is None:
+        return False
+    _teller.add(rows)
+    return True
+
+
+def _end_with_parent() -> None:
+    """Let this process die with the one that started it, which a killed run could not ask for."""
+    import multiprocessing
+    import multiprocessing.connection
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
