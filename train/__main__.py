@@ -7,6 +7,7 @@ Results go to stdout (one JSON object with --json), everything else to stderr. E
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -101,7 +102,19 @@ def _stage(
         show({"out": str(out), **result}, as_json)
 
 
+def _first_rank_alone(command: Callable[..., None]) -> Callable[..., None]:
+    """Let the first process alone carry out a command that cannot be shared; the others, under torchrun, just end."""
+
+    @functools.wraps(command)
+    def alone(*args: Any, **options: Any) -> None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            command(*args, **options)
+
+    return alone
+
+
 @app.command()
+@_first_rank_alone
 def export(
     run: Annotated[Path, typer.Argument(help="A finished align or finetune run; for --parts also a model.")],
     out: OutOption,
@@ -123,6 +136,7 @@ def export(
 
 
 @app.command("import")
+@_first_rank_alone
 def import_(
     checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint of Bunny, LLaVA or LLaVA-Gemma.")],
     out: Annotated[Path, typer.Argument(help="Output directory.")],
@@ -143,6 +157,7 @@ def import_(
 
 
 @app.command()
+@_first_rank_alone
 def merge(
     models: Annotated[list[Path], typer.Argument(help="Exported models.")],
     out: OutOption,
@@ -182,6 +197,8 @@ def evaluate(
     given = {"limit": limit, "show": show}
     settings = [*(settings or ()), *(f"eval.{key}={value}" for key, value in given.items() if value is not None)]
     options = configuration.load(config, settings).eval
+    from train.dist import leave_group
+
     if (data is None) == (tasks is None):
         raise UsageError("eval needs either --data FILE or --tasks NAMES --eval-root DIR")
     if tasks is not None:
@@ -191,15 +208,20 @@ def evaluate(
         check_published(options.published)
         names = [name.strip() for name in tasks.split(",")]
         results = run_tasks(model, names, _root(eval_root), out, options, overwrite=overwrite)
-        show_scores(results, options, as_json)
+        leave_group()
+        if int(os.environ.get("RANK", "0")) == 0:
+            show_scores(results, options, as_json)
         return
     from train.eval.evaluate import evaluate as answer_all
 
     summary = answer_all(model, str(data), out, images=images, options=options, overwrite=overwrite)
-    show_answers(summary, out, options.show, as_json)
+    leave_group()
+    if int(os.environ.get("RANK", "0")) == 0:
+        show_answers(summary, out, options.show, as_json)
 
 
 @app.command()
+@_first_rank_alone
 def score(
     task: Annotated[str, typer.Argument(help="A benchmark: pope, gqa, mme, …")],
     answers: Annotated[Path, typer.Option("--answers", help="Answers in LLaVA's form, a JSON object a line.")],
@@ -254,6 +276,7 @@ def generate(
 
 
 @app.command()
+@_first_rank_alone
 def inspect(
     data: DataOption,
     config: ConfigOption = None,
@@ -303,6 +326,7 @@ def bench(
 
 
 @app.command()
+@_first_rank_alone
 def check(config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
     """Check a configuration and print what it means, the model's size too.
 

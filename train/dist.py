@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(hours=2)  # while the first rank looks at millions of samples; NCCL's own is 10 minutes
+WAIT = timedelta(hours=2)  # of objects and barriers: one rank may read millions of samples, or write to a slow disk
 BUCKET = 1 << 26  # elements of gradients in one message
 
 
@@ -33,6 +33,7 @@ class Runtime:
     rank: int
     world: int  # number of ranks
     reason: str  # device and precision in words, with why they were chosen
+    patient: Any = None  # the group of all ranks that objects and barriers go through
 
     @classmethod
     def detect(cls, precision: str, workers: int) -> Self:
@@ -45,14 +46,24 @@ class Runtime:
         if not cuda and "OMP_NUM_THREADS" not in os.environ:
             # A thread whose core is busy decoding holds up the whole matrix product: measured 4 times slower.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - workers))
-        if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+        patient = _join(device) if world > 1 else None
         # Older GPUs emulate bf16 and call it supported; that is many times slower than fp32.
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = precision == "bf16" or (precision == "auto" and native)
         why = f"{precision} was asked for" if precision != "auto" else "the GPU has it" if bf16 else "no GPU with bf16"
         reason = f"{device}, {'bf16 with fp32 masters' if bf16 else 'fp32'} ({why}), {world} process(es)"
-        return cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason)
+        return cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason, patient)
+
+    @classmethod
+    def for_inference(cls) -> Self:
+        """Choose the device, and join the other ranks where torchrun started several; threads stay as they are."""
+        world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        patient = _join(device) if world > 1 else None
+        return cls(device, torch.float32, rank, world, f"{device}, {world} process(es)", patient)
 
     def autocast(self) -> Any:
         """Return the context of the forward pass."""
@@ -69,14 +80,37 @@ class Runtime:
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's object, in rank order; it is pickled on the way."""
         everyone: list[Any] = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(everyone, value)
+            dist.all_gather_object(everyone, value, group=self.patient)
         return everyone
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the first rank's object in every rank; it is pickled on the way."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0, group=self.patient)
+        return box[0]
+
+
+def _join(device: torch.device) -> Any:
+    """Join the group of all ranks, with torch's own time limit; return a second one, over the host, that waits long.
+
+    A rank that fails in mid-step is noticed in minutes, and still the others may wait hours for the first to read data.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.new_group(backend="gloo", timeout=WAIT)
+
+
+def leave_group() -> None:
+    """Leave the groups that this process joined, if it did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class StopSignal:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from train.data.batches import load
 from train.data.prompts import Encoder, Rejected
@@ -67,10 +66,9 @@ def measure_once(source: Source, encoder: Encoder, max_length: int, out: Path, r
             answer = [measure(source, encoder, max_length, workers if workers > 1 else 0)]
             assert answer[0] is not None
             _write(answer[0], out / MEASURED)
-    if runtime.world > 1:
-        dist.broadcast_object_list(answer, src=0)
-    assert answer[0] is not None
-    return answer[0]
+    found: Measured | None = runtime.broadcast(answer[0])
+    assert found is not None
+    return found
 
 
 def _write(measured: Measured, path: Path) -> None:

@@ -10,6 +10,7 @@ the file is opened again, and what is answered is not asked again. Decoding is g
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from train.config import Eval
 from train.data.prompts import Rejected, Turn
 from train.data.sources import decode_image
+from train.dist import Runtime
 from train.errors import DataError, UsageError
 from train.eval.layout import Layout
 from train.eval.scoring import Item
@@ -52,7 +54,8 @@ def run_tasks(
     loaded = {name: load(name, root)[: options.limit or None] for name in names}
     for name, items in loaded.items():
         _check_images(name, items)
-    speak = functools.cache(lambda: load_speaker(folder))
+    runtime = Runtime.for_inference()
+    speak = functools.cache(lambda: load_speaker(folder, runtime.device))
     weights = digest_weights(folder)
     results = {}
     for name, items in loaded.items():
@@ -60,13 +63,19 @@ def run_tasks(
         tokens = options.max_new_tokens or get_task(name).max_new_tokens
         model = relative(str(folder), place)
         request = {"command": "eval", "task": name, "model": model, "weights": weights, "max_new_tokens": tokens}
-        with held(place):
-            open_run(place, request, overwrite=overwrite)
-            rows = read_answers(place / ANSWERS, mend=True)
-            missing = [text is None for text in match(items, rows)]
-            for batch in _ask(speak, items, missing, options.batch_size, tokens, name):
+        with held(place) if runtime.rank == 0 else contextlib.nullcontext():
+            rows = []
+            if runtime.rank == 0:
+                open_run(place, request, overwrite=overwrite)
+                rows = read_answers(place / ANSWERS, mend=True)
+            missing = [text is None for text in match(items, runtime.broadcast(rows))]
+            for batch in _ask(runtime, speak, items, missing, options.batch_size, tokens, name):
+                if runtime.rank > 0:
+                    continue
                 append_answers(place / ANSWERS, [{**row, "model_id": folder.resolve().name} for row in batch])
                 rows += batch
+            if runtime.rank > 0:
+                continue
             texts = [text or "" for text in match(items, rows)]
             results[name] = score_texts(name, items, texts, root, place / SUBMISSION)
             finish(place, request, {k: v for k, v in results[name].items() if k != "submission"})
@@ -166,19 +175,33 @@ def append_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _ask(
-    speak: Callable[[], Speaker], items: Sequence[Item], missing: Sequence[bool], size: int, tokens: int, name: str
+    runtime: Runtime,
+    speak: Callable[[], Speaker],
+    items: Sequence[Item],
+    missing: Sequence[bool],
+    size: int,
+    tokens: int,
+    name: str,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the missing answers; batches are cut as if none were there, so that resuming changes no answer."""
+    """Yield the missing answers; batches are cut as if none were there, so that resuming changes no answer.
+
+    Of as many batches as there are ranks each answers one, and all get the answers.
+    """
     started, said, done, total = time.monotonic(), 0.0, 0, sum(missing)
-    for start in range(0, len(items), size):
+
+    def answer(start: int) -> list[dict[str, Any]]:
         batch, wanted = items[start : start + size], missing[start : start + size]
-        if not any(wanted):
-            continue
         turns = [[Turn("user", (*((None,) if item.image is not None else ()), item.prompt))] for item in batch]
         images = [[_decode(name, item)] if item.image is not None else [] for item in batch]
         texts = speak().answers(turns, images, tokens)
-        yield [_row(item, text) for item, text, want in zip(batch, texts, wanted, strict=True) if want]
-        done, spent = done + sum(wanted), time.monotonic() - started
+        return [_row(item, text) for item, text, want in zip(batch, texts, wanted, strict=True) if want]
+
+    starts = [start for start in range(0, len(items), size) if any(missing[start : start + size])]
+    for at in range(0, len(starts), runtime.world):
+        own = starts[at : at + runtime.world][runtime.rank : runtime.rank + 1]
+        rows = [row for part in runtime.gather([row for start in own for row in answer(start)]) for row in part]
+        yield rows
+        done, spent = done + len(rows), time.monotonic() - started
         if spent - said > 5 or done == total:
             said, rate = spent, done / spent
             log.info("%s: %s of %s, %.1f/s, %.0f s left", name, f"{done:,}", f"{total:,}", rate, (total - done) / rate)

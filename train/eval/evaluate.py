@@ -25,6 +25,7 @@ from typing import Any
 from train.config import Eval
 from train.data.prompts import Rejected, Turn, parse
 from train.data.sources import Source, decode_image, open_source
+from train.dist import Runtime
 from train.errors import UsageError
 from train.eval.answers import digest_weights
 from train.eval.generate import Speaker, load_speaker
@@ -85,16 +86,23 @@ def evaluate(
     questions, skipped = collect(source, limit)
     if not questions:
         raise UsageError(f"--data {data}: no question with an answer in it")
+    runtime = Runtime.for_inference()  # under torchrun each rank answers its share of the batches
     out.parent.mkdir(parents=True, exist_ok=True)
-    speaker = load_speaker(folder)
+    speaker = load_speaker(folder, runtime.device)
     concepts = {q.concept for q in questions if q.concept}
-    rows: list[dict[str, Any]] = []
-    for batch in batches(questions, options.batch_size):
-        rows += _answer(speaker, source, batch, concepts, max_new_tokens, options.perplexity)
+    parts = list(batches(questions, options.batch_size))
+    own = [
+        _answer(speaker, source, batch, concepts, max_new_tokens, options.perplexity)
+        for batch in parts[runtime.rank :: runtime.world]
+    ]
+    everyone = runtime.gather(own)
+    rows = [row for n in range(len(parts)) for row in everyone[n % runtime.world][n // runtime.world]]
+    result = {**summarise(rows), "skipped": skipped}
+    if runtime.rank > 0:
+        return {**result, "answers": str(out)}
     record.unlink(missing_ok=True)
     with whole_file(out) as file:
         file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-    result = {**summarise(rows), "skipped": skipped}
     write_json(record, {"format": FORMAT, "request": request, "result": result})
     return {**result, "answers": str(out)}
 

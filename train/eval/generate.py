@@ -79,9 +79,9 @@ class Speaker:
         return inputs.to(self.device, dtype=self.model.dtype)
 
 
-def load_speaker(folder: Path) -> Speaker:
-    """Load an exported folder on the GPU where there is one.  Raises: UsageError."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_speaker(folder: Path, device: torch.device | None = None) -> Speaker:
+    """Load an exported folder, by default on the GPU where there is one.  Raises: UsageError."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # bf16 products are slow on most CPUs.
     model, processor = load_native(folder, "auto" if device.type == "cuda" else torch.float32)
     processor.tokenizer.padding_side = "left"

@@ -25,7 +25,7 @@ from train.config import Stage
 from train.data.batches import Batch, Collator, Plan, Steps, load
 from train.data.sources import check_bad
 from train.dist import Runtime, StopSignal, sum_gradients
-from train.errors import Interrupted, TrainError
+from train.errors import CheckpointError, Interrupted, TrainError
 from train.model.compose import Composed
 from train.model.forward import hidden_states, token_losses, tower_features
 from train.run import checkpoint, sharding
@@ -212,9 +212,19 @@ class Training:
         )
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:
-        path = checkpoint.latest(self.out / "checkpoints")
-        if path is None:
+        """Go on from the newest checkpoint that the first rank sees; return the number of steps done.
+
+        Raises: CheckpointError where another rank does not see it.
+        """
+        folder = self.out / "checkpoints"
+        newest = checkpoint.latest(folder)
+        name = self.runtime.broadcast(newest and newest.name)
+        if name is None:
             return 0
+        path = folder / name
+        blind = [rank for rank, seen in enumerate(self.runtime.gather(path.is_dir())) if not seen]
+        if blind:
+            raise CheckpointError(f"rank {blind[0]} does not see {path}; give an --out that every node can read")
         state = checkpoint.restore(path, self.trainable, optimizer)
         self.skipped |= {int(index): reason for index, reason in state["skipped"].items()}
         if self.sample_losses is not None:
@@ -224,6 +234,8 @@ class Training:
 
     def _save(self, step: int, optimizer: torch.optim.Optimizer, loss: float, writer: checkpoint.Writer) -> None:
         state = {"skipped": {str(i): r for i, r in sorted(self.skipped.items())}, "loss": loss}
+        writer.wait()
+        self.runtime.barrier()  # the first rank may have waited for a slow disk, for longer than NCCL would
         extra = self.sample_losses.gather(self.runtime) if self.sample_losses is not None else {}
         tensors = checkpoint.collect(self.trainable, optimizer, keep=self.runtime.rank == 0)
         if self.runtime.rank == 0:

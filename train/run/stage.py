@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from train.config import Config, Model, Stage
 from train.data.batches import Collator, Plan
@@ -19,7 +18,7 @@ from train.data.chat import chat_template
 from train.data.measuring import measure_once
 from train.data.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
 from train.data.sources import Measured, Source, check_bad, open_source
-from train.dist import Runtime
+from train.dist import Runtime, leave_group
 from train.errors import DataError, TrainError, UsageError
 from train.folder import absolute, digest_data, finish, held, open_run, read_json, relative
 from train.model import attention
@@ -55,7 +54,7 @@ def run_stage(
     stage: Stage = getattr(config, stage_name)
     runtime = Runtime.detect(stage.precision, stage.workers)
     with ExitStack() as stack:
-        stack.callback(_leave_group)
+        stack.callback(leave_group)
         source = open_source(data, images, digest=runtime.rank == 0)
         request = _request(stage_name, config, stage, data, images, align, out)
         if source.images_digest:
@@ -78,11 +77,6 @@ def run_stage(
             finish(out, request, result)
         runtime.barrier()
         return read_json(out / "manifest.json")
-
-
-def _leave_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def load_options(run: Path) -> tuple[Model, Stage, StageName]:
@@ -141,8 +135,7 @@ def _claim(runtime: Runtime, out: Path, request: dict[str, Any], overwrite: bool
             answer = [open_run(out, request, overwrite=overwrite), None]
         except TrainError as error:
             answer = [None, error]
-    if runtime.world > 1:
-        dist.broadcast_object_list(answer, src=0)
+    answer = runtime.broadcast(answer)
     if answer[1] is not None:
         raise answer[1]
     return str(answer[0])

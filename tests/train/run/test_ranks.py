@@ -1,0 +1,80 @@
+"""What several ranks share: the verbs of one process, answers, and the checkpoint that they go on from."""
+
+import json
+import shutil
+
+import pytest
+from ranks import on_two_ranks
+from test_loop import losses, run, unfinish
+
+from train.__main__ import app
+from train.run import checkpoint
+
+
+def call(*words):
+    app([str(word) for word in words], standalone_mode=False)
+
+
+@pytest.fixture(scope="module")
+def model(world, tmp_path_factory):
+    """An exported model, which two ranks have written."""
+    folder = tmp_path_factory.mktemp("model")
+    run(world, folder / "run", "finetune.steps=2")
+    on_two_ranks(lambda _: call("export", folder / "run", "--out", folder / "model"))
+    assert (folder / "model" / "model.safetensors").is_file()
+    return folder / "model"
+
+
+def test_two_ranks_answer_as_one(world, model, tmp_path):
+    data = world / "llava" / "data.json"
+    words = ("eval", model, "--data", data, "--set", "eval.batch_size=3", "--set", "eval.max_new_tokens=4")
+    call(*words, "--out", tmp_path / "one.jsonl")
+    on_two_ranks(lambda _: call(*words, "--out", tmp_path / "two.jsonl"))
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert (tmp_path / "two.manifest.json").read_bytes() == (tmp_path / "one.manifest.json").read_bytes()
+    on_two_ranks(lambda _: call(*words, "--out", tmp_path / "two.jsonl"))
+
+
+def test_two_ranks_answer_a_benchmark_as_one_and_resume(world, model, tmp_path):
+    root = tmp_path / "eval"
+    (root / "images").mkdir(parents=True)
+    rows = json.loads((world / "llava" / "data.json").read_text())
+    shutil.copytree(world / "llava" / "images", root / "images", dirs_exist_ok=True)
+    (root / "daquar_test.json").write_text(json.dumps([row for row in rows if "image" in row]))
+    words = ("eval", model, "--tasks", "daquar", "--eval-root", root, "--set", "eval.batch_size=3")
+    words += ("--set", "eval.max_new_tokens=4")
+    call(*words, "--out", tmp_path / "one")
+    on_two_ranks(lambda _: call(*words, "--out", tmp_path / "two"))
+    answers = [tmp_path / out / "daquar" / "answers.jsonl" for out in ("one", "two")]
+    assert answers[0].read_bytes() == answers[1].read_bytes() and answers[0].stat().st_size
+    lines = answers[1].read_bytes().splitlines(keepends=True)
+    answers[1].write_bytes(b"".join(lines[:4]))  # as killed within the second batch
+    for name in ("manifest.json", ".plan.json"):
+        (answers[1].parent / name).unlink(missing_ok=True)
+    request = json.loads((answers[0].parent / "manifest.json").read_text())["request"]
+    (answers[1].parent / ".plan.json").write_text(json.dumps({"request": request}))
+    on_two_ranks(lambda _: call(*words, "--out", tmp_path / "two"))
+    assert sorted(answers[1].read_bytes().splitlines()) == sorted(answers[0].read_bytes().splitlines())
+
+
+def test_ranks_go_on_from_the_checkpoint_of_the_first(world, tmp_path, monkeypatch):
+    """A rank whose file system shows an older state takes the first one's; one that cannot see it makes all refuse."""
+    run(world, tmp_path / "whole", "finetune.lora_dropout=0.0", "finetune.save_every=2")
+    out = unfinish(tmp_path / "whole", tmp_path / "late")
+    latest = checkpoint.latest
+
+    def late(rank):
+        monkeypatch.setattr(checkpoint, "latest", lambda folder: latest(folder) if rank == 0 else None)
+        run(world, out, "finetune.lora_dropout=0.0", "finetune.save_every=2")
+
+    on_two_ranks(late)
+    assert losses(out) == losses(tmp_path / "whole")
+    blind = unfinish(tmp_path / "whole", tmp_path / "blind")
+    is_dir = type(blind).is_dir
+
+    def cannot_see(rank):
+        if rank == 1:
+            monkeypatch.setattr(type(blind), "is_dir", lambda path: not path.name.startswith("step-") and is_dir(path))
+        run(world, blind, "finetune.lora_dropout=0.0", "finetune.save_every=2")
+
+    on_two_ranks(cannot_see, codes=(1, 1))
