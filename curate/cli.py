@@ -142,11 +142,9 @@ def select(
 
     run.make(out, lambda job: stage(source, out, options, job))
     if not run.as_json and not run.dry_run:
-        from curate.report.show import funnel_lines
-        from curate.storage import paths
-        from curate.storage.manifest import load_json
+        from curate.report.show import selection_lines
 
-        typer.echo("\n".join(funnel_lines(load_json(paths.join(out, "funnel.json")))))
+        typer.echo("\n".join(selection_lines(out)))
 
 
 @app.command()
@@ -249,6 +247,7 @@ def show(
 
     Example: `curate show out/demo/selection --key 000000123` writes nothing: it prints one screen.
     """
+    from curate.report.show import printable
     from curate.report.show import show as describe
     from curate.report.show_sample import facts_of, show_key
     from curate.storage.manifest import open_input
@@ -258,7 +257,7 @@ def show(
         typer.echo("\n".join(json.dumps(facts, ensure_ascii=False) for facts in found))
         return
     for line in show_key(directory, key) if key else describe(directory):
-        typer.echo("".join(letter if letter.isprintable() else "�" for letter in line))  # captions and keys: no escapes
+        typer.echo(printable(line))
 
 
 @verb(app, but=("part", "seed"))

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = """
 pipelines
 curate/errors curate/words curate/processes curate/progress
+curate/naming
 curate/vectors
 curate/storage curate/engine curate/options
 curate/embed curate/cluster curate/select curate/emit

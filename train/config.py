@@ -66,6 +66,8 @@ class Stage:
     warmup: float = 0.03  # share of the steps
     clip: float = 1.0  # 0: none, as the published scripts ran (their DeepSpeed files lack the key)
     loss_norm: Literal["token", "microbatch"] = "token"  # microbatch: mean of means, as before transformers 5
+    norm_samples: int = 8  # of which each of these means is: the published scripts' samples a device and pass
+    lm_dropout: Literal["learning", "always", "never"] = "learning"  # of its config; always: also while it is frozen
     plain_eos: bool = True  # false: a newline ends a plain caption, as in LLaVA and Bunny; it never learns to stop
     lora_rank: int = 128
     lora_alpha: int = 256
@@ -127,6 +129,8 @@ class Config:
     generate: Generate = field(default_factory=Generate)
 
 
+# Options that manifests of 0.1.0 lack. A manifest leaves them out at their default, so that older runs still go on.
+ADDED = frozenset({"norm_samples", "lm_dropout"})
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
 NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
 
@@ -178,7 +182,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _check(config: Config) -> None:
     model, evaluation = config.model, config.eval
     for name, stage in (("align", config.align), ("finetune", config.finetune)):
-        positive = "batch_size lr micro_tokens micro_images save_every keep_last lora_rank lora_alpha epochs"
+        positive = (
+            "batch_size norm_samples lr micro_tokens micro_images save_every keep_last lora_rank lora_alpha epochs"
+        )
         _hold(name, stage, positive, lambda value: value > 0, "be greater than 0")
         unsigned = "steps projector_lr weight_decay clip workers cache_features_mb peak_tflops"
         _hold(name, stage, unsigned, lambda value: value >= 0, "not be negative")

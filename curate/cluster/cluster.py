@@ -9,18 +9,18 @@ size on disk until the end. Memory: the sample (1 GiB by default) on the driver,
 worker.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from curate.cluster import edges
-from curate.cluster.edges import BUCKETS, EDGES
+from curate.cluster import edges, giants, recall, scatter
+from curate.cluster.assign import CENTROIDS, Assign, digest, is_ok
+from curate.cluster.edges import EDGES
 from curate.cluster.options import ClusterOptions
-from curate.engine import Job, Outcome, advance, run_stage
+from curate.cluster.scatter import BUCKETS
+from curate.engine import Job, Outcome, Task, run_stage
 from curate.errors import ContractError, ShardError, UsageError
 from curate.storage import claim, paths, sidecar
 from curate.storage.manifest import (
@@ -35,14 +35,13 @@ from curate.storage.manifest import (
     save_json,
     versions,
 )
-from curate.storage.schema import CLUSTER_SCHEMA
 from curate.vectors import kmeans
 from curate.vectors.exact import widen
 
 MAX_BUCKETS = 1024
 NULL_ROWS = 1 << 16
 RECALL_SAMPLE = 1 << 16
-CENTROIDS, FIT = "centroids.npy", "fit.json"
+FIT = "fit.json"
 FIT_CLAIM, FINISH_CLAIM = ".fit.claim", ".finish.claim"
 
 
@@ -52,7 +51,7 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     Raises: UsageError when k does not suit the rows, ShardError when a sidecar cannot be read.
     """
     source = open_input(emb, "embed", "import")
-    rows_ok = {stem: int(_is_ok(source, stem).sum()) for stem in source.stems}
+    rows_ok = {stem: int(is_ok(source.table(stem, ["status"])).sum()) for stem in source.stems}
     dim = _dimensions(source)
     options, inputs = _resolve(options, source, sum(rows_ok.values()), dim)
     output = open_output(out, "cluster", _recorded(options), inputs, overwrite=job.overwrite)
@@ -67,20 +66,20 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     scattered = sum(rows_ok.values()) * options.neighbours
     buckets = min(MAX_BUCKETS, -(-scattered * dim * 2 // edges.BUCKET_BYTES)) or 1
     assigned = _assign(source, output, options.neighbours, buckets, job)
-    counts = {"assigned": assigned.rows}
+    made = {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows}}
     if left := output.missing(source.stems):
-        return {**output.plan, "shards": {}, "counts": counts, "unfinished": left}
-    _refuse_unlike(source, output)
-    found = _find_edges(emb, output, options.floor, buckets, job)
-    counts["related"] = found.rows
-    if not paths.exists(output.path(EDGES)) and (buckets_left := edges.missing(output, buckets)):
-        return {**output.plan, "shards": {}, "counts": counts, "unfinished": [f"bucket {b}" for b in buckets_left]}
+        return {**made, "unfinished": left}
+    sizes = _sizes(source, output, rows_ok)
+    found = _find_edges(output, edges.FindEdges(emb, out, options.floor, giants.choose(sizes)), buckets, job)
+    made["counts"]["related"] = found.rows
+    if found.left:
+        return {**made, "unfinished": found.left}
 
     def finish() -> None:
         if not paths.exists(output.path(EDGES)):
-            edges.join_edges(output, buckets, options.neighbours)
+            edges.join_edges(output, buckets, options.neighbours, options.floor)
         paths.remove(output.path(BUCKETS))
-        _finish(source, output, rows_ok, _recall(source, rows_ok, options, output))
+        _finish(source, output, rows_ok, sizes, _recall(source, rows_ok, options, output))
 
     _once(job, output.path(FINISH_CLAIM), lambda: paths.exists(output.path(MANIFEST)), finish)
     paths.remove(output.path(PLAN))  # this slice may have written it after another had finished
@@ -99,53 +98,74 @@ def _once(job: Job, claimed: str, done: Callable[[], bool], work: Callable[[], N
 
 
 def _assign(source: Artefact, output: Output, neighbours: int, buckets: int, job: Job) -> Outcome:
-    """Assign and scatter what this slice has to, of the shards that lack their sidecar or their scattered vectors."""
-    missing = set(output.missing(source.stems))
-    scattered = set(paths.listdir(output.path(BUCKETS)))
-    # Looked at after the scatter: it is removed only once the edges are there.
-    if not paths.exists(output.path(EDGES)):
-        missing |= {stem for stem in source.stems if f"{stem}.arrow" not in scattered}
-    todo = [stem for stem in job.share(source.stems) if stem in missing]
+    """Assign and scatter what this slice has to, of the parts that lack a sidecar or their scattered vectors."""
+    parts = scatter.parts(source.rows)
+    missing, unscattered = set(output.missing(source.stems)), set(scatter.missing(output.directory, list(parts)))
+    # Looked at after the scatter, which is removed only once the edges are there.
+    if paths.exists(output.path(EDGES)):
+        unscattered.clear()
+    todo = [part for part in job.share(list(parts)) if part in unscattered or missing & set(parts[part])]
     task = Assign(source.directory, output.directory, buckets, neighbours)
     assigned = run_stage("assign", task, todo, job, places=(source.directory, output.directory))
     _refuse_failures(assigned.failed)
     return assigned
 
 
-def _find_edges(emb: str, output: Output, floor: float, buckets: int, job: Job) -> Outcome:
-    """Find the edges of this slice's buckets that are not there yet."""
-    missing = set(edges.missing(output, buckets))
-    if paths.exists(output.path(EDGES)):  # looked at after the buckets: they are removed only once the edges are there
-        missing.clear()
-    todo = [bucket for bucket in job.share(range(buckets)) if bucket in missing]
-    found = run_stage("relate", edges.FindEdges(emb, output.directory, floor), todo, job, places=(output.directory,))
-    if not paths.exists(output.path(EDGES)):  # else another slice has finished, and taken away what this one read
-        _refuse_failures(found.failed)
+@dataclass
+class _Found:
+    """What a slice found: rows compared, seconds, and what other slices are still at."""
+
+    rows: int = 0
+    seconds: float = 0.0
+    left: list[str] = field(default_factory=list)
+
+
+def _find_edges(output: Output, task: edges.FindEdges, buckets: int, job: Job) -> _Found:
+    """Find the edges of this slice's buckets, and, when all are there, of its blocks of giant clusters."""
+    found = _Found()
+
+    def compare(task: Task, items: Sequence[Any], missing: Callable[[], list[Any]], unit: str) -> bool:
+        """Work what is missing of this slice's items; say whether all of them are there."""
+        lacking = set(missing())
+        # Looked at after the files, which are removed only once the edges are there.
+        if paths.exists(output.path(EDGES)):
+            return True
+        todo = [item for item in job.share(items) if item in lacking]
+        outcome = run_stage("relate", task, todo, job, unit=unit, places=(output.directory,))
+        found.rows, found.seconds = found.rows + outcome.rows, found.seconds + outcome.seconds
+        lacking = set(missing())
+        if paths.exists(output.path(EDGES)):  # another slice has finished, and removed what this one read
+            return True
+        _refuse_failures(outcome.failed)
+        found.left = [f"{unit} {item}" for item in items if item in lacking]
+        return not found.left
+
+    if compare(task, range(buckets), lambda: edges.missing(output, buckets), "buckets"):
+        if blocks := edges.blocks(output, buckets):
+            blockwise = giants.CompareBlocks(output.directory, task.floor)
+            compare(blockwise, blocks, lambda: edges.missing_blocks(output, blocks), "blocks")
     return found
 
 
-def _refuse_unlike(source: Artefact, output: Output) -> None:
-    """Raise ContractError when a shard was assigned to other centroids than those that stand there."""
-    centroids = _digest(sidecar.load_npy(output.path(CENTROIDS)))
-    for stem in source.stems:
-        used = sidecar.facts(output.path(f"{stem}.arrow")).get("centroids")
+def _sizes(source: Artefact, output: Output, rows_ok: dict[str, int]) -> np.ndarray:
+    """Count the rows of every cluster, i64 [k].
+
+    Raises: ContractError when a shard was assigned to other centroids than those that stand there, or rows are lacking.
+    """
+    k, centroids = int(output.plan["options"]["k"]), digest(sidecar.load_npy(output.path(CENTROIDS)))
+    sizes = np.zeros(k, np.int64)
+    for stem, rows in source.rows.items():
+        where = output.path(f"{stem}.arrow")
+        used = sidecar.facts(where).get("centroids")
         if used != centroids:
             raise ContractError(
-                f"{output.path(stem)}.arrow was assigned to other centroids ({used}) than {CENTROIDS} ({centroids}).",
+                f"{where} was assigned to other centroids ({used}) than {CENTROIDS} ({centroids}).",
                 "--overwrite makes the directory anew",
             )
-
-
-def _digest(centroids_kd: np.ndarray) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(centroids_kd).tobytes(), digest_size=16).hexdigest()
-
-
-def _is_ok(source: Artefact, stem: str) -> np.ndarray:
-    """Say which rows of a stem are good, bool."""
-    import pyarrow.compute as pc
-
-    good = pc.equal(source.table(stem, ["status"])["status"].cast(pa.string()), "ok")
-    return np.asarray(good.fill_null(False).to_numpy())
+        clusters = sidecar.table(where, ["cluster"])["cluster"].to_numpy()
+        sizes += np.bincount(clusters[clusters >= 0], minlength=k)
+        reconcile(stem, rows, {"clustered": int((clusters >= 0).sum()), "bad": rows - rows_ok[stem]})
+    return sizes
 
 
 def _dimensions(source: Artefact) -> int:
@@ -169,7 +189,7 @@ def _resolve(options: ClusterOptions, source: Artefact, rows: int, dim: int) -> 
         raise UsageError(f"floor={options.floor} is no cosine; it must lie between -1 and 1.", "--floor 0.80")
     if options.centroids:
         given = _load_centroids(options.centroids, dim)
-        inputs["centroids"] = {"path": options.centroids, "digest": _digest(given)}
+        inputs["centroids"] = {"path": options.centroids, "digest": digest(given)}
         neighbours = min(len(given), options.neighbours)
         return replace(options, k=len(given), sample=0, iters=0, neighbours=neighbours), inputs
     k = options.k or kmeans.default_k(rows)
@@ -230,7 +250,7 @@ def _sample(
         wanted = drawn[np.searchsorted(drawn, first) : np.searchsorted(drawn, first + count)] - first
         first += count
         if len(wanted):
-            rows = np.flatnonzero(_is_ok(source, stem))[wanted]
+            rows = np.flatnonzero(is_ok(source.table(stem, ["status"])))[wanted]
             yield sidecar.take_vectors(source.batches(stem), column, rows)
 
 
@@ -247,49 +267,6 @@ def _shuffled(source: Artefact, rows_ok: dict[str, int], seed: int) -> list[floa
     return [float(value) for value in np.quantile(scores, np.linspace(0, 1, 101))]
 
 
-@dataclass
-class Assign:
-    """Assign a shard's rows to centroids, write its sidecar, and scatter its vectors by bucket of clusters."""
-
-    emb: str
-    out: str
-    buckets: int
-    neighbours: int
-
-    def setup(self) -> None:
-        """Load the centroids."""
-        self.source = open_input(self.emb)
-        self.centroids = sidecar.load_npy(paths.join(self.out, CENTROIDS))
-        self.digest = _digest(self.centroids)
-        rows = list(self.source.rows.values())
-        self.first_row = dict(zip(self.source.stems, np.cumsum([0, *rows]).tolist(), strict=False))
-
-    def __call__(self, stem: str) -> dict[str, Any]:
-        """Work one shard. Returns rows and good rows."""
-        ok = _is_ok(self.source, stem)
-        places = np.full((self.neighbours, len(ok)), -1, np.int32)
-        similarity = np.zeros(len(ok), np.float32)
-        start = 0
-        for batch in self.source.batches(stem):
-            rows = slice(start, start + batch.num_rows)
-            start = rows.stop
-            vectors = sidecar.vectors(batch.column("image_embedding"))
-            if vectors.shape[1] != self.centroids.shape[1]:
-                raise ContractError(
-                    f"{stem}.arrow has {vectors.shape[1]} dimensions, the centroids {self.centroids.shape[1]}"
-                )
-            find = kmeans.assign if self.neighbours == 1 else kmeans.nearest_two
-            places[:, rows], similarity[rows] = find(vectors, self.centroids)
-            advance(batch.num_rows)
-        places[:, ~ok] = -1
-        scattered = paths.join(self.out, BUCKETS, f"{stem}.arrow")
-        edges.scatter(scattered, self.source, stem, self.first_row[stem], places, self.buckets)
-        table = pa.record_batch([pa.array(places[0]), pa.array(similarity, mask=~ok)], schema=CLUSTER_SCHEMA)
-        facts = {"rows": len(ok), "ok": int(ok.sum()), "centroids": self.digest}
-        sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), CLUSTER_SCHEMA, [table], facts)
-        return facts
-
-
 def _refuse_failures(failed: dict[Any, str]) -> None:
     if failed:
         name, why = next(iter(failed.items()))
@@ -300,26 +277,20 @@ def _recall(source: Artefact, rows_ok: dict[str, int], options: ClusterOptions, 
     """Estimate the share of near pairs that were compared."""
     images = np.concatenate(list(_sample(source, rows_ok, RECALL_SAMPLE, options.seed)))
     shuffled = images[np.random.default_rng([options.seed, 0x4EC]).permutation(len(images))]
-    return edges.recall(shuffled, sidecar.load_npy(output.path(CENTROIDS)), options.neighbours, options.floor)
+    return recall.recall(shuffled, sidecar.load_npy(output.path(CENTROIDS)), options.neighbours, options.floor)
 
 
-def _finish(source: Artefact, output: Output, rows_ok: dict[str, int], recall: dict[str, Any]) -> None:
-    """Check the counts and write the manifest."""
-    shards = {}
-    k = int(output.plan["options"]["k"])
-    sizes = np.zeros(k, np.int64)
-    for stem, rows in source.rows.items():
-        clusters = sidecar.table(output.path(f"{stem}.arrow"), ["cluster"])["cluster"].to_numpy()
-        sizes += np.bincount(clusters[clusters >= 0], minlength=k)
-        reconcile(stem, rows, {"clustered": int((clusters >= 0).sum()), "bad": rows - rows_ok[stem]})
-        shards[stem] = {"rows": rows, "ok": rows_ok[stem]}
+def _finish(
+    source: Artefact, output: Output, rows_ok: dict[str, int], sizes: np.ndarray, recalled: dict[str, Any]
+) -> None:
+    """Write the manifest."""
     counts = {"clustered": sum(rows_ok.values()), "bad": sum(source.rows.values()) - sum(rows_ok.values())}
     output.finish(
-        shards=shards,
+        shards={stem: {"rows": rows, "ok": rows_ok[stem]} for stem, rows in source.rows.items()},
         counts=counts,
         fit=load_json(output.path(FIT)),
-        clusters={"k": k, "used": int((sizes > 0).sum()), "largest": int(sizes.max())},
+        clusters={"k": len(sizes), "used": int((sizes > 0).sum()), "largest": int(sizes.max())},
         edges=sidecar.num_rows(output.path(EDGES)),
-        recall=recall,
+        recall=recalled,
         versions=versions("faiss-gpu", "faiss-cpu", "numpy", "scipy", "pyarrow"),
     )

@@ -1,115 +1,104 @@
-"""The near-duplicate edges of a clustered pool: rows gathered by cluster, compared, and joined into one file.
+"""The near-duplicate edges of a clustered pool: buckets of clusters compared, and joined into one file.
 
-Shards hold rows in the order of the pool, near-duplicates are looked for inside clusters. So each shard's vectors are
-first scattered by bucket, cluster modulo the number of buckets, under `CLU/.buckets`: one file a shard, one record
-batch a bucket. A worker then gathers one bucket from all files, sorts it by cluster, and writes the maximum spanning
-forest of each cluster's near-duplicates. With two neighbours a row also probes its second nearest cluster, as queries
-of an inverted-file index do: it is compared with that cluster's members. A pair can then meet twice, and the edges of
-all clusters are reduced to one forest over the whole pool, for which the driver holds them all.
+A worker gathers one bucket of clusters from the scattered vectors (`scatter`), sorts it by cluster, and writes the
+maximum spanning forest of each cluster's near-duplicates. Clusters that are too large for one worker are cut into
+blocks (`giants`). With two neighbours a row also probes its second nearest cluster, as queries of an inverted-file
+index do: it is compared with that cluster's members. A pair can then meet twice, and the edges of all clusters are
+reduced to one forest over the whole pool, for which the driver holds them all.
 
-Cost: the vectors are written once and read once; comparing is `near_pairs`'. Memory: one bucket (about 128 MiB, or on
-disk where it is much larger) for each worker.
+Cost: the vectors are read once; comparing is `near_pairs`'. Memory: one bucket (about 128 MiB, or on disk where it is
+much larger) for each worker, and as much again for the chunks of a giant cluster.
 """
 
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from curate.cluster import giants, scatter
+from curate.cluster.giants import Chunks
+from curate.cluster.scatter import BUCKETS, Rows
+from curate.errors import ContractError
 from curate.storage import manifest, paths, sidecar
 from curate.storage.schema import EDGE_SCHEMA
-from curate.vectors import forest, kmeans, near_pairs
+from curate.vectors import forest, near_pairs
 from curate.vectors.duplicate_forest import near_duplicate_forest
+from curate.vectors.forest import Edges
 
-EDGES, BUCKETS = "edges.arrow", ".buckets"
+EDGES = "edges.arrow"
 BUCKET_BYTES = 128 << 20
-RECALL_LEVELS = (0.85, 0.90, 0.95, 0.98)
-RECALL_ROWS = 512  # of the sample, compared at a time
-RECALL_PAIRS = 50_000  # that are enough
-
-
-def scatter_schema(dim: int) -> pa.Schema:
-    """Describe a scattered row: its global number, a cluster, whether it only probes it, its hash and its vector."""
-    return pa.schema(
-        [
-            ("row", pa.int64()),
-            ("cluster", pa.int32()),
-            ("probe", pa.bool_()),
-            ("phash", pa.uint64()),
-            ("vector", pa.list_(pa.float16(), dim)),
-        ]
-    )
-
-
-def scatter(
-    location: str, source: manifest.Artefact, stem: str, first_row: int, places: np.ndarray, buckets: int
-) -> None:
-    """Write a shard's good rows with their vectors, one record batch for each bucket.
-
-    places: i32 [1 or 2, rows], the cluster of which a row is a member and the one that it probes; -1: none.
-    """
-    probe, row = np.nonzero(places >= 0)
-    cluster = places[probe, row]
-    order = np.argsort(cluster % buckets, kind="stable")
-    bounds = np.searchsorted(cluster[order] % buckets, np.arange(buckets + 1))
-    shard = list(source.batches(stem))
-    hashes = source.table(stem, ["phash"])["phash"]
-    schema = scatter_schema(sidecar.vectors(shard[0].column("image_embedding")).shape[1])
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-            here = order[first:last]
-            vectors = sidecar.take_vectors(shard, "image_embedding", row[here])
-            phash = hashes.take(pa.array(row[here])).combine_chunks()
-            columns = [pa.array(row[here] + first_row), pa.array(cluster[here]), pa.array(probe[here] == 1), phash]
-            yield pa.record_batch([*columns, sidecar.vector_column(vectors, np.ones(len(here), bool))], schema=schema)
-
-    sidecar.write_table(location, schema, batches())
 
 
 @dataclass
 class FindEdges:
-    """Find the near-duplicate forests of all clusters of a bucket."""
+    """Find the near-duplicate forests of all clusters of a bucket; cut giant ones into chunks."""
 
     emb: str
     out: str
     floor: float
+    chunk_rows: dict[int, int] = field(default_factory=dict)  # of each giant cluster
 
     def setup(self) -> None:
-        """List the shards."""
-        self.stems = manifest.open_input(self.emb).stems
+        """List the files of scattered vectors."""
+        self.parts = list(scatter.parts(manifest.open_input(self.emb).rows))
 
     def __call__(self, bucket: int) -> dict[str, Any]:
         """Work one bucket. Returns its rows and edges."""
-        parts = [
-            sidecar.reader(paths.join(self.out, BUCKETS, f"{stem}.arrow")).get_batch(bucket) for stem in self.stems
-        ]
-        table = pa.Table.from_batches(parts)
-        clusters, probes = table["cluster"].to_numpy(), table["probe"].to_numpy()
-        order = np.lexsort((probes, clusters))  # of each cluster its members, then the rows that probe it, each by row
-        rows, clusters = table["row"].to_numpy()[order], clusters[order]
-        bounds = np.concatenate([[0], np.flatnonzero(np.diff(clusters)) + 1, [len(clusters)]])
-        members = np.add.reduceat(~probes[order], bounds[:-1], dtype=np.int64) if len(rows) else None
-        with _matrix(len(rows), parts[0].schema.field("vector").type.list_size) as vectors:
+        rows = scatter.read_rows(self.out, self.parts, bucket)
+        # Of each cluster its members, then the rows that probe it, each in the order of rows, which is that of reading.
+        order = np.lexsort((rows.probe, rows.cluster))
+        is_giant = np.isin(rows.cluster, list(self.chunk_rows))
+        cut = self._giants(rows, order[is_giant[order]])
+        order = order[~is_giant[order]]
+        place = np.full(len(is_giant), -1)
+        place[~is_giant] = np.arange(len(order))
+        with _matrix(len(order), scatter.dimensions(self.out, self.parts[0])) as vectors:
             start = 0
-            for part in parts:
-                vectors[start : start + part.num_rows] = sidecar.vectors(part.column("vector"))
-                start += part.num_rows
-            a, b, similarity = near_duplicate_forest(vectors, order, bounds, self.floor, members=members)
-        hashes, unknown = _hashes(table["phash"], order)
-        bits = pa.array(near_pairs.differing_bits(hashes[a], hashes[b]), pa.uint8(), mask=unknown[a] | unknown[b])
-        ends = np.minimum(rows[a], rows[b]), np.maximum(rows[a], rows[b])
-        columns = [pa.array(clusters[a]), *map(pa.array, ends), pa.array(similarity), bits]
-        found = pa.record_batch(columns, schema=EDGE_SCHEMA)
-        sidecar.write_table(paths.join(self.out, BUCKETS, f"edges-{bucket}.arrow"), EDGE_SCHEMA, [found])
-        return {"rows": len(rows), "edges": len(a)}
+            for part in scatter.read_vectors(self.out, self.parts, bucket):
+                here = slice(start, start + len(part))
+                start = here.stop
+                kept = place[here]
+                vectors[kept[kept >= 0]] = part[kept >= 0]
+                for number, (chunks, at) in cut.items():
+                    mine = rows.cluster[here] == number
+                    if mine.any():
+                        chunks.add(at[here][mine], part[mine])
+            found = self._compare(rows[order], vectors, place[order])
+        meta = {"giants": {str(number): chunks.finish() for number, (chunks, _) in cut.items()}}
+        sidecar.write_table(edges_path(self.out, bucket), EDGE_SCHEMA, [found], meta)
+        return {"rows": len(is_giant), "edges": found.num_rows}
+
+    def _giants(self, rows: Rows, order: np.ndarray) -> dict[int, tuple[Chunks, np.ndarray]]:
+        """Begin the chunks of the giants in a bucket. Returns with them the places of the bucket's rows, or -1."""
+        found = {}
+        for number in np.unique(rows.cluster[order]).tolist():
+            here = order[rows.cluster[order] == number]
+            at = np.full(len(rows.cluster), -1)
+            at[here] = np.arange(len(here))
+            found[int(number)] = Chunks(self.out, int(number), rows[here], self.chunk_rows[number]), at
+        return found
+
+    def _compare(self, rows: Rows, vectors: np.ndarray, order: np.ndarray) -> pa.RecordBatch:
+        """Find the edges of rows that lie cluster by cluster. order: their places in `vectors`."""
+        bounds = np.concatenate([[0], np.flatnonzero(np.diff(rows.cluster)) + 1, [len(order)]])
+        members = np.add.reduceat(~rows.probe, bounds[:-1], dtype=np.int64) if len(order) else None
+        return edge_batch(rows, near_duplicate_forest(vectors, order, bounds, self.floor, members=members))
+
+
+def edge_batch(rows: Rows, edges: Edges) -> pa.RecordBatch:
+    """Describe edges by places in `rows` as a batch of EDGE_SCHEMA."""
+    a, b, similarity = edges
+    bits = near_pairs.differing_bits(rows.phash[a], rows.phash[b])
+    ends = np.minimum(rows.row[a], rows.row[b]), np.maximum(rows.row[a], rows.row[b])
+    columns = [pa.array(rows.cluster[a]), *map(pa.array, ends), pa.array(similarity)]
+    columns.append(pa.array(bits, pa.uint8(), mask=rows.unknown[a] | rows.unknown[b]))
+    return pa.record_batch(columns, schema=EDGE_SCHEMA)
 
 
 class _matrix:
-    """An f16 matrix in memory, or on disk where it is larger than a few buckets (a giant cluster)."""
+    """An f16 matrix in memory, or on disk where it is larger than a few buckets."""
 
     def __init__(self, rows: int, dim: int) -> None:
         self.shape = (rows, dim)
@@ -125,10 +114,9 @@ class _matrix:
             self.file.close()
 
 
-def _hashes(column: pa.ChunkedArray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return perceptual hashes u64 in the given order, and which are unknown."""
-    unknown = column.is_null().to_numpy()[order]
-    return column.fill_null(0).to_numpy()[order], unknown
+def edges_path(out: str, bucket: int) -> str:
+    """Locate the edges of a bucket."""
+    return paths.join(out, BUCKETS, f"edges-{bucket}.arrow")
 
 
 def missing(output: manifest.Output, buckets: int) -> list[int]:
@@ -137,10 +125,38 @@ def missing(output: manifest.Output, buckets: int) -> list[int]:
     return [bucket for bucket in range(buckets) if f"edges-{bucket}.arrow" not in present]
 
 
-def join_edges(output: manifest.Output, buckets: int, neighbours: int) -> None:
+def blocks(output: manifest.Output, buckets: int) -> list[giants.Block]:
+    """List the blocks of the giant clusters that were cut into chunks, as the buckets record them; none at the end."""
+    try:
+        facts = [sidecar.facts(edges_path(output.directory, bucket)) for bucket in range(buckets)]
+    except ContractError:
+        if paths.exists(output.path(EDGES)):  # another slice has joined the edges, and removed the buckets'
+            return []
+        raise
+    return giants.blocks({number: chunks for each in facts for number, chunks in each["giants"].items()})
+
+
+def missing_blocks(output: manifest.Output, wanted: list[giants.Block]) -> list[giants.Block]:
+    """List the blocks whose edges are not there yet. One listing."""
+    present = set(paths.listdir(output.path(BUCKETS)))
+    return [block for block in wanted if paths.name(giants.block_path("", block)) not in present]
+
+
+def _bucket_edges(out: str, bucket: int, floor: float) -> pa.RecordBatch:
+    """Read a bucket's edges, with those of its giant clusters in their places by cluster."""
+    where = edges_path(out, bucket)
+    parts = list(sidecar.batches(where))
+    for number, chunks in sidecar.facts(where).get("giants", {}).items():
+        parts.append(edge_batch(*giants.joined(out, int(number), chunks, floor)))
+    table = pa.Table.from_batches([part.replace_schema_metadata() for part in parts], EDGE_SCHEMA).combine_chunks()
+    if len(parts) > 1:
+        table = table.take(pa.array(np.argsort(table["cluster"].to_numpy(), kind="stable"))).combine_chunks()
+    return pa.record_batch([column.combine_chunks() for column in table.columns], schema=EDGE_SCHEMA)
+
+
+def join_edges(output: manifest.Output, buckets: int, neighbours: int, floor: float) -> None:
     """Write the buckets' edges into one file: bucket after bucket, or, where clusters overlap, as one forest by row."""
-    scattered = output.path(BUCKETS)
-    parts = (batch for b in range(buckets) for batch in sidecar.batches(paths.join(scattered, f"edges-{b}.arrow")))
+    parts = (_bucket_edges(output.directory, bucket, floor) for bucket in range(buckets))
     if neighbours == 1:
         sidecar.write_table(output.path(EDGES), EDGE_SCHEMA, parts)
         return
@@ -153,34 +169,3 @@ def join_edges(output: manifest.Output, buckets: int, neighbours: int) -> None:
         forest.spanning_forest(a[order], b[order], table["similarity"].to_numpy()[order], int(b.max(initial=-1)) + 1)
     ]
     sidecar.write_table(output.path(EDGES), EDGE_SCHEMA, table.take(pa.array(chosen)).combine_chunks().to_batches())
-
-
-def recall(images_nd: np.ndarray, centroids_kd: np.ndarray, neighbours: int, floor: float) -> dict[str, Any]:
-    """Estimate how many of the pool's near pairs share a cluster, so that they were compared, against brute force.
-
-    images_nd: f16, a sample of the pool in random order. Compares rows with the whole sample until there are pairs
-    enough. Returns the rows compared, and for levels of cosine the pairs above and the share of them that was found.
-    """
-    levels = [floor, *(level for level in RECALL_LEVELS if level > floor)]
-    places = kmeans.nearest_two(images_nd, centroids_kd)[0] if len(centroids_kd) > 1 else None
-    pairs, found = np.zeros(len(levels), np.int64), np.zeros(len(levels), np.int64)
-    compared = 0
-    while compared < len(images_nd) and pairs[0] < RECALL_PAIRS:
-        rows = np.arange(compared, len(images_nd))
-        chunk = min(RECALL_ROWS, len(rows))  # compared with all rows from here on: no pair is counted twice
-        for a, b, cosine in near_pairs.near_pairs(images_nd, rows, [0, len(rows)], floor, members=np.array([chunk])):
-            met = np.ones(len(a), bool)
-            if places is not None:
-                home, other = places
-                a, b = rows[a], rows[b]
-                met = home[a] == home[b]
-                if neighbours == 2:
-                    met |= (home[a] == other[b]) | (other[a] == home[b])
-            pairs += [int((cosine > level).sum()) for level in levels]
-            found += [int((met & (cosine > level)).sum()) for level in levels]
-        compared += chunk
-    shares = [
-        {"above": level, "pairs": int(all_), "found": round(int(some) / int(all_), 4) if all_ else None}
-        for level, all_, some in zip(levels, pairs, found, strict=True)
-    ]
-    return {"sample": len(images_nd), "compared": compared, "levels": shares}

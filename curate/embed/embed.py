@@ -24,7 +24,7 @@ from curate.embed import encoder, reader, side_data, weights
 from curate.embed.options import EmbedOptions
 from curate.engine import Job
 from curate.errors import ShardError, UsageError
-from curate.storage import manifest, paths, sidecar, tar
+from curate.storage import faults, manifest, paths, sidecar, tar
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
 
@@ -59,6 +59,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         "batch_size": batch_size,
         "max_pixels": options.max_pixels,
         **({"columns": dict(extras.columns)} if extras.columns else {}),
+        **({"faithful": True} if options.faithful else {}),
     }
     listing = manifest.digest([[shard.stem, shard.size] for shard in found.values()])
     inputs = {"pool": {"path": pool, "digest": listing}}
@@ -73,7 +74,19 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     if not job.quiet:
         told = f"{workers} worker(s), {decoders or threads} decoding {'processes' if decoders else 'threads'} each"
         sys.stderr.write(f"embed: {options.model} in {precision} on {device} ({reason}), {told}\n")
-    task = EmbedShard(source, precision, device, batch_size, options.max_pixels, threads, decoders, out, found, extras)
+    task = EmbedShard(
+        source,
+        precision,
+        device,
+        batch_size,
+        options.max_pixels,
+        threads,
+        decoders,
+        out,
+        found,
+        extras,
+        options.faithful,
+    )
     try:
         todo = output.missing(job.share(list(found)))
         places = {out, *(paths.parent(shard.location) for shard in found.values())}
@@ -81,7 +94,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     finally:
         task.close()
     output.log(model=_absolute(options.model), pretrained=_absolute(options.pretrained))
-    return _finish(output, list(found), outcome, device, workers)
+    return _finish(output, list(found), outcome, device, workers, quiet=job.quiet)
 
 
 def _portable_name(given: str) -> str:
@@ -98,7 +111,7 @@ def _absolute(given: str) -> str:
 
 
 def _finish(
-    output: manifest.Output, stems: list[str], outcome: engine.Outcome, device: str, workers: int
+    output: manifest.Output, stems: list[str], outcome: engine.Outcome, device: str, workers: int, *, quiet: bool
 ) -> dict[str, Any]:
     """Account for every row and write the manifest, unless other slices still have shards to do."""
     facts, counts = reader.account(output, stems)
@@ -106,6 +119,8 @@ def _finish(
     output.log(stage="embed", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=workers, dim=dim)
     if unfinished := output.unfinished(stems, outcome.failed):
         return unfinished
+    bad = faults.total(fact.get("faults", {}) for fact in facts.values())
+    faults.write("embed", bad, quiet=quiet)
     downloads: Counter[str] = Counter()
     for fact in facts.values():
         downloads.update(fact.get("downloads", {}))
@@ -116,6 +131,7 @@ def _finish(
         },
         counts=counts,
         **({"downloads": dict(sorted(downloads.items()))} if downloads else {}),
+        **({"faults": bad} if bad else {}),
         **({"failed": outcome.failed} if outcome.failed else {}),
         versions=manifest.versions("torch", "open_clip_torch", "pillow"),
         device=encoder.describe_device(device),
@@ -172,15 +188,23 @@ class EmbedShard:
     out: str
     found: dict[str, tar.Shard]
     extras: side_data.Extras = side_data.NO_EXTRAS
+    faithful: bool = False
 
     def setup(self) -> None:
         """Load the model and start what decodes."""
         self.encoder = encoder.Encoder(self.source, self.precision, self.device)
         # Two threads keep a GPU fed: one waits for its batch while the other queues the next.
         self.runners = ThreadPoolExecutor(2 if self.device == "cuda" else self.threads)
-        reading = (self.source, self.encoder.preprocess, self.max_pixels, self.extras)
-        self.pool = engine.helpers(self.decoders, _start_decoder, reading) if self.decoders else None
-        self.reader = None if self.decoders else reader.Reader(*reading)
+        reading = partial(
+            reader.Reader,
+            self.source,
+            self.encoder.preprocess,
+            self.max_pixels,
+            self.extras,
+            faithful=self.faithful,
+        )
+        self.pool = engine.helpers(self.decoders, _start_decoder, (reading,)) if self.decoders else None
+        self.reader = None if self.decoders else reading()
 
     def close(self) -> None:
         """Stop the helpers of a task that ran in this process."""
@@ -203,6 +227,8 @@ class EmbedShard:
         schema = embedding_schema(self.encoder.dim, self.extras.fields)
         columns = _columns(facts, image, text, schema)
         statuses = Counter(row["status"] for row in facts)
+        bad = {"reasons": reader.reasons(facts), "faults": reader.image_faults(stem, facts)}
+        beside |= {name: told for name, told in bad.items() if told}
         meta = {"statuses": dict(statuses), "notes": index.notes, "size": shard.size, "dim": self.encoder.dim, **beside}
         batch = pa.RecordBatch.from_arrays(columns, schema=schema)
         sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], {"rows": len(facts), **meta})
@@ -279,9 +305,9 @@ class EmbedShard:
 _reader: reader.Reader | None = None
 
 
-def _start_decoder(*reading: Any) -> None:
+def _start_decoder(make: Callable[[], reader.Reader]) -> None:
     global _reader
-    _reader = reader.Reader(*reading)
+    _reader = make()
 
 
 def _decode_batch(path: str, samples: Sequence[tar.Sample]) -> reader.Rows:
@@ -320,8 +346,11 @@ def _columns(
     image_nd[at], text_nd[at] = image_md[sound], text_md[sound]
     valid, score = np.zeros(len(facts), bool), np.zeros(len(facts), np.float32)
     valid[at], score[at] = True, exact.cosines(image_nd[at], text_nd[at])
+    made = ("status", "image_embedding", "text_embedding", "clip_score")
     columns = {
-        name: pa.array([row[name] for row in facts], schema.field(name).type) for name in facts[0] if name != "status"
+        field.name: pa.array([row[field.name] for row in facts], field.type)
+        for field in schema
+        if field.name not in made
     }
     columns["status"] = sidecar.labels([row["status"] for row in facts], list(STATUSES))
     columns["image_embedding"] = sidecar.vector_column(image_nd, valid)

@@ -2,54 +2,142 @@
 
 In: the bytes of an image member. Out: uint8 pixels exactly as open_clip's own transform holds them before it makes a
 float tensor (the model's resize, crop, conversion, in its order), and 64 bits that survive scaling and recompression.
-Nothing here trusts the bytes: formats are a fixed list, the size is read before any pixel is, and whatever a decoder
-throws becomes a status.
+Before the model's transform, pictures that it would turn black or white are made visible (`visible`): 16-bit and float
+grey values are scaled to 8 bits, transparent pictures are laid on white. Nothing here trusts the bytes: formats are a
+fixed list, the size is read before any pixel is, and whatever a decoder throws becomes a status with its reason.
 """
 
 import functools
 import io
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from curate.embed.options import MAX_PIXELS
+from curate.storage.tar import suffix_of
 
 # What web pools hold. Fixed, because Pillow's full list runs helpers (EPS) and parsers that nobody needs here.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")
+# Those that this Pillow was built without are left out: it raises KeyError for a name it does not know. Multi-picture
+# JPEGs (MPO) have no entry of their own: Pillow's JPEG reader turns into theirs.
+WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+Image.init()
+FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
 HASH_SIDE = 32
+LEAST_CONTRAST = 4  # of 255, between the darkest and the brightest of the 32 × 32 cells; JPEG noise is 1 to 2
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_NOTES = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")  # of no use here, and of any size
+NAMES = {"heic": "HEIC", "jxl": "JPEG XL", "avif": "AVIF"}
 
 Transform = Callable[[Image.Image], np.ndarray]
 
 
 class BadImage(Exception):
-    """The bytes are no image that can be used. `status`: one of the sidecar's statuses."""
+    """The bytes are no image that can be used. status: one of the sidecar's; reason: why, in a few words."""
 
-    def __init__(self, status: str) -> None:
-        super().__init__(status)
+    def __init__(self, status: str, reason: str = "") -> None:
+        super().__init__(f"{status}: {reason}" if reason else status)
         self.status = status
+        self.reason = reason
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the first frame of an image, unrotated, in its own mode: what open_clip's transform is given.
 
-    Raises: BadImage `empty_image`, `too_large` (from the header, before any pixel) or `decode_error`.
+    Raises: BadImage `empty_image`, `too_large` (from the header, before any pixel), `no_decoder` or `decode_error`.
     """
     if not data:
         raise BadImage("empty_image")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > max_pixels:
-            raise BadImage("too_large")
-        image.load()
+        try:
+            return _load(data, max_pixels)
+        except ValueError:  # Pillow refuses PNGs whose notes unpack to over 1 MiB each or 64 MiB in all
+            if not data.startswith(PNG_MAGIC):
+                raise
+            return _load(_without_notes(data), max_pixels)
     except BadImage:
         raise
     except Image.DecompressionBombError:
-        raise BadImage("too_large") from None
-    except Exception:  # decoders answer hostile bytes with nearly every exception there is
-        raise BadImage("decode_error") from None
+        raise BadImage("too_large", _over(max_pixels)) from None
+    except UnidentifiedImageError:
+        raise _unidentified(data) from None
+    except Exception as error:  # decoders answer hostile bytes with nearly every exception there is
+        raise BadImage("decode_error", _words(error)) from None
+
+
+def _load(data: bytes, max_pixels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > max_pixels:
+        raise BadImage("too_large", _over(max_pixels))
+    image.load()
     return image
+
+
+def _over(max_pixels: int) -> str:
+    return f"over the limit of {max_pixels:,} pixels"
+
+
+def _words(error: Exception) -> str:
+    """Say what an error is, without numbers and addresses: the same words for the same kind of fault."""
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return re.sub(r"0x[0-9a-fA-F]+|\d+", "N", first)[:120]
+
+
+def _unidentified(data: bytes) -> BadImage:
+    """Tell formats that lack a decoder from what is no image at all."""
+    name = NAMES.get(suffix_of(data))
+    if name is not None:
+        return BadImage("no_decoder", f"{name} is not decoded here: convert it to JPEG, PNG or WebP")
+    text = data[:256].lstrip()[:1] in (b"<", b"{", b"[")
+    return BadImage("decode_error", "a web page or other text" if text else "not an image of a known format")
+
+
+def _without_notes(data: bytes) -> bytes:
+    """Copy a PNG without its colour profile and text chunks. A chunk: length, type, content, checksum."""
+    kept, at = [PNG_MAGIC], len(PNG_MAGIC)
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in PNG_NOTES:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def visible(image: Image.Image) -> Image.Image:
+    """Bring a picture that open_clip's transform would make black or white into 8 bits without transparency.
+
+    16-bit, 32-bit and float grey values are scaled so that the file's own darkest becomes 0 and its brightest 255;
+    values that are not finite count as the darkest. A picture with transparent parts is laid on white, or on black
+    where nothing could be seen on white. Every other picture is returned as it is.
+    Differs from open_clip, which cuts grey values off at 255 and ignores transparency.
+    Raises: BadImage `decode_error`.
+    """
+    try:
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            return _scaled(image)
+        return _opaque(image) if image.has_transparency_data else image
+    except Exception as error:
+        raise BadImage("decode_error", _words(error)) from None
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    values_hw = np.array(image, np.float64)
+    finite = np.isfinite(values_hw)
+    low, high = (values_hw[finite].min(), values_hw[finite].max()) if finite.any() else (0.0, 0.0)
+    shares_hw = np.where(finite, values_hw - low, 0.0) / (high - low or 1.0)
+    return Image.fromarray(np.rint(255 * shares_hw).astype(np.uint8))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    if rgba.getextrema()[3][0] == 255:  # transparency is declared and not used: the model's transform takes it as it is
+        return image
+    laid = [Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba) for ground in ("white", "black")]
+    on_white, on_black = (each.convert("RGB") for each in laid)
+    plain = all(low == high for low, high in on_white.getextrema())
+    return on_black if plain else on_white
 
 
 def transform(preprocess: Mapping[str, Any]) -> Transform:
@@ -71,8 +159,8 @@ def transform(preprocess: Mapping[str, Any]) -> Transform:
                 image = step(image)
             pixels: np.ndarray = np.array(image, np.uint8)
             return pixels
-        except Exception:
-            raise BadImage("decode_error") from None
+        except Exception as error:
+            raise BadImage("decode_error", _words(error)) from None
 
     return apply
 
@@ -88,8 +176,8 @@ def _cosines() -> np.ndarray:
     return np.asarray(np.rint(4096 * waves), np.int64)
 
 
-def perceptual_hash(image: Image.Image) -> int:
-    """Hash a decoded image into 64 bits; near-copies differ in few of them, a flat image gives 0.
+def perceptual_hash(image: Image.Image) -> int | None:
+    """Hash a decoded image into 64 bits, of which near-copies differ in few; None for a picture without structure.
 
     The idea: scaling, recompression and a change of brightness alter fine detail and the mean of a picture, hardly its
     coarse shapes. So keep only the coarse shapes, and of each only whether it is strong or weak.
@@ -97,6 +185,8 @@ def perceptual_hash(image: Image.Image) -> int:
     2. Take its discrete cosine transform, waves · P · wavesᵀ, for the frequencies 1 to 8 in either direction:
        64 coefficients. Frequency 0, the mean brightness, is left out.
     3. Bit i is 1 where coefficient i is above the median of the 64, so that about half the bits are set.
+    A plain area has no shapes: its coefficients are noise, and would make any two plain pictures look alike or unlike
+    by chance. Where the 32 × 32 cells differ by less than `LEAST_CONTRAST` there is no hash: it confirms no duplicate.
     Two hashes are compared by the number of bits in which they differ (Hamming distance, 0 to 64).
     Source: the pHash of "Implementation and Benchmarking of Perceptual Image Hash Functions" (Zauner, 2010).
     Differs from Zauner: waves are rounded to whole numbers, and the first row and column are left out with the mean.
@@ -105,8 +195,10 @@ def perceptual_hash(image: Image.Image) -> int:
     try:
         grey = image.convert("L") if image.mode in ("RGB", "L") else image.convert("RGB").convert("L")
         small = np.asarray(grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.int64)
-    except Exception:
-        raise BadImage("decode_error") from None
+    except Exception as error:
+        raise BadImage("decode_error", _words(error)) from None
+    if small.max() - small.min() < LEAST_CONTRAST:
+        return None
     waves = _cosines()
     coefficients = (waves @ small @ waves.T).reshape(-1)
     # The median of 64 is the mean of the middle two; both sides are doubled to stay in whole numbers.

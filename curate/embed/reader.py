@@ -17,7 +17,8 @@ from PIL.Image import Image
 from curate.embed import encoder, images, weights
 from curate.embed.side_data import NO_EXTRAS, Captions, Extras
 from curate.errors import ShardError
-from curate.storage import manifest, records, sidecar, tar
+from curate.storage import faults, manifest, records, sidecar, tar
+from curate.storage.faults import Faults
 from curate.storage.schema import STATUSES
 
 
@@ -42,16 +43,24 @@ def join(parts: Sequence[Rows]) -> Rows:
 class Reader:
     """Reads samples into rows for one model; safe to call from several threads.
 
-    preprocess: the model's image config; max_pixels: images of more are refused unseen.
+    preprocess: the model's image config; max_pixels: images of more are refused unseen; faithful: the model's transform
+    is given every image as it was decoded, as open_clip does, not as `images.visible` makes it.
     """
 
     def __init__(
-        self, source: weights.Source, preprocess: dict[str, Any], max_pixels: int, extras: Extras = NO_EXTRAS
+        self,
+        source: weights.Source,
+        preprocess: dict[str, Any],
+        max_pixels: int,
+        extras: Extras = NO_EXTRAS,
+        *,
+        faithful: bool = False,
     ) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files become statuses
         self.transform = images.transform(preprocess)
         self.tokenize = encoder.Tokenizer(source)
         self.max_pixels = max_pixels
+        self.faithful = faithful
         self.extras = extras
         self.captions = Captions(extras.captions) if extras.captions else None
         self.no_pixels = np.empty((0, *encoder.pair(preprocess["size"]), 3), np.uint8)
@@ -65,9 +74,9 @@ class Reader:
                 facts.append(row)
                 if row["status"] == "ok" and image is not None:
                     try:
-                        pixels.append(self.transform(image))
+                        pixels.append(self.transform(image if self.faithful else images.visible(image)))
                     except images.BadImage as bad:
-                        row["status"] = bad.status
+                        row["status"], row["reason"] = bad.status, bad.reason
         captions = [row["caption"] for row in facts if row["status"] == "ok"]
         return Rows(facts, np.stack(pixels) if pixels else self.no_pixels, self.tokenize(captions))
 
@@ -97,7 +106,7 @@ def read_row(
     try:
         image = _read_image(file, sample, row, max_pixels)
     except images.BadImage as bad:
-        trouble = bad.status
+        trouble, row["reason"] = bad.status, bad.reason
     row["status"] = trouble or "ok"
     return row, image
 
@@ -107,11 +116,11 @@ def _read_image(file: IO[bytes], sample: tar.Sample, row: dict[str, Any], max_pi
     if member is None:
         raise images.BadImage("no_image")
     if member.size > tar.MAX_MEMBER_BYTES:
-        raise images.BadImage("too_large")
+        raise images.BadImage("too_large", f"over the limit of {tar.MAX_MEMBER_BYTES:,} bytes")
     data = read_bytes(file, member) or b""
     row["uid"] = records.image_uid(data) if data else None
     image = images.decode(data, max_pixels)
-    row["phash"] = images.perceptual_hash(image)
+    row["phash"] = images.perceptual_hash(images.visible(image))
     row["width"], row["height"] = image.size
     return image
 
@@ -151,6 +160,20 @@ def read_caption(file: IO[bytes], sample: tar.Sample, described: dict[str, Any])
     except UnicodeDecodeError:
         return None, "bad_caption"
     return (caption, None) if caption else (None, "no_caption")
+
+
+def reasons(facts: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return why images could not be used, by row number; JSON has no whole numbers as names."""
+    return {str(number): row["reason"] for number, row in enumerate(facts) if row.get("reason")}
+
+
+def image_faults(stem: str, facts: Sequence[dict[str, Any]]) -> Faults:
+    """Count a shard's images that could not be used, by status and reason."""
+    found: Faults = {}
+    for row in facts:
+        if row.get("reason"):
+            faults.add(found, f"{row['status']}: {row['reason']}", f"{stem}: {row['key']}")
+    return found
 
 
 def account(output: manifest.Output, stems: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:

@@ -24,7 +24,7 @@ from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.ingest import layouts
 from curate.ingest.options import ImportOptions
-from curate.storage import manifest, paths, records, sidecar, tar
+from curate.storage import faults, manifest, paths, records, sidecar, tar
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
 
@@ -61,7 +61,7 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         named = {part.stem: part for part in parts}
         todo = output.missing(job.share(list(named)))
         outcome = engine.run_stage("import", ImportPart(named, out, extra), todo, job, places=(out,))
-        return _finish(output, list(named), outcome, {})
+        return _finish(output, list(named), outcome, {}, quiet=job.quiet)
     shared = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
     with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
         joined = build_join(parts, options.join, folder)
@@ -78,7 +78,7 @@ def _extras(part: layouts.Part, names: Sequence[str]) -> Extras:
 
 
 def _finish(
-    output: manifest.Output, stems: list[str], outcome: engine.Outcome, joined: dict[str, int], *, quiet: bool = True
+    output: manifest.Output, stems: list[str], outcome: engine.Outcome, joined: dict[str, int], *, quiet: bool
 ) -> dict[str, Any]:
     """Account for every row, check that one model made them all, and write the manifest."""
     facts, counts = reader.account(output, stems)
@@ -100,10 +100,13 @@ def _finish(
         if not quiet:
             rate = f"{joined['matched']:,} of {total:,} rows of the pool matched ({joined['matched'] / total:.1%})"
             sys.stderr.write(f"import: {rate}; the source has {joined['source_rows']:,} rows\n")
+    bad = faults.total(fact.get("faults", {}) for fact in facts.values())
+    faults.write("import", bad, quiet=quiet)
     return output.finish(
         shards={stem: {"rows": fact["rows"]} for stem, fact in facts.items()},
         counts=counts,
         **({"joined": joined} if joined else {}),
+        **({"faults": bad} if bad else {}),
         **({"failed": outcome.failed} if outcome.failed else {}),
     )
 
@@ -272,6 +275,8 @@ class ImportShard:
             "example": next((str(value) for value in given if value), ""),
             "notes": index.notes,
         }
+        bad = {"reasons": reader.reasons(facts), "faults": reader.image_faults(stem, facts)}
+        meta |= {name: told for name, told in bad.items() if told}
         batch = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
         sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], meta)
         return {"rows": len(facts), "bad": len(facts) - statuses.get("ok", 0)}

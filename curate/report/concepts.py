@@ -2,8 +2,8 @@
 
 In: captions of the pool and which of them were kept. Out: the phrases that most captions have, and those that rose or
 fell most, by how far they are from what a random choice of as many captions would leave. A caption counts once for each
-phrase; a phrase is one word, or two that stand side by side, without the small words of the list below. Memory is
-bounded: at most `MAX_CAPTIONS` captions are read, and rare phrases are forgotten when there are too many.
+phrase, a word or two side by side (naming.py). Memory is bounded: at most `MAX_CAPTIONS` captions are read, and rare
+phrases are forgotten when there are too many.
 """
 
 import math
@@ -12,17 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from curate.words import words
+from curate.naming import phrases
 
-MAX_CAPTIONS, MAX_PHRASES, MAX_WORDS = 300_000, 400_000, 40
-MAX_LETTERS = 60
+MAX_CAPTIONS, MAX_PHRASES = 300_000, 400_000
 SHOWN = 14
-SMALL = frozenset(
-    "a an the of in on at to and or with for from by is are was were be been being this that these those it its as "
-    "into onto over under up down out off near next there here has have had do does did not no so we i you he she they "
-    "them his her their our your my me us who which what where when how very some any all one two s t http https www "
-    "com jpg".split()
-)
 
 
 @dataclass(frozen=True)
@@ -50,13 +43,6 @@ class Shares:
         """Say how far the kept captions that have it are from as many as chance would leave, in standard deviations."""
         expected = self.pool_share * self.chosen
         return (self.kept - expected) / math.sqrt(expected)
-
-
-def phrases(caption: str) -> set[str]:
-    """List a caption's phrases: words without digits that are not small, and pairs of such that follow each other."""
-    read = [word[:MAX_LETTERS] for word in words(caption[:2000]) if not any(map(str.isdigit, word))][:MAX_WORDS]
-    single = {word for word in read if word not in SMALL}
-    return single | {f"{a} {b}" for a, b in zip(read, read[1:], strict=False) if a not in SMALL and b not in SMALL}
 
 
 def compare(captions: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:

@@ -47,6 +47,17 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
     return f"  {command}: {' — '.join(part for part in (what, account) if part) or 'done'}"
 
 
+def selection_lines(directory: str) -> Iterator[str]:
+    """Yield what select prints of what it made: the funnel, and the clusters that it starved and favoured."""
+    funnel = load_json(paths.join(directory, "funnel.json"))
+    yield from map(printable, (*funnel_lines(funnel), *cluster_lines(funnel)))
+
+
+def printable(line: str) -> str:
+    """Take out of a line what would command the terminal: captions and keys may hold escapes."""
+    return "".join(letter if letter.isprintable() else "�" for letter in line)
+
+
 def _several(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
@@ -91,6 +102,7 @@ def _artefact(artefact: Artefact) -> Iterator[str]:
     if selection is not None and artefact.command in ("select", "emit"):
         funnel = load_json(selection.path("funnel.json"))
         yield from funnel_lines(funnel)
+        yield from cluster_lines(funnel)
         yield from score_lines(funnel)
     if artefact.command == "cluster":
         yield f"  clusters: {_brief(manifest.get('clusters', {}))} · near-duplicate edges {manifest.get('edges', 0):,}"
@@ -166,6 +178,19 @@ def funnel_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {bar:<{BAR}} {kept:>11,}  −{before - kept:,} by {step['text']}"
         estimates = ((name.replace("_", " "), value) for name, value in (step.get("estimates") or {}).items())
         yield from _wrapped([f"{name} {_number(value)}" for name, value in estimates if _is_short(value)], BAR + 17)
+
+
+def cluster_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
+    """Name the clusters that kept little of what they had, and those that kept much."""
+    clusters = funnel.get("clusters", {})
+    for kind, verb in (("starved", "least"), ("favoured", "most")):
+        chosen = clusters.get(kind, [])
+        if chosen:
+            yield f"  clusters that kept {verb} of what they had (all: {clusters['share']:.1%})"
+        for entry in chosen:
+            counts = f"{entry['kept']:,} of {entry['rows']:,}"
+            share = f"({entry['kept'] / entry['rows']:.1%})"
+            yield f"  {counts:>{BAR}} {share:>11}  cluster {entry['cluster']}: {_brief(entry['words'] or '–', 50)}"
 
 
 def score_lines(funnel: Mapping[str, Any]) -> Iterator[str]:

@@ -74,11 +74,10 @@ def _train(pipeline: Pipeline, stage: str, job: Job) -> None:
 
 def _tell_funnel(selection: str, echo: Echo) -> None:
     """Print a selection's funnel."""
-    from curate.report.show import funnel_lines
-    from curate.storage.manifest import load_json
+    from curate.report.show import selection_lines
 
     echo(f"  {selection}")
-    for line in funnel_lines(load_json(paths.join(selection, "funnel.json"))):
+    for line in selection_lines(selection):
         echo(line)
 
 

@@ -34,6 +34,11 @@ def _nothing(*_: Any) -> Any:
     raise UsageError("these rows come without what the step reads.")
 
 
+def no_hashes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Know no perceptual hash of any row."""
+    return np.zeros(len(rows), np.uint64), np.zeros(len(rows), bool)
+
+
 @dataclass
 class Frame:
     """The pool as the steps see it. Columns come when they are asked for; n is the number of all its rows."""
@@ -44,6 +49,7 @@ class Frame:
     seed: int = 0
     edges: Callable[[], Edges] | None = None
     floor: float = 1.0
+    hashes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = no_hashes  # row numbers to u64 [m], known bool [m]
     vectors: Fetch = _nothing
     text_vectors: Fetch | None = None
     captions: Callable[[np.ndarray], list[str]] = _nothing

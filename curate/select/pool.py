@@ -18,6 +18,7 @@ from curate.storage import manifest, paths, records, sidecar
 from curate.storage.schema import CAPTION, CLUSTER_SCHEMA, LOSS, SIZES, STATUSES, UID, extra_columns, uid_pairs
 
 EDGES, CENTROIDS = "edges.arrow", "centroids.npy"
+LEAST_BITS = 8  # set in a hash, or fewer: two such hashes can never differ in more than the 16 bits that copies may
 NUMBERS = ("clip_score", "width", "height")
 HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@]*@)?(?P<host>[^/:?#]+)"
 ABOUT = {
@@ -146,8 +147,29 @@ class Pool:
     def _edges(self) -> Edges:
         assert self.clu is not None
         table = sidecar.table(self.clu.path(EDGES))
+        a, b = table["a"].to_numpy(), table["b"].to_numpy()
         bits = table["phash_bits"].fill_null(UNKNOWN_BITS).to_numpy()
-        return table["a"].to_numpy(), table["b"].to_numpy(), table["similarity"].to_numpy(), bits
+        known = self._has_structure
+        return a, b, table["similarity"].to_numpy(), np.where(known[a] & known[b], bits, np.uint8(UNKNOWN_BITS))
+
+    @cached_property
+    def _has_structure(self) -> np.ndarray:
+        """Say which rows' perceptual hashes say something, bool [n]: not those of flat pictures, gradients or stripes.
+
+        Such a picture has few or no bits set (an ordinary one has 32), so that any two of them agree.
+        """
+        parts = []
+        for stem in self.emb.stems:
+            hashes = self.emb.table(stem, ["phash"])["phash"].fill_null(0).to_numpy()
+            parts.append(np.bitwise_count(hashes) > LEAST_BITS)
+        return np.concatenate(parts)
+
+    def hashes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read perceptual hashes by global row numbers, u64 [m], and which of them say something, bool [m]."""
+        values = np.zeros(len(rows), np.uint64)
+        for stem, here, own in self._by_stem(rows):
+            values[here] = self.emb.table(stem, ["phash"])["phash"].take(pa.array(own)).fill_null(0).to_numpy()
+        return values, np.bitwise_count(values) > LEAST_BITS
 
     def edges(self) -> Edges:
         """Read the near-duplicate forest."""
@@ -263,6 +285,7 @@ class Pool:
             edges=self.edges if self.clu is not None and paths.exists(self.clu.path(EDGES)) else None,
             floor=self.floor,
             vectors=self.vectors,
+            hashes=self.hashes,
             text_vectors=partial(self.vectors, column="text_embedding") if scored.null_count < len(scored) else None,
             captions=self.captions,
             centroids=self.centroids if self.clu is not None else None,

@@ -19,7 +19,7 @@ import pyarrow as pa
 from curate.engine import Job
 from curate.errors import UsageError
 from curate.progress import Progress
-from curate.select import catalogue, recipes, thresholds
+from curate.select import catalogue, cluster_shares, recipes, thresholds
 from curate.select.frame import Directory, Frame
 from curate.select.options import SelectOptions
 from curate.select.pool import Pool
@@ -152,7 +152,15 @@ def _run(
         "cuts": movable + _free_cuts(frame, {table["column"] for table in movable}),
         "histograms": _histograms(frame),
         "reserve": _reserve(reserve, kept, pool),
+        **_clusters(frame, pool),
     }
+
+
+def _clusters(frame: Frame, pool: Pool) -> dict[str, Any]:
+    """Name the clusters that were starved and favoured, where there are clusters."""
+    if pool.clu is None:
+        return {}
+    return {"clusters": cluster_shares.account(pool.emb, pool.clu, frame.group("cluster"), frame.alive)}
 
 
 def _movable(step: catalogue.Step, frame: Frame, before: np.ndarray, kept: int) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ STATUSES = {
     "no_image": "no image member",
     "empty_image": "an image member of zero bytes",
     "decode_error": "the image is truncated, unreadable or of another type than it claims",
+    "no_decoder": "the image is of a format that is not decoded here (HEIC, JPEG XL)",
     "too_large": "the image is over the pixel or byte limit",
     "no_caption": "no caption member, or an empty one",
     "bad_caption": "the caption is not UTF-8, or over 1 MiB",

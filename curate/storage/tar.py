@@ -19,8 +19,35 @@ from typing import IO, Any
 from curate.errors import ShardError, UsageError
 from curate.storage import paths
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
+IMAGE_SUFFIXES = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+    "jfif",
+    "jpe",
+    "heic",
+    "heif",
+    "jxl",
+)
+MAGIC = {
+    b"\xff\xd8": "jpg",
+    b"\x89PNG": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+    b"\xff\x0a": "jxl",
+    b"\0\0\0\x0cJXL ": "jxl",
+}
+# The major brand of an ISO base media file, at byte 8 (ISO/IEC 23008-12, AV1 Image File Format).
+BRANDS = {**dict.fromkeys((b"avif", b"avis"), "avif")}
+BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "heic")
 CAPTION_SUFFIX, JSON_SUFFIX = "txt", "json"
 UNSAFE_SUFFIXES = ("pyd", "pickle", "pkl", "pth", "pt")
 MAX_MEMBER_BYTES = 256 << 20
@@ -109,6 +136,8 @@ def suffix_of(image: bytes) -> str:
     """Tell an image's format by how it begins; what is none is `jpg`, and is judged when it is decoded."""
     if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
         return "webp"
+    if image[4:8] == b"ftyp" and image[8:12] in BRANDS:
+        return BRANDS[image[8:12]]
     return next((suffix for magic, suffix in MAGIC.items() if image.startswith(magic)), "jpg")
 
 

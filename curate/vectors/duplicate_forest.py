@@ -67,24 +67,36 @@ def near_duplicate_forest(
     return a, b, similarity
 
 
-def _copies(x_nd: np.ndarray, rows: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the rows that equal an earlier one of their large cluster: places of copies, and of the first like each.
+def row_hashes(x_nd: np.ndarray) -> np.ndarray:
+    """Hash rows f16 linearly to u64 [n]: equal rows have equal hashes, and others do but once in 2 ** 64.
 
-    Rows are told apart by a linear hash of 64 bits: the sum of their 8-byte words times odd random weights, modulo
-    2 ** 64. (Rows of other than a multiple of 8 bytes are hashed by their single numbers.)
+    The hash is the sum of a row's 8-byte words times odd random weights, modulo 2 ** 64. (Rows of other than a multiple
+    of 8 bytes are hashed by their single numbers.)
     """
-    copies, originals = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     words = np.dtype(np.uint64 if x_nd.shape[1] * x_nd.itemsize % 8 == 0 else f"u{x_nd.itemsize}")
     weights = np.asarray(np.random.default_rng(0).integers(1 << 63, size=x_nd.shape[1], dtype=np.uint64)) * 2 + 1
+    hashes = np.empty(len(x_nd), np.uint64)
+    for at in range(0, len(x_nd), TILE):
+        values = np.ascontiguousarray(x_nd[at : at + TILE]).view(words).astype(np.uint64, copy=False)
+        hashes[at : at + TILE] = np.einsum("nw,w->n", values, weights[: values.shape[1]])
+    return hashes
+
+
+def copies_of(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the rows that equal an earlier one, by their hashes: places of copies, and of the first row like each."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    original = first[inverse]
+    copies = np.flatnonzero(original != np.arange(len(original)))
+    return copies, original[copies]
+
+
+def _copies(x_nd: np.ndarray, rows: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the copies of every large cluster, as `copies_of`."""
+    copies, originals = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for group in np.flatnonzero(np.diff(bounds) > LARGE).tolist():
         here = rows[bounds[group] : bounds[group + 1]]
-        hashes = np.empty(len(here), np.uint64)
-        for at in range(0, len(here), TILE):
-            values = x_nd[here[at : at + TILE]].view(words).astype(np.uint64, copy=False)
-            hashes[at : at + TILE] = np.einsum("nw,w->n", values, weights[: values.shape[1]])
-        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        original = first[inverse]
-        copy = np.flatnonzero(original != np.arange(len(original)))
+        hashes = [row_hashes(x_nd[here[at : at + TILE]]) for at in range(0, len(here), TILE)]
+        copy, original = copies_of(np.concatenate(hashes))
         copies.append(copy + bounds[group])
-        originals.append(original[copy] + bounds[group])
+        originals.append(original + bounds[group])
     return np.concatenate(copies), np.concatenate(originals)

@@ -43,7 +43,7 @@ class Forest:
         self.pending.append((a, b, similarity))
         self.num_pending += len(a)
         if self.num_pending >= self.merge_at:
-            self._merge()
+            self.merge()
 
     def connected_levels(self) -> np.ndarray | None:
         """Give each row the highest level, f64 [num_rows], above which edges already connect it to most others.
@@ -65,12 +65,13 @@ class Forest:
 
     def edges(self) -> Edges:
         """Return the forest: a, b i64 and similarity f32, sorted by a, then b."""
-        self._merge()
+        self.merge()
         a, b, similarity = self.kept
         order = np.lexsort((b, a))
         return a[order], b[order], similarity[order]
 
-    def _merge(self) -> None:
+    def merge(self) -> None:
+        """Reduce what was added to the forest now; it happens by itself as edges pile up."""
         if self.pending:
             a, b, similarity = (np.concatenate(parts) for parts in zip(self.kept, *self.pending, strict=True))
             chosen = spanning_forest(a, b, similarity, self.num_rows)

@@ -41,6 +41,7 @@ def near_pairs(
     floor: float,
     *,
     members: np.ndarray | None = None,
+    across: bool = False,
     tile: int = TILE,
     int8: bool | None = None,
     forest: Forest | None = None,
@@ -49,6 +50,7 @@ def near_pairs(
 
     x_nd: f16 [n, d], unit rows. rows: i64, which of them to compare; group g is rows[bounds[g] : bounds[g + 1]].
     members: i64, how many rows of each group, the first ones, are its members; the rest probe it. By default all are.
+    across: compare members with probing rows alone, and not with one another.
     forest: over these places; the caller adds to it what is yielded, and pairs that it can never take are left out.
     int8: how to screen; by default where the processor has it and the work is worth loading torch.
     Order: no pair comes before one whose b is its a.
@@ -58,7 +60,9 @@ def near_pairs(
     members = sizes if members is None else members
     int8 = screens_int8(x_nd.shape[1], sizes, members) if int8 is None else int8
     waiting, count = [], 0
-    for a, b, cosine in _compare_groups(x_nd, rows, bounds, members, Screen(floor, int8=int8), tile, forest):
+    for a, b, cosine in _compare_groups(
+        x_nd, rows, bounds, members, Screen(floor, int8=int8), tile, forest, across=across
+    ):
         if cosine is None:
             waiting.append((a, b))
             count += len(a)
@@ -101,6 +105,8 @@ def _compare_groups(
     screen: Screen,
     tile: int,
     forest: Forest | None,
+    *,
+    across: bool,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Compare each group with itself: pairs that may be near, without a cosine; of dense tiles those that are, with it.
 
@@ -110,7 +116,7 @@ def _compare_groups(
     for first, last in batches_of_groups(bounds, PANEL):
         cuts, own = bounds[first : last + 1], members[first:last]
         start, end = int(cuts[0]), int(cuts[-1])
-        yield *_pairs_of_small_groups(cuts, own), None
+        yield *_pairs_of_small_groups(cuts, own, across=across), None
         if (np.diff(cuts) <= SMALL).all():
             continue
         groups = [*zip(cuts[:-1].tolist(), (cuts[:-1] + own).tolist(), cuts[1:].tolist(), strict=True)]
@@ -122,7 +128,7 @@ def _compare_groups(
                 right = left
                 if j > i:
                     right = screen.prepare(x_nd, rows[j : min(j + panel, end)], centres, numbers[j - start :])
-                for above, below in _tiles(groups, i, j, panel, tile):
+                for above, below in _tiles(groups, i, j, panel, tile, across=across):
                     p, q = slice(above.start - i, above.stop - i), slice(below.start - j, below.stop - j)
                     known = None if forest is None else forest.connected_levels()
                     levels = None if known is None else (known[above], known[below])
@@ -136,14 +142,15 @@ def _compare_groups(
                         yield a + above.start, b + below.start, cosine
 
 
-def _pairs_of_small_groups(bounds: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """List all pairs of the groups of 2 … SMALL rows, but those of two probing rows."""
+def _pairs_of_small_groups(bounds: np.ndarray, members: np.ndarray, *, across: bool) -> tuple[np.ndarray, np.ndarray]:
+    """List all pairs of the groups of 2 … SMALL rows, but those of two probing rows; across: nor of two members."""
     sizes = np.diff(bounds)
     left, right = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for size in range(2, SMALL + 1):
         starts = bounds[:-1][sizes == size][:, None]
         i, j = np.triu_indices(size, 1)
-        wanted = i < members[sizes == size][:, None]
+        own = members[sizes == size][:, None]
+        wanted = (i < own) & (j >= own) if across else i < own
         left.append((starts + i)[wanted])
         right.append((starts + j)[wanted])
     return np.concatenate(left), np.concatenate(right)
@@ -158,7 +165,9 @@ def _centres(x_nd: np.ndarray, rows: np.ndarray, groups: list[Group]) -> np.ndar
     return centres
 
 
-def _tiles(groups: list[Group], i: int, j: int, panel: int, tile: int) -> Iterator[tuple[slice, slice]]:
+def _tiles(
+    groups: list[Group], i: int, j: int, panel: int, tile: int, *, across: bool
+) -> Iterator[tuple[slice, slice]]:
     """List the tiles that groups have in the panels that begin at rows i <= j, none below the diagonal, by their rows.
 
     A tile's lower side lies within the members or within the probing rows, so that a tile on the diagonal is square.
@@ -169,7 +178,8 @@ def _tiles(groups: list[Group], i: int, j: int, panel: int, tile: int) -> Iterat
         for p in range(max(start, i), min(members_end, i + panel), tile):
             above = slice(p, min(p + tile, members_end, i + panel))
             last = min(end, j + panel)
-            for q in (*range(max(p, j), min(members_end, last), tile), *range(max(members_end, j), last, tile)):
+            among_members = range(0) if across else range(max(p, j), min(members_end, last), tile)
+            for q in (*among_members, *range(max(members_end, j), last, tile)):
                 yield above, slice(q, min(q + tile, last, members_end if q < members_end else last))
 
 

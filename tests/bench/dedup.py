@@ -33,7 +33,9 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from curate.select.frame import UNKNOWN_BITS, no_hashes  # noqa: E402
 from curate.select.steps import near_duplicates  # noqa: E402
+from curate.select.steps.linked_pairs import cosine_rule  # noqa: E402
 from curate.storage import manifest  # noqa: E402
 from curate.vectors import (  # noqa: E402
     duplicate_forest,  # noqa: E402
@@ -131,10 +133,10 @@ def find_edges(memory16, nearest, folder):
 
 def judge(edges, memory16, distances, threshold):
     """Resolve one threshold by SemDeDup's rule. Returns what stays."""
-    a, b, cosine = (column[edges[2] > threshold] for column in edges)
-    everyone = np.ones(len(memory16), bool)
+    known = *edges, np.full(len(edges[0]), UNKNOWN_BITS, np.uint8)
+    everyone, rule = np.ones(len(memory16), bool), cosine_rule(threshold)
     return near_duplicates.resolve(
-        (a, b, cosine), everyone, -distances, "semdedup", "far", threshold, lambda rows: memory16[rows]
+        known, everyone, -distances, "semdedup", "far", rule, memory16.__getitem__, no_hashes
     ).keep
 
 

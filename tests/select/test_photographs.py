@@ -45,13 +45,11 @@ def test_copies_of_photographs_are_found_and_one_in_a_hundred_at_most_is_wronged
     a, b, similarity = duplicate_forest.near_duplicate_forest(x, order, bounds, 0.8)
     a, b = order[a], order[b]
     bits = near_pairs.differing_bits(phash[a], phash[b])
-    told = auto_threshold.find_threshold(similarity, bits, 0.8)
-    linked = told.linked(similarity, bits)
-    edges = np.minimum(a, b)[linked], np.maximum(a, b)[linked], similarity[linked]
+    rule = auto_threshold.find_threshold(similarity, bits, 0.8).rule
+    edges = np.minimum(a, b), np.maximum(a, b), similarity, bits
     alive = np.ones(len(x), bool)
-    found = near_duplicates.resolve(
-        edges, alive, -closeness, "components", "middle", told.threshold, lambda rows: x[rows]
-    )
+    hashes = lambda rows: (phash[rows], np.ones(len(rows), bool))  # noqa: E731
+    found = near_duplicates.resolve(edges, alive, -closeness, "components", "middle", rule, x.__getitem__, hashes)
     wronged = ~found.keep & (source[found.duplicate_of] != source) & (kind == "")
     assert wronged.sum() <= 0.01 * (kind == "").sum()
     if not planted:

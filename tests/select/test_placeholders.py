@@ -98,6 +98,9 @@ def similar(bits, captions=100, n=100):
     frame = frame_of(n)
     a = np.arange(n - 1)
     frame.edges = lambda: (a, a + 1, np.full(n - 1, 0.97, np.float32), np.full(n - 1, bits, np.uint8))
+    hashes = np.random.default_rng(0).integers(0, 1 << 63, n, dtype=np.uint64)  # any two differ in more than 8 bits
+    frame.hashes = lambda rows: (hashes[rows], np.full(len(rows), bits <= 64))
+    frame.vectors = np.zeros((n, 4), np.float16).__getitem__
     frame.floor = 0.8
     frame.groups = {**frame.groups, "caption": lambda: np.arange(n) % captions, "url": lambda: np.arange(n)}
     return frame

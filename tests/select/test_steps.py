@@ -209,7 +209,7 @@ def linked(rng, n, copies, split=0.95):
 def test_the_threshold_lies_where_most_pairs_are_duplicates_by_their_pixels():
     similarity, bits = linked(np.random.default_rng(0), 5_000, 600)
     found = auto_threshold.find_threshold(similarity, bits, 0.8)
-    taken = found.linked(similarity, bits)
+    taken = found.rule.links(similarity, bits)
     assert 0.93 < found.threshold < 0.97 and taken[:600].mean() > 0.9 and taken[600:].sum() < 5
 
 
@@ -217,7 +217,7 @@ def test_the_threshold_lies_where_most_pairs_are_duplicates_by_their_pixels():
 @pytest.mark.parametrize("n", [4_000, 20_000])
 def test_few_or_many_duplicates_are_found_and_few_look_alikes_with_them(copies, n):
     similarity, bits = linked(np.random.default_rng(copies), n, copies, 0.99)
-    taken = auto_threshold.find_threshold(similarity, bits, 0.8).linked(similarity, bits)
+    taken = auto_threshold.find_threshold(similarity, bits, 0.8).rule.links(similarity, bits)
     assert taken[copies:].sum() < 0.002 * n and (taken[:copies].mean() > 0.9 or copies == 30)
 
 
@@ -225,11 +225,11 @@ def test_without_evidence_the_threshold_is_timid():
     rng = np.random.default_rng(1)
     similarity, bits = linked(rng, 5_000, 3)
     found = auto_threshold.find_threshold(similarity, bits, 0.8)
-    assert found.threshold == auto_threshold.TIMID and found.linked(similarity, bits).sum() <= 3
+    assert found.threshold == auto_threshold.TIMID and found.rule.links(similarity, bits).sum() <= 3
     unknown = np.full(5_000, 255, np.uint8)
     assert "no perceptual" in auto_threshold.find_threshold(similarity, unknown, 0.8).reason
     assert (
-        auto_threshold.find_threshold(similarity, unknown, 0.8).linked(similarity, unknown) == (similarity > 0.999)
+        auto_threshold.find_threshold(similarity, unknown, 0.8).rule.links(similarity, unknown) == (similarity > 0.999)
     ).all()
     few = np.where(rng.random(5_000) < 0.1, 3, 30).astype(np.uint8)  # twins anywhere, nowhere the majority
     assert auto_threshold.find_threshold(similarity, few, 0.8).threshold == auto_threshold.TIMID
@@ -283,7 +283,7 @@ def test_without_evidence_of_a_kind_only_pixel_twins_are_merged():
     similarity = np.array([0.9995, 0.9996, 0.9997, 0.95], np.float32)
     found = auto_threshold.find_threshold(similarity, np.array([3, 30, 255, 2], np.uint8), 0.8)
     assert found.threshold == auto_threshold.TIMID and "only 2 pixel twins" in found.reason
-    assert found.linked(similarity, np.array([3, 30, 255, 2], np.uint8)).tolist() == [True, False, True, False]
+    assert found.rule.links(similarity, np.array([3, 30, 255, 2], np.uint8)).tolist() == [True, False, True, False]
 
 
 def test_an_embedder_that_cannot_tell_pairs_drops_none():

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from curate.embed.images import perceptual_hash
+from curate.select.frame import no_hashes
 from curate.select.steps import near_duplicates
+from curate.select.steps.linked_pairs import cosine_rule
 from curate.vectors import duplicate_forest, forest, near_pairs
 from curate.vectors.duplicate_forest import near_duplicate_forest
 from curate.vectors.exact import exact_products
@@ -238,10 +240,8 @@ def test_every_rule_and_keeper_is_the_definition(n, seed, rule, keep, gone):
     rng = np.random.default_rng(seed)
     alive, preference = rng.random(n) >= gone, rng.random(n)
     a, b, similarity = forest_of(x, 0.5)
-    above = similarity > 0.8
-    found = near_duplicates.resolve(
-        (a[above], b[above], similarity[above]), alive, preference, rule, keep, 0.8, lambda rows: x[rows]
-    )
+    edges = a, b, similarity, np.full(len(a), 255, np.uint8)
+    found = near_duplicates.resolve(edges, alive, preference, rule, keep, cosine_rule(0.8), x.__getitem__, no_hashes)
     assert (found.keep == slow_resolve(x, alive, preference, rule, keep, 0.8)).all()
     dropped = alive & ~found.keep
     assert (
@@ -253,11 +253,12 @@ def test_every_rule_and_keeper_is_the_definition(n, seed, rule, keep, gone):
 
 def survivors(x, order, rule, threshold, alive=None, keep="near"):
     """Deduplicate as `dedup` does: the forest above a low floor, then the rule at the threshold."""
-    edges = forest_of(x, 0.5)
-    above = edges[2] > threshold
+    a, b, similarity = forest_of(x, 0.5)
     alive = np.ones(len(x), bool) if alive is None else alive
-    edges = tuple(column[above] for column in edges)
-    return near_duplicates.resolve(edges, alive, order, rule, keep, threshold, lambda rows: x[rows]).keep
+    edges = a, b, similarity, np.full(len(a), 255, np.uint8)
+    return near_duplicates.resolve(
+        edges, alive, order, rule, keep, cosine_rule(threshold), x.__getitem__, no_hashes
+    ).keep
 
 
 SMALL_POOLS = st.tuples(st.integers(2, 70), st.integers(0, 99), st.floats(0.55, 0.97))

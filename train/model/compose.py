@@ -27,6 +27,7 @@ from train.model.language import (
     add_image_token,
     fold_scales,
     image_token_id,
+    in_words,
     load_lm,
     load_tokenizer,
     read_lm_config,
@@ -73,27 +74,28 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
 
     tower, vision = load_tower(options, dtype)
     tokenizer = load_tokenizer(options)
-    lm = load_lm(options, tokenizer, dtype)
-    image_id = add_image_token(lm, tokenizer, options.image_token)
-    theirs = reference(lm, image_id)
-    config = _native_config(options, tower.config, lm.config, vision, image_id)
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    lm.set_attn_implementation(options.attention)  # the class above has set its own on the shared configuration
-    model.model.vision_tower = tower
-    model.model.language_model = lm.get_decoder()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        model.model.multi_modal_projector = LlavaMultiModalProjector(config)
-    head = lm.get_output_embeddings()
-    model.lm_head.weight = head.weight
-    fingerprint = _fingerprint(model)
-    fold_scales(lm)
-    lost_v = None
-    if getattr(head, "bias", None) is not None and not place_head_bias(model, head.bias, options.lm_head_bias):
-        lost_v = head.bias.detach()
-    isolate_documents(model.model.language_model)
-    can_pack = packs(model, theirs, lost_v, options.lm)
+    with in_words(options):
+        lm = load_lm(options, tokenizer, dtype)
+        image_id = add_image_token(lm, tokenizer, options.image_token)
+        theirs = reference(lm, image_id)
+        config = _native_config(options, tower.config, lm.config, vision, image_id)
+        with torch.device("meta"):
+            model = LlavaForConditionalGeneration(config)
+        lm.set_attn_implementation(options.attention)  # the class above has set its own on the shared configuration
+        model.model.vision_tower = tower
+        model.model.language_model = lm.get_decoder()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            model.model.multi_modal_projector = LlavaMultiModalProjector(config)
+        head = lm.get_output_embeddings()
+        model.lm_head.weight = head.weight
+        fingerprint = _fingerprint(model)
+        fold_scales(lm)
+        lost_v = None
+        if getattr(head, "bias", None) is not None and not place_head_bias(model, head.bias, options.lm_head_bias):
+            lost_v = head.bias.detach()
+        isolate_documents(model.model.language_model)
+        can_pack = packs(model, theirs, lost_v, options.lm)
     index = feature_layer_index(options.feature_layer, tower.config.num_hidden_layers)
     model.requires_grad_(False).eval()
     leftover = [name for name, p in model.named_parameters() if p.device.type == "meta"]

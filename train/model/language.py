@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,48 @@ log = logging.getLogger("train")
 
 
 def read_lm_config(options: Model) -> Any:
-    """Read what a language model is.
+    """Read what a language model is; of a checkpoint of several parts, what the language model in it is.
 
     Raises: UsageError, also for a kind whose head the llava class cannot express.
     """
+    from transformers import AutoModelForCausalLM
+
     described = bool(options.shrink) or options.lm_weights == "fresh"
     config = read_config(options.lm, "model.lm", described=described)
+    inner = config.get_text_config()
+    if type(inner) not in AutoModelForCausalLM._model_mapping:
+        inside = f" with a {inner.model_type!r} inside" if inner is not config else ""
+        raise UsageError(
+            f"model.lm {options.lm!r} is a {config.model_type!r}{inside}: no causal language model is known"
+        )
+    config = inner
     for key in ("final_logit_softcapping", "logit_scale"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise UsageError(f"model.lm {options.lm!r} has {key}, which the llava class does not apply")
+    if getattr(config, "hidden_size_per_layer_input", None):
+        raise UsageError(
+            f"model.lm {options.lm!r} looks words up a second time in each layer (hidden_size_per_layer_input), where "
+            "image features have no entry; take a language model without"
+        )
     return config
 
 
+@contextmanager
+def in_words(options: Model) -> Iterator[None]:
+    """Turn what a family's own code raises where it does not fit into one line.  Raises: UsageError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        message = f"model.lm {options.lm!r} does not fit into the llava class ({reason:.200}); take another family"
+        raise UsageError(message) from error
+
+
 def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
-    """Load a language model in `dtype` on the CPU, or draw a fresh or small one from `seed`.  Raises: UsageError."""
+    """Load a language model in `dtype` on the CPU, or draw a fresh or small one from `seed`.
+
+    Of a checkpoint that holds a language model among other parts, only that is kept.  Raises: UsageError.
+    """
     from transformers import AutoModelForCausalLM
 
     attention.register()
@@ -42,13 +72,16 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
         config = shrunk(config, tokenizer)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     how = {"config": config, "attn_implementation": options.attention}
+    described = bool(options.shrink) or options.lm_weights == "fresh"
     try:
-        if options.shrink or options.lm_weights == "fresh":
+        if described:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(options.seed + 1)
                 lm = AutoModelForCausalLM.from_config(**how, dtype=torch.float32)
             for parameter in lm.parameters():  # drawn alike for every dtype; the angles of rotary embeddings stay fp32
                 parameter.data = parameter.data.to(dtype)
+        elif (whole := read_config(options.lm, "model.lm")).model_type != config.model_type:
+            lm = _take_out(options.lm, whole, config, kind, dtype)
         else:
             lm = kind.from_pretrained(**locate(options.lm), **how, dtype=dtype)
     except ImportError as error:
@@ -59,12 +92,28 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
     return lm
 
 
+def _take_out(source: str, whole: Any, config: Any, kind: Any, dtype: torch.dtype) -> Any:
+    """Load a checkpoint of several parts by its own class and keep its language model, as a causal one."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(**locate(source), config=whole, dtype=dtype)
+    with torch.device("meta"):
+        lm = kind(config)
+    setattr(lm, lm.base_model_prefix, model.get_decoder())
+    lm.set_output_embeddings(model.get_output_embeddings())
+    words, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+    lm.config = model.get_decoder().config
+    lm.config.tie_word_embeddings = words is head
+    log.info("%s: of its parts, the language model is taken (%s)", source, kind.__name__)
+    return lm
+
+
 def fold_scales(lm: Any) -> None:
     """Move the scales that a family applies outside its layers into weights: the llava class applies none.
 
-    Granite divides its logits; that goes into the norm before the head, not into the head itself, which MiniCPM shares
-    with its embedding. Falcon-H1 multiplies words as it looks them up, and logits: that goes into the embedding, and
-    into the norm, less what a head that is the embedding has got already.
+    Granite and MiniCPM3 divide their logits; that goes into the norm before the head, not into the head itself, which
+    MiniCPM shares with its embedding. Falcon-H1 multiplies words as it looks them up, and logits: that goes into the
+    embedding, and into the norm, less what a head that is the embedding has got already.
     """
     if lm.config.model_type == "falcon_h1":
         words, logits = lm.config.embedding_multiplier, lm.config.lm_head_multiplier
@@ -76,7 +125,10 @@ def fold_scales(lm: Any) -> None:
     factor = getattr(lm.config, "logits_scaling", 1.0)
     if factor != 1.0:
         fold_into_norm(lm.get_decoder(), factor)
-        lm.config.logits_scaling = 1.0
+        if lm.config.model_type == "minicpm3":  # whose factor is hidden_size / dim_model_base
+            lm.config.dim_model_base = lm.config.hidden_size
+        else:
+            lm.config.logits_scaling = 1.0
         setattr(lm.config, FOLDED, factor)
 
 
@@ -185,7 +237,11 @@ def image_token_id(tokenizer: Any, token: str) -> int:
 
 
 def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
-    """Return the id of the image token: one the tokenizer has, a spare row of the embedding, or else a new row of 0."""
+    """Return the id of the image token: one the tokenizer has, a spare row of the embedding, or else a new row.
+
+    New rows start at the mean of the others: a head's row of 0 gives the words a rival of logit 0. The mean is of the
+    weights in bf16, so that it is the same whatever dtype they are loaded in.
+    """
     known = image_token_id(tokenizer, token)
     rows = lm.get_input_embeddings().num_embeddings
     if room_for(known, rows) > rows:
@@ -193,5 +249,6 @@ def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
         lm.resize_token_embeddings(room_for(known, rows), mean_resizing=False)
         with torch.no_grad():  # what is drawn for them would differ by dtype, and by what was drawn before
             for table in (lm.get_input_embeddings(), lm.get_output_embeddings()):
-                table.weight[rows:] = 0
+                parts = torch.split(table.weight[:rows], 4096)
+                table.weight[rows:] = sum(part.bfloat16().double().sum(0) for part in parts) / rows
     return known

@@ -72,8 +72,23 @@ def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
     for parameter in trainable.values():
         parameter.data = parameter.data.float()
     model.eval()
-    model.model.language_model.train(stage.tune != "projector")
+    _set_dropout(model.model.language_model, stage)
     return trainable
+
+
+def _set_dropout(language_model: Any, stage: Stage) -> None:
+    """Turn the language model's own dropout on or off (`lm_dropout`); LoRA's is `lora_dropout`'s in any case.
+
+    Phi-2's published configuration has resid_pdrop = 0.1, most others have none.
+    """
+    language_model.train(stage.lm_dropout == "always" or stage.tune != "projector")
+    if stage.lm_dropout != "never":
+        return
+    for name, module in language_model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_" not in name:
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 def recompute(language_model: Any, *, reentrant: bool = False) -> None:

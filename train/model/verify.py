@@ -2,7 +2,8 @@
 
 Two short texts run through the causal language model as transformers publishes it, with its plainest attention, before
 anything is folded or put into the llava class. Then both run through the composed model, side by side in a packed row.
-Equal logits show at once that head, scales, attention and the isolation of documents are right. Where they differ, the
+Equal logits show at once that head, scales, attention and the isolation of documents are right; a third text, of
+positions that are no words, shows that image features are taken. Where they differ, the
 texts run one by one: equal then, the family is trained without packing; unequal, it is refused with the difference.
 
     difference of a position = |ours - theirs| / |theirs|, over its logits [v]
@@ -75,17 +76,21 @@ def packs(model: Any, theirs: Reference, bias_v: Tensor | None, lm: str) -> bool
 
 
 def _logits(model: Any, texts: Sequence[Tensor]) -> list[Tensor]:
-    """Return the logits [l, v] of texts, which share a row where they are several."""
+    """Return the logits [l, v] of texts; several share a row, with two positions behind them that are no words."""
     language_model = model.model.language_model
     lengths = [len(text) for text in texts]
-    row, device = torch.cat(list(texts))[None], texts[0].device
+    with torch.no_grad():
+        embeds = language_model.get_input_embeddings()(torch.cat(list(texts))[None])
+    if len(texts) > 1:
+        embeds = torch.cat([embeds, embeds[:, :2].mean(1, keepdim=True).expand(-1, 2, -1)], 1)
+        lengths.append(2)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    with torch.no_grad(), attention.packed_documents(lengths if len(lengths) > 1 else (), device) as documents:
-        embeds = language_model.get_input_embeddings()(row)
+    packed = lengths if len(texts) > 1 else ()
+    with torch.no_grad(), attention.packed_documents(packed, embeds.device) as documents:
         more = for_recurrent(language_model, documents)
         out = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False, **more)
         logits: Tensor = model.lm_head(out.last_hidden_state)[0].float()
-    return list(torch.split(logits, lengths))
+    return list(torch.split(logits, lengths))[: len(texts)]
 
 
 def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) -> float:

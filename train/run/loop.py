@@ -13,7 +13,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,21 +110,22 @@ class Training:
     ) -> tuple[dict[str, float], bool]:
         own = [len(b.targets_s) for b in micro_batches]
         counts = [sum(own), sum(b.num_tokens for b in micro_batches), sum(b.ids_bl.numel() for b in micro_batches)]
-        counts += [sum(len(b.skipped) for b in micro_batches), sum(n > 0 for n in own)]
+        counts += [sum(len(b.skipped) for b in micro_batches)]
         cached = self.features is not None
         useful = sum(self.cost.flops(b, cached=cached) for b in micro_batches)
         totals = self.runtime.sum_over_ranks([*map(float, counts), useful])
-        supervised, tokens, padded, skipped, filled, flops = totals
-        if skipped:
-            self._note_skipped(micro_batches)
+        supervised, tokens, padded, skipped, flops = totals
+        left_out = self._note_skipped(micro_batches) if skipped else {}
+        weights = None
+        if self.stage.loss_norm == "microbatch":
+            weights = group_weights(self.plan, step, left_out, self.stage.norm_samples)
         shares: list[Tensor] = []  # read when all are under way: reading waits for the device
         for i, batch in enumerate(micro_batches):
             if len(batch.targets_s) or sharding.is_sharded(self.composed):
                 torch.manual_seed(
                     (self.stage.seed * 1_000_003 + step) * 1_009 + i * self.runtime.world + self.runtime.rank
                 )
-                share = supervised if self.stage.loss_norm == "token" else len(batch.targets_s) * filled
-                shares.append(self._backward(step, batch, max(1.0, share)))
+                shares.append(self._backward(step, batch, max(1.0, supervised), weights))
         mine = sum(map(float, shares))
         # Asked for late, so that a signal during the passes ends the run after this step and not after the next.
         loss, stopping = self.runtime.sum_over_ranks([mine, float(stop.received)])
@@ -140,24 +142,35 @@ class Training:
         row["tflop"] = flops / 1e12
         return row, stopping > 0
 
-    def _backward(self, step: int, batch: Batch, normaliser: float) -> Tensor:
+    def _backward(self, step: int, batch: Batch, normaliser: float, weights: dict[int, float] | None) -> Tensor:
+        """Add the gradients of a micro-batch; return its share f64 of the step's loss, on the device.
+
+        weights: of a token of each sample; None: 1 / normaliser for all.
+        """
+        weights_s = None
+        if weights is not None:
+            weights_s = torch.tensor([weights[int(i)] * normaliser for i in batch.owners_s]).to(self.runtime.device)
         batch = batch.to(self.runtime.device)
         with self.runtime.autocast():
-            losses, objective = sharding.run_gathered(self.composed, self._losses, batch)
+            losses, objective = sharding.run_gathered(self.composed, self._losses, batch, weights_s)
         (objective / normaliser).backward()  # type: ignore[no-untyped-call]
         if self.sample_losses is not None:
             self.sample_losses.note(step, batch.owners_s, losses)
-        return losses.sum().double() / normaliser
+        return (losses if weights_s is None else losses * weights_s).sum().double() / normaliser
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the losses f32 [s] without a graph, and their sum with one."""
+    def _losses(self, batch: Batch, weights_s: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the losses f32 [s] without a graph, and their weighted sum with one."""
+
+        def total(losses: Tensor) -> Tensor:
+            return losses.sum() if weights_s is None or not len(weights_s) else (losses * weights_s).sum()
+
         if not sharding.is_sharded(self.composed):
             losses = self.token_losses(batch)
-            return losses.detach(), losses.sum()
+            return losses.detach(), total(losses)
         losses = self.token_losses(batch if len(batch.targets_s) else sharding.placeholder_batch(self.runtime.device))
         weight = self.runtime.world if len(batch.targets_s) else 0  # the shards' gradients are averages
         unused = sharding.zero_for_unused(self.composed, batch)
-        return losses.detach()[: len(batch.targets_s)], losses.sum() * weight + unused
+        return losses.detach()[: len(batch.targets_s)], total(losses) * weight + unused
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Return the loss f32 [s] of each supervised position."""
@@ -180,7 +193,8 @@ class Training:
         norm = nn.utils.clip_grad_norm_(parameters, self.stage.clip or math.inf)
         return float(checkpoint.full_tensor(norm))
 
-    def _note_skipped(self, micro_batches: list[Batch]) -> None:
+    def _note_skipped(self, micro_batches: list[Batch]) -> dict[int, str]:
+        """Note which samples of a step are broken; return those of all ranks with the reasons."""
         found = {index: reason for batch in micro_batches for index, reason in batch.skipped.items()}
         found = {index: reason for part in self.runtime.gather(found) for index, reason in part.items()}
         new = {index: reason for index, reason in sorted(found.items()) if index not in self.skipped}
@@ -189,6 +203,7 @@ class Training:
             index, reason = next(iter(new.items()))
             log.warning("skipped %d sample(s), e.g. %s (%s)", len(new), self.collator.source.name(index), reason)
             check_bad(self.collator.source, self.skipped, self.stage.max_bad_share)
+        return found
 
     def _refuse_nan(self, step: int, micro_batches: list[Batch], loss: float, norm: float) -> None:
         from safetensors.torch import save_file
@@ -268,6 +283,23 @@ def out_of_memory(stage: Stage) -> Iterator[None]:
             f"out of memory; lower micro_tokens (now {stage.micro_tokens:,}), or set model.gradient_checkpointing = "
             f"true, or {more[stage.tune]}; the same command with --set goes on from the last checkpoint"
         ) from None
+
+
+def group_weights(plan: Plan, step: int, left_out: Collection[int], size: int) -> dict[int, float]:
+    """Return what a supervised token of each sample counts under `loss_norm = "microbatch"`.
+
+    The published scripts took `size` samples a device and pass, and the mean of the passes' means: with G groups of a
+    step that have a label, a token of group g counts 1 / (G tokens of g). A sample that stands in several groups counts
+    the mean of theirs. left_out: samples of the step whose pixels are broken.
+    """
+    samples = plan.samples(step)
+    groups = [samples[at : at + size] for at in range(0, len(samples), size)]
+    counts = [sum(int(plan.measured.supervised[i]) for i in group if i not in left_out) for group in groups]
+    filled, found = sum(count > 0 for count in counts), defaultdict[int, list[float]](list)
+    for group, count in zip(groups, counts, strict=True):
+        for i in group:
+            found[i].append(1 / (count * filled) if count else 0.0)
+    return {i: sum(values) / len(values) for i, values in found.items()}
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from train.config import Config, Model, Stage
+from train.config import ADDED, Config, Model, Stage
 from train.data.batches import Collator, Plan
 from train.data.chat import chat_template
 from train.data.measuring import measure_once
@@ -116,6 +116,7 @@ def _request(
     out: Path,
 ) -> dict[str, Any]:
     model = dataclasses.asdict(config.model)
+    options = {k: v for k, v in dataclasses.asdict(stage).items() if k not in ADDED or v != getattr(Stage, k)}
     for key in ("tower", "lm", "tokenizer"):
         model[key] = relative(model[key], out)
     inputs = {"data": relative(data, out), "digest": digest_data(data)}
@@ -123,7 +124,7 @@ def _request(
         inputs["images"] = relative(images, out)
     if align is not None:
         inputs["align"] = relative(str(align), out)
-    return {"command": stage_name, "model": model, "stage": dataclasses.asdict(stage), "inputs": inputs}
+    return {"command": stage_name, "model": model, "stage": options, "inputs": inputs}
 
 
 def _claim(runtime: Runtime, out: Path, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> str:

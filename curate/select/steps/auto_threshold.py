@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from curate.select.steps.linked_pairs import PairRule
+
 TIMID = 0.999
 COPY_BITS = 8  # at most: near-duplicates by their pixels, whatever the embedder says
 NEAR_BITS = 16  # at most: 95 % of near-duplicates, crops and borders among them; 2 to 5 % of look-alikes
@@ -35,24 +37,28 @@ LEAST_COPIES = 10
 
 @dataclass(frozen=True)
 class Evidence:
-    """From which cosine on pairs are duplicates if their pixels agree, from which on they are anyhow, and why."""
+    """The rule of a pair that the pool gave, and why."""
 
-    threshold: float
-    anyhow: float
-    bits: int
+    rule: PairRule
     reason: str
     pairs: int
     pixel_copies: int
 
-    def linked(self, similarity: np.ndarray, bits: np.ndarray) -> np.ndarray:
-        """Say which pairs are near-duplicates, bool. bits: u8, above 64 where unknown: the cosine must do alone."""
-        agree = (similarity > self.threshold) & (bits <= self.bits)
-        return np.asarray(agree | (similarity > np.where(bits > 64, min(self.anyhow, TIMID), self.anyhow)))
+    @property
+    def threshold(self) -> float:
+        """The cosine above which pairs are near-duplicates if their pixels agree."""
+        return self.rule.threshold
 
     def facts(self) -> dict[str, Any]:
         """Return what the funnel prints."""
         facts = {"why": self.reason, "linked_pairs": self.pairs, "pixel_twins": self.pixel_copies}
-        return facts | {"most_bits": self.bits} | ({"anyhow_above": self.anyhow} if self.anyhow < math.inf else {})
+        anyhow = {"anyhow_above": self.rule.anyhow} if self.rule.anyhow < math.inf else {}
+        return facts | {"most_bits": self.rule.bits} | anyhow
+
+
+def pixel_rule(threshold: float, anyhow: float, bits: int) -> PairRule:
+    """Link pairs whose pixels agree above the threshold; where pixels are unknown the cosine must do alone."""
+    return PairRule(threshold, anyhow, bits, max(threshold, min(anyhow, TIMID)))
 
 
 def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Evidence:
@@ -71,9 +77,10 @@ def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Ev
     known = bits <= 64
     similarity, bits = similarity[known], bits[known]
     pairs, copies = len(similarity), int((bits <= COPY_BITS).sum())
+    cautious = pixel_rule(max(TIMID, floor), math.inf, COPY_BITS)
     if copies < LEAST_COPIES:
         what = "no perceptual hashes" if not pairs else f"only {copies} pixel twins"
-        return Evidence(max(TIMID, floor), math.inf, COPY_BITS, f"timid: {what} among the linked pairs", pairs, copies)
+        return Evidence(cautious, f"timid: {what} among the linked pairs", pairs, copies)
     edges = 1 - np.logspace(np.log10(1 - floor), -6, NUM_BINS + 1)
     place = np.clip(np.searchsorted(edges, similarity, side="right") - 1, 0, NUM_BINS - 1)
     count = np.bincount(place, minlength=NUM_BINS)
@@ -86,10 +93,10 @@ def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Ev
     likely, certain = (full[at_most <= limit] for limit in (DOUBT, CERTAIN))
     if not len(likely):
         why = "timid: most linked pairs differ in their pixels at any cosine"
-        return Evidence(max(TIMID, floor), math.inf, COPY_BITS, why, pairs, copies)
+        return Evidence(cautious, why, pairs, copies)
     anyhow = float(edges[certain[0]]) if len(certain) else math.inf
     why = f"above it most linked pairs are duplicates; those of at most {NEAR_BITS} differing bits are taken"
-    return Evidence(float(edges[likely[0]]), anyhow, NEAR_BITS, why, pairs, copies)
+    return Evidence(pixel_rule(float(edges[likely[0]]), anyhow, NEAR_BITS), why, pairs, copies)
 
 
 def mismatch_share(scores: np.ndarray, shuffled: np.ndarray) -> tuple[float, dict[str, Any]]:

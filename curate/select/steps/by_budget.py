@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from curate import naming
 from curate.errors import UsageError, unknown
 from curate.select.frame import CLUSTER_FIRST, Count, Frame, Group, Keep, Levels, Verdict, shortage
 from curate.select.steps import contradicting_clusters
@@ -20,6 +21,7 @@ from curate.vectors import kmeans
 
 KEEPS = ("near", "far", "random", "max:COLUMN", "min:COLUMN", "better:COLUMN")
 TENTHS = 10
+NAMED, CAPTIONS_EACH = 8, 32  # groups whose captions are named, and captions read of each
 
 
 def sample(frame: Frame, number: int, n: Count, seed: int | None = None) -> Verdict:
@@ -60,7 +62,20 @@ def balance(
             "contradicting_rows": int(sizes[doubted].sum()),
             "contradicting_kept": int(quotas[doubted].sum()),
         }
+        if doubted.any():
+            facts["contradicting"] = _named(frame, rows, place, np.where(doubted, sizes, 0))
     return _fill(frame, number, keep, (rows, place, quotas), facts, frame.count(n))
+
+
+def _named(frame: Frame, rows: np.ndarray, place: np.ndarray, sizes: np.ndarray) -> str:
+    """Write what the captions of the largest groups share, with their rows. sizes: i64 [groups], 0 leaves one out."""
+    chosen = [g for g in np.argsort(-sizes, kind="stable")[:NAMED].tolist() if sizes[g]]
+    try:  # the first rows of each, since reading rows from all over the pool would open every shard
+        captions = {g: frame.captions(rows[np.flatnonzero(place == g)[:CAPTIONS_EACH]]) for g in chosen}
+        words = naming.names(captions, frame.captions(rows[: NAMED * CAPTIONS_EACH]))
+    except UsageError:  # rows without captions
+        words = {}
+    return "; ".join(f"{words.get(g) or 'no words in common'} ({sizes[g]:,} rows)" for g in chosen)
 
 
 def _weights(

@@ -4,6 +4,7 @@ They read the near-duplicate forest that clustering stored. Which pairs count as
 by the pool's own pixels (auto_threshold); which row of a group stays is decided in near_duplicates.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from curate.errors import UsageError, unknown
 from curate.select.frame import AUTO, CLUSTER_FIRST, Frame, Group, Keep, Threshold, Verdict
 from curate.select.steps import auto_threshold
 from curate.select.steps.by_budget import preference
+from curate.select.steps.linked_pairs import PairRule, cosine_rule, linked_forest
 from curate.select.steps.near_duplicates import RULES, resolve
 from curate.vectors import forest
 
@@ -19,38 +21,39 @@ from curate.vectors import forest
 def dedup(
     frame: Frame, number: int, threshold: Threshold = 0.86, keep: Keep = "middle", rule: str = "components"
 ) -> Verdict:
-    """Keep one row of each group of near-duplicates (cosine > threshold; "auto": by the pool's own pixels)."""
+    """Keep one row of each group of near-duplicates (cosine > threshold; "auto": by the pool's own pixels).
+
+    "auto" links two pictures whose hashes differ in at most 16 bits (8 where there is little evidence) and whose cosine
+    is above the threshold that auto_threshold finds, or whose cosine leaves no doubt; linked_pairs has the rule.
+    """
     if rule not in RULES:
         raise unknown("rule of dedup", rule, RULES)
     if frame.edges is None:
         raise UsageError("dedup needs clusters; this directory has none.", CLUSTER_FIRST)
-    a, b, similarity, bits = frame.edges()
-    threshold, above, facts = _linked(frame, "dedup", threshold, similarity, bits)
+    pair_rule, facts = _pair_rule(frame, "dedup", threshold)
     order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)
-    resolved = resolve(
-        (a[above], b[above], similarity[above]), frame.alive, order, rule, keep, threshold, frame.vectors
-    )
+    resolved = resolve(frame.edges(), frame.alive, order, rule, keep, pair_rule, frame.vectors, frame.hashes)
     gone = frame.alive & ~resolved.keep
     seen = np.full(len(resolved.component), -1) if frame.component is None else frame.component
     frame.component = np.where(resolved.component >= 0, resolved.component, seen)  # an earlier dedup's rows keep theirs
     frame.duplicate_of[gone] = resolved.duplicate_of[gone]
     frame.duplicate_similarity[gone] = resolved.similarity[gone]
-    return Verdict(resolved.keep, {"threshold": threshold, **facts, **resolved.facts, **_compared(frame, threshold)})
+    return Verdict(resolved.keep, {**facts, **resolved.facts, **_compared(frame, pair_rule.threshold)})
 
 
-def _linked(
-    frame: Frame, name: str, threshold: Threshold, similarity: np.ndarray, bits: np.ndarray
-) -> tuple[float, np.ndarray, dict[str, Any]]:
-    """Say above which cosine edges join near-duplicates, which ones do, bool, and what was found out for it."""
+def _pair_rule(frame: Frame, name: str, threshold: Threshold) -> tuple[PairRule, dict[str, Any]]:
+    """Say which pairs are linked, and what was found out for it. Raises: UsageError for a threshold under the floor."""
+    assert frame.edges is not None
     if threshold == AUTO:
+        _, _, similarity, bits = frame.edges()
         evidence = auto_threshold.find_threshold(similarity, bits, frame.floor)
-        return evidence.threshold, evidence.linked(similarity, bits), evidence.facts()
+        return evidence.rule, {"threshold": evidence.threshold, **evidence.facts()}
     if threshold < frame.floor:
         raise UsageError(
             f"{name}: the threshold {threshold} lies under the floor of these clusters, {frame.floor}.",
             f"run `curate cluster … --floor {threshold}`, or use a threshold of at least {frame.floor}",
         )
-    return threshold, similarity > threshold, {}
+    return cosine_rule(threshold), {"threshold": threshold}
 
 
 def _compared(frame: Frame, threshold: float) -> dict[str, Any]:
@@ -84,11 +87,11 @@ def placeholders(
     elif frame.edges is None:
         raise UsageError("placeholders needs clusters, or exact=True; this directory has none.", CLUSTER_FIRST)
     else:
-        a, b, similarity, bits = frame.edges()
-        threshold, linked, _ = _linked(frame, "placeholders", threshold, similarity, bits)
-        linked &= (bits <= auto_threshold.COPY_BITS) | (bits > 64)
-        labels = forest.components(a[linked], b[linked], len(frame.good))
-        facts["threshold"] = threshold
+        pair_rule, found = _pair_rule(frame, "placeholders", threshold)
+        by_pixels = replace(pair_rule, anyhow=np.inf, bits=min(pair_rule.bits, auto_threshold.COPY_BITS))
+        a, b, _ = linked_forest(frame.edges(), by_pixels, frame.good, frame.vectors, frame.hashes)
+        labels = forest.components(a, b, len(frame.good))
+        facts["threshold"] = found["threshold"]
     picture = np.unique(labels[rows], return_inverse=True)[1]
     caption = np.unique(frame.group(by)[rows], return_inverse=True)[1]
     distinct = np.unique(picture * (int(caption.max(initial=0)) + 1) + caption) // (int(caption.max(initial=0)) + 1)

@@ -1,30 +1,37 @@
 """What to do with groups of near-duplicates: which rows make a group, and which of them stays.
 
-In: the edges of the near-duplicate forest above a threshold, and the rows still alive. Three rules, named because they
-differ (their survivors grow in this order):
+In: the stored near-duplicate forest, the rule of a pair (linked_pairs), and the rows still alive. Three rules of a
+group, named because they differ (their survivors grow in this order):
 
     components  one row of each connected component, as Bunny's coreset was made; removes most, since components chain
-    semdedup    drop a row if any row before it is near, dropped or not, as in SemDeDup's code (arXiv:2303.09540)
-    greedy      drop a row if any row kept before it is near: no two survivors are near
+    semdedup    drop a row if it is linked to a row before it, dropped or not, as in SemDeDup's code (arXiv:2303.09540)
+    greedy      drop a row if it is linked to a row kept before it: no two survivors are linked
 
-The forest decides `components` by itself while no row of a component has been dropped before. Everything else needs the
-products of the rows concerned, which all lie inside components: `vectors` fetches just these.
+The forest decides `components` by itself where pairs are linked by cosine alone and no row of a component has been
+dropped before. Everything else needs the products of the rows concerned, which all lie inside components: `vectors`
+fetches just these.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from curate.select.frame import Fetch
+from curate.select.frame import Edges, Fetch
+from curate.select.steps.linked_pairs import (
+    Hashes,
+    Joined,
+    PairRule,
+    differing,
+    fetch_groups,
+    groups_of,
+    linked_forest,
+)
 from curate.vectors import near_pairs
 from curate.vectors.exact import widen
-from curate.vectors.forest import Forest, components, spanning_forest
+from curate.vectors.forest import components
 
 RULES = ("components", "semdedup", "greedy")
-GATHER_ROWS = 1 << 16
-Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -46,19 +53,20 @@ def resolve(
     preference: np.ndarray,
     rule: str,
     keep: str,
-    threshold: float,
+    pair_rule: PairRule,
     vectors: Fetch,
+    hashes: Hashes,
 ) -> Resolved:
     """Decide which near-duplicates stay.
 
-    edges: a forest above the threshold over all rows. preference: f64 [n], the smallest is kept first; for the keepers
+    edges: the stored forest over all rows. preference: f64 [n], the smallest is kept first; for the keepers
     `middle` and `inner-middle` it is the distance to the centroid, up to a monotone map. For `components` a dropped
     row's similarity is the weakest link of the chain that joins it to the row that stays: the threshold
     at which they would part.
     """
-    edges = _among_alive(edges, alive, threshold, vectors)
-    component = np.where(alive, components(edges[0], edges[1], len(alive)), -1)
-    rows, bounds = _groups(component)
+    links = linked_forest(edges, pair_rule, alive, vectors, hashes)
+    component = np.where(alive, components(links[0], links[1], len(alive)), -1)
+    rows, bounds = groups_of(component)
     order = np.lexsort((rows, preference[rows], component[rows]))
     rows = rows[order]
     sizes = np.diff(bounds)
@@ -66,7 +74,7 @@ def resolve(
         rows = _by_inner_distance(rows, bounds, vectors)
     result = Resolved(
         alive.copy(), component, np.full(len(alive), -1, np.int64), np.full(len(alive), np.nan, np.float32),
-        _describe(edges[2], sizes, int(alive.sum())),
+        _describe(links[2], sizes, int(alive.sum())),
     )  # fmt: skip
     if not len(rows):
         return result
@@ -75,14 +83,14 @@ def resolve(
         result.keep[rows] = False
         result.keep[chosen] = True
         result.duplicate_of[rows] = np.repeat(chosen, sizes)
-        result.similarity[:] = weakest_links(edges, chosen, len(alive))
+        result.similarity[:] = weakest_links(links, chosen, len(alive))
     else:
         if keep in ("middle", "inner-middle"):
             rows = _from_the_middle(rows, bounds)
         pairs = np.repeat(sizes == 2, sizes)
-        _drop_seconds(rows[pairs], edges, result)
+        _drop_seconds(rows[pairs], links, result)
         larger = np.concatenate([[0], np.cumsum(sizes[sizes > 2])])
-        _drop_in_order(rows[~pairs], larger, rule, threshold, vectors, result)
+        _drop_in_order(rows[~pairs], larger, rule == "greedy", pair_rule, (vectors, hashes), result)
     return result
 
 
@@ -97,54 +105,10 @@ def _describe(similarity: np.ndarray, sizes: np.ndarray, alive: int) -> dict[str
     }
 
 
-def _groups(component: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """List the rows of components of two and more, by component, and where each begins."""
-    rows = np.flatnonzero(component >= 0)
-    order = np.argsort(component[rows], kind="stable")
-    _, starts, sizes = np.unique(component[rows[order]], return_index=True, return_counts=True)
-    several = np.repeat(sizes > 1, sizes)
-    return rows[order][several], np.concatenate([[0], np.cumsum(sizes[sizes > 1])])
-
-
-def _among_alive(edges: Edges, alive: np.ndarray, threshold: float, vectors: Fetch) -> Edges:
-    """Restrict a forest to the rows alive, looking up the pairs that a dropped row between them hides."""
-    a, b, similarity = edges
-    inside = alive[a] & alive[b]
-    if inside.all():
-        return edges
-    whole = components(a, b, len(alive))
-    left = components(a[inside], b[inside], len(alive))
-    rows = np.flatnonzero(alive)
-    pieces = np.unique(np.stack([whole[rows], left[rows]]), axis=1)[0]
-    names, counts = np.unique(pieces, return_counts=True)
-    torn = np.isin(whole, names[counts > 1]) & alive
-    members, bounds = _groups(np.where(torn, whole, -1))
-    parts = [(a[inside], b[inside], similarity[inside])]
-    for part, cuts, x in _fetch_groups(members, bounds, vectors):
-        forest = Forest(len(part), threshold)
-        for pairs in near_pairs.near_pairs(x, np.arange(len(part)), cuts, threshold, forest=forest):
-            forest.add(*pairs)
-        i, j, cosine = forest.edges()
-        parts.append((part[i], part[j], cosine))
-    a, b, similarity = (np.concatenate(parts) for parts in zip(*parts, strict=True))
-    _, first = np.unique(a * len(alive) + b, return_index=True)
-    chosen = first[spanning_forest(a[first], b[first], similarity[first], len(alive))]
-    return a[chosen], b[chosen], similarity[chosen]
-
-
-def _fetch_groups(
-    rows: np.ndarray, bounds: np.ndarray, vectors: Fetch
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield the rows of as many whole groups as are fetched at once, where each begins, and the vectors."""
-    for first, last in near_pairs.batches_of_groups(bounds, GATHER_ROWS):
-        part = rows[bounds[first] : bounds[last]]
-        yield part, bounds[first : last + 1] - bounds[first], vectors(part)
-
-
 def _by_inner_distance(rows: np.ndarray, bounds: np.ndarray, vectors: Fetch) -> np.ndarray:
     """Order each group by the distance to its own mean, ties by row; in a pair both are equally far."""
     arranged = [rows[:0]]
-    for part, cuts, x in _fetch_groups(rows, bounds, vectors):
+    for part, cuts, x in fetch_groups(rows, bounds, vectors):
         sizes = np.diff(cuts)
         group = np.repeat(np.arange(len(sizes)), sizes)
         x = widen(x)
@@ -163,25 +127,33 @@ def _from_the_middle(rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return rows[np.lexsort((position, offset, np.repeat(np.arange(len(sizes)), sizes)))]
 
 
-def _drop_seconds(rows: np.ndarray, edges: Edges, result: Resolved) -> None:
+def _drop_seconds(rows: np.ndarray, links: Joined, result: Resolved) -> None:
     """Drop the second row of each pair: one edge joins the two, and no rule could judge otherwise."""
     link = np.full(len(result.keep), np.nan, np.float32)
-    link[edges[0]], link[edges[1]] = edges[2], edges[2]
+    link[links[0]], link[links[1]] = links[2], links[2]
     first, second = rows[::2], rows[1::2]
     result.keep[second] = False
     result.duplicate_of[second], result.similarity[second] = first, link[second]
 
 
 def _drop_in_order(
-    rows: np.ndarray, bounds: np.ndarray, rule: str, threshold: float, vectors: Fetch, result: Resolved
+    rows: np.ndarray,
+    bounds: np.ndarray,
+    greedy: bool,
+    pair_rule: PairRule,
+    fetch: tuple[Fetch, Hashes],
+    result: Resolved,
 ) -> None:
     """Apply semdedup or greedy to each group, whose rows stand in the order of preference; fills in the result."""
-    for part, cuts, x in _fetch_groups(rows, bounds, vectors):
+    for part, cuts, x in fetch_groups(rows, bounds, fetch[0]):
+        hashes = fetch[1](part)
         dropped = np.zeros(len(part), bool)
         stays = np.full(len(part), len(part))
         cosine = np.full(len(part), np.nan, np.float32)
-        for i, j, similarity in near_pairs.near_pairs(x, np.arange(len(part)), cuts, threshold):
-            if rule == "greedy":
+        for i, j, similarity in near_pairs.near_pairs(x, np.arange(len(part)), cuts, pair_rule.threshold):
+            linked = pair_rule.links(similarity, differing(hashes, i, j))
+            i, j, similarity = i[linked], j[linked], similarity[linked]
+            if greedy:
                 _drop_greedily(i, j, dropped)
                 kept = ~dropped[i]
                 i, j, similarity = i[kept], j[kept], similarity[kept]
@@ -213,7 +185,7 @@ def _drop_greedily(i: np.ndarray, j: np.ndarray, dropped: np.ndarray) -> None:
         dropped[j[~preceded[i]]] = True
 
 
-def weakest_links(edges: Edges, starts: np.ndarray, num_rows: int) -> np.ndarray:
+def weakest_links(edges: Joined, starts: np.ndarray, num_rows: int) -> np.ndarray:
     """Find for each row the weakest edge on the forest's path to its tree's start, f32 [n]; NaN off the trees.
 
     starts: i64, one row for each tree. Breadth first from all starts at once, then pointer doubling: O(n log depth).

@@ -1,0 +1,61 @@
+"""Names for groups of captions: what the captions of a group share and those of other groups do not.
+
+A phrase is one word, or two that stand side by side, without the small words below. In a group, a share p of the
+captions has it, of all captions a share q; the phrases of the highest p · log(p / q) name the group: common inside and
+rare outside. (That is a phrase's part of the divergence between the two: how much it tells of which group it is.)
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from curate.words import words
+
+MAX_WORDS, MAX_LETTERS, MAX_CHARACTERS = 40, 60, 2000  # read of a caption, of a word, of a caption
+LEAST_SHARE, LEAST_CAPTIONS, NAMES = 0.2, 2, 3
+SMALL = frozenset(
+    "a an the of in on at to and or with for from by is are was were be been being this that these those it its as "
+    "into onto over under up down out off near next there here has have had do does did not no so we i you he she they "
+    "them his her their our your my me us who which what where when how very some any all one two s t http https www "
+    "com jpg".split()
+)
+
+
+def phrases(caption: str) -> set[str]:
+    """List a caption's phrases: words without digits that are not small, and pairs of such that follow each other."""
+    cut = (word[:MAX_LETTERS] for word in words(caption[:MAX_CHARACTERS]) if not any(map(str.isdigit, word)))
+    read = list(cut)[:MAX_WORDS]
+    single = {word for word in read if word not in SMALL}
+    return single | {f"{a} {b}" for a, b in zip(read, read[1:], strict=False) if a not in SMALL and b not in SMALL}
+
+
+def names(groups: Mapping[int, Sequence[str]], others: Iterable[str] = ()) -> dict[int, str]:
+    """Name each group by up to three phrases, "" where its captions share none.
+
+    groups: captions by group. others: captions of further rows, for what is common everywhere. A phrase that stands
+    within, or around, one already taken is passed over. Ties break by the alphabet.
+    """
+    inside = {group: Counter(phrase for text in texts for phrase in phrases(text)) for group, texts in groups.items()}
+    outside: Counter[str] = Counter()
+    for counts in inside.values():
+        outside.update(counts)
+    total = sum(map(len, groups.values()))
+    for text in others:
+        outside.update(phrases(text))
+        total += 1
+    return {group: _name(counts, len(groups[group]), outside, total) for group, counts in inside.items()}
+
+
+def _name(counts: Counter[str], captions: int, outside: Counter[str], total: int) -> str:
+    least = max(LEAST_CAPTIONS, LEAST_SHARE * captions)
+    weights = {
+        phrase: count / captions * math.log(count / captions / (outside[phrase] / total))
+        for phrase, count in counts.items()
+        if count >= least
+    }
+    taken: list[str] = []
+    for phrase in sorted(weights, key=lambda phrase: (-weights[phrase], -len(phrase), phrase)):
+        own = set(phrase.split())
+        if len(taken) < NAMES and not any(own <= set(other.split()) or own >= set(other.split()) for other in taken):
+            taken.append(phrase)
+    return ", ".join(taken)

@@ -1,0 +1,103 @@
+"""Language models inside of other models, families that do not fit, and the rows of a new token."""
+
+import pytest
+import torch
+import transformers as tf
+from test_attention import FEWER, SMALL, enlarge
+from test_recurrent import HYBRIDS
+from toys import word_tokenizer
+
+from train.config import Model
+from train.errors import UsageError
+from train.model.compose import blueprint, compose
+
+TEXT = {**FEWER, "vocab_size": 80}
+SEES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+QWEN_SEES = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+GEMMA4 = {**TEXT, "head_dim": 8, "hidden_size_per_layer_input": 0}
+COMPOSITES = {
+    "gemma3": tf.Gemma3Config(
+        text_config={**TEXT, "head_dim": 8}, vision_config={**SEES, "image_size": 28, "patch_size": 14}
+    ),
+    "gemma4": tf.Gemma4Config(text_config=GEMMA4, vision_config={**SEES, "num_key_value_heads": 2, "head_dim": 8}),
+    "mistral3": tf.Mistral3Config(text_config=tf.MistralConfig(**TEXT), vision_config=tf.PixtralVisionConfig(**SEES)),
+    "qwen3_5": tf.Qwen3_5Config(
+        text_config={**HYBRIDS["qwen3_5"].to_dict(), "vocab_size": 80}, vision_config=QWEN_SEES
+    ),
+}
+
+
+@pytest.fixture
+def saved(tmp_path, world):
+    """Save a model, all its weights drawn, with a tokenizer; return the options that compose it."""
+
+    def save(model, **more):
+        enlarge(model)
+        model.save_pretrained(tmp_path / "lm")
+        word_tokenizer().save_pretrained(tmp_path / "lm")
+        return Model(tower=f"local-dir:{world / 'clip'}", lm=str(tmp_path / "lm"), feature_strategy="full", **more)
+
+    return save
+
+
+@pytest.mark.parametrize("family", COMPOSITES)
+def test_the_language_model_is_taken_out_of_a_composite(saved, family):
+    torch.manual_seed(0)
+    whole = tf.AutoModelForImageTextToText.from_config(COMPOSITES[family]).eval()
+    options = saved(whole)
+    composed = compose(options)
+    ids = torch.randint(4, 70, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = whole(input_ids=ids).logits
+        torch.testing.assert_close(composed.model(input_ids=ids).logits, theirs, rtol=1e-4, atol=1e-4)
+    text = composed.model.config.text_config
+    assert composed.can_pack and text.architectures[0].endswith("ForCausalLM")
+    assert blueprint(options)[0].config.text_config.model_type == text.model_type
+
+
+def test_minicpm3_divides_its_logits(saved):
+    heads = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8}
+    config = tf.MiniCPM3Config(**SMALL, **heads, qk_rope_head_dim=8, v_head_dim=8, dim_model_base=8)
+    torch.manual_seed(0)
+    lm = tf.AutoModelForCausalLM.from_config(config).eval()
+    composed = compose(saved(lm))
+    ids = torch.randint(4, 60, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(composed.model(input_ids=ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (tf.GPT2Config(vocab_size=80, n_embd=32, n_layer=1, n_head=4), "does not fit into the llava class"),
+        (tf.FalconConfig(**{**SMALL, "vocab_size": 80}), "does not fit into the llava class"),
+        (tf.Gemma4TextConfig(**{**GEMMA4, "hidden_size_per_layer_input": 8}), "second time in each layer"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(saved, config, word):
+    options = saved(tf.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UsageError, match=word) as error:
+        compose(options)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_language_model_is_refused(world):
+    with pytest.raises(UsageError, match="is a 'clip_vision_model': no causal language model is known"):
+        tf.CLIPVisionConfig(**SEES).save_pretrained(world / "sees")
+        compose(Model(tower=f"local-dir:{world / 'clip'}", lm=str(world / "sees"), tokenizer=str(world / "lm")))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_rows_are_the_mean_of_the_others(saved, tied):
+    rows = len(word_tokenizer())
+    lm = tf.LlamaForCausalLM(tf.LlamaConfig(**{**TEXT, "vocab_size": rows, "tie_word_embeddings": tied}))
+    composed = compose(saved(lm, image_token="<picture>"))
+    tables = {"model.language_model.embed_tokens.weight": lm.get_input_embeddings().weight}
+    tables["lm_head.weight"] = lm.get_output_embeddings().weight
+    state = composed.model.state_dict()
+    assert composed.image_id == rows
+    for name, before in tables.items():
+        new = state[name][rows:]
+        assert len(new)
+        mean = before.detach().bfloat16().float().mean(0)
+        torch.testing.assert_close(new, mean.expand_as(new), rtol=1e-4, atol=1e-6)
