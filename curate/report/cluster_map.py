@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from curate.report import charts
 from curate.report.show import recall_line
+from curate.select import cluster_shares
 from curate.storage import manifest, paths
 
 MAX_ROWS, MAX_SPOTS = 200_000_000, 1500
@@ -43,6 +44,7 @@ def section(clusters: manifest.Artefact, selection: manifest.Artefact | None) ->
         "without": int(((before > 0) & (after == 0)).sum()) if chosen is not None else None,
         "effective": (effective(before), effective(after)),
         "groups": _groups(order, before, after),
+        **_extremes(before, after),
         "recall": recall_line(clusters.manifest["recall"]) if "recall" in clusters.manifest else "",
     }
 
@@ -81,6 +83,15 @@ def _groups(order: np.ndarray, before: np.ndarray, after: np.ndarray) -> list[di
         for c in members.tolist():
             groups.setdefault(c, {"kind": kind, "cluster": c, "before": int(before[c]), "after": int(after[c])})
     return list(groups.values())
+
+
+def _extremes(before: np.ndarray, after: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+    """Choose the clusters that kept the least and the most of what they had."""
+    kinds = zip(("starved", "favoured"), cluster_shares.extremes(before, after), strict=True)
+    return {
+        kind: [{"cluster": c, "before": int(before[c]), "after": int(after[c])} for c in chosen]
+        for kind, chosen in kinds
+    }
 
 
 def effective(sizes: np.ndarray) -> float:

@@ -7,7 +7,7 @@ under a pixel limit, so that a page about any pool costs the same memory.
 
 import base64
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from curate.embed import images
 from curate.errors import ShardError
 from curate.report import concepts
+from curate.select import cluster_shares
 from curate.storage import manifest, paths, tar
 
 MAX_STEMS = 48
@@ -135,6 +136,32 @@ class Gallery:
                     yield caption, bool(kept[i])
             start += rows
 
+    def name_clusters(self, chosen: Sequence[int]) -> Mapping[int, str]:
+        """Name clusters by what their captions share."""
+        if self.clusters is None:
+            return {}
+        return cluster_shares.name(self.embedded, self.clusters, chosen)
+
+    def cluster_facts(self, cluster: int) -> dict[str, Any]:
+        """Say of a cluster's rows in the sampled shards: their mean clip_score, and which step dropped most of them."""
+        here = self.columns["cluster"] == cluster
+        scores, reasons = self.columns["score"][here], self.columns["reason"][here]
+        dropped = np.bincount(reasons[reasons >= 0], minlength=1)
+        return {
+            "score": float(np.nanmean(scores)) if (~np.isnan(scores)).any() else None,
+            "by": self.reasons[int(dropped.argmax())] if dropped.any() else "",
+        }
+
+    def cluster_keys(self, chosen: Sequence[int], most: int) -> Iterator[tuple[Any, ...]]:
+        """Yield cluster, key, shard, row, and what dropped it, of the rows of some clusters in the sampled shards."""
+        for number, stem in enumerate(self.stems):
+            here = np.flatnonzero((self.columns["stem"] == number) & np.isin(self.columns["cluster"], chosen))[:most]
+            keys = self.embedded.table(stem, ["key"])["key"].take(pa.array(self.columns["row"][here])).to_pylist()
+            for i, key in zip(here.tolist(), keys, strict=True):
+                reason = int(self.columns["reason"][i])
+                by = "" if reason < 0 else self.reasons[reason]
+                yield int(self.columns["cluster"][i]), key, stem, int(self.columns["row"][i]), reason < 0, by
+
     def twins(self, number: int) -> list[Card]:
         """Choose dropped rows beside the kept twin of each, over the whole range of similarity, no twin too often.
 
@@ -194,18 +221,28 @@ class Gallery:
         return spent
 
     def _read_facts(self, stem: str, cards: Sequence[Card]) -> None:
-        rows = np.array([card.row for card in cards])
-        table = self.embedded.table(stem, ["key", "caption", "status"]).take(rows).to_pylist()
-        for card, facts in zip(cards, table, strict=True):
-            at = self._index(stem, card.row)
-            caption = facts["caption"] or ""
-            card.key, card.status = facts["key"], facts["status"]
+        """Read what the sidecars say of the rows of one shard, whether it is among those that examples come from."""
+        rows = pa.array([card.row for card in cards])
+        facts = self.embedded.table(stem, ["key", "caption", "status", "clip_score"]).take(rows).to_pylist()
+        clusters = self._taken(self.clusters, stem, ["cluster"], rows)
+        verdicts = self._taken(self.selection, stem, ["dropped_by", "twin_similarity"], rows)
+        for card, fact, cluster, verdict in zip(cards, facts, clusters, verdicts, strict=True):
+            caption = fact["caption"] or ""
+            card.key, card.status, card.score = fact["key"], fact["status"], fact["clip_score"]
             card.caption = caption if len(caption) <= MAX_CAPTION else caption[: MAX_CAPTION - 1] + "…"
-            reason = int(self.columns["reason"][at])
-            card.kept, card.dropped_by = reason < 0, "" if reason < 0 else self.reasons[reason]
-            card.score = _number(self.columns["score"][at])
-            card.similarity = _number(self.columns["similarity"][at])
-            card.cluster = int(self.columns["cluster"][at])
+            reason = verdict.get("dropped_by") if self.selection is not None else fact["status"]
+            card.dropped_by = "" if reason in (None, "ok") else str(reason)
+            card.kept = not card.dropped_by
+            card.similarity = verdict.get("twin_similarity")
+            card.cluster = cluster.get("cluster", -1)
+
+    @staticmethod
+    def _taken(
+        source: manifest.Artefact | None, stem: str, columns: Sequence[str], rows: pa.Array
+    ) -> list[dict[str, Any]]:
+        if source is None:
+            return [{}] * len(rows)
+        return list(source.table(stem, columns).take(rows).to_pylist())
 
     def _read_pictures(self, stem: str, cards: Iterable[Card], spent: int) -> int:
         location = self.tars.get(stem)
@@ -254,7 +291,3 @@ def _spread(items: Sequence[Item], number: int) -> list[Item]:
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(column.cast(pa.float32()).to_numpy(), np.float32)
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -6,9 +6,11 @@ trusted: the template escapes everything, and the page's policy runs no script b
 """
 
 import base64
+import csv
 import hashlib
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ from markupsafe import Markup
 
 from curate import engine
 from curate.errors import UsageError
-from curate.report import ablation_tables, cluster_map, provenance, sections, threshold_sliders
+from curate.report import ablation_tables, cluster_map, duplicates, provenance, sections, threshold_sliders
 from curate.report.gallery import Gallery
 from curate.report.options import ReportOptions
 from curate.storage import manifest, paths, tar
@@ -190,23 +192,54 @@ def _gallery(artefacts: Artefacts, seed: int) -> tuple[Gallery | None, list[str]
 
 def _choose_cards(context: dict[str, Any], gallery: Gallery | None, artefacts: Artefacts) -> int:
     """Fill the page's galleries. Returns the bytes of the pictures."""
-    context |= {"twins": [], "kept": [], "dropped": [], "bad": [], "groups": []}
+    names = ("twins", "kept", "dropped", "bad", "groups", "starved", "favoured", "placeholders")
+    context |= {"duplicates": None, "mean_score": None, "tables": {}, **{name: [] for name in names}}
     if gallery is None or not gallery.columns:
         return 0
-    reason, cluster = gallery.columns["reason"], gallery.columns["cluster"]
+    reason = gallery.columns["reason"]
+    if artefacts.selection is not None:
+        context["duplicates"] = duplicates.section(artefacts.selection, gallery)
+        context["placeholders"], table = duplicates.dropped_placeholders(gallery)
+        found = {"placeholders": table} if context["placeholders"] else {}
+        found |= {"duplicates": context["duplicates"]["table"]} if context["duplicates"] else {}
+        context["tables"] = {name: _csv(rows) for name, rows in found.items()}
     context["twins"] = gallery.twins(TWINS)
     context["kept"] = gallery.sample(reason < 0, KEPT, "kept")
     steps = context["funnel"]["steps"][:MAX_STEPS_SHOWN] if context["funnel"] else []
     context["dropped"] = [(step, cards) for step in steps if (cards := gallery.dropped(step["text"], DROPPED))]
     counts = sections.bad_counts(artefacts.embedded)
     context["bad"] = [(name, STATUSES[name], n, gallery.dropped(name, BAD)) for name, n in counts.items()]
-    for group in (context["sizes"] or {}).get("groups", []):
-        name, inside = f"cluster {group['cluster']}", cluster == group["cluster"]
-        cards = gallery.sample(inside & (reason < 0), CLUSTER_KEPT if artefacts.selection else CLUSTER_CARDS, name)
-        cards += gallery.sample(inside & (reason >= 0), CLUSTER_CARDS - len(cards), name)
-        if cards:
-            context["groups"].append((group, cards))
+    scores = gallery.columns["score"]
+    context["mean_score"] = float(np.nanmean(scores)) if (~np.isnan(scores)).any() else None
+    _choose_clusters(context, gallery, selected=artefacts.selection is not None)
     return gallery.fill()
+
+
+def _choose_clusters(context: dict[str, Any], gallery: Gallery, *, selected: bool) -> None:
+    """Show clusters by size, and those that were starved and favoured, each with its name and some of its rows."""
+    sizes = context["sizes"] or {}
+    kinds = {kind: sizes.get(kind, []) for kind in ("groups", "starved", "favoured")}
+    names = gallery.name_clusters([group["cluster"] for groups in kinds.values() for group in groups])
+    reason, cluster = gallery.columns["reason"], gallery.columns["cluster"]
+    for kind, groups in kinds.items():
+        for group in groups:
+            name, inside = f"cluster {group['cluster']}", cluster == group["cluster"]
+            cards = gallery.sample(inside & (reason < 0), CLUSTER_KEPT if selected else CLUSTER_CARDS, name)
+            cards += gallery.sample(inside & (reason >= 0), CLUSTER_CARDS - len(cards), name)
+            if cards:
+                facts = gallery.cluster_facts(group["cluster"]) if kind != "groups" else {}
+                context[kind].append((group | facts | {"words": names.get(group["cluster"], "")}, cards))
+    chosen = [group["cluster"] for group, _ in (*context["starved"], *context["favoured"])]
+    if chosen:
+        header = ("cluster", "key", "shard", "row", "kept", "dropped_by")
+        context["tables"]["clusters"] = _csv([header, *gallery.cluster_keys(chosen, duplicates.LISTED)])
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
+    """Write a table as a link that downloads it."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.getvalue().encode("utf-8", "replace")).decode()
 
 
 def _comparison(artefacts: Artefacts, directory: str) -> Iterator[dict[str, Any]]:
