@@ -14,7 +14,8 @@ import numpy as np
 
 from curate.errors import UsageError
 from curate.mix import sampling
-from curate.mix.sources import SourceOptions, files_of, is_tars, kind_of
+from curate.mix.pictures import is_tars
+from curate.mix.sources import SourceOptions, files_of, kind_of
 from curate.storage import manifest, paths, sidecar, tar
 
 PERCENTILES = (5, 50, 95, 100)

@@ -1,7 +1,8 @@
 """Mix instruction data from several sources: how much of each, how much text-only, in which order.
 
 In: a `[mix]` table with `[mix.sources.NAME]` tables. Out: `MIX/{000000}.tar` with `key.jpg` (the original bytes; absent
-for text-only) and `key.json` (the record in LLaVA's form, unchanged, plus `source`), or `MIX/mix.json` alone.
+for text-only; `key.0.jpg`, `key.1.jpg`, … where a record has several) and `key.json` (the record in LLaVA's form,
+unchanged, plus `source`), or `MIX/mix.json` alone.
 Three stages: each source is read once into a temporary table (`.spool/NAME.arrow`: the record, where its picture's
 bytes lie, its tokens); the driver draws row numbers and shuffles them (sampling.py); each output shard is then written
 by itself from the rows that fall to it. Records never lie in memory together: 665,298 need a few hundred MB.
@@ -21,8 +22,9 @@ from curate.errors import ContractError, UsageError, unknown
 from curate.mix import account as accounts
 from curate.mix import sampling
 from curate.mix.account import Columns, describe, recorded
+from curate.mix.pictures import Picture, read_picture
 from curate.mix.read_sources import ReadSource, facts_location
-from curate.mix.sources import ELSEWHERE, Picture, SourceOptions, read_picture
+from curate.mix.sources import ELSEWHERE, SourceOptions
 from curate.storage import paths, records, sidecar
 from curate.storage.manifest import Output, load_json, open_output, versions
 from curate.storage.tar import TarWriter, is_safe
@@ -236,11 +238,13 @@ class _WriteShard:
         with paths.atomic_write(paths.join(self.out, f"{stem}.tar")) as file, TarWriter(file) as tar:
             for position in self.positions(stem):
                 source, key = int(self.order.source[position]), f"{position:09d}"
-                picture = ("suffix", "location", "offset", "size")
+                picture = ("location", "offset", "size", "suffix")
                 row = self.table_rows.row(source, int(self.order.rows[position]), ("record", "has_source", *picture))
-                record, has_source, suffix, location, offset, size = row
-                if location is not None:
-                    tar.add(f"{key}.{suffix}", read_picture(Picture(location, offset, size, suffix)))
+                record, has_source, *places = row
+                pictures = [Picture(*place) for place in zip(*places, strict=True)]
+                for number, each in enumerate(pictures):
+                    name = f"{key}.{each.suffix}" if len(pictures) == 1 else f"{key}.{number}.{each.suffix}"
+                    tar.add(name, read_picture(each))
                 # One field more than the record had, as its last; a record with a `source` of its own keeps that.
                 more = b"}" if has_source else b', "source": ' + records.dump(self.names[source]) + b"}"
                 tar.add(f"{key}.json", record[:-1] + more)

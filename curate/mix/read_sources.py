@@ -5,8 +5,8 @@ its tokens, supervised tokens (those of the answers) and rounds. `NAME.facts.jso
 fault, taken out or reshaped by a rule, and those whose id an earlier record had; the counts must add up.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -16,17 +16,19 @@ import pyarrow as pa
 from curate.emit.kept_samples import kept_pictures
 from curate.errors import UsageError
 from curate.mix import reshape, text_overlap
-from curate.mix.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries, read_picture
+from curate.mix.pictures import Picture, read_picture
+from curate.mix.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries
 from curate.storage import manifest, paths, records, sidecar
+from pipelines.records import IMAGE_MARK, MODEL
 
 SCRATCH_SCHEMA = pa.schema(
     [
         ("record", pa.large_binary()),
         ("has_source", pa.bool_()),
-        ("location", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("suffix", pa.string()),
+        ("location", pa.list_(pa.string())),  # of each picture, in the order of the marks, as the next three
+        ("offset", pa.list_(pa.int64())),
+        ("size", pa.list_(pa.int64())),
+        ("suffix", pa.list_(pa.string())),
         ("image_hash", pa.uint64()),
         ("tokens", pa.int32()),
         ("supervised", pa.int32()),
@@ -91,46 +93,48 @@ class ReadSource:
         self, found: Iterable[Entry], source: SourceOptions, ruled_out: Faults, reshaped: dict[str, int]
     ) -> Iterator[Entry]:
         """Apply the source's rules. reshaped: filled with how many records each rule added (or took away)."""
+
+        def fit(record: dict[str, Any]) -> list[dict[str, Any]]:
+            most = source.max_tokens or 1
+            return reshape.fit(record, most, source.overflow, lambda text: self.count([text])[0])
+
         found = _RecordFilter(source, ruled_out).filter(found)
         for entry in _merge(found, reshaped) if source.merge else found:
-            parts = [entry.record]
+            parts = [entry]
             if source.max_rounds is not None:
-                parts = reshape.segment(entry.record, source.max_rounds)
+                parts = _reshaped(entry, lambda record: reshape.segment(record, source.max_rounds or 1))
                 reshaped["max_rounds"] = reshaped.get("max_rounds", 0) + len(parts) - 1
             for part in parts:
                 fitted = [part]
                 if source.max_tokens is not None:
-                    fitted = reshape.fit(part, source.max_tokens, source.overflow, lambda text: self.count([text])[0])
+                    fitted = _reshaped(part, fit)
                     reshaped["max_tokens"] = reshaped.get("max_tokens", 0) + max(0, len(fitted) - 1)
                 if not fitted:
-                    ruled_out.note("over max_tokens", part.get("id"))
-                yield from (Entry(record, entry.picture) for record in fitted)
+                    ruled_out.note("over max_tokens", part.record.get("id"))
+                yield from fitted
 
     def _rows(self, found: Iterator[Entry]) -> Iterator[pa.RecordBatch]:
         """Turn entries into rows, batch by batch."""
         while chunk := list(islice(found, BATCH)):
             turns = [(number, turn) for number, entry in enumerate(chunk) for turn in entry.record["conversations"]]
-            sizes = self.count([turn["value"].replace(records.IMAGE_MARK, "") for _, turn in turns])
-            tokens = [self.image_tokens if entry.picture else 0 for entry in chunk]
+            sizes = self.count([turn["value"].replace(IMAGE_MARK, "") for _, turn in turns])
+            tokens = [self.image_tokens * len(entry.pictures) for entry in chunk]
             supervised, rounds = [0] * len(chunk), [0] * len(chunk)
             for (number, turn), size in zip(turns, sizes, strict=True):
                 tokens[number] += size
-                if turn["from"] in records.MODEL:
+                if turn["from"] in MODEL:
                     supervised[number] += size
                     rounds[number] += 1
-            pictures = [entry.picture for entry in chunk]
+            places = ("location", "offset", "size", "suffix")
             yield pa.record_batch(
                 [
                     pa.array([records.dump(entry.record) for entry in chunk], pa.large_binary()),
                     pa.array(["source" in entry.record for entry in chunk]),
                     *(
-                        pa.array([picture and getattr(picture, key) for picture in pictures], kind)
-                        for key, kind in (("location", pa.string()), ("offset", pa.int64()), ("size", pa.int64()))
+                        pa.array([[getattr(each, key) for each in entry.pictures] for entry in chunk], kind)
+                        for key, kind in ((key, SCRATCH_SCHEMA.field(key).type) for key in places)
                     ),
-                    pa.array([picture and picture.suffix for picture in pictures], pa.string()),
-                    pa.array(
-                        [_hash(f"{each.location}\0{each.offset}") if each else 0 for each in pictures], pa.uint64()
-                    ),
+                    pa.array([_hash_pictures(entry.pictures) for entry in chunk], pa.uint64()),
                     pa.array(tokens, pa.int32()),
                     pa.array(supervised, pa.int32()),
                     pa.array(rounds, pa.int32()),
@@ -165,19 +169,21 @@ class _RecordFilter:
             why = self._judge(entry)
             if why:
                 self.ruled_out.note(why, entry.record.get("id"))
-            else:
-                yield entry
+            else:  # from here on records may be held by the thousand, and their pictures' bytes must not
+                yield Entry(entry.record, tuple(replace(picture, data=None) for picture in entry.pictures))
 
     def _judge(self, entry: Entry) -> str:
-        record, picture, source = entry.record, entry.picture, self.source
-        trouble = reshape.invalid(record, picture is not None) if source.drop_invalid else ""
+        record, pictures, source = entry.record, entry.pictures, self.source
+        trouble = reshape.invalid(record, len(pictures)) if source.drop_invalid else ""
         if trouble:
             return f"invalid: {trouble}"
-        if source.selection and picture is not None and records.image_uid(read_picture(picture)) not in self.kept:
+        if source.max_images is not None and len(pictures) > source.max_images:
+            return "over max_images"
+        if source.selection and any(records.image_uid(read_picture(each)) not in self.kept for each in pictures):
             return "picture not selected"
         if self.benchmark and any(run in self.benchmark for run in text_overlap.runs(record)):
             return "benchmark text"
-        if self.remembered is not None and self.remembered.near(records.whole_text(record), picture):
+        if self.remembered is not None and self.remembered.near(records.whole_text(record), pictures or None):
             return "near-duplicate text"
         return ""
 
@@ -210,17 +216,43 @@ def _merge(found: Iterable[Entry], reshaped: dict[str, int]) -> Iterator[Entry]:
         nonlocal before
         for entry in found:
             before += 1
-            yield entry.record, entry.picture
+            yield entry.record, entry.pictures or None
 
-    for record, picture in reshape.merge_by_image(counted()):
+    for record, pictures in reshape.merge_by_image(counted()):
         after += 1
-        yield Entry(record, picture)
+        yield Entry(record, pictures or ())
     reshaped["merge"] = after - before
+
+
+def _reshaped(entry: Entry, rule: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> list[Entry]:
+    """Apply a rule that makes several records of one; each keeps the pictures whose marks it has.
+
+    A rule sees several pictures as their numbers (`image = [0, 1, …]`), which it shares out with the marks.
+    """
+    if len(entry.pictures) < 2:
+        return [Entry(record, entry.pictures) for record in rule(entry.record)]
+    numbered = {**entry.record, "image": list(range(len(entry.pictures)))}
+    made = rule(numbered)
+    if len(made) == 1 and made[0] is numbered:
+        return [entry]
+    names = entry.record["image"]
+    parts = []
+    for record in made:
+        numbers = record.pop("image", [])
+        if numbers:
+            record["image"] = names[numbers[0]] if len(numbers) == 1 else [names[number] for number in numbers]
+        parts.append(Entry(record, tuple(entry.pictures[number] for number in numbers)))
+    return parts
 
 
 def facts_location(place: str, name: str) -> str:
     """Locate what was learnt about a source while it was read."""
     return paths.join(place, f"{name}.facts.json")
+
+
+def _hash_pictures(pictures: Sequence[Picture]) -> int:
+    """Hash where pictures lie; 0 for none."""
+    return _hash("\0".join(f"{each.location}\0{each.offset}" for each in pictures)) if pictures else 0
 
 
 def _hash(text: str) -> int:

@@ -8,7 +8,7 @@ questions of one image merged into one conversation, long dialogues cut into seg
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from curate.storage.records import HUMAN, IMAGE_MARK, MODEL, Turns
+from pipelines.records import HUMAN, IMAGE_MARK, MODEL, Turns
 
 Record = dict[str, Any]
 
@@ -16,7 +16,7 @@ Record = dict[str, Any]
 def merge_by_image(records: Iterable[tuple[Record, Any]]) -> Iterator[tuple[Record, Any]]:
     """Join the records of one image into one conversation, at the place of the first, with its id and fields.
 
-    records: (record, picture); text-only ones (picture None) pass. Holds all records in memory.
+    records: (record, picture, or tuple of several); text-only ones (None) pass. Holds all records in memory.
     """
     groups: dict[Any, list[Record]] = {}
     for number, (record, picture) in enumerate(records):
@@ -40,7 +40,7 @@ def _without_mark(turn: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def invalid(record: Record, has_image: bool) -> str:
+def invalid(record: Record, images: int) -> str:
     """Name what makes a conversation unfit to train on, or nothing: turns must alternate and be filled."""
     turns = record["conversations"]
     body = turns[1:] if turns[0]["from"] == "system" else turns
@@ -53,8 +53,8 @@ def invalid(record: Record, has_image: bool) -> str:
     if any(not turn["value"].replace(IMAGE_MARK, "").strip() for turn in body):
         return "an empty turn"
     marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns)
-    if marks != has_image:
-        return f"{marks} image marks for {int(has_image)} images"
+    if marks != images:
+        return f"{marks} image marks for {int(images)} images"
     return ""
 
 
@@ -110,15 +110,23 @@ def fit(record: Record, max_tokens: int, overflow: str, count: Callable[[str], i
 
 
 def _as_records(record: Record, parts: Sequence[Sequence[Turns]]) -> list[Record]:
-    """Make records of parts: further ones get an id of their own, and each sees the image if the first did."""
+    """Make records of parts, further ones with an id of their own.
+
+    A part without marks of its own shows the image if the record has one. Of several images (`image` is a list), each
+    part shows those of its own marks, and before them those that earlier parts have shown.
+    """
     seen = any(IMAGE_MARK in turn["value"] for turn in record["conversations"])
-    made = []
+    several: list[Any] | None = record["image"] if isinstance(record.get("image"), list) else None
+    made, shown = [], 0
     for number, part in enumerate(parts):
         turns = [turn for each in part for turn in each]
-        if seen and not any(IMAGE_MARK in turn["value"] for turn in turns):
-            first = next((place for place, turn in enumerate(turns) if turn["from"] in HUMAN), None)
-            if first is not None:
-                turns[first] = {**turns[first], "value": f"{IMAGE_MARK}\n{turns[first]['value']}"}
+        marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns if turn["from"] in HUMAN)
+        lead = shown if several is not None else int(seen and not marks)
+        first = next((place for place, turn in enumerate(turns) if turn["from"] in HUMAN), None)
+        if lead and first is not None:
+            turns[first] = {**turns[first], "value": f"{IMAGE_MARK}\n" * lead + turns[first]["value"]}
         names = {"id": f"{record['id']}_{number}"} if number and "id" in record else {}
-        made.append({**record, **names, "conversations": turns})
+        shown += marks
+        images = {} if several is None else {"image": several[: shown if first is not None else 0]}
+        made.append({**record, **names, **images, "conversations": turns})
     return made

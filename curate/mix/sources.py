@@ -5,29 +5,26 @@ lie (a file under the image folder, or a byte range of a tar). What cannot be us
 never replaced: records that are no conversation, pictures that are missing, empty, or named outside their folder.
 """
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from curate.emit.kept_samples import open_coreset
 from curate.errors import ShardError, UsageError
+from curate.mix.pictures import ImageFinder, Picture, PictureStore
 from curate.mix.sampling import Amount
 from curate.storage import manifest, paths, records
 from curate.storage.tar import (
-    BLOCK,
     CAPTION_SUFFIX,
-    IMAGE_SUFFIXES,
     JSON_SUFFIX,
     Sample,
-    TarWriter,
-    is_safe,
     list_pool,
     read_index,
     read_json,
     read_member,
     suffix_of,
 )
+from pipelines.records import MISSING, Reading, from_sample, read
 
 MAX_LISTED = 100
 TEXT, ELSEWHERE = "text", "elsewhere"  # beside the folders of `expect`
@@ -49,7 +46,7 @@ class SourceOptions:
     exclude_text: files of benchmark questions; records that share 13 words in a row with one go. dedup_text: of
     conversations (about one picture, or without any) with this Jaccard similarity or more, the first stays.
     merge: join all records of one image. max_rounds, max_tokens: limits on a record's questions with their answers, and
-    what to do about the second (`overflow`); whole rounds only.
+    what to do about the second (`overflow`); whole rounds only. max_images: records of more pictures go.
     """
 
     path: str
@@ -67,6 +64,7 @@ class SourceOptions:
     merge: bool = False
     max_rounds: int | None = None
     max_tokens: int | None = None
+    max_images: int | None = None
     overflow: Literal["truncate", "split", "drop"] = "truncate"
     count: int | None = None
     fraction: float | None = None
@@ -77,8 +75,11 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if isinstance(self.expect, dict) and not all(type(number) is int for number in self.expect.values()):
             raise UsageError(f"expect={self.expect} is not a table of whole numbers.", "expect = {coco = 364_100, …}")
-        if min(each for each in (self.max_rounds, self.max_tokens, 1) if each is not None) < 1:
-            raise UsageError(f"max_rounds={self.max_rounds}, max_tokens={self.max_tokens}: expected at least 1.")
+        if min(each for each in (self.max_rounds, self.max_tokens, self.max_images, 1) if each is not None) < 1:
+            raise UsageError(
+                f"max_rounds={self.max_rounds}, max_tokens={self.max_tokens}, max_images={self.max_images}: "
+                "expected at least 1."
+            )
         if self.dedup_text is not None and not 0.5 <= self.dedup_text <= 1:
             raise UsageError(f"dedup_text={self.dedup_text} is not a similarity from 0.5 to 1.", "dedup_text = 0.8")
 
@@ -89,35 +90,11 @@ class SourceOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """Where an image's original bytes lie. offset: -1 for a whole file."""
-
-    location: str
-    offset: int
-    size: int
-    suffix: str
-
-
-def read_picture(picture: Picture) -> bytes:
-    """Read a picture's original bytes. Raises: ShardError when they are not what they were."""
-    try:
-        with paths.open_read(picture.location) as file:
-            file.seek(max(picture.offset, 0))
-            data = file.read(picture.size)
-    except OSError as error:
-        raise ShardError(f"the image {picture.location} cannot be read any more: {error.strerror or error}") from None
-    if len(data) != picture.size:
-        again = "run `curate mix` again with --overwrite"
-        raise ShardError(f"the image {picture.location} has changed while the mix was made", again)
-    return data
-
-
-@dataclass(frozen=True, slots=True)
 class Entry:
-    """A record in LLaVA's form and its picture; none makes it text-only."""
+    """A record in LLaVA's form and its pictures, in the order of their marks; none makes it text-only."""
 
     record: dict[str, Any]
-    picture: Picture | None
+    pictures: tuple[Picture, ...]
 
 
 @dataclass
@@ -139,10 +116,17 @@ class Faults:
         if self.counts[why] <= MAX_LISTED:
             self.listed.append({"why": why, "what": what})
 
+    def drop(self, fields: Iterable[str]) -> None:
+        """Note the fields that a record loses, once each."""
+        for field_name in fields:
+            note = f"the field {field_name} holds bytes that are no image of its record; it is left out"
+            self.notes += [note] if note not in self.notes else []
+
     def place(self, image: Any, expect: int | dict[str, int] | None) -> None:
         """Count a record by the first folder of its image's name, where those are expected."""
         if isinstance(expect, dict):
-            folder = str(image).removeprefix("./").partition("/")[0] if image else TEXT
+            first = image[0] if isinstance(image, list) and image else image
+            folder = str(first).removeprefix("./").partition("/")[0] if first else TEXT
             folder = folder if folder in expect else ELSEWHERE
             self.folders[folder] = self.folders.get(folder, 0) + 1
 
@@ -194,9 +178,9 @@ def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> I
     elif kind == "parquet":
         found = _from_parquet(name, source, faults, scratch)
     else:
-        found = _from_json(name, source, faults)
+        found = _from_json(name, source, faults, scratch)
     for entry in found:
-        is_text = entry.picture is None
+        is_text = not entry.pictures
         left_out = any(entry.record.get(key) in values for key, values in source.without.items())
         if left_out or (source.only == "image" and is_text) or (source.only == "text" and not is_text):
             faults.left_out += 1
@@ -204,69 +188,43 @@ def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> I
             yield entry
 
 
-def _from_json(name: str, source: SourceOptions, faults: Faults) -> Iterator[Entry]:
+def _from_json(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
     images = source.images or (
         paths.join(source.path, "images") if paths.exists(paths.join(source.path, manifest.MANIFEST)) else ""
     )
-    finder = _ImageFinder(images)
+    finder = ImageFinder(images)
     number = 0
-    for location in files_of(source, "json"):
-        with paths.open_read(location) as file:
-            for value, trouble in records.read_records(file, location):
-                record, why = (None, trouble) if trouble else records.normalise(value, f"{name}-{number}")
-                number += 1
-                if record is None:
-                    faults.note(f"broken: {why}", number - 1)
-                    continue
-                faults.place(record.get("image"), source.expect)
-                picture, why = finder.find(record.get("image"))
-                if why:
-                    faults.note(why, record.get("image"))
-                else:
-                    yield Entry(record, picture)
+    with PictureStore(f"{scratch}.tar") as store:
+        for location in files_of(source, "json"):
+            with paths.open_read(location) as file:
+                for value, trouble in records.read_records(file, location):
+                    default_id = f"{name}-{number}"
+                    reading = Reading(None, fault=trouble) if trouble else read(value, default_id, suffix_of=suffix_of)
+                    if reading.record is None:
+                        faults.note(f"broken: {reading.fault}", number)
+                    else:
+                        faults.place(reading.record.get("image"), source.expect)
+                        yield from _with_pictures(reading, default_id, finder, store, faults)
+                    number += 1
 
 
-class _ImageFinder:
-    """Find a source's images by the names that records give: files under a folder, or members of tars."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.members: dict[str, Picture] | None = None
-        if root and is_tars(root):
-            self.members = {}
-            for shard in list_pool(root):
-                with paths.open_read(shard.location) as file:
-                    for sample in read_index(file).samples:
-                        for member in sample.members:
-                            picture = Picture(shard.location, member.offset, member.size, member.suffix)
-                            self.members.setdefault(member.name.removeprefix("./"), picture)
-
-    def find(self, image: Any) -> tuple[Picture | None, str]:
-        """Locate an image. Returns (picture, "") or (None, why not); (None, "") where no image is named."""
-        if not image:
-            return None, ""
-        if not self.root:
-            raise UsageError(
-                f"a record names the image {str(image)[:80]!r}, but its source names no folder of images.",
-                "add images = …",
-            )
-        suffix = str(image).rpartition(".")[2].lower()
-        if not is_safe(image) or suffix not in IMAGE_SUFFIXES:
-            return None, "unsafe or foreign image name"
-        if self.members is not None:
-            picture = self.members.get(image.removeprefix("./"))
-            return (picture, "") if picture is not None else (None, "missing image")
-        location = paths.join(self.root, image)
-        try:
-            size = os.stat(paths.local(location)).st_size if not paths.is_remote(location) else paths.size(location)
-        except (OSError, ValueError):
-            return None, "missing image"
-        return (Picture(location, -1, size, suffix), "") if size else (None, "empty image")
-
-
-def is_tars(root: str) -> bool:
-    """Say whether images lie in tars, rather than as files under a folder."""
-    return not paths.is_dir(root) or any(name.endswith(".tar") for name in paths.listdir(root))
+def _with_pictures(
+    reading: Reading, default_id: str, finder: ImageFinder, store: PictureStore, faults: Faults
+) -> Iterator[Entry]:
+    """Yield a record with its pictures, or count what is wrong with the first that cannot be had."""
+    found: list[Picture] = []
+    for number, picture in enumerate(reading.pictures):
+        if picture.data is not None:
+            found.append(store.add(f"{default_id}_{number}" if number else default_id, picture.data))
+            continue
+        located, why = finder.find(picture.name)
+        if located is None:
+            faults.note(why, picture.name)
+            return
+        found.append(located)
+    assert reading.record is not None
+    faults.drop(reading.dropped)
+    yield Entry(reading.record, tuple(found))
 
 
 def _from_shards(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
@@ -302,68 +260,31 @@ def _from_sample(
     sample: Sample, texts: Mapping[str, bytes], location: str, prompt: str, faults: Faults
 ) -> Iterator[Entry]:
     """Make a record of a webdataset sample: its JSON where that is one, its conversation, or its caption."""
-    member = sample.image
-    picture = None if member is None else Picture(location, member.offset, member.size, member.suffix)
-    image = {} if member is None else {"image": paths.name(member.name)}
+    pictures = [Picture(location, each.offset, each.size, each.suffix.rpartition(".")[2]) for each in sample.images]
+    names = [paths.name(member.name) for member in sample.images]
     stored = read_json(texts.get(JSON_SUFFIX, b""))
-    turns = records.conversations_of(stored)
-    if stored is not None and turns is not None and "id" in stored:
-        if bool(stored.get("image")) != (picture is not None):
-            faults.note("missing image", sample.key)
-            return
-        yield Entry(stored, picture)
-        return
-    if turns is None:
-        try:
-            caption = texts.get(CAPTION_SUFFIX, b"").decode().strip()
-        except UnicodeDecodeError:
-            caption = ""
-        if not caption or picture is None:
-            faults.note("missing image" if caption else "broken: no conversation and no caption", sample.key)
-            return
-        turns = records.caption_turns(caption, prompt)
-    yield Entry({"id": sample.key, **image, "conversations": turns}, picture)
+    reading = from_sample(stored, texts.get(CAPTION_SUFFIX), names, sample.key, prompt)
+    if reading.record is None:
+        faults.note(reading.fault if reading.fault == MISSING else f"broken: {reading.fault}", sample.key)
+    else:
+        yield Entry(reading.record, tuple(pictures[: len(reading.pictures)]))
 
 
 def _from_parquet(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
     """Read Hugging Face style parquet; pictures inside it are put into a tar beside the scratch, byte for byte."""
     import pyarrow.parquet
 
-    finder = _ImageFinder(source.images)
-    number, place = 0, f"{scratch}.tar"
-    with open(paths.local(place), "wb") as file, TarWriter(file) as tar:
+    finder = ImageFinder(source.images)
+    number = 0
+    with PictureStore(f"{scratch}.tar") as store:
         for location in files_of(source, "parquet"):
             with paths.open_read(location) as table:
                 for batch in pyarrow.parquet.ParquetFile(table).iter_batches(256):
                     for value in batch.to_pylist():
-                        entry = _from_row(value, f"{name}-{number}", finder, tar, place, faults)
+                        default_id = f"{name}-{number}"
                         number += 1
-                        if entry is not None:
-                            yield entry
-
-
-def _from_row(
-    value: dict[str, Any], default_id: str, finder: _ImageFinder, tar: TarWriter, place: str, faults: Faults
-) -> Entry | None:
-    held, several = value.get("image"), value.get("images")
-    if isinstance(several, list):
-        if len(several) > 1:
-            faults.note("several images", value.get("id", default_id))
-            return None
-        held, value = (several or [None])[0], {key: item for key, item in value.items() if key != "images"}
-    data = held.get("bytes") if isinstance(held, dict) else None
-    if isinstance(held, dict):
-        value = {**value, "image": held.get("path") or (f"{default_id}.{suffix_of(data)}" if data else None)}
-    value = {key: item for key, item in value.items() if not isinstance(item, bytes)}
-    record, why = records.normalise(value, default_id)
-    if record is None:
-        faults.note(f"broken: {why}", default_id)
-        return None
-    if not data:
-        picture, why = finder.find(record.get("image"))
-        if why:
-            faults.note(why, record.get("image"))
-        return None if why else Entry(record, picture)
-    tar.add(f"{default_id}.{suffix_of(data)}", data)
-    padded = -(-len(data) // BLOCK) * BLOCK
-    return Entry(record, Picture(place, tar.offset - padded, len(data), suffix_of(data)))
+                        reading = read(value, default_id, suffix_of=suffix_of)
+                        if reading.record is None:
+                            faults.note(f"broken: {reading.fault}", default_id)
+                        else:
+                            yield from _with_pictures(reading, default_id, finder, store, faults)

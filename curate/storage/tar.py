@@ -18,23 +18,9 @@ from typing import IO, Any
 
 from curate.errors import ShardError, UsageError
 from curate.storage import paths
+from pipelines import records
 
-IMAGE_SUFFIXES = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "avif",
-    "jfif",
-    "jpe",
-    "heic",
-    "heif",
-    "jxl",
-)
+IMAGE_SUFFIXES = records.IMAGE_SUFFIXES
 MAGIC = {
     b"\xff\xd8": "jpg",
     b"\x89PNG": "png",
@@ -81,8 +67,15 @@ class Sample:
 
     @property
     def image(self) -> Member | None:
-        """The image member, whatever its format."""
-        return self.member(*IMAGE_SUFFIXES)
+        """The first image member, whatever its format."""
+        images = self.images
+        return images[0] if images else None
+
+    @property
+    def images(self) -> list[Member]:
+        """The image members in their order: `key.jpg`, then `key.0.jpg`, `key.1.jpg`, … (or `key.img0.jpg`, …)."""
+        suffixes = records.ordered_pictures([member.suffix for member in self.members])
+        return [member for suffix in suffixes for member in self.members if member.suffix == suffix]
 
 
 @dataclass(slots=True)
@@ -132,13 +125,13 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{head}/{base}" if head else base), suffix.lower()
 
 
-def suffix_of(image: bytes) -> str:
+def suffix_of(image: bytes, otherwise: str = "jpg") -> str:
     """Tell an image's format by how it begins; what is none is `jpg`, and is judged when it is decoded."""
     if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
         return "webp"
     if image[4:8] == b"ftyp" and image[8:12] in BRANDS:
         return BRANDS[image[8:12]]
-    return next((suffix for magic, suffix in MAGIC.items() if image.startswith(magic)), "jpg")
+    return next((suffix for magic, suffix in MAGIC.items() if image.startswith(magic)), otherwise)
 
 
 def is_safe(key: str) -> bool:

@@ -19,6 +19,7 @@ from curate.errors import ContractError, UsageError
 from curate.mix import reshape, sampling
 from curate.mix.mix import mix
 from curate.storage import records
+from pipelines.records import read
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -163,7 +164,7 @@ def test_faults_are_counted_listed_and_refused_when_strict(tmp_path):
         {"id": 1},
         {"id": 1, "conversations": []},
         {**made[1]},
-        {"id": 3, "image": 7, "conversations": turns("a", "b")},
+        {"id": 3, "image": 7, "conversations": turns("a", "b", image=True)},
     ]
     made += [{"id": "x", "conversations": [{"from": "human", "value": None}]}]
     Path(path).write_text(json.dumps(made))
@@ -249,11 +250,11 @@ def test_broken_lines_are_passed_and_broken_lists_refused():
 
 def test_text_in_its_common_forms():
     alpaca = {"instruction": "add", "input": "1+1", "output": "2", "history": [["hi", "yo"]], "lang": "en"}
-    record, _ = records.normalise(alpaca, "t-0")
+    record = read(alpaca, "t-0").record
     assert record == {"id": "t-0", "lang": "en", "conversations": turns("hi", "yo", "add\n1+1", "2")}
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "q"}]}]
     messages += [{"role": "assistant", "content": "a"}]
-    record, _ = records.normalise({"messages": messages, "id": 3}, "t-0")
+    record = read({"messages": messages, "id": 3}, "t-0").record
     assert record["id"] == 3
     assert [turn["from"] for turn in record["conversations"]] == ["system", "human", "gpt"]
     for bad in (
@@ -262,7 +263,7 @@ def test_text_in_its_common_forms():
         {"instruction": 1, "output": "x"},
         {"instruction": "", "output": ""},
     ):
-        assert records.normalise(bad, "t-0")[0] is None
+        assert read(bad, "t-0").record is None
 
 
 def part(name, count, text, weight=None, seed=0):
@@ -336,7 +337,7 @@ def test_a_source_is_drawn_the_same_whatever_stands_beside_it(tmp_path):
         ({"sources": {"vqa": {"path": "nowhere.json"}}}, "does not exist"),
         ({"sources": {"vqa": {"path": "x.json", "weight": 1.0}}}, "total"),
         ({"sources": {"vqa": {"path": "x.json", "cuont": 1}}}, "did you mean 'count'"),
-        ({"sources": {"vqa": 3}}, "[mix.sources.vqa] is 3, not a table"),
+        ({"sources": {"vqa": 3}}, "{'vqa': 3} is not a table"),
         ({"sources": {"../vqa": {"path": "x.json"}}}, "cannot name a file"),
         ({"sources": {"vqa": {"path": "x.json", "max_rounds": 0}}}, "at least 1"),
         ({"sources": {"vqa": {"path": "x.json", "max_tokens": -1}}}, "at least 1"),

@@ -148,11 +148,16 @@ def llava_records(draw):
     conversation = []
     for asked, answered in draw(TALK):
         conversation += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
+    pictured = draw(st.booleans())
+    if pictured:
+        conversation[0]["value"] = (
+            draw(st.sampled_from(["<image>\n", "<image>", " see <image> "])) + conversation[0]["value"]
+        )
     fields = {"conversations": conversation, **draw(STRAY)}
     if draw(st.booleans()):
         fields["id"] = draw(st.integers() | st.text(max_size=6) | st.none())
-    if draw(st.booleans()):
-        fields["image"] = "a.jpg"
+    if pictured:
+        fields["image"] = draw(st.sampled_from(["a.jpg", ["a.jpg"]]))
     return {key: fields[key] for key in draw(st.permutations(sorted(fields)))}
 
 
@@ -210,11 +215,15 @@ def test_parquet_of_texts_and_lists_of_pictures(tmp_path):
     manifest = mix(
         {"shuffle": False, "sources": {"p": {"path": str(tmp_path / "x.parquet")}}}, str(tmp_path / "m"), QUIET
     )
-    (first, image), (second, none) = mixed(tmp_path / "m")
+    (first, image), (several, _), (second, none) = mixed(tmp_path / "m")
     assert image == picture(1) and none is None
+    assert several["image"] == ["p-1_0.jpg", "p-1_1.jpg"]
+    assert several["conversations"][0]["value"] == "<image>\n<image>\nwhat?"
+    shown = [(name, data) for name, data in members(tmp_path / "m" / "000000.tar") if name.startswith("000000001.")]
+    assert shown[:2] == [("000000001.0.jpg", picture(1)), ("000000001.1.jpg", picture(2))]
     assert first["conversations"] == turns("what?", "this", "and?", "that", image=True)
     assert second["conversations"] == turns("what?", "this", "and?", "that")
-    assert manifest["sources"]["p"]["faults"] == {"several images": 1}
+    assert "faults" not in manifest["sources"]["p"]
     parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}]
     parts.append({"role": "assistant", "content": [{"type": "text", "text": "a"}]})
     (tmp_path / "a.jpg").write_bytes(picture(3))

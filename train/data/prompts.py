@@ -18,20 +18,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines import records
 from train.errors import UsageError, did_you_mean
 
 IGNORED = -100  # the label of a position without a target
 PLACEHOLDER = "<image>"  # how data marks an image, whatever the tokenizer's own image token is
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "system": "system",
-}
+_ROLE_NAMES = {"human": "user", "gpt": "assistant", "system": "system"}
+ROLES = {speaker: _ROLE_NAMES[role] for speaker, role in records.ROLES.items()}
 _CURIOUS = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."

@@ -1,7 +1,8 @@
-"""Samples on disk: shards of tar files, or a LLaVA JSON with a folder of images.
+"""Samples on disk: shards of tar files, or a JSON of instruction records with a folder of images.
 
-Tar shards (`DIR/*.tar`, as `curate emit` and `curate mix` write them): `key.jpg|png|webp|…` optional, `key.json` with
-LLaVA `conversations`, else `key.txt` as the caption. JSON: a list of LLaVA records, or one record a line (`.jsonl`).
+Tar shards (`DIR/*.tar`, as `curate emit` and `curate mix` write them): `key.jpg|png|webp|…` optional (of several
+`key.0.jpg`, `key.1.jpg`, …), `key.json` with turns, else `key.txt` as the caption. JSON: records of any form that
+`curate mix` reads, through the same readers (pipelines/records.py, pipelines/record_files.py).
 
 Only offsets are kept in memory (about 100 bytes a sample); records and images are read where they lie, by any process.
 A sample that cannot be used is a reason and a count, never a crash: `measure` finds all but broken pixels before the
@@ -10,11 +11,13 @@ first step, and `check_bad` stops the run, with three examples, when they are mo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
 import os
+import re
 import stat
 import tarfile
 from collections import Counter
@@ -26,11 +29,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines import record_files, records
 from train.data.prompts import Encoded, Encoder, Rejected, parse
 from train.errors import DataError, UsageError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")  # Pillow's others run helpers (EPS) or fonts
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO")  # Pillow's others run helpers (EPS) or fonts
 MAX_PIXELS = 89_478_485  # as in curate: a larger image is taken for a decompression bomb
 MAX_OPEN_FILES = 64
 FEW = 3  # so many bad samples never stop a run
@@ -79,11 +82,15 @@ class TarSource:
     def __init__(self, shards: Sequence[Path]) -> None:
         self.files, self.shards = Files(), [str(path) for path in shards]
         self.keys: list[str] = []
+        self.more: dict[int, list[tuple[int, int]]] = {}  # sample -> its images after the first
         rows: list[tuple[int, ...]] = []
         for number, path in enumerate(shards):
             for key, members in _scan_tar(path):
                 self.keys.append(key)
-                image = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), (0, 0))
+                images = [members[suffix] for suffix in records.ordered_pictures(members)]
+                if len(images) > 1:
+                    self.more[len(rows)] = images[1:]
+                image = images[0] if images else (0, 0)
                 rows.append((number, *members.get("json", (0, 0)), *members.get("txt", (0, 0)), *image))
         self.rows: NDArray[np.int64] = np.array(rows, np.int64).reshape(-1, 7)
 
@@ -91,28 +98,25 @@ class TarSource:
         return len(self.keys)
 
     def record(self, index: int) -> Record:
-        """Read the JSON or the caption of one sample."""
+        """Read the JSON or the caption of one sample.  Raises: Rejected."""
         shard, json_at, json_size, text_at, text_size, image_at, image_size = (int(x) for x in self.rows[index])
-        path = self.shards[shard]
-        fields: dict[str, Any] = {}
-        if json_size:
-            parsed = _parse(self.files.read(path, json_at, json_size))
-            fields = parsed if isinstance(parsed, dict) else {}
-        conversations = fields.get("conversations")
-        images = ((path, image_at, image_size),) if image_size else ()
-        if conversations is None:
-            caption = fields.get("caption") if not text_size else None
-            if text_size:
-                try:
-                    caption = self.files.read(path, text_at, text_size).decode()
-                except UnicodeDecodeError:
-                    raise Rejected("bad_utf8") from None
-            if not isinstance(caption, str) or not caption.strip() or not images:
-                raise Rejected("no_caption" if images else "no_image")
-            conversations = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
-        elif fields.get("image") and not images:
-            raise Rejected("missing_image")
-        return Record(self.keys[index], conversations, images, fields)
+        path, key = self.shards[shard], self.keys[index]
+        spans = [(image_at, image_size)] if image_size else []
+        images = tuple((path, *span) for span in [*spans, *self.more.get(index, ())])
+        stored: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            stored = json.loads(self.files.read(path, json_at, json_size)) if json_size else {}
+        fields = stored if isinstance(stored, dict) else {}
+        caption = self.files.read(path, text_at, text_size) if text_size else None
+        names = [f"{PurePosixPath(key).name}.{number}" for number in range(len(images))]
+        reading = records.from_sample(fields, caption, names, key, "")
+        if reading.record is not None:
+            return Record(key, reading.record["conversations"], images, reading.record)
+        if stored is None and caption is None:
+            raise Rejected("bad_json")
+        if reading.fault == records.MISSING and fields.get("conversations") is None:
+            raise Rejected("no_image")
+        raise _rejection(fields, reading.fault, len(images))
 
     def name(self, index: int) -> str:
         """Return shard/key."""
@@ -134,7 +138,7 @@ class TarSource:
 
 
 class JsonSource:
-    """LLaVA records in one JSON or JSON-lines file, images in a folder.
+    """Records in one JSON or JSON-lines file, of any form that pipelines/records.py reads; images in a folder.
 
     images_digest: of the images that the records name, in their order, name and size, so that a copy counts as the
     same. A picture replaced by one of as many bytes goes unnoticed; to read them all would take as long as an epoch.
@@ -142,12 +146,23 @@ class JsonSource:
 
     def __init__(self, path: Path, images: Path | None, *, digest: bool = False) -> None:
         self.path, self.images, self.files = str(path), images, Files()
+        here = {os.path.abspath(images), os.path.realpath(images)} if images else set()
+        self.folders = [folder.rstrip("/") + "/" for folder in here]
         spans: list[tuple[int, int]] = []
         seen = hashlib.blake2b(digest_size=16)
-        for offset, size, value in _json_spans(path):
-            spans.append((offset, size))
-            if digest:
-                seen.update(self._describe_images(len(spans) - 1, value).encode(errors="replace"))
+        value: Any = None
+        with path.open("rb") as file:
+            self.codec = record_files.encoding_of(file.read(64))[0]
+            try:
+                for item in record_files.read_items(file, str(path)):
+                    value = item.value
+                    spans.append((item.offset, item.size))
+                    if digest:
+                        seen.update(self._describe_images(len(spans) - 1, value).encode(errors="replace"))
+            except record_files.Broken as broken:
+                raise UsageError(str(broken)) from None
+        if path.suffix == ".json" and len(spans) == 1 and not records.has_turns(value):
+            raise UsageError(f"{path}: expected a JSON list of records, JSON lines, or an object that holds records")
         self.spans: NDArray[np.int64] = np.array(spans, np.int64).reshape(-1, 2)
         self.images_digest = seen.hexdigest() if digest else ""
 
@@ -155,10 +170,18 @@ class JsonSource:
         return len(self.spans)
 
     def record(self, index: int) -> Record:
-        """Read one record and look whether its images exist."""
+        """Read one record and look whether its images exist.  Raises: Rejected."""
         fields = self._fields(index)
-        locations = tuple(self._locate(name)[0] for name in _image_names(fields))
-        return Record(_text(fields.get("id", f"#{index}")), fields.get("conversations"), locations, fields)
+        reading = records.read(fields, f"#{index}")
+        if reading.record is None:
+            named = records.as_list(fields.get("image"))
+            if reading.fault in REASONS or reading.fault == records.NO_NAME:
+                for name in named:  # an image's fault is told before the conversation's
+                    self._locate(name)
+            raise _rejection(fields, reading.fault, len(named))
+        locations = tuple(self._locate(each.name)[0] if each.data is None else each.data for each in reading.pictures)
+        key = _text(reading.record.get("id", f"#{index}"))
+        return Record(key, reading.record["conversations"], locations, reading.record)
 
     def name(self, index: int) -> str:
         """Return file/key."""
@@ -177,65 +200,88 @@ class JsonSource:
 
     def _fields(self, index: int) -> dict[str, Any]:
         offset, size = (int(x) for x in self.spans[index])
-        return _record_fields(self.files.read(self.path, offset, size))
+        data = self.files.read(self.path, offset, size)
+        try:
+            fields = record_files.parse(data, self.codec)
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            raise Rejected("bad_json")
+        return fields
 
     def _locate(self, image: Any) -> tuple[str, int]:
         """Return the path of an image below the folder, and its size.  Raises: Rejected."""
+        if isinstance(image, str):
+            image = next((image.removeprefix(each) for each in self.folders if image.startswith(each)), image)
         parts = PurePosixPath(image).parts if isinstance(image, str) else ("..",)
         if ".." in parts or PurePosixPath(image).is_absolute():
             raise Rejected("image_outside_folder")
         if self.images is None:
             raise Rejected("no_image_folder")
-        path = self.images.joinpath(*parts)
-        try:
-            found = path.stat()
-        except (OSError, ValueError):  # also a name that no file can have
-            raise Rejected("missing_image") from None
-        if not stat.S_ISREG(found.st_mode):
+        found = _stat(self.images.joinpath(*parts))
+        if found is None and "\\" in image:  # as Windows writes it
+            return self._locate(image.replace("\\", "/"))
+        if found is None:
             raise Rejected("missing_image")
-        return str(path), found.st_size
+        return found
 
     def _describe_images(self, index: int, value: Any) -> str:
+        reading = records.read(value, "")
+        fields = value if isinstance(value, dict) else {}
+        names = [each.name for each in reading.pictures if each.data is None]
+        names = names if reading.record is not None else records.as_list(fields.get("image"))
         try:
-            sizes = [(name, self._locate(name)[1]) for name in _image_names(_record_fields(value))]
+            sizes = [(name, self._locate(name)[1]) for name in names]
         except Rejected:
             return f"{index} Rejected\n"
         return "".join(f"{name} {size}\n" for name, size in sizes)
 
     def image_bytes(self, location: Any) -> bytes:
-        """Read an image file."""
+        """Read an image file, or return what the record itself holds."""
         try:
-            return Path(location).read_bytes()
+            return location if isinstance(location, bytes) else Path(location).read_bytes()
         except OSError:
             raise Rejected("unreadable") from None
 
 
 Source = TarSource | JsonSource  # what training needs of samples; picklable, for worker processes
+# Faults of records under the names by which samples are counted; others become names as they are.
+REASONS = {
+    "not a JSON object": "bad_json",
+    "no list of turns": "no_conversation",
+    "no turns": "no_conversation",
+    records.NO_FORM: "no_conversation",
+    "no conversation and no caption": "no_caption",
+    "a turn without from and value": "bad_turn",
+    "a turn by an unknown speaker": "bad_turn",
+    records.NO_PICTURE: "image_mark_without_image",
+    records.NO_MARK: "image_without_image_mark",
+    records.NOT_UTF8: "bad_utf8",
+}
 
 
-def _parse(value: Any) -> Any:
-    """Parse bytes of JSON; what is parsed already stays.  Raises: Rejected."""
+def _rejection(fields: dict[str, Any], fault: str, num_images: int) -> Rejected:
+    """Name what is wrong with a record; of LLaVA's form as `parse` names it, where that refuses it too."""
     try:
-        return json.loads(value) if isinstance(value, bytes) else value
-    except (ValueError, RecursionError):
-        raise Rejected("bad_json") from None
+        if isinstance(fields.get("conversations"), list):
+            parse(fields["conversations"], num_images)
+    except Rejected as reason:
+        return reason
+    return Rejected(REASONS.get(fault, re.sub(r"\W+", "_", fault).strip("_")))
 
 
-def _record_fields(value: Any) -> dict[str, Any]:
-    fields = _parse(value)
-    if not isinstance(fields, dict):
-        raise Rejected("bad_json")
-    return fields
+def _stat(path: Path) -> tuple[str, int] | None:
+    """Return a regular file's path and size, or None."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # also a name that no file can have
+        return None
+    return (str(path), found.st_size) if stat.S_ISREG(found.st_mode) else None
 
 
 def _text(value: Any) -> str:
     """Write a value as text that any file can hold: JSON may have halves of characters."""
     return str(value).encode(errors="replace").decode()
-
-
-def _image_names(fields: dict[str, Any]) -> list[Any]:
-    names = fields.get("image") or []
-    return names if isinstance(names, list) else [names]
 
 
 def open_source(data: str, images: str | None = None, *, digest: bool = False) -> Source:
@@ -295,47 +341,6 @@ def _scan_tar(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     except (tarfile.TarError, OSError, ValueError) as error:
         log.warning("%s is torn (%s): %d samples were read before that", path, error, len(rows))
     yield from rows
-
-
-def _json_spans(path: Path) -> Iterator[tuple[int, int, Any]]:
-    """Yield byte offset and size of each record of a JSON list or a JSON-lines file, and it: parsed, or as its line."""
-    if path.suffix == ".jsonl":
-        offset = 0
-        with path.open("rb") as file:
-            for line in file:
-                if line.strip():
-                    yield offset, len(line), line
-                offset += len(line)
-        return
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8: {error}") from None
-    decoder = json.JSONDecoder()
-    at = _skip(text, 0)
-    if text[at : at + 1] != "[":
-        raise UsageError(f"{path}: expected a JSON list of LLaVA records")
-    at, offset = at + 1, len(text[: at + 1].encode())
-    while True:
-        start = _skip(text, at, " \t\r\n,")
-        if start >= len(text):
-            raise UsageError(f"{path} is not valid JSON: it ends within the list, which no ] closes")
-        if text[start] == "]":
-            return
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is not valid JSON: {error}") from None
-        offset += len(text[at:start].encode())
-        size = len(text[start:end].encode())
-        yield offset, size, value
-        at, offset = end, offset + size
-
-
-def _skip(text: str, at: int, characters: str = " \t\r\n\ufeff") -> int:
-    while at < len(text) and text[at] in characters:
-        at += 1
-    return at
 
 
 def decode_image(data: bytes) -> Any:

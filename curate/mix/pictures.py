@@ -1,0 +1,129 @@
+"""Where the pictures of a mix's records lie: files under a folder, members of tars, or bytes that a record holds.
+
+In: names as records write them. Out: `Picture`s, each a byte range that `read_picture` reads again. A name is looked
+for under its source's folder alone: an absolute one counts only if it leads there.
+"""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from curate.errors import ShardError, UsageError
+from curate.storage import paths
+from curate.storage.tar import BLOCK, IMAGE_SUFFIXES, TarWriter, is_safe, list_pool, read_index, suffix_of
+
+SNIFFED_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Where an image's original bytes lie. offset: -1 for a whole file. data: the bytes, while they are at hand."""
+
+    location: str
+    offset: int
+    size: int
+    suffix: str
+    data: bytes | None = field(default=None, compare=False, repr=False)
+
+
+def read_picture(picture: Picture) -> bytes:
+    """Read a picture's original bytes. Raises: ShardError when they are not what they were."""
+    if picture.data is not None:
+        return picture.data
+    try:
+        with paths.open_read(picture.location) as file:
+            file.seek(max(picture.offset, 0))
+            data = file.read(picture.size)
+    except OSError as error:
+        raise ShardError(f"the image {picture.location} cannot be read any more: {error.strerror or error}") from None
+    if len(data) != picture.size:
+        again = "run `curate mix` again with --overwrite"
+        raise ShardError(f"the image {picture.location} has changed while the mix was made", again)
+    return data
+
+
+def is_tars(root: str) -> bool:
+    """Say whether images lie in tars, rather than as files under a folder."""
+    return not paths.is_dir(root) or any(name.endswith(".tar") for name in paths.listdir(root))
+
+
+class ImageFinder:
+    """Find a source's images by the names that records give: files under a folder, or members of tars."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.members: dict[str, Picture] | None = None
+        if root and is_tars(root):
+            self.members = {}
+            for shard in list_pool(root):
+                with paths.open_read(shard.location) as file:
+                    for sample in read_index(file).samples:
+                        for member in sample.members:
+                            kind = member.suffix.rpartition(".")[2]
+                            picture = Picture(shard.location, member.offset, member.size, kind)
+                            self.members.setdefault(member.name.removeprefix("./"), picture)
+        here = paths.local(root) if root and not paths.is_remote(root) else ""
+        self.folders = {os.path.abspath(here), os.path.realpath(here)} if here else set()
+
+    def find(self, image: str) -> tuple[Picture | None, str]:
+        """Locate an image. Returns (picture, "") or (None, why not). Raises: UsageError where there is no folder."""
+        if not self.root:
+            raise UsageError(
+                f"a record names the image {image[:80]!r}, but its source names no folder of images.",
+                "add images = …",
+            )
+        if image.startswith("/"):
+            inside = [folder.rstrip("/") + "/" for folder in self.folders]
+            image = next((image.removeprefix(each) for each in inside if image.startswith(each)), image)
+        if not is_safe(image):
+            return None, "unsafe or foreign image name"
+        found, why = self._look_up(image)
+        if found is None and "\\" in image:  # as Windows writes it
+            found, why = self._look_up(image.replace("\\", "/"))
+        return found, why
+
+    def _look_up(self, image: str) -> tuple[Picture | None, str]:
+        suffix = image.rpartition(".")[2].lower()
+        if self.members is not None:
+            if suffix not in IMAGE_SUFFIXES:
+                return None, "unsafe or foreign image name"
+            picture = self.members.get(image.removeprefix("./"))
+            return (picture, "") if picture is not None else (None, "missing image")
+        location = paths.join(self.root, image)
+        try:
+            if suffix not in IMAGE_SUFFIXES and paths.exists(location) and not paths.is_dir(location):
+                with paths.open_read(location) as file:
+                    head = file.read(SNIFFED_BYTES)
+                suffix = suffix_of(head, suffix)
+            size = os.stat(paths.local(location)).st_size if not paths.is_remote(location) else paths.size(location)
+        except (OSError, ValueError):
+            size = -1
+        if suffix not in IMAGE_SUFFIXES:
+            return None, "unsafe or foreign image name"
+        if size < 0:
+            return None, "missing image"
+        return (Picture(location, -1, size, suffix), "") if size else (None, "empty image")
+
+
+class PictureStore:
+    """A tar for pictures that lie in no file of their own, written when the first one comes; use as a context."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self.stack = ExitStack()
+        self.tar: TarWriter | None = None
+
+    def add(self, name: str, data: bytes) -> Picture:
+        """Keep a picture byte for byte. Its bytes stay at hand: the tar can be read only once it is complete."""
+        if self.tar is None:
+            self.tar = self.stack.enter_context(TarWriter(self.stack.enter_context(paths.atomic_write(self.location))))
+        suffix = suffix_of(data)
+        self.tar.add(f"{name}.{suffix}", data)
+        padded = -(-len(data) // BLOCK) * BLOCK
+        return Picture(self.location, self.tar.offset - padded, len(data), suffix, data)
+
+    def __enter__(self) -> "PictureStore":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.stack.__exit__(*failure)  # type: ignore[arg-type]

@@ -1,0 +1,296 @@
+"""Files of records, read one record at a time: JSON lists, JSON lines, `{"data": [...]}`, and records by their id.
+
+In: a seekable file of bytes in UTF-8 or UTF-16, with or without a byte order mark, whatever its name ends in. Out: each
+record with its place in the file, so that it can be read again by itself. A file of any length needs the memory of its
+largest record, for text is decoded in chunks and records are parsed one after the other.
+"""
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import IO, Any
+
+from pipelines.records import FORM_KEYS, has_turns
+
+CHUNK_BYTES = 4 << 20
+MAX_RECORD_CHARS = 64 << 20
+_SPACE = " \t\r\n"
+UNCLOSED = "it ends within the list, which no ] closes"
+_DECODER = json.JSONDecoder()
+
+
+class Broken(ValueError):
+    """A file breaks off or holds what is not JSON: what follows the fault cannot be found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A value of a file, or why a line is none; offset, size: its bytes in the file (with its key, if it has one)."""
+
+    value: Any
+    fault: str
+    offset: int
+    size: int
+
+
+def encoding_of(head: bytes) -> tuple[str, int]:
+    """Tell a file's encoding by its first bytes. Returns (codec, bytes of its byte order mark)."""
+    for mark, codec in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ):
+        if head.startswith(mark):
+            return codec, len(mark)
+    if len(head) > 1 and 0 in head[:2] and head[0] != head[1]:  # JSON begins with an ASCII character
+        return ("utf-16-le" if head[1] == 0 else "utf-16-be"), 0
+    return "utf-8", 0
+
+
+def parse(data: bytes, codec: str) -> Any:
+    """Parse the bytes of one `Item` again; a record with its id before it gets that as its `id`.
+
+    Raises: ValueError or RecursionError.
+    """
+    text = data.decode(codec).strip("\ufeff" + _SPACE)
+    if text[:1] == '"':
+        key, after = _DECODER.raw_decode(text)
+        rest = text[after:].lstrip(_SPACE)
+        return _with_id(key, json.loads(rest[1:])) if rest[:1] == ":" else json.loads(text)
+    return json.loads(text)
+
+
+def read_items(file: IO[bytes], where: str, chunk_bytes: int | None = None) -> Iterator[Item]:
+    """Yield the records of a file; of a line that is not JSON, its fault.
+
+    where: the file's name for messages; of one that ends in .jsonl, a list that cannot be read counts as lines.
+    Raises: Broken when a list, or a table of records, breaks off or holds what is not JSON.
+    """
+    file.seek(0)
+    codec, mark = encoding_of(file.read(64))
+    text = _Text(file, where, codec, mark, chunk_bytes or CHUNK_BYTES)
+    opened = text.peek()
+    if opened == "[" and (not where.endswith(".jsonl") or _begins_whole(text)):
+        text.restart()
+        text.expect("[")
+        yield from _elements(text)
+        if text.peek():
+            yield Item(None, "not JSON: text after the end of the list", text.position(text.at), 0)
+        return
+    kind, key = _kind(text) if opened == "{" else ("record", "")
+    if kind != "record":
+        text.restart()
+        yield from _members(text, keyed=kind == "keyed", among=key)
+    elif opened == "{" and not _is_lines(file, codec, mark) and _is_value(text):
+        text.restart()
+        yield from _values(text)
+    else:
+        yield from _lines(file, codec, mark)
+
+
+class _Text:
+    """A file's text from `at` on, decoded as it is needed. number: of the records so far."""
+
+    def __init__(self, file: IO[bytes], where: str, codec: str, mark: int, chunk_bytes: int) -> None:
+        self.file, self.where, self.codec, self.mark, self.chunk_bytes = file, where, codec, mark, chunk_bytes
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin at the file's start."""
+        self.file.seek(self.mark)
+        self.decoder = codecs.getincrementaldecoder(self.codec)()
+        self.text, self.at, self.number, self.ended = "", 0, 0, False
+        self.known = 0, self.mark  # a character of the text, and its byte in the file
+
+    def more(self, wanted: int) -> None:
+        """Read on; what lies before `at` is forgotten. Raises: Broken at bytes that are no character."""
+        try:
+            chunk = self.file.read(wanted)
+            decoded = self.decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            name = self.codec.upper()
+            raise Broken(f"{self.where} is not {name}: {error.reason} after record {self.number:,}") from None
+        self.known = 0, self.position(self.at)
+        self.text, self.at, self.ended = self.text[self.at :] + decoded, 0, not chunk
+
+    def position(self, at: int) -> int:
+        """Return the byte at which a character lies; later characters are asked for later."""
+        start, byte = self.known
+        self.known = at, byte + len(self.text[start:at].encode(self.codec, "surrogatepass"))
+        return self.known[1]
+
+    def peek(self) -> str:
+        """Return the next character that is no space, or "" at the end; `at` moves to it."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in _SPACE:
+                self.at += 1
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self.more(self.chunk_bytes)
+
+    def expect(self, character: str) -> None:
+        """Move behind a character. Raises: Broken where another one stands."""
+        if self.peek() != character:
+            raise self.broken(f"no {character} after it" if self.peek() else UNCLOSED)
+        self.at += 1
+
+    def value(self) -> Any:
+        """Parse the value at `at` and move behind it. Raises: Broken."""
+        wanted = self.chunk_bytes
+        self.peek()
+        while True:
+            try:
+                value, after = _DECODER.raw_decode(self.text, self.at)
+                if after < len(self.text) or self.ended:  # else a number may go on in the next chunk
+                    self.at = after
+                    return value
+                fault = UNCLOSED
+            except (ValueError, RecursionError) as error:
+                fault = UNCLOSED if self.ended and self.at >= len(self.text) else str(error)
+            if self.ended or len(self.text) - self.at > MAX_RECORD_CHARS:
+                raise self.broken(fault)
+            self.more(wanted)
+            wanted *= 2
+
+    def broken(self, fault: str) -> Broken:
+        """Word a fault at the present record."""
+        return Broken(f"{self.where} is not valid JSON: {fault} (record {self.number:,})")
+
+    def item(self, start: int, value: Any) -> Item:
+        """Make an item of what lies between a byte and `at`."""
+        self.number += 1
+        return Item(value, "", start, self.position(self.at) - start)
+
+
+def _elements(text: _Text) -> Iterator[Item]:
+    """Yield the elements of a list whose [ is behind us, and move behind its end."""
+    while text.peek() != "]":
+        start = text.position(text.at)
+        yield text.item(start, text.value())
+        if text.peek() != "]":
+            text.expect(",")
+    text.at += 1
+
+
+def _members(text: _Text, *, keyed: bool, among: str) -> Iterator[Item]:
+    """Yield the records of an object: its values by their keys, or the elements of its lists of records."""
+    text.expect("{")
+    while text.peek() != "}":
+        start = text.position(text.at)
+        key = text.value()
+        text.expect(":")
+        if keyed:
+            yield text.item(start, _with_id(key, text.value()))
+        elif text.peek() == "[":
+            text.at += 1
+            yield from (item for item in _elements(text) if key == among or has_turns(item.value))
+        else:
+            text.value()
+        if text.peek() != "}":
+            text.expect(",")
+    text.at += 1
+    if text.peek():
+        yield Item(None, "not JSON: text after the end of the object", text.position(text.at), 0)
+
+
+def _values(text: _Text) -> Iterator[Item]:
+    """Yield values that stand one after the other, each over several lines."""
+    while text.peek():
+        start = text.position(text.at)
+        yield text.item(start, text.value())
+
+
+def _kind(text: _Text) -> tuple[str, str]:
+    """Tell what the object at the start of a file is: `record`, `keyed` (records by id), or `list` (and its key)."""
+    try:
+        text.expect("{")
+        while text.peek() == '"':
+            key = text.value()
+            text.expect(":")
+            if key in FORM_KEYS:
+                return "record", ""
+            if text.peek() == "[":
+                text.at += 1
+                if any(has_turns(item.value) for item in _elements(text)):
+                    return "list", key
+            elif has_turns(text.value()):
+                return "keyed", ""
+            if text.peek() == ",":
+                text.at += 1
+    except Broken:
+        pass
+    return "record", ""
+
+
+def _with_id(key: Any, value: Any) -> Any:
+    return {"id": key, **value} if isinstance(value, dict) else value
+
+
+def _begins_whole(text: _Text) -> bool:
+    """Say whether a list's first element can be read."""
+    try:
+        text.expect("[")
+        return text.peek() == "]" or text.value() is not Ellipsis
+    except Broken:
+        return False
+
+
+def _is_value(text: _Text) -> bool:
+    """Say whether the file's first value can be read."""
+    text.restart()
+    try:
+        return text.value() is not Ellipsis
+    except Broken:
+        return False
+
+
+def _is_lines(file: IO[bytes], codec: str, mark: int) -> bool:
+    """Say whether the first line, or a record among the first hundred, is JSON by itself."""
+    for number, item in enumerate(islice(_lines(file, codec, mark), 100)):
+        if not item.fault and (number == 0 or has_turns(item.value)):
+            return True
+    return False
+
+
+def _lines(file: IO[bytes], codec: str, mark: int) -> Iterator[Item]:
+    """Yield the lines that are not empty, parsed or with their fault."""
+    for offset, line in _byte_lines(file, codec, mark):
+        if codec == "utf-8" and not line.strip():
+            continue
+        try:
+            # json decodes UTF-8 by itself, halves of characters too.
+            text = (
+                line.removeprefix(codecs.BOM_UTF8) if codec == "utf-8" else line.decode(codec).strip("\ufeff" + _SPACE)
+            )
+            if not text.strip():
+                continue
+            value, fault = json.loads(text), ""
+        except (ValueError, RecursionError) as error:
+            value, fault = None, f"not JSON: {str(error)[:80]}"
+        yield Item(value, fault, offset, len(line))
+
+
+def _byte_lines(file: IO[bytes], codec: str, mark: int) -> Iterator[tuple[int, bytes]]:
+    """Yield each line's place and bytes."""
+    file.seek(mark)
+    offset = mark
+    if codec == "utf-8":
+        for line in file:
+            yield offset, line
+            offset += len(line)
+        return
+    end = "\n".encode(codec)
+    held = b""
+    while chunk := file.read(CHUNK_BYTES):  # an even number of bytes
+        held += chunk
+        at = 0
+        while (found := held.find(end, at)) >= 0:
+            if found % 2 == 0:  # else it is the halves of two characters
+                yield offset, held[: found + 2]
+                held, offset, at = held[found + 2 :], offset + found + 2, 0
+            else:
+                at = found + 1
+    if held:
+        yield offset, held

@@ -1,0 +1,390 @@
+"""Instruction records: every written form of them, brought into LLaVA's. Both programs read records through this file.
+
+Out: `{"id", "image"?, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}`.
+`image` is a name, or a list of names for several pictures; without it the record is text-only. Each picture has one
+mark `<image>` in a human turn, and the n-th mark stands for the n-th picture. A record in that form already passes
+unchanged, with its key order and unknown fields. Read besides: turns as `role` and `content` (a text, or parts) under
+`messages` or `conversations`, JSON text of those, Qwen's `<img>NAME</img>`, alpaca (`instruction`, `input`, `output`,
+`history`, `system`), ms-swift (`query`, `response`), TRL (`prompt`, `completion`), and The Cauldron's and FineVision's
+`texts` (`user`, `assistant`). Pictures stand in `image` or `images`, in content parts, or in a binary column.
+
+A mark without a picture, a picture without a mark, video and sound make a record unusable: it is never taken for text.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Turns = list[dict[str, Any]]
+IMAGE_MARK = "<image>"
+HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "chatgpt", "model", "bing", "bard")
+ROLES = {**dict.fromkeys(HUMAN, "human"), **dict.fromkeys(MODEL, "gpt"), "system": "system"}
+FORM_KEYS = ("conversations", "messages", "texts", "instruction", "query", "prompt")
+IMAGE_KEYS = ("image", "images")
+IMAGE_SUFFIXES = tuple("jpg jpeg png webp gif bmp tif tiff avif jfif jpe heic heif jxl".split())
+OTHER_MEDIA = {"video": "video", "videos": "video", "audio": "sound", "audios": "sound"}
+NO_FORM = "neither conversations, messages, texts nor instruction and output"
+NO_PICTURE, NO_MARK = "an image mark without an image", "an image without an image mark"
+NO_NAME = "image is not a name"
+MISSING, NOT_UTF8 = "missing image", "the caption is not UTF-8"
+_INVISIBLE = re.compile(r"^[\s\0\ufeff\u200b-\u200d\u2060]+|[\s\0\ufeff\u200b-\u200d\u2060]+$")
+_INLINE = re.compile(r"<img>([^<>\n]{1,4096})</img>|<image>")
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+_NAME_KEYS = ("path", "url", "image", "image_url")
+# How files of pictures begin, for binary columns that no field's name tells.
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF", b"\0\0\0")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of a record: its name as written, or its bytes where the record holds them, or both."""
+
+    name: str
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a record is: in LLaVA's form with its pictures in the order of their marks, or why it cannot be used.
+
+    dropped: fields with bytes that are no picture of the record and that JSON cannot hold.
+    """
+
+    record: dict[str, Any] | None
+    pictures: tuple[Picture, ...] = ()
+    fault: str = ""
+    dropped: tuple[str, ...] = ()
+
+
+Mark = Picture | int | None  # of its own, the n-th of those beside the turns, or the next of them
+
+
+class _Unusable(Exception):
+    """A record cannot be used; the text says why."""
+
+
+def read(
+    value: Any,
+    default_id: str,
+    *,
+    given: Sequence[str] = (),
+    suffix_of: Callable[[bytes], str] = lambda data: "jpg",
+) -> Reading:
+    """Bring a record of any known form into LLaVA's.
+
+    given: names of pictures that lie beside the record (in a tar), which it need not name. suffix_of: tells a format
+    by its bytes, for pictures without a name, which are then called after the record.
+    """
+    if not isinstance(value, dict):
+        return Reading(None, fault="not a JSON object")
+    try:
+        return _read(value, default_id, given, suffix_of)
+    except _Unusable as unusable:
+        return Reading(None, fault=str(unusable))
+    except RecursionError:
+        return Reading(None, fault="nested too deep")
+
+
+def _read(value: dict[str, Any], default_id: str, given: Sequence[str], suffix_of: Callable[[bytes], str]) -> Reading:
+    turns, form = _turns_of(value)
+    for key, kind in OTHER_MEDIA.items():
+        if value.get(key):
+            raise _Unusable(f"it has {kind}, which is not read")
+    named, place, dropped = _record_pictures(value)
+    listed = named or [Picture(name) for name in given]
+    written, pictures = _place(turns, listed, first="texts" in form)
+    if given and len(pictures) != len(given):
+        raise _Unusable(NO_MARK if len(pictures) < len(given) else NO_PICTURE)
+    fault = conversation_fault(written)
+    if fault:
+        raise _Unusable(fault)
+    names = [picture.name for picture in pictures]
+    unnamed = [number for number, name in enumerate(names) if not name]
+    for number in unnamed:
+        more = f"_{number}" if len(pictures) > 1 else ""
+        names[number] = f"{default_id}{more}.{suffix_of(pictures[number].data or b'')}"
+    pictures = [Picture(name, picture.data) for name, picture in zip(names, pictures, strict=True)]
+    image = [] if not names else names[0] if len(names) == 1 else names
+    same_images = place in (None, "image") and not unnamed and not dropped and as_list(value.get("image")) == names
+    if form == ("conversations",) and written is value["conversations"] and same_images:
+        return Reading(value, tuple(pictures))
+    gone = {*form, *dropped} | ({"images", place} - {"image"} if names else set())
+    kept = {key: image if key == "image" else item for key, item in value.items() if key not in gone}
+    added = {"image": image} if names else {}
+    return Reading(
+        {"id": default_id, **kept, **added, "conversations": written}, tuple(pictures), dropped=tuple(dropped)
+    )
+
+
+def has_turns(value: Any) -> bool:
+    """Say whether a value is of a known form, to judge by its keys."""
+    return isinstance(value, dict) and any(key in value for key in FORM_KEYS)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Take a field that may be absent, one value or a list of them, for a list."""
+    return [] if value in (None, "", []) else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def conversation_fault(turns: Sequence[Any]) -> str:
+    """Name what keeps turns from being a conversation, or nothing."""
+    if not turns:
+        return "no turns"
+    for turn in turns:
+        if not (isinstance(turn, dict) and isinstance(turn.get("value"), str) and isinstance(turn.get("from"), str)):
+            return "a turn without from and value"
+        if turn["from"] not in ROLES:
+            return "a turn by an unknown speaker"
+    if not any(turn["from"] in MODEL and turn["value"].strip() for turn in turns):
+        return "no answer"
+    return ""
+
+
+def _turns_of(value: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
+    """Find a record's turns, as from and value; value may still be a list of parts. Returns (turns, fields used)."""
+    for key in ("conversations", "messages"):
+        if key in value and value[key] is not None:
+            return _spoken(_parsed(value[key])), (key,)
+    if value.get("instruction") is not None and "output" in value:
+        return _asked(value, "instruction", "output"), ("instruction", "input", "output", "history", "system")
+    if value.get("query") is not None and "response" in value:
+        return _asked(value, "query", "response"), ("query", "response", "history", "system")
+    if value.get("texts") is not None:
+        return _from_texts(_parsed(value["texts"])), ("texts",)
+    if value.get("prompt") is not None and "completion" in value:
+        return _half(value["prompt"], "human") + _half(value["completion"], "gpt"), ("prompt", "completion")
+    raise _Unusable(NO_FORM)
+
+
+def _half(said: Any, speaker: str) -> list[Any]:
+    """Read TRL's `prompt` or `completion`: a text, or turns."""
+    return [{"from": speaker, "value": said}] if isinstance(said, str) else _spoken(_parsed(said))
+
+
+def _parsed(value: Any) -> list[Any]:
+    """Parse turns that are written as JSON text, as parquet columns often hold them."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        value = None
+    if not isinstance(value, list):
+        raise _Unusable("no list of turns")
+    return value
+
+
+def _spoken(turns: list[Any]) -> list[Any]:
+    """Write turns as from and value, with LLaVA's speakers; the list itself where each is already so."""
+    if all(isinstance(turn, dict) and _is_written(turn.get("from"), turn.get("value")) for turn in turns):
+        return turns
+    written = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise _Unusable("a turn without from and value")
+        speaker = turn["from"] if turn.get("from") is not None else turn.get("role")
+        said = turn["value"] if turn.get("value") is not None else turn.get("content")
+        speaker = ROLES.get(str(speaker).strip().lower(), speaker)
+        kept = {key: item for key, item in turn.items() if key not in ("from", "role", "value", "content")}
+        written.append({"from": speaker, "value": said, **{k: v for k, v in kept.items() if v is not None}})
+    return written
+
+
+def _is_written(speaker: Any, said: Any) -> bool:
+    return isinstance(speaker, str) and speaker in ROLES and isinstance(said, str | list)
+
+
+def _asked(value: Mapping[str, Any], question: str, answer: str) -> Turns:
+    """Read alpaca's and ms-swift's fields, earlier rounds (`history`, pairs) first."""
+    history, system = value.get("history") or [], value.get("system")
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise _Unusable("no list of turns")
+    asked, more = value[question], value.get("input") or "" if question == "instruction" else ""
+    asked = f"{asked}\n{more}" if more and isinstance(asked, str) and isinstance(more, str) else asked
+    turns: Turns = [{"from": "system", "value": system}] if isinstance(system, str) and system else []
+    for human, model in [*history, (asked, value[answer])]:
+        turns += [{"from": "human", "value": human}, {"from": "gpt", "value": model}]
+    return turns
+
+
+def _from_texts(texts: list[Any]) -> Turns:
+    turns: Turns = []
+    for each in texts:
+        if not isinstance(each, dict):
+            raise _Unusable("no list of turns")
+        turns += [{"from": "human", "value": each.get("user")}, {"from": "gpt", "value": each.get("assistant")}]
+    return turns
+
+
+def _record_pictures(value: Mapping[str, Any]) -> tuple[list[Picture], str | None, list[str]]:
+    """Find the pictures that a record names beside its turns. Returns (pictures, their field, fields to drop)."""
+    held = {key: as_list(value.get(key)) for key in IMAGE_KEYS}
+    held = {key: items for key, items in held.items() if items}
+    if len(held) == 2 and held["image"] != held["images"]:
+        raise _Unusable("image and images differ")
+    place = next(iter(held), None)
+    binary = [key for key, item in value.items() if key not in IMAGE_KEYS and _holds_bytes(item)]
+    if place is None:
+        columns = [key for key in binary if all(_is_picture(item) for item in as_list(value[key]))]
+        if len(columns) > 1:
+            raise _Unusable(f"several columns of images: {', '.join(map(str, columns))[:80]}")
+        place = columns[0] if columns else None
+    found = [_picture(item) for item in as_list(value[place])] if place is not None else []
+    return found, place, [key for key in binary if key != place]
+
+
+def _holds_bytes(item: Any) -> bool:
+    inner = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
+    return isinstance(item, bytes) or any(_holds_bytes(each) for each in inner)
+
+
+def _is_picture(item: Any) -> bool:
+    data = item.get("bytes") if isinstance(item, dict) else item
+    return isinstance(data, bytes) and data.startswith(_MAGIC)
+
+
+def _picture(item: Any) -> Picture:
+    """Take a name, a data URI, bytes, or a table with one of those, for a picture."""
+    if isinstance(item, bytes) and item:
+        return Picture("", item)
+    if isinstance(item, dict):
+        name = next((item[key] for key in _NAME_KEYS if item.get(key) is not None), "")
+        if isinstance(item.get("bytes"), bytes) and item["bytes"]:
+            return Picture(name if isinstance(name, str) else "", item["bytes"])
+        if not isinstance(name, str):
+            return _picture(name)
+        item = name
+    if not isinstance(item, str) or not item:
+        raise _Unusable(NO_NAME)
+    if item.startswith("data:"):
+        head, comma, body = item.partition(",")
+        try:
+            data = base64.b64decode(body, validate=True) if head.endswith(";base64") and comma else b""
+        except (binascii.Error, ValueError):
+            data = b""
+        if not data:
+            raise _Unusable("a data: image that cannot be decoded")
+        return Picture("", data)
+    if item.startswith("file://"):
+        return Picture(item.removeprefix("file://"))
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", item):
+        raise _Unusable("image is a URL; download it first")
+    return Picture(item)
+
+
+def _place(turns: list[Any], listed: list[Picture], *, first: bool) -> tuple[list[Any], list[Picture]]:
+    """Give each mark its picture, in order; marks of their own (content parts, `<img>`) keep theirs.
+
+    first: the form has no marks (`texts`): without any, all pictures come before the first question.
+    Returns the turns with a text each, the list itself where no turn changed, and the pictures in order of their marks.
+    """
+    marks: list[Mark] = []
+    texts = [_text_of(turn, marks) for turn in turns]
+    own = [mark for mark in marks if isinstance(mark, Picture)]
+    if own and listed == own:
+        listed = []  # named twice: in the turns and beside them
+    if first and not marks and listed:
+        place = next((n for n, turn in enumerate(turns) if turn["from"] == "human" and isinstance(texts[n], str)), None)
+        if place is not None:
+            texts[place] = "\n".join([IMAGE_MARK] * len(listed) + ([texts[place]] if texts[place] else []))
+            marks = [None] * len(listed)
+    pictures = _match(marks, listed)
+    if all(isinstance(turn, dict) and text is turn.get("value") for turn, text in zip(turns, texts, strict=True)):
+        return turns, pictures
+    return [{**turn, "value": text} for turn, text in zip(turns, texts, strict=True)], pictures
+
+
+def _match(marks: list[Mark], listed: list[Picture]) -> list[Picture]:
+    """Return the picture of each mark; every listed picture must have one."""
+    numbers = [mark for mark in marks if isinstance(mark, int)]
+    wanting = len(marks) - sum(isinstance(mark, Picture) for mark in marks)
+    if len(numbers) == wanting and set(numbers) == set(range(len(listed))):
+        return [mark if isinstance(mark, Picture) else listed[mark] for mark in marks if mark is not None]
+    if wanting != len(listed):
+        raise _Unusable(NO_PICTURE if wanting > len(listed) else NO_MARK)
+    following = iter(listed)
+    return [mark if isinstance(mark, Picture) else next(following) for mark in marks]
+
+
+def _text_of(turn: Any, marks: list[Mark]) -> Any:
+    """Write what is said in a turn as one text; appends its marks, with their own pictures where they have some."""
+    said = turn.get("value") if isinstance(turn, dict) else None
+    asks = isinstance(turn, dict) and turn.get("from") in HUMAN
+    if isinstance(said, str):
+        return _marked(said, marks) if asks else said
+    if not isinstance(said, list):
+        return said
+    texts = []
+    for part in said:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in _IMAGE_PARTS or (kind is None and isinstance(part, dict) and part.get("image")):
+            if not asks:
+                raise _Unusable("an image in an answer")
+            number = part.get("index")
+            named = any(part.get(key) for key in (*_NAME_KEYS, "bytes"))
+            marks.append(_picture(part) if named else number if type(number) is int else None)
+            texts.append(IMAGE_MARK)
+        elif isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str)):
+            text = part if isinstance(part, str) else part["text"]
+            texts.append(_marked(text, marks) if asks else text)
+        else:
+            other = OTHER_MEDIA.get(str(kind).removesuffix("_url").removeprefix("input_"))
+            raise _Unusable(f"it has {other}, which is not read" if other else "a content part without text")
+    return "\n".join(texts)
+
+
+def _marked(text: str, marks: list[Mark]) -> str:
+    """Append the marks of a text, and write Qwen's `<img>NAME</img>` as one. The text itself where there is none."""
+    found = list(_INLINE.finditer(text))
+    marks += [_picture(match[1].strip()) if match[1] else None for match in found]
+    return _INLINE.sub(IMAGE_MARK, text) if any(match[1] for match in found) else text
+
+
+def visible(text: str) -> str:
+    """Strip spaces, byte order marks, NUL and zero-width characters from both ends of a text."""
+    return _INVISIBLE.sub("", text)
+
+
+def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: str, prompt: str) -> Reading:
+    """Make a record of a tar's sample: of its JSON where that has turns, else of its caption.
+
+    stored: the parsed JSON member, or None. caption: the text member, or None. names: of its pictures, in order.
+    prompt: what to ask for a caption.
+    """
+    fields = stored if isinstance(stored, dict) else {}
+    if any(fields.get(name) is not None for name in FORM_KEYS[:3]):
+        reading = read(fields, key, given=names)
+        named = len(as_list(fields.get("image")) or as_list(fields.get("images")))
+        missing = (reading.fault == NO_PICTURE and named > len(names)) or len(reading.pictures) > len(names)
+        return Reading(None, fault=MISSING) if missing else reading
+    try:
+        said = fields.get("caption") if caption is None else caption.decode()
+    except UnicodeDecodeError:
+        return Reading(None, fault=NOT_UTF8)
+    said = visible(said) if isinstance(said, str) else ""
+    if not said or not names:
+        return Reading(None, fault=MISSING if said else "no conversation and no caption")
+    if len(names) > 1:
+        return Reading(None, fault="a caption for several images")
+    turns = [{"from": "human", "value": IMAGE_MARK + (f"\n{prompt}" if prompt else "")}]
+    turns.append({"from": "gpt", "value": said})
+    return Reading({"id": key, "image": names[0], "conversations": turns}, (Picture(names[0]),))
+
+
+def ordered_pictures(suffixes: Iterable[str], images: Sequence[str] = IMAGE_SUFFIXES) -> list[str]:
+    """Choose, of a sample's suffixes, those of its pictures, in their order: `jpg`, then `0.jpg`, `1.jpg`, ...
+
+    The first plain one counts, whatever its format. Numbered ones may be written as Energon does (`img0.jpg`).
+    images: suffixes of image files, in lower case.
+    """
+    plain: list[str] = []
+    numbered: dict[int, str] = {}
+    for suffix in suffixes:
+        head, _, kind = suffix.rpartition(".")
+        if kind in images and not head:
+            plain.append(suffix)
+        elif kind in images and (match := re.fullmatch(r"(?:img|image)?[_.-]?(\d{1,6})", head)):
+            numbered.setdefault(int(match[1]), suffix)
+    return [*plain[:1], *(numbered[number] for number in sorted(numbered))]
