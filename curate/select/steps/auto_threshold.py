@@ -8,6 +8,8 @@ look-alikes do and hardly any copies, far / (2/3) estimates the share of look-al
 is fitted so (isotonic regression on bins even in log(1 - cosine), one standard error added). From where it passes one
 half on, a pair whose pixels agree is a copy; from where it passes one in a hundred on, any pair is.
 
+Where hardly a pair has pixels to ask, the cosines alone say it if look-alikes and copies lie apart (cosine_gap).
+
 The share of mismatched pairs. If a share p of the pairs is as good as shuffled, then at least p q of all scores lie
 below the shuffled scores' quantile q: the least of share-below(q) / q over several q bounds p from above.
 
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from curate.select.steps.cosine_gap import find_gap
 from curate.select.steps.linked_pairs import PairRule
 
 TIMID = 0.999
@@ -33,6 +36,7 @@ CERTAIN = 0.01  # share of look-alikes up to which the cosine alone decides
 BLIND = 0.9  # beyond it real pairs score as shuffled ones do, and their order says nothing
 NUM_BINS = 240
 LEAST_COPIES = 10
+LEAST_KNOWN = 0.1  # share of the linked pairs whose pixels are known, from which on these speak for all
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Evidence:
     reason: str
     pairs: int
     pixel_copies: int
+    confidence: float | None = None  # the share of the pairs above a gap in the cosines that are no look-alikes
 
     @property
     def threshold(self) -> float:
@@ -53,7 +58,8 @@ class Evidence:
         """Return what the funnel prints."""
         facts = {"why": self.reason, "linked_pairs": self.pairs, "pixel_twins": self.pixel_copies}
         anyhow = {"anyhow_above": self.rule.anyhow} if self.rule.anyhow < math.inf else {}
-        return facts | {"most_bits": self.rule.bits} | anyhow
+        sure = {} if self.confidence is None else {"confidence": round(self.confidence, 4)}
+        return facts | {"most_bits": self.rule.bits} | anyhow | sure
 
 
 def pixel_rule(threshold: float, anyhow: float, bits: int) -> PairRule:
@@ -61,20 +67,20 @@ def pixel_rule(threshold: float, anyhow: float, bits: int) -> PairRule:
     return PairRule(threshold, anyhow, bits, max(threshold, min(anyhow, TIMID)))
 
 
-def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Evidence:
+def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float, rows: int = 0) -> Evidence:
     """Find the cosine above which linked images are more likely than not near-duplicates, from their pixels.
 
     similarity: f32 [m], the near-duplicate forest's edges. bits: u8 [m], differing bits of their perceptual hashes, 255
-    where unknown. Distinct images that an embedder takes for alike differ in more than FAR_BITS bits in two thirds of
-    the cases, near-duplicates hardly ever, so that 1.5 times the share of such pairs estimates the share of look-alikes
-    (looked at: photographs under an ImageNet classifier, a descriptor of colours and gradients and the demo's CLIP, and
-    the demo's pools of three degrees of dirt). It is fitted as a falling function of similarity (isotonic, on bins
-    even in log(1 - cosine)). Where it passes one half, pairs whose pixels agree are duplicates; where it passes one in
-    a hundred, all are. Without evidence that there are duplicates at all only pixel twins above 0.999 are.
+    where unknown. rows: of the pool; 0 stands for one more than there are edges. The numbers come from photographs
+    under an ImageNet classifier, under a descriptor of colours and gradients and under the demo's CLIP, and from the
+    demo's pools of three degrees of dirt. Where fewer than a tenth of the pairs have known hashes, see cosine_gap.
+    Without evidence that there are duplicates at all, only pairs above 0.999 whose hashes differ in at most 8 bits are.
     """
     from scipy.optimize import isotonic_regression
 
     known = bits <= 64
+    if known.sum() < LEAST_KNOWN * len(known):
+        return _by_cosines(similarity, bits, floor, max(rows, len(similarity) + 1))
     similarity, bits = similarity[known], bits[known]
     pairs, copies = len(similarity), int((bits <= COPY_BITS).sum())
     cautious = pixel_rule(max(TIMID, floor), math.inf, COPY_BITS)
@@ -97,6 +103,21 @@ def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float) -> Ev
     anyhow = float(edges[certain[0]]) if len(certain) else math.inf
     why = f"above it most linked pairs are duplicates; those of at most {NEAR_BITS} differing bits are taken"
     return Evidence(pixel_rule(float(edges[likely[0]]), anyhow, NEAR_BITS), why, pairs, copies)
+
+
+def _by_cosines(similarity: np.ndarray, bits: np.ndarray, floor: float, rows: int) -> Evidence:
+    """Read the threshold off a gap in the cosines; where there is none, only all but equal pictures are one."""
+    copies = int((bits <= COPY_BITS).sum())
+    gap = find_gap(similarity, rows, floor)
+    if gap is None or gap.threshold >= TIMID:
+        why = "timid: no perceptual hashes, and no gap in the cosines between look-alikes and copies"
+        return Evidence(pixel_rule(max(TIMID, floor), math.inf, COPY_BITS), why, len(similarity), copies)
+    why = (
+        f"no perceptual hashes; a gap in the cosines: of the {gap.pairs:,} linked pairs above it "
+        f"some {math.ceil(gap.look_alikes):,} may be look-alikes"
+    )
+    rule = PairRule(gap.threshold, math.inf, NEAR_BITS, gap.threshold)
+    return Evidence(rule, why, len(similarity), copies, 1 - gap.look_alikes / gap.pairs)
 
 
 def mismatch_share(scores: np.ndarray, shuffled: np.ndarray) -> tuple[float, dict[str, Any]]:

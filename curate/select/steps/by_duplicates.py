@@ -46,7 +46,7 @@ def _pair_rule(frame: Frame, name: str, threshold: Threshold) -> tuple[PairRule,
     assert frame.edges is not None
     if threshold == AUTO:
         _, _, similarity, bits = frame.edges()
-        evidence = auto_threshold.find_threshold(similarity, bits, frame.floor)
+        evidence = auto_threshold.find_threshold(similarity, bits, frame.floor, int(frame.good.sum()))
         return evidence.rule, {"threshold": evidence.threshold, **evidence.facts()}
     if threshold < frame.floor:
         raise UsageError(
