@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,6 +95,19 @@ class Runtime:
         if self.world > 1:
             dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
+
+    def first(self, function: Callable[[], Any]) -> Any:
+        """Call a function in the first rank alone; return its result, or raise its error, in every rank."""
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer = [function(), None]
+            except Exception as error:  # whatever it is, the others must not wait for it
+                answer = [None, error]
+        answer = self.broadcast(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
 
 def _join(device: torch.device) -> Any:

@@ -2,14 +2,21 @@
 
 A frozen tower gives the same features for an image in every epoch, so they are computed once before the first step.
 Table: [images, tokens an image, width] in the run's dtype; 729 tokens of width 1,152 in bf16 are 1.7 MB an image.
-Images are computed in chunks of a fixed size and in sample order, so that a resumed run repeats them bit for bit.
+Images are computed in chunks of a fixed size and in sample order, so that a resumed run repeats them bit for bit. Of
+several ranks each computes its share of the chunks; those of one machine write into one table, a file in the folder for
+temporary files that all of them map and that has no name any more, so that it is held once and ends with them.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
+import tempfile
 from collections import Counter
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,32 +46,33 @@ class FeatureCache:
         """Compute the features of all images of the plan.  skipped: sample -> reason; broken images are added to it."""
         self.composed, self.runtime = composed, runtime
         samples = [int(i) for i in plan.usable if plan.measured.images[i] and int(i) not in skipped]
-        total = int(plan.measured.images[samples].sum()) if samples else 0
+        ends = np.cumsum(plan.measured.images[samples]) if samples else np.zeros(1, np.int64)
+        self.at = {i: (int(end - plan.measured.images[i]), int(end)) for i, end in zip(samples, ends, strict=False)}
         width = composed.model.model.vision_tower.config.hidden_size
-        self.table = torch.empty((total, composed.vision.tokens_per_image, width), dtype=runtime.dtype)
-        self.at: dict[int, tuple[int, int]] = {}
-        filled, pending = 0, []
-        loader = load(Images(collator), samples, stage.workers, False)
-        for index, (pixels, reason) in zip(samples, loader, strict=True):
-            if pixels is None:
-                skipped[index] = collator.skip[index] = reason
-                continue
-            self.at[index] = (filled, filled + len(pixels))
-            filled += len(pixels)
-            pending.append(pixels)
-            if sum(map(len, pending)) >= FEATURE_CHUNK:
-                self._flush(pending, filled)
-                pending = []
-        if pending:
-            self._flush(pending, filled)
+        self.table = _make_table((int(ends[-1]), composed.vision.tokens_per_image, width), runtime)
+        _, local_rank, local_world = _local(runtime)
+        own = chunks(samples, [self.at[i] for i in samples])[local_rank::local_world]
+        loader = load(Images(collator), [i for chunk in own for i in chunk], stage.workers, False)
+        broken: dict[int, str] = {}
+        for chunk in own:
+            pixels = dict(zip(chunk, (next(loader) for _ in chunk), strict=True))
+            broken |= {i: reason for i, (seen, reason) in pixels.items() if seen is None}
+            self._compute({i: seen for i, (seen, _) in pixels.items() if seen is not None})
+        for part in runtime.gather(broken):
+            skipped |= part
+            collator.skip |= part
         check_bad(collator.source, skipped, stage.max_bad_share)
         collator.decode = False
 
-    def _flush(self, pending: list[Tensor], end: int) -> None:
-        pixels = torch.cat(pending).to(self.runtime.device)
+    def _compute(self, pixels: dict[int, Tensor]) -> None:
+        """Fill the rows of some samples.  pixels: sample -> u8 [n, 3, h, w]."""
+        if not pixels:
+            return
         with self.runtime.autocast():
-            out = tower_features(self.composed, pixels)
-        self.table[end - len(pixels) : end] = out.to(self.table.dtype).cpu()
+            out = tower_features(self.composed, torch.cat(list(pixels.values())).to(self.runtime.device))
+        out = out.to(self.table.dtype).cpu()
+        for index, part in zip(pixels, out.split([len(seen) for seen in pixels.values()]), strict=True):  # type: ignore[no-untyped-call]
+            self.table[slice(*self.at[index])] = part
 
     def get(self, images: list[int]) -> Tensor:
         """Return [n, tokens, width].  images: the sample index of each image; those of a sample stand side by side."""
@@ -74,6 +82,43 @@ class FeatureCache:
             rows.append(first + seen[i] % (last - first))  # a sample may stand twice in a batch
             seen[i] += 1
         return self.table[rows]
+
+
+def chunks(samples: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Cut samples, whose images stand at `spans`, into runs of FEATURE_CHUNK images or a few more."""
+    cut: list[list[int]] = []
+    first = -FEATURE_CHUNK
+    for index, (start, _) in zip(samples, spans, strict=True):
+        if start - first >= FEATURE_CHUNK:
+            cut.append([])
+            first = start
+        cut[-1].append(index)
+    return cut
+
+
+def _local(runtime: Runtime) -> tuple[int, int, int]:
+    """Return the number of this machine, this rank's number on it, and how many ranks it has, as torchrun says."""
+    node, local = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    return (node, local, int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))) if runtime.world > 1 else (0, 0, 1)
+
+
+def _make_table(shape: tuple[int, ...], runtime: Runtime) -> Tensor:
+    """Make an empty table, which the ranks of a machine share."""
+    numel, itemsize = math.prod(shape), runtime.dtype.itemsize
+    if runtime.world == 1 or numel == 0:
+        return torch.empty(shape, dtype=runtime.dtype)
+    node, local, _ = _local(runtime)
+    name = ""
+    if local == 0:
+        handle, name = tempfile.mkstemp(prefix="train-features-")
+        os.truncate(handle, numel * itemsize)
+        os.close(handle)
+    name = next(there for its, rank, there in runtime.gather((node, local, name)) if (its, rank) == (node, 0))
+    table = torch.from_file(name, shared=True, size=numel, dtype=runtime.dtype).view(shape)
+    runtime.barrier()
+    if local == 0:
+        os.unlink(name)
+    return table
 
 
 def cache_features(

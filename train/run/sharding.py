@@ -5,6 +5,9 @@ Each layer of the language model is its own FSDP unit, gathered only while it ru
 the root unit, gathered for a whole pass. A frozen tower is not cut. A pass gathers each weight twice (forward and
 backward) and reduce-scatters each gradient once.
 
+The first rank composes the model; the others get its structure with parameters on the meta device, which hold no
+memory, and from `shard` their part of each weight, one weight at a time. So one rank of all holds the whole model.
+
 Invariant: gathers and reductions are collectives, so in every round of micro-batches each rank runs one pass, in which
 every weight that learns gets a gradient. A rank without samples runs `placeholder_batch`; a batch without images adds
 `zero_for_unused`.  Source: torch.distributed.fsdp.fully_shard (PyTorch's FSDP2).
@@ -12,12 +15,15 @@ every weight that learns gets a gradient. A rank without samples runs `placehold
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.config import Stage
 from train.data.batches import Batch
@@ -32,12 +38,30 @@ def is_sharded(composed: Composed) -> bool:
     return hasattr(composed.model, "run_gathered")
 
 
+def compose_once(runtime: Runtime, compose: Callable[[], Composed]) -> Composed:
+    """Compose in the first rank; return it there, and in the others the same with parameters on the meta device."""
+    here: list[Composed] = []
+
+    def skeleton() -> Composed:
+        here.append(compose())
+        weights = here[0].model.parameters()
+        # deepcopy takes what its memo holds for a copy made already; so no weight is copied.
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in weights
+        }
+        return copy.deepcopy(here[0], memo)
+
+    composed: Composed = runtime.first(skeleton)
+    return here[0] if here else composed
+
+
 def shard(composed: Composed, stage: Stage, runtime: Runtime) -> dict[str, nn.Parameter]:
     """Cut a prepared model among the ranks; return the parameters that learn, now DTensors, by name."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     model = composed.model
+    full = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
     half = runtime.dtype == torch.bfloat16
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
     options: dict[str, Any] = {"mesh": init_device_mesh(runtime.device.type, (runtime.world,)), "mp_policy": policy}
@@ -45,9 +69,28 @@ def shard(composed: Composed, stage: Stage, runtime: Runtime) -> dict[str, nn.Pa
         fully_shard(layer, **options)
     uncut = set() if stage.tune_tower else set(model.model.vision_tower.parameters())
     fully_shard(model, ignored_params=uncut, **options)
+    _hand_out(model, full, runtime)
     model.run_gathered = types.MethodType(lambda _model, function, *given: function(*given), model)
     register_fsdp_forward_method(model, "run_gathered")
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _hand_out(model: nn.Module, full: dict[str, Tensor], runtime: Runtime) -> None:
+    """Give every rank its part of each weight of the first rank, whose `full` ones lie on the CPU; a collective."""
+    device = runtime.device
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
+    for name, parameter in model.named_parameters():
+        if runtime.rank == 0:
+            weight = full.pop(name).to(device)
+        else:
+            weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        with torch.no_grad():
+            if isinstance(parameter, DTensor):
+                part = distribute_tensor(weight, parameter.device_mesh, parameter.placements)
+                parameter.to_local().copy_(part.to_local())
+            else:
+                dist.broadcast(weight, src=0)
+                parameter.copy_(weight)
 
 
 def run_gathered(composed: Composed, function: Callable[..., Result], *given: Any) -> Result:

@@ -19,7 +19,7 @@ from train.data.measuring import measure_once
 from train.data.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
 from train.data.sources import Measured, Source, check_bad, open_source
 from train.dist import Runtime, leave_group
-from train.errors import DataError, TrainError, UsageError
+from train.errors import DataError, UsageError
 from train.folder import absolute, digest_data, finish, held, open_run, read_json, relative
 from train.model import attention
 from train.model.compose import Composed, compose
@@ -129,23 +129,21 @@ def _request(
 
 def _claim(runtime: Runtime, out: Path, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> str:
     """Lock the directory in the first rank until the stack ends; return its status or raise its error in all ranks."""
-    answer: list[Any] = [None, None]
-    if runtime.rank == 0:
-        try:
-            stack.enter_context(held(out))
-            answer = [open_run(out, request, overwrite=overwrite), None]
-        except TrainError as error:
-            answer = [None, error]
-    answer = runtime.broadcast(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return str(answer[0])
+
+    def claim() -> str:
+        stack.enter_context(held(out))
+        return open_run(out, request, overwrite=overwrite)
+
+    return str(runtime.first(claim))
 
 
 def _assemble(
     config: Config, stage: Stage, stage_name: StageName, source: Source, runtime: Runtime, out: Path, align: Path | None
 ) -> tuple[Training, str]:
-    composed = compose(config.model, runtime.dtype)
+    if stage.shard and runtime.world > 1:
+        composed = sharding.compose_once(runtime, lambda: compose(config.model, runtime.dtype))
+    else:
+        composed = compose(config.model, runtime.dtype)
     learnt_from = "" if align is None else _load_align(composed, config.model, align)
     if stage_name == "finetune" and align is None:
         log.info("without --align the projector starts from random weights")

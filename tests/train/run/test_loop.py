@@ -164,9 +164,12 @@ def run_by_two(*arguments):
         place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()})
         shard, cut = sharding.shard, []
+        handed = rank > 0  # the others hold no weight before they are handed their part
 
         def checked(*given):
+            assert all(p.is_meta == handed for p in given[0].model.parameters())
             learnt = shard(*given)
+            assert not any(p.is_meta for p in given[0].model.parameters())
             cut.extend(p.to_local().numel() <= -(-p.shape[0] // 2) * p[0].numel() for p in learnt.values())
             return learnt
 

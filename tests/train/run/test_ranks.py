@@ -78,3 +78,34 @@ def test_ranks_go_on_from_the_checkpoint_of_the_first(world, tmp_path, monkeypat
         run(world, blind, "finetune.lora_dropout=0.0", "finetune.save_every=2")
 
     on_two_ranks(cannot_see, codes=(1, 1))
+
+
+def test_two_ranks_compute_each_cached_feature_once(world, tmp_path, monkeypatch):
+    from train.run import cache
+
+    monkeypatch.setattr(cache, "FEATURE_CHUNK", 4)
+    settings = ("finetune.lora_dropout=0.0", "finetune.cache_features_mb=10")
+    run(world, tmp_path / "one", *settings)
+    compute = cache.FeatureCache._compute
+
+    def noted(self, pixels):
+        with (tmp_path / f"computed-{self.runtime.rank}").open("a") as file:
+            file.writelines(f"{index}\n" for index in pixels)
+        compute(self, pixels)
+
+    monkeypatch.setattr(cache.FeatureCache, "_compute", noted)
+    on_two_ranks(lambda _: run(world, tmp_path / "two", *settings))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    seen = [(tmp_path / f"computed-{rank}").read_text().split() for rank in range(2)]
+    assert all(len(own) > 8 for own in seen) and not set(seen[0]) & set(seen[1])
+    assert len(seen[0] + seen[1]) == 32, "of 40 samples each fifth has no image"
+
+
+def test_chunks_of_images_do_not_depend_on_the_ranks():
+    from train.run.cache import FEATURE_CHUNK, chunks
+
+    spans = [(3 * i, 3 * i + 3) for i in range(50)]
+    cut = chunks(list(range(50)), spans)
+    assert [i for chunk in cut for i in chunk] == list(range(50))
+    assert all(FEATURE_CHUNK <= 3 * len(chunk) < FEATURE_CHUNK + 3 for chunk in cut[:-1])
+    assert chunks([], []) == []
