@@ -37,6 +37,8 @@ from curate.storage.manifest import (
 )
 from curate.vectors import kmeans
 from curate.vectors.exact import widen
+from curate.vectors.near_pairs import is_worth_rounding
+from curate.vectors.products import fastest_product
 
 MAX_BUCKETS = 1024
 NULL_ROWS = 1 << 16
@@ -70,7 +72,10 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     if left := output.missing(source.stems):
         return {**made, "unfinished": left}
     sizes = _sizes(source, output, rows_ok)
-    found = _find_edges(output, edges.FindEdges(emb, out, options.floor, giants.choose(sizes)), buckets, job)
+    task = edges.FindEdges(
+        emb, out, options.floor, load_json(output.path(FIT)).get("screen", "f32"), giants.choose(sizes)
+    )
+    found = _find_edges(output, task, buckets, job)
     made["counts"]["related"] = found.rows
     if found.left:
         return {**made, "unfinished": found.left}
@@ -142,7 +147,7 @@ def _find_edges(output: Output, task: edges.FindEdges, buckets: int, job: Job) -
 
     if compare(task, range(buckets), lambda: edges.missing(output, buckets), "buckets"):
         if blocks := edges.blocks(output, buckets):
-            blockwise = giants.CompareBlocks(output.directory, task.floor)
+            blockwise = giants.CompareBlocks(output.directory, task.floor, task.product)
             compare(blockwise, blocks, lambda: edges.missing_blocks(output, blocks), "blocks")
     return found
 
@@ -232,6 +237,10 @@ def _fit(source: Artefact, rows_ok: dict[str, int], options: ClusterOptions, out
         centroids = found.centroids
         facts = {"fitted_rows": len(images), "backend": backend, "empty": found.empty}
         facts["mean_similarity"] = found.mean_similarity
+    rows = np.array([sum(rows_ok.values())])
+    # Of the comparisons it is known only that they are at least those of equal clusters.
+    worth = is_worth_rounding(centroids.shape[1], rows // len(centroids), rows)
+    facts["screen"] = fastest_product(centroids.shape[1]) if worth else "f32"
     facts["shuffled_clip_score"] = _shuffled(source, rows_ok, options.seed)
     if paths.exists(output.path(FIT)):  # another slice took this one for dead, and has fitted meanwhile
         return

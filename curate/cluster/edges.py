@@ -26,6 +26,7 @@ from curate.storage.schema import EDGE_SCHEMA
 from curate.vectors import forest, near_pairs
 from curate.vectors.duplicate_forest import near_duplicate_forest
 from curate.vectors.forest import Edges
+from curate.vectors.near_pairs import is_worth_rounding
 
 EDGES = "edges.arrow"
 BUCKET_BYTES = 128 << 20
@@ -38,6 +39,7 @@ class FindEdges:
     emb: str
     out: str
     floor: float
+    product: str = "f32"  # by which large clusters are screened
     chunk_rows: dict[int, int] = field(default_factory=dict)  # of each giant cluster
 
     def setup(self) -> None:
@@ -83,8 +85,10 @@ class FindEdges:
     def _compare(self, rows: Rows, vectors: np.ndarray, order: np.ndarray) -> pa.RecordBatch:
         """Find the edges of rows that lie cluster by cluster. order: their places in `vectors`."""
         bounds = np.concatenate([[0], np.flatnonzero(np.diff(rows.cluster)) + 1, [len(order)]])
-        members = np.add.reduceat(~rows.probe, bounds[:-1], dtype=np.int64) if len(order) else None
-        return edge_batch(rows, near_duplicate_forest(vectors, order, bounds, self.floor, members=members))
+        members = np.add.reduceat(~rows.probe, bounds[:-1], dtype=np.int64) if len(order) else np.zeros(1, np.int64)
+        product = self.product if is_worth_rounding(vectors.shape[1], np.diff(bounds), members) else "f32"
+        found = near_duplicate_forest(vectors, order, bounds, self.floor, members=members, product=product)
+        return edge_batch(rows, found)
 
 
 def edge_batch(rows: Rows, edges: Edges) -> pa.RecordBatch:

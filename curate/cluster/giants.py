@@ -127,6 +127,7 @@ class CompareBlocks:
 
     out: str
     floor: float
+    product: str
 
     def setup(self) -> None:
         """Nothing is kept between blocks."""
@@ -146,7 +147,12 @@ class CompareBlocks:
                     a, b, similarity = _read_block(self.folder, part)
                     forest.add(np.searchsorted(places, a), np.searchsorted(places, b), similarity)
             forest.merge()
-        how: dict[str, Any] = {"members": np.array([first]), "across": i != j, "forest": forest}
+        how: dict[str, Any] = {
+            "members": np.array([first]),
+            "across": i != j,
+            "forest": forest,
+            "product": self.product,
+        }
         for edges in near_pairs(vectors, np.arange(len(places)), [0, len(places)], self.floor, **how):
             forest.add(*edges)
         a, b, similarity = forest.edges()

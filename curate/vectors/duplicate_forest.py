@@ -14,7 +14,7 @@ import numpy as np
 
 from curate.vectors.exact import exact_cosines
 from curate.vectors.forest import Edges, Forest
-from curate.vectors.near_pairs import TILE, batches_of_groups, near_pairs, screens_int8
+from curate.vectors.near_pairs import TILE, batches_of_groups, near_pairs, product_for
 
 LARGE = 1024  # rows of a cluster from which equal rows are looked for first
 GROUP_ROWS = 1 << 11  # rows of clusters whose forests are found together; a larger one has its own
@@ -29,19 +29,19 @@ def near_duplicate_forest(
     members: np.ndarray | None = None,
     tile: int = TILE,
     merge_at: int | None = None,
-    int8: bool | None = None,
+    product: str | None = None,
 ) -> Edges:
     """Find the near-duplicate forests of clusters.
 
     x_nd: f16 [n, d], unit rows. rows: i64; cluster c is rows[bounds[c] : bounds[c + 1]], of which the first members[c]
     belong to it and the rest probe it (by default none; see `near_pairs`).
     Returns places a < b in `rows`, i64, and the cosine f32, sorted by a, then b; the same for any tile, merge_at (edges
-    that wait before they are merged) and way to screen.
+    that wait before they are merged) and product by which pairs are screened.
     """
     bounds = np.asarray(bounds)
     sizes = np.diff(bounds)
     members = sizes if members is None else members
-    int8 = screens_int8(x_nd.shape[1], sizes, members) if int8 is None else int8
+    product = product_for(x_nd.shape[1], sizes, members, product)
     found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
     for first, last in batches_of_groups(bounds, GROUP_ROWS):
         start, parts = int(bounds[first]), bounds[first : last + 1] - bounds[first]
@@ -56,7 +56,7 @@ def near_duplicate_forest(
         left, before = np.flatnonzero(different), np.append(0, np.cumsum(different))
         own = before[parts[:-1] + members[first:last]] - before[parts[:-1]]
         forest = Forest(len(left), floor, merge_at)
-        how = {"members": own, "tile": tile, "int8": int8, "forest": forest}
+        how = {"members": own, "tile": tile, "product": product, "forest": forest}
         for edges in near_pairs(x_nd, here[left], before[parts], floor, **how):
             forest.add(*edges)
         a, b, similarity = forest.edges()

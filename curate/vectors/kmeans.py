@@ -5,10 +5,10 @@ highest dot product, and the best centroid of a set of rows is their mean, scale
 repeats the two from k random rows on; neither step can lower the objective, the mean cosine of rows and their
 centroids.
 
-Fitting is one entry of a table, `BACKENDS`: Lloyd's algorithm by products of bytes on CPUs that have them, on others
-FAISS's `SuperKmeans` (pruned distances) for many clusters; FAISS's `Kmeans` for few clusters and on GPUs, and torch's
-products on GPUs that only torch sees. A fit may multiply rounded numbers; what it reports, and every assignment, is
-computed in f32.
+Fitting is one entry of a table, `BACKENDS`: Lloyd's algorithm by products of int8 or bf16 where they are the fastest of
+a processor, which is measured; else FAISS's `SuperKmeans` (pruned distances) for many clusters; FAISS's `Kmeans` for
+few clusters and on GPUs, and torch's products on GPUs that only torch sees. A fit may multiply rounded numbers; what it
+reports, and every assignment, is computed in f32.
 
 Shapes: rows x_nd f16 or f32 [n, d], centroids f32 [k, d]. Cost: 2 n k d operations for an iteration or an assignment;
 memory: the sample in f32 for a fit, one block of rows times centroids for an assignment. Source: S. P. Lloyd, 1982;
@@ -23,13 +23,15 @@ from functools import partial
 import numpy as np
 
 from curate.vectors.exact import widen
-from curate.vectors.screen import has_int8, to_bytes
+from curate.vectors.products import fastest_product, multiply
+from curate.vectors.screen import round_rows
 
 FIT_BYTES = 1 << 30
 POINTS_PER_CENTROID = 256  # FAISS's own default bound; its silent subsampling is switched off below
 LEAST_POINTS_PER_CENTROID = 39  # below it FAISS calls a fit poor
 BLOCK_ELEMENTS = 1 << 22
-BYTES_K = 256  # clusters from which loading torch pays
+ROUNDED_K = 256  # clusters from which loading torch pays
+PRODUCT_COLUMNS = 2048  # centroids with which products are measured, at most
 LLOYD_ROWS = 2048
 PRUNED_DIM = 32  # SuperKmeans refuses fewer dimensions
 PRUNED_K = 1000  # its pruning gains 1.4 to 1.9 times at k = 2,000 and loses up to 3 times at k = 600 (bench/cluster.py)
@@ -78,7 +80,7 @@ def _faiss(kind: str, x_nd: np.ndarray, k: int, iters: int, seed: int, **more: b
     return np.asarray(fit.centroids)
 
 
-def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, device: str = "cpu", int8: bool = False) -> np.ndarray:
+def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, product: str, device: str = "cpu") -> np.ndarray:
     """Fit by Lloyd's algorithm from k random rows: rows are assigned by products of int8 or bf16, means are f32.
 
     With a rounded product a row may go to a centroid that is farther than the nearest by a thousandth or so. The
@@ -92,22 +94,22 @@ def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, device: str = "cp
     centroids = x_nd[np.sort(rng.permutation(len(x_nd))[:k])]
 
     def rounded(matrix: np.ndarray) -> torch.Tensor:
-        if int8:
+        if product == "int8":
             everything, origin = np.arange(len(matrix)), np.zeros((1, matrix.shape[1]), np.float32)
-            tensor: torch.Tensor = to_bytes(matrix, everything, origin, np.zeros(len(matrix), np.int64)).rows
+            tensor: torch.Tensor = round_rows(matrix, everything, origin, np.zeros(len(matrix), np.int64), product).rows
             return tensor
         return torch.from_numpy(matrix).to(device, torch.bfloat16)
 
     coarse = rounded(x_nd)
     for _ in range(iters):
-        columns = rounded(centroids).T
+        columns = rounded(centroids)
         sums, counts = torch.zeros(k, rows.shape[1], device=device), torch.zeros(k, dtype=torch.int64, device=device)
         for first in range(0, len(rows), LLOYD_ROWS):
             block = slice(first, first + LLOYD_ROWS)
-            if int8:  # NumPy's argmax of int32 is faster than torch's
-                nearest = torch.from_numpy(torch._int_mm(coarse[block], columns).numpy().argmax(axis=1))
+            if device == "cpu":  # NumPy's argmax is twice as fast as torch's
+                nearest = torch.from_numpy(multiply(coarse[block], columns, product).argmax(axis=1))
             else:
-                nearest = (coarse[block] @ columns).argmax(dim=1)
+                nearest = (coarse[block] @ columns.T).argmax(dim=1)
             here = torch.bincount(nearest, minlength=k)
             if device == "cpu":
                 sums.index_add_(0, nearest, rows[block])
@@ -135,19 +137,21 @@ def _means(sums_kd: np.ndarray, counts: np.ndarray, rng: np.random.Generator) ->
 
 
 BACKENDS: dict[str, Callable[[np.ndarray, int, int, int], np.ndarray]] = {
-    "bytes": partial(_lloyd, int8=True),
+    "bytes": partial(_lloyd, product="int8"),
+    "bf16": partial(_lloyd, product="bf16"),
     "superkmeans": partial(_faiss, "SuperKmeans"),
     "kmeans": partial(_faiss, "Kmeans"),
     "kmeans-gpu": partial(_faiss, "Kmeans", gpu=True),
-    "torch-gpu": partial(_lloyd, device="cuda"),
+    "torch-gpu": partial(_lloyd, product="bf16", device="cuda"),
 }
 
 
 def choose_backend(dim: int, k: int, *, gpu: bool) -> str:
     """Name the backend for this machine: a GPU where one is wanted and seen, else the fastest on its CPU.
 
-    At k = 2,000 `bytes` is 3.26 times as fast as `kmeans` and `superkmeans` 1.97 times (tests/bench/cluster.py); the
-    latter loses for few clusters.
+    Which product is the fastest on blocks of this k is measured (a tenth of a second), from as many clusters on as make
+    loading torch pay. On an AMD with VNNI, at k = 2,000, `bytes` is 3.26 times as fast as `kmeans` and `superkmeans`
+    1.97 times (tests/bench/cluster.py); the latter loses for few clusters.
     """
     import faiss
 
@@ -155,8 +159,10 @@ def choose_backend(dim: int, k: int, *, gpu: bool) -> str:
         return "kmeans-gpu"
     if gpu and _torch_sees_a_gpu():
         return "torch-gpu"
-    if k >= BYTES_K and has_int8():
-        return "bytes"
+    if k >= ROUNDED_K:
+        product = fastest_product(dim, min(k, PRODUCT_COLUMNS), argmax=True)
+        if product != "f32":
+            return {"int8": "bytes", "bf16": "bf16"}[product]
     pruned = dim >= PRUNED_DIM and k >= PRUNED_K and hasattr(faiss, "SuperKmeans")
     return "superkmeans" if pruned else "kmeans"
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from curate.vectors.exact import exact_cosines, exact_products, widen
 from curate.vectors.forest import Edges, Forest, tile_forest
-from curate.vectors.screen import Screen, has_int8
+from curate.vectors.products import fastest_product, is_right
+from curate.vectors.screen import Screen
 
 TILE = 512
 PANEL = 1 << 15  # rows that are prepared for the fast product at a time
@@ -29,7 +30,7 @@ DENSE = 1 / 32  # share of a tile's pairs from which multiplying it exactly cost
 CROWDED = 8  # edges a row of a tile above which the tile is reduced to its forest
 CENTRE_SAMPLE = 64  # rows of a group whose mean is taken for its centre
 BATCH = 1 << 14  # pairs that are decided together
-INT8_WORK = 1e11  # multiplications from which loading torch pays
+ROUNDED_WORK = 1e11  # multiplications from which loading torch pays
 MIRROR = np.uint64(0xAAAAAAAAAAAAAAAA)  # the bits of a perceptual hash that turn when its image is mirrored
 Group = tuple[int, int, int]  # where its rows start, where its members end, where its rows end
 
@@ -43,7 +44,7 @@ def near_pairs(
     members: np.ndarray | None = None,
     across: bool = False,
     tile: int = TILE,
-    int8: bool | None = None,
+    product: str | None = None,
     forest: Forest | None = None,
 ) -> Iterator[Edges]:
     """Yield the pairs inside each group with cosine > floor, in batches: places a < b in `rows` and the cosine f32.
@@ -52,16 +53,16 @@ def near_pairs(
     members: i64, how many rows of each group, the first ones, are its members; the rest probe it. By default all are.
     across: compare members with probing rows alone, and not with one another.
     forest: over these places; the caller adds to it what is yielded, and pairs that it can never take are left out.
-    int8: how to screen; by default where the processor has it and the work is worth loading torch.
+    product: by which to screen, one of `products.PRODUCTS`; by default the fastest, where the work is worth measuring.
     Order: no pair comes before one whose b is its a.
     """
     bounds = np.asarray(bounds)
     sizes = np.diff(bounds)
     members = sizes if members is None else members
-    int8 = screens_int8(x_nd.shape[1], sizes, members) if int8 is None else int8
+    product = product_for(x_nd.shape[1], sizes, members, product)
     waiting, count = [], 0
     for a, b, cosine in _compare_groups(
-        x_nd, rows, bounds, members, Screen(floor, int8=int8), tile, forest, across=across
+        x_nd, rows, bounds, members, Screen(floor, product), tile, forest, across=across
     ):
         if cosine is None:
             waiting.append((a, b))
@@ -75,9 +76,20 @@ def near_pairs(
         yield _decide(x_nd, rows, waiting, floor)
 
 
-def screens_int8(dim: int, sizes: np.ndarray, members: np.ndarray) -> bool:
-    """Say whether comparing groups of these sizes pays for loading torch, and the processor multiplies bytes."""
-    return float((sizes.astype(np.float64) * members).sum()) * dim > INT8_WORK and has_int8()
+def product_for(dim: int, sizes: np.ndarray, members: np.ndarray, product: str | None) -> str:
+    """Name the product by which to screen groups of these sizes: the one that is given, else the fastest.
+
+    Where there is little to compare the fastest is f32, for which torch need not be loaded; and a product that this
+    machine does not compute right is never used.
+    """
+    if product is None:
+        return fastest_product(dim) if is_worth_rounding(dim, sizes, members) else "f32"
+    return product if is_right(product, dim) else "f32"
+
+
+def is_worth_rounding(dim: int, sizes: np.ndarray, members: np.ndarray) -> bool:
+    """Say whether comparing groups of these sizes takes longer than loading torch does."""
+    return float((sizes.astype(np.float64) * members).sum()) * dim > ROUNDED_WORK
 
 
 def batches_of_groups(bounds: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
@@ -120,7 +132,7 @@ def _compare_groups(
         if (np.diff(cuts) <= SMALL).all():
             continue
         groups = [*zip(cuts[:-1].tolist(), (cuts[:-1] + own).tolist(), cuts[1:].tolist(), strict=True)]
-        centres = _centres(x_nd, rows, groups if screen.int8 else [])
+        centres = _centres(x_nd, rows, groups if screen.product != "f32" else [])
         numbers = np.repeat(np.arange(len(groups)), np.diff(cuts))
         for i in range(start, end if len(groups) > 1 else groups[0][1], panel):
             left = screen.prepare(x_nd, rows[i : min(i + panel, end)], centres, numbers[i - start :])
@@ -133,7 +145,7 @@ def _compare_groups(
                     known = None if forest is None else forest.connected_levels()
                     levels = None if known is None else (known[above], known[below])
                     found = screen.candidates(left[p], right[q], levels)
-                    if screen.int8 and _is_dense(found, rows[above], rows[below]):
+                    if screen.product != "f32" and _is_dense(found, rows[above], rows[below]):
                         found = screen.candidates_in_f32(x_nd, rows[above], rows[below], levels)
                     if len(found):
                         a, b, cosine = _decide_tile(

@@ -4,19 +4,20 @@ The screen multiplies rounded vectors and compares the results with the floor le
 report a pair that is not near, never miss one that is; the exact cosine then decides (`exact`). So the screen changes
 the time that a comparison takes, and no result.
 
-Where the processor multiplies bytes, rows are rounded to int8 with one scale, at four times the speed of f32. Two
-steps make the rounding errors small. The rows of a cluster lie near its centre c, so that the differences x - c are
-short; they are what is rounded, by way of
+Where the processor multiplies int8 or bf16 faster than f32 (`products`), rows are rounded to that. Two steps make the
+rounding errors small. The rows of a cluster lie near its centre c, so that the differences x - c are short; they are
+what is rounded, by way of
 
     x.y = (x - c).(y - c) + offset(x) + offset(y),        offset(x) = c.x - c.c / 2.
 
-And a rotation R, the same for all rows, spreads the size of a few large components over all of them; it keeps dot
-products: (R u).(R v) = u.v. With r = R (x - c) and its rounded form r - e, s and f likewise for y, Cauchy and Schwarz
-give
+And for int8, which has one scale for all components, a rotation R, the same for all rows, spreads the size of a few
+large components over all of them; it keeps dot products: (R u).(R v) = u.v. With r = R (x - c) and its rounded form
+r - e, s and f likewise for y, Cauchy and Schwarz give
 
     |r.s - (r - e).(s - f)| = |r.f + e.s - e.f| <= |r||f| + |e||s| + |e||f|.
 
-The lengths |r| and |e| are measured for each row when it is prepared, so that the bound holds for any input.
+The lengths |r| and |e| are measured for each row when it is prepared, so that the bound holds for any input. A product
+of int8 is exact; one of bf16 is itself rounded, by at most 2 ** -8 of |r||s|, which is added to the bound.
 
 Shapes: rows [n, d]; products int32 or f32 [p, q]. Cost: p q d multiplications, and d (a + b) a row for the rotation,
 a b = d. Everything that is added beside the products is accurate to a few units of 2 ** -23, which the bound includes.
@@ -30,28 +31,23 @@ from typing import Any
 import numpy as np
 
 from curate.vectors.exact import widen
+from curate.vectors.products import multiply
 
 PREPARE_ROWS = 256  # rounded at once: they stay in the cache
 SCALE_SAMPLE = 16  # one row in so many is looked at to choose the scale
 COMMON = 0.95  # share of rows whose components all fit a byte; the others are clipped, and their error measured
 SMALLEST_SCALE = 2.0**-13  # with it the cosine 1, in units of scale ** 2, is 2 ** 26 and fits an i32
 F32_ERROR = 2.0**-12  # relative, of a length computed in f32, with room to spare
+BF16_ERROR = 2.0**-8  # relative, of a product summed in f32 and rounded to bf16, with room to spare
 Levels = tuple[np.ndarray, np.ndarray]
-
-
-@cache
-def has_int8() -> bool:
-    """Say whether this processor multiplies bytes without overflow, by instructions of its own."""
-    import torch
-
-    return bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Rows in the form that is multiplied.
 
-    rows: [n, d], f32 as they are, or int8: R (x - c) / scale, rounded. The other fields belong to int8, and are f64.
+    rows: [n, d], f32 as they are, or rounded: R (x - c) / scale in int8, x - c in bf16 (scale 1). The other fields
+    belong to rounded rows, and are f64.
     error: a bound on the length of the rounding error that holds for most rows; excess [n]: by how much a row's own
     error may be longer. offset [n]: c.x - c.c / 2. length [n]: |x - c|.
     """
@@ -99,18 +95,20 @@ def rotate(x_nd: np.ndarray) -> np.ndarray:
     return np.reshape(turned.reshape(-1, a) @ first, x_nd.shape)
 
 
-def to_bytes(x_nd: np.ndarray, rows: np.ndarray, centres_gd: np.ndarray, groups: np.ndarray) -> Prepared:
-    """Round rows of x_nd (f16 or f32), less the centre of each one's group, to int8 with one scale.
+def round_rows(
+    x_nd: np.ndarray, rows: np.ndarray, centres_gd: np.ndarray, groups: np.ndarray, product: str
+) -> Prepared:
+    """Round rows of x_nd (f16 or f32), less the centre of each one's group, to int8 with one scale, or to bf16.
 
     rows: i64, at least one. centres_gd: f32, any; the nearer a centre is to its rows, the smaller is their error.
     groups: i64, the centre of each row; may be longer than `rows`.
     """
     import torch
 
+    int8 = product == "int8"
     groups = groups[: len(rows)]
-    sampled = np.abs(rotate(widen(x_nd[rows[::SCALE_SAMPLE]]) - centres_gd[groups[::SCALE_SAMPLE]])).max(axis=1)
-    scale = max(float(np.quantile(sampled, COMMON)) / 127, SMALLEST_SCALE)
-    found = np.empty((len(rows), x_nd.shape[1]), np.int8)
+    scale = _scale(x_nd, rows, centres_gd, groups) if int8 else 1.0
+    found = torch.empty((len(rows), x_nd.shape[1]), dtype=torch.int8 if int8 else torch.bfloat16)
     errors, offset, length = np.empty((3, len(rows)))
     for first in range(0, len(rows), PREPARE_ROWS):
         part = slice(first, first + PREPARE_ROWS)
@@ -119,50 +117,62 @@ def to_bytes(x_nd: np.ndarray, rows: np.ndarray, centres_gd: np.ndarray, groups:
         offset[part] = np.einsum("nd,nd->n", left - centre / 2, centre)
         left -= centre
         length[part] = np.sqrt(np.einsum("nd,nd->n", left, left))
-        left = rotate(left)
-        left *= np.float32(1 / scale)
-        whole = np.clip(np.rint(left), -127, 127)
+        if int8:
+            left = rotate(left)
+            left *= np.float32(1 / scale)
+            whole = np.clip(np.rint(left), -127, 127)
+            found[part] = torch.from_numpy(whole)
+        else:
+            found[part] = torch.from_numpy(left)
+            whole = found[part].float().numpy()
         left -= whole  # what is left is the error, in units of the scale, clipping included
         errors[part] = np.einsum("nd,nd->n", left, left)
-        found[part] = whole
     # The last two terms bound what f32 loses in the rotation and in x - c, whose components are below 2.
     errors = np.sqrt(errors) * scale * (1 + F32_ERROR) + F32_ERROR / 16 + x_nd.shape[1] * 2.0**-23
     error = float(np.quantile(errors, COMMON))
-    return Prepared(torch.from_numpy(found), scale, error, np.maximum(errors - error, 0), offset, length)
+    return Prepared(found, scale, error, np.maximum(errors - error, 0), offset, length)
+
+
+def _scale(x_nd: np.ndarray, rows: np.ndarray, centres_gd: np.ndarray, groups: np.ndarray) -> float:
+    """Choose the unit of a byte: the largest components of most rows are 127 of it."""
+    sampled = np.abs(rotate(widen(x_nd[rows[::SCALE_SAMPLE]]) - centres_gd[groups[::SCALE_SAMPLE]])).max(axis=1)
+    return max(float(np.quantile(sampled, COMMON)) / 127, SMALLEST_SCALE)
 
 
 class Screen:
     """Finds the pairs of rows that may lie above a floor: `prepare` each side, then compare any two parts of them."""
 
-    def __init__(self, floor: float, *, int8: bool) -> None:
+    def __init__(self, floor: float, product: str = "f32") -> None:
+        """product: one of `products.PRODUCTS`."""
         self.floor = floor
-        self.int8 = int8
+        self.product = product
 
     def prepare(self, x_nd: np.ndarray, rows: np.ndarray, centres_gd: np.ndarray, groups: np.ndarray) -> Prepared:
-        """Bring rows of x_nd, unit rows, into the form that is multiplied (the last two: see `to_bytes`)."""
-        if self.int8 and len(rows):
-            return to_bytes(x_nd, rows, centres_gd, groups)
+        """Bring rows of x_nd, unit rows, into the form that is multiplied (the last two: see `round_rows`)."""
+        if self.product != "f32" and len(rows):
+            return round_rows(x_nd, rows, centres_gd, groups, self.product)
         return Prepared(widen(x_nd[rows]))
 
     def candidates(self, left: Prepared, right: Prepared, levels: Levels | None = None) -> np.ndarray:
         """Compare all rows on the left with all on the right: flat positions in [p, q], i64, of pairs that may be near.
 
-        With int8, the same centre must have been taken off both sides. levels: f64 [p] and [q], the floor or more for
-        each row; a pair that is not above the lower of its two levels is not wanted.
+        With rounded rows, the same centre must have been taken off both sides. levels: f64 [p] and [q], the floor or
+        more for each row; a pair that is not above the lower of its two levels is not wanted.
         """
-        if not self.int8:
-            error = left.rows.shape[1] * 2.0**-23
+        products = multiply(left.rows, right.rows, self.product)
+        dim = left.rows.shape[1]
+        if self.product == "f32":
+            error = dim * 2.0**-23
             wanted = self.floor - error if levels is None else np.minimum.outer(*levels) - error
-            return np.flatnonzero((left.rows @ right.rows.T > np.float32(wanted)).ravel())
-        import torch
-
+            return np.flatnonzero((products > np.float32(wanted)).ravel())
+        if self.product == "bf16":
+            return self._above_bf16(products, left, right, levels)
         # Compared are whole numbers, in units of scale * scale: the products come as int32, and stay so. Offsets and
         # bounds are rounded up, thresholds down, so that the rounding never loses a pair.
         unit = left.scale * right.scale
         raise_p = np.ceil((left.offset + left.error_beside(right)) / unit).astype(np.int32)
         raise_q = np.ceil((right.offset + right.error_beside(left)) / unit).astype(np.int32)
-        error = left.error * right.error + left.rows.shape[1] * 2.0**-22  # the last: of the offsets, summed in f32
-        products = torch._int_mm(left.rows, right.rows.T).numpy()
+        error = left.error * right.error + dim * 2.0**-22  # the last: of the offsets, summed in f32
         products += raise_p[:, None]
         if levels is None:
             return np.flatnonzero((products > math.floor((self.floor - error) / unit) - 1 - raise_q).ravel())
@@ -170,9 +180,22 @@ class Screen:
         wanted_p, wanted_q = (np.floor((level - error) / unit - 1).astype(np.int32) for level in levels)
         return np.flatnonzero((products > np.minimum.outer(wanted_p, wanted_q)).ravel())
 
+    def _above_bf16(self, products: np.ndarray, left: Prepared, right: Prepared, levels: Levels | None) -> np.ndarray:
+        """Do the comparing of `candidates` for products of bf16."""
+        raise_p = (left.offset + left.error_beside(right)).astype(np.float32)
+        raise_q = (right.offset + right.error_beside(left)).astype(np.float32)
+        reach = float((left.length + left.excess).max(initial=0) + left.error)
+        reach *= float((right.length + right.excess).max(initial=0) + right.error)
+        # The products' own rounding; then that of the offsets and of what is added up here, in f32.
+        error = left.error * right.error + BF16_ERROR * reach + left.rows.shape[1] * 2.0**-22 + 2.0**-20
+        products += raise_p[:, None]
+        products += raise_q
+        wanted = self.floor - error if levels is None else np.minimum.outer(*levels) - error
+        return np.flatnonzero((products > np.float32(wanted)).ravel())
+
     def candidates_in_f32(
         self, x_nd: np.ndarray, above: np.ndarray, below: np.ndarray, levels: Levels | None
     ) -> np.ndarray:
         """Do what `candidates` does for rows `above` and `below` of x_nd, with the smaller error of f32."""
         left, right = Prepared(widen(x_nd[above])), Prepared(widen(x_nd[below]))
-        return Screen(self.floor, int8=False).candidates(left, right, levels)
+        return Screen(self.floor).candidates(left, right, levels)

@@ -40,7 +40,7 @@ from curate.storage import manifest  # noqa: E402
 from curate.vectors import (  # noqa: E402
     duplicate_forest,  # noqa: E402
     kmeans,  # noqa: E402
-    screen,  # noqa: E402
+    products,  # noqa: E402
 )
 
 FLOOR = 0.80
@@ -214,7 +214,7 @@ def main():
         "thresholds": len(THRESHOLDS),
         "largest_cluster": int(np.bincount(nearest).max()),
         "data_frames": "pandas" if frames() else "plain arrays",
-        "screened_in": "int8" if screen.has_int8() else "f32",
+        "screened_in": products.fastest_product(chosen.dim),
         **median,
         "times_faster_than_semdedup": round((cpu["sort"] + cpu["dedup"]) / ours, 2),
         "times_faster_than_its_dedup_loop": round(cpu["dedup"] / ours, 2),

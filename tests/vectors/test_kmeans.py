@@ -56,7 +56,7 @@ def test_widening_is_exact_for_every_finite_half():
     assert exact.widen(halves).tobytes() == halves.astype(np.float32).tobytes()
 
 
-@pytest.mark.parametrize("backend", ["bytes", "superkmeans", "kmeans"])
+@pytest.mark.parametrize("backend", ["bytes", "bf16", "superkmeans", "kmeans"])
 def test_a_fit_finds_planted_clusters_and_repeats_itself(backend):
     rng = np.random.default_rng(3)
     planted = rows_of(6, 32, 4)
@@ -74,14 +74,15 @@ def test_fewer_distinct_rows_than_clusters_leave_empty_ones_and_say_so():
 
 
 @pytest.mark.parametrize(
-    "dim, k, int8, backend",
+    "dim, k, fastest, backend",
     [
-        *((2, 5_000, False, "kmeans"), (31, 1_000, False, "kmeans"), (512, 999, False, "kmeans")),
-        *((32, 1_000, False, "superkmeans"), (32, 256, True, "bytes"), (32, 255, True, "kmeans")),
+        *((2, 5_000, "f32", "kmeans"), (31, 1_000, "f32", "kmeans"), (512, 999, "f32", "kmeans")),
+        *((32, 1_000, "f32", "superkmeans"), (32, 256, "int8", "bytes"), (32, 255, "int8", "kmeans")),
+        (32, 256, "bf16", "bf16"),
     ],
 )
-def test_each_backend_is_used_where_it_pays(monkeypatch, dim, k, int8, backend):
-    monkeypatch.setattr(kmeans, "has_int8", lambda: int8)
+def test_each_backend_is_used_where_it_pays(monkeypatch, dim, k, fastest, backend):
+    monkeypatch.setattr(kmeans, "fastest_product", lambda *given, **options: fastest)
     assert kmeans.choose_backend(dim, k, gpu=False) == backend
 
 
@@ -92,11 +93,11 @@ def mixture(n=6_000, dim=48, clouds=80):
     return unit(centers[rng.integers(0, clouds, n)] + 0.5 * rng.normal(size=(n, dim)) * spectrum).astype(np.float32)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_torchs_fit_is_as_good_as_faiss(int8):
+@pytest.mark.parametrize("product", ["bf16", "int8"])
+def test_torchs_fit_is_as_good_as_faiss(product):
     x = mixture()
-    found = [kmeans._lloyd(x, 60, 12, seed, int8=int8) for seed in (0, 1, 2)]
-    again = kmeans._lloyd(x, 60, 12, 0, int8=int8)
+    found = [kmeans._lloyd(x, 60, 12, seed, product=product) for seed in (0, 1, 2)]
+    again = kmeans._lloyd(x, 60, 12, 0, product=product)
     assert found[0].tobytes() == again.tobytes() and np.allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
     mine = [kmeans.assign(x, centroids)[1].mean() for centroids in found]
     faiss = [kmeans.fit(x, 60, 12, seed, backend="kmeans").mean_similarity for seed in (0, 1, 2)]

@@ -14,6 +14,7 @@ from curate.select.steps.linked_pairs import cosine_rule
 from curate.vectors import duplicate_forest, forest, near_pairs
 from curate.vectors.duplicate_forest import near_duplicate_forest
 from curate.vectors.exact import exact_products
+from curate.vectors.products import PRODUCTS
 from curate.vectors.screen import Screen
 
 
@@ -82,15 +83,15 @@ def test_any_threshold_above_the_floor_gives_the_true_components(n, seed, thresh
         assert (forest.components(a[above], b[above], n) == slow_components(x, threshold)).all()
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("tile, merge_at", [(7, 1 << 20), (64, 50), (1000, 1), (33, 333)])
-def test_tiles_merges_and_the_screen_change_no_byte(monkeypatch, tile, merge_at, int8):
+def test_tiles_merges_and_the_screen_change_no_byte(monkeypatch, tile, merge_at, product):
     monkeypatch.setattr(near_pairs, "PANEL", 70)
     monkeypatch.setattr(duplicate_forest, "LARGE", 100)
     x = np.concatenate([cluster_rows(150, seed=5, spread=0.15), cluster_rows(90, seed=6)])
     x[20:40] = x[3]  # equal rows tie
-    whole = forest_of(x, 0.5, [0, 150, 240], int8=False)
-    parts = forest_of(x, 0.5, [0, 150, 240], tile=tile, merge_at=merge_at, int8=int8)
+    whole = forest_of(x, 0.5, [0, 150, 240], product="f32")
+    parts = forest_of(x, 0.5, [0, 150, 240], tile=tile, merge_at=merge_at, product=product)
     for left, right in zip(whole, parts, strict=True):
         assert left.tobytes() == right.tobytes()
 
@@ -110,12 +111,12 @@ def test_dense_and_crowded_tiles_have_the_same_forest(monkeypatch, spread, ties,
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(2, 40), st.integers(0, 99), st.sampled_from([-0.5, 0.06, 0.3, 0.8, 0.95]), st.booleans())
-def test_pairs_are_decided_by_the_exact_cosine_and_none_is_missed(n, seed, floor, int8):
+@given(st.integers(2, 40), st.integers(0, 99), st.sampled_from([-0.5, 0.06, 0.3, 0.8, 0.95]), st.sampled_from(PRODUCTS))
+def test_pairs_are_decided_by_the_exact_cosine_and_none_is_missed(n, seed, floor, product):
     x = cluster_rows(n, dim=8, seed=seed, spread=0.4)
     expected = slow_cosines(x)
     members = np.array([n // 3, np.random.default_rng(seed).integers(0, n - n // 3, endpoint=True)])
-    how = {"members": members, "tile": 9, "int8": int8}
+    how = {"members": members, "tile": 9, "product": product}
     found = list(near_pairs.near_pairs(x, np.arange(n), [0, n // 3, n], floor, **how))
     a, b, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else np.zeros((3, 0))
     near = np.triu(expected > np.float32(floor), 1)
@@ -130,9 +131,9 @@ def test_the_fast_product_errs_by_less_than_its_slack(dim, seed, floor):
     rng = np.random.default_rng(seed)
     x = unit(rng.normal(size=(30, dim)) * 10.0 ** rng.integers(-3, 3, dim)).astype(np.float16)
     near = set(np.flatnonzero(exact_products(x, x).ravel() > floor).tolist())
-    for int8 in (False, True):
+    for product in PRODUCTS:
         for centre in (np.zeros(dim), x[0], x.astype(np.float32).mean(axis=0), rng.normal(size=dim)):
-            screen, groups = Screen(floor, int8=int8), np.zeros(30, np.int64)
+            screen, groups = Screen(floor, product), np.zeros(30, np.int64)
             centres = np.asarray(centre, np.float32)[None]
             left = screen.prepare(x, np.arange(30), centres, groups)
             right = screen.prepare(x, np.arange(30)[::-1], centres, groups)
@@ -150,7 +151,7 @@ def test_the_fast_product_errs_by_less_than_its_slack(dim, seed, floor):
 def test_screening_with_bytes_finds_few_pairs_beyond_those_that_are_near():
     rng = np.random.default_rng(0)
     x = unit(rng.normal(size=512) + 0.5 * rng.normal(size=(500, 512))).astype(np.float16)
-    screen, groups = Screen(0.85, int8=True), np.zeros(500, np.int64)
+    screen, groups = Screen(0.85, "int8"), np.zeros(500, np.int64)
     prepared = screen.prepare(x, np.arange(500), x.astype(np.float32).mean(axis=0)[None], groups)
     exact = exact_products(x, x)
     assert len(screen.candidates(prepared, prepared)) <= (exact > 0.84).sum()
