@@ -5,6 +5,7 @@ In: sources, and a few scalar columns of their temporary tables. Out: JSON for t
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,18 @@ from curate.mix.sources import SourceOptions, files_of, kind_of
 from curate.storage import manifest, paths, sidecar, tar
 
 PERCENTILES = (5, 50, 95, 100)
+MAX_SHOWN = 80
+# What to do about a loss, by a part of its reason.
+ADVICE = {
+    "missing image": "is `images` the folder that the names start from?",
+    "unsafe or foreign image name": "names must lie under `images` and be of an image",
+    "an image mark without an image": "name it in `image`, or take the mark out",
+    "an image without an image mark": "put <image> where the question shows it",
+    "image is a URL": "curate downloads nothing",
+    "unknown speaker": "turns are from human or gpt (user, assistant), or system",
+    "neither conversations": "the forms that are read stand in curate/README.md",
+    "not JSON": "is the file whole?",
+}
 PLACES = ("path", "images", "selection", "exclude_text")  # inputs, recorded by what lies there
 
 
@@ -172,6 +185,37 @@ def describe(
         "text_share_tokens": round(counts["text_only_tokens"] / max(1, counts["tokens"]), 6),
         **{key: value for key, value in counts.items() if not isinstance(value, int)},
     }
+
+
+def losses(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Word what each source lost, a line a reason: how many of how many, the first of them, and what to do.
+
+    sources: what `describe` says of each, or what was learnt of it while it was read.
+    """
+    lines = []
+    for name, fact in sources.items():
+        first: dict[str, Any] = {}
+        for each in fact.get("listed", ()):
+            first.setdefault(each["why"], each["what"])
+        for kind, counts in (("lost", fact.get("faults", {})), ("taken out by a rule", fact.get("ruled_out", {}))):
+            for why, count in sorted(counts.items(), key=lambda pair: -pair[1]):
+                example = f" (the first: {_shown(first[why])})" if why in first else ""
+                advice = next((f"; {told}" for part, told in ADVICE.items() if part in why), "")
+                lines.append(f"{name}: {count:,} of {fact['read']:,} records {kind}: {why}{example}{advice}")
+        if fact.get("duplicate_ids"):
+            example = _shown(fact["listed_ids"][0]) if fact.get("listed_ids") else ""
+            lines.append(
+                f"{name}: {fact['duplicate_ids']:,} records have the id of an earlier one (the first: {example})"
+            )
+        if fact.get("notes"):
+            more = f", and {len(fact['notes']) - 1:,} notes more" if len(fact["notes"]) > 1 else ""
+            lines.append(f"{name}: {fact['notes'][0]}{more}")
+    return lines
+
+
+def _shown(what: Any) -> str:
+    text = json.dumps(what, default=str)  # escapes what would command a terminal
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _join(parts: list[Columns]) -> Columns:

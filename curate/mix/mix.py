@@ -8,6 +8,7 @@ bytes lie, its tokens); the driver draws row numbers and shuffles them (sampling
 by itself from the rows that fall to it. Records never lie in memory together: 665,298 need a few hundred MB.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -80,8 +81,12 @@ def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, 
         facts = _read_sources(output, chosen, sources, job)
         tables = {name: Columns.read(output.path(f"{SCRATCH}/{name}.arrow")) for name in sources}
         _refuse_faults(chosen, sources, facts)
-        order = _draw(chosen, sources, tables)
-        return _write(output, chosen, sources, order, describe(sources, tables, facts, order), job)
+        _refuse_nothing(facts, {name: len(table.tokens) for name, table in tables.items()})
+        order = _draw(chosen, sources, tables, facts)
+        manifest = _write(output, chosen, sources, order, describe(sources, tables, facts, order), job)
+    if not job.quiet:
+        sys.stderr.writelines(f"mix: {line}\n" for line in accounts.losses(manifest.get("sources", {})))
+    return manifest
 
 
 def build_sources(chosen: MixOptions) -> dict[str, SourceOptions]:
@@ -149,8 +154,20 @@ def _refuse_faults(
             )
 
 
-def _draw(chosen: MixOptions, sources: Mapping[str, SourceOptions], tables: Mapping[str, Columns]) -> sampling.Order:
-    """Choose the rows of each source, and their order in the mix."""
+def _refuse_nothing(facts: Mapping[str, Mapping[str, Any]], usable: Mapping[str, int]) -> None:
+    """Refuse sources that have no usable record between them, with what became of theirs. Raises: UsageError."""
+    if not any(usable.values()):
+        told = accounts.losses(facts) or [f"{name}: {facts[name]['read']:,} records" for name in usable]
+        raise UsageError(f"the mix is empty: no source gave a usable record. {'. '.join(told)}.")
+
+
+def _draw(
+    chosen: MixOptions,
+    sources: Mapping[str, SourceOptions],
+    tables: Mapping[str, Columns],
+    facts: Mapping[str, Mapping[str, Any]],
+) -> sampling.Order:
+    """Choose the rows of each source, and their order in the mix. Raises: UsageError, also naming what was lost."""
     parts = [
         sampling.Part(
             name=name,
@@ -161,7 +178,11 @@ def _draw(chosen: MixOptions, sources: Mapping[str, SourceOptions], tables: Mapp
         )
         for name, source in sources.items()
     ]
-    return sampling.draw(parts, chosen.text_share, chosen.total, chosen.by, chosen.seed, chosen.shuffle)
+    try:
+        return sampling.draw(parts, chosen.text_share, chosen.total, chosen.by, chosen.seed, chosen.shuffle)
+    except UsageError as error:
+        told = "".join(f" {line}." for line in accounts.losses(facts))
+        raise UsageError(f"{error.message}{told}", error.hint) from None
 
 
 def _write(
@@ -174,7 +195,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write the mix and complete the directory."""
     if not len(order.rows):
-        raise UsageError("the mix is empty: no source gave a usable record.")
+        raise UsageError("the mix is empty: count, fraction and cap leave no record.", "raise them")
     names, place = list(sources), output.path(SCRATCH)
     if chosen.format == "llava":
         _write_json(output.path("mix.json"), _Rows(place, names), order, sources)

@@ -42,6 +42,9 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
     if "clusters" in manifest:
         fitted = manifest["fit"].get("fitted_rows")
         account += f" · k = {manifest['clusters']['k']:,} {'given' if fitted is None else f'fitted on {fitted:,} rows'}"
+    if command == "mix" and (lost := sum(manifest.get("faults", {}).values())):
+        read = sum(source["read"] for source in manifest["sources"].values())
+        account = f"{lost:,} of {read:,} records lost" + (f" · {account}" if account else "")
     if manifest.get("unfinished"):
         account = "this part is done, others are not yet"
     return f"  {command}: {' — '.join(part for part in (what, account) if part) or 'done'}"

@@ -19,6 +19,7 @@ from curate.errors import ContractError, UsageError
 from curate.mix import reshape, sampling
 from curate.mix.mix import mix
 from curate.storage import records
+from house import curate
 from pipelines.records import read
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +190,28 @@ def test_faults_are_counted_listed_and_refused_when_strict(tmp_path):
     table["sources"]["vqa"]["expect"] = 17
     with pytest.raises(ContractError, match="has 16 records, expected 17"):
         mix(table, str(tmp_path / "expect"), QUIET)
+
+
+def test_what_was_lost_is_said_at_the_end(tmp_path):
+    path, images, made = write_vqa(tmp_path, 17)
+    for record in made[4:]:
+        record["image"] = f"gone/{record['image']}"
+    made[16]["conversations"][0]["value"] = "no mark"
+    Path(path).write_text(json.dumps(made))
+    (tmp_path / "mix.toml").write_text(f'[mix.sources.vqa]\npath = "{path}"\nimages = "{images}"\n')
+    ended = curate("mix", tmp_path / "mix.toml", tmp_path / "mix")
+    assert "mix: 4 rows in 1 shard — 13 of 17 records lost" in ended.stdout
+    assert f'vqa: 12 of 17 records lost: missing image (the first: "{made[4]["image"]}"); is `images`' in ended.stderr
+    assert "vqa: 1 of 17 records lost: broken: an image without an image mark (the first: 16)" in ended.stderr
+    again = curate("mix", tmp_path / "mix.toml", tmp_path / "mix")
+    assert "13 of 17 records lost" in again.stdout
+    Path(path).write_text(json.dumps(made[4:]))
+    ended = curate("mix", tmp_path / "mix.toml", tmp_path / "none", check=False)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr and not (tmp_path / "none").exists()
+    assert "the mix is empty" in ended.stderr and "12 of 13 records lost: missing image (the first:" in ended.stderr
+    table = {"total": 99, "sources": {"vqa": {"path": path, "images": images}, "t": {"path": write_text(tmp_path, 3)}}}
+    with pytest.raises(UsageError, match="sources give 3.* 12 of 13 records lost: missing image"):
+        mix(table, str(tmp_path / "short"), QUIET)
 
 
 def test_llava_json_in_and_out_changes_nothing(tmp_path):

@@ -230,3 +230,46 @@ def test_parquet_of_texts_and_lists_of_pictures(tmp_path):
     path = write(tmp_path / "parts.json", [{"image": "a.jpg", "messages": parts}])
     mix({"sources": {"p": {"path": path, "images": str(tmp_path)}}}, str(tmp_path / "parts"), QUIET)
     assert mixed(tmp_path / "parts")[0][0]["conversations"] == turns("q", "a", image=True)
+
+
+def parquet_of_pictures(folder, number=6):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"id": n, "image": {"bytes": picture(n), "path": None}, "conversations": turns(f"q{n}", "a", image=True)}
+        for n in range(number)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet")
+    return str(folder / "x.parquet")
+
+
+def test_a_selection_decides_over_pictures_inside_parquet(tmp_path):
+    pool = write_pool(tmp_path / "pool", ["00000"], 6)
+    kept = write_selection(
+        tmp_path / "sel", write_embeddings(tmp_path / "emb", pool), lambda stem, row, key: row % 2 == 0 or "sample(9)"
+    )
+    source = {"path": parquet_of_pictures(tmp_path), "selection": kept, "dedup_text": 1.0, "merge": True}
+    manifest = mix({"sources": {"x": source}}, str(tmp_path / "mix"), QUIET)
+    assert {record["id"]: image for record, image in mixed(tmp_path / "mix")} == {n: picture(n) for n in (0, 2, 4)}
+    assert manifest["sources"]["x"]["ruled_out"] == {"picture not selected": 3}
+
+
+def test_a_mix_is_written_to_a_url(tmp_path):
+    import fsspec
+
+    path, images, _ = write_vqa(tmp_path, 9)
+    table = {"shard_size": 5, "sources": {"p": {"path": parquet_of_pictures(tmp_path)}}}
+    table["sources"]["vqa"] = {"path": path, "images": images}
+    for form, name in (("webdataset", "tars"), ("llava", "json")):
+        if form == "llava":
+            del table["sources"]["p"]  # its pictures lie in no folder
+        mix({**table, "format": form}, f"memory://{tmp_path.name}/{name}", QUIET)
+        mix({**table, "format": form}, str(tmp_path / name), QUIET)
+        remote = fsspec.filesystem("memory")
+        found = {each.rpartition("/")[2]: remote.cat_file(each) for each in remote.find(f"/{tmp_path.name}/{name}")}
+        local = {each.name: each.read_bytes() for each in (tmp_path / name).iterdir() if each.is_file()}
+        for every in (found, local):
+            every.pop("log.jsonl", None)
+            assert every.pop("manifest.json")  # it says where the inputs lie, as seen from there
+        assert found == local, "the same bytes, and nothing temporary left"
