@@ -43,7 +43,8 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     """
     if options.batch_size < 0 or options.decoders < 0 or options.max_pixels < 1:
         raise UsageError("batch_size and decoders cannot be negative, and max_pixels is at least 1.")
-    found = {shard.stem: shard for shard in tar.list_pool(pool)}
+    held = tar.survey_pool(pool)
+    found = {shard.stem: shard for shard in held.shards}
     if options.captions:
         side_data.caption_places(options.captions)
     _check_members(list(found.values()), captions=bool(options.captions))
@@ -94,7 +95,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     finally:
         task.close()
     output.log(model=_absolute(options.model), pretrained=_absolute(options.pretrained))
-    return _finish(output, list(found), outcome, device, workers, quiet=job.quiet)
+    return _finish(output, list(found), outcome, device, workers, held.passed, quiet=job.quiet)
 
 
 def _portable_name(given: str) -> str:
@@ -111,7 +112,14 @@ def _absolute(given: str) -> str:
 
 
 def _finish(
-    output: manifest.Output, stems: list[str], outcome: engine.Outcome, device: str, workers: int, *, quiet: bool
+    output: manifest.Output,
+    stems: list[str],
+    outcome: engine.Outcome,
+    device: str,
+    workers: int,
+    passed: faults.Faults,
+    *,
+    quiet: bool,
 ) -> dict[str, Any]:
     """Account for every row and write the manifest, unless other slices still have shards to do."""
     facts, counts = reader.account(output, stems)
@@ -119,7 +127,7 @@ def _finish(
     output.log(stage="embed", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=workers, dim=dim)
     if unfinished := output.unfinished(stems, outcome.failed):
         return unfinished
-    bad = faults.total(fact.get("faults", {}) for fact in facts.values())
+    bad = reader.all_faults(facts, passed)
     faults.write("embed", bad, quiet=quiet)
     downloads: Counter[str] = Counter()
     for fact in facts.values():
@@ -149,7 +157,7 @@ def _check_members(found: Sequence[tar.Shard], *, captions: bool) -> None:
     image, caption = False, captions
     for shard in found:
         try:
-            with paths.local_copy(shard.location) as path, open(path, "rb") as file:
+            with tar.local_tar(shard.location) as path, open(path, "rb") as file:
                 samples = tar.read_index(file).samples
                 seen.update(member.suffix for sample in samples for member in sample.members)
                 image = image or any(sample.image for sample in samples)
@@ -218,7 +226,7 @@ class EmbedShard:
     def __call__(self, stem: str) -> dict[str, Any]:
         """Embed one shard. Returns its rows and how many of them are bad."""
         shard = self.found[stem]
-        with paths.local_copy(shard.location) as path, encoder.single_threaded():
+        with tar.local_tar(shard.location) as path, encoder.single_threaded():
             with open(path, "rb") as file:
                 index = tar.read_index(file)
             facts, image, tokens = self._embed_images(path, index.samples)
@@ -270,6 +278,8 @@ class EmbedShard:
             parts.append(part)
             engine.advance(len(part[0]))
         facts = [row for part, _ in parts for row in part]
+        if not parts:
+            return facts, np.empty((0, self.encoder.dim), np.float32), np.empty((0, 1), np.int32)
         vectors = np.concatenate([vectors for _, (vectors, _) in parts])
         return facts, vectors, np.concatenate([tokens for _, (_, tokens) in parts])
 

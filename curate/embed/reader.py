@@ -7,7 +7,7 @@ it becomes its status, where the image's fault is named before the caption's.
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -174,6 +174,12 @@ def image_faults(stem: str, facts: Sequence[dict[str, Any]]) -> Faults:
         if row.get("reason"):
             faults.add(found, f"{row['status']}: {row['reason']}", f"{stem}: {row['key']}")
     return found
+
+
+def all_faults(facts: Mapping[str, Mapping[str, Any]], passed: Faults) -> Faults:
+    """Add up what was wrong with a pool's images and shards, and what of it was passed over."""
+    noted = (tar.note_faults(stem, fact.get("notes", [])) for stem, fact in facts.items())
+    return faults.total([passed, *noted, *(fact.get("faults", {}) for fact in facts.values())])
 
 
 def account(output: manifest.Output, stems: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:

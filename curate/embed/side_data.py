@@ -19,7 +19,7 @@ import pyarrow as pa
 from curate.errors import ShardError, UsageError, unknown
 from curate.storage import paths, records
 from curate.storage.schema import DERIVED, embedding_schema
-from curate.storage.tar import MAX_TEXT_BYTES, Shard, describe, read_index
+from curate.storage.tar import MAX_TEXT_BYTES, Shard, describe, open_tar, read_index, without_suffix
 
 NUMBER, TEXT = "number", "text"
 PROBED = 100  # samples of a shard whose JSON is opened to learn its fields
@@ -75,7 +75,7 @@ def column_kinds(found: Sequence[Shard], names: Sequence[str]) -> dict[str, str]
     fields: dict[str, list[Any]] = {}
     for shard in found:
         try:
-            with paths.open_read(shard.location) as file:
+            with open_tar(shard.location) as file:
                 for sample in read_index(file).samples[:PROBED]:
                     for name, value in describe(file, sample).items():
                         fields.setdefault(name, []).append(value)
@@ -128,7 +128,7 @@ def read_side_table(tar: str, columns: Sequence[str]) -> SideTable | None:
     """
     import pyarrow.parquet as pq
 
-    location = f"{tar.removesuffix('.tar')}.parquet"
+    location = f"{without_suffix(tar)}.parquet"
     if not paths.exists(location):
         return None
     try:

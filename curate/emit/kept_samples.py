@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 
 from curate.errors import ShardError, UsageError
-from curate.storage import manifest, paths, records, tar
+from curate.storage import manifest, records, tar
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Coreset:
         entries = list(zip(rows.tolist(), *(column.to_pylist() for column in table.columns), strict=True))
         location, trouble = self.tars.get(stem), "shard_missing"
         if location is not None:
-            with paths.open_read(location) as file:
+            with tar.open_tar(location) as file:
                 try:
                     index = tar.read_index(file)
                 except ShardError:

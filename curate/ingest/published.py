@@ -46,7 +46,8 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
     parts = layouts.list_parts(source, options.layout, options.arch)
     files = [[part.stem, *map(paths.size, filter(None, (part.image, part.text, part.table)))] for part in parts]
     inputs: dict[str, Any] = {"source": {"path": source, "digest": manifest.digest(files)}}
-    found = {shard.stem: shard for shard in tar.list_pool(options.pool)} if options.pool else {}
+    held = tar.survey_pool(options.pool) if options.pool else tar.Pool([], {})
+    found = {shard.stem: shard for shard in held.shards}
     if options.pool:
         sizes = manifest.digest([[shard.stem, shard.size] for shard in found.values()])
         inputs["pool"] = {"path": options.pool, "digest": sizes}
@@ -61,13 +62,13 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         named = {part.stem: part for part in parts}
         todo = output.missing(job.share(list(named)))
         outcome = engine.run_stage("import", ImportPart(named, out, extra), todo, job, places=(out,))
-        return _finish(output, list(named), outcome, {}, quiet=job.quiet)
+        return _finish(output, list(named), outcome, {}, {}, quiet=job.quiet)
     shared = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
     with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
         joined = build_join(parts, options.join, folder)
         task = ImportShard(parts, found, folder, options.join, options.max_pixels, out, extra)
         outcome = engine.run_stage("import", task, output.missing(job.share(list(found))), job, places=(out,))
-    return _finish(output, list(found), outcome, joined, quiet=job.quiet)
+    return _finish(output, list(found), outcome, joined, held.passed, quiet=job.quiet)
 
 
 def _extras(part: layouts.Part, names: Sequence[str]) -> Extras:
@@ -78,7 +79,13 @@ def _extras(part: layouts.Part, names: Sequence[str]) -> Extras:
 
 
 def _finish(
-    output: manifest.Output, stems: list[str], outcome: engine.Outcome, joined: dict[str, int], *, quiet: bool
+    output: manifest.Output,
+    stems: list[str],
+    outcome: engine.Outcome,
+    joined: dict[str, int],
+    passed: faults.Faults,
+    *,
+    quiet: bool,
 ) -> dict[str, Any]:
     """Account for every row, check that one model made them all, and write the manifest."""
     facts, counts = reader.account(output, stems)
@@ -100,7 +107,7 @@ def _finish(
         if not quiet:
             rate = f"{joined['matched']:,} of {total:,} rows of the pool matched ({joined['matched'] / total:.1%})"
             sys.stderr.write(f"import: {rate}; the source has {joined['source_rows']:,} rows\n")
-    bad = faults.total(fact.get("faults", {}) for fact in facts.values())
+    bad = reader.all_faults(facts, passed)
     faults.write("import", bad, quiet=quiet)
     return output.finish(
         shards={stem: {"rows": fact["rows"]} for stem, fact in facts.items()},
@@ -246,7 +253,7 @@ class ImportShard:
 
     def __call__(self, stem: str) -> dict[str, Any]:
         """Import the rows of one shard."""
-        with paths.local_copy(self.found[stem].location) as path, open(path, "rb") as file:
+        with tar.local_tar(self.found[stem].location) as path, open(path, "rb") as file:
             index = tar.read_index(file)
             none = self.extra.values()
             facts = []

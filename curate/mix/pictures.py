@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from curate.errors import ShardError, UsageError
 from curate.storage import paths
-from curate.storage.tar import BLOCK, IMAGE_SUFFIXES, TarWriter, is_safe, list_pool, read_index, suffix_of
+from curate.storage.tar import IMAGE_SUFFIXES, TarWriter, is_safe, list_pool, read_index, suffix_of
+from curate.storage.tar_headers import BLOCK
 
 SNIFFED_BYTES = 16
 

@@ -19,7 +19,7 @@ from curate.embed import images
 from curate.errors import ShardError
 from curate.report import concepts
 from curate.select import cluster_shares
-from curate.storage import manifest, paths, tar
+from curate.storage import manifest, tar
 
 MAX_STEMS = 48
 SIDE = 176
@@ -250,7 +250,7 @@ class Gallery:
             for card in cards:
                 card.trouble = "not in the pool any more"
             return spent
-        with paths.open_read(location) as file:
+        with tar.open_tar(location) as file:
             try:
                 samples = tar.read_index(file).samples
             except ShardError:

@@ -371,7 +371,7 @@ def _pool(directory: str) -> Iterator[str]:
     size = sum(shard.size for shard in shards)
     names = f"{shards[0].stem} … {shards[-1].stem}"
     yield f"{directory}: a pool of {_several(len(shards), 'tar')}, {size / 1e6:,.1f} MB: {names}"
-    with paths.open_read(shards[0].location) as file:
+    with tar.open_tar(shards[0].location) as file:
         index = tar.read_index(file)
     suffixes = Counter(member.suffix for sample in index.samples for member in sample.members)
     members = " · ".join(f"{count:,} .{suffix}" for suffix, count in suffixes.most_common(MOST))

@@ -18,7 +18,7 @@ from curate.errors import CurateError
 from curate.run import calibration
 from curate.run.pipeline import TRAINER, Pipeline, check_trainer, shown_command, stage_options
 from curate.storage import manifest, paths, sidecar
-from curate.storage.tar import Shard, TarWriter, list_pool, read_index, read_member
+from curate.storage.tar import Shard, TarWriter, list_pool, open_tar, read_index, read_member
 from curate.vectors import kmeans
 
 CALIBRATION_ROWS = (16, 16, 128)  # the first run pays for imports, the difference of the others is the rate
@@ -59,7 +59,7 @@ def measure_pool(pool: str) -> tuple[Size, list[Shard]]:
     counted = shards if len(shards) <= MAX_COUNTED else [shards[0], shards[len(shards) // 2], shards[-1]]
     rows = seen = 0
     for shard in counted:
-        with suppress(CurateError), paths.open_read(shard.location) as file:
+        with suppress(CurateError), open_tar(shard.location) as file:
             rows += len(read_index(file).samples)
             seen += shard.size
     total = sum(shard.size for shard in shards)
@@ -221,7 +221,7 @@ def _calibrate(pipeline: Pipeline, shards: list[Shard]) -> tuple[float, int]:
 
 def _copy_head(shard: Shard, target: str, count: int) -> int:
     """Copy a shard's first samples into a tar of their own; returns how many there were."""
-    with paths.open_read(shard.location) as file:
+    with open_tar(shard.location) as file:
         samples = read_index(file).samples[:count]
         with paths.atomic_write(target) as sink, TarWriter(sink) as tar:
             for sample in samples:

@@ -272,37 +272,56 @@ def braces(pattern: str) -> list[str]:
 
 
 def expand(pattern: str, suffix: str) -> list[str]:
-    """List the files that a directory, a glob, a brace pattern or a single name stands for, sorted and unique.
+    """List the files that `find` finds; of a directory those whose names end in `suffix`."""
+    return list(find(pattern, suffix))
 
-    Raises: UsageError when a brace names a file that does not exist, or nothing matches.
+
+def find(pattern: str, suffix: str = "") -> dict[str, int]:
+    """List the files that a directory, a glob, a brace pattern or a single name stands for, with their sizes in bytes.
+
+    Sorted. suffix: of a directory only files whose names end so. A remote directory costs its listing and no request
+    for each file. Raises: UsageError when a name does not exist.
     """
-    found: list[str] = []
-    listings: dict[str, set[str]] = {}
+    found: dict[str, int] = {}
+    listings: dict[str, dict[str, int]] = {}
     names = braces(pattern)
     for location in names:
         remote = is_remote(location)
-        if remote and len(names) > 1 and location.endswith(suffix):  # one listing instead of a request for each name
+        if remote and len(names) > 1 and not any(mark in location for mark in "*?["):  # one listing for all of a folder
             folder = parent(location)
             if folder not in listings:
-                listings[folder] = set(listdir(folder))
-            there = name(location) in listings[folder]
-        elif any(mark in location for mark in "*?[") and (remote or not os.path.exists(local(location))):
-            found += _glob(location)
-            continue
+                listings[folder] = sizes(folder)
+            size_bytes = listings[folder].get(name(location))
+            if size_bytes is not None:
+                found[location] = size_bytes
+                continue
+        if any(mark in location for mark in "*?[") and (remote or not os.path.exists(local(location))):
+            found |= _glob(location)
         elif is_dir(location):
             folder = location if remote else local(location)
-            found += [join(folder, entry) for entry in listdir(location) if entry.endswith(suffix)]
-            continue
+            found |= {join(folder, file): held for file, held in sizes(location).items() if file.endswith(suffix)}
+        elif exists(location):
+            found[location if remote else local(location)] = size(location)
         else:
-            there = exists(location)
-        if not there:
             raise UsageError(f"{location} does not exist")
-        found.append(location if remote else local(location))
-    return sorted(set(found))
+    return dict(sorted(found.items()))
 
 
-def _glob(pattern: str) -> list[str]:
+def sizes(directory: str) -> dict[str, int]:
+    """List the files in a directory with their sizes in bytes; none where it does not exist."""
+    if is_remote(directory):
+        listed = _with_retries(directory, lambda fs, path: fs.ls(path, detail=True) if fs.isdir(path) else [])
+        files = (each for each in listed if each["type"] != "directory")
+        return {name(each["name"]): int(each["size"] or 0) for each in files if name(each["name"]) != name(directory)}
+    if not os.path.isdir(local(directory)):
+        return {}
+    with os.scandir(local(directory)) as listed:
+        return {each.name: each.stat().st_size for each in listed if not each.is_dir()}
+
+
+def _glob(pattern: str) -> dict[str, int]:
     if not is_remote(pattern):
-        return glob.glob(local(pattern), recursive=True)
+        return {path: os.path.getsize(path) for path in glob.glob(local(pattern), recursive=True)}
     scheme = pattern.split("://", 1)[0]
-    return [f"{scheme}://{match}" for match in _with_retries(pattern, lambda fs, path: fs.glob(path))]
+    matches = _with_retries(pattern, lambda fs, path: fs.glob(path, detail=True))
+    return {f"{scheme}://{path}": int(each.get("size") or 0) for path, each in matches.items()}

@@ -5,19 +5,26 @@ keys first appear, with the bytes' positions, so that any later stage can fetch 
 
 A thin reader of our own instead of webdataset's, because rows are the contract here: webdataset groups only adjacent
 members, drops incomplete samples, stops at a truncation without saying so, and its default decoders unpickle `.pyd`.
-Headers are parsed here too: `tarfile` takes more than twice as long, hides where an archive broke, and reads whatever
-length an extension header claims. Members are never extracted to disk, links and devices are never followed.
+Headers are parsed by ourselves (`tar_headers.py`): `tarfile` takes more than twice as long, hides where an archive
+broke, and reads whatever length an extension header claims. Members are never extracted to disk, links and devices are
+never followed.
 """
 
-import io
 import json
+import re
 import tarfile
-from collections.abc import Iterator
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from curate.errors import ShardError, UsageError
-from curate.storage import paths
+from curate.storage import faults, paths
+from curate.storage.faults import Faults
+from curate.storage.tar_headers import BLOCK, Headers
 from pipelines import records
 
 IMAGE_SUFFIXES = records.IMAGE_SUFFIXES
@@ -38,9 +45,11 @@ CAPTION_SUFFIX, JSON_SUFFIX = "txt", "json"
 UNSAFE_SUFFIXES = ("pyd", "pickle", "pkl", "pth", "pt")
 MAX_MEMBER_BYTES = 256 << 20
 MAX_TEXT_BYTES = 1 << 20
-BLOCK = 512
-BODILESS = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories, pipes: nothing follows their header
-EXTENSIONS = (b"x", b"g", b"L", b"K")  # pax for the next member and for all, GNU's long name and long link
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# Archives that are not read, and are named where they lie among tars.
+OTHER_SUFFIXES = (".zst", ".zstd", ".tzst", ".xz", ".txz", ".bz2", ".tbz", ".tbz2", ".lz4", ".zip", ".7z", ".rar")
+GZIP_MAGIC = b"\x1f\x8b"
+MACOS = "macOS's own (._name, __MACOSX)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,26 +105,102 @@ class Shard:
     size: int
 
 
-def list_pool(pool: str) -> list[Shard]:
-    """List a pool's tars (directory, glob, brace pattern, fsspec URL) with unique stems, in sorted order.
+@dataclass(frozen=True)
+class Pool:
+    """What a pool's location holds. passed: archives that are not read, counted by kind."""
 
-    Tars of one name in several directories get their directory into the stem (`part1__00000`).
-    Raises: UsageError when nothing matches, saying what was there instead.
+    shards: list[Shard]
+    passed: Faults
+
+
+def list_pool(pool: str) -> list[Shard]:
+    """List a pool's tars with unique stems, in sorted order; see `survey_pool`."""
+    return survey_pool(pool).shards
+
+
+def survey_pool(pool: str) -> Pool:
+    """List a pool's tars (directory, glob, brace pattern, fsspec URL) with unique stems, and what is passed over.
+
+    A tar may be packed by gzip. Tars of one name in several directories get their directory into the stem
+    (`part1__00000`). Raises: UsageError when nothing matches, saying what was there instead.
     """
-    found = [location for location in paths.expand(pool, ".tar") if location.endswith(".tar")]
+    passed: Faults = {}
+    found: dict[str, int] = {}
+    for location, size in paths.find(pool).items():
+        lower, name = location.lower(), paths.name(location)
+        if lower.endswith(TAR_SUFFIXES) and is_macos(location):
+            faults.add(passed, f"tars passed over: {MACOS}", name)
+        elif lower.endswith(".gz") and any(f"{location[:-3]}{end}" in found for end in ("", ".tar")):
+            faults.add(passed, "tars passed over: packed by gzip beside the same tar unpacked", name)
+        elif lower.endswith(TAR_SUFFIXES):
+            found[location] = size
+        elif lower.endswith(OTHER_SUFFIXES):
+            faults.add(passed, "archives passed over: only .tar, .tar.gz and .tgz are read, unpack the others", name)
     if not found:
         inside = paths.listdir(pool) if paths.is_dir(pool) else []
         seen = f"; it holds {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
         raise UsageError(
             f"no .tar shards match {pool}{seen}.", "a pool is a directory of webdataset tars: POOL/00000.tar …"
         )
-    stems = [paths.name(location)[:-4] for location in found]
+    stems = [paths.name(without_suffix(location)) for location in found]
     if len(set(stems)) < len(stems):
         stems = [f"{paths.name(paths.parent(location))}__{stem}" for location, stem in zip(found, stems, strict=True)]
     if len(set(stems)) < len(stems):
-        shared = next(stem for stem in stems if stems.count(stem) > 1)
+        shared = next(stem for stem, count in Counter(stems).items() if count > 1)
         raise UsageError(f"{pool} matches several shards named {shared}.tar; embed them as separate pools")
-    return [Shard(stem, location, paths.size(location)) for stem, location in zip(stems, found, strict=True)]
+    return Pool([Shard(stem, *pair) for stem, pair in zip(stems, found.items(), strict=True)], passed)
+
+
+def without_suffix(location: str) -> str:
+    """Strip a tar's suffix from its location: what its side table is named after."""
+    end = next((end for end in sorted(TAR_SUFFIXES, key=len, reverse=True) if location.lower().endswith(end)), "")
+    return location[: len(location) - len(end)]
+
+
+def is_macos(name: str) -> bool:
+    """Say whether a file is one that macOS puts beside every other: `._name`, or anything in `__MACOSX`."""
+    *folders, last = name.split("/")
+    return last.startswith("._") or "__MACOSX" in folders
+
+
+@contextmanager
+def local_tar(location: str) -> Iterator[str]:
+    """Have a shard as a plain tar on this machine: itself, or a copy (fetched, unpacked) that is deleted afterwards."""
+    with paths.local_copy(location) as path:
+        with open(path, "rb") as file:
+            packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+        if not packed:
+            yield path
+            return
+        with tempfile.NamedTemporaryFile(suffix=".tar") as plain:
+            _unpack(path, plain)
+            yield plain.name
+
+
+@contextmanager
+def open_tar(location: str) -> Iterator[IO[bytes]]:
+    """Open a shard for reading at any position, unpacked where it is packed by gzip."""
+    with paths.open_read(location) as file:
+        packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+        file.seek(0)
+        if not packed:
+            yield file
+            return
+    with local_tar(location) as path, open(path, "rb") as file:
+        yield file
+
+
+def _unpack(path: str, plain: IO[bytes]) -> None:
+    """Unpack a gzip file as far as it goes: where it breaks off, the tar in it is truncated, which its reader notes."""
+    with open(path, "rb") as packed, suppress(zlib.error):
+        unpacker = zlib.decompressobj(wbits=31)  # 31: with gzip's header and checksum
+        while part := packed.read(1 << 20):
+            while part:
+                plain.write(unpacker.decompress(part))
+                part = unpacker.unused_data
+                if unpacker.eof:  # gzip files may follow each other, as `cat` leaves them
+                    unpacker = zlib.decompressobj(wbits=31)
+    plain.flush()
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -145,20 +230,18 @@ def read_index(file: IO[bytes]) -> Index:
     """Read a shard's headers and group its members into samples.
 
     file: seekable. A key that reappears after others is joined to its first row; a repeated member starts a new row,
-    marked as repeated. A truncation or a foreign stretch ends the reading there and leaves a note.
-    Raises: ShardError when not a single member can be read.
+    marked as repeated. A truncation or a foreign stretch ends the reading there and leaves a note. A whole tar without
+    members has no rows. Raises: ShardError when no sample can be read of what there is.
     """
-    total = file.seek(0, io.SEEK_END)
-    file.seek(0)
+    headers = Headers(file)
     rows: list[Sample] = []
     latest: dict[str, Sample] = {}
     passed: dict[str, int] = {}
-    notes: list[str] = []
-    for name, offset, length, trouble in _headers(file, total, notes):
+    for name, offset, length, trouble in headers:
         key, suffix = split_name(name)
-        if trouble or not suffix:
-            reason = trouble or "without a suffix"
-            passed[reason] = passed.get(reason, 0) + 1
+        trouble = MACOS if is_macos(name) else trouble or ("" if suffix else "without a suffix")
+        if trouble:
+            passed[trouble] = passed.get(trouble, 0) + 1
             continue
         if suffix.rpartition(".")[2] in UNSAFE_SUFFIXES:
             passed[f"pickled ({suffix})"] = passed.get(f"pickled ({suffix})", 0) + 1
@@ -169,104 +252,22 @@ def read_index(file: IO[bytes]) -> Index:
             rows.append(sample)
             latest[key] = sample
         sample.members.append(Member(name, suffix, offset, length))
+    notes = headers.notes
+    if not rows and headers.whole and not passed.keys() - {MACOS}:
+        notes.append("holds no member")
     notes += [f"passed over {count} member(s): {reason}" for reason, count in sorted(passed.items())]
-    if not rows and (notes or total):
-        raise ShardError(f"no sample can be read ({'; '.join(notes) or 'not a tar of key.suffix members'})")
-    return Index(rows, notes, total)
+    if not rows and (passed.keys() - {MACOS} or not headers.whole):
+        raise ShardError(f"no sample can be read ({'; '.join(notes)})")
+    return Index(rows, notes, headers.total)
 
 
-def _headers(file: IO[bytes], total: int, notes: list[str]) -> Iterator[tuple[str, int, int, str]]:
-    """Yield (name, offset, size, trouble) per member until the end, or until nothing more can be read."""
-    position = 0
-    given: dict[str, str] = {}  # what extension headers say of the next member
-    while True:
-        file.seek(position)
-        header = file.read(BLOCK)
-        if len(header) < BLOCK:
-            notes.append(f"truncated at byte {total}: no end-of-archive mark" if total else "the file is empty")
-            return
-        if not header.strip(b"\0"):
-            _note_ending(file, position, total, notes)
-            return
-        try:
-            kind, name, length = _parse(header)
-            if kind not in EXTENSIONS:
-                name, length = given.get("path", name), _length(given["size"]) if "size" in given else length
-        except ValueError:
-            notes.append(f"unreadable from byte {position} of {total}" if position else "not a tar")
-            return
-        start = position + BLOCK
-        if kind not in BODILESS and start + length > total:
-            notes.append(f"truncated at byte {total} inside {shown(name)}")
-            return
-        position = start if kind in BODILESS else start + -(-length // BLOCK) * BLOCK
-        if kind in EXTENSIONS:
-            if length <= MAX_TEXT_BYTES:
-                given.update(_extension(kind, file.read(length)))
-            continue
-        trouble = "sparse" if kind == b"S" or "sparse" in given else ""
-        given = {}
-        if kind in BODILESS and kind != b"5":
-            yield name, 0, 0, "link or device"
-        elif kind != b"5" and not name.endswith("/"):
-            yield name, start, length, trouble
-
-
-def _parse(header: bytes) -> tuple[bytes, str, int]:
-    """Read a header block: type, name and length. Raises: ValueError when it is none."""
-    stored = _number(header[148:156])
-    if stored != 256 + sum(header[:148]) + sum(header[156:]):
-        signed = 256 + sum(byte - 256 * (byte > 127) for byte in header[:148] + header[156:])
-        if stored != signed:  # some old writers summed signed bytes
-            raise ValueError("checksum")
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return header[156:157], name.decode("utf-8", "surrogateescape"), _number(header[124:136])
-
-
-def _number(data: bytes) -> int:
-    """Read a number field: octal text, or base 256 as GNU tar writes what does not fit. Raises: ValueError."""
-    return int.from_bytes(data[1:], "big") if data[0] == 0x80 else _length(data.split(b"\0", 1)[0].strip() or b"0", 8)
-
-
-def _length(digits: str | bytes, base: int = 10) -> int:
-    if not digits.isdigit():
-        raise ValueError("digits")
-    return int(digits, base)
-
-
-def _extension(kind: bytes, data: bytes) -> dict[str, str]:
-    """Take from a GNU long name or a pax header what concerns the next member: path, size, whether it is sparse."""
-    if kind == b"L":
-        return {"path": data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
-    found = {}
-    at = 0
-    while kind == b"x" and at < len(data):
-        digits = data[at : at + 20].split(b" ", 1)[0]
-        if not digits.isdigit() or not len(digits) < int(digits) <= len(data) - at:
-            break
-        key, _, value = data[at + len(digits) + 1 : at + int(digits) - 1].partition(b"=")
-        if key in (b"path", b"size"):
-            found[key.decode()] = value.decode("utf-8", "surrogateescape")
-        elif key.startswith(b"GNU.sparse"):
-            found["sparse"] = "yes"
-        at += int(digits)
+def note_faults(stem: str, notes: Sequence[str]) -> Faults:
+    """Count a shard's notes by kind: the words without the numbers."""
+    found: Faults = {}
+    for note in notes:
+        kind = re.sub(r"\d[\d,]*", "N", re.sub(r" (at|from) byte .*", "", note))
+        faults.add(found, f"shards: {kind}", f"{stem}: {note}")
     return found
-
-
-def _note_ending(file: IO[bytes], position: int, total: int, notes: list[str]) -> None:
-    """Record what comes after the end-of-archive mark, where it is more than padding."""
-    file.seek(position)
-    while part := file.read(MAX_TEXT_BYTES):
-        if part.strip(b"\0"):
-            notes.append(f"not read: what follows the end-of-archive mark at byte {position} of {total}")
-            return
-
-
-def shown(name: str) -> str:
-    """Write a member's name so that any terminal and any file can hold it."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def read_member(file: IO[bytes], member: Member) -> bytes:

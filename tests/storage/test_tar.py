@@ -1,4 +1,6 @@
+import gzip
 import io
+import random
 import tarfile
 import tracemalloc
 
@@ -13,14 +15,16 @@ from curate.storage.tar import (
     Member,
     TarWriter,
     _header,
-    _headers,
     is_safe,
     list_pool,
+    open_tar,
     read_index,
     read_json,
     read_member,
     split_name,
+    survey_pool,
 )
+from curate.storage.tar_headers import Headers
 from house import REAL_DATA
 
 
@@ -151,7 +155,9 @@ def test_a_truncation_at_any_byte_keeps_all_that_was_whole():
         (b"", "empty"),
         (b"<html>not found</html>", "truncated"),
         (b"PK\x03\x04" + b"\x13" * 4000, "not a tar"),
-        (b"\0" * 10240, "not a tar of key.suffix members"),
+        (b"\x1f\x8b\x08" + b"\x13" * 4000, "gzip: unpack it first .gunzip."),
+        (b"\x28\xb5\x2f\xfd" + b"\x13" * 4000, "zstd: unpack it first .zstd -d."),
+        (b"\0" * 10240 + b"\x13" * 4000, "follows the end-of-archive mark"),
         (tar_of([("README", b"x")]), "without a suffix"),
         (tar_of([("a.pkl", b"x")]), "pickled"),
     ],
@@ -170,9 +176,55 @@ def test_a_foreign_stretch_ends_the_reading_with_a_note():
     assert index.notes == [f"unreadable from byte {second} of {len(data)}"]
 
 
-def test_what_follows_the_end_is_recorded():
-    index = index_of(tar_of(TWO) + tar_of([("c.jpg", b"x")]))
-    assert len(index.samples) == 2 and "follows the end-of-archive mark" in index.notes[0]
+def test_tars_that_were_joined_are_read_one_after_the_other():
+    parts = [tar_of(TWO), tar_of([]), tar_of([("c.jpg", b"x"), ("b.json", b"{}")]), tar_of([("a.jpg", b"again")])]
+    index = index_of(b"".join(parts))
+    assert [(sample.key, len(sample.members), sample.repeated) for sample in index.samples] == [
+        ("a", 2, False),
+        ("b", 3, False),
+        ("c", 1, False),
+        ("a", 1, True),
+    ]
+    assert len(index.notes) == 2 and all("several archives" in note for note in index.notes)
+
+
+def test_what_follows_the_end_and_is_no_tar_is_recorded():
+    index = index_of(tar_of(TWO) + b"\x13" * 2000)
+    assert len(index.samples) == 2 and "not read: what follows the end-of-archive mark" in index.notes[0]
+
+
+@pytest.mark.parametrize("data", [b"\0" * 1024, tar_of([]), tar_of([("__MACOSX/._a.jpg", b"x"), ("._b.jpg", b"x")])])
+def test_a_whole_tar_without_samples_has_no_rows_and_says_so(data):
+    index = index_of(data)
+    assert not index.samples and index.notes
+
+
+def test_what_macos_adds_is_passed_over():
+    index = index_of(tar_of([("._a.jpg", b"x"), *TWO, ("__MACOSX/a.jpg", b"x")]))
+    assert [sample.key for sample in index.samples] == ["a", "b"]
+    assert "passed over 2 member(s): macOS" in index.notes[0]
+
+
+def test_a_pool_takes_packed_tars_and_names_what_it_passes_over(tmp_path):
+    for name in ("0.tar", "1.tar.gz", "2.tgz", "3.TAR", "0.tar.gz", "4.tar.zst", "5.zip", "._0.tar", "0.parquet"):
+        (tmp_path / name).write_bytes(gzip.compress(tar_of(TWO)) if "gz" in name else tar_of(TWO))
+    pool = survey_pool(str(tmp_path))
+    assert [shard.stem for shard in pool.shards] == ["0", "1", "2", "3"]
+    assert pool.shards[0].location.endswith("0.tar") and pool.shards[0].size == (tmp_path / "0.tar").stat().st_size
+    assert sorted(fault["count"] for fault in pool.passed.values()) == [1, 1, 2]
+    assert {fault["example"] for fault in pool.passed.values()} == {"0.tar.gz", "4.tar.zst", "._0.tar"}
+    for shard in pool.shards:
+        with open_tar(shard.location) as file:
+            assert content(tar_of(TWO), read_index(file)) == content(tar_of(TWO), index_of(tar_of(TWO)))
+
+
+def test_a_torn_gzip_gives_what_it_holds(tmp_path):
+    noise = random.Random(0).randbytes(40_000)
+    packed = gzip.compress(tar_of([("a.jpg", noise), ("b.jpg", noise)]))
+    (tmp_path / "a.tar").write_bytes(packed[: len(packed) * 2 // 3])
+    with open_tar(str(tmp_path / "a.tar")) as file:
+        index = read_index(file)
+    assert [sample.key for sample in index.samples] == ["a"] and "truncated" in index.notes[0]
 
 
 def header(name, size, kind=b"0", **fields):
@@ -234,13 +286,13 @@ def test_members_are_those_that_pythons_reader_sees(members, kind):
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         expected = [(info.name, tar.extractfile(info).read()) for info in tar if info.isreg()]
     file = io.BytesIO(data)
-    notes = []
+    headers = Headers(file)
     found = [
         (name, read_member(file, Member(name, "", offset, size)))
-        for name, offset, size, trouble in list(_headers(file, len(data), notes))
+        for name, offset, size, trouble in list(headers)
         if not trouble
     ]
-    assert found == expected and not notes
+    assert found == expected and headers.whole and not headers.notes
 
 
 @settings(max_examples=150, deadline=None)

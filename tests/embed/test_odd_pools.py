@@ -1,0 +1,67 @@
+"""Pools as they come out of broken downloads, other tools and other systems: nothing is lost without a word."""
+
+import gzip
+import random
+
+import pytest
+import tiny_clip
+from artefacts import picture
+from test_embed import make_tar, table_of
+
+from house import curate, manifest
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_clip.write(tmp_path_factory.mktemp("model") / "clip")
+
+
+def tar_bytes(folder, keys):
+    make_tar(folder / "made.tar", [(f"{key}.{end}", data) for key in keys for end, data in sample(key)])
+    return (folder / "made.tar").read_bytes()
+
+
+def sample(key):
+    return [("jpg", picture(sum(key.encode()))), ("txt", f"words of {key}".encode())]
+
+
+def test_joined_packed_torn_and_empty_tars_end_well_and_say_what_they_were(tmp_path, model):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    one, two = tar_bytes(tmp_path, "ab"), tar_bytes(tmp_path, "cd")
+    (pool / "00000.tar").write_bytes(one + two)
+    (pool / "00001.tar.gz").write_bytes(gzip.compress(tar_bytes(tmp_path, "ef")))
+    (pool / "00002.tar").write_bytes(gzip.compress(tar_bytes(tmp_path, "g")))
+    (pool / "00003.TAR").write_bytes(tar_bytes(tmp_path, "h"))
+    (pool / "00004.tar").write_bytes(tar_bytes(tmp_path, "ijklmno")[:6_000])
+    (pool / "00005.tar").write_bytes(tar_bytes(tmp_path, ""))
+    (pool / "00006.tar.zst").write_bytes(random.Random(0).randbytes(300))
+    (pool / "._00000.tar").write_bytes(b"\0\5\x16\7")
+    ended = curate("embed", pool, tmp_path / "emb", "--model", model)
+    made = manifest(tmp_path / "emb")
+    rows = {stem: [row["key"] for row in table_of(tmp_path / "emb", stem)] for stem in made["shards"]}
+    torn = rows.pop("00004")
+    assert rows == {"00000": list("abcd"), "00001": list("ef"), "00002": ["g"], "00003": ["h"], "00005": []}
+    assert torn == list("ijklmno")[: len(torn)]
+    assert 2 <= len(torn) < 7 and made["counts"]["ok"] >= 9 and "failed" not in made
+    for words in ("several archives", "truncated", "holds no member", "00006.tar.zst", "._00000.tar"):
+        assert words in ended.stderr, (words, ended.stderr)
+        assert any(words in kind + fault["example"] for kind, fault in made["faults"].items())
+    again = curate("embed", pool, tmp_path / "emb", "--model", model)
+    assert again.stdout == ended.stdout
+
+
+def test_an_archive_that_is_not_read_is_named_and_the_others_go_on(tmp_path, model):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    (pool / "00000.tar").write_bytes(tar_bytes(tmp_path, "ab"))
+    (pool / "00001.tar").write_bytes(b"\x28\xb5\x2f\xfd" + random.Random(0).randbytes(3000))
+    ended = curate("embed", pool, tmp_path / "emb", "--model", model, check=False)
+    assert ended.returncode == 1 and "zstd: unpack it first (zstd -d)" in ended.stderr
+
+
+def test_an_empty_pool_goes_through_every_stage(tmp_path, model):
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "0.tar").write_bytes(bytes(10240))
+    curate("embed", tmp_path / "pool", tmp_path / "emb", "--model", model)
+    assert manifest(tmp_path / "emb")["shards"]["0"]["rows"] == 0
