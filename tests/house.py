@@ -33,6 +33,25 @@ def fingerprint(*directories):
     return found
 
 
+def tree(pid):
+    """List the processes that a process has started, and that these have, and so on."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name, _, rest = (folder / "stat").read_text().rpartition(")")
+        except OSError:  # it has just ended
+            continue
+        state, parent, *_ = rest.split()
+        if state != "Z":
+            parents.setdefault(int(parent), []).append(int(folder.name))
+    found, queue = [], [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
+
+
 def manifest(directory):
     return json.loads((Path(directory) / "manifest.json").read_text())
 

@@ -1,0 +1,156 @@
+"""Runs that are disturbed from outside: processes killed one by one, disks that fill, folders that go away.
+
+tests/bench/kills.py does the same at length, on two engines.
+"""
+
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from curate.engine import Job, run_stage
+from curate.errors import RunError
+from house import CLIP, ROOT, curate, fingerprint, tree
+
+
+@dataclass
+class Failing:
+    """Fail at item 3 with an error of the file system; count what was tried in a folder."""
+
+    folder: str
+    error: OSError
+    move: str = ""
+
+    def setup(self):
+        """Nothing to prepare."""
+
+    def __call__(self, item):
+        Path(self.folder, f"tried-{item}").touch()
+        if item == 3:
+            if self.move:
+                os.rename(self.move, self.move + ".away")
+                os.mkdir(self.move)
+                return {"rows": 1}
+            raise self.error
+        return {"rows": 1}
+
+
+def stage(tmp_path, error, workers, **more):
+    task = Failing(str(tmp_path), error, **more)
+    return run_stage("emit", task, list(range(500)), Job(workers=workers, quiet=True), places=(str(tmp_path / "out"),))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENOTCONN])
+def test_an_error_of_the_place_ends_a_stage_at_once(tmp_path, code, workers):
+    if workers == 2 and code != errno.ENOSPC:
+        return
+    with pytest.raises(RunError, match=f"emit: 3: .*{os.strerror(code)}") as refused:
+        stage(tmp_path, OSError(code, os.strerror(code)), workers)
+    assert refused.value.exit_code == 1 and "goes on" in str(refused.value)
+    assert len(list(tmp_path.glob("tried-*"))) < 20
+
+
+def test_a_file_that_cannot_be_made_ends_a_stage_and_one_that_cannot_be_read_does_not(tmp_path):
+    denied = os.strerror(errno.EACCES)
+    with pytest.raises(RunError, match="Permission denied"):
+        stage(tmp_path, PermissionError(errno.EACCES, denied, str(tmp_path / "new.tmp")), 1)
+    with pytest.raises(RunError, match="No such file"):
+        stage(tmp_path, FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "gone" / "a.tar")), 1)
+    (tmp_path / "a.tar").touch()
+    assert len(stage(tmp_path, PermissionError(errno.EACCES, denied, str(tmp_path / "a.tar")), 1).done) == 499
+    outcome = stage(tmp_path, FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "b.tar")), 1)
+    assert list(outcome.failed) == [3] and not outcome.passing
+    outcome = stage(tmp_path, OSError(errno.EIO, "Input/output error"), 1)
+    assert list(outcome.failed) == [3] and outcome.passing == {3}
+
+
+def test_a_directory_that_is_another_than_before_ends_a_stage(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunError, match=r"out is not there any more \(a lost mount\?\)"):
+        stage(tmp_path, OSError(), 1, move=str(tmp_path / "out"))
+    assert len(list(tmp_path.glob("tried-*"))) == 4
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory, demo):
+    """Eight small shards, and what an undisturbed run makes of them."""
+    from curate.demo.render import render
+
+    home = tmp_path_factory.mktemp("disturbed")
+    render(home / "demo", rows=240, seed=5, shards=8, dirt="dirty", instruct=0, tests=0)
+    curate(*words(home, home / "whole" / "emb"))
+    return home
+
+
+def words(home, out, *more):
+    return ["embed", home / "demo" / "pool", out, "--model", CLIP, *more]
+
+
+def test_a_run_one_by_one_of_whose_processes_are_killed_ends_right(pool):
+    command = [
+        sys.executable,
+        "-m",
+        "curate",
+        *words(pool, pool / "killed" / "emb", "--workers", "2", "--decoders", "1"),
+    ]
+    rng = random.Random(7)
+    running = subprocess.Popen([*map(str, command)], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
+    struck, deadline = 0, time.monotonic() + 400
+    try:
+        while running.poll() is None and time.monotonic() < deadline:
+            others = tree(running.pid)
+            if struck < 4 and len(others) > 4 and rng.random() < 0.2:
+                os.kill(rng.choice(others), signal.SIGKILL)
+                struck += 1
+            time.sleep(0.2)
+        assert running.poll() == 0, running.stderr.read()
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    assert struck and fingerprint(pool / "killed" / "emb") == fingerprint(pool / "whole" / "emb")
+    assert not tree(running.pid)
+
+
+def test_a_disk_that_fills_ends_the_run_with_one_line_and_the_rerun_goes_on(pool):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    ended = curate(*words(pool, pool / "limited" / "emb"), check=False, preexec_fn=limit)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: embed: ") and "File too large" in last and "goes on" in last
+    assert ended.stderr.count("File too large") == 1, "no other shard was tried"
+    curate(*words(pool, pool / "limited" / "emb"))
+    assert fingerprint(pool / "limited" / "emb") == fingerprint(pool / "whole" / "emb")
+
+
+@pytest.fixture
+def small_disk(pool):
+    """A file system of 60 kB, where this process may mount one."""
+    place = pool / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    made = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=60k", "none", place], capture_output=True)
+    if not made or made.returncode:
+        pytest.skip("may not mount a file system here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=False, capture_output=True)
+
+
+def test_a_full_file_system_ends_the_run_and_room_lets_it_go_on(pool, small_disk):
+    ended = curate(*words(pool, small_disk / "emb", "--workers", "2"), check=False)
+    assert ended.returncode == 1 and "No space left on device" in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.stderr.count("No space left") == 1
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    curate(*words(pool, small_disk / "emb", "--workers", "2"))
+    assert fingerprint(small_disk / "emb") == fingerprint(pool / "whole" / "emb")
