@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from curate.cluster.options import ClusterOptions
-from curate.command import Json, Run, verb
+from curate.command import Json, Run, failures, log_to, verb
 from curate.demo.options import DemoOptions
 from curate.embed.options import EmbedOptions
 from curate.emit.options import EmitOptions
@@ -23,6 +23,7 @@ from curate.report.options import ReportOptions
 from curate.select.options import SelectOptions
 from curate.storage import paths
 
+log = logging.getLogger("curate")
 app = typer.Typer(
     help="Condense image-text pools into coresets. A pool is a directory of tar shards; each verb makes one directory.",
     no_args_is_help=True,
@@ -35,15 +36,17 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; errors for the user become one line and an exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
+        log_to(verbose=False)
         app()
     except CurateError as error:
+        log.debug("", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
+        log.debug("", exc_info=True)
         told = f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         lasting = isinstance(error, paths.FINAL)
         sys.stderr.write(f"{told}\n" if lasting else f"{told}; run again to resume\n")
@@ -299,5 +302,8 @@ def run(
     made = stages.run(plan, run.job, only or None, echo=(lambda _: None) if run.as_json else typer.echo)
     if run.as_json:
         typer.echo(json.dumps({label: manifest.get("counts", {}) for label, manifest in made.items()}))
-    if any(manifest.get("failed") for manifest in made.values()):
+    broken = {label: manifest["failed"] for label, manifest in made.items() if manifest.get("failed")}
+    for label, failed in broken.items():
+        typer.echo(f"{label}: {failures(failed, run.job.passing, plan.out)}", err=True)
+    if broken:
         raise typer.Exit(1)

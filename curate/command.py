@@ -11,9 +11,10 @@ import dataclasses
 import functools
 import inspect
 import json
+import logging
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make the output anew where it was made otherwise.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of what fails; CURATE_LOG=FILE keeps it.")]
 COMMON: dict[str, tuple[Any, Any]] = {  # name: (declaration, default), in the order of the help
     "workers": (Workers, 0),
     "engine": (Engine, "local"),
@@ -38,8 +40,11 @@ COMMON: dict[str, tuple[Any, Any]] = {  # name: (declaration, default), in the o
     "overwrite": (Overwrite, False),
     "dry_run": (DryRun, False),
     "as_json": (Json, False),
+    "verbose": (Verbose, False),
 }
 Made = dict[str, Any]
+EMBEDDING = ("embed", "import")  # the verbs that say of every row whether it is usable
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,41 @@ class Run:
 
             typer.echo(headline(self.verb, manifest).strip() + f" → {out}")
         if failed:
-            told = f"{len(failed)} shard(s) failed: {', '.join(list(failed)[:5])}; run the same command again to retry"
-            typer.echo(told, err=True)
+            typer.echo(failures(failed, self.job.passing, out), err=True)
             raise typer.Exit(1)
+        counts = manifest.get("counts", {}) if self.verb in EMBEDDING else {}
+        if sum(counts.values()) and not counts.get("ok"):
+            told = ", ".join(f"{count:,} {status.replace('_', ' ')}" for status, count in counts.items())
+            typer.echo(f"no row of {out} is usable: {told}; later stages would have nothing to do", err=True)
+            raise typer.Exit(1)
+
+
+def failures(failed: Mapping[str, str], passing: Collection[str], out: str) -> str:
+    """Name the shards that failed, and say to try again only where that may help."""
+    again = [name for name in failed if name in passing]
+    told = (
+        f"{len(failed):,} shard(s) failed: {', '.join(list(failed)[:MOST_NAMED])}{', …' * (len(failed) > MOST_NAMED)}"
+    )
+    if len(again) == len(failed):
+        return f"{told}; run the same command again to retry"
+    why = f"{told}; `curate show {out}` says why"
+    return f"{why}, and running again may help {len(again):,} of them" if again else why
+
+
+def log_to(verbose: bool) -> None:
+    """Send the log to stderr, with tracebacks where `verbose`, and all of it to the file that CURATE_LOG names.
+
+    Raises: OSError when that file cannot be written.
+    """
+    logger, file = logging.getLogger("curate"), os.environ.get("CURATE_LOG")
+    screen = logging.StreamHandler()
+    screen.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logger.handlers[:] = [screen]
+    if file:
+        kept = logging.FileHandler(file, encoding="utf-8")
+        kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.handlers.append(kept)
+    logger.setLevel(logging.DEBUG if verbose or file else logging.WARNING)
 
 
 def verb(
@@ -99,6 +136,7 @@ def verb(
         @functools.wraps(function)
         def command(**values: Any) -> None:
             told = {each.name: values.pop(each.name) for each in common}
+            log_to(told.pop("verbose"))
             answer = {each: told.pop(each) for each in ("dry_run", "as_json") if each in told}
             seed = {each: told.pop(each) for each in ("seed",) if each in told}
             source = "" if own[0].name == "out" else str(values[own[0].name])

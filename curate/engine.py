@@ -62,6 +62,8 @@ class Report:
 class Job:
     """How a stage runs; never what it makes. workers 0: one per core, or per GPU where a stage uses them.
 
+    passing: collects the items that failed in a way that may pass, such as the network's.
+
     Raises: UsageError.
     """
 
@@ -71,6 +73,7 @@ class Job:
     overwrite: bool = False
     quiet: bool = False
     part: tuple[int, int] | None = None
+    passing: set[Any] = field(default_factory=set, compare=False)
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -372,6 +375,7 @@ def run_stage(
                 outcome.done[report.item] = report.value
                 outcome.rows += int(report.value.get("rows", 0))
             line.update(len(outcome.done) + len(outcome.failed), outcome.rows, len(outcome.failed))
+    job.passing.update(outcome.passing)
     outcome.seconds = time.perf_counter() - started
     order = {item: index for index, item in enumerate(items)}
     outcome.done = dict(sorted(outcome.done.items(), key=lambda pair: order[pair[0]]))

@@ -47,7 +47,8 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
         account = f"{lost:,} of {read:,} records lost" + (f" · {account}" if account else "")
     if manifest.get("unfinished"):
         account = "this part is done, others are not yet"
-    return f"  {command}: {' — '.join(part for part in (what, account) if part) or 'done'}"
+    otherwise = "made nothing" if manifest.get("failed") else "done"
+    return f"  {command}: {' — '.join(part for part in (what, account) if part) or otherwise}"
 
 
 def selection_lines(directory: str) -> Iterator[str]:

@@ -1,0 +1,68 @@
+"""What a verb says and how it ends when shards fail."""
+
+import os
+
+import numpy as np
+import pytest
+import typer
+
+from curate.command import Run
+from curate.engine import Job
+from house import curate
+
+
+def source(folder, *, broken=("b",), good=("a",), vectors=None):
+    """Published embeddings: one file a part, of which some are no arrays."""
+    folder.mkdir()
+    for name in good:
+        np.save(folder / f"{name}.npy", np.eye(4, 8, dtype=np.float32) if vectors is None else vectors)
+    for name in broken:
+        (folder / f"{name}.npy").write_bytes(b"not an array")
+    return folder
+
+
+def ended(folder, *more, **options):
+    return curate("import", folder, folder.parent / "emb", "--layout", "npy", *more, check=False, **options)
+
+
+def test_a_lasting_fault_is_not_to_be_tried_again_and_its_traceback_is_there_for_who_asks(tmp_path):
+    folder = source(tmp_path / "npy")
+    plain = ended(folder)
+    assert plain.returncode == 1 and "Traceback" not in plain.stderr
+    assert "1 shard(s) failed: b; `curate show" in plain.stderr and "again" not in plain.stderr
+    told = ended(folder, "--verbose")
+    assert told.returncode == 1 and told.stderr.count("Traceback") >= 1 and "layouts.py" in told.stderr
+    log = tmp_path / "curate.log"
+    kept = ended(folder, env={**os.environ, "CURATE_LOG": str(log)})
+    assert "Traceback" not in kept.stderr and "layouts.py" in log.read_text()
+
+
+def test_a_traceback_crosses_from_a_worker(tmp_path):
+    told = ended(source(tmp_path / "npy", broken=("b", "c")), "--workers", "2", "--verbose")
+    assert told.returncode == 1 and told.stderr.count("Traceback") >= 2
+
+
+def test_a_total_failure_says_that_nothing_was_made(tmp_path):
+    told = ended(source(tmp_path / "npy", good=()))
+    assert told.returncode == 1 and told.stdout.startswith("import: made nothing")
+
+
+def test_a_verb_of_which_no_row_is_usable_ends_with_one(tmp_path):
+    folder = source(tmp_path / "npy", broken=(), vectors=np.zeros((3, 8), np.float32))
+    for _ in range(2):  # and so does the command that finds it finished
+        told = ended(folder)
+        assert told.returncode == 1 and "no row of" in told.stderr and "3 bad embedding" in told.stderr
+
+
+@pytest.mark.parametrize(
+    "passing, expected",
+    [
+        ({"a", "b"}, "2 shard(s) failed: a, b; run the same command again to retry"),
+        ({"a"}, "2 shard(s) failed: a, b; `curate show out` says why, and running again may help 1 of them"),
+        (set(), "2 shard(s) failed: a, b; `curate show out` says why"),
+    ],
+)
+def test_a_retry_is_advised_where_it_may_help(passing, expected, capsys):
+    with pytest.raises(typer.Exit) as end:
+        Run("emit", Job(passing=passing)).make("out", lambda job: {"failed": {"a": "no", "b": "no"}})
+    assert end.value.exit_code == 1 and capsys.readouterr().err.strip() == expected
