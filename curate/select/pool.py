@@ -4,8 +4,9 @@ Global row numbers count through the stems in the manifest's order. A number tha
 value makes a group of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -54,18 +55,30 @@ class Pool:
         bounds = self.bounds.tolist()
         yield from zip(self.emb.stems, bounds[:-1], bounds[1:], strict=True)
 
-    def chunks(self, name: str) -> pa.ChunkedArray:
-        """Return a column of the embeddings' sidecars, or of the clusters', over all stems."""
+    def _columns(self, name: str) -> Iterator[tuple[slice, pa.ChunkedArray]]:
+        """Yield each shard's rows and its part of a column, mapped: what is kept of it must be copied out.
+
+        A map that stays open for each shard ends in "Cannot allocate memory" at 65,000 (Linux' vm.max_map_count).
+        """
         source = self.clu if self.clu is not None and name in CLUSTER_SCHEMA.names else self.emb
-        tables = [source.table(stem, [name])[name] for stem in self.emb.stems]
-        return pa.chunked_array([chunk for table in tables for chunk in table.chunks], type=tables[0].type)
+        for stem, first, last in self.extents():
+            yield slice(first, last), source.table(stem, [name])[name]
+
+    def _gather(self, name: str, dtype: type, values: Callable[[pa.ChunkedArray], np.ndarray]) -> np.ndarray:
+        """Read a column over all shards into one array; values: a shard's part as numbers."""
+        gathered: np.ndarray = np.empty(int(self.bounds[-1]), dtype)
+        for rows, column in self._columns(name):
+            gathered[rows] = values(column)
+        return gathered
 
     @cached_property
     def _status(self) -> tuple[np.ndarray, list[str]]:
         names = list(STATUSES)
-        given = self.chunks("status").cast(pa.string())
-        codes = pc.index_in(given, pa.array(names)).fill_null(-1).to_numpy()
-        return codes.astype(np.int8), names
+        known = pa.array(names)
+        codes = self._gather(
+            "status", np.int8, lambda column: pc.index_in(column.cast(pa.string()), known).fill_null(-1).to_numpy()
+        )
+        return codes, names
 
     @property
     def statuses(self) -> dict[str, int]:
@@ -79,12 +92,9 @@ class Pool:
         return np.asarray(codes == names.index(status))
 
     def numbers(self, name: str) -> np.ndarray:
-        """Read a column as floats; a null is NaN."""
+        """Read a column as f32 [n] (clusters: i32); a null is NaN."""
         if name in CAPTION:
-            caption = self.chunks("caption")
-            words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(caption)))
-            counted = words if name == "caption_words" else pc.utf8_length(caption)
-            return np.asarray(counted.cast(pa.float32()).to_numpy())
+            return self._gather("caption", np.float32, partial(_caption_length, words=name == "caption_words"))
         if name in SIZES:
             low, high = np.sort([self.numbers("width"), self.numbers("height")], axis=0)
             return np.asarray(low if name == "min_side" else high / low)
@@ -92,22 +102,23 @@ class Pool:
             return self._nearest()
         if name == LOSS:
             return self._loss()
-        column = self.chunks(name)
-        return np.asarray(column.to_numpy() if name == "cluster" else column.cast(pa.float32(), safe=False).to_numpy())
+        if name == "cluster":
+            return self._gather(name, np.int32, lambda column: column.to_numpy())
+        return self._gather(name, np.float32, lambda column: column.cast(pa.float32(), safe=False).to_numpy())
 
     def _loss(self) -> np.ndarray:
         """Read what the trainer's sidecar says of each row. Raises: ContractError where its rows are others."""
         assert self.losses is not None
-        parts = []
-        for stem in self.emb.stems:
+        losses = np.empty(int(self.bounds[-1]), np.float32)
+        for stem, first, last in self.extents():
             recorded = self.losses.table(stem, ["key", LOSS]) if stem in self.losses.rows else None
             if recorded is None or not recorded["key"].equals(self.emb.table(stem, ["key"])["key"]):
                 raise ContractError(
                     f"{self.losses.directory} has other rows for {stem} than {self.emb.directory}.",
                     "embed the very shards that were trained on: `curate embed DATA EMB`",
                 )
-            parts.append(recorded[LOSS].to_numpy())
-        return np.concatenate(parts)
+            losses[first:last] = recorded[LOSS].to_numpy()
+        return losses
 
     def _nearest(self) -> np.ndarray:
         """Find each row's highest cosine inside its cluster; the floor stands for anything below it."""
@@ -119,23 +130,21 @@ class Pool:
         return nearest
 
     def groups(self, name: str) -> np.ndarray:
-        """Read a column as group numbers i64; a row without a value is a group of its own."""
+        """Read a column as group numbers, i64 (clusters, shards: i32); a row without a value is a group of its own."""
         if name == "shard":
-            return np.repeat(np.arange(len(self.emb.stems)), np.diff(self.bounds))
-        if name == "host":
-            column = pc.struct_field(pc.extract_regex(self.chunks("url"), HOST), "host")
-        else:
-            column = self.chunks(name)
-        if name == "uid":  # half of a 128-bit hash is a number good enough to tell images apart
-            codes = np.concatenate([_half_numbers(chunk) for chunk in column.chunks])
-        elif pa.types.is_string(column.type):  # the dictionary of 100 million captions is larger than 2 GB, too
-            encoded = column.cast(pa.large_string()).dictionary_encode().unify_dictionaries().chunks
-            codes = pa.chunked_array([chunk.indices for chunk in encoded]).fill_null(0).to_numpy().astype(np.int64)
-        elif pa.types.is_floating(column.type):
-            codes = np.unique(column.fill_null(0).to_numpy(), return_inverse=True)[1]
-        else:
-            codes = column.fill_null(0).to_numpy().astype(np.int64)
-        empty = np.asarray(column.is_null().to_numpy())
+            return np.repeat(np.arange(len(self.emb.stems), dtype=np.int32), np.diff(self.bounds))
+        if name == "cluster":
+            return self.numbers(name)
+        source = "url" if name == "host" else name
+        kind = pa.string() if name == "host" else self._schema.field(name).type
+        empty = np.empty(int(self.bounds[-1]), bool)
+        parts: list[Any] = []
+        for rows, column in self._columns(source):
+            if name == "host":
+                column = pc.struct_field(pc.extract_regex(column, HOST), "host")
+            empty[rows] = column.is_null().to_numpy()
+            parts += map(partial(_group_part, name=name, kind=kind), column.chunks)
+        codes = _joined_codes(parts, kind)
         return np.where(empty, -2 - np.arange(len(codes)), codes)
 
     @property
@@ -158,11 +167,9 @@ class Pool:
 
         Such a picture has few or no bits set (an ordinary one has 32), so that any two of them agree.
         """
-        parts = []
-        for stem in self.emb.stems:
-            hashes = self.emb.table(stem, ["phash"])["phash"].fill_null(0).to_numpy()
-            parts.append(np.bitwise_count(hashes) > LEAST_BITS)
-        return np.concatenate(parts)
+        return self._gather(
+            "phash", np.bool_, lambda column: np.bitwise_count(column.fill_null(0).to_numpy()) > LEAST_BITS
+        )
 
     def hashes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read perceptual hashes by global row numbers, u64 [m], and which of them say something, bool [m]."""
@@ -258,14 +265,12 @@ class Pool:
         if subset.dtype != UID or subset.ndim != 1:
             raise UsageError(f"{location} holds {subset.dtype} {subset.shape}, not a subset of uids, u8,u8 [n].")
         own = "source_uid" if "source_uid" in self._schema.names else "uid"
-        uids = [records.uid_bytes(uid) for uid in self.chunks(own).to_pylist()]
-        rows = uid_pairs([uid or bytes(16) for uid in uids])
-        given = np.array([uid is not None for uid in uids], bool)
-        return np.asarray(np.isin(rows, subset) & given)
+        return self._gather(own, np.bool_, partial(_is_listed, subset=np.unique(subset)))
 
     def frame(self, seed: int) -> Frame:
         """Make the frame that the steps see."""
-        extra, scored = extra_columns(self._schema), self.chunks("clip_score")
+        extra = extra_columns(self._schema)
+        scored = any(column.null_count < len(column) for _, column in self._columns("clip_score"))
         numbers = [
             *NUMBERS,
             *CAPTION,
@@ -286,7 +291,7 @@ class Pool:
             floor=self.floor,
             vectors=self.vectors,
             hashes=self.hashes,
-            text_vectors=partial(self.vectors, column="text_embedding") if scored.null_count < len(scored) else None,
+            text_vectors=partial(self.vectors, column="text_embedding") if scored else None,
             captions=self.captions,
             centroids=self.centroids if self.clu is not None else None,
             lines=_lines,
@@ -309,6 +314,40 @@ def _lines(location: str) -> list[str]:
     if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
         raise UsageError(f"{location} is no JSON list of texts.")
     return listed
+
+
+def _caption_length(column: pa.ChunkedArray, words: bool) -> np.ndarray:
+    """Count the words (what stands between spaces) or the characters of captions, f32; NaN where there is none."""
+    parts = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(column)))
+    counted = parts if words else pc.utf8_length(column)
+    return np.asarray(counted.cast(pa.float32()).to_numpy())
+
+
+def _group_part(chunk: pa.Array, name: str, kind: pa.DataType) -> Any:
+    """Copy out of a column's chunk what its groups are told by: numbers, or strings by a dictionary of the chunk."""
+    if name == "uid":  # half of a 128-bit hash is a number good enough to tell images apart
+        return _half_numbers(chunk)
+    if pa.types.is_string(kind):  # the dictionary of 100 million captions is larger than 2 GB, too
+        return chunk.cast(pa.large_string()).dictionary_encode()
+    return np.array(chunk.fill_null(0).to_numpy(zero_copy_only=False))
+
+
+def _joined_codes(parts: list[Any], kind: pa.DataType) -> np.ndarray:
+    """Give the groups of all parts numbers, i64: strings by first appearance, floats by value, others as they are."""
+    if pa.types.is_string(kind):
+        encoded = pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.large_string())).unify_dictionaries().chunks
+        indices = pa.chunked_array([chunk.indices for chunk in encoded], pa.int32())
+        return np.asarray(indices.fill_null(0).to_numpy().astype(np.int64))
+    values = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return np.unique(values, return_inverse=True)[1] if values.dtype.kind == "f" else values.astype(np.int64)
+
+
+def _is_listed(column: pa.ChunkedArray, subset: np.ndarray) -> np.ndarray:
+    """Say which uids of a shard are in a sorted subset (u8, u8), bool."""
+    uids = [records.uid_bytes(uid) for uid in column.to_pylist()]
+    own = uid_pairs([uid or bytes(16) for uid in uids])
+    place = np.minimum(np.searchsorted(subset, own), len(subset) - 1) if len(subset) else np.zeros(len(own), np.int64)
+    return np.array([uid is not None for uid in uids], bool) & (subset[place] == own if len(subset) else False)
 
 
 def _half_numbers(chunk: pa.Array) -> np.ndarray:

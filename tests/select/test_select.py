@@ -1,6 +1,8 @@
 """Whole selections over directories: the funnel against a slow reference, what each row keeps, and refusals."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from curate.engine import Job
 from curate.errors import ContractError, UsageError
 from curate.ingest.published import ImportOptions, import_layout
 from curate.select import recipes
+from curate.select.pool import Pool
 from curate.select.select import SelectOptions, select
 from curate.storage import sidecar
 from curate.storage.manifest import open_input, open_output
@@ -356,3 +359,13 @@ def test_embeddings_without_a_shard_are_refused(tmp_path):
     open_output(str(tmp_path / "emb"), "embed", {}, {}).finish(shards={}, counts={})
     with pytest.raises(UsageError, match="no shard to select from"):
         select(str(tmp_path / "emb"), str(tmp_path / "sel"), SelectOptions(steps=("sample(1)",)), QUIET)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="open memory maps are counted in /proc")
+def test_no_shard_stays_mapped_when_its_columns_were_read(pool):
+    frame = Pool(open_input(pool.clu)).frame(0)
+    held = [*(frame.columns[name]() for name in frame.columns), *(frame.groups[name]() for name in frame.groups)]
+    held += [frame.good, frame.hashes(np.arange(9)), frame.edges()]
+    mapped = set(re.findall(r"/\S*/\d{5}\.arrow", Path("/proc/self/maps").read_text()))
+    own = {path for path in mapped if path.startswith(str(Path(pool.clu).parent))}
+    assert held and own <= {str(Path(pool.path) / "00000.arrow")}  # the first shard's, for its schema
