@@ -19,7 +19,6 @@ import logging
 import os
 import re
 import stat
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 
 from pipelines import record_files, records
 from train.data.prompts import Encoded, Encoder, Rejected, parse
+from train.data.tar_index import Keys, index_tar
 from train.errors import DataError, UsageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO")  # Pillow's others run helpers (EPS) or fonts
@@ -81,18 +81,24 @@ class TarSource:
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self.files, self.shards = Files(), [str(path) for path in shards]
-        self.keys: list[str] = []
+        keys: list[list[str]] = []
         self.more: dict[int, list[tuple[int, int]]] = {}  # sample -> its images after the first
-        rows: list[tuple[int, ...]] = []
+        parts: list[NDArray[np.int64]] = []
+        before = 0
         for number, path in enumerate(shards):
+            rows: list[tuple[int, ...]] = []
+            keys.append([])
             for key, members in _scan_tar(path):
-                self.keys.append(key)
+                keys[-1].append(key)
                 images = [members[suffix] for suffix in records.ordered_pictures(members)]
                 if len(images) > 1:
-                    self.more[len(rows)] = images[1:]
+                    self.more[before + len(rows)] = images[1:]
                 image = images[0] if images else (0, 0)
                 rows.append((number, *members.get("json", (0, 0)), *members.get("txt", (0, 0)), *image))
-        self.rows: NDArray[np.int64] = np.array(rows, np.int64).reshape(-1, 7)
+            parts.append(np.array(rows, np.int64).reshape(-1, 7))
+            before += len(rows)
+        self.keys = Keys(keys)
+        self.rows: NDArray[np.int64] = np.concatenate(parts) if parts else np.zeros((0, 7), np.int64)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -325,21 +331,19 @@ def _scan_tar(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """
     rows: list[tuple[str, dict[str, tuple[int, int]]]] = []
     latest: dict[str, dict[str, tuple[int, int]]] = {}
-    size = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:", errors="replace") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                if member.isreg() and dot and member.offset_data + member.size <= size:
-                    key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
-                    members = latest.get(key)
-                    if members is None or suffix in members:
-                        members = latest[key] = {}
-                        rows.append((key, members))
-                    members[suffix] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError, ValueError) as error:
-        log.warning("%s is torn (%s): %d samples were read before that", path, error, len(rows))
+    found, fault = index_tar(path)
+    for whole, offset, size in found:
+        folder, _, name = whole.rpartition("/")
+        stem, dot, suffix = name.partition(".")
+        if dot:
+            key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
+            members = latest.get(key)
+            if members is None or suffix in members:
+                members = latest[key] = {}
+                rows.append((key, members))
+            members[suffix] = (offset, size)
+    if fault:
+        log.warning("%s is torn (%s): %d samples were read before that", path, fault, len(rows))
     yield from rows
 
 
