@@ -6,8 +6,8 @@ keys first appear, with the bytes' positions, so that any later stage can fetch 
 A thin reader of our own instead of webdataset's, because rows are the contract here: webdataset groups only adjacent
 members, drops incomplete samples, stops at a truncation without saying so, and its default decoders unpickle `.pyd`.
 Headers are parsed by ourselves (`tar_headers.py`): `tarfile` takes more than twice as long, hides where an archive
-broke, and reads whatever length an extension header claims. Members are never extracted to disk, links and devices are
-never followed.
+broke, and reads whatever length an extension header claims. Members of any kind are copied as bytes and none is
+unpickled; none is extracted to disk, and links and devices are never followed.
 """
 
 import json
@@ -42,7 +42,6 @@ MAGIC = {
 BRANDS = {**dict.fromkeys((b"avif", b"avis"), "avif")}
 BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "heic")
 CAPTION_SUFFIX, JSON_SUFFIX = "txt", "json"
-UNSAFE_SUFFIXES = ("pyd", "pickle", "pkl", "pth", "pt")
 MAX_MEMBER_BYTES = 256 << 20
 MAX_TEXT_BYTES = 1 << 20
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -242,9 +241,6 @@ def read_index(file: IO[bytes]) -> Index:
         trouble = MACOS if is_macos(name) else trouble or ("" if suffix else "without a suffix")
         if trouble:
             passed[trouble] = passed.get(trouble, 0) + 1
-            continue
-        if suffix.rpartition(".")[2] in UNSAFE_SUFFIXES:
-            passed[f"pickled ({suffix})"] = passed.get(f"pickled ({suffix})", 0) + 1
             continue
         sample = latest.get(key)
         if sample is None or any(member.suffix == suffix for member in sample.members):

@@ -43,6 +43,37 @@ def test_original_members_in_order_byte_for_byte(tmp_path):
     assert sidecar["source_stem"].to_pylist()[-1] == "00002"
 
 
+def test_members_of_every_kind_are_emitted_byte_for_byte(tmp_path):
+    where = write_pool(tmp_path / "pool", ["00000"], 1)
+    kinds = ("pt", "pkl", "pth", "pyd", "pickle", "seg.npy", "mp3", "PT")
+    held = [("k.jpg", picture(7)), ("k.txt", b"words"), *((f"k.{kind}", kind.encode()) for kind in kinds[:-1])]
+    with open(tmp_path / "pool" / "00001.tar", "wb") as file, TarWriter(file) as tar:
+        for name, data in held:
+            tar.add(name, data)
+    sel = write_selection(tmp_path / "sel", write_embeddings(tmp_path / "emb", where), lambda stem, row, key: True)
+    emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET)
+    assert members(tmp_path / "out" / "000000.tar")[-len(held) :] == held
+
+
+def test_slices_end_where_each_has_a_shard_that_failed_for_good(tmp_path):
+    sel = chain(tmp_path)
+    emb = tmp_path / "emb"
+    whole = {stem: (emb / f"{stem}.arrow").read_bytes() for stem in ("00000", "00001", "00002")}
+    for stem in ("00000", "00001"):
+        (emb / f"{stem}.arrow").write_bytes(b"torn")
+    options = EmitOptions(format="parquet")
+    first = emit(sel, str(tmp_path / "out"), options, Job(workers=1, quiet=True, part=(0, 2)))
+    assert first["unfinished"] == ["00001"] and list(first["failed"]) == ["00000"]
+    last = emit(sel, str(tmp_path / "out"), options, Job(workers=1, quiet=True, part=(1, 2)))
+    assert list(last["failed"]) == ["00000", "00001"] and list(last["shards"]) == ["00002"]
+    for stem, data in whole.items():
+        (emb / f"{stem}.arrow").write_bytes(data)
+    for rank in (0, 1):
+        mended = emit(sel, str(tmp_path / "out"), options, Job(workers=1, quiet=True, part=(rank, 2)))
+    assert "failed" not in mended and len(mended["shards"]) == 3
+    assert not (tmp_path / "out" / ".failed").exists()
+
+
 @pytest.mark.parametrize("kind", ["webdataset", "llava", "keys", "datacomp", "parquet", "clip-retrieval"])
 def test_any_worker_count_and_any_slices_leave_the_same_bytes(tmp_path, kind):
     sel, options = chain(tmp_path), EmitOptions(format=kind, shard_size=4)
@@ -158,7 +189,7 @@ def test_colliding_keys_are_made_unique_and_said_so(tmp_path):
     assert len(list((tmp_path / "llava" / "images").rglob("*.jpg"))) == 6
 
 
-def test_a_hostile_member_is_never_written_outside_nor_a_pickle_copied(tmp_path):
+def test_a_hostile_member_is_never_written_outside(tmp_path):
     pool = write_pool(tmp_path / "pool", ["00000"], 2)
     with open(tmp_path / "pool" / "00000.tar", "wb") as file, TarWriter(file) as tar:
         for key in ("../../evil", "fine"):
@@ -169,7 +200,7 @@ def test_a_hostile_member_is_never_written_outside_nor_a_pickle_copied(tmp_path)
     for kind in ("webdataset", "llava"):
         manifest = emit(sel, str(tmp_path / kind), EmitOptions(format=kind), QUIET)
         assert manifest["counts"] == {"rows": 2, "written": 1, "unsafe_key": 1}
-    assert [name for name, _ in members(tmp_path / "webdataset" / "000000.tar")] == ["fine.jpg", "fine.txt"]
+    assert [name for name, _ in members(tmp_path / "webdataset" / "000000.tar")] == ["fine.jpg", "fine.txt", "fine.pyd"]
     assert not list(tmp_path.rglob("evil*"))
 
 
