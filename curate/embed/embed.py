@@ -7,10 +7,11 @@ the number of threads nor on that of workers. On a CPU the same thread decodes a
 """
 
 import itertools
+import json
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +51,14 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     _check_members(list(found.values()), captions=bool(options.captions))
     extras = side_data.Extras(side_data.column_kinds(list(found.values()), options.columns), options.captions)
     source, device = weights.find(options.model, options.pretrained), encoder.choose_device()
-    precision, reason = encoder.choose_precision(options.precision, device, source)
-    batch_size = options.batch_size or (GPU_BATCH if device == "cuda" else CPU_BATCH)
+    recorded = {} if job.overwrite else manifest.recorded_options(out, "embed")
+    precision, reason = options.precision, "as the directory was made with"
+    if options.precision == "auto" and "precision" in recorded:
+        precision = str(recorded["precision"])
+    else:
+        precision, reason = encoder.choose_precision(options.precision, device, source)
+    by_device = GPU_BATCH if device == "cuda" else CPU_BATCH
+    batch_size = options.batch_size or int(recorded.get("batch_size", by_device))
     made = {
         "model": _portable_name(options.model),
         "pretrained": _portable_name(options.pretrained),
@@ -89,7 +96,9 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         options.faithful,
     )
     try:
-        todo = output.missing(job.share(list(found)))
+        todo = output.pending(job.share(list(found)))
+        if not job.quiet:
+            _say_other_maker(output, todo, list(found), device)
         places = {out, *(paths.parent(shard.location) for shard in found.values())}
         outcome = engine.run_stage("embed", task, todo, job, workers=workers, gpu=True, places=sorted(places))
     finally:
@@ -125,7 +134,8 @@ def _finish(
     facts, counts = reader.account(output, stems)
     dim = next((fact["dim"] for fact in facts.values()), 0)
     output.log(stage="embed", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=workers, dim=dim)
-    if unfinished := output.unfinished(stems, outcome.failed):
+    failed = output.failures(stems, outcome.failed)
+    if unfinished := output.unfinished(stems, failed):
         return unfinished
     bad = reader.all_faults(facts, passed)
     faults.write("embed", bad, quiet=quiet)
@@ -140,10 +150,33 @@ def _finish(
         counts=counts,
         **({"downloads": dict(sorted(downloads.items()))} if downloads else {}),
         **({"faults": bad} if bad else {}),
-        **({"failed": outcome.failed} if outcome.failed else {}),
-        versions=manifest.versions("torch", "open_clip_torch", "pillow"),
-        device=encoder.describe_device(device),
+        **({"failed": failed} if failed else {}),
+        **_makers(facts, encoder.describe_device(device)),
     )
+
+
+def _made_by(device: str) -> dict[str, Any]:
+    return {"device": device, "versions": manifest.versions("torch", "open_clip_torch", "pillow")}
+
+
+def _makers(facts: Mapping[str, Mapping[str, Any]], device: str) -> dict[str, Any]:
+    """Say what made the shards: one device with its versions, or `made_by`, which lists each with its shards."""
+    shards: dict[str, list[str]] = {}
+    for stem, fact in facts.items():
+        shards.setdefault(json.dumps(fact.get("made_by", _made_by(device)), sort_keys=True), []).append(stem)
+    makers = [{**json.loads(maker), "shards": stems} for maker, stems in shards.items()]
+    first = {name: makers[0][name] for name in ("versions", "device")} if makers else _made_by(device)
+    return {**first, **({"made_by": makers} if len(makers) > 1 else {})}
+
+
+def _say_other_maker(output: manifest.Output, todo: Sequence[str], stems: Sequence[str], device: str) -> None:
+    """Say that the shards that stand already were made by other versions or on another device."""
+    there = next((stem for stem in stems if stem not in set(todo)), None) if todo else None
+    before = sidecar.facts(output.path(f"{there}.arrow")).get("made_by") if there is not None else None
+    now = _made_by(encoder.describe_device(device))
+    if before is not None and before != now:
+        told = " and ".join(json.dumps(each, sort_keys=True) for each in (before, now))
+        sys.stderr.write(f"embed: goes on with shards that another machine made: {told}; the manifest lists which\n")
 
 
 def _check_members(found: Sequence[tar.Shard], *, captions: bool) -> None:
@@ -237,6 +270,7 @@ class EmbedShard:
         statuses = Counter(row["status"] for row in facts)
         bad = {"reasons": reader.reasons(facts), "faults": reader.image_faults(stem, facts)}
         beside |= {name: told for name, told in bad.items() if told}
+        beside["made_by"] = _made_by(encoder.describe_device(self.device))
         meta = {"statuses": dict(statuses), "notes": index.notes, "size": shard.size, "dim": self.encoder.dim, **beside}
         batch = pa.RecordBatch.from_arrays(columns, schema=schema)
         sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], {"rows": len(facts), **meta})

@@ -23,6 +23,7 @@ from curate.storage.tar import MAX_TEXT_BYTES, Shard, describe, open_tar, read_i
 
 NUMBER, TEXT = "number", "text"
 PROBED = 100  # samples of a shard whose JSON is opened to learn its fields
+PROBED_SHARDS = 8  # that are opened where no field is asked for: a pool without JSON is not read twice
 HEX_UID = 32  # DataComp's uid, in hexadecimal digits
 
 
@@ -73,7 +74,7 @@ def column_kinds(found: Sequence[Shard], names: Sequence[str]) -> dict[str, str]
     DataComp's `uid` is always taken where the pool has one. Raises: UsageError naming the fields that there are.
     """
     fields: dict[str, list[Any]] = {}
-    for shard in found:
+    for shard in found if names else found[:PROBED_SHARDS]:
         try:
             with open_tar(shard.location) as file:
                 for sample in read_index(file).samples[:PROBED]:

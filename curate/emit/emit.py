@@ -69,14 +69,15 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     suffix = ".tar" if options.format == "webdataset" else ".arrow"
     make: type[_WriteTar] | type[_WriteImages] = _WriteTar if options.format == "webdataset" else _WriteImages
     task = make(coreset, out, plan, renamed, options.prompt)
-    outcome = engine.run_stage("emit", task, output.missing(job.share(list(plan)), suffix), job, places=(out,))
+    outcome = engine.run_stage("emit", task, output.pending(job.share(list(plan)), suffix), job, places=(out,))
     output.log(
         stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers, engine=job.engine
     )
-    if unfinished := output.unfinished(list(plan), outcome.failed, suffix):
+    failed = output.failures(list(plan), outcome.failed, suffix)
+    if unfinished := output.unfinished(list(plan), failed, suffix):
         return unfinished
-    replaced = None if outcome.failed else _replace_gone(task, output, suffix)
-    manifest = _finish(output, plan, task.renamed, suffix, outcome.failed, replaced)
+    replaced = None if failed else _replace_gone(task, output, suffix)
+    manifest = _finish(output, plan, task.renamed, suffix, failed, replaced)
     counts = manifest["counts"]
     lost = counts["rows"] - counts["written"] + counts.get("replaced", 0) - counts.get("in_failed_shards", 0)
     if lost and not job.quiet:

@@ -37,17 +37,18 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
     task: _Write = {"keys": _WriteKeys, "parquet": _WriteParquet, "clip-retrieval": _WriteVectors}[kind](
         coreset, out, number
     )
-    outcome = engine.run_stage("emit", task, output.missing(job.share(stems), task.name), job, places=(out,))
+    outcome = engine.run_stage("emit", task, output.pending(job.share(stems), task.name), job, places=(out,))
     output.log(stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
-    if unfinished := output.unfinished(stems, outcome.failed, task.name):
+    lost = output.failures(stems, outcome.failed, task.name)
+    if unfinished := output.unfinished(stems, lost, task.name):
         return unfinished
     for folder in FOLDERS:
         paths.clear_temporaries(output.path(folder))
-    shards = {stem: {"rows": task.rows(stem)} for stem in stems if stem not in outcome.failed}
+    shards = {stem: {"rows": task.rows(stem)} for stem in stems if stem not in lost}
     written = sum(shard["rows"] for shard in shards.values())
-    failed = sum(task.rows(stem) for stem in outcome.failed)
+    failed = sum(task.rows(stem) for stem in lost)
     counts = _account(coreset, output, written, failed) if kind != "parquet" else {"rows": written + failed}
-    return output.finish(shards=shards, counts=counts, **({"failed": outcome.failed} if outcome.failed else {}))
+    return output.finish(shards=shards, counts=counts, **({"failed": lost} if lost else {}))
 
 
 def _account(coreset: Coreset, output: manifest.Output, written: int, missing: int) -> dict[str, int]:
@@ -82,6 +83,7 @@ class _Write:
     coreset: Coreset
     out: str
     number: Mapping[str, str]
+    clusters: manifest.Artefact | None = None
 
     def setup(self) -> None:
         """Nothing to prepare."""
@@ -117,6 +119,13 @@ class _WriteKeys(_Write):
 
 
 class _WriteParquet(_Write):
+    def setup(self) -> None:
+        """Look the clusters up once: that reads and digests the manifests on the way to them."""
+        try:
+            self.clusters = self.coreset.selection.source("cluster")
+        except LookupError:
+            self.clusters = None
+
     def name(self, stem: str) -> str:
         return f"table/{stem}.parquet"
 
@@ -129,10 +138,7 @@ class _WriteParquet(_Write):
         for name in (*EMBEDDED_COLUMNS, *extra_columns(embedded.schema)):
             columns[name] = embedded[name]
         columns["uid"] = pa.array([uid and uid.hex() for uid in embedded["uid"].to_pylist()], pa.string())
-        try:
-            clusters = self.coreset.selection.source("cluster").table(stem)
-        except LookupError:
-            clusters = None
+        clusters = self.clusters.table(stem) if self.clusters is not None else None
         for table in filter(None, (clusters, chosen)):
             columns |= {name: table[name] for name in table.column_names}
         _save_parquet(self.place(stem), pa.table(columns).replace_schema_metadata(None))

@@ -95,7 +95,8 @@ def _clip_retrieval(source: str, arch: str) -> tuple[list[Part], str]:
 
 def _datacomp(source: str, arch: str) -> tuple[list[Part], str]:
     held = paths.listdir(source)
-    stems = [name[:-4] for name in held if name.endswith(".npz") and f"{name[:-4]}.parquet" in set(held)]
+    tables = set(held)
+    stems = [name[:-4] for name in held if name.endswith(".npz") and f"{name[:-4]}.parquet" in tables]
     entries = (f"{arch}_img", f"{arch}_txt")
     place = {stem: paths.join(source, stem) for stem in stems}
     parts = [

@@ -78,17 +78,18 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
     )
     if output.complete:
         return output.manifest
-    todo = output.missing(job.share(list(parts)), ".tar")
+    todo = output.pending(job.share(list(parts)), ".tar")
     outcome = engine.run_stage("pack", PackShard(parts, out), todo, job, places=(out, paths.parent(source)))
     output.log(stage="pack", rows=outcome.rows, seconds=round(outcome.seconds, 3))
-    if unfinished := output.unfinished(list(parts), outcome.failed, ".tar"):
+    failed = output.failures(list(parts), outcome.failed, ".tar")
+    if unfinished := output.unfinished(list(parts), failed, ".tar"):
         return unfinished
-    rows = {stem: {"rows": part.rows} for stem, part in parts.items() if stem not in outcome.failed}
+    rows = {stem: {"rows": part.rows} for stem, part in parts.items() if stem not in failed}
     return output.finish(
         shards=rows,
         counts={"rows": sum(each["rows"] for each in rows.values())},
         **({"passed_over": passed} if passed else {}),
-        **({"failed": outcome.failed} if outcome.failed else {}),
+        **({"failed": failed} if failed else {}),
     )
 
 
@@ -197,12 +198,13 @@ class PackShard:
     out: str
 
     def setup(self) -> None:
-        """Nothing to prepare."""
+        """Begin without an open parquet file."""
+        self.table = _Rows()
 
     def __call__(self, stem: str) -> dict[str, Any]:
         """Write one tar."""
         part = self.parts[stem]
-        members = _read_files(part) if part.files else _read_rows(stem, part)
+        members = _read_files(part) if part.files else _read_rows(stem, part, self.table)
         with paths.atomic_write(paths.join(self.out, f"{stem}.tar")) as file, TarWriter(file) as tar:
             for name, data in members:
                 tar.add(name, data)
@@ -219,11 +221,11 @@ def _read_files(part: Part) -> Iterator[tuple[str, bytes]]:
         yield f"{key}.{suffix}", paths.read_bytes(paths.join(part.source, name))
 
 
-def _read_rows(stem: str, part: Part) -> Iterator[tuple[str, bytes]]:
+def _read_rows(stem: str, part: Part, table: "_Rows") -> Iterator[tuple[str, bytes]]:
     """Yield the members of rows of a parquet file. Raises: ShardError when it holds paths in place of images."""
     seen: set[str] = set()
     pictures = 0
-    for number, row in enumerate(_records(part), part.start):
+    for number, row in enumerate(table.read(part), part.start):
         held = row.pop(part.image)
         image, path = (held.get("bytes"), held.get("path")) if isinstance(held, dict) else (held, None)
         key = _key(row, f"{stem}_{number:09d}", seen)
@@ -241,22 +243,51 @@ def _read_rows(stem: str, part: Part) -> Iterator[tuple[str, bytes]]:
         raise ShardError(f"{part.source} holds no image bytes in {part.image}: write it with the files embedded")
 
 
-def _records(part: Part) -> Iterator[dict[str, Any]]:
-    """Yield a part's rows, a few in memory at a time."""
-    import pyarrow.parquet as pq
+class _Rows:
+    """Reads rows of parquet files, a few in memory at a time; parts that follow each other cost one reading.
 
-    try:
-        with paths.open_read(part.source) as file:
-            first = 0
-            for batch in pq.ParquetFile(file).iter_batches(ROWS):
-                low, high = max(part.start - first, 0), min(part.start + part.rows - first, batch.num_rows)
-                first += batch.num_rows
-                if high > low:
-                    yield from batch.slice(low, high - low).to_pylist()
-                if first >= part.start + part.rows:
-                    return
-    except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{part.source} cannot be read: {str(error).splitlines()[0]}") from None
+    A part is found by its row group. Where the next part of the same file lies further on, the reading goes on from
+    where it stands: a file that is one large row group is decoded once by each worker, however many tars it makes.
+    """
+
+    def __init__(self) -> None:
+        self.source, self.at = "", 0
+        self.batches: Iterator[pa.RecordBatch] = iter(())
+        self.rest: pa.RecordBatch | None = None
+
+    def read(self, part: Part) -> Iterator[dict[str, Any]]:
+        """Yield a part's rows. Raises: ShardError when the file cannot be read."""
+        stop = part.start + part.rows
+        try:
+            if part.source != self.source or part.start < self.at:
+                self._open(part)
+            while self.at < stop:
+                batch = self.rest if self.rest is not None else next(self.batches)
+                first, last = max(part.start - self.at, 0), min(stop - self.at, batch.num_rows)
+                self.rest = batch.slice(last) if last < batch.num_rows else None
+                self.at += last
+                if last > first:
+                    yield from batch.slice(first, last - first).to_pylist()
+        except StopIteration:
+            raise ShardError(
+                f"{part.source} ends after {self.at:,} rows, {part.start + part.rows:,} expected"
+            ) from None
+        except (pa.ArrowException, OSError) as error:
+            self.source = ""
+            raise ShardError(f"{part.source} cannot be read: {str(error).splitlines()[0]}") from None
+
+    def _open(self, part: Part) -> None:
+        """Open a part's file at the row group that holds its first row."""
+        import pyarrow.parquet as pq
+
+        held = pq.ParquetFile(paths.open_read(part.source))
+        sizes = [held.metadata.row_group(index).num_rows for index in range(held.metadata.num_row_groups)]
+        group, self.at = 0, 0
+        while group < len(sizes) and self.at + sizes[group] <= part.start:
+            self.at += sizes[group]
+            group += 1
+        self.source, self.rest = part.source, None
+        self.batches = held.iter_batches(ROWS, row_groups=list(range(group, len(sizes))))
 
 
 def _key(row: dict[str, Any], fallback: str, seen: set[str]) -> str:

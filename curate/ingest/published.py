@@ -60,14 +60,14 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         return output.manifest
     if not options.pool:
         named = {part.stem: part for part in parts}
-        todo = output.missing(job.share(list(named)))
+        todo = output.pending(job.share(list(named)))
         outcome = engine.run_stage("import", ImportPart(named, out, extra), todo, job, places=(out,))
         return _finish(output, list(named), outcome, {}, {}, quiet=job.quiet)
     shared = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
     with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
         joined = build_join(parts, options.join, folder)
         task = ImportShard(parts, found, folder, options.join, options.max_pixels, out, extra)
-        outcome = engine.run_stage("import", task, output.missing(job.share(list(found))), job, places=(out,))
+        outcome = engine.run_stage("import", task, output.pending(job.share(list(found))), job, places=(out,))
     return _finish(output, list(found), outcome, joined, held.passed, quiet=job.quiet)
 
 
@@ -94,7 +94,8 @@ def _finish(
         told = ", ".join(f"{stem} has {dim}" for dim, stem in dims.items())
         raise UsageError(f"the parts are not of one model: {told} dimensions.", "import each into its own directory")
     output.log(stage="import", rows=outcome.rows, seconds=round(outcome.seconds, 3))
-    if unfinished := output.unfinished(stems, outcome.failed):
+    failed = output.failures(stems, outcome.failed)
+    if unfinished := output.unfinished(stems, failed):
         return unfinished
     if joined and facts:
         total = sum(fact["rows"] for fact in facts.values())
@@ -114,7 +115,7 @@ def _finish(
         counts=counts,
         **({"joined": joined} if joined else {}),
         **({"faults": bad} if bad else {}),
-        **({"failed": outcome.failed} if outcome.failed else {}),
+        **({"failed": failed} if failed else {}),
     )
 
 

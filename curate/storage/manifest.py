@@ -27,6 +27,7 @@ from curate.storage.sidecar import batches, table
 
 FORMAT = 1
 MANIFEST, PLAN, LOG = "manifest.json", ".plan.json", "log.jsonl"
+FAILED = ".failed"  # a folder with a JSON file for each shard that a slice could not make
 MAKERS = {"losses": "python -m train … --losses"}  # what makes artefacts besides the verbs
 
 
@@ -104,12 +105,38 @@ class Output:
         }
         return [stem for stem, file in named.items() if file not in present]
 
+    def pending(self, share: Sequence[str], name: str | Callable[[str], str] = ".arrow") -> list[str]:
+        """List what of this run's share is to be made, and forget that it failed before. name: as for `missing`."""
+        todo = self.missing(share, name)
+        for stem in set(todo) & self._recorded_failures():
+            paths.remove(self._failure(stem))
+        return todo
+
+    def failures(
+        self, stems: Sequence[str], failed: Mapping[str, str], name: str | Callable[[str], str] = ".arrow"
+    ) -> dict[str, str]:
+        """Return why shards could not be made, by this run or by other slices, in the order of the stems.
+
+        failed: of this run; they are recorded, so that a slice that ends later does not wait for them.
+        """
+        for stem, why in failed.items():
+            save_json(self._failure(stem), why)
+        recorded = self._recorded_failures()
+        lost = [stem for stem in self.missing(stems, name) if stem in recorded] if recorded else []
+        return {stem: failed[stem] if stem in failed else str(load_json(self._failure(stem))) for stem in lost}
+
+    def _failure(self, stem: str) -> str:
+        return self.path(f"{FAILED}/{stem}.json")
+
+    def _recorded_failures(self) -> set[str]:
+        return {file.removesuffix(".json") for file in paths.listdir(self.path(FAILED)) if file.endswith(".json")}
+
     def unfinished(
         self, stems: Sequence[str], failed: Mapping[str, str], name: str | Callable[[str], str] = ".arrow"
     ) -> dict[str, Any] | None:
         """Return what a stage answers while other slices still have shards to make; None when all are made or failed.
 
-        failed: the shards that this run could not make, with the reasons. name: as for `missing`.
+        failed: what `failures` returned. A shard that could not be made is a finished one. name: as for `missing`.
         """
         left = [stem for stem in self.missing(stems, name) if stem not in failed]
         return {"format": FORMAT, **self.plan, "unfinished": left, "failed": dict(failed)} if left else None
@@ -123,6 +150,7 @@ class Output:
         self.manifest = {"format": FORMAT, **self.plan, **facts}
         save_json(self.path(MANIFEST), self.manifest)
         paths.remove(self.path(PLAN))
+        paths.remove(self.path(FAILED))
         self.complete = not self.manifest.get("failed")
         return self.manifest
 
@@ -192,6 +220,16 @@ def open_output(
     return Output(directory, plan)
 
 
+def recorded_options(directory: str, command: str) -> dict[str, Any]:
+    """Return the options that a directory was made with by a verb, finished or not; none where it was not."""
+    for name in (MANIFEST, PLAN):
+        if paths.exists(paths.join(directory, name)):
+            found = load_json(paths.join(directory, name))
+            made_so = isinstance(found, dict) and found.get("command") == command
+            return dict(found.get("options", {})) if made_so else {}
+    return {}
+
+
 def _refuse_own_input(directory: str, inputs: Mapping[str, "Artefact | Mapping[str, Any]"]) -> None:
     """Raise ContractError when a directory that is to be made anew is, or holds, what it would be made from."""
     out = paths.join(os.path.realpath(paths.local(directory)), "")
@@ -247,7 +285,7 @@ class Artefact:
         """The stems of its shards, in order."""
         return list(self.manifest["shards"])
 
-    @property
+    @cached_property
     def rows(self) -> dict[str, int]:
         """Rows per stem."""
         return {stem: int(shard["rows"]) for stem, shard in self.manifest["shards"].items()}

@@ -10,8 +10,10 @@ import glob
 import logging
 import os
 import re
+import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -220,7 +222,8 @@ def atomic_write(location: str) -> Iterator[IO[bytes]]:
         return
     path = local(location)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    # Several machines may write the same file at once, and in containers every process has the number 1.
+    temporary = f"{path}.{socket.gethostname()[:16]}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -75,7 +75,7 @@ BAD = {
 
 def test_every_bad_sample_keeps_its_row_and_says_why(tmp_path, model):
     members = [(f"{key}.{suffix}", data) for key, (parts, _) in BAD.items() for suffix, data in parts]
-    members += [("twice.jpg", picture(12)), ("twice.txt", b"second"), ("evil.pkl", b"cos\nsystem\n(S'x'\ntR.")]
+    members += [("twice.jpg", picture(12)), ("twice.txt", b"second"), ("fine.pkl", b"cos\nsystem\n(S'x'\ntR.")]
     pool = make_tar(tmp_path / "pool" / "00000.tar", members)
     manifest = embed(pool, str(tmp_path / "emb"), EmbedOptions(model), QUIET)
     rows = table_of(tmp_path / "emb")
@@ -84,7 +84,6 @@ def test_every_bad_sample_keeps_its_row_and_says_why(tmp_path, model):
     counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
     assert manifest["counts"] == {status: count for status, count in counts.items() if count}
     assert manifest["shards"]["00000"]["rows"] == len(rows) == sum(manifest["counts"].values())
-    assert any("pickled" in note for note in manifest["shards"]["00000"]["notes"])
     assert sidecar.table(f"{tmp_path}/emb/00000.arrow").schema.remove_metadata() == embedding_schema(48)
     for row in rows:
         for column in ("image_embedding", "text_embedding", "clip_score"):
@@ -217,6 +216,52 @@ def test_slices_share_the_shards_and_the_last_one_finishes(tmp_path, model):
     first = embed(pool, out, EmbedOptions(model), Job(quiet=True, part=(0, 2)))
     assert first["unfinished"] == ["00001"] and not os.path.exists(f"{out}/manifest.json")
     assert embed(pool, out, EmbedOptions(model), Job(quiet=True, part=(1, 2)))["counts"] == {"ok": 9}
+
+
+def test_slices_end_where_each_has_a_shard_that_failed_for_good(tmp_path, model):
+    stems = ["00000", "00001", "00002", "00003"]
+    pool, out = write_pool(tmp_path / "pool", stems, 3), str(tmp_path / "emb")
+    whole = {stem: (tmp_path / "pool" / f"{stem}.tar").read_bytes() for stem in stems[:2]}
+    for stem, data in whole.items():
+        (tmp_path / "pool" / f"{stem}.tar").write_bytes(b"\xff" * len(data))
+    first = embed(pool, out, EmbedOptions(model), Job(quiet=True, part=(0, 2)))
+    assert first["unfinished"] == ["00001", "00003"] and list(first["failed"]) == ["00000"]
+    last = embed(pool, out, EmbedOptions(model), Job(quiet=True, part=(1, 2)))
+    assert list(last["failed"]) == stems[:2] and list(last["shards"]) == stems[2:]
+    assert not os.path.exists(f"{out}/.failed")
+    (tmp_path / "pool" / "00001.tar").write_bytes(whole["00001"])
+    half = embed(pool, out, EmbedOptions(model), Job(quiet=True, part=(1, 2)))
+    assert half["unfinished"] == ["00000"], "the other slice may still mend its shard"
+    again = embed(pool, out, EmbedOptions(model), Job(quiet=True, part=(0, 2)))
+    assert list(again["failed"]) == ["00000"] and list(again["shards"]) == stems[1:]
+
+
+def test_auto_takes_what_the_directory_was_made_with(tmp_path, model):
+    pool, out = write_pool(tmp_path / "pool", ["00000", "00001"], 3), str(tmp_path / "emb")
+    embed(pool, out, EmbedOptions(model, precision="bf16", batch_size=7), Job(quiet=True, part=(0, 2)))
+    made = embed(pool, out, EmbedOptions(model), QUIET)
+    assert made["options"]["precision"] == "bf16" and made["options"]["batch_size"] == 7
+    assert embed(pool, out, EmbedOptions(model), QUIET) == made, "whatever this machine would choose by itself"
+    with pytest.raises(ContractError, match="precision"):
+        embed(pool, out, EmbedOptions(model, precision="fp32"), QUIET)
+    anew = embed(pool, out, EmbedOptions(model), Job(quiet=True, overwrite=True))
+    assert anew["options"]["precision"] == "fp32" and anew["options"]["batch_size"] == 32
+
+
+def test_a_resume_with_other_versions_says_so_and_lists_what_made_which_shards(tmp_path, model, monkeypatch, capsys):
+    from curate.embed import embed as stage
+
+    pool, out = write_pool(tmp_path / "pool", ["00000", "00001", "00002"], 3), str(tmp_path / "emb")
+    with monkeypatch.context() as other:
+        other.setattr(stage.encoder, "describe_device", lambda device: "another processor")
+        embed(pool, out, EmbedOptions(model), Job(quiet=True, part=(0, 2), workers=1))
+    made = embed(pool, out, EmbedOptions(model), Job(workers=1))
+    assert "another processor" in capsys.readouterr().err
+    assert [(maker["device"], maker["shards"]) for maker in made["made_by"]][0] == (
+        "another processor",
+        ["00000", "00002"],
+    )
+    assert made["made_by"][1]["shards"] == ["00001"] and made["made_by"][1]["versions"]
 
 
 @pytest.mark.parametrize(

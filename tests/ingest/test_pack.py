@@ -263,3 +263,30 @@ def test_suffixes_follow_the_bytes():
     buffer = io.BytesIO()
     np.save(buffer, np.zeros(3))
     assert suffix_of(buffer.getvalue()) == "jpg"
+
+
+@pytest.mark.parametrize("row_group", [3, 7, 1000])
+def test_a_parquet_file_is_decoded_once_however_many_tars_it_makes(tmp_path, monkeypatch, row_group):
+    rows = [{"key": f"{row:03d}", "image": picture(row), "text": f"words {row}"} for row in range(50)]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "a.parquet", row_group_size=row_group)
+    decoded = []
+    batches = pq.ParquetFile.iter_batches
+
+    def counted(self, *given, **named):
+        for batch in batches(self, *given, **named):
+            decoded.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(shard_size=4), QUIET)
+    monkeypatch.undo()
+    found = [pair for tar in sorted((tmp_path / "pool").glob("*.tar")) for pair in members(tar)]
+    assert [data for name, data in found if name.endswith(".jpg")] == [row["image"] for row in rows]
+    assert sum(decoded) == 50
+    from curate.ingest.pack import Part, _Rows
+
+    table, place = _Rows(), str(tmp_path / "in" / "a.parquet")
+    for start, count in ((8, 4), (0, 5), (44, 6), (45, 1), (3, 40)):
+        part = Part(place, count, (), start, "image", "text")
+        assert [row["key"] for row in table.read(part)] == [f"{row:03d}" for row in range(start, start + count)]

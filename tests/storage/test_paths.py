@@ -82,3 +82,12 @@ def test_two_processes_delete_one_directory(tmp_path):
         for thread in threads:
             thread.join()
         assert not failed and not folder.exists()
+
+
+def test_writers_of_one_file_at_once_never_collide(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths.os, "getpid", lambda: 1)  # as in containers on several machines
+    target = str(tmp_path / "plan.json")
+    with paths.atomic_write(target) as one, paths.atomic_write(target) as two:
+        one.write(b"one")
+        two.write(b"two")
+    assert (tmp_path / "plan.json").read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1
