@@ -12,6 +12,11 @@ from curate.select import catalogue, recipes
 from curate.select.steps import contradicting_clusters
 
 
+def likeness(image, text, plain):
+    own = np.where(plain, np.cumsum(plain) - 1, -1)
+    return contradicting_clusters.likeness(image, text, (image[plain], text[plain]), own)
+
+
 def slow_likeness(image, text, plain):
     found = []
     for group in range(len(text)):
@@ -31,16 +36,14 @@ def directions(seed, groups):
 def test_likeness_is_the_mean_cosine_to_the_pictures_of_the_nearest_captions(seed, groups, share):
     image, text, lots = directions(seed, groups)
     plain = lots < share
-    np.testing.assert_allclose(
-        contradicting_clusters.likeness(image, text, plain), slow_likeness(image, text, plain), atol=1e-5
-    )
+    np.testing.assert_allclose(likeness(image, text, plain), slow_likeness(image, text, plain), atol=1e-5)
 
 
 def test_likeness_does_not_depend_on_the_block(monkeypatch):
     image, text, lots = directions(0, 50)
-    whole = contradicting_clusters.likeness(image, text, lots < 0.5)
+    whole = likeness(image, text, lots < 0.5)
     monkeypatch.setattr(contradicting_clusters, "BLOCK", 7)
-    np.testing.assert_allclose(contradicting_clusters.likeness(image, text, lots < 0.5), whole, atol=1e-6)
+    np.testing.assert_allclose(likeness(image, text, lots < 0.5), whole, atol=1e-6)
 
 
 def test_few_rows_of_each_group_stand_for_it():
@@ -76,7 +79,7 @@ def test_trust_falls_with_spreads_below_the_plainer_half_and_is_full_there(seed,
     lower, middle = np.quantile(found[plain], [0.16, 0.5])
     spreads = (middle - found) / (middle - lower)
     expected = np.where(plain | (spreads <= 2), 1, np.where(spreads >= 4, 0, (4 - spreads) / 2))
-    np.testing.assert_allclose(contradicting_clusters.trust(image, text, score), expected, atol=1e-3)
+    np.testing.assert_allclose(contradicting_clusters.trust(likeness(image, text, plain), plain), expected, atol=1e-3)
 
 
 def world(groups=40, each=30, contradicting=4, dim=16, seed=0, captions=True):
@@ -116,10 +119,37 @@ def test_balance_takes_fewer_rows_of_contradicting_groups():
     assert (again == counts).all()
 
 
-def test_more_groups_than_can_be_looked_at_keep_their_share(monkeypatch):
-    monkeypatch.setattr(contradicting_clusters, "MAX_ROWS", 100)
-    counts, told = balanced(world(), True)
-    assert (counts == 5).all() and "100 rows show too little" in told["why"]
+@pytest.mark.parametrize("turn", [100, 190])
+def test_more_groups_than_are_looked_at_in_one_turn_are_doubted_all_the_same(monkeypatch, turn):
+    monkeypatch.setattr(contradicting_clusters, "MAX_ROWS", turn * contradicting_clusters.LEAST_EACH)
+    for seed in range(3):
+        frame = world(groups=200, each=12, seed=seed)
+        verdict = catalogue.parse(["balance(cluster, 400, contradicting_last=True)"])[0].run(frame)
+        counts = np.bincount(frame.group("cluster")[verdict.keep], minlength=200)
+        facts = verdict.estimates
+        assert counts[:4].sum() == 0 and 4 <= facts["contradicting_groups"] <= 8 and "why" not in facts
+        assert counts.sum() == 400 and counts[4:].max() <= 3
+
+
+def test_many_groups_are_weighed_by_a_sample_of_the_plain_ones(monkeypatch):
+    """Each group is one row of its own direction; the yardstick is half a turn of them. Against the slow reading."""
+    monkeypatch.setattr(contradicting_clusters, "MAX_ROWS", 200 * contradicting_clusters.LEAST_EACH)
+    image, text, score = directions(3, 450)
+    fetched = []
+
+    def fetch(rows):
+        fetched.append(len(rows))
+        return image[rows].astype(np.float32)
+
+    rows, rng = np.arange(450), np.random.default_rng(0)
+    found = contradicting_clusters.weigh(rows, rows, score, (fetch, lambda rows: text[rows]), rng)
+    plain = score <= np.median(score)
+    sample = np.zeros(450, bool)
+    sample[np.sort(np.random.default_rng(0).choice(np.flatnonzero(plain), 100, replace=False))] = True
+    assert max(fetched) <= 200 and (found[plain] == 1).all()
+    np.testing.assert_allclose(
+        found, contradicting_clusters.trust(slow_likeness(image, text, sample), plain), atol=1e-3
+    )
 
 
 def test_unlike_pictures_that_score_low_keep_their_share():

@@ -42,9 +42,8 @@ def balance(
     `better:column` takes from the group's highest tenth at random, then from the next, and so on: better rows, and not
     the extremes alone, among which are pictures that show their own caption.
     contradicting_last: few rows, or none, of groups whose pictures are unlike those that go with captions like theirs
-    and yet score high (contradicting_clusters), while other groups have rows left; reads 32 rows of each group, 262,144
-    in all. No group is doubted where captions have no embeddings, or where there are fewer than 22 groups or more than
-    32,768.
+    and yet score high (contradicting_clusters), while other groups have rows left; reads 8 to 32 rows of each group. No
+    group is doubted where captions have no embeddings, or where there are fewer than 22 groups.
     """
     rows = np.flatnonzero(frame.alive)
     names, place, sizes = np.unique(frame.group(column)[rows], return_inverse=True, return_counts=True)
@@ -88,17 +87,10 @@ def _weights(
         why = "there are no captions' embeddings to see it by"
     elif groups < contradicting_clusters.LEAST_GROUPS:
         why = f"{groups} are too few to see it"
-    elif groups * contradicting_clusters.LEAST_EACH > contradicting_clusters.MAX_ROWS:
-        why = f"{contradicting_clusters.MAX_ROWS:,} rows show too little of {groups:,}"
     if why or frame.text_vectors is None:
         return np.ones(groups), {"why": f"no group's pictures seem to contradict its captions: {why}"}
-    few = contradicting_clusters.few_of_each(place, rows, rng)
-    image, text = (
-        contradicting_clusters.group_means(fetch(rows[few]), place[few], groups)
-        for fetch in (frame.vectors, frame.text_vectors)
-    )
     scores = np.bincount(place, np.nan_to_num(frame.column("clip_score")[rows], nan=-1)) / np.bincount(place)
-    return contradicting_clusters.trust(image, text, scores), {}
+    return contradicting_clusters.weigh(place, rows, scores, (frame.vectors, frame.text_vectors), rng), {}
 
 
 def balance_tree(frame: Frame, number: int, n: Count, levels: Levels = (), keep: Keep = "random") -> Verdict:

@@ -12,12 +12,13 @@ cluster of the upper half at likeness f lies (m - f) / (m - q) deviations too lo
 in full, from `CONTRADICTING` on not at all, in between linearly.
 
 Arrays in, arrays out. The mean of a few rows stands for a cluster, so that what is read does not grow with the pool.
-O(g² d) time for g clusters of d dimensions, blocks of `BLOCK` clusters at a time. Source: ours; pipelines/LOG.md has
-how the numbers were found.
+O(g² d) time for g clusters of d dimensions, blocks of `BLOCK` clusters at a time; above 32,768 clusters O(16,384 g d),
+by comparing with a sample of the lower half. Source: ours; pipelines/LOG.md has how the numbers were found.
 """
 
 import numpy as np
 
+from curate.select.frame import Fetch
 from curate.select.steps.quotas import position_in_group
 from curate.vectors.kmeans import unit_rows
 
@@ -53,38 +54,80 @@ def group_means(x_nd: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
     return unit_rows(np.add.reduceat(x_nd[order].astype(np.float32), starts, axis=0))
 
 
-def likeness(image_gd: np.ndarray, text_gd: np.ndarray, plain_g: np.ndarray) -> np.ndarray:
+def likeness(
+    image_gd: np.ndarray, text_gd: np.ndarray, plain: tuple[np.ndarray, np.ndarray], own_g: np.ndarray
+) -> np.ndarray:
     """Score groups by how much their pictures look like those that go with captions like theirs.
 
-    image_gd, text_gd: unit rows f32, the groups' mean picture and mean caption. plain_g: bool, who is compared with.
-    Returns f64 [g]: the mean cosine of a group's picture to those of the NEIGHBOURS other plain groups with the nearest
-    captions (0 where there is none). O(g^2 d) time.
+    image_gd, text_gd: unit rows f32, the groups' mean picture and mean caption. plain: the two of the p groups that are
+    compared with. own_g: i64, which of these a group is itself, -1: none. Returns f64 [g]: the mean cosine of a
+    group's picture to those of the NEIGHBOURS other plain groups with the nearest captions (0 where there is none).
+    O(g p d) time.
     """
-    plain = np.flatnonzero(plain_g)
+    plain_image, plain_text = plain
     similar = np.zeros(len(text_gd))
-    if not len(plain):
+    if not len(plain_text):
         return similar
     for first in range(0, len(text_gd), BLOCK):
         part = slice(first, first + BLOCK)
-        cosines, pictures = text_gd[part] @ text_gd[plain].T, image_gd[part] @ image_gd[plain].T
+        cosines, pictures = text_gd[part] @ plain_text.T, image_gd[part] @ plain_image.T
         # A group is no neighbour of itself: -2 is below any cosine, and what is left at -2 was no neighbour.
-        cosines[np.arange(first, first + len(cosines))[:, None] == plain] = -2
-        nearest = np.argpartition(-cosines, min(NEIGHBOURS, len(plain)) - 1, axis=1)[:, :NEIGHBOURS]
+        itself = np.flatnonzero(own_g[part] >= 0)
+        cosines[itself, own_g[part][itself]] = -2
+        nearest = np.argpartition(-cosines, min(NEIGHBOURS, len(plain_text)) - 1, axis=1)[:, :NEIGHBOURS]
         taken = np.take_along_axis(cosines, nearest, axis=1) > -2
         total = (np.take_along_axis(pictures, nearest, axis=1) * taken).sum(axis=1, dtype=np.float64)
         similar[part] = total / np.maximum(1, taken.sum(axis=1))
     return similar
 
 
-def trust(image_gd: np.ndarray, text_gd: np.ndarray, score_g: np.ndarray) -> np.ndarray:
-    """Say how much groups shall count, f64 [g] from 0 to 1. score_g: their mean clip_score.
+def trust(similar_g: np.ndarray, plain_g: np.ndarray) -> np.ndarray:
+    """Say how much groups shall count, f64 [g] from 0 to 1, by their likeness. plain_g: bool, the yardstick.
 
-    The groups of a score up to the median count in full and are the yardstick: what prints its caption scores high, and
+    The groups of a score up to the median are the yardstick and count in full: what prints its caption scores high, and
     a rare kind of picture does not. The others count by how far their likeness lies below the yardstick's.
     """
-    plain = score_g <= np.median(score_g)
-    similar = likeness(image_gd, text_gd, plain)
-    lower, middle = np.quantile(similar[plain], [0.16, 0.5])
-    deviations = (middle - similar) / max(middle - lower, LEAST_SPREAD)
+    lower, middle = np.quantile(similar_g[plain_g], [0.16, 0.5])
+    deviations = (middle - similar_g) / max(middle - lower, LEAST_SPREAD)
     weight = np.clip((CONTRADICTING - deviations) / (CONTRADICTING - DOUBTED), 0, 1)
-    return np.asarray(np.where(plain, 1, weight))
+    return np.asarray(np.where(plain_g, 1, weight))
+
+
+def weigh(
+    groups: np.ndarray, rows: np.ndarray, score_g: np.ndarray, fetch: tuple[Fetch, Fetch], rng: np.random.Generator
+) -> np.ndarray:
+    """Say how much groups shall count, f64 [g], from their mean clip_scores and a few rows' vectors.
+
+    groups: i64 [n] from 0, each occurs. rows: i64 [n] ascending. fetch: of pictures and of captions. More groups than
+    MAX_ROWS allows LEAST_EACH rows of are worked in turns, all of them compared with a random sample of the plain ones,
+    half as many as a turn: memory and the time for one group stay what they are.
+    """
+    plain = score_g <= np.median(score_g)
+    turn = MAX_ROWS // LEAST_EACH
+    every, compared = np.arange(len(score_g)), np.flatnonzero(plain)
+    if len(every) <= turn:
+        image, text = _means_of(every, groups, rows, fetch, rng)
+        yardstick = image[compared], text[compared]
+    else:
+        compared = np.sort(rng.choice(compared, min(turn // 2, len(compared)), replace=False))
+        yardstick = _means_of(compared, groups, rows, fetch, rng)
+    own = np.full(len(every), -1)
+    own[compared] = np.arange(len(compared))
+    if len(every) <= turn:
+        return trust(likeness(image, text, yardstick, own), plain)
+    parts = [every[first : first + turn] for first in range(0, len(every), turn)]
+    similar = [likeness(*_means_of(part, groups, rows, fetch, rng), yardstick, own[part]) for part in parts]
+    return trust(np.concatenate(similar), plain)
+
+
+def _means_of(
+    chosen: np.ndarray, groups: np.ndarray, rows: np.ndarray, fetch: tuple[Fetch, Fetch], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Average a few rows of each of the chosen groups: pictures and captions, unit rows f32 [chosen, d]."""
+    number = np.full(int(groups.max(initial=-1)) + 1, -1)
+    number[chosen] = np.arange(len(chosen))
+    own = number[groups]
+    inside = np.flatnonzero(own >= 0)
+    few = inside[few_of_each(own[inside], rows[inside], rng)]
+    image, text = (group_means(of(rows[few]), own[few], len(chosen)) for of in fetch)
+    return image, text
