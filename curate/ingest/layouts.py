@@ -12,18 +12,21 @@ A part is one file of vectors and what lies beside it; it becomes one sidecar, o
 Row order ties the files of a part together, and is checked. Arrays are mapped where they can be, never unpickled.
 """
 
+import re
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from curate.errors import ShardError, UsageError, unknown
-from curate.storage import paths
+from curate.storage import paths, records
 
 # What each project calls the columns that a sidecar keeps, or that a pool is joined by.
 NAMES = {
-    "key": ("image_path", "key", "image_id", "__key__", "uid"),
+    "key": ("image_path", "key", "image_id", "__key__", "uid", "id"),
     "url": ("url", "URL"),
     "caption": ("caption", "text", "TEXT", "top_caption"),
     "sha256": ("sha256",),
@@ -75,40 +78,56 @@ def list_parts(source: str, layout: str, arch: str) -> list[Part]:
 
 def _clip_retrieval(source: str, arch: str) -> tuple[list[Part], str]:
     beside = next((name for name in paths.listdir(source) if name.endswith("-metadata")), "metadata")
-    texts, tables = (set(paths.listdir(paths.join(source, folder))) for folder in ("text_emb", beside))
+    texts, tables = (_numbered(paths.listdir(paths.join(source, folder))) for folder in ("text_emb", beside))
     parts = []
     for name in paths.listdir(paths.join(source, "img_emb")):
         number = name.removeprefix("img_emb_").removesuffix(".npy")
         if f"img_emb_{number}.npy" != name:
             continue
-        text, table = f"text_emb_{number}.npy", f"metadata_{number}.parquet"
+        text, table = (names.get(number) or names.get(number.lstrip("0") or "0", "") for names in (texts, tables))
         parts.append(
             Part(
                 number,
                 paths.join(source, "img_emb", name),
-                paths.join(source, "text_emb", text) if text in texts else "",
-                paths.join(source, beside, table) if table in tables else "",
+                paths.join(source, "text_emb", text) if text else "",
+                paths.join(source, beside, table) if table else "",
             )
         )
     return parts, "img_emb/img_emb_{i}.npy"
 
 
+def _numbered(names: Sequence[str]) -> dict[str, str]:
+    """Find files by what stands for the number in their names, as written and without leading zeros.
+
+    `metadata_0000.parquet` belongs to `img_emb_0.npy`, too, where no `metadata_0.parquet` is there.
+    """
+    written = {match[1]: name for name in names if (match := re.search(r"_([^_]+)\.(?:npy|parquet)$", name))}
+    plain = {number.lstrip("0") or "0": name for number, name in written.items() if number.isdecimal()}
+    return plain | written
+
+
 def _datacomp(source: str, arch: str) -> tuple[list[Part], str]:
     held = paths.listdir(source)
-    tables = set(held)
-    stems = [name[:-4] for name in held if name.endswith(".npz") and f"{name[:-4]}.parquet" in tables]
+    stems, tables = [name[:-4] for name in held if name.endswith(".npz")], set(held)
     entries = (f"{arch}_img", f"{arch}_txt")
     place = {stem: paths.join(source, stem) for stem in stems}
     parts = [
-        Part(stem, f"{place[stem]}.npz", f"{place[stem]}.npz", f"{place[stem]}.parquet", entries) for stem in stems
+        Part(
+            stem,
+            f"{place[stem]}.npz",
+            f"{place[stem]}.npz",
+            f"{place[stem]}.parquet" if f"{stem}.parquet" in tables else "",
+            entries,
+        )
+        for stem in stems
     ]
-    return parts, "{uid}.parquet beside {uid}.npz"
+    return parts if any(part.table for part in parts) else [], "{uid}.parquet beside {uid}.npz"
 
 
 def _nemo(source: str, arch: str) -> tuple[list[Part], str]:
     files = [source] if source.endswith(".parquet") else [paths.join(source, name) for name in paths.listdir(source)]
     tables = [file for file in files if file.endswith(".parquet")]
-    return [Part(paths.name(file)[:-8], file, "", file, ("embedding", "")) for file in tables], "*.parquet"
+    return [Part(paths.name(file)[:-8], file, "", file) for file in tables], "*.parquet"
 
 
 def _npy(source: str, arch: str) -> tuple[list[Part], str]:
@@ -125,6 +144,7 @@ def _npy(source: str, arch: str) -> tuple[list[Part], str]:
     return parts, "{name}.npy"
 
 
+VECTORS = ("embedding", "embeddings")  # what a parquet file's column of vectors may be called
 LAYOUTS: dict[str, Callable[[str, str], tuple[list[Part], str]]] = {
     "clip-retrieval": _clip_retrieval,
     "datacomp": _datacomp,
@@ -177,11 +197,37 @@ def read_columns(part: Part, wanted: tuple[str, ...]) -> dict[str, pa.Array]:
     return {ours: read[name].combine_chunks() for ours, name in chosen.items() if name}
 
 
+def text_of(value: Any) -> str | None:
+    """Take a value of a table for text: text, UTF-8 bytes, or the first of a list of such; None for what is none."""
+    if isinstance(value, list | tuple):
+        return next((text for text in map(text_of, value) if text is not None), None)
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return None
+    return records.usable_text(value)
+
+
+def name_of(value: Any) -> str | None:
+    """Take a value of a table for what names a row: text, a whole number, or bytes; None for what is none.
+
+    Bytes that are no UTF-8 are written in hexadecimal digits, as ids of 16 bytes are.
+    """
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    if isinstance(value, bytes):
+        return text_of(value) or value.hex() or None
+    return str(value) if isinstance(value, uuid.UUID) else records.usable_text(value)
+
+
 def _vectors(location: str, entry: str) -> np.ndarray:
     """Read vectors f16/f32 [n, d] from an npy (mapped when local), an npz entry or a parquet column."""
     try:
         if location.endswith(".parquet"):
-            return _parquet_vectors(location, entry)
+            return _parquet_vectors(location)
         if location.endswith(".npz") or paths.is_remote(location):
             with paths.open_read(location) as file:
                 held = np.load(file, allow_pickle=False)
@@ -201,14 +247,19 @@ def _vectors(location: str, entry: str) -> np.ndarray:
     return np.asarray(found)
 
 
-def _parquet_vectors(location: str, column: str) -> np.ndarray:
-    """Read a list column as f32 [n, d]; a row that is null or of another length becomes NaN."""
+def _parquet_vectors(location: str) -> np.ndarray:
+    """Read a list column as f32 [n, d]; a row that is null or of another length becomes NaN. d is 0 where all do."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
         with paths.open_read(location) as file:
-            lists = pq.read_table(file, columns=[column])[column].combine_chunks()
+            held = pq.ParquetFile(file)
+            names = held.schema_arrow.names
+            column = next((name for name in VECTORS if name in names), "")
+            if not column:
+                raise ShardError(f"{location} has no column {' or '.join(VECTORS)}; it has {', '.join(names)}")
+            lists = held.read(columns=[column])[column].combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
     if not (
@@ -216,9 +267,10 @@ def _parquet_vectors(location: str, column: str) -> np.ndarray:
     ):
         raise ShardError(f"{location} has {lists.type} in {column}, not lists of numbers")
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    dim = int(np.bincount(lengths).argmax()) if len(lengths) else 0
+    given = lengths[lengths > 0]  # a null row says nothing of the others' length
+    dim = int(np.bincount(given).argmax()) if len(given) else 0
     if not dim:
-        raise ShardError(f"{location} has no vectors in {column}")
+        return np.empty((len(lists), 0), np.float32)
     sound = lengths == dim
     vectors = np.full((len(lists), dim), np.nan, np.float32)
     flat = pc.list_flatten(lists.filter(pa.array(sound))).to_numpy(zero_copy_only=False)

@@ -23,14 +23,13 @@ from curate.embed.side_data import Extras, column_name, table_kinds, to_column_v
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.ingest import layouts
+from curate.ingest.join import EXACT, JOINS, ROW_BITS, choose_form, join_hash
 from curate.ingest.options import ImportOptions
 from curate.storage import faults, manifest, paths, records, sidecar, tar
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
 
-JOINS = ("key", "url", "sha256", "uid")
 CHUNK_ROWS = 65_536
-ROW_BITS = 40  # a place in the source is part << ROW_BITS | row
 OPEN_PARTS = 4
 
 
@@ -52,7 +51,7 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         sizes = manifest.digest([[shard.stem, shard.size] for shard in found.values()])
         inputs["pool"] = {"path": options.pool, "digest": sizes}
     made: dict[str, Any] = {name: getattr(options, name) for name in ("layout", "join", "arch", "max_pixels")}
-    extra = _extras(parts[0], options.columns)
+    extra = _extras(next((part for part in parts if part.table), parts[0]), options.columns)
     if extra.columns:
         made["columns"] = dict(extra.columns)
     output = manifest.open_output(out, "import", made, inputs, overwrite=job.overwrite)
@@ -65,8 +64,10 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         return _finish(output, list(named), outcome, {}, {}, quiet=job.quiet)
     shared = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
     with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
-        joined = build_join(parts, options.join, folder)
-        task = ImportShard(parts, found, folder, options.join, options.max_pixels, out, extra)
+        form, joined = choose_form(parts, options.join, folder, held.shards)
+        if form != EXACT:
+            joined["form"] = form
+        task = ImportShard(parts, found, folder, options.join, form, options.max_pixels, out, extra)
         outcome = engine.run_stage("import", task, output.pending(job.share(list(found))), job, places=(out,))
     return _finish(output, list(found), outcome, joined, held.passed, quiet=job.quiet)
 
@@ -82,7 +83,7 @@ def _finish(
     output: manifest.Output,
     stems: list[str],
     outcome: engine.Outcome,
-    joined: dict[str, int],
+    joined: dict[str, Any],
     passed: faults.Faults,
     *,
     quiet: bool,
@@ -97,6 +98,7 @@ def _finish(
     failed = output.failures(stems, outcome.failed)
     if unfinished := output.unfinished(stems, failed):
         return unfinished
+    example_there = joined.pop("source_example", "")
     if joined and facts:
         total = sum(fact["rows"] for fact in facts.values())
         joined["matched"] = sum(fact["matched"] for fact in facts.values())
@@ -104,10 +106,12 @@ def _finish(
             paths.remove(output.directory)
             example, join = next(iter(facts.values()))["example"], output.plan["options"]["join"]
             others = " or ".join(f"--join {name}" for name in JOINS if name != join)
-            raise UsageError(f"no row of the pool matches by {join} (the pool has {example!r}).", f"try {others}")
+            told = f"the pool has {example!r}, the source {example_there!r}"
+            raise UsageError(f"no row of the pool matches by {join}: {told}.", f"try {others}")
         if not quiet:
             rate = f"{joined['matched']:,} of {total:,} rows of the pool matched ({joined['matched'] / total:.1%})"
-            sys.stderr.write(f"import: {rate}; the source has {joined['source_rows']:,} rows\n")
+            form = f", keys taken as {joined['form']}" if "form" in joined else ""
+            sys.stderr.write(f"import: {rate}{form}; the source has {joined['source_rows']:,} rows\n")
     bad = reader.all_faults(facts, passed)
     faults.write("import", bad, quiet=quiet)
     return output.finish(
@@ -153,16 +157,36 @@ class ImportPart:
 
     def __call__(self, stem: str) -> dict[str, Any]:
         """Import a part in chunks, however large it is."""
-        table = layouts.open_part(self.parts[stem], tuple(self.extra.columns))
+        table = self._open(stem)
         starts = range(0, max(1, table.rows), CHUNK_ROWS)  # one batch at least
         bad = sum(int((~self._vectors(table, start)[2]).sum()) for start in starts)
         statuses = {name: count for name, count in (("ok", table.rows - bad), ("bad_embedding", bad)) if count}
         dim = table.image.shape[1]
         schema = embedding_schema(dim, self.extra.fields)
-        meta = {"rows": table.rows, "statuses": statuses, "dim": dim}
+        found = _text_faults(stem, table)
+        if table.text is None and any(part.text for part in self.parts.values()):
+            faults.add(found, "rows without text vectors: their part lacks the file that others have", stem, table.rows)
+        meta = {"rows": table.rows, "statuses": statuses, "dim": dim, **({"faults": found} if found else {})}
         batches = (self._batch(stem, table, schema, start) for start in starts)
         sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, batches, meta)
         return {"rows": table.rows, "bad": bad}
+
+    def _open(self, stem: str) -> layouts.Table:
+        """Open a part, and give one without a single vector the dimensions of the others.
+
+        Raises: ShardError where the part lacks the table that others have: its rows would have made-up keys.
+        """
+        part = self.parts[stem]
+        if not part.table and any(other.table for other in self.parts.values()):
+            raise ShardError(f"{part.image} has no table beside it, which the other parts have: get that file, too")
+        table = layouts.open_part(part, tuple(self.extra.columns))
+        if not table.image.shape[1]:
+            others = (layouts.open_part(other).image.shape[1] for name, other in self.parts.items() if name != stem)
+            dim = next((found for found in others if found), 0)
+            if not dim:
+                raise ShardError(f"{part.image} has no vectors, and no other part has")
+            table.image = np.full((table.rows, dim), np.nan, np.float32)
+        return table
 
     def _vectors(self, table: layouts.Table, start: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         image, ok = unit_rows(table.image[start : start + CHUNK_ROWS])
@@ -177,7 +201,8 @@ class ImportPart:
         columns["status"] = sidecar.labels(np.where(ok, "ok", "bad_embedding"), list(STATUSES))
         given = {name: column.slice(start, len(ok)).to_pylist() for name, column in table.columns.items()}
         for name in ("key", "caption", "url"):
-            texts = [records.usable_text(value) for value in given.get(name, [None] * len(ok))]
+            take = layouts.name_of if name == "key" else layouts.text_of
+            texts = [take(value) for value in given.get(name, [None] * len(ok))]
             if name == "key":
                 texts = [text or f"{stem}_{start + row:09d}" for row, text in enumerate(texts)]
             columns[name] = pa.array(texts, pa.string())
@@ -193,43 +218,24 @@ class ImportPart:
         return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
+def _text_faults(stem: str, table: layouts.Table) -> faults.Faults:
+    """Count rows that are named by their number, and captions that are no text."""
+    found: faults.Faults = {}
+    keys = table.columns.get("key")
+    unnamed = table.rows if keys is None else sum(layouts.name_of(value) is None for value in keys.to_pylist())
+    if unnamed:
+        faults.add(found, "rows without a key of their own: named by part and row number", stem, unnamed)
+    for name in ("caption", "url"):
+        for row, value in enumerate(table.columns[name].to_pylist() if name in table.columns else []):
+            if value not in (None, "", b"", []) and layouts.text_of(value) is None:
+                faults.add(found, f"values of {name} that are no text: left out", f"{stem}: row {row}")
+    return found
+
+
 def _side(value: Any) -> int | None:
     """Take a width or height that fits the column, whatever type the source gave it."""
     number = isinstance(value, int | float) and value == value
     return int(value) if number and 0 < value < 1 << 31 else None
-
-
-def build_join(parts: Sequence[layouts.Part], join: str, folder: str) -> dict[str, int]:
-    """Index the source by a column: sorted 64-bit hashes and the places they stand for, as two files in `folder`.
-
-    A value that comes again keeps its first place. Returns how many rows there are, and how many came again.
-    Raises: UsageError when a part lacks the column, ShardError when it cannot be read.
-    """
-    hashes, places = [], []
-    for number, part in enumerate(parts):
-        columns = layouts.read_columns(part, (join,)) if part.table else {}
-        if join not in columns:
-            raise UsageError(
-                f"{part.table or part.image} has no column to join by {join}: one of {', '.join(layouts.NAMES[join])}."
-            )
-        found = [join_hash(value, join) for value in columns[join].to_pylist()]
-        hashes.append(np.array([value or 0 for value in found], np.uint64))
-        places.append(np.arange(len(found)) | number << ROW_BITS)
-    every = np.concatenate(hashes)
-    if not len(every):
-        raise UsageError("the source has no rows.")
-    unique, first = np.unique(every, return_index=True)  # the first of equals
-    np.save(f"{folder}/hashes.npy", unique)
-    np.save(f"{folder}/places.npy", np.concatenate(places)[first])
-    return {"source_rows": len(every), "repeated": len(every) - len(unique)}
-
-
-def join_hash(value: Any, join: str) -> int | None:
-    """Hash a value to join by into 64 bits, above zero; None for what is no text."""
-    if not isinstance(value, str) or not value.strip():
-        return None
-    text = value.strip().lower() if join in ("sha256", "uid") else value.strip()
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") | 1
 
 
 @dataclass
@@ -240,6 +246,7 @@ class ImportShard:
     found: dict[str, tar.Shard]
     folder: str
     join: str
+    form: str
     max_pixels: int
     out: str
     extra: Extras
@@ -262,7 +269,7 @@ class ImportShard:
                 facts.append(reader.read_row(file, sample, self.max_pixels)[0] | none)
                 engine.advance(1)
             given = [self._value(file, sample) for sample in index.samples]
-        wanted = np.array([join_hash(value, self.join) or 0 for value in given], np.uint64)
+        wanted = np.array([join_hash(value, self.join, self.form) or 0 for value in given], np.uint64)
         at = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
         matched = (wanted > 0) & (self.hashes[at] == wanted)
         image, text, ok = self._gather(facts, np.where(matched, self.places[at], -1))
@@ -327,7 +334,7 @@ class ImportShard:
             captions = table.columns.get("caption")
             for row, there in zip(at, rows_there, strict=True):
                 if facts[row]["caption"] is None and captions is not None:
-                    facts[row]["caption"] = records.usable_text(captions[int(there)].as_py())
+                    facts[row]["caption"] = layouts.text_of(captions[int(there)].as_py())
         return image, text, ok
 
 

@@ -254,6 +254,7 @@ def test_rows_that_are_no_numbers_or_missing_are_recorded(tmp_path):
 def test_parts_of_two_models_are_refused(tmp_path):
     write_source(tmp_path / "source", "npy", [2])
     np.save(tmp_path / "source" / "other.npy", np.ones((2, 9), np.float32))
+    pq.write_table(pa.table(records(2)), tmp_path / "source" / "other.parquet")
     with pytest.raises(UsageError, match="not of one model"):
         import_layout(str(tmp_path / "source"), str(tmp_path / "emb"), ImportOptions("npy"), QUIET)
 
