@@ -29,7 +29,8 @@ from curate.vectors.screen import round_rows
 FIT_BYTES = 1 << 30
 POINTS_PER_CENTROID = 256  # FAISS's own default bound; its silent subsampling is switched off below
 LEAST_POINTS_PER_CENTROID = 39  # below it FAISS calls a fit poor
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 22  # products held at a time
+TILE_CENTROIDS = 1 << 13
 ROUNDED_K = 256  # clusters from which loading torch pays
 PRODUCT_COLUMNS = 2048  # centroids with which products are measured, at most
 LLOYD_ROWS = 2048
@@ -194,10 +195,12 @@ def assign(x_nd: np.ndarray, centroids_kd: np.ndarray) -> tuple[np.ndarray, np.n
 
     x_nd: f16 or f32 [n, d], unit rows. centroids_kd: f32 [k, d], unit rows. Returns i32 [n] and the cosine f32 [n].
     """
-    clusters, similarity = np.empty(len(x_nd), np.int32), np.empty(len(x_nd), np.float32)
-    for block, scores in _scores(x_nd, centroids_kd):
-        best = scores.argmax(axis=1)
-        clusters[block], similarity[block] = best, scores[np.arange(len(scores)), best]
+    clusters, similarity = np.zeros(len(x_nd), np.int32), np.full(len(x_nd), -np.inf, np.float32)
+    for rows, first, scores in _scores(x_nd, centroids_kd):
+        best, cosine = _take_best(scores)
+        nearer = cosine > similarity[rows]  # tiles come by number: a tie stays with the lower one
+        np.copyto(clusters[rows], best + first, where=nearer, casting="same_kind")
+        np.copyto(similarity[rows], cosine, where=nearer)
     return clusters, similarity
 
 
@@ -206,24 +209,45 @@ def nearest_two(x_nd: np.ndarray, centroids_kd: np.ndarray) -> tuple[np.ndarray,
 
     The first is `assign`'s.
     """
-    clusters, similarity = np.empty((2, len(x_nd)), np.int32), np.empty(len(x_nd), np.float32)
-    for block, scores in _scores(x_nd, centroids_kd):
-        rows, best = np.arange(len(scores)), scores.argmax(axis=1)
-        clusters[0, block], similarity[block] = best, scores[rows, best]
-        scores[rows, best] = -np.inf
-        clusters[1, block] = scores.argmax(axis=1)
-    return clusters, similarity
+    clusters, similarity = np.zeros((2, len(x_nd)), np.int32), np.full((2, len(x_nd)), -np.inf, np.float32)
+    for rows, first, scores in _scores(x_nd, centroids_kd):
+        for _ in range(min(2, scores.shape[1])):
+            best, cosine = _take_best(scores)
+            number = (best + first).astype(np.int32)
+            nearest, second = cosine > similarity[0, rows], cosine > similarity[1, rows]
+            # What is nearer than the first pushes it to the second place.
+            clusters[1, rows] = np.where(nearest, clusters[0, rows], np.where(second, number, clusters[1, rows]))
+            similarity[1, rows] = np.where(nearest, similarity[0, rows], np.where(second, cosine, similarity[1, rows]))
+            np.copyto(clusters[0, rows], number, where=nearest)
+            np.copyto(similarity[0, rows], cosine, where=nearest)
+    return clusters, similarity[0]
 
 
-def _scores(x_nd: np.ndarray, centroids_kd: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the cosines of a block of rows with all centroids, in memory that is used again."""
+def _take_best(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find each row's highest score, i64 and f32 [n], and strike it out."""
+    rows, best = np.arange(len(scores)), scores.argmax(axis=1)
+    cosine = scores[rows, best]
+    scores[rows, best] = -np.inf
+    return best, cosine
+
+
+def _scores(x_nd: np.ndarray, centroids_kd: np.ndarray) -> Iterator[tuple[slice, int, np.ndarray]]:
+    """Yield the cosines of a block of rows with a tile of centroids, and its first number, in memory used again.
+
+    With very many centroids a block with all of them would be a few rows high, and its product half as fast: they are
+    taken in tiles, so that blocks stay square enough.
+    """
     n, k = len(x_nd), len(centroids_kd)
-    block = max(16, BLOCK_ELEMENTS // k)
-    centroids_dk = np.ascontiguousarray(centroids_kd.T)
-    products = np.empty((min(block, n), k), np.float32)
-    for first in range(0, n, block):
-        rows = widen(x_nd[first : first + block])
-        yield slice(first, first + len(rows)), np.matmul(rows, centroids_dk, out=products[: len(rows)])
+    tile = min(k, TILE_CENTROIDS)
+    block = max(16, BLOCK_ELEMENTS // tile)
+    centroids_dk = np.ascontiguousarray(centroids_kd.T) if k == tile else centroids_kd.T  # a copy pays if it is small
+    products = np.empty(min(block, n) * tile, np.float32)
+    for start in range(0, n, block):
+        rows = widen(x_nd[start : start + block])
+        for first in range(0, k, tile):
+            columns = centroids_dk[:, first : first + tile]
+            out = products[: len(rows) * columns.shape[1]].reshape(len(rows), -1)
+            yield slice(start, start + len(rows)), first, np.matmul(rows, columns, out=out)
 
 
 def shuffled_scores(image_nd: np.ndarray, text_nd: np.ndarray, seed: int, shuffles: int = 8) -> np.ndarray:

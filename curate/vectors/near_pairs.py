@@ -2,10 +2,12 @@
 
 A cluster of m rows is compared tile by tile, 512 rows with 512: a fast product screens all pairs of a tile (`screen`),
 and the exact cosine decides those that are left (`exact`). No result depends on the tiles, the library or the machine.
-Three kinds of work are cheaper another way. All pairs of a cluster of up to 32 rows are decided exactly at once, with
-those of many other clusters. A tile where more than one pair in 32 may be near is multiplied exactly as a whole. And
-where the pairs are wanted for a spanning forest (`forest`), pairs that the forest cannot take are passed over: those
-below the level at which earlier edges already connect their rows; a tile full of edges is reduced to its own forest.
+Four kinds of work are cheaper another way. All pairs of a cluster of up to 4 rows are decided exactly at once, with
+those of many other clusters. Clusters of up to 256 rows are screened in f32, all of one size in one call: preparing
+their rows for another product would take longer than it saves. A tile where more than one pair in 32 may be near is
+multiplied exactly as a whole. And where the pairs are wanted for a spanning forest (`forest`), pairs that the forest
+cannot take are passed over: those below the level at which earlier edges already connect their rows; a tile full of
+edges is reduced to its own forest.
 
 A group may hold rows that are no members of the cluster but probe it, as a query of an inverted-file index probes
 lists beyond its nearest: each of them is compared with the members, not with other probing rows.
@@ -25,7 +27,9 @@ from curate.vectors.screen import Screen
 
 TILE = 512
 PANEL = 1 << 15  # rows that are prepared for the fast product at a time
-SMALL = 32  # up to so many rows all pairs are decided exactly at once
+SMALL = 4  # up to so many rows all pairs are decided exactly at once
+MEDIUM = 256  # up to so many rows a group is screened in f32, with others of its size
+MEDIUM_ROWS = 1 << 11  # rows of such groups that are multiplied together: their products stay in the cache
 DENSE = 1 / 32  # share of a tile's pairs from which multiplying it exactly costs less than deciding them one by one
 CROWDED = 8  # edges a row of a tile above which the tile is reduced to its forest
 CENTRE_SAMPLE = 64  # rows of a group whose mean is taken for its centre
@@ -129,7 +133,8 @@ def _compare_groups(
         cuts, own = bounds[first : last + 1], members[first:last]
         start, end = int(cuts[0]), int(cuts[-1])
         yield *_pairs_of_small_groups(cuts, own, across=across), None
-        if (np.diff(cuts) <= SMALL).all():
+        yield from _compare_medium_groups(x_nd, rows, cuts, own, screen.floor, across=across, reduce=forest is not None)
+        if (np.diff(cuts) <= MEDIUM).all():
             continue
         groups = [*zip(cuts[:-1].tolist(), (cuts[:-1] + own).tolist(), cuts[1:].tolist(), strict=True)]
         centres = _centres(x_nd, rows, groups if screen.product != "f32" else [])
@@ -168,11 +173,68 @@ def _pairs_of_small_groups(bounds: np.ndarray, members: np.ndarray, *, across: b
     return np.concatenate(left), np.concatenate(right)
 
 
+def _compare_medium_groups(
+    x_nd: np.ndarray,
+    rows: np.ndarray,
+    bounds: np.ndarray,
+    members: np.ndarray,
+    floor: float,
+    *,
+    across: bool,
+    reduce: bool,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Compare each of the groups of SMALL + 1 … MEDIUM rows with itself, those of one size in one batched product.
+
+    Yields as `_compare_groups`. A tile on the diagonal of g groups of m rows is [g, m, m].
+    """
+    sizes = np.diff(bounds)
+    for size in np.unique(sizes[(sizes > SMALL) & (sizes <= MEDIUM)]).tolist():
+        groups = np.flatnonzero(sizes == size)
+        at_once = max(1, MEDIUM_ROWS // size)
+        for first in range(0, len(groups), at_once):
+            here = groups[first : first + at_once]
+            starts, own = bounds[here], members[here]
+            x_gmd = widen(x_nd[rows[starts[:, None] + np.arange(size)]])
+            products = np.matmul(x_gmd, x_gmd.swapaxes(1, 2))
+            # Positions in the flat array are listed many times faster than those of three dimensions.
+            found = np.flatnonzero(products.ravel() > np.float32(floor - x_gmd.shape[2] * 2.0**-23))
+            group, a, b = _split(found, size)
+            wanted = (a < b) & (a < own[group])
+            if across:
+                wanted &= b >= own[group]
+            group, a, b = group[wanted], a[wanted], b[wanted]
+            dense = np.bincount(group, minlength=len(here)) > DENSE * size * size
+            for number in np.flatnonzero(dense).tolist():
+                mine, place = group == number, int(starts[number])
+                yield _decide_medium_group(
+                    x_nd, rows[place : place + size], a[mine], b[mine], place, floor, reduce=reduce
+                )
+            few = ~dense[group]
+            yield starts[group[few]] + a[few], starts[group[few]] + b[few], None
+
+
+def _split(flat: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Split flat positions in [g, size, size] into their three indices."""
+    group, rest = np.divmod(flat, size * size)
+    return group, *np.divmod(rest, size)
+
+
+def _decide_medium_group(
+    x_nd: np.ndarray, rows: np.ndarray, a: np.ndarray, b: np.ndarray, start: int, floor: float, *, reduce: bool
+) -> Edges:
+    """Multiply a group exactly. a, b: its pairs that may be near. start: the place of its first row."""
+    exact = exact_products(x_nd[rows], x_nd[rows])
+    products = np.full_like(exact, -2)  # below any floor
+    products[a, b] = exact[a, b]
+    a, b = _edges_of_tile(products, floor, square=True, reduce=reduce)
+    return a + start, b + start, products[a, b]
+
+
 def _centres(x_nd: np.ndarray, rows: np.ndarray, groups: list[Group]) -> np.ndarray:
     """Estimate the mean of each group that is large enough to be screened, f32 [g, d], from a few of its rows."""
     centres = np.zeros((len(groups), x_nd.shape[1]), np.float32)
     for number, (start, _, end) in enumerate(groups):
-        if end - start > SMALL:
+        if end - start > MEDIUM:
             centres[number] = widen(x_nd[rows[start : end : -(-(end - start) // CENTRE_SAMPLE)]]).mean(axis=0)
     return centres
 
@@ -185,7 +247,7 @@ def _tiles(
     A tile's lower side lies within the members or within the probing rows, so that a tile on the diagonal is square.
     """
     for start, members_end, end in groups:
-        if end - start <= SMALL:
+        if end - start <= MEDIUM:
             continue
         for p in range(max(start, i), min(members_end, i + panel), tile):
             above = slice(p, min(p + tile, members_end, i + panel))
@@ -214,12 +276,17 @@ def _decide_tile(
     products = exact_products(x_nd[above], x_nd[below])
     if square:
         products[np.tril_indices(len(above))] = -2  # below any floor
+    a, b = _edges_of_tile(products, floor, square=square, reduce=reduce)
+    return a, b, products[a, b]
+
+
+def _edges_of_tile(products: np.ndarray, floor: float, *, square: bool, reduce: bool) -> tuple[np.ndarray, np.ndarray]:
+    """List the entries of exact products [p, q] above the floor; reduce: if they are very many, only their forest."""
     found = np.flatnonzero(products.ravel() > floor)
     if reduce and len(found) > CROWDED * sum(products.shape):
-        a, b = tile_forest(products, floor, square=square)
-    else:
-        a, b = np.divmod(found, len(below))
-    return a, b, products[a, b]
+        return tile_forest(products, floor, square=square)
+    a, b = np.divmod(found, products.shape[1])
+    return a, b
 
 
 def differing_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -1,9 +1,14 @@
 """K-means to an equal objective against faiss.Kmeans, and assignment against the bare matrix product.
 
     python tests/bench/cluster.py [--rows 200000] [--dim 512] [--k 2000] [--iters 8] [--rounds 3]
+    python tests/bench/cluster.py --many 100000 [--rows 20000] [--dim 256]
 
 Everything runs in one process on the same rows, turn by turn, and the median of the rounds counts. CPU seconds stand
 beside wall seconds: on a busy machine only they are steady.
+
+With --many, instead: the speed of assigning and of finding near pairs with so many clusters beside that with k. The
+clusters for the pairs have 200 rows, and 41, 20, 8 and 3, and lie as the images of one subject do; a pair is 2 d
+operations.
 """
 
 import argparse
@@ -13,6 +18,7 @@ import statistics
 import sys
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from curate.storage import manifest  # noqa: E402
 from curate.vectors import kmeans  # noqa: E402
+from curate.vectors.duplicate_forest import near_duplicate_forest  # noqa: E402
 
 
 def mixture(rows, dim, clouds):
@@ -53,11 +60,41 @@ def bare(x16, centroids, block):
     return work
 
 
+def rate(operations, work):
+    """Measure GFLOP/s by the shortest of five rounds of CPU seconds."""
+    return round(operations * 1e-9 / min(clock(work)[2] for _ in range(5)), 1)
+
+
+def many_clusters(chosen):
+    """Compare the speed with very many clusters to that with k."""
+    rng = np.random.default_rng(0)
+    x = kmeans.unit_rows(rng.standard_normal((chosen.rows, chosen.dim), np.float32))
+    found = {}
+    for k in (chosen.k, chosen.many):
+        centroids, rows = np.resize(x, (k, chosen.dim)), x[: max(2048, chosen.rows * chosen.k // k)].astype(np.float16)
+        operations = 2 * len(rows) * k * chosen.dim
+        found[f"assign_k_{k}"] = rate(operations, lambda rows=rows, c=centroids: kmeans.assign(rows, c))
+        found[f"nearest_two_k_{k}"] = rate(operations, lambda rows=rows, c=centroids: kmeans.nearest_two(rows, c))
+    for size in (200, 41, 20, 8, 3):
+        n = chosen.rows // size * size
+        y = np.repeat(x[: n // size], size, axis=0) + 0.8 * chosen.dim**-0.5 * rng.standard_normal((n, chosen.dim))
+        y, bounds = kmeans.unit_rows(y).astype(np.float16), np.arange(0, n + 1, size)
+        work = partial(near_duplicate_forest, y, np.arange(n), bounds, 0.85)
+        found[f"pairs_of_{size}_rows"] = rate(n * (size - 1) * chosen.dim, work)
+    first, last = (found[f"assign_k_{k}"] for k in (chosen.k, chosen.many))
+    return {**found, "assign_many_to_k": round(last / first, 2)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (("rows", 200_000), ("dim", 512), ("k", 2_000), ("iters", 8), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--many", type=int, default=0)
     chosen = parser.parse_args()
+    if chosen.many:
+        about = {"date": date.today().isoformat(), "versions": manifest.versions("torch", "numpy")}
+        print(json.dumps({**vars(chosen), **many_clusters(chosen), **about}, indent=1))
+        return
     x = mixture(chosen.rows, chosen.dim, 2_000)
     x16 = x.astype(np.float16)
     backends = [*dict.fromkeys(["kmeans", "superkmeans", kmeans.choose_backend(chosen.dim, chosen.k, gpu=False)])]

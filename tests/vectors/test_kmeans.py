@@ -44,6 +44,20 @@ def test_the_block_size_changes_nothing(monkeypatch):
         assert left.tobytes() == right.tobytes()
 
 
+@pytest.mark.parametrize("tile", [1, 7, 20, 64])
+def test_tiles_of_centroids_change_no_choice(monkeypatch, tile):
+    x, centroids = rows_of(300, 48).astype(np.float16), rows_of(50, 48, 1)
+    centroids[[9, 30, 31]] = centroids[2]  # ties stay with the lowest number
+    monkeypatch.setattr(kmeans, "TILE_CENTROIDS", tile)
+    products = x.astype(np.float64) @ centroids.T.astype(np.float64)
+    order = np.argsort(-np.round(products, 5), axis=1, kind="stable")
+    pair, similarity = kmeans.nearest_two(x, centroids)
+    assert (kmeans.assign(x, centroids)[0] == pair[0]).all()
+    assert (pair == order[:, :2].T).mean() > 0.99 and (pair[0] != pair[1]).all()
+    assert np.allclose(similarity, products.max(axis=1), rtol=1e-5)
+    assert not np.isin(pair[0], [9, 30, 31]).any() and (pair[1][pair[0] == 2] == 9).all()
+
+
 def test_assigning_follows_a_permutation_of_the_rows():
     x, centroids = rows_of(300, 32), rows_of(11, 32, 1)
     order = np.random.default_rng(0).permutation(300)

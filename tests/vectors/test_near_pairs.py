@@ -1,5 +1,7 @@
 """The near-duplicate forest and what rests on it, against slow references written from the definitions."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from clouds import unit
@@ -52,8 +54,21 @@ def slow_forest(x, floor):
     return sorted(chosen)
 
 
+@contextmanager
+def medium(rows):
+    """Let groups of more rows be compared tile by tile, which is done with large ones."""
+    before, near_pairs.MEDIUM = near_pairs.MEDIUM, rows
+    try:
+        yield
+    finally:
+        near_pairs.MEDIUM = before
+
+
 def forest_of(x, floor, bounds=None, **how):
     return near_duplicate_forest(x, np.arange(len(x)), [0, len(x)] if bounds is None else bounds, floor, **how)
+
+
+MEDIUMS = st.sampled_from([near_pairs.SMALL, 20, near_pairs.MEDIUM])
 
 
 def slow_cosines(x):
@@ -63,10 +78,11 @@ def slow_cosines(x):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(2, 60), st.integers(0, 50), st.sampled_from([0.3, 0.6, 0.9]))
-def test_the_forest_is_kruskals(n, seed, floor):
+@given(st.integers(2, 60), st.integers(0, 50), st.sampled_from([0.3, 0.6, 0.9]), MEDIUMS)
+def test_the_forest_is_kruskals(n, seed, floor, rows):
     x = cluster_rows(n, seed=seed)
-    a, b, similarity = forest_of(x, floor)
+    with medium(rows):
+        a, b, similarity = forest_of(x, floor)
     expected = slow_forest(x, floor)
     assert list(zip(a.tolist(), b.tolist(), strict=True)) == [(i, j) for i, j, _ in expected]
     assert similarity.tolist() == [weight for _, _, weight in expected]
@@ -87,6 +103,7 @@ def test_any_threshold_above_the_floor_gives_the_true_components(n, seed, thresh
 @pytest.mark.parametrize("tile, merge_at", [(7, 1 << 20), (64, 50), (1000, 1), (33, 333)])
 def test_tiles_merges_and_the_screen_change_no_byte(monkeypatch, tile, merge_at, product):
     monkeypatch.setattr(near_pairs, "PANEL", 70)
+    monkeypatch.setattr(near_pairs, "MEDIUM", near_pairs.SMALL)
     monkeypatch.setattr(duplicate_forest, "LARGE", 100)
     x = np.concatenate([cluster_rows(150, seed=5, spread=0.15), cluster_rows(90, seed=6)])
     x[20:40] = x[3]  # equal rows tie
@@ -103,25 +120,36 @@ def test_dense_and_crowded_tiles_have_the_same_forest(monkeypatch, spread, ties,
     if ties:
         x[30:90] = x[np.random.default_rng(0).integers(0, 30, 60)]
     plain = forest_of(x, 0.2, tile=1000)
-    for dense, crowded in ((0, 0), (0, 1 << 40), (2, 0)):
+    for dense, crowded, rows in ((0, 0, 4), (0, 1 << 40, 4), (2, 0, 4), (0, 0, 256), (0, 1 << 40, 256), (2, 0, 256)):
+        monkeypatch.setattr(near_pairs, "MEDIUM", rows)
         monkeypatch.setattr(near_pairs, "DENSE", dense)
         monkeypatch.setattr(near_pairs, "CROWDED", crowded)
         for left, right in zip(plain, forest_of(x, 0.2, tile=tile), strict=True):
             assert left.tobytes() == right.tobytes()
 
 
-@settings(deadline=None, max_examples=20)
-@given(st.integers(2, 40), st.integers(0, 99), st.sampled_from([-0.5, 0.06, 0.3, 0.8, 0.95]), st.sampled_from(PRODUCTS))
-def test_pairs_are_decided_by_the_exact_cosine_and_none_is_missed(n, seed, floor, product):
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(2, 40),
+    st.integers(0, 99),
+    st.sampled_from([-0.5, 0.06, 0.3, 0.8, 0.95]),
+    st.sampled_from(PRODUCTS),
+    MEDIUMS,
+    st.booleans(),
+)
+def test_pairs_are_decided_by_the_exact_cosine_and_none_is_missed(n, seed, floor, product, medium_rows, across):
     x = cluster_rows(n, dim=8, seed=seed, spread=0.4)
     expected = slow_cosines(x)
     members = np.array([n // 3, np.random.default_rng(seed).integers(0, n - n // 3, endpoint=True)])
-    how = {"members": members, "tile": 9, "product": product}
-    found = list(near_pairs.near_pairs(x, np.arange(n), [0, n // 3, n], floor, **how))
+    how = {"members": members, "tile": 9, "product": product, "across": across}
+    with medium(medium_rows):
+        found = list(near_pairs.near_pairs(x, np.arange(n), [0, n // 3, n], floor, **how))
     a, b, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else np.zeros((3, 0))
     near = np.triu(expected > np.float32(floor), 1)
     near[: n // 3, n // 3 :] = False
     near[n // 3 + members[1] :] = False
+    if across:
+        near[: n // 3, : n // 3] = near[:, n // 3 : n // 3 + members[1]] = False
     assert sorted(zip(a, b, cosine, strict=True)) == [(i, j, expected[i, j]) for i, j in np.argwhere(near)]
 
 
