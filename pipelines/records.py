@@ -30,6 +30,8 @@ OTHER_MEDIA = {"video": "video", "videos": "video", "audio": "sound", "audios": 
 NO_FORM = "neither conversations, messages, texts nor instruction and output"
 NO_PICTURE, NO_MARK = "an image mark without an image", "an image without an image mark"
 NO_NAME = "image is not a name"
+MAX_IMAGES = 64  # a record; more are a fault
+TOO_MANY = f"more than {MAX_IMAGES} images"
 MISSING, NOT_UTF8 = "missing image", "the caption is not UTF-8"
 _INVISIBLE = re.compile(r"^[\s\0\ufeff\u200b-\u200d\u2060]+|[\s\0\ufeff\u200b-\u200d\u2060]+$")
 _INLINE = re.compile(r"<img>([^<>\n]{1,4096})</img>|<image>")
@@ -99,7 +101,7 @@ def _read(value: dict[str, Any], default_id: str, given: Sequence[str], suffix_o
     written, pictures = _place(turns, listed, first="texts" in form)
     if given and len(pictures) != len(given):
         raise _Unusable(NO_MARK if len(pictures) < len(given) else NO_PICTURE)
-    fault = conversation_fault(written)
+    fault = TOO_MANY if len(pictures) > MAX_IMAGES else conversation_fault(written)
     if fault:
         raise _Unusable(fault)
     names = [picture.name for picture in pictures]
@@ -366,11 +368,17 @@ def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: s
     said = visible(said) if isinstance(said, str) else ""
     if not said or not names:
         return Reading(None, fault=MISSING if said else "no conversation and no caption")
-    if len(names) > 1:
-        return Reading(None, fault="a caption for several images")
-    turns = [{"from": "human", "value": IMAGE_MARK + (f"\n{prompt}" if prompt else "")}]
-    turns.append({"from": "gpt", "value": said})
-    return Reading({"id": key, "image": names[0], "conversations": turns}, (Picture(names[0]),))
+    if len(names) > MAX_IMAGES:
+        return Reading(None, fault=TOO_MANY)
+    image = names[0] if len(names) == 1 else list(names)
+    turns = caption_turns(said, prompt, len(names))
+    return Reading({"id": key, "image": image, "conversations": turns}, tuple(Picture(name) for name in names))
+
+
+def caption_turns(caption: str, prompt: str, images: int = 1) -> Turns:
+    """Ask for the caption of one image or several (without words where there is no prompt), and answer with it."""
+    asked = [IMAGE_MARK] * images + ([prompt] if prompt else [])
+    return [{"from": "human", "value": "\n".join(asked)}, {"from": "gpt", "value": caption}]
 
 
 def ordered_pictures(suffixes: Iterable[str], images: Sequence[str] = IMAGE_SUFFIXES) -> list[str]:

@@ -275,3 +275,12 @@ def test_no_mangled_file_crashes_or_hangs(tmp_path):
             continue
         for index in range(len(source)):
             source.key(index)
+
+
+def test_more_images_than_a_record_may_have_are_counted(folder):
+    for number, fault in ((64, ""), (65, "more than 64 images")):
+        value = {"image": ["a.jpg"] * number, "conversations": turns("<image>" * number)}
+        assert read(value, "d").fault == fault
+        assert from_sample(None, b"a blob", ["a.jpg"] * number, "k", "").fault == fault
+    several = from_sample(None, b"blobs", ["a.jpg", "b.jpg"], "k", "Say.").record
+    assert several["image"] == ["a.jpg", "b.jpg"] and several["conversations"][0]["value"] == "<image>\n<image>\nSay."

@@ -254,24 +254,26 @@ def _root(eval_root: Path | None) -> Path:
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="An exported model.")],
-    image: Annotated[str | None, typer.Option("--image", help="Image file.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Image file; again for a second, a third, …")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The question; without it, a conversation.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a question about an image, or talk where no question is given.
+    """Answer a question about one image or several, or talk where no question is given.
 
     Example: `python -m train generate run/model --image x.jpg --prompt "What is it?"` writes nothing: it
-    prints the answer.
+    prints the answer. Each `<image>` in the prompt stands for the next image; without any, all come first.
     """
     options = configuration.load(config, settings or ()).generate
     from train.eval.generate import ask, chat
 
     if prompt is None and not (image and not sys.stdin.isatty() and as_json):
-        chat(model, image, questions(), say, options.max_new_tokens)
+        chat(model, image or [], questions(), say, options.max_new_tokens)
         return
-    answer = ask(model, image, prompt or "", options.max_new_tokens, options.system)
+    answer = ask(model, image or [], prompt or "", options.max_new_tokens, options.system)
     show({"answer": answer}, as_json) if as_json else say(answer)
 
 

@@ -26,6 +26,7 @@ from curate.errors import UsageError
 from curate.storage import paths, records, sidecar
 from curate.storage.manifest import Artefact, Output, load_json, open_output, reconcile, versions
 from curate.storage.tar import CAPTION_SUFFIX, JSON_SUFFIX, TarWriter, read_json
+from pipelines.records import caption_turns
 
 EMITTED_SCHEMA = pa.schema(
     [("key", pa.string()), ("source_stem", pa.string()), ("source_row", pa.int64()), ("uid", pa.binary(16))]
@@ -261,14 +262,16 @@ class _WriteImages(_Write):
     def __call__(self, name: str, /) -> dict[str, Any]:
         size = 0
         for key, sample in self.samples(name):
-            record = {"id": key}
-            if sample.image is not None:
-                member, _, data = sample.image
-                record["image"] = f"{name}/{key}{member[len(sample.key) :]}"
-                _write_plain(paths.join(self.out, "images", record["image"]), data)
+            record: dict[str, Any] = {"id": key}
+            images = []
+            for member, _, data in sample.images:
+                images.append(f"{name}/{key}{member[len(sample.key) :]}")
+                _write_plain(paths.join(self.out, "images", images[-1]), data)
                 size += len(data)
+            if images:
+                record["image"] = images[0] if len(images) == 1 else images
             turns = records.conversations_of(read_json(sample.text(JSON_SUFFIX) or b""))
-            made = {**record, "conversations": turns or records.caption_turns(sample.caption, self.prompt)}
+            made = {**record, "conversations": turns or caption_turns(sample.caption, self.prompt, max(1, len(images)))}
             self.rows[-1]["record"] = records.dump(made).decode()
         if not paths.is_remote(self.out):
             os.sync()  # once a shard, before the sidecar says that its images are there

@@ -15,6 +15,7 @@ import numpy as np
 
 from curate.errors import ShardError, UsageError
 from curate.storage import manifest, records, tar
+from pipelines.records import ordered_pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,14 @@ class Fetched:
 
     @property
     def image(self) -> tuple[str, str, bytes] | None:
-        """Return the image member, if there is one."""
-        return next((member for member in self.members if member[1] in tar.IMAGE_SUFFIXES), None)
+        """Return the first image member, if there is one."""
+        return next(iter(self.images), None)
+
+    @property
+    def images(self) -> list[tuple[str, str, bytes]]:
+        """Return the image members in their order."""
+        members = {member[1]: member for member in reversed(self.members)}
+        return [members[suffix] for suffix in ordered_pictures([suffix for _, suffix, _ in self.members])]
 
     def text(self, suffix: str) -> bytes | None:
         """Return the content of the member with a suffix, if there is one."""

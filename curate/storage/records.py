@@ -43,11 +43,6 @@ def uid_bytes(uid: Any) -> bytes | None:
     return found if isinstance(found, bytes) and len(found) == 16 else None
 
 
-def caption_turns(caption: str, prompt: str = PROMPT) -> Turns:
-    """Ask for a caption and answer with it."""
-    return [{"from": "human", "value": f"{IMAGE_MARK}\n{prompt}"}, {"from": "gpt", "value": caption}]
-
-
 def conversations_of(record: Mapping[str, Any] | None) -> Turns | None:
     """Return a record's conversation if it has a whole one: turns with a speaker and a text, at least one answer."""
     turns = None if record is None else record.get("conversations")

@@ -20,7 +20,7 @@ from curate.mix import reshape, sampling
 from curate.mix.mix import mix
 from curate.storage import records
 from house import curate
-from pipelines.records import read
+from pipelines.records import caption_turns, read
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -105,7 +105,7 @@ def test_sources_come_together_whole(tmp_path):
     assert sorted(record["id"] for record, _ in back["coreset"]) == [f"{row:09d}" for row in (0, 1, 3, 4, 5)]
     record, image = back["coreset"][0]
     assert image == picture(int(record["id"]))
-    assert record["conversations"] == records.caption_turns(f"a caption {int(record['id'])}", "Say.")
+    assert record["conversations"] == caption_turns(f"a caption {int(record['id'])}", "Say.")
     assert all(image is None and "image" not in record for record, image in back["text"])
     assert manifest["text_share_samples"] == round(8 / 26, 6)
     assert manifest["sources"]["vqa"]["image_uses_max"] == 2

@@ -11,10 +11,13 @@ from test_mix import QUIET, members, mixed, turns, write_text, write_vqa
 
 from curate.cluster.cluster import ClusterOptions, cluster
 from curate.embed.embed import EmbedOptions, embed
+from curate.emit.emit import emit
+from curate.emit.options import EmitOptions
 from curate.errors import ContractError, UsageError
 from curate.mix import sampling
 from curate.mix.mix import mix
 from curate.select.select import SelectOptions, select
+from curate.storage.tar import TarWriter
 from house import CLIP
 
 
@@ -273,3 +276,62 @@ def test_a_mix_is_written_to_a_url(tmp_path):
             every.pop("log.jsonl", None)
             assert every.pop("manifest.json")  # it says where the inputs lie, as seen from there
         assert found == local, "the same bytes, and nothing temporary left"
+
+
+def several(number, *marks):
+    """A record whose rounds show so many pictures each."""
+    rounds = [("<image>" * shown + f"q{place}", f"a{place}") for place, shown in enumerate(marks)]
+    said = turns(*(text for each in rounds for text in each))
+    return {"id": number, "image": [f"{n}.jpg" for n in range(sum(marks))], "conversations": said}
+
+
+def test_several_pictures_keep_order_and_place_through_mix_rules_and_emit(tmp_path):
+    for n in range(4):
+        (tmp_path / f"{n}.jpg").write_bytes(picture(n))
+    made = [several("a", 1, 2, 0), several("b", 0, 2), several("c", 4)]
+    source = {"path": write(tmp_path / "x.json", made), "images": str(tmp_path)}
+    mix({"shuffle": False, "sources": {"x": source}}, str(tmp_path / "mix"), QUIET)
+    names = [name for name, _ in members(tmp_path / "mix" / "000000.tar")]
+    assert names[:4] == ["000000000.0.jpg", "000000000.1.jpg", "000000000.2.jpg", "000000000.json"]
+    again = {"shuffle": False, "sources": {"x": {"path": str(tmp_path / "mix")}}}
+    mix(again, str(tmp_path / "again"), QUIET)
+    assert members(tmp_path / "again" / "000000.tar") == members(tmp_path / "mix" / "000000.tar"), "in and out again"
+
+    source |= {"max_rounds": 1, "max_images": 3}
+    manifest = mix({"shuffle": False, "sources": {"x": source}}, str(tmp_path / "cut"), QUIET)
+    assert manifest["sources"]["x"]["ruled_out"] == {"over max_images": 1}
+    found, shown = [], []
+    for name, data in members(tmp_path / "cut" / "000000.tar"):
+        if name.endswith(".json"):
+            record = json.loads(data)
+            found.append((record["id"], record.get("image"), record["conversations"][0]["value"], shown))
+            shown = []
+        else:
+            shown.append(data)
+    images = [picture(n) for n in range(4)]
+    assert found == [
+        ("a", "0.jpg", "<image>q0", images[:1]),
+        ("a_1", ["0.jpg", "1.jpg", "2.jpg"], "<image>\n<image><image>q1", images[:3]),
+        ("a_2", ["0.jpg", "1.jpg", "2.jpg"], "<image>\n<image>\n<image>\nq2", images[:3]),
+        ("b", None, "q0", []),
+        ("b_1", ["0.jpg", "1.jpg"], "<image><image>q1", images[:2]),
+    ]
+
+    (tmp_path / "pool").mkdir()
+    with open(tmp_path / "pool" / "0.tar", "wb") as file, TarWriter(file) as tar:
+        for name, data in members(tmp_path / "mix" / "000000.tar"):
+            tar.add(
+                name.replace("0.jpg", "img0.jpg") if name.endswith(".0.jpg") else name, data
+            )  # some as Energon does
+            if name.endswith(".json"):
+                tar.add(name.replace(".json", ".txt"), b"told to be embedded")
+    embedding = write_embeddings(tmp_path / "emb", str(tmp_path / "pool"))
+    below = write_selection(tmp_path / "sel", embedding, lambda stem, row, key: True)
+    emit(below, str(tmp_path / "tars"), EmitOptions(), QUIET)
+    assert members(tmp_path / "tars" / "000000.tar") == members(tmp_path / "pool" / "0.tar")
+    emit(below, str(tmp_path / "llava"), EmitOptions(format="llava"), QUIET)
+    written = json.loads((tmp_path / "llava" / "coreset.json").read_bytes())
+    for before, after in zip(made, written, strict=True):
+        assert after["conversations"] == before["conversations"]
+        shown = [(tmp_path / "llava" / "images" / name).read_bytes() for name in after["image"]]
+        assert shown == images[: len(before["image"])]

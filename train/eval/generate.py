@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from train.data.prompts import Rejected, Turn, to_messages
+from train.data.prompts import PLACEHOLDER, Rejected, Turn, to_messages
 from train.data.sources import decode_image
 from train.errors import UsageError
 from train.model.native import load_native
@@ -98,24 +98,40 @@ def read_image(path: str) -> Any:
         raise UsageError(f"--image {path} cannot be used ({reason})") from None
 
 
-def ask(folder: Path, image: str | None, prompt: str, max_new_tokens: int, system: str = "") -> str:
-    """Answer one question about an image, or about none."""
-    images = [read_image(image)] if image else []
+def ask(folder: Path, images: str | Sequence[str], prompt: str, max_new_tokens: int, system: str = "") -> str:
+    """Answer one question about images, or about none.
+
+    images: a file, or several in order. Each `<image>` in the prompt stands for the next; without any, all come first.
+    Raises: UsageError.
+    """
+    shown = [read_image(image) for image in ([images] if isinstance(images, str) else images)]
     turns = [Turn("system", (system,))] if system else []
-    turns.append(Turn("user", (None,) * len(images) + ((prompt,) if prompt else ())))
-    return load_speaker(folder).answers([turns], [images], max_new_tokens)[0]
+    turns.append(Turn("user", _question(prompt, len(shown))))
+    return load_speaker(folder).answers([turns], [shown], max_new_tokens)[0]
 
 
 def chat(
-    folder: Path, image: str | None, questions: Iterator[str], say: Callable[[str], None], max_new_tokens: int
+    folder: Path, images: str | Sequence[str], questions: Iterator[str], say: Callable[[str], None], max_new_tokens: int
 ) -> None:
-    """Hold a conversation about an image until the questions end."""
-    images = [read_image(image)] if image else []
+    """Hold a conversation about images, which the first question shows, until the questions end."""
+    shown = [read_image(image) for image in ([images] if isinstance(images, str) else images)]
     speaker = load_speaker(folder)
     turns: list[Turn] = []
     for question in questions:
-        first = (None,) * len(images) if not turns else ()
-        turns.append(Turn("user", (*first, question)))
-        answer = speaker.answers([turns], [images], max_new_tokens)[0]
+        turns.append(Turn("user", _question(question, 0 if turns else len(shown))))
+        answer = speaker.answers([turns], [shown], max_new_tokens)[0]
         turns.append(Turn("assistant", (answer,)))
         say(answer)
+
+
+def _question(prompt: str, num_images: int) -> tuple[str | None, ...]:
+    """Put images where a prompt's marks are, or first.  Raises: UsageError where marks and images differ in number."""
+    marks = prompt.count(PLACEHOLDER) if num_images else 0
+    if marks and marks != num_images:
+        raise UsageError(f"the prompt has {marks} {PLACEHOLDER} and there are {num_images} --image; give as many")
+    if not marks:
+        return (None,) * num_images + ((prompt,) if prompt else ())
+    parts: list[str | None] = []
+    for number, text in enumerate(prompt.split(PLACEHOLDER)):
+        parts += [None] * (number > 0) + [text.strip()] * bool(text.strip())
+    return tuple(parts)
