@@ -241,6 +241,79 @@ def report(
 
 
 @app.command()
+def find(
+    directory: Annotated[str, typer.Argument(help="A directory of embed, import, cluster or select.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="What to look for, a text each.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="A picture to look for the likes of; again and again.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--not", help="A text to stay away from; again and again.")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Rows for each text or picture.")] = 50,
+    out: Annotated[str, typer.Option(help="Write a page with the pictures, to look at and to mark.")] = "",
+    model: Annotated[str, typer.Option(help="The model that made the embeddings, where they do not say.")] = "",
+    pretrained: Annotated[str, typer.Option(help="Its tag, or a local checkpoint.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Find the rows whose images are nearest to texts or pictures, and what became of them.
+
+    Example: `curate find sel/ "a photo of a watermark" --out found.html` writes a page and prints keys and scores.
+    """
+    from curate.ask.find import find as search
+    from curate.report.found import page, verdict
+
+    embedded, found = search(directory, texts or [], image or [], without or [], n, model, pretrained)
+    if out:
+        with paths.atomic_write(out) as file:
+            file.write(page(embedded, found, directory))
+    if as_json:
+        rows = [
+            {"for": name, "score": h.score, "stem": h.stem, "row": h.row, **h.facts}
+            for name in found
+            for h in found[name]
+        ]
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    for name, hits in found.items():
+        typer.echo(f"{name}")
+        for hit in hits:
+            told = " · ".join(filter(None, (verdict(hit), (hit.facts["caption"] or "")[:100].replace("\n", " "))))
+            typer.echo(f"  {hit.score:.4f}  {hit.facts['key']}  {told}")
+
+
+@app.command()
+def probe(
+    directory: Annotated[str, typer.Argument(help="A directory of embed, import, cluster or select.")],
+    labels: Annotated[str, typer.Argument(help="A file of `key TAB label` lines, as a page's marks are downloaded.")],
+    head: Annotated[str, typer.Argument(help="The head to write, a .safetensors file.")],
+    n: Annotated[int, typer.Option(help="Rows to name that should be labelled next.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit a linear head on rows that a person marked, and say what it is worth on held-out ones.
+
+    Example: `curate probe emb/ marked.tsv good.safetensors` writes the head, which a step reads:
+    `--step 'above(head("good.safetensors", "good"), 0.5)'`.
+    """
+    from curate.ask.probe import probe as fit
+
+    told = fit(directory, labels, head, n, seed)
+    if as_json:
+        typer.echo(json.dumps(told, ensure_ascii=False))
+        return
+    counts = " · ".join(f"{count:,} {name}" for name, count in told["labelled"].items())
+    typer.echo(f"{counts} · {told['unknown_keys']:,} keys are not here → {head}")
+    typer.echo(
+        f"held out: {told['accuracy']:.1%} right ({told['commonest']:.1%} for one label alone), "
+        f"calibration error {told['calibration_error']:.3f}"
+    )
+    typer.echo("label next, least sure first:")
+    for row in told["next"]:
+        typer.echo(f"  {row['key']}  lead {row['lead']:.3f}")
+
+
+@app.command()
 def show(
     directory: Annotated[str, typer.Argument(help="A pool, a pipeline's OUT, or any directory that a verb made.")],
     key: Annotated[str, typer.Option(help="Tell the life of this one sample.")] = "",

@@ -18,7 +18,9 @@ curate/errors curate/words curate/processes curate/progress
 curate/naming
 curate/vectors
 curate/storage curate/engine curate/options
-curate/embed curate/cluster curate/select curate/emit
+curate/embed curate/cluster curate/emit
+curate/ask
+curate/select
 curate/ingest curate/demo curate/mix curate/report
 curate/run
 curate/ablation

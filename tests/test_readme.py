@@ -11,7 +11,7 @@ import typer
 from house import ROOT, parse
 
 # In this order: the guides go on in the folder that the first one fills.
-GUIDES = ("laion.md", "published_embeddings.md", "mix_695k.md", "train_bunny.md", "ray.md", "add_a_step.md")
+GUIDES = ("laion.md", "published_embeddings.md", "mix_695k.md", "train_bunny.md", "ray.md", "add_a_step.md", "ask.md")
 ACCOUNTS = ("evidence.md", "speed.md")  # figures, each with its command
 DOCS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", *(f"docs/{name}" for name in (*GUIDES, *ACCOUNTS))]
 

@@ -262,8 +262,8 @@ def _comparison(artefacts: Artefacts, directory: str) -> Iterator[dict[str, Any]
         }
 
 
-def render(context: Mapping[str, Any]) -> bytes:
-    """Fill the template; every value is escaped but the charts, which escape their own texts."""
+def render(context: Mapping[str, Any], name: str = "report") -> bytes:
+    """Fill a template; every value is escaped but the charts, which escape their own texts."""
     import jinja2
 
     loader = jinja2.PackageLoader("curate.report")
@@ -271,9 +271,9 @@ def render(context: Mapping[str, Any]) -> bytes:
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"n": lambda value: f"{value:,}", "pct": _percent}
-    script, style = (loader.get_source(environment, name)[0] for name in ("report.js", "report.css"))
+    script, style = (loader.get_source(environment, file)[0] for file in (f"{name}.js", "report.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment.get_template("report.html.j2")
+    template = environment.get_template(f"{name}.html.j2")
     page = template.render(**context, script=Markup(script), style=Markup(style), digest=digest, dumps=_script_json)
     return page.encode("utf-8", "replace")
 

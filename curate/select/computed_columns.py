@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from curate.errors import UsageError
+from curate.ask import heads, languages
+from curate.ask.prompts import in_blocks, text_shares
+from curate.errors import UsageError, unknown
 from curate.select import syntax
-from curate.select.frame import Directory, File, Frame, Group
+from curate.select.frame import Directory, File, Frame, Group, Texts
 from curate.select.steps import coverage, pair_scores
+from curate.storage.manifest import file_digest
 
 HIDDEN = 1  # the frame is not written
+CAPTIONS = 1 << 14  # read at a time
 LIKE = 'norm_sim("emb/target")'
 
 
@@ -63,8 +67,46 @@ def redundancy(frame: Frame, column: Group = "") -> np.ndarray:
     return coverage.redundancy(frame.vectors, np.where(frame.alive, groups, -1))
 
 
+def prompt(frame: Frame, text: str, others: Texts = ()) -> np.ndarray:
+    """Compute the image's cosine to a text, or with others the text's share of them all (softmax at CLIP's 100)."""
+    texts = [text, *others]
+
+    def make() -> np.ndarray:
+        prompts = frame.embed_texts(texts)
+        rows = np.flatnonzero(frame.good)
+        return _spread(frame, rows, in_blocks(frame.vectors, rows, lambda x: text_shares(x @ prompts.T)))
+
+    return frame.stored({"prompt": texts}, make)
+
+
+def head(frame: Frame, file: File, name: str = "") -> np.ndarray:
+    """Score images by a linear head or MLP in a safetensors file. name: which of its classes; the only or last one."""
+    rows = np.flatnonzero(frame.good)
+    read = heads.read_head(file, frame.vectors(rows[:1]).shape[1])
+    if name and name not in read.classes:
+        raise unknown("class of the head", name, read.classes)
+    place = read.classes.index(name) if name else -1
+
+    def make() -> np.ndarray:
+        return _spread(frame, rows, in_blocks(frame.vectors, rows, lambda x: read.apply(x)[:, place]))
+
+    return frame.stored({"head": file_digest(file), "name": name}, make)
+
+
+def language(frame: Frame, code: str) -> np.ndarray:
+    """Tell how likely the caption is in a language ("en"), beside the likeliest: 0 … 1 (needs the extra `language`)."""
+    detect = languages.detector(code)
+
+    def make() -> np.ndarray:
+        rows = np.flatnonzero(frame.good)
+        parts = np.array_split(rows, -(-len(rows) // CAPTIONS)) if len(rows) else []
+        return _spread(frame, rows, np.array([detect(text) for part in parts for text in frame.captions(part)]))
+
+    return frame.stored({"language": code, "by": languages.NAME}, make)
+
+
 COLUMNS: dict[str, Callable[..., np.ndarray]] = {
-    column.__name__: column for column in (neg_clip_loss, norm_sim, typicality, redundancy)
+    column.__name__: column for column in (neg_clip_loss, norm_sim, typicality, redundancy, prompt, head, language)
 }
 
 

@@ -17,6 +17,7 @@ Count = Annotated[float, "count"]  # rows, or a share of the good rows
 Threshold = Annotated[float, "threshold"]  # a cosine, or "auto" (AUTO)
 Share = Annotated[float, "share"]  # 0 … 1, or "auto" (AUTO)
 Levels = Annotated[tuple[int, ...], "levels"]  # falling numbers of clusters
+Texts = Annotated[tuple[str, ...], "texts"]  # the last parameter: all further arguments
 Keep = Annotated[str, "keep"]  # who of a group stays; max:COLUMN and min:COLUMN among them
 Directory = Annotated[str, "directory"]  # made by embed or import
 File = Annotated[str, "file"]
@@ -39,6 +40,10 @@ def no_hashes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros(len(rows), np.uint64), np.zeros(len(rows), bool)
 
 
+def _compute(about: Mapping[str, Any], make: Callable[[], np.ndarray]) -> np.ndarray:
+    return make()
+
+
 @dataclass
 class Frame:
     """The pool as the steps see it. Columns come when they are asked for; n is the number of all its rows."""
@@ -58,6 +63,8 @@ class Frame:
     recall: Mapping[str, Any] = field(default_factory=dict)  # of near pairs, as the clusters' manifest has it
     foreign: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]] = _nothing  # another EMB's vectors and uids
     lines: Callable[[str], list[str]] = _nothing  # of a text file
+    embed_texts: Callable[[Sequence[str]], np.ndarray] = _nothing  # prompts to unit rows f32 [m, d], by their model
+    stored: Callable[[Mapping[str, Any], Callable[[], np.ndarray]], np.ndarray] = _compute  # a column, made once
     listed: Callable[[str], np.ndarray] = _nothing  # bool [n]: the rows whose uid a DataComp subset file has
     alive: np.ndarray = field(init=False)
     component: np.ndarray | None = None  # i64 [n]

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curate.ask.prompts import embed_texts
+from curate.ask.stored import stored_column
 from curate.errors import ContractError, UsageError
 from curate.select import computed_columns
 from curate.select.frame import UNKNOWN_BITS, Edges, Frame
@@ -300,6 +302,8 @@ class Pool:
             shuffled=None if self.clu is None else self.clu.manifest.get("fit", {}).get("shuffled_clip_score"),
             foreign=self.foreign,
             compute=computed_columns.compute,
+            embed_texts=partial(embed_texts, self.emb),
+            stored=partial(stored_column, self.emb),
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from curate.errors import UsageError, unknown
-from curate.select.frame import AUTO, Column, Count, Directory, File, Group, Keep, Levels, Share, Threshold
+from curate.select.frame import AUTO, Column, Count, Directory, File, Group, Keep, Levels, Share, Texts, Threshold
 
 PERCENT = re.compile(r"(?<=[\s(,=])(\d[\d_.]*%)(?=\s*[,)])")  # 2%, which Python cannot read
 Table = Mapping[str, Callable[..., Any]]
@@ -35,8 +35,11 @@ def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[st
         raise unknown(noun, name, table)
     known = dict(list(inspect.signature(table[name]).parameters.items())[hidden:])
     usage = signature(name, table, hidden)
-    given: dict[str, ast.expr] = dict(zip(known, call.args, strict=False))
-    if len(call.args) > len(known):
+    args = call.args
+    if known and list(known.values())[-1].annotation is Texts and len(args) >= len(known):
+        args = [*args[: len(known) - 1], ast.Tuple(args[len(known) - 1 :])]
+    given: dict[str, ast.expr] = dict(zip(known, args, strict=False))
+    if len(args) > len(known):
         raise UsageError(f"the {noun} {text!r} has {len(call.args)} arguments; it is written {usage}.")
     for keyword in call.keywords:
         key = RENAMED.get((name, str(keyword.arg)), str(keyword.arg))
@@ -74,6 +77,8 @@ def signature(name: str, table: Table, hidden: int) -> str:
 def _show(parameter: inspect.Parameter) -> str:
     if parameter.default is parameter.empty:
         return parameter.name
+    if parameter.annotation is Texts:
+        return f"{parameter.name}, …"
     default = "auto" if parameter.default == AUTO else parameter.default
     return f"{parameter.name}={default!r}"
 
@@ -94,6 +99,10 @@ def _convert(node: ast.expr, kind: Any, where: str) -> Any:
         return parse_count(value, where)
     if kind is Levels:
         return _levels(value, where)
+    if kind is Texts:
+        if not all(isinstance(each, str) for each in value):
+            raise UsageError(f"{where}: expected texts in quotes, not {value!r}.")
+        return tuple(value)
     if kind is Share and (not number or not 0 <= value <= 1):
         raise UsageError(f'{where}: expected a share between 0 and 1, or "auto", not {value!r}.')
     if kind is Threshold and (not number or not -1 < value < 1):

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import time
 
 import pytest
 from artefacts import write_embeddings, write_pool
@@ -206,3 +207,36 @@ def test_a_page_about_any_directory_opens_without_errors(browser, home, tmp_path
     report(str(home / name), str(tmp_path / "page.html"), ReportOptions(), QUIET)
     browser.get(f"file://{tmp_path}/page.html")
     assert browser.get_log("browser") == [] and browser.execute_script(FAINT) == []
+
+
+def test_marked_keys_are_downloaded(browser, home, tmp_path):
+    from curate.ask.find import Hit
+    from curate.ask.probe import read_labels
+    from curate.report import found
+
+    embedded = manifest.open_input(str(home / "embeddings"))
+    hits = [
+        Hit(0.5 - row / 100, "a", row, {"key": f"{row:09d}", "caption": EVIL, "kept": row < 2, "dropped_by": "x"})
+        for row in range(4)
+    ]
+    (tmp_path / "found.html").write_bytes(found.page(embedded, {EVIL: hits, "again": hits[:2]}, EVIL))
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    browser.get((tmp_path / "found.html").as_uri())
+    boxes = browser.find_elements("css selector", ".mark")
+    assert len(boxes) == 6 and len(browser.find_elements("css selector", ".card img")) == 6
+    boxes[1].click()
+    assert boxes[5].is_selected()  # the same key, under the other question
+    label = browser.find_element("id", "label")
+    label.clear()
+    label.send_keys("good")
+    boxes[3].click()
+    boxes[0].click()
+    boxes[0].click()
+    assert browser.find_element("id", "marked").text == "2 marked"
+    browser.find_element("id", "download").click()
+    for _ in range(100):
+        if (tmp_path / "marked.tsv").exists():
+            break
+        time.sleep(0.05)
+    assert read_labels(str(tmp_path / "marked.tsv")) == {"000000001": "yes", "000000003": "good"}
+    assert browser.get_log("browser") == []

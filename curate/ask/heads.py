@@ -1,0 +1,126 @@
+"""Linear heads and small MLPs over the image vector: aesthetic, NSFW or watermark scores of published predictors.
+
+A head is a safetensors file; nothing is unpickled. Its matrices are applied in the order of their names, y = x W' + b,
+with the activation that the file's metadata names between them. Layouts that are read:
+
+    weight [k, d], bias [k]                     a linear head; LAION's first aesthetic predictor, `curate probe`
+    layers.0.weight, layers.2.weight, …         LAION's aesthetic MLP (improved-aesthetic-predictor): no activation,
+                                                its dropouts rest; any prefix and numbering will do
+    mean [d], scale [d]                         subtracted from the vector, and divided by, before the first matrix
+
+Metadata, all of it optional: `activation` (relu, gelu or none), `output` (sigmoid, softmax or none), `classes` (a JSON
+list of names). LAION's predictors were trained on unit vectors, which is how vectors are stored here.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from curate.errors import UsageError
+from curate.storage import paths
+
+ACTIVATIONS = ("none", "relu", "gelu")
+OUTPUTS = ("none", "sigmoid", "softmax")
+MAX_BYTES = 1 << 30
+CONVERT = "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), OUT)"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head as arrays.
+
+    layers: (weight f32 [k, d], bias f32 [k]) in order; mean, scale: f32 [d]; classes: names of the last layer's rows.
+    """
+
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...]
+    mean: np.ndarray
+    scale: np.ndarray
+    activation: str
+    output: str
+    classes: tuple[str, ...]
+
+    def apply(self, x_nd: np.ndarray) -> np.ndarray:
+        """Score unit vectors, f32 [n, d]. Returns f32 [n, k]."""
+        x = (x_nd - self.mean) / self.scale
+        for number, (weight, bias) in enumerate(self.layers):
+            x = x @ weight.T + bias
+            if number + 1 < len(self.layers):
+                x = _activate(x, self.activation)
+        if self.output == "sigmoid":
+            return np.asarray(1 / (1 + np.exp(-x)), np.float32)
+        if self.output == "softmax":
+            x = np.exp(x - x.max(axis=1, keepdims=True))
+            x /= x.sum(axis=1, keepdims=True)
+        return np.asarray(x, np.float32)
+
+
+def _activate(x: np.ndarray, name: str) -> np.ndarray:
+    if name == "relu":
+        return np.asarray(np.maximum(x, 0))
+    if name == "gelu":
+        from scipy.special import ndtr
+
+        return np.asarray(x * ndtr(x), np.float32)
+    return np.asarray(x)
+
+
+def read_head(location: str, dim: int) -> Head:
+    """Read a head for vectors of `dim` dimensions. Raises: UsageError for another kind of file, width or activation."""
+    if not paths.exists(location):
+        raise UsageError(f"{location} does not exist; expected a head as a .safetensors file.")
+    if not location.endswith(".safetensors") or paths.size(location) > MAX_BYTES:
+        raise UsageError(f"{location} is no .safetensors file of at most 1 GB.", CONVERT)
+    tensors, told = _read(location)
+    layers = []
+    for name in sorted((name for name in tensors if name.endswith("weight")), key=_order):
+        weight = tensors[name]
+        bias = tensors.get(name.removesuffix("weight") + "bias", np.zeros(len(weight), np.float32))
+        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            raise UsageError(f"{location}: {name} has the shape {weight.shape}; expected a matrix with its bias.")
+        layers.append((weight, bias))
+    widths = [dim, *(len(weight) for weight, _ in layers)]
+    if not layers or [weight.shape[1] for weight, _ in layers] != widths[:-1]:
+        shapes = ", ".join(f"{weight.shape[0]} x {weight.shape[1]}" for weight, _ in layers) or "no matrix"
+        raise UsageError(f"{location} has {shapes}; expected a first matrix of {dim} columns, as wide as the vectors.")
+    activation, output = told.get("activation", "none"), told.get("output", "none")
+    if activation not in ACTIVATIONS or output not in OUTPUTS:
+        raise UsageError(f"{location} asks for {activation} and {output}; expected {ACTIVATIONS} and {OUTPUTS}.")
+    classes = tuple(map(str, json.loads(told.get("classes", "[]"))))
+    mean, scale = tensors.get("mean", np.zeros(dim, np.float32)), tensors.get("scale", np.ones(dim, np.float32))
+    if mean.shape != (dim,) or scale.shape != (dim,) or (scale == 0).any():
+        raise UsageError(f"{location}: mean and scale have to be {dim} numbers each, and no scale 0.")
+    return Head(tuple(layers), mean, scale, activation, output, classes)
+
+
+def _order(name: str) -> list[int | str]:
+    """Sort layers.10 behind layers.2."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _read(location: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read the tensors of a safetensors file as f32, and its metadata."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    data = paths.read_bytes(location)
+    try:
+        tensors = {name: np.asarray(value, np.float32) for name, value in load(data).items()}
+        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{location} is no readable safetensors file: {error}", CONVERT) from None
+    return tensors, dict(header.get("__metadata__", {}))
+
+
+def write_head(location: str, weight: np.ndarray, bias: np.ndarray, about: Mapping[str, Any]) -> None:
+    """Write a linear head, f32 [k, d] and [k], whole or not at all. about: texts for the metadata, as JSON."""
+    from safetensors.numpy import save
+
+    told = {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in about.items()}
+    tensors = {"weight": np.ascontiguousarray(weight, np.float32), "bias": np.ascontiguousarray(bias, np.float32)}
+    with paths.atomic_write(location) as file:
+        file.write(save(tensors, told))

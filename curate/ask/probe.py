@@ -1,0 +1,152 @@
+"""A linear head from a few keys that a person marked: logistic regression over the stored image vectors.
+
+    P(label | x) = softmax(W x + b), fitted with an L2 penalty whose strength is chosen by cross-validation
+
+Every figure is of held-out rows: each row is judged by a model that was fitted without its fold. Accuracy is given
+beside that of always naming the commonest label; calibration is the mean distance between the stated probability of the
+named label and how often it was right, over ten bins (expected calibration error). Rows to label next are those of
+which the head is least sure (the smallest lead of its first label over its second), at most one of each cluster where
+there are clusters, so that they are not all copies of one picture. Cost: a pass over the keys, one over the vectors for
+the rows to label next, and fits of as many rows as were marked.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from curate.ask.find import blocks
+from curate.ask.heads import Head, read_head, write_head
+from curate.errors import UsageError
+from curate.storage import paths
+from curate.storage.manifest import Artefact, open_input
+from curate.vectors.exact import widen
+
+STRENGTHS = np.logspace(-2, 4, 13)  # of unit vectors: from nearly the mean alone to nearly separable
+FOLDS = 5
+LEAST = 5  # rows of a label, so that each fold holds one
+MAX_LABELS = 100
+
+
+def probe(directory: str, labels: str, out: str, n: int = 20, seed: int = 0) -> dict[str, Any]:
+    """Fit a head on marked rows, write it, and say what it is worth on held-out ones.
+
+    directory: of embed, import, cluster or select. labels: a file of `key TAB label` lines. Returns counts, held-out
+    figures, and `next`: the keys of n rows to label next. Raises: UsageError.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
+
+    if not out.endswith(".safetensors"):
+        raise UsageError(f"{out} does not end in .safetensors; a head is such a file.")
+    source = open_input(directory, "embed", "import", "cluster", "select")
+    embedded = source.source("embed", "import")
+    marked = read_labels(labels)
+    x_nd, names = _vectors_of(embedded, marked)
+    counts = Counter(names)
+    if len(counts) < 2 or min(counts.values()) < LEAST:
+        told = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"
+        raise UsageError(
+            f"{labels}: {told} of {len(marked)} marked keys are here; expected two labels, {LEAST} rows each."
+        )
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    model = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=folds, scoring="neg_log_loss")
+    classes, y = np.unique(names, return_inverse=True)
+    held_out = cross_val_predict(model, x_nd, y, cv=folds, method="predict_proba")
+    fitted = model.fit(x_nd, y).best_estimator_
+    weight, bias = fitted.coef_, fitted.intercept_
+    if len(classes) == 2:  # scikit-learn keeps the second class's row alone
+        weight, bias = np.vstack([np.zeros_like(weight), weight]), np.concatenate([[0.0], bias])
+    about = {"output": "softmax", "classes": classes.tolist(), "activation": "none", "embeddings": embedded.digest}
+    write_head(out, weight, bias, about)
+    head = read_head(out, x_nd.shape[1])
+    return {
+        "labelled": dict(sorted(counts.items())),
+        "unknown_keys": len(marked) - len(names),
+        **_judge(held_out, y),
+        "strength": float(fitted.C),
+        "next": _least_sure(source, embedded, head, set(marked), n),
+    }
+
+
+def read_labels(location: str) -> dict[str, str]:
+    """Read `key TAB label` lines. Raises: UsageError for a line of another form, or a key with two labels."""
+    found: dict[str, str] = {}
+    try:
+        lines = paths.read_text(location).splitlines()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise UsageError(f"{location} cannot be read as UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, 1):
+        key, tab, label = line.partition("\t")
+        if not line.strip():
+            continue
+        if not tab or not label.strip() or not key:
+            raise UsageError(f"{location}:{number}: {line[:80]!r}; expected a key, a tab and a label.")
+        if found.setdefault(key, label.strip()) != label.strip():
+            raise UsageError(f"{location}:{number}: {key} is marked {label.strip()!r} and {found[key]!r}.")
+    if len(set(found.values())) > MAX_LABELS:
+        raise UsageError(f"{location} has {len(set(found.values())):,} labels; expected at most {MAX_LABELS}.")
+    return found
+
+
+def _vectors_of(embedded: Artefact, marked: Mapping[str, str]) -> tuple[np.ndarray, list[str]]:
+    """Look up the vectors f32 [m, d] of the marked keys that are here and have one, and their labels."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted, parts, names = pa.array(list(marked)), [], []
+    for stem in embedded.stems:
+        first = 0
+        for batch in embedded.batches(stem):
+            column = batch.column("image_embedding")
+            here = pc.and_(pc.is_in(batch.column("key"), wanted), column.is_valid())
+            rows = np.flatnonzero(here.to_numpy(zero_copy_only=False))
+            if len(rows):
+                taken = column.take(pa.array(rows))
+                parts.append(np.asarray(taken.flatten().to_numpy(zero_copy_only=False)).reshape(len(rows), -1))
+                names += [marked[key] for key in batch.column("key").take(pa.array(rows)).to_pylist()]
+            first += batch.num_rows
+    return (widen(np.concatenate(parts)) if parts else np.empty((0, 1), np.float32)), names
+
+
+def _judge(held_out: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Score held-out probabilities f64 [n, k]: accuracy, that of the commonest label, and the calibration error."""
+    named, sure = held_out.argmax(axis=1), held_out.max(axis=1)
+    right = named == y
+    bins = np.minimum((sure * 10).astype(int), 9)
+    gaps = [abs(right[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
+    return {
+        "accuracy": round(float(right.mean()), 4),
+        "commonest": round(float(np.bincount(y).max() / len(y)), 4),
+        "calibration_error": round(float(sum(gaps)), 4),
+    }
+
+
+def _least_sure(source: Artefact, embedded: Artefact, head: Head, marked: set[str], n: int) -> list[dict[str, Any]]:
+    """Name the rows whose first label leads least over the second, one a cluster where there are some."""
+    try:
+        clusters = source.source("cluster")
+    except LookupError:
+        clusters = None
+    waiting: list[tuple[float, str, int, int]] = []
+    keep = 50 * (n + len(marked))
+    for stem, first, x_nd, good in blocks(embedded):
+        top = np.sort(head.apply(widen(x_nd)), axis=1)
+        lead = np.where(good, top[:, -1] - top[:, -2], np.inf)
+        rows = np.argsort(lead, kind="stable")[:keep]
+        own = clusters.table(stem, ["cluster"])["cluster"].to_numpy() if clusters else None
+        waiting += [
+            (float(lead[row]), stem, int(first + row), int(own[first + row]) if own is not None else len(waiting) + i)
+            for i, row in enumerate(rows.tolist())
+            if good[row]
+        ]
+        waiting = sorted(waiting, key=lambda each: each[0])[:keep]
+    seen: set[int] = set()
+    chosen: list[dict[str, Any]] = []
+    for least, stem, row, cluster in waiting:
+        key = embedded.table(stem, ["key"])["key"][row].as_py() if cluster not in seen else None
+        if key is not None and key not in marked and len(chosen) < n:
+            seen.add(cluster)
+            chosen.append({"key": key, "lead": round(least, 4)})
+    return chosen
