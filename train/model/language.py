@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ import torch
 from train.config import Model
 from train.data.prompts import TEMPLATES, is_token
 from train.errors import UsageError
-from train.folder import read_json, write_json
 from train.model import attention
 from train.model.published import Words, cannot_load, check_named, known_words, locate, read_config
 
@@ -202,13 +200,6 @@ def tiny_tokenizer(words: Words, image_token: str) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, made_for_rehearsal=True, **names
     )
-
-
-def name_for_older_readers(folder: Path) -> None:
-    """Call a saved tokenizer's class by the name that transformers 4 knows too, as vLLM and converters may read it."""
-    values = read_json(folder / "tokenizer_config.json")
-    if values.get("tokenizer_class") == "TokenizersBackend":
-        write_json(folder / "tokenizer_config.json", {**values, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def is_tiny(tokenizer: Any) -> bool:

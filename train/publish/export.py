@@ -24,9 +24,9 @@ from train.data.prompts import Encoder
 from train.errors import TrainError, UsageError
 from train.folder import LOCK, held, read_json, relative, write_json
 from train.model.compose import Composed, compose, fold_feature_scale
-from train.model.language import name_for_older_readers
 from train.model.tower import make_image_processor
 from train.model.weights import write_shards, write_tensors
+from train.publish.older_readers import write_for_older_readers
 from train.publish.parts import INFIX, write_parts
 from train.run import checkpoint
 from train.run.stage import load_options, make_encoder
@@ -137,6 +137,9 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
         for name, tensor in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
+    if model.config.text_config.model_type == "phi":
+        # The llava class has no such bias and passes over it; vLLM's Phi class has one, and draws none.
+        state["language_model.lm_head.bias"] = torch.zeros(len(model.lm_head.weight), dtype=dtype)
     write_shards(state, out)
     _set_ends(composed, encoder)
     config = model.config
@@ -145,7 +148,9 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
     config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
     _processor(composed, encoder).save_pretrained(out)
-    name_for_older_readers(out)
+    write_for_older_readers(out)
+    if config.text_config.model_type == "gemma":
+        log.warning("transformers before 5.4 multiplies this model's image features by sqrt(width): take 5.4 or later")
 
 
 def _set_ends(composed: Composed, encoder: Encoder) -> None:

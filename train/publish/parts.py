@@ -18,8 +18,8 @@ import torch
 from train.errors import UsageError
 from train.folder import write_json
 from train.model.compose import own_tower
-from train.model.language import name_for_older_readers
 from train.model.weights import write_shards
+from train.publish.older_readers import write_for_older_readers
 
 INFIX = ("clip_vision_model", "siglip_vision_model")  # hub checkpoints of these keep their weights under vision_model.
 PROJECTOR = "llava.projector"
@@ -45,7 +45,7 @@ def write_parts(model: Any, tokenizer: Any, image_processor: Any, out: Path, dty
     _language_model(model, dtype).save_pretrained(out / "language_model")
     model.generation_config.save_pretrained(out / "language_model")
     tokenizer.save_pretrained(out / "language_model")
-    name_for_older_readers(out / "language_model")
+    write_for_older_readers(out / "language_model")
     _write_tower(model, image_processor, out / "vision_tower", dtype)
     layers = {"linear_1": "0", "linear_2": "2"}
     projector = {

@@ -1,0 +1,52 @@
+"""The files of a folder, said once more for readers of transformers 4: LLaMA-Factory, mlx-lm, older vLLM.
+
+transformers 5 writes rotary embeddings as one table (`rope_parameters`), special tokens as a list, and the preparation
+of images inside of processor_config.json. Version 4 refuses the second, does not find the third, and, worst, passes
+over the first: it then takes the family's default share and base, and computes other logits without a word. So the
+plain fields stand beside the new ones, with the same values; version 5 reads either.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from train.folder import read_json, write_json
+
+
+def write_for_older_readers(folder: Path) -> None:
+    """Add to a saved model's config.json, tokenizer_config.json and image preparation what transformers 4 reads."""
+    config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config", {})):
+        part.pop("_name_or_path", None)  # a place on this machine
+        part.update(_plain_rope(part.get("rope_parameters") or {}))
+    write_json(folder / "config.json", config)
+    values = read_json(folder / "tokenizer_config.json")
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    values.setdefault(
+        "model_input_names", ["input_ids", "attention_mask"]
+    )  # else token_type_ids, which few models take
+    write_json(folder / "tokenizer_config.json", values)
+    if (folder / "processor_config.json").is_file():
+        images = read_json(folder / "processor_config.json").get("image_processor")
+        if images:
+            write_json(folder / "preprocessor_config.json", images)
+
+
+def _plain_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return rope_theta, partial_rotary_factor and rope_scaling of one table, or of one a kind of layer (Gemma 3)."""
+    local = parameters.get("sliding_attention")
+    if isinstance(parameters.get("full_attention"), dict):
+        parameters = parameters["full_attention"]
+    known: dict[str, Any] = {
+        key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters
+    }
+    rest = {key: value for key, value in parameters.items() if key not in known}
+    if isinstance(local, dict) and "rope_theta" in local:
+        known["rope_local_base_freq"] = local["rope_theta"]
+    if rest.get("rope_type", "default") != "default":
+        known["rope_scaling"] = rest
+    return known
