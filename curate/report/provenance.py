@@ -5,6 +5,7 @@ written as an option; a mix's table is.
 """
 
 import json
+import math
 import platform
 import re
 import shlex
@@ -154,3 +155,8 @@ def entries(location: str) -> Iterator[Mapping[str, Any]]:
                 entry = tar.read_json(line)
                 if isinstance(entry, Mapping):
                     yield entry
+
+
+def is_finite(value: Any) -> bool:
+    """Say whether a value of a log is a number that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

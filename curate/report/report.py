@@ -108,13 +108,13 @@ def discover(directory: str) -> Artefacts:
     if paths.exists(paths.join(directory, ablation_tables.FILE)):
         artefacts.ablation = paths.join(directory, ablation_tables.FILE)
     for name, place in ((paths.name(directory), directory), *_children(directory)):
+        record = paths.join(place, manifest.MANIFEST)
         if paths.exists(paths.join(place, "metrics.jsonl")):
             artefacts.runs[name] = place
+        elif paths.exists(record) and _command(record) in COMMANDS:
+            _place(artefacts, manifest.open_input(place), name)
         elif _is_eval(place):
             artefacts.evals[name] = place
-        elif paths.exists(paths.join(place, manifest.MANIFEST)):
-            if manifest.load_json(paths.join(place, manifest.MANIFEST)).get("command") in COMMANDS:
-                _place(artefacts, manifest.open_input(place), name)
         if place == directory and (artefacts.chain or artefacts.runs or artefacts.evals):
             break  # it is such a directory itself
     newest = artefacts.emitted if artefacts.selection is None else artefacts.selection
@@ -131,8 +131,17 @@ def discover(directory: str) -> Artefacts:
     return artefacts
 
 
+def _command(record: str) -> Any:
+    """Read which verb a manifest names; None where it is no manifest."""
+    found = manifest.load_json(record)
+    return found.get("command") if isinstance(found, dict) else None
+
+
 def _children(directory: str) -> Iterator[tuple[str, str]]:
-    yield from ((name, paths.join(directory, name)) for name in paths.listdir(directory))
+    """Yield what may be a directory in another: shards, of which there may be very many, are passed over."""
+    for name in paths.listdir(directory):
+        if not name.endswith((".tar", ".arrow", ".parquet")):
+            yield name, paths.join(directory, name)
 
 
 def _is_eval(place: str) -> bool:

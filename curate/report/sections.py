@@ -84,7 +84,7 @@ def losses(runs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         entries = [
             entry
             for entry in provenance.entries(paths.join(place, "metrics.jsonl"))
-            if isinstance(entry.get("loss"), int | float) and isinstance(entry.get("step"), int)
+            if provenance.is_finite(entry.get("loss")) and isinstance(entry.get("step"), int)
         ]
         if len(entries) < 2:
             continue
@@ -120,7 +120,7 @@ def scores(evals: Mapping[str, str]) -> Iterator[dict[str, Any]]:
                 answers = tasks.setdefault(str(entry.get("task") or "all"), [])
                 answers.append(entry["right"])
                 if len(answers) <= 3:
-                    examples.append(entry)
+                    examples.append({"task": "all", "question": "", "answer": "", "truth": "", **entry})
         table = [
             {"task": task, "questions": len(right), "accuracy": 100 * sum(right) / len(right)}
             for task, right in sorted(tasks.items())
@@ -145,7 +145,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbers(entries: list[Mapping[str, Any]], key: str) -> list[float]:
-    return [float(entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
+    return [float(entry[key]) for entry in entries if provenance.is_finite(entry.get(key))]
 
 
 def bad_counts(embedded: manifest.Artefact | None) -> dict[str, int]:

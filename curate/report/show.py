@@ -12,6 +12,7 @@ from typing import Any
 
 from curate.errors import UsageError
 from curate.report import ablation_tables, provenance
+from curate.report.provenance import is_finite
 from curate.storage import paths, tar
 from curate.storage.manifest import MANIFEST, PLAN, Artefact, load_json, open_input
 
@@ -240,20 +241,23 @@ def _sources(manifest: Mapping[str, Any]) -> Iterator[str]:
 def _run(directory: str) -> Iterator[str]:
     """Describe a training run: its command, its loss and its pace, whether it is finished."""
     [made] = provenance.training({paths.name(directory): directory}, "page")
-    rows = [entry for entry in provenance.entries(paths.join(directory, "metrics.jsonl")) if "loss" in entry]
+    logged = [entry for entry in provenance.entries(paths.join(directory, "metrics.jsonl")) if "loss" in entry]
+    rows = [entry for entry in logged if is_finite(entry["loss"])]
     done = paths.exists(paths.join(directory, MANIFEST))
     losses = [float(entry["loss"]) for entry in rows]
     step = max(1, len(losses) // 60)
     means = [sum(losses[i : i + step]) / len(losses[i : i + step]) for i in range(0, len(losses), step)]
-    last = f" · loss {means[-1]:.4f} at step {rows[-1].get('step', len(rows)):,}" if rows else ""
+    last = f" · loss {means[-1]:.4f} at step {_number(rows[-1].get('step', len(rows)))}" if rows else ""
     yield f"{directory}: a training run, {'finished' if done else 'UNFINISHED: the same command goes on'}{last}"
     yield from _wrapped(made["account"].split(" · "))
+    if len(rows) < len(logged):
+        yield f"  WARNING: {len(logged) - len(rows):,} of {_several(len(logged), 'logged step')} have no finite loss"
     if rows:
         lowest = min(means)
         shape = "".join(BLOCKS[1 + round(7 * (mean - lowest) / ((max(means) - lowest) or 1))] for mean in means)
         yield f"  loss {means[0]:.4f} {shape} {means[-1]:.4f}"
         pace = {"tokens_per_s": "tokens/s", "mfu": "MFU", "peak_memory_gb": "GB at the peak", "eta_s": "s to go"}
-        facts = [f"{float(rows[-1][key]):,.4g} {name}" for key, name in pace.items() if key in rows[-1]]
+        facts = [f"{float(rows[-1][key]):,.4g} {name}" for key, name in pace.items() if is_finite(rows[-1].get(key))]
         yield f"  {' · '.join(facts)}"
     if done:
         result = load_json(paths.join(directory, MANIFEST)).get("result", {})
@@ -338,7 +342,8 @@ def _pipeline(directory: str) -> Iterator[str]:
     if not paths.is_dir(directory):
         raise UsageError(f"{directory} is no directory.", "give a stage's directory, a pool, or a pipeline's OUT")
     lines, selection = [], None
-    for name in paths.listdir(directory):
+    names = paths.listdir(directory)
+    for name in (name for name in names if not name.endswith(".tar")):
         place = paths.join(directory, name)
         if any(
             paths.exists(paths.join(place, file)) for file in ("metrics.jsonl", "answers.jsonl", "train_manifest.json")
@@ -352,7 +357,7 @@ def _pipeline(directory: str) -> Iterator[str]:
             selection = (
                 artefact if name == "selection" or selection is None and artefact.command == "select" else selection
             )
-    if not lines and any(name.endswith(".tar") for name in paths.listdir(directory)):
+    if not lines and any(name.endswith(".tar") for name in names):
         yield from _pool(directory)
         return
     if not lines:

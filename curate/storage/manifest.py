@@ -71,9 +71,11 @@ def save_json(location: str, value: Any) -> None:
 
 
 def load_json(location: str) -> Any:
-    """Read a JSON file. Raises: ContractError when it is not JSON."""
+    """Read a JSON file. Raises: ContractError when it is not there, or not JSON."""
     try:
         return json.loads(paths.read_text(location))
+    except FileNotFoundError:
+        raise ContractError(f"{location} is missing.", "make its directory again, with --overwrite") from None
     except (ValueError, RecursionError) as error:
         raise ContractError(f"{location} is not readable JSON: {error}") from None
 
@@ -280,7 +282,7 @@ class Artefact:
         """The fingerprint of its manifest, which its successors record."""
         return digest(self.manifest)
 
-    @property
+    @cached_property
     def stems(self) -> list[str]:
         """The stems of its shards, in order."""
         return list(self.manifest["shards"])

@@ -21,10 +21,10 @@ from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job
 from curate.errors import UsageError
 from curate.mix.mix import mix
-from curate.report import charts, cluster_map, concepts, gallery, threshold_sliders
-from curate.report.report import ReportOptions, report
+from curate.report import charts, cluster_map, concepts, gallery, show, threshold_sliders
+from curate.report.report import ReportOptions, discover, report
 from curate.select.select import SelectOptions, select
-from curate.storage import manifest
+from curate.storage import manifest, paths
 from curate.storage.tar import TarWriter
 from house import CLIP, ROOT, curate, fingerprint, parse
 
@@ -404,3 +404,24 @@ def test_dedups_threshold_is_told_as_select_would_come_to_it(tmp_path, step, fir
     assert found["steps"][0]["kept"] == control["stay"]
     [its] = [s for s in funnel["steps"] if s["text"] == step]
     assert bool(control["note"]) == (control["step"] is not None and its["kept"] != control["stay"])
+
+
+@pytest.mark.parametrize("name", ["pool", "embeddings", "selection"])
+def test_what_is_looked_at_does_not_grow_with_the_number_of_shards(tmp_path, monkeypatch, name):
+    asked = []
+    exists = paths.exists
+    monkeypatch.setattr(paths, "exists", lambda place: asked.append(place) or exists(place))
+    counts = []
+    for number in (3, 30):
+        home = tmp_path / str(number)
+        pool = write_pool(home / "pool", [f"{shard:03d}" for shard in range(number)], 2)
+        emb = write_embeddings(home / "embeddings", pool)
+        write_selection(home / "selection", write_clusters(home / "clusters", emb), lambda stem, row, key: True)
+        asked.clear()
+        discover(str(home))
+        list(show.show(str(home)))
+        list(show.show(str(home / name)))
+        counts.append(len(asked))
+    assert counts[0] == counts[1]
+    artefact = manifest.open_input(str(home / "selection"))
+    assert artefact.rows is artefact.rows and artefact.stems is artefact.stems  # asked for once per shard
