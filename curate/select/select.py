@@ -10,7 +10,9 @@ cannot do without: `exclude`, and `dedup` where an earlier step tore a component
 
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ from curate.storage.schema import SELECTION_SCHEMA, STATUSES
 FUNNEL = "funnel.json"
 LEAST_RESERVE, MAX_RESERVE = 100, 100_000  # else a fiftieth of the rows kept
 NUM_BINS = 60
+WRITERS = 16
 SCORES = ("clip_score", "centroid_similarity")
 
 
@@ -228,29 +231,39 @@ def _histograms(frame: Frame) -> dict[str, Any]:
 def _write(
     output: Output, pool: Pool, frame: Frame, codes: np.ndarray, names: Sequence[str]
 ) -> dict[str, dict[str, int]]:
-    """Write the sidecars, and say per stem how many rows there are and stay."""
+    """Write the sidecars, and say per stem how many rows there are and stay.
+
+    Several at a time: a file is synced to the disk before it gets its name, and a disk syncs many as fast as one.
+    """
     twins = np.flatnonzero(frame.duplicate_of >= 0)
     twin_keys = pool.keys(frame.duplicate_of[twins])
     missing = set(output.missing(pool.emb.stems))
     shards = {}
-    for stem, first, last in pool.extents():
-        kept = codes[first:last] < 0
-        shards[stem] = {"rows": last - first, "kept": int(kept.sum())}
-        if stem not in missing:
-            continue
-        here = slice(*np.searchsorted(twins, [first, last]))
-        place = np.full(last - first, -1)
-        place[twins[here] - first] = np.arange(here.start, here.stop)
-        component = np.full(last - first, -1) if frame.component is None else frame.component[first:last]
-        similarity = frame.duplicate_similarity[first:last]
-        columns = [
-            pool.emb.table(stem, ["key"])["key"].combine_chunks(),
-            pa.array(kept),
-            sidecar.label_codes(codes[first:last], names),
-            pa.array(component, pa.int64(), mask=component < 0),
-            twin_keys.take(pa.array(place, mask=place < 0)).cast(pa.string()),
-            pa.array(similarity, mask=np.isnan(similarity)),
-        ]
-        batch = pa.record_batch(columns, schema=SELECTION_SCHEMA)
-        sidecar.write_table(output.path(f"{stem}.arrow"), SELECTION_SCHEMA, [batch], shards[stem])
+    pending: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(WRITERS) as writers:
+        for stem, first, last in pool.extents():
+            kept = codes[first:last] < 0
+            shards[stem] = {"rows": last - first, "kept": int(kept.sum())}
+            if stem not in missing:
+                continue
+            here = slice(*np.searchsorted(twins, [first, last]))
+            place = np.full(last - first, -1)
+            place[twins[here] - first] = np.arange(here.start, here.stop)
+            component = np.full(last - first, -1) if frame.component is None else frame.component[first:last]
+            similarity = frame.duplicate_similarity[first:last]
+            columns = [
+                pool.emb.table(stem, ["key"])["key"].combine_chunks(),
+                pa.array(kept),
+                sidecar.label_codes(codes[first:last], names),
+                pa.array(component, pa.int64(), mask=component < 0),
+                twin_keys.take(pa.array(place, mask=place < 0)).cast(pa.string()),
+                pa.array(similarity, mask=np.isnan(similarity)),
+            ]
+            batch = pa.record_batch(columns, schema=SELECTION_SCHEMA)
+            where = output.path(f"{stem}.arrow")
+            pending.append(writers.submit(sidecar.write_table, where, SELECTION_SCHEMA, [batch], shards[stem]))
+            if len(pending) > WRITERS:  # no more in memory than are being written
+                pending.popleft().result()
+        for write in pending:
+            write.result()
     return shards
