@@ -26,7 +26,7 @@ from train.errors import UsageError
 
 FORMAT = 1
 MANIFEST, PLAN, LOCK = "manifest.json", ".plan.json", ".lock"
-MEASURED = ".measured.npz"  # in an unfinished run, so that going on needs no second look at every sample
+MEASURED = ".measured"  # beside runs: the lengths of the samples of their data
 # Options that change no result, or (how a step is cut into passes) only which dropout is drawn and the rounding.
 EXECUTION = frozenset({"workers", "save_every", "keep_last", "peak_tflops", "tracker", "shard"})
 EXECUTION |= {"micro_tokens", "micro_images", "gradient_checkpointing", "attention"}
@@ -123,8 +123,7 @@ def finish(out: Path, request: dict[str, Any], result: dict[str, Any]) -> None:
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     write_json(out / MANIFEST, {"format": FORMAT, "request": request, "result": result, "versions": versions})
-    for name in (PLAN, MEASURED):
-        (out / name).unlink(missing_ok=True)
+    (out / PLAN).unlink(missing_ok=True)
 
 
 def _difference(there: Any, here: Any, name: str = "") -> str:

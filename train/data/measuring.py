@@ -1,7 +1,17 @@
-"""Encode every sample once before the first step, without decoding images: its length, and whether it can be used."""
+"""Encode every sample once before the first step, without decoding images: its length, and whether it can be used.
+
+The ranks share the work, in spans of 2,048 samples. What they find is kept beside the runs, so that a second run on the
+same data, a resumed one and one with other options read it back:
+
+    RUN/../.measured/{digest}.npz    12 bytes a sample; the newest eight stay
+
+The digest is of all that a length depends on: the data's digests, the tokenizer and its chat template, the template,
+the image tokens, the cut at max_length, and the code that reads and encodes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import zipfile
@@ -10,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipelines import records
 from train.data.batches import load
 from train.data.prompts import Encoder, Rejected
 from train.data.sources import Measured, Source, encode
 from train.dist import Runtime
-from train.folder import MEASURED, whole_file
+from train.folder import whole_file
 
+KEPT = 8  # files of lengths beside the runs
 SPAN = 2048  # samples that a worker measures at a time
 log = logging.getLogger("train")
 
@@ -45,10 +57,15 @@ class Spans(torch.utils.data.Dataset[Measured]):
         return out
 
 
-def measure(source: Source, encoder: Encoder, max_length: int, workers: int = 0) -> Measured:
-    """Measure all samples, in worker processes where there are many."""
+def measure(
+    source: Source, encoder: Encoder, max_length: int, workers: int = 0, runtime: Runtime | None = None
+) -> Measured:
+    """Measure all samples, in worker processes where there are many, and shared among the ranks of a runtime."""
     spans = Spans(source, encoder, max_length)
-    parts = list(load(spans, range(len(spans)), workers if len(spans) > 1 else 0, False))
+    rank, world = (runtime.rank, runtime.world) if runtime is not None else (0, 1)
+    own = list(load(spans, range(rank, len(spans), world), workers if len(spans) > 1 else 0, False))
+    everyone = runtime.gather(own) if runtime is not None else [own]
+    parts = [everyone[n % world][n // world] for n in range(len(spans))]
     lengths, supervised, images = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("lengths", "supervised", "images")
     )
@@ -56,19 +73,43 @@ def measure(source: Source, encoder: Encoder, max_length: int, workers: int = 0)
     return Measured(lengths, supervised, images, sum(part.num_truncated for part in parts), reasons)
 
 
-def measure_once(source: Source, encoder: Encoder, max_length: int, out: Path, runtime: Runtime) -> Measured:
-    """Measure in the first rank, or read what an interrupted run measured; return it in every rank."""
-    answer: list[Measured | None] = [None]
-    if runtime.rank == 0:
-        answer = [_read(out / MEASURED, len(source))]
-        if answer[0] is None:
-            workers = min(16, os.cpu_count() or 1)
-            answer = [measure(source, encoder, max_length, workers if workers > 1 else 0)]
-            assert answer[0] is not None
-            _write(answer[0], out / MEASURED)
-    found: Measured | None = runtime.broadcast(answer[0])
-    assert found is not None
+def measure_once(
+    source: Source, encoder: Encoder, max_length: int, folder: Path, runtime: Runtime, data_digest: str
+) -> Measured:
+    """Measure all samples, or read what `folder` keeps of them; the same in every rank.
+
+    data_digest: of the data and its images, as the first rank knows them.
+    """
+    path = folder / f"{_digest(encoder, max_length, runtime.broadcast(data_digest))}.npz"
+    found: Measured | None = runtime.first(lambda: _read(path, len(source)))
+    if found is None:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
+        workers = min(16, (os.cpu_count() or 1) // ranks_here)
+        found = measure(source, encoder, max_length, workers if workers > 1 else 0, runtime)
+        if runtime.rank == 0:
+            _keep(found, path)
     return found
+
+
+def _digest(encoder: Encoder, max_length: int, data_digest: str) -> str:
+    tokenizer = encoder.tokenizer
+    seen = [data_digest, max_length, encoder.template, encoder.image_token, encoder.tokens_per_image]
+    seen += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    digest = hashlib.blake2b(repr(seen).encode(errors="replace"), digest_size=16)
+    for file in (*sorted(Path(__file__).parent.glob("*.py")), Path(records.__file__)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _keep(measured: Measured, path: Path) -> None:
+    """Write what was measured and delete all but the newest; where that cannot be, the next run measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(measured, path)
+        for old in sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+            old.unlink()
+    except OSError as error:
+        log.info("the lengths of samples cannot be kept in %s (%s)", path.parent, error.strerror)
 
 
 def _write(measured: Measured, path: Path) -> None:

@@ -20,7 +20,7 @@ from train.data.prompts import Encoder, Rejected, Template, get_template, parse,
 from train.data.sources import Measured, Source, check_bad, open_source
 from train.dist import Runtime, leave_group
 from train.errors import DataError, UsageError
-from train.folder import absolute, digest_data, finish, held, open_run, read_json, relative
+from train.folder import MEASURED, absolute, digest_data, finish, held, open_run, read_json, relative
 from train.model import attention
 from train.model.compose import Composed, compose
 from train.model.learn import prepare, recompute
@@ -64,7 +64,9 @@ def run_stage(
             log.info("%s is finished; nothing to do (--overwrite starts over)", out)
             return read_json(out / "manifest.json")
         log.info("%s on %s", stage_name, runtime.reason)
-        training, learnt_from = _assemble(config, stage, stage_name, source, runtime, out, align)
+        inputs = request["inputs"]
+        data_digest = f"{inputs['digest']} {inputs.get('images_digest', '')}"
+        training, learnt_from = _assemble(config, stage, stage_name, source, runtime, out, align, data_digest)
         training.run()
         trained = checkpoint.collect(training.trainable, None, keep=runtime.rank == 0)[checkpoint.WEIGHTS]
         if runtime.rank == 0:
@@ -138,7 +140,14 @@ def _claim(runtime: Runtime, out: Path, request: dict[str, Any], overwrite: bool
 
 
 def _assemble(
-    config: Config, stage: Stage, stage_name: StageName, source: Source, runtime: Runtime, out: Path, align: Path | None
+    config: Config,
+    stage: Stage,
+    stage_name: StageName,
+    source: Source,
+    runtime: Runtime,
+    out: Path,
+    align: Path | None,
+    data_digest: str,
 ) -> tuple[Training, str]:
     if stage.shard and runtime.world > 1:
         composed = sharding.compose_once(runtime, lambda: compose(config.model, runtime.dtype))
@@ -152,7 +161,7 @@ def _assemble(
     max_length = config.model.max_length
     if stage.packing and not composed.can_pack:  # compose has said why
         stage = dataclasses.replace(stage, packing=False)
-    measured = measure_once(source, encoder, max_length, out, runtime)
+    measured = measure_once(source, encoder, max_length, out.resolve().parent / MEASURED, runtime, data_digest)
     check_bad(source, measured.reasons, stage.max_bad_share)
     if stage.packing and config.model.attention == attention.NAME:
         log.info("%s", attention.describe(runtime.device, runtime.dtype))

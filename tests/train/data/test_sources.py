@@ -223,11 +223,20 @@ def test_measuring_in_workers_is_measuring(world, encoder, monkeypatch, tmp_path
     assert one.lengths.all() and len(one.lengths) == 40
     one.reasons[3] = "bad_json"
     runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, "")
-    measuring._write(one, tmp_path / ".measured.npz")
-    for other in (measure(source, encoder, 64, workers=2), measuring.measure_once(source, None, 64, tmp_path, runtime)):
+    path = tmp_path / f"{measuring._digest(encoder, 64, 'data')}.npz"
+    measuring._write(one, path)
+    again = measuring.measure_once(source, encoder, 64, tmp_path, runtime, "data")
+    for other in (measure(source, encoder, 64, workers=2), again):
         for name in ("lengths", "supervised", "images", "num_truncated"):
             assert np.array_equal(getattr(one, name), getattr(other, name))
-    assert other.reasons == {3: "bad_json"}, "what an interrupted run measured is read"
-    (tmp_path / ".measured.npz").write_bytes(b"PK torn")
-    again = measuring.measure_once(source, encoder, 64, tmp_path, runtime)
+    assert other.reasons == {3: "bad_json"}, "what another run measured is read"
+    for max_length, digest in ((64, "other data"), (63, "data")):
+        assert not measuring.measure_once(source, encoder, max_length, tmp_path, runtime, digest).reasons
+    path.write_bytes(b"PK torn")
+    again = measuring.measure_once(source, encoder, 64, tmp_path, runtime, "data")
     assert not again.reasons and np.array_equal(again.lengths, one.lengths)
+    monkeypatch.setattr(measuring, "KEPT", 2)
+    measuring.measure_once(source, encoder, 62, tmp_path, runtime, "data")
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    (tmp_path / "file").touch()
+    assert len(measuring.measure_once(source, encoder, 61, tmp_path / "file" / "x", runtime, "data").lengths) == 40

@@ -109,3 +109,26 @@ def test_chunks_of_images_do_not_depend_on_the_ranks():
     assert [i for chunk in cut for i in chunk] == list(range(50))
     assert all(FEATURE_CHUNK <= 3 * len(chunk) < FEATURE_CHUNK + 3 for chunk in cut[:-1])
     assert chunks([], []) == []
+
+
+def test_ranks_measure_each_sample_once_and_the_next_run_none(world, tmp_path, monkeypatch):
+    from train.data import measuring
+
+    monkeypatch.setattr(measuring, "SPAN", 7)
+    measure = measuring.Spans.__getitem__
+
+    def noted(self, number):
+        with (tmp_path / "spans").open("a") as file:
+            file.write(f"{number}\n")
+        return measure(self, number)
+
+    monkeypatch.setattr(measuring.Spans, "__getitem__", noted)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    run(world, tmp_path / "alone" / "run", "finetune.steps=1")
+    (tmp_path / "spans").unlink()
+    on_two_ranks(lambda _: run(world, tmp_path / "one", "finetune.steps=1"))
+    assert sorted((tmp_path / "spans").read_text().split()) == [str(number) for number in range(6)]
+    (kept,) = (tmp_path / ".measured").iterdir()
+    assert kept.read_bytes() == (tmp_path / "alone" / ".measured" / kept.name).read_bytes()
+    on_two_ranks(lambda _: run(world, tmp_path / "two", "finetune.steps=2"))
+    assert len((tmp_path / "spans").read_text().split()) == 6, "the second run reads what the first one measured"
