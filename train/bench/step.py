@@ -37,6 +37,7 @@ from train.data.batches import Batch, Collator, Plan, Rows
 from train.data.measuring import measure
 from train.data.sources import open_source
 from train.dist import Runtime
+from train.errors import UsageError
 from train.model.compose import Composed, blueprint, compose
 from train.model.forward import embeddings, tower_features
 from train.model.learn import prepare, recompute
@@ -161,6 +162,9 @@ def _run(
         stage = dataclasses.replace(stage, packing=False)
     composed = compose(model, runtime.dtype)
     encoder = make_encoder(composed, model, stage)
+    rows, needed = composed.model.get_input_embeddings().num_embeddings, len(composed.tokenizer)
+    if rows < needed:
+        raise UsageError(f"{model.lm} has a vocabulary of {rows:,}; the bench's texts need {needed:,}")
     if not (folder / "data").is_dir():
         write(folder / "data", stage.steps * stage.batch_size, composed.vision.tokens_per_image)
     source = open_source(str(folder / "data" / "data.json"))

@@ -218,7 +218,9 @@ def test_score_and_table_beside_the_published_row(root, tmp_path, capfd):
     lines(tmp_path / "a.jsonl", rows[:4])
     code, _, err = call(capfd, *words)
     assert code == 2 and "answers 4 of the 5 questions of pope; type --partial" in err
-    assert call(capfd, *words, "--partial")[0] == 0
+    (tmp_path / "c.toml").write_text("[eval]\nlimit = 3\n")
+    more = ("--config", tmp_path / "c.toml", "--out", tmp_path / "sent")
+    assert call(capfd, *words, "--partial", *more)[0] == 0
     with pytest.raises(UsageError, match="is not a table of numbers"):
         load(None, ["eval.published=3"])
     with pytest.raises(UsageError, match="eval.batch_size = 0 must be greater than 0"):

@@ -308,7 +308,9 @@ def test_the_verb_writes_a_folder_that_transformers_loads(hub, tmp_path, capfd):
     words = ["import", tmp_path / "released", tmp_path / "model", "--set", "model.shrink=tiny", "--json"]
     for key in ("tower", "lm", "tokenizer"):
         words += ["--set", f"model.{key}={getattr(options, key)}"]
-    app([str(word) for word in [*words, "--set", "export.dtype=fp32"]], standalone_mode=False)
+    (tmp_path / "dtype.toml").write_text('[export]\ndtype = "fp32"\n')
+    words = [*words, "--config", tmp_path / "dtype.toml", "--overwrite"]
+    app([str(word) for word in words], standalone_mode=False)
     assert json.loads(capfd.readouterr().out)["parameters"] > 0
     model = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     ids, pixels = question(before)
