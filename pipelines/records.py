@@ -92,6 +92,7 @@ def read(
 
 
 def _read(value: dict[str, Any], default_id: str, given: Sequence[str], suffix_of: Callable[[bytes], str]) -> Reading:
+    value = _unpacked(value)
     turns, form = _turns_of(value)
     for key, kind in OTHER_MEDIA.items():
         if value.get(key):
@@ -120,6 +121,24 @@ def _read(value: dict[str, Any], default_id: str, given: Sequence[str], suffix_o
     return Reading(
         {"id": default_id, **kept, **added, "conversations": written}, tuple(pictures), dropped=tuple(dropped)
     )
+
+
+def _unpacked(value: dict[str, Any]) -> dict[str, Any]:
+    """Undo what `curate mix` does to write messages: the record lies in `record`, as JSON text, but for its turns."""
+    packed, images = value.get("record"), as_list(value.get("images"))
+    if not isinstance(packed, str) or not isinstance(value.get("messages"), list):
+        return value
+    try:
+        record = json.loads(packed)
+    except ValueError:
+        return value
+    if not isinstance(record, dict) or "conversations" not in record:
+        return value
+    if record["conversations"] is None:
+        record["conversations"] = _spoken(value["messages"])
+    if images and as_list(record.get("image")) != images:
+        record["image"] = images[0] if len(images) == 1 else images
+    return record
 
 
 def has_turns(value: Any) -> bool:

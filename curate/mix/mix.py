@@ -2,7 +2,7 @@
 
 In: a `[mix]` table with `[mix.sources.NAME]` tables. Out: `MIX/{000000}.tar` with `key.jpg` (the original bytes; absent
 for text-only; `key.0.jpg`, `key.1.jpg`, … where a record has several) and `key.json` (the record in LLaVA's form,
-unchanged, plus `source`), or `MIX/mix.json` alone.
+unchanged, plus `source`), or `MIX/mix.json` (write_json.py).
 Three stages: each source is read once into a temporary table (`.spool/NAME.arrow`: the record, where its picture's
 bytes lie, its tokens); the driver draws row numbers and shuffles them (sampling.py); each output shard is then written
 by itself from the rows that fall to it. Records never lie in memory together: 665,298 need a few hundred MB.
@@ -26,6 +26,7 @@ from curate.mix.account import Columns, describe, recorded
 from curate.mix.pictures import Picture, read_picture
 from curate.mix.read_sources import ReadSource, facts_location
 from curate.mix.sources import ELSEWHERE, SourceOptions
+from curate.mix.write_json import write_json
 from curate.storage import paths, records, sidecar
 from curate.storage.manifest import Output, load_json, open_output, versions
 from curate.storage.tar import TarWriter, is_safe
@@ -44,7 +45,7 @@ class MixOptions:
     seed: int = 0
     shard_size: int = 5_000
     shuffle: bool = True
-    format: Literal["webdataset", "llava"] = "webdataset"
+    format: Literal["webdataset", "llava", "messages"] = "webdataset"
     by: Literal["samples", "tokens"] = "samples"
     text_share: float | None = None
     total: int | None = None
@@ -197,8 +198,8 @@ def _write(
     if not len(order.rows):
         raise UsageError("the mix is empty: count, fraction and cap leave no record.", "raise them")
     names, place = list(sources), output.path(SCRATCH)
-    if chosen.format == "llava":
-        _write_json(output.path("mix.json"), _Rows(place, names), order, sources)
+    if chosen.format != "webdataset":
+        write_json(output, chosen.format, _Rows(place, names).row, order, sources)
         finished: dict[str, Any] = {"mix": {"rows": len(order.rows)}}
     else:
         stems = [f"{index:06d}" for index in range(-(-len(order.rows) // chosen.shard_size))]
@@ -270,17 +271,3 @@ class _WriteShard:
                 more = b"}" if has_source else b', "source": ' + records.dump(self.names[source]) + b"}"
                 tar.add(f"{key}.json", record[:-1] + more)
         return {"rows": len(self.positions(stem))}
-
-
-def _write_json(location: str, table_rows: _Rows, order: sampling.Order, sources: Mapping[str, SourceOptions]) -> None:
-    """Write the mix as one LLaVA JSON list, a record a line, each exactly as it came."""
-    roots = {source.images for source in sources.values()}
-    if len(roots - {""}) > 1:
-        raise UsageError(
-            'format = "llava" copies no images, and the sources have several image folders.',
-            'put them under one folder that every record\'s `image` is relative to, or use format = "webdataset"',
-        )
-    with paths.atomic_write(location) as file:
-        for count, (source, row) in enumerate(zip(order.source.tolist(), order.rows.tolist(), strict=True)):
-            file.write((b"[\n" if count == 0 else b",\n") + table_rows.row(source, row, ["record"])[0])
-        file.write(b"\n]\n")

@@ -144,7 +144,7 @@ def kind_of(source: SourceOptions) -> str:
         made = manifest.open_input(source.path)
         if made.command == "select":
             return "selection"
-        return "json" if made.manifest["options"].get("format") == "llava" else "shards"
+        return "json" if made.manifest["options"].get("format") in ("llava", "messages") else "shards"
     return "shards" if any(name.endswith(".tar") for name in paths.listdir(source.path)) else "json"
 
 
@@ -189,10 +189,9 @@ def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> I
 
 
 def _from_json(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
-    images = source.images or (
-        paths.join(source.path, "images") if paths.exists(paths.join(source.path, manifest.MANIFEST)) else ""
-    )
-    finder = ImageFinder(images)
+    beside = paths.join(source.path, "images")
+    made = paths.exists(paths.join(source.path, manifest.MANIFEST)) and paths.exists(beside)
+    finder = ImageFinder(source.images or (beside if made else ""))
     number = 0
     with PictureStore(f"{scratch}.tar") as store:
         for location in files_of(source, "json"):
