@@ -45,6 +45,42 @@ def _compute(about: Mapping[str, Any], make: Callable[[], np.ndarray]) -> np.nda
 
 
 @dataclass
+class Duplicates:
+    """What dedup said of the rows, for those in groups alone: a few dozen bytes each, and one a row of the pool.
+
+    asked: bool [n], rows that some dedup looked at; one that is not in `rows` is a group of its own. rows: i64 [m],
+    ascending. component: i64, the smallest row of the group. kept: i64, the row that stayed in a dropped one's place,
+    else -1. similarity: f32, to that one; NaN: unknown.
+    """
+
+    asked: np.ndarray
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    component: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    kept: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    similarity: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def add(
+        self, alive: np.ndarray, rows: np.ndarray, component: np.ndarray, kept: np.ndarray, similarity: np.ndarray
+    ) -> None:
+        """Note what a dedup said of the rows alive, bool [n]; of those that earlier ones dropped the word stands."""
+        stands = ~alive[self.rows]
+        self.asked |= alive
+        merged = np.concatenate([self.rows[stands], rows])
+        order = np.argsort(merged, kind="stable")
+        self.rows = merged[order]
+        self.component = np.concatenate([self.component[stands], component])[order]
+        self.kept = np.concatenate([self.kept[stands], kept])[order]
+        self.similarity = np.concatenate([self.similarity[stands], similarity.astype(np.float32)])[order]
+
+    def components(self, first: int, last: int) -> np.ndarray:
+        """Give the rows from first to last the smallest row of their group, i64; -1 where no dedup asked."""
+        found = np.where(self.asked[first:last], np.arange(first, last), -1)
+        here = slice(*np.searchsorted(self.rows, [first, last]))
+        found[self.rows[here] - first] = self.component[here]
+        return found
+
+
+@dataclass
 class Frame:
     """The pool as the steps see it. Columns come when they are asked for; n is the number of all its rows."""
 
@@ -67,16 +103,13 @@ class Frame:
     stored: Callable[[Mapping[str, Any], Callable[[], np.ndarray]], np.ndarray] = _compute  # a column, made once
     listed: Callable[[str], np.ndarray] = _nothing  # bool [n]: the rows whose uid a DataComp subset file has
     alive: np.ndarray = field(init=False)
-    component: np.ndarray | None = None  # i64 [n]
-    duplicate_of: np.ndarray = field(init=False)  # i64 [n], the row kept in its place, or -1
-    duplicate_similarity: np.ndarray = field(init=False)
+    duplicates: Duplicates = field(init=False)
     cache: dict[str, np.ndarray] = field(default_factory=dict)
     compute: Callable[["Frame", str], np.ndarray] | None = None  # a column that is not stored, by how it is written
 
     def __post_init__(self) -> None:
         self.alive = self.good.copy()
-        self.duplicate_of = np.full(len(self.good), -1, np.int64)
-        self.duplicate_similarity = np.full(len(self.good), np.nan, np.float32)
+        self.duplicates = Duplicates(np.zeros(len(self.good), bool))
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers [n], stored or computed.

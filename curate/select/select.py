@@ -235,8 +235,9 @@ def _write(
 
     Several at a time: a file is synced to the disk before it gets its name, and a disk syncs many as fast as one.
     """
-    twins = np.flatnonzero(frame.duplicate_of >= 0)
-    twin_keys = pool.keys(frame.duplicate_of[twins])
+    gone = frame.duplicates.kept >= 0
+    dropped, similarities = frame.duplicates.rows[gone], frame.duplicates.similarity[gone]
+    kept_keys = pool.keys(frame.duplicates.kept[gone])
     missing = set(output.missing(pool.emb.stems))
     shards = {}
     pending: deque[Future[int]] = deque()
@@ -246,17 +247,17 @@ def _write(
             shards[stem] = {"rows": last - first, "kept": int(kept.sum())}
             if stem not in missing:
                 continue
-            here = slice(*np.searchsorted(twins, [first, last]))
-            place = np.full(last - first, -1)
-            place[twins[here] - first] = np.arange(here.start, here.stop)
-            component = np.full(last - first, -1) if frame.component is None else frame.component[first:last]
-            similarity = frame.duplicate_similarity[first:last]
+            here = slice(*np.searchsorted(dropped, [first, last]))
+            place, similarity = np.full(last - first, -1), np.full(last - first, np.nan, np.float32)
+            place[dropped[here] - first] = np.arange(here.start, here.stop)
+            similarity[dropped[here] - first] = similarities[here]
+            component = frame.duplicates.components(first, last)
             columns = [
                 pool.emb.table(stem, ["key"])["key"].combine_chunks(),
                 pa.array(kept),
                 sidecar.label_codes(codes[first:last], names),
                 pa.array(component, pa.int64(), mask=component < 0),
-                twin_keys.take(pa.array(place, mask=place < 0)).cast(pa.string()),
+                kept_keys.take(pa.array(place, mask=place < 0)).cast(pa.string()),
                 pa.array(similarity, mask=np.isnan(similarity)),
             ]
             batch = pa.record_batch(columns, schema=SELECTION_SCHEMA)

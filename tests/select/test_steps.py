@@ -9,7 +9,7 @@ from curate.errors import UsageError
 from curate.select import catalogue, computed_columns, recipes
 from curate.select.catalogue import STEPS
 from curate.select.frame import Frame
-from curate.select.steps import auto_threshold
+from curate.select.steps import auto_threshold, by_score
 from curate.select.steps.quotas import water_fill, water_fill_tree, weighted_fill
 
 
@@ -360,3 +360,16 @@ def test_a_budget_down_a_tree_is_exact_and_even_at_every_node(seed, leaves, node
             quotas, slow = np.bincount(above, quotas), np.bincount(above, slow)
         assert abs(quotas - slow).max(initial=0) <= len(parents)
     assert sorted(quotas) == sorted(slow)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.5, -0.0, 0.0, 1.0, -2.0, np.nan, np.inf]), st.booleans()), max_size=30),
+    st.data(),
+)
+def test_the_highest_are_the_first_of_the_descending_order(rows, data):
+    values = np.array([value for value, _ in rows], np.float32)
+    alive = np.array([flag for _, flag in rows], bool)
+    count = data.draw(st.integers(0, int(alive.sum())))
+    first = by_score.descending(values, alive)[:count]
+    assert np.flatnonzero(by_score.highest(values, alive, count)).tolist() == sorted(first.tolist())

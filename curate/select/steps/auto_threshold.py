@@ -132,7 +132,7 @@ def mismatch_share(scores: np.ndarray, shuffled: np.ndarray) -> tuple[float, dic
     if not len(scores):
         return 0.0, {"shuffled_median": float(shuffled[50])}
     levels = np.array([10, 20, 30, 40, 50])
-    below = np.searchsorted(np.sort(scores), shuffled[levels], side="right") / len(scores)
+    below = np.array([np.count_nonzero(scores <= np.float64(level)) for level in shuffled[levels]]) / len(scores)
     ratios = below / (levels / 100)
     share = float(min(1.0, ratios.min()))
     facts = {"shuffled_median": float(shuffled[50]), "share_by_median": float(min(1.0, ratios[-1]))}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from curate.errors import UsageError, unknown
-from curate.select.frame import AUTO, CLUSTER_FIRST, Frame, Group, Keep, Threshold, Verdict
+from curate.select.frame import AUTO, CLUSTER_FIRST, Edges, Frame, Group, Keep, Threshold, Verdict
 from curate.select.steps import auto_threshold
 from curate.select.steps.by_budget import preference
 from curate.select.steps.linked_pairs import PairRule, cosine_rule, linked_forest
@@ -31,14 +31,36 @@ def dedup(
     if frame.edges is None:
         raise UsageError("dedup needs clusters; this directory has none.", CLUSTER_FIRST)
     pair_rule, facts = _pair_rule(frame, "dedup", threshold)
-    order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)
-    resolved = resolve(frame.edges(), frame.alive, order, rule, keep, pair_rule, frame.vectors, frame.hashes)
-    gone = frame.alive & ~resolved.keep
-    seen = np.full(len(resolved.component), -1) if frame.component is None else frame.component
-    frame.component = np.where(resolved.component >= 0, resolved.component, seen)  # an earlier dedup's rows keep theirs
-    frame.duplicate_of[gone] = resolved.duplicate_of[gone]
-    frame.duplicate_similarity[gone] = resolved.similarity[gone]
-    return Verdict(resolved.keep, {**facts, **resolved.facts, **_compared(frame, pair_rule.threshold)})
+    rows, edges = _joined_rows(frame, pair_rule.threshold)
+    order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)[rows]
+    resolved = resolve(
+        edges, frame.alive[rows], order, rule, keep, pair_rule,
+        lambda some: frame.vectors(rows[some]), lambda some: frame.hashes(rows[some]),
+    )  # fmt: skip
+    gone = frame.alive[rows] & ~resolved.keep
+    told = gone | ((resolved.component >= 0) & (resolved.component != np.arange(len(rows))))
+    kept = np.where(gone, rows[resolved.duplicate_of], -1)[told]
+    component, similarity = rows[resolved.component[told]], np.where(gone, resolved.similarity, np.nan)[told]
+    frame.duplicates.add(frame.alive, rows[told], component, kept, similarity)
+    share = {"largest_share": resolved.facts["largest_component"] / max(1, int(frame.alive.sum()))}
+    stay = frame.alive.copy()
+    stay[rows[gone]] = False
+    return Verdict(stay, {**facts, **resolved.facts, **share, **_compared(frame, pair_rule.threshold)})
+
+
+def _joined_rows(frame: Frame, threshold: float) -> tuple[np.ndarray, Edges]:
+    """List the rows with an edge above the threshold, i64 ascending, and these edges by the places in that list.
+
+    All that dedup does grows with these rows, and no longer with the pool's.
+    """
+    assert frame.edges is not None
+    a, b, similarity, bits = frame.edges()
+    above = similarity > threshold
+    a, b = a[above], b[above]
+    joined = np.zeros(len(frame.good), bool)
+    joined[a] = joined[b] = True
+    rows = np.flatnonzero(joined)
+    return rows, (np.searchsorted(rows, a), np.searchsorted(rows, b), similarity[above], bits[above])
 
 
 def _pair_rule(frame: Frame, name: str, threshold: Threshold) -> tuple[PairRule, dict[str, Any]]:
