@@ -32,7 +32,7 @@ LEAST_POINTS_PER_CENTROID = 39  # below it FAISS calls a fit poor
 BLOCK_ELEMENTS = 1 << 22  # products held at a time
 TILE_CENTROIDS = 1 << 13
 ROUNDED_K = 256  # clusters from which loading torch pays
-PRODUCT_COLUMNS = 2048  # centroids with which products are measured, at most
+PRODUCT_COLUMNS = 1024  # centroids with which products are measured, at most
 LLOYD_ROWS = 2048
 PRUNED_DIM = 32  # SuperKmeans refuses fewer dimensions
 PRUNED_K = 1000  # its pruning gains 1.4 to 1.9 times at k = 2,000 and loses up to 3 times at k = 600 (bench/cluster.py)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.vectors import exact, kmeans
+from curate.vectors.products import is_right
 
 
 def rows_of(n, dim, seed=0):
@@ -109,6 +110,8 @@ def mixture(n=6_000, dim=48, clouds=80):
 
 @pytest.mark.parametrize("product", ["bf16", "int8"])
 def test_torchs_fit_is_as_good_as_faiss(product):
+    if not is_right(product, 48):
+        pytest.skip(f"this processor computes no right {product}")
     x = mixture()
     found = [kmeans._lloyd(x, 60, 12, seed, product=product) for seed in (0, 1, 2)]
     again = kmeans._lloyd(x, 60, 12, 0, product=product)
