@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from train import config as configuration
-from train.console import describe_model, questions, quiet, say, show, show_answers, show_scores
+from train.console import describe_memory, describe_model, questions, quiet, say, show, show_answers, show_scores
 from train.errors import TrainError, UsageError
 
 app = typer.Typer(
@@ -341,7 +341,10 @@ def check(config: ConfigOption = None, settings: SetOption = None, as_json: Json
     for stage in (options.align, options.finetune):
         get_template(stage.template or options.model.template)
     check_published(options.eval.published)
-    show({**dataclasses.asdict(options), "composed": describe_model(options.model)}, as_json)
+    composed = describe_model(options.model)
+    if "parameters" in composed:
+        composed |= describe_memory(options)
+    show({**dataclasses.asdict(options), "composed": composed}, as_json)
 
 
 @app.command()

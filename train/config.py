@@ -74,7 +74,7 @@ class Stage:
     lora_dropout: float = 0.05
     quantize: Literal["", "nf4"] = ""  # nf4: QLoRA, the frozen language model in 4 bits (extra `qlora`)
     packing: bool = True  # samples side by side in one row, each seeing only itself; false: padded rows
-    micro_tokens: int = 16384  # most tokens, padding included, in one forward pass
+    micro_tokens: int = 16384  # most tokens, padding included, in one pass; a GPU takes fewer of this default to fit
     micro_images: int = 64  # most images in one forward pass
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     workers: int = 1  # decoding processes per rank; 0: in the training process

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from train import config as configuration
@@ -89,6 +90,31 @@ def questions() -> Iterator[str]:
             yield question
 
 
+def describe_memory(config: configuration.Config) -> dict[str, str]:
+    """Say for each stage how many tokens a pass takes and what memory that needs, of this GPU or one of 80 GB."""
+    import torch
+
+    from train.model.compose import blueprint
+    from train.model.learn import prepare
+    from train.run.memory import Memory
+
+    cuda = torch.cuda.is_available()
+    total = float(torch.cuda.get_device_properties(0).total_memory) if cuda else 80e9
+    found = {}
+    for name in ("align", "finetune"):
+        stage: configuration.Stage = getattr(config, name)
+        if stage.quantize or stage.shard:
+            continue
+        native: Any = SimpleNamespace(model=blueprint(config.model)[0])
+        prepare(native, stage)
+        itemsize, checkpointing = 4 if stage.precision == "fp32" else 2, config.model.gradient_checkpointing
+        memory = Memory.of(native.model, stage, itemsize, checkpointing=checkpointing)
+        fit = memory.tokens(total) if stage.micro_tokens == configuration.Stage.micro_tokens else stage.micro_tokens
+        tokens = min(stage.micro_tokens, fit)
+        found[f"{name}_memory"] = f"{tokens:,} tokens: {memory.bytes(tokens) / 1e9:.0f} GB of {total / 1e9:.0f}"
+    return found
+
+
 def describe_model(model: configuration.Model) -> dict[str, Any]:
     """Count a model's parameters from its configuration alone; empty without one, `unknown` where it is not at hand."""
     if not (model.tower and model.lm):
@@ -99,5 +125,8 @@ def describe_model(model: configuration.Model) -> dict[str, Any]:
         native, vision = blueprint(model)
     except UsageError as error:
         return {"unknown": str(error)}
-    counts = {"parameters": sum(p.numel() for p in native.parameters()), "tokens_per_image": vision.tokens_per_image}
+    counts = {
+        "parameters": sum(p.numel() for p in native.parameters()),
+        "tokens_per_image": vision.tokens_per_image,
+    }
     return {**counts, "limits": limits(native.config)}

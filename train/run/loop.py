@@ -55,6 +55,7 @@ class Training:
     sample_losses: SampleLosses | None = None
     cost: Cost = field(init=False)
     _told_grace: bool = field(init=False, default=False)
+    _halved: bool = field(init=False, default=False)
 
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the end.
@@ -85,8 +86,17 @@ class Training:
                 began = time.perf_counter()
                 micro_batches = next(batches)
                 waited = time.perf_counter() - began
-                with out_of_memory(self.stage):
-                    row, stopping = self._step(step, micro_batches, optimizer, stop)
+                try:
+                    with out_of_memory(self.stage):
+                        row, stopping = self._step(step, micro_batches, optimizer, stop)
+                except OutOfMemory:
+                    if not self._halve_passes(optimizer):
+                        raise
+                    # The workers hold the plan as it was, and batches made by it.
+                    dataset = Steps(self.plan, self.collator, self.runtime.rank, self.runtime.world)
+                    batches = load(dataset, range(step, self.plan.steps), self.stage.workers, cuda)
+                    with out_of_memory(self.stage):
+                        row, stopping = self._step(step, next(batches), optimizer, stop)
                 seconds = time.perf_counter() - began
                 if peak:
                     row["mfu"] = row["tflop"] * 1e12 / (seconds * peak * self.runtime.world)
@@ -257,12 +267,32 @@ class Training:
             folder, keep = self.out / "checkpoints", self.stage.keep_last
             writer.submit(lambda: checkpoint.save(folder, step, {**tensors, **extra}, state, keep))
 
+    def _halve_passes(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Halve `micro_tokens` after a step that ran out of memory; return whether that is the first time.
+
+        Of several ranks the others wait in this step's sums for the one that failed: there the run ends.
+        """
+        if self._halved or self.runtime.world > 1:
+            return False
+        self._halved = True
+        optimizer.zero_grad(set_to_none=True)
+        if self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        size = max(1, self.stage.micro_tokens // 2)
+        log.warning("out of memory; going on with micro_tokens = %s in place of %s", size, self.stage.micro_tokens)
+        self.stage = self.plan.stage = dataclasses.replace(self.stage, micro_tokens=size)
+        return True
+
     def _tell_grace(self, step_s: float, writer: checkpoint.Writer) -> None:
         if writer.seconds and not self._told_grace:
             size = 12.0 * sum(p.numel() for p in self.trainable.values())
             if advice := checkpoint.shutdown_advice(step_s, writer.seconds, size):
                 log.warning("%s", advice)
                 self._told_grace = True
+
+
+class OutOfMemory(TrainError):
+    """A pass does not fit."""
 
 
 @contextmanager
@@ -279,7 +309,7 @@ def out_of_memory(stage: Stage) -> Iterator[None]:
             "lora": 'quantize = "nf4"',
             "projector": f"micro_images (now {stage.micro_images})",
         }
-        raise TrainError(
+        raise OutOfMemory(
             f"out of memory; lower micro_tokens (now {stage.micro_tokens:,}), or set model.gradient_checkpointing = "
             f"true, or {more[stage.tune]}; the same command with --set goes on from the last checkpoint"
         ) from None

@@ -30,6 +30,7 @@ from train.run import checkpoint, sharding
 from train.run.cache import cache_features
 from train.run.loop import Training, out_of_memory
 from train.run.losses import SampleLosses
+from train.run.memory import size_pass
 
 StageName = Literal["align", "finetune"]
 PARITY_SAMPLES = 32
@@ -165,8 +166,9 @@ def _assemble(
     check_bad(source, measured.reasons, stage.max_bad_share)
     if stage.packing and config.model.attention == attention.NAME:
         log.info("%s", attention.describe(runtime.device, runtime.dtype))
-    plan = Plan(measured, stage)
     trainable = prepare(composed, stage)
+    stage = dataclasses.replace(stage, micro_tokens=_size_pass(composed, config.model, stage, runtime))
+    plan = Plan(measured, stage)
     skip_unlabelled(composed.model.model.language_model)
     _announce(measured, plan, trainable, composed, stage_name)
     if config.model.gradient_checkpointing:
@@ -182,6 +184,18 @@ def _assemble(
     with out_of_memory(stage):
         training.features = cache_features(composed, stage, plan, collator, runtime, training.skipped)
     return training, learnt_from
+
+
+def _size_pass(composed: Composed, model: Model, stage: Stage, runtime: Runtime) -> int:
+    """Choose the tokens of a pass, the fewest that any rank can take, and say so where the default does not fit."""
+    if stage.quantize or stage.shard:
+        return stage.micro_tokens  # neither is what the formula counts
+    checkpointing = model.gradient_checkpointing
+    size = size_pass(composed.model, stage, runtime.device, runtime.dtype, checkpointing=checkpointing)
+    size = int(min(runtime.gather(size)))
+    if size < stage.micro_tokens:
+        log.info("passes of at most %s tokens: what the GPU's free memory holds (micro_tokens)", f"{size:,}")
+    return size
 
 
 def _load_align(composed: Composed, model: Model, align: Path) -> str:

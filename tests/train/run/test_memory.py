@@ -1,0 +1,83 @@
+"""The size of a pass: the formula against full-size simulations, and what a step does that runs out of memory."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_loop import losses, run
+
+from curate.run import pipeline
+from train import config as configuration
+from train.config import Stage
+from train.model.compose import blueprint
+from train.model.learn import prepare
+from train.run import loop
+from train.run.memory import STEP, Memory, size_pass
+
+
+def estimate(name, stage, **options):
+    model, _ = blueprint(configuration.load(str(pipeline.find(name))).model)
+    prepare(SimpleNamespace(model=model), stage)
+    return Memory.of(model, stage, 2, **{"checkpointing": False, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "tune", "tokens", "gigabytes"),
+    [
+        # Peak of live tensors under FakeTensor with CUDA's autocast.
+        ("bunny", "lora", 15_200, 76),
+        ("bunny", "lora", 7_600, 46),
+        ("bunny_llama_3_8b", "lora", 16_384, 167),
+        ("llava_gemma", "full", 16_384, 107),
+    ],
+)
+def test_the_formula_agrees_with_full_size_simulations(name, tune, tokens, gigabytes):
+    memory = estimate(name, Stage(tune=tune))
+    assert memory.bytes(tokens) / 1e9 == pytest.approx(gigabytes, rel=0.12)
+    fit = memory.tokens(80e9)
+    assert fit % STEP == 0 and memory.bytes(fit) < 0.9 * 80e9 and memory.bytes(fit + 2 * STEP) > 0.9 * 80e9 - 3e9
+    assert memory.tokens(1e9) == STEP
+
+
+def test_recomputing_keeps_little_of_a_layer():
+    stage = Stage(tune="lora")
+    assert estimate("bunny", stage, checkpointing=True).per_token < 0.1 * estimate("bunny", stage).per_token
+    assert estimate("bunny", Stage(tune="projector")).per_token < estimate("bunny", stage).per_token
+
+
+def test_only_a_gpu_lowers_the_default(monkeypatch):
+    model, _ = blueprint(configuration.load(str(pipeline.find("bunny"))).model)
+    stage = Stage(tune="lora")
+    prepare(SimpleNamespace(model=model), stage)
+    given = (torch.bfloat16,)
+    assert size_pass(model, stage, torch.device("cpu"), *given, checkpointing=False) == 16_384
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80e9, 80e9))
+    size = size_pass(model, stage, torch.device("cuda"), *given, checkpointing=False)
+    assert 8_192 <= size < 15_200
+    told = Stage(tune="lora", micro_tokens=20_000)
+    assert size_pass(model, told, torch.device("cuda"), *given, checkpointing=False) == 20_000
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_out_of_memory_halves_the_passes_once_and_goes_on(world, tmp_path, monkeypatch, caplog, workers):
+    settings = ("finetune.lora_dropout=0.0", f"finetune.workers={workers}", "finetune.micro_tokens=200")
+    run(world, tmp_path / "whole", *settings)
+    token_losses, sizes = loop.Training.token_losses, []
+
+    def limited(self, batch):
+        sizes.append(batch.num_tokens)
+        if len(sizes) > 2 and batch.num_tokens > 120:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return token_losses(self, batch)
+
+    monkeypatch.setattr(loop.Training, "token_losses", limited)
+    with caplog.at_level("WARNING", "train"):
+        run(world, tmp_path / "run", *settings)
+    assert "going on with micro_tokens = 100 in place of 200" in caplog.text
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    sizes.clear()
+    monkeypatch.setattr(
+        loop.Training, "token_losses", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    )
+    with pytest.raises(loop.OutOfMemory, match="lower micro_tokens .now 100"):
+        run(world, tmp_path / "other", *settings)
