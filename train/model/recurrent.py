@@ -27,7 +27,7 @@ def isolate_documents(language_model: Any) -> None:
     """Let the recurrent layers of a language model, where it has some, run a document at a time in packed rows."""
     found = [m for m in language_model.modules() if any(isinstance(child, nn.Conv1d) for child in m.children())]
     for module in found:
-        module.forward = partial(_each_alone, module.forward)
+        module.forward = partial(_each_alone, module, module.forward)
     language_model.has_recurrent_layers = bool(found)
 
 
@@ -37,8 +37,28 @@ def for_recurrent(language_model: Any, documents: Documents | None) -> dict[str,
     return {"documents": documents} if needed and documents is not None else {}
 
 
-def _each_alone(run: Callable[..., Tensor], *args: Any, documents: Documents | None = None, **options: Any) -> Tensor:
-    """Call `run` on each document of hidden states [1, l, d], given first or by name."""
+def _each_alone(
+    layer: nn.Module,
+    run: Callable[..., Tensor],
+    *args: Any,
+    documents: Documents | None = None,
+    **options: Any,
+) -> Tensor:
+    """Call `run`, the forward pass of a layer, on each document of hidden states [1, l, d], given first or by name.
+
+    The layer itself, not what it holds, is told that it does not train: in training, Mamba's layers hand the weight of
+    their last projection to one fused kernel where that is installed, which would pass over a LoRA on that projection.
+    """
+    training, layer.training = layer.training, False
+    try:
+        return _run(run, args, documents, options)
+    finally:
+        layer.training = training
+
+
+def _run(
+    run: Callable[..., Tensor], args: tuple[Any, ...], documents: Documents | None, options: dict[str, Any]
+) -> Tensor:
     if documents is None:
         return run(*args, **options)
     hidden_bld, rest = (args[0], args[1:]) if args else (options.pop("hidden_states"), ())

@@ -57,6 +57,26 @@ def test_a_packed_document_is_as_if_alone(family, checkpointing):
             torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
+def test_lora_on_the_last_projection_of_a_recurrent_layer_is_not_passed_over(monkeypatch):
+    """Falcon-H1's fused kernel, where it is installed, takes the projection's own weight and no adapter."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.models.falcon_h1 import modeling_falcon_h1
+
+    def fused(*_given, **_options):
+        raise AssertionError("the fused kernel was asked")
+
+    monkeypatch.setattr(modeling_falcon_h1, "mamba2_split_conv1d_scan_combined", fused)
+    body = body_of("falcon_h1")
+    isolate_documents(body)
+    whole = torch.nn.ModuleDict({"language_model": body})  # as the trainer adapts it, inside of another model
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False), whole)
+    body.train()
+    body(inputs_embeds=torch.randn(1, 6, 32), use_cache=False).last_hidden_state.square().sum().backward()
+    learnt = {name: p.grad for name, p in body.named_parameters() if "lora_" in name}
+    assert learnt and all(gradient is not None and gradient.any() for gradient in learnt.values())
+    assert body.layers[0].mamba.training
+
+
 def test_a_model_without_recurrent_layers_is_given_nothing_more():
     register()
     body = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**FEWER), attn_implementation=NAME).get_decoder()
