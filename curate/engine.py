@@ -91,6 +91,38 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_sharing = 1  # how many workers share this machine's cores
+
+
+def cores_each() -> int:
+    """Count the cores of this worker's machine that fall to it; asked by the worker itself."""
+    return max(1, cores() // _sharing)
+
+
+def share_cores(workers: int) -> None:
+    """Note how many workers share this machine's cores."""
+    global _sharing
+    _sharing = max(1, workers)
+
+
+def gpus(job: Job) -> int:
+    """Count the GPUs that the job's workers may use: this machine's, or those of Ray's cluster."""
+    return int(_ray().cluster_resources().get("GPU", 0)) if job.engine == "ray" else job.gpus
+
+
+def ask(question: Callable[[], Any], job: Job) -> Any:
+    """Answer a question where the job's workers run, with a GPU where they have one: on Ray not on the driver."""
+    if job.engine != "ray":
+        return question()
+    ray, here = _ray(), os.getcwd()
+
+    def answer() -> Any:
+        os.chdir(here)  # a local model may be named as seen from here
+        return question()
+
+    return ray.get(ray.remote(num_gpus=1 if gpus(job) else 0, num_cpus=1)(answer).remote())
+
+
 def advance(rows: int) -> None:
     """Say, from within a task, that `rows` more of the item at work are done: for the progress line alone."""
     if not processes.tell(rows) and _here:
@@ -181,9 +213,10 @@ def _ends(error: Exception) -> bool:
 _task: Task | None = None
 
 
-def _start_worker(task: Task, device: str | None) -> None:
-    """Begin a worker: claim a GPU where there are any, then set up its copy of the task."""
+def _start_worker(task: Task, device: str | None, workers: int) -> None:
+    """Begin a worker, one of so many: claim a GPU where there are any, then set up its copy of the task."""
     global _task
+    share_cores(workers)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     task.setup()
@@ -206,7 +239,7 @@ def _run_pool(task: Task, items: Sequence[Any], workers: int, gpus: int, note: N
     saved = os.environ.get("OMP_NUM_THREADS")
     if saved is None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // workers))
-    pool = Processes(_start_worker, [(task, device) for device in devices])
+    pool = Processes(_start_worker, [(task, device, workers) for device in devices])
     done = False
     try:
         yield from _drain(pool, items, workers, note)
@@ -246,7 +279,7 @@ def _run_ray(task: Task, items: Sequence[Any], workers: int, gpus: int, note: No
     is room for the new one even where the lost node had the last free core.
     """
     ray = _ray()
-    actor = _actor(ray, task, gpus)
+    actor = _actor(ray, task, gpus, workers)
     idle = [actor.remote() for _ in range(min(workers, len(items)))]
     running: dict[Any, tuple[Any, Any]] = {}
     queue, tries = list(reversed(items)), dict.fromkeys(items, 0)
@@ -286,7 +319,7 @@ def _ray() -> Any:
     return ray
 
 
-def _actor(ray: Any, task: Task, gpus: int) -> Any:
+def _actor(ray: Any, task: Task, gpus: int, workers: int) -> Any:
     """Declare the actor that works items; beside its work it answers how far it is."""
     here = os.getcwd()
 
@@ -296,6 +329,7 @@ def _actor(ray: Any, task: Task, gpus: int) -> Any:
             self.done = 0
             try:
                 os.chdir(here)  # relative locations mean the same on every node, of a shared file system
+                share_cores(_actors_here(gpus, workers))
                 task.setup()
             except Exception as error:  # raised here, it would be lost among Ray's own
                 self.trouble = error
@@ -312,6 +346,15 @@ def _actor(ray: Any, task: Task, gpus: int) -> Any:
             return self.done
 
     return ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, concurrency_groups={"looks": 1})(Worker)
+
+
+def _actors_here(gpus: int, workers: int) -> int:
+    """Count the actors that this node has room for: one per GPU, or per core."""
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    held = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == mine)
+    return min(workers, int(held.get("GPU" if gpus else "CPU", 1)))
 
 
 def _look(ray: Any, running: Any, note: Note) -> None:
@@ -353,10 +396,10 @@ def run_stage(
     Raises: RunError at the first error that no other item could escape.
     """
     outcome, started = Outcome(), time.perf_counter()
-    gpus = job.gpus if gpu else 0
-    count = workers if workers is not None else job.workers or gpus or cores()
+    num_gpus = gpus(job) if gpu else 0
+    count = workers if workers is not None else job.workers or num_gpus or cores()
     line, standing = Progress(label, len(items), unit=unit, quiet=job.quiet), _Standing(places)
-    reports = run(task, items, engine=job.engine, workers=count, gpus=gpus, note=line.within)
+    reports = run(task, items, engine=job.engine, workers=count, gpus=num_gpus, note=line.within)
     with contextlib.closing(line), contextlib.closing(reports):
         for report in reports:
             line.end(report.item)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from curate import progress
-from curate.engine import Job, advance, helpers, run, run_stage
+from curate.engine import Job, advance, cores, cores_each, helpers, run, run_stage
 from curate.errors import ShardError, UsageError
 from curate.processes import WorkerDied
 from curate.progress import Progress
@@ -229,3 +229,26 @@ def test_each_of_several_workers_sees_one_gpu_of_those_that_are_visible(monkeypa
     devices = {value["process"]: value["device"] for value in outcome.done.values()}
     assert set(devices.values()) == expected and len(devices) == 2
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+def test_a_stage_that_uses_no_gpu_gets_a_worker_a_core_and_sees_all_of_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    monkeypatch.setattr("curate.engine.cores", lambda: 3)
+    outcome = run_stage("device", Device(), list(range(6)), Job(gpus=1, quiet=True))
+    assert {value["device"] for value in outcome.done.values()} == {"5,6"}
+    assert len({value["process"] for value in outcome.done.values()}) == 3
+
+
+@dataclass
+class Share:
+    def setup(self):
+        self.share = cores_each()
+
+    def __call__(self, item):
+        return {"rows": 1, "share": self.share}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_share_the_cores_of_the_machine_that_they_run_on(workers):
+    outcome = run_stage("share", Share(), [1, 2], Job(quiet=True), workers=workers)
+    assert {value["share"] for value in outcome.done.values()} == {max(1, cores() // workers)}

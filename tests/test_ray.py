@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import tiny_clip
 from artefacts import write_pool
-from test_engine import Square, Unready
+from test_engine import Device, Square, Unready
 
 from curate.cluster.cluster import ClusterOptions, cluster
 from curate.embed.embed import EmbedOptions, embed
 from curate.emit.emit import EmitOptions, emit
-from curate.engine import Job, run_stage
+from curate.engine import Job, ask, gpus, run_stage
 from curate.select.select import SelectOptions, select
 from house import ROOT, fingerprint
 
@@ -43,6 +43,20 @@ def test_actors_report_what_a_loop_reports(actors):
     assert {item: value["square"] for item, value in outcome.done.items()} == {0: 0, 1: 1, 2: 4, 6: 36}
     assert outcome.failed == {3: "three is broken", 4: "ValueError: four"}
     assert run_stage("unready", Unready(), [1, 2, 3], RAY).failed == dict.fromkeys([1, 2, 3], "the weights are gone")
+
+
+def test_gpus_are_those_of_the_cluster_and_reserved_by_stages_that_use_them_alone():
+    ray.init(num_cpus=3, num_gpus=2, include_dashboard=False, log_to_driver=False, runtime_env=SEEN)
+    try:
+        job = Job(engine="ray", quiet=True)
+        assert gpus(job) == 2 and job.gpus == 0
+        assert ask(lambda: ray.get_runtime_context().get_accelerator_ids()["GPU"], job)[0] in ("0", "1")
+        used = run_stage("device", Device(), list(range(4)), job, gpu=True)
+        assert {value["device"] for value in used.done.values()} <= {"0", "1"}
+        spared = run_stage("device", Device(), list(range(4)), RAY)
+        assert not {value["device"] for value in spared.done.values()} & {"0", "1"}
+    finally:
+        ray.shutdown()
 
 
 def test_an_item_that_kills_its_actor_fails_by_name_and_the_others_go_on(actors):

@@ -50,13 +50,15 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         side_data.caption_places(options.captions)
     _check_members(list(found.values()), captions=bool(options.captions))
     extras = side_data.Extras(side_data.column_kinds(list(found.values()), options.columns), options.captions)
-    source, device = weights.find(options.model, options.pretrained), encoder.choose_device()
+    source = weights.find(options.model, options.pretrained)
+    node: encoder.Node = engine.ask(partial(encoder.look, options.precision, source), job)
+    device = node.device
     recorded = {} if job.overwrite else manifest.recorded_options(out, "embed")
     precision, reason = options.precision, "as the directory was made with"
     if options.precision == "auto" and "precision" in recorded:
         precision = str(recorded["precision"])
     else:
-        precision, reason = encoder.choose_precision(options.precision, device, source)
+        precision, reason = node.precision, node.reason
     by_device = GPU_BATCH if device == "cuda" else CPU_BATCH
     batch_size = options.batch_size or int(recorded.get("batch_size", by_device))
     made = {
@@ -76,11 +78,12 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     output = manifest.open_output(out, "embed", made, inputs, overwrite=job.overwrite)
     if output.complete:
         return output.manifest
-    workers = max(1, min(job.workers or (job.gpus or 1 if device == "cuda" else 1), len(found)))
-    threads = max(1, engine.cores() // workers)
-    decoders = options.decoders or (threads if device == "cuda" else 0)
+    workers = max(1, min(job.workers or (engine.gpus(job) or 1 if device == "cuda" else 1), len(found)))
     if not job.quiet:
-        told = f"{workers} worker(s), {decoders or threads} decoding {'processes' if decoders else 'threads'} each"
+        apart = options.decoders or device == "cuda"
+        number = options.decoders or max(1, node.cores // workers)
+        told = f"{workers} worker(s), {number} decoding {'processes' if apart else 'threads'} each"
+        told = f"{workers} worker(s), decoding by node" if job.engine == "ray" else told
         sys.stderr.write(f"embed: {options.model} in {precision} on {device} ({reason}), {told}\n")
     task = EmbedShard(
         source,
@@ -88,8 +91,8 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         device,
         batch_size,
         options.max_pixels,
-        threads,
-        decoders,
+        0,
+        options.decoders,
         out,
         found,
         extras,
@@ -98,13 +101,13 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     try:
         todo = output.pending(job.share(list(found)))
         if not job.quiet:
-            _say_other_maker(output, todo, list(found), device)
+            _say_other_maker(output, todo, list(found), node.described)
         places = {out, *(paths.parent(shard.location) for shard in found.values())}
         outcome = engine.run_stage("embed", task, todo, job, workers=workers, gpu=True, places=sorted(places))
     finally:
         task.close()
     output.log(model=_absolute(options.model), pretrained=_absolute(options.pretrained))
-    return _finish(output, list(found), outcome, device, workers, held.passed, quiet=job.quiet)
+    return _finish(output, list(found), outcome, node.described, workers, held.passed, quiet=job.quiet)
 
 
 def _portable_name(given: str) -> str:
@@ -151,7 +154,7 @@ def _finish(
         **({"downloads": dict(sorted(downloads.items()))} if downloads else {}),
         **({"faults": bad} if bad else {}),
         **({"failed": failed} if failed else {}),
-        **_makers(facts, encoder.describe_device(device)),
+        **_makers(facts, device),
     )
 
 
@@ -173,7 +176,7 @@ def _say_other_maker(output: manifest.Output, todo: Sequence[str], stems: Sequen
     """Say that the shards that stand already were made by other versions or on another device."""
     there = next((stem for stem in stems if stem not in set(todo)), None) if todo else None
     before = sidecar.facts(output.path(f"{there}.arrow")).get("made_by") if there is not None else None
-    now = _made_by(encoder.describe_device(device))
+    now = _made_by(device)
     if before is not None and before != now:
         told = " and ".join(json.dumps(each, sort_keys=True) for each in (before, now))
         sys.stderr.write(f"embed: goes on with shards that another machine made: {told}; the manifest lists which\n")
@@ -217,7 +220,7 @@ def _has_caption(file: IO[bytes], samples: Sequence[tar.Sample]) -> bool:
 
 @dataclass
 class EmbedShard:
-    """The task: one shard to one sidecar."""
+    """The task: one shard to one sidecar. threads, decoders 0: by the machine that it runs on."""
 
     source: weights.Source
     precision: str
@@ -233,9 +236,11 @@ class EmbedShard:
 
     def setup(self) -> None:
         """Load the model and start what decodes."""
+        self.num_threads = self.threads or engine.cores_each()
+        self.num_decoders = self.decoders or (self.num_threads if self.device == "cuda" else 0)
         self.encoder = encoder.Encoder(self.source, self.precision, self.device)
         # Two threads keep a GPU fed: one waits for its batch while the other queues the next.
-        self.runners = ThreadPoolExecutor(2 if self.device == "cuda" else self.threads)
+        self.runners = ThreadPoolExecutor(2 if self.device == "cuda" else self.num_threads)
         reading = partial(
             reader.Reader,
             self.source,
@@ -244,8 +249,8 @@ class EmbedShard:
             self.extras,
             faithful=self.faithful,
         )
-        self.pool = engine.helpers(self.decoders, _start_decoder, (reading,)) if self.decoders else None
-        self.reader = None if self.decoders else reading()
+        self.pool = engine.helpers(self.num_decoders, _start_decoder, (reading,)) if self.num_decoders else None
+        self.reader = None if self.num_decoders else reading()
 
     def close(self) -> None:
         """Stop the helpers of a task that ran in this process."""
@@ -298,7 +303,7 @@ class EmbedShard:
     ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
         """Read all rows and embed those that are ok: (facts of all, f32 [m, d], tokens i32 [m, context])."""
         batches = [samples[start : start + self.batch_size] for start in range(0, len(samples), self.batch_size)]
-        depth = 2 * self.threads
+        depth = 2 * self.num_threads
         if self.pool is None:
             assert self.reader is not None
             read = partial(self.reader, path)
@@ -323,7 +328,7 @@ class EmbedShard:
         parts = [[batch[at : at + DECODE_ROWS] for at in range(0, len(batch), DECODE_ROWS)] for batch in batches]
         flat = (part for batch in parts for part in batch)
         per_batch = -(-self.batch_size // DECODE_ROWS)
-        read = map_ahead(self.pool, partial(_decode_batch, path), flat, 2 * self.decoders + per_batch)
+        read = map_ahead(self.pool, partial(_decode_batch, path), flat, 2 * self.num_decoders + per_batch)
         for batch in parts:
             yield reader.join(list(itertools.islice(read, len(batch))))
 
@@ -340,7 +345,7 @@ class EmbedShard:
         size = TEXTS_PER_IMAGE * self.batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         vectors = np.empty((len(order), self.encoder.dim), np.float32)
-        embedded = map_ahead(self.runners, lambda at: self.encoder.texts(tokens_nl[at]), batches, 2 * self.threads)
+        embedded = map_ahead(self.runners, lambda at: self.encoder.texts(tokens_nl[at]), batches, 2 * self.num_threads)
         for at, part in zip(batches, embedded, strict=True):
             vectors[at] = part
         return vectors

@@ -9,11 +9,13 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curate import engine
 from curate.embed.weights import Source
 from curate.errors import UsageError, unknown
 
@@ -57,6 +59,23 @@ def describe_device(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name() if device == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a machine has to embed with: its device and that device's name, the precision and why, its cores."""
+
+    device: str
+    described: str
+    precision: str
+    reason: str
+    cores: int
+
+
+def look(asked: str, source: Source) -> Node:
+    """Look what this machine has to embed with. Raises: UsageError for an unknown precision."""
+    device = choose_device()
+    return Node(device, describe_device(device), *choose_precision(asked, device, source), engine.cores())
 
 
 @contextmanager
