@@ -174,7 +174,8 @@ def _makers(facts: Mapping[str, Mapping[str, Any]], device: str) -> dict[str, An
 
 def _say_other_maker(output: manifest.Output, todo: Sequence[str], stems: Sequence[str], device: str) -> None:
     """Say that the shards that stand already were made by other versions or on another device."""
-    there = next((stem for stem in stems if stem not in set(todo)), None) if todo else None
+    missing = set(output.missing(stems))  # other slices' shards, too
+    there = next((stem for stem in stems if stem not in missing), None) if todo else None
     before = sidecar.facts(output.path(f"{there}.arrow")).get("made_by") if there is not None else None
     now = _made_by(device)
     if before is not None and before != now:
