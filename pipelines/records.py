@@ -15,7 +15,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,6 @@ HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "chatgpt", "model", "bing
 ROLES = {**dict.fromkeys(HUMAN, "human"), **dict.fromkeys(MODEL, "gpt"), "system": "system"}
 FORM_KEYS = ("conversations", "messages", "texts", "instruction", "query", "prompt")
 IMAGE_KEYS = ("image", "images")
-IMAGE_SUFFIXES = tuple("jpg jpeg png webp gif bmp tif tiff avif jfif jpe heic heif jxl".split())
 OTHER_MEDIA = {"video": "video", "videos": "video", "audio": "sound", "audios": "sound"}
 NO_FORM = "neither conversations, messages, texts nor instruction and output"
 NO_PICTURE, NO_MARK = "an image mark without an image", "an image without an image mark"
@@ -33,7 +32,6 @@ NO_NAME = "image is not a name"
 MAX_IMAGES = 64  # a record; more are a fault
 TOO_MANY = f"more than {MAX_IMAGES} images"
 MISSING, NOT_UTF8 = "missing image", "the caption is not UTF-8"
-_INVISIBLE = re.compile(r"^[\s\0\ufeff\u200b-\u200d\u2060]+|[\s\0\ufeff\u200b-\u200d\u2060]+$")
 _INLINE = re.compile(r"<img>([^<>\n]{1,4096})</img>|<image>")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _NAME_KEYS = ("path", "url", "image", "image_url")
@@ -361,57 +359,3 @@ def _marked(text: str, marks: list[Mark]) -> str:
     found = list(_INLINE.finditer(text))
     marks += [_picture(match[1].strip()) if match[1] else None for match in found]
     return _INLINE.sub(IMAGE_MARK, text) if any(match[1] for match in found) else text
-
-
-def visible(text: str) -> str:
-    """Strip spaces, byte order marks, NUL and zero-width characters from both ends of a text."""
-    return _INVISIBLE.sub("", text)
-
-
-def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: str, prompt: str) -> Reading:
-    """Make a record of a tar's sample: of its JSON where that has turns, else of its caption.
-
-    stored: the parsed JSON member, or None. caption: the text member, or None. names: of its pictures, in order.
-    prompt: what to ask for a caption.
-    """
-    fields = stored if isinstance(stored, dict) else {}
-    if any(fields.get(name) is not None for name in FORM_KEYS[:3]):
-        reading = read(fields, key, given=names)
-        named = len(as_list(fields.get("image")) or as_list(fields.get("images")))
-        missing = (reading.fault == NO_PICTURE and named > len(names)) or len(reading.pictures) > len(names)
-        return Reading(None, fault=MISSING) if missing else reading
-    try:
-        said = fields.get("caption") if caption is None else caption.decode()
-    except UnicodeDecodeError:
-        return Reading(None, fault=NOT_UTF8)
-    said = visible(said) if isinstance(said, str) else ""
-    if not said or not names:
-        return Reading(None, fault=MISSING if said else "no conversation and no caption")
-    if len(names) > MAX_IMAGES:
-        return Reading(None, fault=TOO_MANY)
-    image = names[0] if len(names) == 1 else list(names)
-    turns = caption_turns(said, prompt, len(names))
-    return Reading({"id": key, "image": image, "conversations": turns}, tuple(Picture(name) for name in names))
-
-
-def caption_turns(caption: str, prompt: str, images: int = 1) -> Turns:
-    """Ask for the caption of one image or several (without words where there is no prompt), and answer with it."""
-    asked = [IMAGE_MARK] * images + ([prompt] if prompt else [])
-    return [{"from": "human", "value": "\n".join(asked)}, {"from": "gpt", "value": caption}]
-
-
-def ordered_pictures(suffixes: Iterable[str], images: Sequence[str] = IMAGE_SUFFIXES) -> list[str]:
-    """Choose, of a sample's suffixes, those of its pictures, in their order: `jpg`, then `0.jpg`, `1.jpg`, ...
-
-    The first plain one counts, whatever its format. Numbered ones may be written as Energon does (`img0.jpg`).
-    images: suffixes of image files, in lower case.
-    """
-    plain: list[str] = []
-    numbered: dict[int, str] = {}
-    for suffix in suffixes:
-        head, _, kind = suffix.rpartition(".")
-        if kind in images and not head:
-            plain.append(suffix)
-        elif kind in images and (match := re.fullmatch(r"(?:img|image)?[_.-]?(\d{1,6})", head)):
-            numbered.setdefault(int(match[1]), suffix)
-    return [*plain[:1], *(numbered[number] for number in sorted(numbered))]

@@ -14,7 +14,8 @@ from curate.mix import sources
 from curate.mix.pictures import read_picture
 from curate.storage.records import read_records
 from pipelines import record_files
-from pipelines.records import from_sample, ordered_pictures, read
+from pipelines.records import read
+from pipelines.samples import from_sample, ordered_pictures
 from train.data.prompts import Rejected, parse
 from train.data.sources import open_source
 from train.errors import TrainError

@@ -26,7 +26,7 @@ from curate.errors import UsageError
 from curate.storage import paths, records, sidecar
 from curate.storage.manifest import Artefact, Output, load_json, open_output, reconcile, versions
 from curate.storage.tar import CAPTION_SUFFIX, JSON_SUFFIX, TarWriter, read_json
-from pipelines.records import caption_turns
+from pipelines.samples import caption_turns
 
 EMITTED_SCHEMA = pa.schema(
     [("key", pa.string()), ("source_stem", pa.string()), ("source_row", pa.int64()), ("uid", pa.binary(16))]

@@ -15,7 +15,7 @@ import numpy as np
 
 from curate.errors import ShardError, UsageError
 from curate.storage import manifest, records, tar
-from pipelines.records import ordered_pictures
+from pipelines.samples import ordered_pictures
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from curate.storage.tar import (
     read_member,
     suffix_of,
 )
-from pipelines.records import MISSING, Reading, from_sample, read
+from pipelines.records import MISSING, Reading, read
+from pipelines.samples import from_sample
 
 MAX_LISTED = 100
 TEXT, ELSEWHERE = "text", "elsewhere"  # beside the folders of `expect`

@@ -25,9 +25,9 @@ from curate.errors import ShardError, UsageError
 from curate.storage import faults, paths
 from curate.storage.faults import Faults
 from curate.storage.tar_headers import BLOCK, Headers
-from pipelines import records
+from pipelines import samples
 
-IMAGE_SUFFIXES = records.IMAGE_SUFFIXES
+IMAGE_SUFFIXES = samples.IMAGE_SUFFIXES
 MAGIC = {
     b"\xff\xd8": "jpg",
     b"\x89PNG": "png",
@@ -82,7 +82,7 @@ class Sample:
     @property
     def images(self) -> list[Member]:
         """The image members in their order: `key.jpg`, then `key.0.jpg`, `key.1.jpg`, … (or `key.img0.jpg`, …)."""
-        suffixes = records.ordered_pictures([member.suffix for member in self.members])
+        suffixes = samples.ordered_pictures([member.suffix for member in self.members])
         return [member for suffix in suffixes for member in self.members if member.suffix == suffix]
 
 

@@ -20,7 +20,8 @@ from curate.mix import reshape, sampling
 from curate.mix.mix import mix
 from curate.storage import records
 from house import curate
-from pipelines.records import caption_turns, read
+from pipelines.records import read
+from pipelines.samples import caption_turns
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"

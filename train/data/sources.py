@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines import record_files, records
+from pipelines import record_files, records, samples
 from train.data.prompts import Encoded, Encoder, Rejected, parse
 from train.data.tar_index import Keys, index_tar
 from train.errors import DataError, UsageError
@@ -90,7 +90,7 @@ class TarSource:
             keys.append([])
             for key, members in _scan_tar(path):
                 keys[-1].append(key)
-                images = [members[suffix] for suffix in records.ordered_pictures(members)]
+                images = [members[suffix] for suffix in samples.ordered_pictures(members)]
                 if len(images) > 1:
                     self.more[before + len(rows)] = images[1:]
                 image = images[0] if images else (0, 0)
@@ -115,7 +115,7 @@ class TarSource:
         fields = stored if isinstance(stored, dict) else {}
         caption = self.files.read(path, text_at, text_size) if text_size else None
         names = [f"{PurePosixPath(key).name}.{number}" for number in range(len(images))]
-        reading = records.from_sample(fields, caption, names, key, "")
+        reading = samples.from_sample(fields, caption, names, key, "")
         if reading.record is not None:
             return Record(key, reading.record["conversations"], images, reading.record)
         if stored is None and caption is None:

@@ -1,0 +1,77 @@
+"""Samples of tar shards as records: which members are pictures, in which order, and what is said of them."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pipelines.records import (
+    FORM_KEYS,
+    IMAGE_MARK,
+    MAX_IMAGES,
+    MISSING,
+    NO_PICTURE,
+    NOT_UTF8,
+    TOO_MANY,
+    Picture,
+    Reading,
+    Turns,
+    as_list,
+    read,
+)
+
+IMAGE_SUFFIXES = tuple("jpg jpeg png webp gif bmp tif tiff avif jfif jpe heic heif jxl".split())
+_INVISIBLE = re.compile(r"^[\s\0\ufeff\u200b-\u200d\u2060]+|[\s\0\ufeff\u200b-\u200d\u2060]+$")
+
+
+def visible(text: str) -> str:
+    """Strip spaces, byte order marks, NUL and zero-width characters from both ends of a text."""
+    return _INVISIBLE.sub("", text)
+
+
+def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: str, prompt: str) -> Reading:
+    """Make a record of a tar's sample: of its JSON where that has turns, else of its caption.
+
+    stored: the parsed JSON member, or None. caption: the text member, or None. names: of its pictures, in order.
+    prompt: what to ask for a caption.
+    """
+    fields = stored if isinstance(stored, dict) else {}
+    if any(fields.get(name) is not None for name in FORM_KEYS[:3]):
+        reading = read(fields, key, given=names)
+        named = len(as_list(fields.get("image")) or as_list(fields.get("images")))
+        missing = (reading.fault == NO_PICTURE and named > len(names)) or len(reading.pictures) > len(names)
+        return Reading(None, fault=MISSING) if missing else reading
+    try:
+        said = fields.get("caption") if caption is None else caption.decode()
+    except UnicodeDecodeError:
+        return Reading(None, fault=NOT_UTF8)
+    said = visible(said) if isinstance(said, str) else ""
+    if not said or not names:
+        return Reading(None, fault=MISSING if said else "no conversation and no caption")
+    if len(names) > MAX_IMAGES:
+        return Reading(None, fault=TOO_MANY)
+    image = names[0] if len(names) == 1 else list(names)
+    turns = caption_turns(said, prompt, len(names))
+    return Reading({"id": key, "image": image, "conversations": turns}, tuple(Picture(name) for name in names))
+
+
+def caption_turns(caption: str, prompt: str, images: int = 1) -> Turns:
+    """Ask for the caption of one image or several (without words where there is no prompt), and answer with it."""
+    asked = [IMAGE_MARK] * images + ([prompt] if prompt else [])
+    return [{"from": "human", "value": "\n".join(asked)}, {"from": "gpt", "value": caption}]
+
+
+def ordered_pictures(suffixes: Iterable[str], images: Sequence[str] = IMAGE_SUFFIXES) -> list[str]:
+    """Choose, of a sample's suffixes, those of its pictures, in their order: `jpg`, then `0.jpg`, `1.jpg`, ...
+
+    The first plain one counts, whatever its format. Numbered ones may be written as Energon does (`img0.jpg`).
+    images: suffixes of image files, in lower case.
+    """
+    plain: list[str] = []
+    numbered: dict[int, str] = {}
+    for suffix in suffixes:
+        head, _, kind = suffix.rpartition(".")
+        if kind in images and not head:
+            plain.append(suffix)
+        elif kind in images and (match := re.fullmatch(r"(?:img|image)?[_.-]?(\d{1,6})", head)):
+            numbered.setdefault(int(match[1]), suffix)
+    return [*plain[:1], *(numbered[number] for number in sorted(numbered))]
