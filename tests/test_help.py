@@ -58,7 +58,10 @@ def test_help_of_the_program_names_every_verb_at_once(program):
     "line, expected",
     [
         ("curate pack s o", PackOptions()),
-        ("curate embed p o --columns 'a, b' --seed 3 --batch-size 7", EmbedOptions(columns=("a", "b"), batch_size=7)),
+        (
+            "curate embed p o --columns 'a, b' --seed 3 --batch-size 7",
+            EmbedOptions(columns=("a", "b"), batch_size=7, seed=3),
+        ),
         ("curate import s o --layout npy", ImportOptions("npy")),
         ("curate cluster e o --k 7 --seed 3 --floor 0.5", ClusterOptions(k=7, seed=3, floor=0.5)),
         (

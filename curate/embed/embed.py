@@ -22,17 +22,19 @@ import pyarrow as pa
 
 from curate import engine
 from curate.embed import encoder, reader, side_data, weights
+from curate.embed.captions import Wanted, read_caption, texts_in
 from curate.embed.options import EmbedOptions
 from curate.engine import Job
-from curate.errors import ShardError, UsageError
+from curate.errors import ShardError, UsageError, unknown
 from curate.storage import faults, manifest, paths, sidecar, tar
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
 
+PICKS = ("first", "random")
 CPU_BATCH, GPU_BATCH = 32, 256
 DECODE_ROWS = 32  # rows that a decoding process takes at a time
 TEXTS_PER_IMAGE = 2  # caption batches may be larger: captions are short
-PROBED_JSON = 100  # samples of a shard whose JSON is opened in search of a caption
+PROBED_JSON = 100  # samples of a shard that are opened in search of a caption
 In = TypeVar("In")
 Result = TypeVar("Result")
 
@@ -48,8 +50,10 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     found = {shard.stem: shard for shard in held.shards}
     if options.captions:
         side_data.caption_places(options.captions)
-    _check_members(list(found.values()), captions=bool(options.captions))
-    extras = side_data.Extras(side_data.column_kinds(list(found.values()), options.columns), options.captions)
+    wanted = _wanted(options)
+    _check_members(list(found.values()), wanted, captions=bool(options.captions))
+    kinds = side_data.column_kinds(list(found.values()), options.columns)
+    extras = side_data.Extras(kinds, options.captions, wanted)
     source = weights.find(options.model, options.pretrained)
     node: encoder.Node = engine.ask(partial(encoder.look, options.precision, source), job)
     device = node.device
@@ -70,6 +74,8 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         "max_pixels": options.max_pixels,
         **({"columns": dict(extras.columns)} if extras.columns else {}),
         **({"faithful": True} if options.faithful else {}),
+        **({"caption": ",".join(wanted.fields)} if wanted.fields else {}),
+        **({"caption_pick": wanted.pick, "seed": wanted.seed} if wanted.pick != "first" else {}),
     }
     listing = manifest.digest([[shard.stem, shard.size] for shard in found.values()])
     inputs = {"pool": {"path": pool, "digest": listing}}
@@ -108,6 +114,16 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         task.close()
     output.log(model=_absolute(options.model), pretrained=_absolute(options.pretrained))
     return _finish(output, list(found), outcome, node.described, workers, held.passed, quiet=job.quiet)
+
+
+def _wanted(options: EmbedOptions) -> Wanted:
+    """Read which captions are asked for. Raises: UsageError."""
+    if options.caption_pick not in PICKS:
+        raise unknown("caption_pick", options.caption_pick, PICKS)
+    fields = tuple(field.strip() for field in options.caption.split(",") if field.strip())
+    if options.caption_pick != "first" and not fields:
+        raise UsageError("--caption-pick random needs the field that lists captions.", "name it: --caption FIELD")
+    return Wanted(fields, options.caption_pick, options.seed)
 
 
 def _portable_name(given: str) -> str:
@@ -183,7 +199,7 @@ def _say_other_maker(output: manifest.Output, todo: Sequence[str], stems: Sequen
         sys.stderr.write(f"embed: goes on with shards that another machine made: {told}; the manifest lists which\n")
 
 
-def _check_members(found: Sequence[tar.Shard], *, captions: bool) -> None:
+def _check_members(found: Sequence[tar.Shard], wanted: Wanted, *, captions: bool) -> None:
     """Look for one image and one caption, from the first shard on, before any model is loaded.
 
     captions: they come from elsewhere.
@@ -191,6 +207,7 @@ def _check_members(found: Sequence[tar.Shard], *, captions: bool) -> None:
     Raises: UsageError naming the members seen when the whole pool has none.
     """
     seen: Counter[str] = Counter()
+    fields: Counter[str] = Counter()
     image, caption = False, captions
     for shard in found:
         try:
@@ -198,25 +215,36 @@ def _check_members(found: Sequence[tar.Shard], *, captions: bool) -> None:
                 samples = tar.read_index(file).samples
                 seen.update(member.suffix for sample in samples for member in sample.members)
                 image = image or any(sample.image for sample in samples)
-                caption = caption or _has_caption(file, samples)
+                caption = caption or _has_caption(file, samples, wanted, fields)
         except (ShardError, OSError):
             continue  # it fails by name when its turn comes
         if image and caption:
             return
     if seen:
         held = ", ".join(f"{count:,} .{suffix}" for suffix, count in seen.most_common(8))
-        lacking, wanted = ("captions", ".txt, or .json with a caption") if image else ("images", ".jpg, .png or .webp")
-        raise UsageError(f"the pool has no {lacking}: {len(found):,} shard(s) hold {held}; a sample needs {wanted}.")
+        if not image:
+            raise UsageError(
+                f"the pool has no images: {len(found):,} shard(s) hold {held}; a sample needs .jpg, .png or .webp."
+            )
+        needed = f"one of {', '.join(wanted.fields)}" if wanted.fields else ".txt, or .json with a caption"
+        named = ", ".join(field for field, _ in fields.most_common(8))
+        raise UsageError(
+            f"the pool has no captions: {len(found):,} shard(s) hold {held}; a sample needs {needed}."
+            + (f" Texts in its JSON: {named}." if named else ""),
+            "name a field or a suffix: --caption FIELD" if named or not wanted.fields else None,
+        )
 
 
-def _has_caption(file: IO[bytes], samples: Sequence[tar.Sample]) -> bool:
-    if any(member.size for sample in samples if (member := sample.member(tar.CAPTION_SUFFIX))):
+def _has_caption(file: IO[bytes], samples: Sequence[tar.Sample], wanted: Wanted, fields: Counter[str]) -> bool:
+    """Say whether one of a shard's first samples has a caption. fields: takes the JSON's fields that hold text."""
+    if not wanted.fields and any(member.size for each in samples if (member := each.member(tar.CAPTION_SUFFIX))):
         return True
-    described = (sample for sample in samples if sample.member(tar.JSON_SUFFIX))
-    return any(
-        reader.read_caption(file, sample, tar.describe(file, sample))[0]
-        for sample in itertools.islice(described, PROBED_JSON)
-    )
+    found = False
+    for sample in itertools.islice(samples, PROBED_JSON):
+        described = tar.describe(file, sample)
+        fields.update(name for name, value in described.items() if any(texts_in(value)))
+        found = found or bool(read_caption(file, sample, described, wanted)[0])
+    return found
 
 
 @dataclass

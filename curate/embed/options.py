@@ -12,6 +12,7 @@ class EmbedOptions:
 
     columns: fields of the samples' JSON to keep as columns; captions: a TSV of captions by url, for samples without.
 
+    caption: fields of the JSON or suffixes of members, with commas, whose first text is the caption.
     faithful: 16-bit and transparent images go to open_clip's transform as they are, not as `images.visible` makes them.
 
     decoders: processes that decode, per worker; it changes nothing in the output. 0: on a CPU the model's own threads
@@ -26,6 +27,9 @@ class EmbedOptions:
     decoders: Annotated[int, "Decoding processes per worker (0: by device)."] = 0
     columns: Annotated[tuple[str, ...], "Fields of the JSON or table beside to keep as columns."] = ()
     captions: Annotated[str, "A TSV of captions and urls, for samples without a caption."] = ""
+    caption: Annotated[str, "Captions: fields of the JSON or suffixes, A,B,… in order [txt, caption]."] = ""
+    caption_pick: Annotated[str, "Of a list of captions: first, or random (by --seed)."] = "first"
+    seed: int = 0
     faithful: Annotated[bool, "Give 16-bit and transparent images to the model as open_clip does.", "--faithful"] = (
         False
     )

@@ -15,11 +15,14 @@ import numpy as np
 from PIL.Image import Image
 
 from curate.embed import encoder, images, weights
+from curate.embed.captions import read_caption
 from curate.embed.side_data import NO_EXTRAS, Captions, Extras
 from curate.errors import ShardError
 from curate.storage import faults, manifest, records, sidecar, tar
 from curate.storage.faults import Faults
 from curate.storage.schema import STATUSES
+
+DOTTED = "a picture is there, but its key ends at the first dot of its name: rename the files, or `curate pack` them"
 
 
 @dataclass
@@ -98,7 +101,7 @@ def read_row(
     described = tar.describe(file, sample)
     row |= extras.values(described)
     row["url"] = records.usable_text(described.get("url"))
-    row["caption"], trouble = read_caption(file, sample, described)
+    row["caption"], trouble = read_caption(file, sample, described, extras.wanted)
     if trouble == "no_caption" and captions is not None and row["url"]:
         row["caption"] = captions.get(row["url"])
         trouble = None if row["caption"] else trouble
@@ -114,7 +117,8 @@ def read_row(
 def _read_image(file: IO[bytes], sample: tar.Sample, row: dict[str, Any], max_pixels: int) -> Image:
     member = sample.image
     if member is None:
-        raise images.BadImage("no_image")
+        dotted = [each for each in sample.members if each.suffix.rpartition(".")[2] in tar.IMAGE_SUFFIXES]
+        raise images.BadImage("no_image", DOTTED if dotted else "")
     if member.size > tar.MAX_MEMBER_BYTES:
         raise images.BadImage("too_large", f"over the limit of {tar.MAX_MEMBER_BYTES:,} bytes")
     data = read_bytes(file, member) or b""
@@ -139,27 +143,6 @@ def read_bytes(file: IO[bytes], member: tar.Member) -> bytes | None:
         return tar.read_member(file, member)
     except ShardError:
         return None
-
-
-def read_caption(file: IO[bytes], sample: tar.Sample, described: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Find a sample's caption: its .txt member, else its JSON's, else what is said in its JSON's conversation.
-
-    Returns the caption, or the status it deserves.
-    """
-    member = sample.member(tar.CAPTION_SUFFIX)
-    if member is None:
-        caption = records.usable_text(described.get("caption"))
-        if caption is None and records.conversations_of(described):
-            caption = records.usable_text(records.whole_text(described))
-        return caption, None if caption else "no_caption"
-    data = read_bytes(file, member) if member.size <= tar.MAX_TEXT_BYTES else None
-    if data is None:
-        return None, "bad_caption"
-    try:
-        caption = data.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        return None, "bad_caption"
-    return (caption, None) if caption else (None, "no_caption")
 
 
 def reasons(facts: Sequence[dict[str, Any]]) -> dict[str, str]:

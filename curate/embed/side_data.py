@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
+from curate.embed.captions import USUAL, Wanted, clean
 from curate.errors import ShardError, UsageError, unknown
 from curate.storage import paths, records
 from curate.storage.schema import DERIVED, embedding_schema
@@ -29,10 +30,14 @@ HEX_UID = 32  # DataComp's uid, in hexadecimal digits
 
 @dataclass(frozen=True)
 class Extras:
-    """What a row holds beyond the fixed columns. columns: field -> number or text; captions: a TSV, or ""."""
+    """What a row holds beyond the fixed columns. columns: field -> number or text; captions: a TSV, or "".
+
+    wanted: which of its captions a sample has.
+    """
 
     columns: Mapping[str, str]
     captions: str = ""
+    wanted: Wanted = USUAL
 
     @property
     def fields(self) -> dict[str, pa.DataType]:
@@ -181,7 +186,7 @@ class Captions:
                 self._file.seek(int(self._places[at]))
                 found, caption = self._split(self._file.readline())
             if found == wanted:
-                return records.usable_text(caption.decode("utf-8", "replace"))
+                return clean(caption.decode("utf-8", "replace"))
             at += 1
         return None
 

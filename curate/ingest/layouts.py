@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from curate.embed.captions import clean
 from curate.errors import ShardError, UsageError, unknown
 from curate.storage import paths, records
 
@@ -206,7 +207,7 @@ def text_of(value: Any) -> str | None:
             value = value.decode("utf-8-sig")
         except UnicodeDecodeError:
             return None
-    return records.usable_text(value)
+    return clean(value)
 
 
 def name_of(value: Any) -> str | None:

@@ -12,7 +12,7 @@ class PackOptions:
 
     layout: Annotated[str, "auto, files or parquet."] = "auto"
     image: Annotated[str, "The column of images (parquet)."] = ""
-    caption: Annotated[str, "The column of captions (parquet)."] = ""
+    caption: Annotated[str, "The column of captions (parquet), or A,B,…: the first that is there."] = ""
     shard_size: Annotated[int, "Samples per tar, at most."] = 10_000
 
 

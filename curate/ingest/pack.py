@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from curate import engine
+from curate.embed.captions import clean
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.ingest.options import PackOptions
@@ -155,7 +156,7 @@ def _tables(source: str, options: PackOptions) -> dict[str, Part]:
         except (pa.ArrowException, OSError) as error:
             raise UsageError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
         image = _column(schema, options.image, IMAGES, _holds_images, location, "image")
-        caption = _column(schema, options.caption, CAPTIONS, _holds_text, location, "caption")
+        caption = _caption_column(schema, options.caption, location)
         if not image:
             told = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise UsageError(f"{location} has no column of images: it has {told}.", "name it: --image COLUMN")
@@ -180,6 +181,13 @@ def _column(
     return named[0] if named else fitting[0] if fitting and what == "image" else ""
 
 
+def _caption_column(schema: pa.Schema, asked: str, where: str) -> str:
+    """Choose the column of captions: the first of those asked for that is there, else by its name."""
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    there = next((name for name in names if name in schema.names), names[0] if names else "")
+    return _column(schema, there, CAPTIONS, _holds_text, where, "caption")
+
+
 def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
@@ -187,6 +195,8 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_text(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
@@ -235,8 +245,10 @@ def _read_rows(stem: str, part: Part, table: "_Rows") -> Iterator[tuple[str, byt
         elif path:
             row[f"{part.image}_path"] = path
         engine.advance(1)
-        if part.caption and row.get(part.caption):
-            yield f"{key}.{CAPTION_SUFFIX}", row[part.caption].encode("utf-8", "replace")
+        given = row.get(part.caption) if part.caption else None
+        caption = next((each for each in (given if isinstance(given, list) else [given]) if clean(each)), None)
+        if caption:
+            yield f"{key}.{CAPTION_SUFFIX}", caption.encode("utf-8", "replace")
         plain = {name: value for name, value in row.items() if not isinstance(value, bytes)}
         yield f"{key}.{JSON_SUFFIX}", json.dumps(_to_json(plain), ensure_ascii=True, default=str).encode()
     if part.rows and not pictures:

@@ -186,3 +186,16 @@ def test_no_json_of_a_sample_ever_crashes_or_loses_its_row(blob):
     kinds = {"caption": pa.string(), "url": pa.string(), "score": pa.float64(), "license": pa.string()}
     for field, kind in kinds.items():
         pa.array([row[field]], kind)
+
+
+def test_a_picture_behind_a_second_dot_is_pointed_at():
+    names = ("IMG 1 (final v1.1).jpg", "IMG 1 (final v1.txt", "plain.txt")
+    buffer = io.BytesIO()
+    with TarWriter(buffer) as tar:
+        for name in names:
+            tar.add(name, b"words")
+    dotted, plain = (reader.read_row(buffer, sample, 100)[0] for sample in read_index(buffer).samples)
+    assert dotted["status"] == plain["status"] == "no_image" and not plain["reason"]
+    assert "first dot" in dotted["reason"] and list(reader.image_faults("00000", [dotted, plain])) == [
+        f"no_image: {reader.DOTTED}"
+    ]

@@ -1,0 +1,116 @@
+"""Captions wherever people keep them, and what is no caption though it has bytes."""
+
+import json
+
+import pytest
+import tiny_clip
+from artefacts import members, picture
+from test_embed import QUIET, make_tar, table_of
+
+from curate.embed.captions import clean
+from curate.embed.embed import EmbedOptions, embed
+from curate.errors import UsageError
+from curate.ingest.pack import PackOptions, pack
+from house import curate
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_clip.write(tmp_path_factory.mktemp("model") / "clip")
+
+
+@pytest.mark.parametrize(
+    "given, taken",
+    [
+        ("\ufeffa dog\r\n", "a dog"),
+        ("a\0 dog", "a dog"),
+        ("\u200b\u200ba dog \u200d", "a dog"),
+        ("family \U0001f468\u200d\U0001f469", "family \U0001f468\u200d\U0001f469"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
+        *((nothing, None) for nothing in ("", " ", "\ufeff", "\0\0", "\u200b", "\u200b \u2060\u200e", "\ufeff\r\n")),
+        (None, None),
+        (7, None),
+        ("\ud800", None),
+    ],
+)
+def test_invisible_characters_are_no_caption_and_no_part_of_one(given, taken):
+    assert clean(given) == taken
+
+
+POOL = {
+    "a": {"txt": b"\xef\xbb\xbffrom txt\r\n", "json": {"text": "from text", "captions": ["one", "two", "three"]}},
+    "b": {"json": {"text": "\u200b", "TEXT": "from TEXT", "captions": ["", "four"]}},
+    "c": {"cap": b"from cap", "json": {"captions": "alone"}},
+    "d": {"txt": b"", "json": {"caption": "from json"}},
+    "e": {"txt": "\u200b".encode()},
+    "f": {"json": {"caption": ["first of a list", "second"]}},
+}
+
+
+def write(folder, samples):
+    parts = []
+    for number, (key, held) in enumerate(samples.items()):
+        parts.append((f"{key}.jpg", picture(number)))
+        for suffix, value in held.items():
+            parts.append((f"{key}.{suffix}", json.dumps(value).encode() if isinstance(value, dict) else value))
+    return make_tar(folder / "00000.tar", parts)
+
+
+def captions(directory):
+    return {row["key"]: row["caption"] for row in table_of(directory)}
+
+
+WAYS = {
+    "": ["from txt", None, None, "from json", None, "first of a list"],
+    "text,TEXT,cap": ["from text", "from TEXT", "from cap", None, None, None],
+    "captions": ["one", "four", "alone", None, None, None],
+    ".cap,txt": ["from txt", None, "from cap", None, None, None],
+}
+
+
+@pytest.mark.parametrize("fields", WAYS)
+def test_captions_come_from_where_they_are_and_from_where_they_are_asked_for(tmp_path, model, fields):
+    pool = write(tmp_path / "pool", POOL)
+    made = embed(pool, str(tmp_path / "emb"), EmbedOptions(model, caption=fields), QUIET)
+    assert list(captions(tmp_path / "emb").values()) == WAYS[fields]
+    statuses = ["ok" if caption else "no_caption" for caption in WAYS[fields]]
+    assert [row["status"] for row in table_of(tmp_path / "emb")] == statuses
+    assert made["options"].get("caption", "") == fields
+
+
+def test_one_of_several_captions_is_picked_by_the_seed_alone(tmp_path, model):
+    listed = {"captions": [f"caption {each}" for each in range(4)]}
+    pool = write(tmp_path / "pool", {f"{number:03d}": {"json": listed} for number in range(24)})
+    pick = ("--caption", "captions", "--caption-pick", "random", "--seed", 1)
+    curate("embed", pool, tmp_path / "one", "--model", model, *pick)
+    for name, seed in (("again", 1), ("two", 2)):
+        options = EmbedOptions(model, caption="captions", caption_pick="random", seed=seed)
+        embed(pool, str(tmp_path / name), options, QUIET)
+    one, again, two = (captions(tmp_path / name) for name in ("one", "again", "two"))
+    assert one == again != two and set(one.values()) == set(listed["captions"])
+    with pytest.raises(UsageError, match="--caption FIELD"):
+        embed(pool, str(tmp_path / "x"), EmbedOptions(model, caption_pick="random"), QUIET)
+
+
+def test_a_pool_without_captions_is_refused_with_the_fields_that_it_has(tmp_path, model):
+    pool = write(tmp_path / "pool", {"a": {"json": {"re_caption": "a dog", "score": 3, "tags": ["x"]}}})
+    with pytest.raises(UsageError, match="re_caption, tags.*--caption FIELD"):
+        embed(pool, str(tmp_path / "emb"), EmbedOptions(model), QUIET)
+    with pytest.raises(UsageError, match="one of text.*re_caption"):
+        embed(pool, str(tmp_path / "emb"), EmbedOptions(model, caption="text"), QUIET)
+
+
+def test_pack_takes_the_column_that_is_named_and_the_first_of_a_list(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "in").mkdir()
+    rows = {"key": ["a", "b"], "image": [picture(1), picture(2)], "caption": [["", "one"], []]}
+    pq.write_table(pa.table(rows | {"re_caption": ["better", "\ufeff"]}), tmp_path / "in" / "x.parquet")
+    pack(str(tmp_path / "in"), str(tmp_path / "lists"), PackOptions(), QUIET)
+    pack(str(tmp_path / "in"), str(tmp_path / "named"), PackOptions(caption="llava_caption,re_caption"), QUIET)
+    texts = [
+        {name: data for name, data in members(tmp_path / made / "x.tar") if name.endswith(".txt")}
+        for made in ("lists", "named")
+    ]
+    assert texts == [{"a.txt": b"one"}, {"a.txt": b"better"}]
