@@ -7,6 +7,7 @@ more where there are more than `shard_size` samples. Nothing is decoded. A row o
 place, with its JSON; img2dataset's table beside a folder is copied beside its tar.
 """
 
+import itertools
 import json
 import math
 import os
@@ -22,8 +23,18 @@ from curate.embed.captions import clean
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.ingest.options import PackOptions
-from curate.storage import manifest, paths
-from curate.storage.tar import CAPTION_SUFFIX, IMAGE_SUFFIXES, JSON_SUFFIX, TarWriter, is_safe, split_name, suffix_of
+from curate.storage import faults, manifest, paths
+from curate.storage.faults import Faults
+from curate.storage.tar import (
+    CAPTION_SUFFIX,
+    IMAGE_SUFFIXES,
+    JSON_SUFFIX,
+    MACOS,
+    TarWriter,
+    is_macos,
+    is_safe,
+    suffix_of,
+)
 
 LAYOUTS = ("auto", "files", "parquet")
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
@@ -61,9 +72,10 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
     if any(name.endswith(".tar") for name in paths.listdir(source)):
         raise UsageError(f"{source} holds tars: it is a pool already.", f"curate embed {source} …")
     passed: dict[str, int] = {}
+    told: Faults = {}
     parts: dict[str, Part] = {}
     if options.layout != "parquet" and not source.endswith(".parquet"):
-        parts = _folders(source, options.shard_size, passed)
+        parts = _folders(source, options.shard_size, passed, told)
     if not parts and options.layout != "files":
         parts = _tables(source, options)
     if not parts:
@@ -85,11 +97,13 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
     failed = output.failures(list(parts), outcome.failed, ".tar")
     if unfinished := output.unfinished(list(parts), failed, ".tar"):
         return unfinished
+    faults.write("pack", told, quiet=job.quiet)
     rows = {stem: {"rows": part.rows} for stem, part in parts.items() if stem not in failed}
     return output.finish(
         shards=rows,
         counts={"rows": sum(each["rows"] for each in rows.values())},
         **({"passed_over": passed} if passed else {}),
+        **({"faults": told} if told else {}),
         **({"failed": failed} if failed else {}),
     )
 
@@ -98,25 +112,63 @@ def _digest(part: Part) -> Any:
     return [name for _, _, name in part.files] if part.files else paths.size(part.source)
 
 
-def _folders(source: str, shard_size: int, passed: dict[str, int]) -> dict[str, Part]:
-    """Find folders that hold images: their samples in the order of their keys. passed: other files, by suffix."""
+def _folders(source: str, shard_size: int, passed: dict[str, int], told: Faults) -> dict[str, Part]:
+    """Find folders that hold images: their samples in the order of their names.
+
+    passed: takes other files, by suffix; told: what was passed over or got another name, in words.
+    """
     parts: dict[str, Part] = {}
     for folder, names in _walk(source, ""):
-        split = [(*split_name(name), name) for name in names]
-        if not any(suffix in IMAGE_SUFFIXES for _, suffix, _ in split):
+        samples = _samples(folder, names, passed, told)
+        if not samples:
             continue
-        samples: dict[str, list[tuple[str, str, str]]] = {}
-        for key, suffix, name in split:
-            if suffix in PACKED and key:
-                samples.setdefault(key, []).append((key, suffix, name))
-            else:
-                passed[suffix] = passed.get(suffix, 0) + 1
         place = paths.join(source, folder) if folder else source
         stem = folder or paths.name(source if paths.is_remote(source) else os.path.abspath(paths.local(source)))
         for name, start, stop in _cut(stem.replace("/", "__"), len(samples), shard_size):
             files = [file for key in list(samples)[start:stop] for file in samples[key]]
             _add_part(parts, name, Part(place, stop - start, files))
     return parts
+
+
+def _samples(
+    folder: str, names: Sequence[str], passed: dict[str, int], told: Faults
+) -> dict[str, list[tuple[str, str, str]]]:
+    """Group a folder's files by name but for the last suffix; none where no file is an image.
+
+    A key ends at its first dot, so dots in names become underlines. Where that, or another spelling of the suffix
+    (`e.jpg`, `e.JPG`), makes two names one, the later one gets a number.
+    """
+    usable = [(name, *_split(name)) for name in names]
+    if not any(suffix in IMAGE_SUFFIXES and not is_macos(name) for name, _, suffix in usable):
+        return {}
+    samples: dict[str, list[tuple[str, str, str]]] = {}
+    base_of: dict[str, str] = {}
+    for name, base, suffix in usable:
+        shown = f"{folder}/{name}" if folder else name
+        if suffix not in PACKED or not base or is_macos(name):
+            passed[suffix] = passed.get(suffix, 0) + 1
+            faults.add(told, f"files passed over: {MACOS if is_macos(name) else f'.{suffix}'}", shown)
+            continue
+        plain = base.replace(".", "_")
+        keys = (plain if number == 1 else f"{plain}__{number}" for number in itertools.count(1))
+        key = next(
+            each
+            for each in keys
+            if each not in samples or (base_of[each] == base and suffix not in [held for _, held, _ in samples[each]])
+        )
+        if plain != base:
+            faults.add(told, "names with dots: written with _, since a key ends at its first dot", shown)
+        if key != plain:
+            faults.add(told, "names that would be one key: the later ones have a number", shown)
+        base_of[key] = base
+        samples.setdefault(key, []).append((key, suffix, name))
+    return samples
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Split a file's name at its last dot, the suffix in small letters."""
+    base, dot, suffix = name.rpartition(".")
+    return (base, suffix.lower()) if dot else (name, "")
 
 
 def _add_part(parts: dict[str, Part], stem: str, part: Part) -> None:

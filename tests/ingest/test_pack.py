@@ -290,3 +290,29 @@ def test_a_parquet_file_is_decoded_once_however_many_tars_it_makes(tmp_path, mon
     for start, count in ((8, 4), (0, 5), (44, 6), (45, 1), (3, 40)):
         part = Part(place, count, (), start, "image", "text")
         assert [row["key"] for row in table.read(part)] == [f"{row:03d}" for row in range(start, start + count)]
+
+
+def test_dotted_names_and_spellings_of_a_suffix_are_samples_and_the_rest_is_said(tmp_path, capsys):
+    names = ["Shot 10.11.10.png", "Shot 10.11.10.txt", "e.JPG", "e.jpg", "e.txt", "photo.0.final.avif"]
+    left = ["photo_0_final.jpg", "notes.md", "._e.jpg", "README"]
+    (tmp_path / "in").mkdir()
+    for name in names + left:
+        (tmp_path / "in" / name).write_bytes(name.encode())
+    manifest = pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(), Job(workers=1))
+    [(stem, shard)] = manifest["shards"].items()
+    held = dict(members(tmp_path / "pool" / f"{stem}.tar"))
+    assert {name: data.decode() for name, data in held.items()} == {
+        "Shot 10_11_10.png": "Shot 10.11.10.png",
+        "Shot 10_11_10.txt": "Shot 10.11.10.txt",
+        "e.jpg": "e.JPG",
+        "e__2.jpg": "e.jpg",
+        "e.txt": "e.txt",
+        "photo_0_final.avif": "photo.0.final.avif",
+        "photo_0_final__2.jpg": "photo_0_final.jpg",
+    }
+    assert shard["rows"] == 5 and manifest["passed_over"] == {"md": 1, "jpg": 1, "": 1}
+    said = capsys.readouterr().err
+    for words in ("names with dots", "would be one key", "passed over: .md (e.g. notes.md)", "macOS"):
+        assert words in said and any(words[:12] in kind for kind in (*manifest["faults"], said))
+    keys = [sample.key for sample in read_index((tmp_path / "pool" / f"{stem}.tar").open("rb")).samples]
+    assert len(keys) == len(set(keys)) == 5
