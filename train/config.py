@@ -64,6 +64,8 @@ class Stage:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: float = 0.03  # share of the steps
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm up, stay, and fall linearly over the last `decay` steps
+    decay: float = 0.2  # share of the steps, of wsd
     clip: float = 1.0  # 0: none, as the published scripts ran (their DeepSpeed files lack the key)
     loss_norm: Literal["token", "microbatch"] = "token"  # microbatch: mean of means, as before transformers 5
     norm_samples: int = 8  # of which each of these means is: the published scripts' samples a device and pass
@@ -130,7 +132,7 @@ class Config:
 
 
 # Options that manifests of 0.1.0 lack. A manifest leaves them out at their default, so that older runs still go on.
-ADDED = frozenset({"norm_samples", "lm_dropout"})
+ADDED = frozenset({"norm_samples", "lm_dropout", "schedule", "decay"})
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
 NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
 
@@ -188,7 +190,7 @@ def _check(config: Config) -> None:
         _hold(name, stage, positive, lambda value: value > 0, "be greater than 0")
         unsigned = "steps projector_lr weight_decay clip workers cache_features_mb peak_tflops"
         _hold(name, stage, unsigned, lambda value: value >= 0, "not be negative")
-        _hold(name, stage, "warmup lora_dropout max_bad_share", lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        _hold(name, stage, "warmup decay lora_dropout max_bad_share", lambda value: 0 <= value <= 1, "lie in [0, 1]")
         _hold(name, stage, "betas", lambda value: 0 <= value < 1, "lie in [0, 1)")
         if stage.quantize and (stage.tune != "lora" or stage.shard):
             raise UsageError(f'{name}.quantize needs {name}.tune = "lora", without {name}.shard')

@@ -1,4 +1,4 @@
-"""The optimisation loop: AdamW, linear warm-up and cosine to zero, one process or one of several under torchrun.
+"""The optimisation loop: AdamW, linear warm-up, then a cosine to zero (or a plateau first), one process or several.
 
 The loss of a step is the sum over its supervised tokens, in all micro-batches of all processes, divided by their
 number. Gradients are summed across processes by hand, once a step: what learns is small, and a process whose samples
@@ -142,7 +142,7 @@ class Training:
         norm = self._clip_gradients() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             self._refuse_nan(step, micro_batches, loss, norm)
-        factor = schedule(step, self.plan.steps, self.stage.warmup)
+        factor = schedule(step, self.plan.steps, self.stage)
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = parameter_group["peak_lr"] * factor
         optimizer.step()
@@ -332,11 +332,17 @@ def group_weights(plan: Plan, step: int, left_out: Collection[int], size: int) -
     return {i: sum(values) / len(values) for i, values in found.items()}
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Return the factor on the learning rate of a step, counted from 0: a linear rise, then a cosine to zero."""
-    rise = math.ceil(warmup * steps)
+def schedule(step: int, steps: int, stage: Stage) -> float:
+    """Return the factor on the learning rate of a step, counted from 0: a linear rise, then a fall to zero.
+
+    cosine: 0.5 (1 + cos(pi t)) for t from 0 to 1 behind the rise.  wsd (warm-up, stable, decay): 1, then a straight
+    line over the last `decay` of the steps (MiniCPM, arXiv:2404.06395).
+    """
+    rise = math.ceil(stage.warmup * steps)
     if step < rise:
         return (step + 1) / rise
+    if stage.schedule == "wsd":
+        return min(1.0, (steps - step) / max(1, math.ceil(stage.decay * steps)))
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 

@@ -471,10 +471,14 @@ def test_finetune_starts_from_the_projector_of_align(world, tmp_path):
 
 
 def test_the_schedule_rises_and_falls():
-    factors = [schedule(step, 100, 0.03) for step in range(100)]
+    factors = [schedule(step, 100, Stage(warmup=0.03)) for step in range(100)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and factors[3] == 1.0
     assert all(a >= b for a, b in zip(factors[3:], factors[4:], strict=False)) and 0 < factors[-1] < 1e-3
-    assert schedule(0, 1, 0.0) == 1.0
+    assert schedule(0, 1, Stage(warmup=0.0)) == 1.0
+    stable = [schedule(step, 100, Stage(warmup=0.03, schedule="wsd")) for step in range(100)]
+    assert stable[:3] == factors[:3] and set(stable[3:80]) == {1.0}
+    assert stable[80:] == pytest.approx([1 - k / 20 for k in range(20)])
+    assert schedule(0, 1, Stage(warmup=0.0, schedule="wsd", decay=0.0)) == 1.0
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
