@@ -114,7 +114,8 @@ def test_a_row_goes_from_pixels_to_an_answer(name, world, tmp_path, monkeypatch)
             export(tmp_path / "model", tmp_path / "parts", dtype="fp32", parts=True)
         assert not (tmp_path / "parts").exists(), "a refusal leaves nothing behind"
     _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    spare = {"lm_head.bias"} if options.model.lm.lower().rpartition("/")[2].startswith("phi") else set()  # 0, for vLLM
+    assert not info["missing_keys"] and set(info["unexpected_keys"]) <= spare
     composed = compose(options.model)
     encoder = make_encoder(composed, options.model, options.finetune)
     source = open_source(str(world / "mixed"))
