@@ -496,7 +496,7 @@ def test_full_and_tower_tuning_run_and_resume(world, tmp_path, tune):
 
 def test_the_faithful_switches_change_the_objective(world, tmp_path, steady):
     settings = ("finetune.lora_dropout=0.0", "finetune.packing=false", "finetune.micro_tokens=40")
-    run(world, tmp_path / "run", *settings, "finetune.loss_norm=microbatch")
+    run(world, tmp_path / "run", *settings, "finetune.loss_norm=microbatch", "finetune.norm_samples=3")
     assert losses(tmp_path / "run")[0] != pytest.approx(losses(steady)[0], abs=1e-4)
 
 
