@@ -156,7 +156,7 @@ def steps() -> None:
 
     Example: `curate steps` writes nothing: it prints them.
     """
-    from curate.report.show import step_lines
+    from curate.report.show_steps import step_lines
 
     for line in step_lines():
         typer.echo(line)

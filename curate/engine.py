@@ -7,7 +7,6 @@ and worker count leaves the same files, since items are whole shards or buckets,
 """
 
 import contextlib
-import errno
 import logging
 import os
 import time
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from curate import processes
+from curate import faults, processes
 from curate.errors import CurateError, RunError, UsageError, unknown
 from curate.processes import TRIES, Processes
 from curate.progress import Progress
@@ -27,8 +26,6 @@ log = logging.getLogger("curate")
 ENGINES = ("local", "ray")
 RAY_LOOK_S = 2.0  # between two looks at what Ray's actors are at
 Note = Callable[[Any, int], None]  # (item, rows done of it)
-ENDING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENOTCONN)
-LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class Task(Protocol):
@@ -181,33 +178,10 @@ def _attempt_heard(task: Task, item: Any, hear: Callable[[int], None]) -> Report
 
 def _failure(item: Any, error: Exception) -> Report:
     """Say what an exception means for its item and for the others."""
-    told = str(error) if isinstance(error, CurateError) else _words(error)
-    passes = isinstance(error, OSError | MemoryError | processes.WorkerDied) and not isinstance(error, LASTING)
+    told = str(error) if isinstance(error, CurateError) else faults.in_words(error)
+    passes = isinstance(error, OSError | MemoryError | processes.WorkerDied) and not isinstance(error, faults.LASTING)
     trace = "".join(traceback.format_exception(error))
-    return Report(item, error=told, passes=passes, ends=_ends(error), trace=trace)
-
-
-def _words(error: Exception) -> str:
-    """Put an exception that is not ours into one line."""
-    if isinstance(error, processes.WorkerDied):
-        return str(error)
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def _ends(error: Exception) -> bool:
-    """Say whether no other item can be done either: what is wrong is the place, not the file."""
-    if isinstance(error, RunError):
-        return True
-    if not isinstance(error, OSError):
-        return False
-    if error.errno in ENDING:
-        return True
-    name = error.filename if isinstance(error.filename, str) and "://" not in error.filename else ""
-    if not name or os.path.exists(name):
-        return False
-    folder = os.path.dirname(os.path.abspath(name))
-    barred = error.errno in (errno.EACCES, errno.EPERM)  # from making a file, or from its folder
-    return barred or not os.path.isdir(folder)
+    return Report(item, error=told, passes=passes, ends=faults.ends_all(error), trace=trace)
 
 
 _task: Task | None = None
@@ -299,7 +273,7 @@ def _run_ray(task: Task, items: Sequence[Any], workers: int, gpus: int, note: No
         except ray.exceptions.RayError as error:  # Ray's own retries are spent before it knows that a node is dead
             tries[item] += 1
             worker = actor.remote()
-            report = Report(item, error=f"its worker died {TRIES} times ({_words(error)})", passes=True)
+            report = Report(item, error=f"its worker died {TRIES} times ({faults.in_words(error)})", passes=True)
             if tries[item] < TRIES:
                 queue.append(item)
                 report = None
@@ -398,7 +372,7 @@ def run_stage(
     outcome, started = Outcome(), time.perf_counter()
     num_gpus = gpus(job) if gpu else 0
     count = workers if workers is not None else job.workers or num_gpus or cores()
-    line, standing = Progress(label, len(items), unit=unit, quiet=job.quiet), _Standing(places)
+    line, standing = Progress(label, len(items), unit=unit, quiet=job.quiet), faults.Standing(places)
     reports = run(task, items, engine=job.engine, workers=count, gpus=num_gpus, note=line.within)
     with contextlib.closing(line), contextlib.closing(reports):
         for report in reports:
@@ -424,23 +398,3 @@ def run_stage(
     outcome.done = dict(sorted(outcome.done.items(), key=lambda pair: order[pair[0]]))
     outcome.failed = dict(sorted(outcome.failed.items(), key=lambda pair: order[pair[0]]))
     return outcome
-
-
-class _Standing:
-    """Whether local directories are still those that they were: a lost mount leaves another, or none, in its place."""
-
-    def __init__(self, places: Sequence[str]) -> None:
-        self.known = {place: _identity(place) for place in places if "://" not in place}
-
-    def lost(self) -> str:
-        """Name the first directory that is gone; empty where all stand."""
-        gone = (place for place, before in self.known.items() if before is not None and _identity(place) != before)
-        return next((f"{place} is not there any more (a lost mount?)." for place in gone), "")
-
-
-def _identity(place: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(place)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = """
 pipelines
 curate/errors curate/words curate/processes curate/progress
-curate/naming
+curate/naming curate/faults
 curate/vectors
 curate/storage curate/engine curate/options
 curate/embed curate/cluster curate/emit
@@ -43,7 +43,7 @@ FILES = sorted(
     + list((ROOT / "pipelines").glob("*.py"))  # the scripts in pipelines/demo are programs of their own
 )
 HEAVY = ("torch", "faiss", "open_clip", "transformers", "sklearn", "scipy", "ray", "jinja2", "webdataset")
-MAX_LINES = 450
+MAX_LINES = 400
 
 
 def name_of(path: Path) -> str:

@@ -115,7 +115,7 @@ def test_the_step_of_the_guide_works_as_the_guide_says(tmp_path, monkeypatch):
 
     from curate.cluster.cluster import ClusterOptions, cluster
     from curate.engine import Job
-    from curate.report.show import step_lines
+    from curate.report.show_steps import step_lines
     from curate.select import catalogue
     from curate.select.select import SelectOptions, select
 

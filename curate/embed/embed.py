@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from curate import engine
 from curate.embed import encoder, reader, side_data, weights
-from curate.embed.captions import Wanted, read_caption, texts_in
+from curate.embed.captions import Wanted
+from curate.embed.check_pool import check_members
 from curate.embed.options import EmbedOptions
 from curate.engine import Job
-from curate.errors import ShardError, UsageError, unknown
+from curate.errors import UsageError, unknown
 from curate.storage import faults, manifest, paths, sidecar, tar
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
@@ -34,7 +35,6 @@ PICKS = ("first", "random")
 CPU_BATCH, GPU_BATCH = 32, 256
 DECODE_ROWS = 32  # rows that a decoding process takes at a time
 TEXTS_PER_IMAGE = 2  # caption batches may be larger: captions are short
-PROBED_JSON = 100  # samples of a shard that are opened in search of a caption
 In = TypeVar("In")
 Result = TypeVar("Result")
 
@@ -51,7 +51,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     if options.captions:
         side_data.caption_places(options.captions)
     wanted = _wanted(options)
-    _check_members(list(found.values()), wanted, captions=bool(options.captions))
+    check_members(list(found.values()), wanted, captions=bool(options.captions))
     kinds = side_data.column_kinds(list(found.values()), options.columns)
     extras = side_data.Extras(kinds, options.captions, wanted)
     source = weights.find(options.model, options.pretrained)
@@ -197,54 +197,6 @@ def _say_other_maker(output: manifest.Output, todo: Sequence[str], stems: Sequen
     if before is not None and before != now:
         told = " and ".join(json.dumps(each, sort_keys=True) for each in (before, now))
         sys.stderr.write(f"embed: goes on with shards that another machine made: {told}; the manifest lists which\n")
-
-
-def _check_members(found: Sequence[tar.Shard], wanted: Wanted, *, captions: bool) -> None:
-    """Look for one image and one caption, from the first shard on, before any model is loaded.
-
-    captions: they come from elsewhere.
-
-    Raises: UsageError naming the members seen when the whole pool has none.
-    """
-    seen: Counter[str] = Counter()
-    fields: Counter[str] = Counter()
-    image, caption = False, captions
-    for shard in found:
-        try:
-            with tar.local_tar(shard.location) as path, open(path, "rb") as file:
-                samples = tar.read_index(file).samples
-                seen.update(member.suffix for sample in samples for member in sample.members)
-                image = image or any(sample.image for sample in samples)
-                caption = caption or _has_caption(file, samples, wanted, fields)
-        except (ShardError, OSError):
-            continue  # it fails by name when its turn comes
-        if image and caption:
-            return
-    if seen:
-        held = ", ".join(f"{count:,} .{suffix}" for suffix, count in seen.most_common(8))
-        if not image:
-            raise UsageError(
-                f"the pool has no images: {len(found):,} shard(s) hold {held}; a sample needs .jpg, .png or .webp."
-            )
-        needed = f"one of {', '.join(wanted.fields)}" if wanted.fields else ".txt, or .json with a caption"
-        named = ", ".join(field for field, _ in fields.most_common(8))
-        raise UsageError(
-            f"the pool has no captions: {len(found):,} shard(s) hold {held}; a sample needs {needed}."
-            + (f" Texts in its JSON: {named}." if named else ""),
-            "name a field or a suffix: --caption FIELD" if named or not wanted.fields else None,
-        )
-
-
-def _has_caption(file: IO[bytes], samples: Sequence[tar.Sample], wanted: Wanted, fields: Counter[str]) -> bool:
-    """Say whether one of a shard's first samples has a caption. fields: takes the JSON's fields that hold text."""
-    if not wanted.fields and any(member.size for each in samples if (member := each.member(tar.CAPTION_SUFFIX))):
-        return True
-    found = False
-    for sample in itertools.islice(samples, PROBED_JSON):
-        described = tar.describe(file, sample)
-        fields.update(name for name, value in described.items() if any(texts_in(value)))
-        found = found or bool(read_caption(file, sample, described, wanted)[0])
-    return found
 
 
 @dataclass

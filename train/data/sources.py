@@ -304,21 +304,19 @@ def open_source(data: str, images: str | None = None, *, digest: bool = False) -
         if not shards:
             seen = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
             raise UsageError(f"--data {data}: no *.tar in that folder; it holds {seen}")
-        return _not_empty(TarSource(shards), data)
-    if not path.is_file():
+        source: Source = TarSource(shards)
+    elif not path.is_file():
         raise UsageError(f"--data {data}: no such file or folder")
-    if path.suffix == ".tar":
-        return _not_empty(TarSource([path]), data)
-    if path.suffix in (".json", ".jsonl"):
+    elif path.suffix == ".tar":
+        source = TarSource([path])
+    elif path.suffix in (".json", ".jsonl"):
         beside = path.parent / "images"
         folder = Path(images) if images else beside if beside.is_dir() else path.parent
         if not folder.is_dir():
             raise UsageError(f"--images {folder}: no such folder")
-        return _not_empty(JsonSource(path, folder, digest=digest), data)
-    raise UsageError(f"--data {data}: expected a folder of .tar shards, a .tar, a .json or a .jsonl")
-
-
-def _not_empty(source: Source, data: str) -> Source:
+        source = JsonSource(path, folder, digest=digest)
+    else:
+        raise UsageError(f"--data {data}: expected a folder of .tar shards, a .tar, a .json or a .jsonl")
     if not len(source):
         raise UsageError(f"--data {data}: no samples in it")
     return source

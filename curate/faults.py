@@ -1,0 +1,54 @@
+"""What an exception means for a run: its words, whether trying again may help, and whether anything else can go on."""
+
+import errno
+import os
+from collections.abc import Sequence
+
+from curate import processes
+from curate.errors import RunError
+
+ENDING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENOTCONN)
+LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def in_words(error: Exception) -> str:
+    """Put an exception that is not ours into one line."""
+    if isinstance(error, processes.WorkerDied):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def ends_all(error: Exception) -> bool:
+    """Say whether no other item can be done either: what is wrong is the place, not the file."""
+    if isinstance(error, RunError):
+        return True
+    if not isinstance(error, OSError):
+        return False
+    if error.errno in ENDING:
+        return True
+    name = error.filename if isinstance(error.filename, str) and "://" not in error.filename else ""
+    if not name or os.path.exists(name):
+        return False
+    folder = os.path.dirname(os.path.abspath(name))
+    barred = error.errno in (errno.EACCES, errno.EPERM)  # from making a file, or from its folder
+    return barred or not os.path.isdir(folder)
+
+
+class Standing:
+    """Whether local directories are still those that they were: a lost mount leaves another, or none, in its place."""
+
+    def __init__(self, places: Sequence[str]) -> None:
+        self.known = {place: _identity(place) for place in places if "://" not in place}
+
+    def lost(self) -> str:
+        """Name the first directory that is gone; empty where all stand."""
+        gone = (place for place, before in self.known.items() if before is not None and _identity(place) != before)
+        return next((f"{place} is not there any more (a lost mount?)." for place in gone), "")
+
+
+def _identity(place: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(place)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
