@@ -94,6 +94,8 @@ def test_the_other_commands_are_commands(name):
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.M), line
             assert all(re.search(rf"^{word.split('=')[0]} [?:]?=", makefile, flags=re.M) for word in words[2:]), line
+        elif words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), line
         elif words[0] != "pip":
             verb, values = parse(line)
             if words[0] == "curate" and verb == "run" and values["pipeline"]:

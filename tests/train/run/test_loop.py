@@ -360,7 +360,7 @@ def test_nothing_to_learn_stops_before_the_first_step(world, tmp_path):
     path = tmp_path / "d.json"
     turns = [{"from": "human", "value": "what"}, {"from": "gpt", "value": ""}]
     path.write_text(json.dumps([{"id": i, "conversations": turns} for i in range(9)]))
-    with pytest.raises(DataError, match="9 no_supervised_token. Examples: d.json/0"):
+    with pytest.raises(DataError, match="9 no_answer. Examples: d.json/0"):
         run(world, tmp_path / "run", data=path)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     with pytest.raises(DataError, match="40 of 40 samples cannot be used"):  # whatever share is allowed
