@@ -1,6 +1,6 @@
 """A pool of very many tiny shards: what each verb's own bookkeeping costs, apart from the rows.
 
-    python tests/bench/many_shards.py [--shards 10000 100000] [--tars 20000] [--keep DIR]
+    python tests/bench/many_shards.py [--shards 1000 10000] [--tars 10000] [--keep DIR]
 
 Writes N embedding sidecars of four rows, and at most --tars tars of two members a row. Then, each in a process of its
 own: `cluster` (its driver plans, finishes and joins; a few thousand rows would be nothing), `select`, `show`, `show
@@ -136,8 +136,8 @@ def table(results):
 def main():
     """Measure every verb at every size; ends with 1 where one failed or missed the goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--tars", type=int, default=20_000, help="most tars written")
+    parser.add_argument("--shards", type=int, nargs="+", default=[1_000, 10_000])
+    parser.add_argument("--tars", type=int, default=10_000, help="most tars written")
     parser.add_argument("--keep", help="write the pools here and leave them")
     parser.add_argument("--json", default=str(ROOT / "tests" / "bench" / "results" / "many_shards.json"))
     given = parser.parse_args()
