@@ -19,7 +19,7 @@ import numpy as np
 from curate.ask.find import blocks
 from curate.ask.heads import Head, read_head, write_head
 from curate.errors import UsageError
-from curate.storage import paths
+from curate.storage import paths, sidecar
 from curate.storage.manifest import Artefact, open_input
 from curate.vectors.exact import widen
 
@@ -97,16 +97,13 @@ def _vectors_of(embedded: Artefact, marked: Mapping[str, str]) -> tuple[np.ndarr
 
     wanted, parts, names = pa.array(list(marked)), [], []
     for stem in embedded.stems:
-        first = 0
         for batch in embedded.batches(stem):
             column = batch.column("image_embedding")
             here = pc.and_(pc.is_in(batch.column("key"), wanted), column.is_valid())
             rows = np.flatnonzero(here.to_numpy(zero_copy_only=False))
             if len(rows):
-                taken = column.take(pa.array(rows))
-                parts.append(np.asarray(taken.flatten().to_numpy(zero_copy_only=False)).reshape(len(rows), -1))
+                parts.append(sidecar.vectors(column)[rows])
                 names += [marked[key] for key in batch.column("key").take(pa.array(rows)).to_pylist()]
-            first += batch.num_rows
     return (widen(np.concatenate(parts)) if parts else np.empty((0, 1), np.float32)), names
 
 
@@ -145,8 +142,10 @@ def _least_sure(source: Artefact, embedded: Artefact, head: Head, marked: set[st
     seen: set[int] = set()
     chosen: list[dict[str, Any]] = []
     for least, stem, row, cluster in waiting:
+        if len(chosen) == n:
+            break
         key = embedded.table(stem, ["key"])["key"][row].as_py() if cluster not in seen else None
-        if key is not None and key not in marked and len(chosen) < n:
+        if key is not None and key not in marked:
             seen.add(cluster)
             chosen.append({"key": key, "lead": round(least, 4)})
     return chosen

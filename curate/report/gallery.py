@@ -217,7 +217,7 @@ class Gallery:
         for stem in sorted({stem for stem, _ in self.cards}):
             cards = sorted((card for card in self.cards.values() if card.stem == stem), key=lambda card: card.row)
             self._read_facts(stem, cards)
-            spent = self._read_pictures(stem, cards, spent)
+            spent = read_pictures(self.tars.get(stem), cards, spent)
         return spent
 
     def _read_facts(self, stem: str, cards: Sequence[Card]) -> None:
@@ -244,30 +244,31 @@ class Gallery:
             return [{}] * len(rows)
         return list(source.table(stem, columns).take(rows).to_pylist())
 
-    def _read_pictures(self, stem: str, cards: Iterable[Card], spent: int) -> int:
-        location = self.tars.get(stem)
-        if location is None:
-            for card in cards:
-                card.trouble = "not in the pool any more"
-            return spent
-        with tar.open_tar(location) as file:
-            try:
-                samples = tar.read_index(file).samples
-            except ShardError:
-                samples = []
-            for card in cards:
-                sample = samples[card.row] if card.row < len(samples) else None
-                if sample is None or sample.key != card.key or sample.image is None:
-                    card.trouble = "no image"
-                elif spent < MAX_BYTES:
-                    try:
-                        card.picture = thumbnail(tar.read_member(file, sample.image))
-                        spent += len(card.picture)
-                    except ShardError:
-                        card.trouble = "too large to show"
-                    except images.BadImage as error:
-                        card.trouble = error.status.replace("_", " ")
+
+def read_pictures(location: str | None, cards: Iterable[Card], spent: int) -> int:
+    """Read the pictures of rows of one shard, or why there are none. spent: the page's bytes so far; returns them."""
+    if location is None:
+        for card in cards:
+            card.trouble = "not in the pool any more"
         return spent
+    with tar.open_tar(location) as file:
+        try:
+            samples = tar.read_index(file).samples
+        except ShardError:
+            samples = []
+        for card in cards:
+            sample = samples[card.row] if card.row < len(samples) else None
+            if sample is None or sample.key != card.key or sample.image is None:
+                card.trouble = "no image"
+            elif spent < MAX_BYTES:
+                try:
+                    card.picture = thumbnail(tar.read_member(file, sample.image))
+                    spent += len(card.picture)
+                except ShardError:
+                    card.trouble = "too large to show"
+                except images.BadImage as error:
+                    card.trouble = error.status.replace("_", " ")
+    return spent
 
 
 def thumbnail(data: bytes) -> str:

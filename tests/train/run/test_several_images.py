@@ -3,22 +3,12 @@
 import json
 import random
 
+from test_cli import call
 from toys import COLOURS, picture
 
 from curate.engine import Job
 from curate.mix.mix import mix
-from train.__main__ import app, main
 from train.data.sources import open_source
-
-
-def call(capfd, *words):
-    code = 0
-    try:
-        main(lambda: app([str(word) for word in words], standalone_mode=False))
-    except SystemExit as exit_:
-        code = exit_.code
-    out, err = capfd.readouterr()
-    return code, out, err
 
 
 def write_pairs(folder, number, seed):
