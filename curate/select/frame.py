@@ -26,6 +26,7 @@ AUTO = -1.0
 CLUSTER_FIRST = "run `curate cluster EMB CLU`, then `curate select CLU …`"
 NO_CAPTIONS = """without captions' embeddings choose steps such as 'dedup("auto")' and 'balance(cluster, 30%)'"""
 UNKNOWN_BITS = 255
+LEAST_RESERVE, MAX_RESERVE = 100, 100_000  # rows that a verdict names as those that come next
 FROM_CLUSTERS = ("cluster", "centroid_similarity", "nearest_similarity")
 Fetch = Callable[[np.ndarray], np.ndarray]  # row numbers to vectors f16 [m, d]
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # a, b, similarity, phash_bits (255: unknown)
@@ -160,12 +161,18 @@ class Frame:
 class Verdict:
     """Which rows stay, bool [n]; what the step worked out on the way, for the funnel; and who would come next.
 
-    reserve: i64, of the rows that the step drops those next in its rank, the first first; none where it has no rank.
+    reserve: i64, of the rows that the step drops those next in its rank, the first first, as many as `reserve_size` at
+    least, where there are so many; none where it has no rank.
     """
 
     keep: np.ndarray
     estimates: dict[str, Any] = field(default_factory=dict)
     reserve: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+def reserve_size(kept: int) -> int:
+    """Say how many rows stand by for those of a selection that `emit` finds gone: a fiftieth, within bounds."""
+    return min(MAX_RESERVE, max(LEAST_RESERVE, kept // 50))
 
 
 def shortage(wanted: int, found: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from curate.engine import Job
 from curate.errors import UsageError
 from curate.progress import Progress
 from curate.select import catalogue, cluster_shares, recipes, thresholds
-from curate.select.frame import Directory, Frame
+from curate.select.frame import Directory, Frame, reserve_size
 from curate.select.options import SelectOptions
 from curate.select.pool import Pool
 from curate.storage import paths, sidecar
@@ -39,7 +39,6 @@ from curate.storage.manifest import (
 from curate.storage.schema import SELECTION_SCHEMA, STATUSES
 
 FUNNEL = "funnel.json"
-LEAST_RESERVE, MAX_RESERVE = 100, 100_000  # else a fiftieth of the rows kept
 NUM_BINS = 60
 WRITERS = 16
 SCORES = ("clip_score", "centroid_similarity")
@@ -177,7 +176,7 @@ def _movable(step: catalogue.Step, frame: Frame, before: np.ndarray, kept: int) 
 
 def _reserve(rows: np.ndarray, kept: int, pool: Pool) -> list[list[str | int]]:
     """Name the rows next in the last step's rank, [stem, row] each: for what emit finds gone."""
-    rows = rows[: min(MAX_RESERVE, max(LEAST_RESERVE, kept // 50))]
+    rows = rows[: reserve_size(kept)]
     stem_of = np.searchsorted(pool.bounds, rows, side="right") - 1
     places = rows - pool.bounds[stem_of]
     return [[pool.emb.stems[stem], place] for stem, place in zip(stem_of.tolist(), places.tolist(), strict=True)]

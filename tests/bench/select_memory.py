@@ -1,4 +1,4 @@
-"""What `select`'s driver holds a row: the most at any moment of each step of the default recipe, and between the steps.
+"""What `select`'s driver holds a row: the most at any moment of each step of some recipes, and between the steps.
 
     python tests/bench/select_memory.py [--rows 1000000]
 
@@ -52,10 +52,17 @@ def make_frame(n):
     )
 
 
-def run(frame, budget):
+CHAINS = {
+    "balanced": lambda budget: recipes.steps("balanced", budget),
+    "bunny": lambda budget: recipes.steps("bunny", 0.1),  # of the 4 % that its bands leave
+    "cap": lambda budget: ["cap(cluster, 30)"],
+}
+
+
+def run(frame, texts):
     """Yield of each step its name, the rows alive before it, and what was allocated at most in it and after it."""
     base = tracemalloc.get_traced_memory()[0] - 3 * len(frame.good)  # good, alive, asked
-    for step in catalogue.parse(recipes.steps("balanced", budget)):
+    for step in catalogue.parse(texts):
         tracemalloc.reset_peak()
         alive = int(frame.alive.sum())
         verdict = step.run(frame)
@@ -70,12 +77,15 @@ def main():
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--n", default="30%")
     options = parser.parse_args()
-    list(run(make_frame(20_000), options.n))  # what is imported on the way is not counted
-    frame = make_frame(options.rows)
-    tracemalloc.start()
-    for name, alive, peak, held in run(frame, options.n):
-        print(f"{name:10s} {alive:,} rows alive · {peak / options.rows:.1f} bytes a row at most", end=" · ")
-        print(f"{held / options.rows:.1f} after it")
+    for chain, steps in CHAINS.items():
+        list(run(make_frame(20_000), steps(options.n)))  # what is imported on the way is not counted
+        frame = make_frame(options.rows)
+        print(chain)
+        tracemalloc.start()
+        for name, alive, peak, held in run(frame, steps(options.n)):
+            print(f"  {name:10s} {alive:,} rows alive · {peak / options.rows:.1f} bytes a row at most", end=" · ")
+            print(f"{held / options.rows:.1f} after it")
+        tracemalloc.stop()
 
 
 if __name__ == "__main__":

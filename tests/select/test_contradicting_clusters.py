@@ -10,11 +10,17 @@ from test_steps import frame_of
 from curate.errors import UsageError
 from curate.select import catalogue, recipes
 from curate.select.steps import contradicting_clusters
+from curate.select.steps.group_parts import GroupParts
 
 
 def likeness(image, text, plain):
     own = np.where(plain, np.cumsum(plain) - 1, -1)
     return contradicting_clusters.likeness(image, text, (image[plain], text[plain]), own)
+
+
+def few_of_each(groups, chosen):
+    parts = GroupParts(groups, np.ones(len(groups), bool))
+    return contradicting_clusters.few_of_each(parts, chosen, np.random.default_rng(0))
 
 
 def slow_likeness(image, text, plain):
@@ -46,28 +52,44 @@ def test_likeness_does_not_depend_on_the_block(monkeypatch):
     np.testing.assert_allclose(likeness(image, text, lots < 0.5), whole, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 999), st.integers(1, 300), st.integers(1, 30), st.booleans())
+def test_the_highest_of_rows_are_those_of_a_sort(seed, columns, count, crowded):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 2 if crowded else 50, (9, columns)).astype(np.float32)
+    count = min(count, columns)
+    places, values = contradicting_clusters._highest_of_rows(x, count)
+    assert all(len(set(row)) == count for row in places.tolist()) and (np.take_along_axis(x, places, 1) == values).all()
+    assert (np.sort(values)[:, ::-1] == np.sort(x)[:, ::-1][:, :count]).all()
+
+
 def test_few_rows_of_each_group_stand_for_it():
     groups = np.repeat([0, 1, 2], [500, 3, 40])
-    few = contradicting_clusters.few_of_each(groups, np.arange(543), np.random.default_rng(0))
-    assert np.bincount(groups[few]).tolist() == [32, 3, 32] and (np.diff(few) > 0).all()
+    few, own = few_of_each(groups, np.arange(3))
+    assert (own == groups[few]).all() and np.bincount(own).tolist() == [32, 3, 32] and (np.diff(few) > 0).all()
     x = np.random.default_rng(1).normal(size=(543, 4)).astype(np.float16)
-    means = contradicting_clusters.group_means(x[few], groups[few], 3)
+    means = contradicting_clusters.group_means(x[few], own, 3)
     for group in range(3):
-        mean = x[few[groups[few] == group]].astype(np.float64).mean(axis=0)
+        mean = x[few[own == group]].astype(np.float64).mean(axis=0)
         np.testing.assert_allclose(means[group], mean / np.linalg.norm(mean), atol=1e-3)
+
+
+def test_only_chosen_groups_are_read():
+    few, own = few_of_each(np.repeat([5, 6, 9], 20), np.array([0, 2]))
+    assert few.tolist() == [*range(20), *range(40, 60)] and own.tolist() == [0] * 20 + [1] * 20
 
 
 def test_what_is_read_does_not_grow_with_the_groups(monkeypatch):
     monkeypatch.setattr(contradicting_clusters, "MAX_ROWS", 45)
-    few = contradicting_clusters.few_of_each(np.repeat(np.arange(3), 100), np.arange(300), np.random.default_rng(0))
+    few, _ = few_of_each(np.repeat(np.arange(3), 100), np.arange(3))
     assert np.bincount(few // 100).tolist() == [15, 15, 15]
 
 
 def test_few_rows_are_read_in_few_stretches():
     rng = np.random.default_rng(0)
-    rows = np.flatnonzero(rng.random(100_000) < 0.5)
-    few = contradicting_clusters.few_of_each(rng.integers(0, 20, len(rows)), rows, rng)
-    assert len(few) == 640 and len(np.unique(rows[few] // contradicting_clusters.STRETCH)) <= 4
+    parts = GroupParts(rng.integers(0, 20, 100_000), rng.random(100_000) < 0.5)
+    rows, _ = contradicting_clusters.few_of_each(parts, np.arange(20), rng)
+    assert len(rows) == 640 and len(np.unique(rows // contradicting_clusters.STRETCH)) <= 4
 
 
 @settings(deadline=None, max_examples=30)
@@ -141,8 +163,9 @@ def test_many_groups_are_weighed_by_a_sample_of_the_plain_ones(monkeypatch):
         fetched.append(len(rows))
         return image[rows].astype(np.float32)
 
-    rows, rng = np.arange(450), np.random.default_rng(0)
-    found = contradicting_clusters.weigh(rows, rows, score, (fetch, lambda rows: text[rows]), rng)
+    parts = GroupParts(np.arange(450), np.ones(450, bool))
+    fetches = fetch, lambda rows: text[rows]
+    found = contradicting_clusters.weigh(parts, score, fetches, np.random.default_rng(0))
     plain = score <= np.median(score)
     sample = np.zeros(450, bool)
     sample[np.sort(np.random.default_rng(0).choice(np.flatnonzero(plain), 100, replace=False))] = True

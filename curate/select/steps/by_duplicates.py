@@ -32,7 +32,7 @@ def dedup(
         raise UsageError("dedup needs clusters; this directory has none.", CLUSTER_FIRST)
     pair_rule, facts = _pair_rule(frame, "dedup", threshold)
     rows, edges = _joined_rows(frame, pair_rule.threshold)
-    order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)[rows]
+    order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)(rows)
     resolved = resolve(
         edges, frame.alive[rows], order, rule, keep, pair_rule,
         lambda some: frame.vectors(rows[some]), lambda some: frame.hashes(rows[some]),

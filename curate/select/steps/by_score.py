@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from curate.errors import UsageError
-from curate.select.frame import AUTO, CLUSTER_FIRST, Column, Count, Frame, Share, Verdict, shortage
+from curate.select.frame import AUTO, CLUSTER_FIRST, Column, Count, Frame, Share, Verdict, reserve_size, shortage
 from curate.select.steps import auto_threshold
+from curate.select.steps.ranks import highest, next_in_rank
 
 
 def rank(frame: Frame, number: int, column: Column, lo: float, hi: float) -> Verdict:
@@ -18,10 +19,12 @@ def rank(frame: Frame, number: int, column: Column, lo: float, hi: float) -> Ver
         raise UsageError(
             f"rank({column}, {lo}, {hi}): expected 0 <= lo < hi <= 1, shares counted from the highest value."
         )
-    values = frame.column(column)
-    order = descending(values, frame.alive)
-    first, last = round(lo * len(order)), round(hi * len(order))
-    return Verdict(frame.mask(order[first:last]), value_range(values, order[first:last]), order[last:])
+    values, size = frame.column(column), int(frame.alive.sum())
+    keep = highest(values, frame.alive, round(hi * size))
+    rest = frame.alive & ~keep
+    keep &= ~highest(values, frame.alive, round(lo * size))
+    following = next_in_rank(values, rest, reserve_size(int(keep.sum())))
+    return Verdict(keep, value_range(values, keep), following)
 
 
 def above(frame: Frame, number: int, column: Column, x: float) -> Verdict:
@@ -47,50 +50,26 @@ def at_most(frame: Frame, number: int, column: Column, x: float) -> Verdict:
 def top(frame: Frame, number: int, column: Column, n: Count) -> Verdict:
     """Keep the n rows with the highest values."""
     values = frame.column(column)
-    return _first(frame, values, descending(values, frame.alive), frame.count(n))
+    return _first(frame, values, values, frame.count(n))
 
 
 def bottom(frame: Frame, number: int, column: Column, n: Count) -> Verdict:
     """Keep the n rows with the lowest values."""
     values = frame.column(column)
-    return _first(frame, values, descending(-values, frame.alive), frame.count(n))
+    return _first(frame, values, -values, frame.count(n))
 
 
-def _first(frame: Frame, values: np.ndarray, order: np.ndarray, wanted: int) -> Verdict:
-    chosen = order[:wanted]
-    return Verdict(frame.mask(chosen), value_range(values, chosen) | shortage(wanted, len(chosen)), order[wanted:])
-
-
-def descending(values: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """List the alive rows by descending value, ties by row, NaN last."""
-    rows = np.flatnonzero(alive)
-    return np.asarray(rows[np.argsort(-values[rows], kind="stable")])
-
-
-def highest(values: np.ndarray, alive: np.ndarray, count: int) -> np.ndarray:
-    """Mark the first `count` rows of `descending`, bool [n], without sorting them: 5 bytes a row."""
-    keep = alive & ~np.isnan(values)
-    known = values[keep]
-    if count < len(known):
-        lowest = np.partition(known, len(known) - count)[len(known) - count] if count else np.inf
-        keep &= values >= lowest
-        _unmark_last(keep, keep & (values == lowest), int(keep.sum()) - count)
-    else:
-        rest = alive & np.isnan(values)
-        _unmark_last(rest, rest, int(rest.sum()) - (count - len(known)))
-        keep |= rest
-    return np.asarray(keep)
-
-
-def _unmark_last(keep: np.ndarray, among: np.ndarray, number: int) -> None:
-    """Take the last `number` rows of those `among` out of keep."""
-    if number > 0:
-        keep[np.flatnonzero(among)[-number:]] = False
+def _first(frame: Frame, values: np.ndarray, rank: np.ndarray, wanted: int) -> Verdict:
+    keep = highest(rank, frame.alive, wanted)
+    kept = int(keep.sum())
+    following = next_in_rank(rank, frame.alive & ~keep, reserve_size(kept))
+    return Verdict(keep, value_range(values, keep) | shortage(wanted, kept), following)
 
 
 def value_range(values: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
-    """Note between which values the kept rows lie."""
-    kept = values[rows][~np.isnan(values[rows])] if values.dtype.kind == "f" else values[rows]
+    """Note between which values the kept rows lie, bool [n] or row numbers."""
+    kept = values[rows]
+    kept = kept[~np.isnan(kept)] if values.dtype.kind == "f" else kept
     return {"lowest": float(kept.min()), "highest": float(kept.max())} if len(kept) else {}
 
 

@@ -12,13 +12,17 @@ cluster of the upper half at likeness f lies (m - f) / (m - q) deviations too lo
 in full, from `CONTRADICTING` on not at all, in between linearly.
 
 Arrays in, arrays out. The mean of a few rows stands for a cluster, so that what is read does not grow with the pool.
-O(g² d) time for g clusters of d dimensions, blocks of `BLOCK` clusters at a time; above 32,768 clusters O(16,384 g d),
-by comparing with a sample of the lower half. Source: ours; pipelines/LOG.md has how the numbers were found.
+O(g² d) time for g clusters of d dimensions, little more than that of one product of all their captions, which is made
+`BLOCK` clusters at a time; above 32,768 clusters O(16,384 g d), by comparing with a sample of the lower half. Source:
+ours; pipelines/LOG.md has how the numbers were found.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 
 from curate.select.frame import Fetch
+from curate.select.steps.group_parts import GroupParts
 from curate.select.steps.quotas import position_in_group
 from curate.vectors.kmeans import unit_rows
 
@@ -29,19 +33,37 @@ NEIGHBOURS = 10  # clusters with the nearest captions
 LEAST_GROUPS = 2 * NEIGHBOURS + 2  # so that the lower half has enough neighbours for each
 DOUBTED, CONTRADICTING = 2.0, 4.0  # deviations
 LEAST_SPREAD = 1e-3  # of the likeness: less is rounding
-BLOCK = 1024
+BLOCK = 256
+STRIP = 64  # cosines side by side of which first the highest is taken
+CROWDED = 8  # times as many values as are looked for: from there on they are not sorted
 
 
-def few_of_each(groups: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Choose up to ROWS_EACH places of each group, MAX_ROWS in all. Returns them ascending, i64.
+def few_of_each(parts: GroupParts, chosen: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Choose up to ROWS_EACH rows of each chosen group, MAX_ROWS in all. chosen: i64, groups, ascending.
 
-    groups: i64 [n] from 0. rows: i64 [n] ascending, where they lie in the pool. The stretches of rows are put in a
+    Returns the rows, i64 ascending, and their groups' places among the chosen. The stretches of rows are put in a
     random order and each group takes its first ones in that order, so that the rows of common groups come from a few
     stretches: a pool larger than memory is then read in a few places and not all over.
     """
-    each = min(ROWS_EACH, MAX_ROWS // (int(groups.max(initial=0)) + 1))
-    stretch_order = rng.random(int(rows.max(initial=-1)) // STRETCH + 1)
-    return np.flatnonzero(position_in_group(groups, stretch_order[rows // STRETCH]) < each)
+    each = min(ROWS_EACH, MAX_ROWS // max(1, len(chosen)))
+    number = np.full(len(parts.sizes), -1)
+    number[chosen] = np.arange(len(chosen))
+    last = max((int(rows.max(initial=-1)) for rows, _ in _of_chosen(parts, number)), default=-1)
+    stretch_order = rng.random(last // STRETCH + 1)
+    found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+    for rows, own in _of_chosen(parts, number):
+        few = position_in_group(own, stretch_order[rows // STRETCH]) < each
+        found.append((rows[few], own[few]))
+    rows, own = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(rows, kind="stable")
+    return rows[order], own[order]
+
+
+def _of_chosen(parts: GroupParts, number: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield of each part the rows of groups that have a number, and that number. number: i64 [groups], -1: none."""
+    for part in parts:
+        own = number[part.groups][part.place]
+        yield part.rows[own >= 0], own[own >= 0]
 
 
 def group_means(x_nd: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
@@ -50,8 +72,13 @@ def group_means(x_nd: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
     In f32, which 32 rows at most allow; coverage adds whole groups up, block by block, in f64.
     """
     order = np.argsort(groups, kind="stable")
-    starts = np.searchsorted(groups[order], np.arange(count))
-    return unit_rows(np.add.reduceat(x_nd[order].astype(np.float32), starts, axis=0))
+    starts = np.append(np.searchsorted(groups[order], np.arange(count)), len(order))
+    means = np.empty((count, x_nd.shape[1]), np.float32)
+    for first in range(0, count, BLOCK):
+        cuts = starts[first : first + BLOCK + 1]
+        part = x_nd[order[cuts[0] : cuts[-1]]].astype(np.float32)
+        np.add.reduceat(part, cuts[:-1] - cuts[0], axis=0, out=means[first : first + BLOCK])
+    return unit_rows(means)
 
 
 def likeness(
@@ -70,15 +97,39 @@ def likeness(
         return similar
     for first in range(0, len(text_gd), BLOCK):
         part = slice(first, first + BLOCK)
-        cosines, pictures = text_gd[part] @ plain_text.T, image_gd[part] @ plain_image.T
+        cosines = text_gd[part] @ plain_text.T
         # A group is no neighbour of itself: -2 is below any cosine, and what is left at -2 was no neighbour.
         itself = np.flatnonzero(own_g[part] >= 0)
         cosines[itself, own_g[part][itself]] = -2
-        nearest = np.argpartition(-cosines, min(NEIGHBOURS, len(plain_text)) - 1, axis=1)[:, :NEIGHBOURS]
-        taken = np.take_along_axis(cosines, nearest, axis=1) > -2
-        total = (np.take_along_axis(pictures, nearest, axis=1) * taken).sum(axis=1, dtype=np.float64)
-        similar[part] = total / np.maximum(1, taken.sum(axis=1))
+        nearest, cosine = _highest_of_rows(cosines, min(NEIGHBOURS, len(plain_text)))
+        beside = np.einsum("gd,gnd->gn", image_gd[part], plain_image[nearest]).astype(np.float64)
+        beside[cosine <= -2] = 0
+        similar[part] = beside.sum(axis=1) / np.maximum(1, (cosine > -2).sum(axis=1))
     return similar
+
+
+def _highest_of_rows(x_rc: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find the columns of each row's `count` highest values: i64 [r, count], and these values. Of ties some are taken.
+
+    The highest of each strip of STRIP columns is found first, at the speed of memory: no value below the count-th
+    highest of these, or of the row where it has fewer strips, can be among those looked for. Few others are left.
+    """
+    rows, columns = x_rc.shape
+    whole = columns // STRIP * STRIP
+    tops = x_rc
+    if whole // STRIP >= count:
+        tops = x_rc[:, :whole].reshape(rows, -1, STRIP).max(axis=2)
+    least = np.partition(tops, tops.shape[1] - count, axis=1)[:, tops.shape[1] - count]
+    found = np.flatnonzero(x_rc >= least[:, None])
+    if len(found) > CROWDED * count * rows:  # equal captions everywhere
+        places = np.argpartition(-x_rc, count - 1, axis=1)[:, :count]
+        return places, np.take_along_axis(x_rc, places, axis=1)
+    row, column = np.divmod(found, columns)
+    order = np.lexsort((column, -x_rc[row, column], row))
+    row, column = row[order], column[order]
+    starts = np.searchsorted(row, np.arange(rows))
+    places = column[starts[:, None] + np.arange(count)]
+    return places, np.take_along_axis(x_rc, places, axis=1)
 
 
 def trust(similar_g: np.ndarray, plain_g: np.ndarray) -> np.ndarray:
@@ -93,41 +144,35 @@ def trust(similar_g: np.ndarray, plain_g: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(plain_g, 1, weight))
 
 
-def weigh(
-    groups: np.ndarray, rows: np.ndarray, score_g: np.ndarray, fetch: tuple[Fetch, Fetch], rng: np.random.Generator
-) -> np.ndarray:
+def weigh(parts: GroupParts, score_g: np.ndarray, fetch: tuple[Fetch, Fetch], rng: np.random.Generator) -> np.ndarray:
     """Say how much groups shall count, f64 [g], from their mean clip_scores and a few rows' vectors.
 
-    groups: i64 [n] from 0, each occurs. rows: i64 [n] ascending. fetch: of pictures and of captions. More groups than
-    MAX_ROWS allows LEAST_EACH rows of are worked in turns, all of them compared with a random sample of the plain ones,
-    half as many as a turn: memory and the time for one group stay what they are.
+    fetch: of pictures and of captions. More groups than MAX_ROWS allows LEAST_EACH rows of are worked in turns, all of
+    them compared with a random sample of the plain ones, half as many as a turn: memory and the time for one group stay
+    what they are.
     """
     plain = score_g <= np.median(score_g)
     turn = MAX_ROWS // LEAST_EACH
     every, compared = np.arange(len(score_g)), np.flatnonzero(plain)
     if len(every) <= turn:
-        image, text = _means_of(every, groups, rows, fetch, rng)
+        image, text = _means_of(every, parts, fetch, rng)
         yardstick = image[compared], text[compared]
     else:
         compared = np.sort(rng.choice(compared, min(turn // 2, len(compared)), replace=False))
-        yardstick = _means_of(compared, groups, rows, fetch, rng)
+        yardstick = _means_of(compared, parts, fetch, rng)
     own = np.full(len(every), -1)
     own[compared] = np.arange(len(compared))
     if len(every) <= turn:
         return trust(likeness(image, text, yardstick, own), plain)
-    parts = [every[first : first + turn] for first in range(0, len(every), turn)]
-    similar = [likeness(*_means_of(part, groups, rows, fetch, rng), yardstick, own[part]) for part in parts]
+    turns = [every[first : first + turn] for first in range(0, len(every), turn)]
+    similar = [likeness(*_means_of(some, parts, fetch, rng), yardstick, own[some]) for some in turns]
     return trust(np.concatenate(similar), plain)
 
 
 def _means_of(
-    chosen: np.ndarray, groups: np.ndarray, rows: np.ndarray, fetch: tuple[Fetch, Fetch], rng: np.random.Generator
+    chosen: np.ndarray, parts: GroupParts, fetch: tuple[Fetch, Fetch], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Average a few rows of each of the chosen groups: pictures and captions, unit rows f32 [chosen, d]."""
-    number = np.full(int(groups.max(initial=-1)) + 1, -1)
-    number[chosen] = np.arange(len(chosen))
-    own = number[groups]
-    inside = np.flatnonzero(own >= 0)
-    few = inside[few_of_each(own[inside], rows[inside], rng)]
-    image, text = (group_means(of(rows[few]), own[few], len(chosen)) for of in fetch)
+    rows, own = few_of_each(parts, chosen, rng)
+    image, text = (group_means(of(rows), own, len(chosen)) for of in fetch)
     return image, text
