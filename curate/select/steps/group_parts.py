@@ -80,7 +80,7 @@ class GroupParts:
         """List the first rows of a group, i64, ascending."""
         part = int(np.searchsorted(self._bounds, group, side="right")) - 1
         rows = self._rows(part)
-        return rows[self._values[rows] == self.names[group]][:most]
+        return np.asarray(rows[self._values[rows] == self.names[group]][:most])
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Add up a column's values by group, row after row, f64 [g]. values: [n]; a missing one (NaN) counts as -1."""
