@@ -26,7 +26,7 @@ class Model:
     """A vision tower, a language model, and how they meet.
 
     tower, lm: hub id (or ID@REVISION), local folder with weights, or folder with only a config.json (then `*_weights =
-    "fresh"`); tower may also be an open_clip `local-dir:FOLDER` that holds a plain ViT, or a file with an EVA02-CLIP-L.
+    "fresh"`); tower may also be a network of timm, an open_clip `local-dir:FOLDER`, or a file with an EVA02-CLIP-L.
     """
 
     tower: str = ""
@@ -34,7 +34,7 @@ class Model:
     tokenizer: str = ""  # default: that of `lm`
     tower_weights: Literal["pretrained", "fresh"] = "pretrained"
     lm_weights: Literal["pretrained", "fresh"] = "pretrained"
-    image: Literal["square", "pad"] = "square"  # pad: fill to a square with the mean colour before resizing
+    image: Literal["square", "pad", "squash"] = "square"  # pad: filled to a square first; squash: each side resized
     feature_layer: int = -2  # index into the tower's hidden states; LLaVA and Bunny take the last but one
     feature_strategy: Literal["auto", "default", "full"] = "auto"  # default drops the first (class) token
     scales: int = 1  # S²: also see the image at 2, 3, … times the tower's size, in tiles; Bunny v1.1 takes 3

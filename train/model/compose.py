@@ -37,10 +37,10 @@ from train.model.language import (
 from train.model.layer import feature_layer_index
 from train.model.published import known_words
 from train.model.recurrent import isolate_documents
-from train.model.tower import EVA, MULTISCALE, Vision, describe_tower, load_tower
+from train.model.tower import EVA, MULTISCALE, TIMM, Vision, describe_tower, load_tower
 from train.model.verify import packs, reference
 
-OWN_TOWERS = {EVA: "the EVA02-CLIP tower", MULTISCALE: "a tower behind several scales (S²)"}
+OWN_TOWERS = {EVA: "the EVA02-CLIP tower", TIMM: "a network of timm"}
 log = logging.getLogger("train")
 
 
@@ -144,7 +144,10 @@ def _native_config(options: Model, tower_config: Any, lm_config: Any, vision: Vi
 
 def own_tower(config: Any) -> str:
     """Name the tower of a configuration where it is one of ours, else return ""."""
-    return OWN_TOWERS.get(config.vision_config.model_type, "")
+    tower = config.vision_config
+    if tower.model_type == MULTISCALE:
+        return "a tower behind several scales (S²)" if tower.scales > 1 else "a tower without its register tokens"
+    return OWN_TOWERS.get(tower.model_type, "")
 
 
 def limits(config: Any) -> str:

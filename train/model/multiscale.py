@@ -6,7 +6,8 @@ neighbours, so that each scale gives [side, side, width]. Joined over scales: [s
 
 Three scales of SigLIP-SO400M-384 give 729 places of 3 x 1,152 channels from an image of 1,152 px.
 Cost: sum(k^2) runs of the tower an image, 14 for K = 3; the tower sees at most `TILES` tiles at once, so that its
-memory does not grow with the number of images.
+memory does not grow with the number of images. With one scale it only leaves out the first tokens of the tower, class
+and registers, which the llava class cannot.
 Source: S² (arXiv 2403.13043), as Bunny v1.1 uses it (bicubic without antialiasing, area averaging, both in fp32).
 """
 
@@ -73,19 +74,17 @@ class MultiscaleModel(PreTrainedModel):  # type: ignore[misc]
         self.tower = AutoModel.from_config(config.tower_config)
         self.post_init()
 
-    @property
-    def encoder(self) -> Any:
-        """The blocks of the tower inside."""
-        return self.tower.encoder
-
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """Return the features [n, places, scales x width] of normalised images [n, 3, K size, K size].
 
         They stand in hidden_states[feature_index], as in the tower itself; the other hidden states are None.
         """
-        scales = range(1, self.config.scales + 1)
-        merged = torch.cat([self._at_scale(pixel_values, scale) for scale in scales], 1).flatten(2).transpose(1, 2)
-        index, layers = self.config.feature_index, self.config.num_hidden_layers
+        index, layers, scales = self.config.feature_index, self.config.num_hidden_layers, self.config.scales
+        if scales == 1:  # of any size that the tower takes
+            merged = features(self.tower, pixel_values, index, "full")[:, self.config.tokens_skipped :]
+        else:
+            several = [self._at_scale(pixel_values, scale) for scale in range(1, scales + 1)]
+            merged = torch.cat(several, 1).flatten(2).transpose(1, 2)
         return BaseModelOutput(
             last_hidden_state=merged,
             hidden_states=tuple(merged if i == index else None for i in range(layers + 1)),

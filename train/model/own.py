@@ -4,12 +4,18 @@ from __future__ import annotations
 
 
 def register_own_classes() -> None:
-    """Make transformers' Auto classes know the two towers that are built here."""
+    """Make transformers' Auto classes know the towers that are built here."""
     from transformers import AutoConfig, AutoModel
 
     from train.model.eva import EvaVisionConfig, EvaVisionModel
     from train.model.multiscale import MultiscaleConfig, MultiscaleModel
+    from train.model.timm_tower import TimmVisionConfig, TimmVisionModel
 
-    for config, model in ((EvaVisionConfig, EvaVisionModel), (MultiscaleConfig, MultiscaleModel)):
+    classes = (
+        (EvaVisionConfig, EvaVisionModel),
+        (MultiscaleConfig, MultiscaleModel),
+        (TimmVisionConfig, TimmVisionModel),
+    )
+    for config, model in classes:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)

@@ -1,8 +1,9 @@
 """The vision tower: loaded, and described by what the rest must know of it (sizes, tokens an image, colours).
 
-A tower is a `CLIPVisionModel`, `SiglipVisionModel` or `Dinov2Model` of transformers or the EVA02-CLIP of eva.py, from a
-hub id, a local folder, a folder with only a config.json (fresh weights), or an open_clip `local-dir:FOLDER` whose plain
-ViT is converted. With `scales` above 1 it looks at several sizes of the image (multiscale.py).
+A tower is a class of transformers (COLOURS names them), any network of timm (timm_published.py) or the EVA02-CLIP of
+eva.py, from a hub id, a local folder, a folder with only a config.json (fresh weights), or an open_clip
+`local-dir:FOLDER`. Plain ViTs come in a class of transformers (plain_vit.py). With `scales` above 1 a tower looks at
+several sizes of the image (multiscale.py); one with register tokens stands in the same wrapper, which leaves them out.
 """
 
 from __future__ import annotations
@@ -16,28 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from train.config import Model
 from train.errors import CheckpointError, UsageError
 from train.folder import read_json
+from train.model import plain_vit, timm_published
 from train.model.layer import feature_layer_index
 from train.model.own import register_own_classes
+from train.model.plain_vit import BICUBIC, CLIP_MEAN, CLIP_STD, OPENCLIP_PREFIX
 from train.model.published import cannot_load, locate, read_config, read_preprocess, shipped
 from train.model.weights import read_tensors
 
-OPENCLIP_PREFIX = "local-dir:"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BICUBIC, BILINEAR = 3, 2  # PIL.Image.Resampling
-HEADS = ("post_layernorm", ".layernorm.", ".head.")  # behind every feature layer
-EVA, MULTISCALE = "eva02_clip_vision_model", "multiscale_vision_model"
+HEADS = ("post_layernorm", ".layernorm.", ".head.", "tower.norm.", "tower.rms_norm.")  # behind every feature layer
+EVA, MULTISCALE, TIMM = "eva02_clip_vision_model", "multiscale_vision_model", "timm_vision_model"
+NAFLEX = "siglip2_vision_model"
 COLOURS = {  # what each kind of tower was trained on, where no preprocessor_config.json says so
     "clip_vision_model": (CLIP_MEAN, CLIP_STD),
     "siglip_vision_model": ((0.5,) * 3, (0.5,) * 3),
     "dinov2": (IMAGENET_MEAN, IMAGENET_STD),
+    "dinov2_with_registers": (IMAGENET_MEAN, IMAGENET_STD),
+    "dinov3_vit": (IMAGENET_MEAN, IMAGENET_STD),
+    "aimv2_vision_model": (CLIP_MEAN, CLIP_STD),
     EVA: (CLIP_MEAN, CLIP_STD),
 }
+PATCHES_ALONE = ("siglip_vision_model", "aimv2_vision_model", TIMM)  # towers that give no class token
 # The files that EVA02-CLIP is published in: open_clip's, timm's, the authors'.
 EVA_AUTHORS = "EVA02_CLIP_L_336_psz14_s6B.pt"
 EVA_FILES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin", EVA_AUTHORS)
@@ -74,7 +78,10 @@ def load_tower(options: Model, dtype: torch.dtype) -> tuple[Any, Vision]:
     elif whole is config:
         tower = load()
     else:
-        tower = _fresh(whole, options.seed)
+        from transformers import AutoModel
+
+        with torch.device("meta"):
+            tower = AutoModel.from_config(whole)
         tower.tower = load()
     return tower.to(dtype).eval(), vision
 
@@ -95,30 +102,45 @@ def _find(options: Model) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
     if files:
         tower = _read_eva(files, source)
         return tower.config, read_preprocess(source), lambda: tower
-    if options.tower.startswith(OPENCLIP_PREFIX):
-        tower, preprocess = _load_openclip(Path(source))
-        return tower.config, preprocess, lambda: tower
-    facts = shipped(source)
     described = bool(options.shrink) or options.tower_weights == "fresh"
+    if options.tower.startswith(OPENCLIP_PREFIX):
+        network = timm_published.find_in_openclip(Path(source))
+        if network is None:
+            tower, preprocess = plain_vit.load_openclip(Path(source))
+            return tower.config, preprocess, lambda: tower
+    else:
+        network = None if shipped(source) else timm_published.find(source, fresh=described)
+    if network is not None:
+        ours = timm_published.describe(network, options.feature_layer, shrink=bool(options.shrink))
+        return ours, network.preprocess, lambda: timm_published.load(network, ours)
+    facts = shipped(source)
     eva = facts is not None and read_config(str(facts), "model.tower").model_type == EVA
     config = read_config(source, "model.tower", described=described or eva)
     config = getattr(config, "vision_config", config)
-    if config.model_type not in COLOURS:
-        raise UsageError(f"model.tower {source!r} is a {config.model_type!r}; expected {', '.join(COLOURS)}")
+    if config.model_type not in (*COLOURS, NAFLEX):
+        known = ", ".join((*COLOURS, NAFLEX))
+        raise UsageError(f"model.tower {source!r} is a {config.model_type!r}; expected {known}, or a network of timm")
     preprocess = read_preprocess(source, described=described or eva)
     if not preprocess:
         log.info("%s has no preprocessor_config.json: images are prepared as its model type usually is", source)
+    if config.model_type == NAFLEX:
+        square = plain_vit.naflex_config(config)
+        log.info("%s: images are shown as squares of %d px, in SigLIP's class", source, square.image_size)
+        preprocess = {name: preprocess[name] for name in ("image_mean", "image_std", "resample") if name in preprocess}
+        return square, preprocess, lambda: plain_vit.convert_naflex(_pretrained(source, config), square)
     return config, preprocess, lambda: _download_eva(source) if eva else _pretrained(source, config)
 
 
 def _adapt(config: Any, preprocess: dict[str, Any], options: Model) -> tuple[Any, Vision]:
     """Shrink a tower where that is asked for, put it behind several scales where that is; describe what results."""
     if options.shrink:
-        config, preprocess = _shrunk(config), {**preprocess, "size": None, "crop_size": None}
+        config = config if config.model_type == TIMM else _shrunk(config)
+        preprocess = {**preprocess, "size": None, "crop_size": None}
     vision = _describe(config, preprocess, options)
-    if options.scales == 1:
+    registers = getattr(config, "num_register_tokens", 0)
+    if options.scales == 1 and not registers:
         return config, vision
-    if config.model_type == "dinov2" or vision.image_size != config.image_size:
+    if options.scales > 1 and ("dino" in config.model_type or vision.image_size != config.image_size):
         raise UsageError(f"model.scales = {options.scales} needs a tower that sees images of one size: SigLIP or CLIP")
     from train.model.multiscale import MultiscaleConfig
 
@@ -127,11 +149,11 @@ def _adapt(config: Any, preprocess: dict[str, Any], options: Model) -> tuple[Any
         tower_config=config,
         scales=options.scales,
         feature_index=feature_layer_index(options.feature_layer, config.num_hidden_layers),
-        tokens_skipped=int(vision.has_class_token),
+        tokens_skipped=int(vision.has_class_token) + registers,
     )
     return whole, dataclasses.replace(
         vision,
-        image_size=whole.image_size,
+        image_size=vision.image_size * options.scales,
         patch_size=whole.patch_size,
         short_side=vision.short_side * options.scales,
         has_class_token=False,
@@ -141,10 +163,12 @@ def _adapt(config: Any, preprocess: dict[str, Any], options: Model) -> tuple[Any
 
 def trim(tower: Any, layer: int) -> None:
     """Drop the blocks and heads behind the feature layer: they would run for nothing and can have no gradient."""
-    blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
-    keep = feature_layer_index(layer, len(blocks))
-    del blocks[keep:]
     tower = getattr(tower, "tower", tower)
+    if tower.config.model_type == TIMM:
+        return  # built without
+    encoder = tower.encoder if hasattr(tower, "encoder") else tower.model
+    blocks = encoder.layers if hasattr(encoder, "layers") else encoder.layer
+    del blocks[feature_layer_index(layer, len(blocks)) :]
     if hasattr(tower, "use_head"):
         tower.use_head = False
 
@@ -194,23 +218,26 @@ def _shrunk(config: Any) -> Any:
 
 
 def _describe(config: Any, preprocess: dict[str, Any], options: Model) -> Vision:
-    siglip = config.model_type == "siglip_vision_model"
-    mean, std = COLOURS[config.model_type]
+    classed = config.model_type not in PATCHES_ALONE
+    mean, std = COLOURS.get(config.model_type, (CLIP_MEAN, CLIP_STD))
     size, crop = preprocess.get("size") or {}, preprocess.get("crop_size") or {}
     if isinstance(size, int):
         size = {"shortest_edge": size}
     crop = crop if isinstance(crop, int) else crop.get("height", 0)
     image_size = crop if crop and preprocess.get("do_center_crop", True) else size.get("height", config.image_size)
-    direct = siglip or options.image == "pad" or "height" in size or preprocess.get("squash", False)
+    siglip = config.model_type == "siglip_vision_model"
+    direct = siglip or options.image != "square" or "height" in size or preprocess.get("squash", False)
     strategy = options.feature_strategy
     if strategy == "auto":
-        strategy = "full" if siglip else "default"
-    if siglip and strategy == "default":
-        raise UsageError('model.feature_strategy = "default" would drop a patch: SigLIP has no class token; use "full"')
+        strategy = "default" if classed else "full"
+    if not classed and strategy == "default":
+        raise UsageError(
+            f'model.feature_strategy = "default" would drop a patch: {config.model_type} has no class token; use "full"'
+        )
     return Vision(
         image_size=image_size,
         patch_size=config.patch_size,
-        has_class_token=not siglip,
+        has_class_token=classed,
         strategy=strategy,
         mean=tuple(preprocess.get("image_mean") or mean),
         std=tuple(preprocess.get("image_std") or std),
@@ -260,69 +287,3 @@ def _download_eva(source: str) -> Any:
     raise UsageError(
         f"model.tower {source!r}: neither hub nor cache has one of {', '.join(EVA_FILES)}; give a local folder"
     )
-
-
-def _load_openclip(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Convert the image tower of an open_clip folder to a CLIPVisionModel with the same pooled output."""
-    from safetensors.torch import load_file
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    config_file, weights_file = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise UsageError(f"model.tower {OPENCLIP_PREFIX}{folder}: {file.name} is missing in that folder")
-    document = read_json(config_file)
-    model_cfg, preprocess_cfg = document.get("model_cfg", document), document.get("preprocess_cfg", {})
-    cfg = model_cfg["vision_cfg"]
-    state = {
-        key.removeprefix("visual."): value.float()
-        for key, value in load_file(weights_file).items()
-        if key.startswith("visual.")
-    }
-    width, layers = cfg.get("width", 768), cfg.get("layers", 12)
-    if cfg.get("timm_model_name") or not isinstance(layers, int) or "ln_pre.weight" not in state:
-        raise UsageError(f"model.tower {OPENCLIP_PREFIX}{folder}: only a plain ViT of open_clip can be converted")
-    config = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=int(width * cfg.get("mlp_ratio", 4.0)),
-        num_hidden_layers=layers,
-        num_attention_heads=width // cfg.get("head_width", 64),
-        image_size=cfg.get("image_size", 224),
-        patch_size=cfg.get("patch_size", 16),
-        projection_dim=model_cfg.get("embed_dim", 512),
-        hidden_act="quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu",
-        layer_norm_eps=1e-5,
-    )
-    config.architectures = ["CLIPVisionModel"]
-    tower = CLIPVisionModel(config)
-    _, unexpected = tower.load_state_dict(_openclip_names(state, layers), strict=True)
-    assert not unexpected
-    interpolation = {"bilinear": BILINEAR}.get(preprocess_cfg.get("interpolation", "bicubic"), BICUBIC)
-    preprocess = {
-        "image_mean": preprocess_cfg.get("mean", CLIP_MEAN),
-        "image_std": preprocess_cfg.get("std", CLIP_STD),
-        "resample": interpolation,
-        "squash": preprocess_cfg.get("resize_mode") == "squash",
-    }
-    return tower, preprocess
-
-
-def _openclip_names(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    out = {
-        "embeddings.class_embedding": state["class_embedding"],
-        "embeddings.patch_embedding.weight": state["conv1.weight"],
-        "embeddings.position_embedding.weight": state["positional_embedding"],
-    }
-    pairs: list[tuple[str, str]] = [("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post")]
-    for i in range(num_layers):
-        ours, theirs = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
-        pairs += [(ours + "layer_norm1", theirs + "ln_1"), (ours + "layer_norm2", theirs + "ln_2")]
-        pairs += [(ours + "mlp.fc1", theirs + "mlp.c_fc"), (ours + "mlp.fc2", theirs + "mlp.c_proj")]
-        pairs += [(ours + "self_attn.out_proj", theirs + "attn.out_proj")]
-        for kind in ("weight", "bias"):
-            parts = state[f"{theirs}attn.in_proj_{kind}"].chunk(3)
-            for part, tensor in zip("qkv", parts, strict=True):
-                out[f"{ours}self_attn.{part}_proj.{kind}"] = tensor.contiguous()
-    for ours, theirs in pairs:
-        out[f"{ours}.weight"], out[f"{ours}.bias"] = state[f"{theirs}.weight"], state[f"{theirs}.bias"]
-    return out

@@ -133,7 +133,7 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
     model, vision_type = composed.model, composed.model.config.vision_config.model_type
     tied = model.config.tie_word_embeddings
     state = {
-        llava_hf_name(name, vision_type): tensor.detach().to(dtype).contiguous()
+        llava_hf_name(name, vision_type): tensor.detach().to(dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }

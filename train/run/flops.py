@@ -62,7 +62,7 @@ class Cost:
         seen = (vision.image_size // vision.patch_size) ** 2 + first
         blocks = composed.feature_index
         forward = 2 * _weights(inner.vision_tower, without=HEADS) * seen + 4 * blocks * one.hidden_size * seen**2
-        forward *= getattr(tower, "num_tiles", 1)
+        forward = (getattr(one, "flops", 0) or forward) * getattr(tower, "num_tiles", 1)  # of timm's: counted by torch
 
         def words(module: nn.Module) -> float:
             return learns * _weights(module, without=("lora_",)) + 6.0 * _weights(module, only="lora_")

@@ -6,18 +6,12 @@ There is no third outcome. train/README.md has the table.
 from pathlib import Path
 
 import pytest
-import torch
 import transformers as tf
-from toys import word_tokenizer
+from promises import learns_and_returns, write_lm
 
-from train.config import Model, Stage
+from train.config import Model
 from train.errors import UsageError
 from train.model.compose import compose
-from train.model.forward import hidden_states, token_losses, tower_features
-from train.model.learn import prepare
-from train.model.skip_unlabelled import skip_unlabelled
-from train.publish.export import merge_trained, write_folder
-from train.run.stage import make_encoder
 
 README = Path(__file__).parents[3] / "train" / "README.md"
 EQUAL = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -69,119 +63,37 @@ REFUSED = {
     "falcon": tf.FalconConfig(**EQUAL),
     "gpt2": tf.GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4),
 }
-SEES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-SEES |= {"image_size": 28, "patch_size": 14}
-TOWERS = {
-    "clip": tf.CLIPVisionConfig(**SEES),
-    "siglip": tf.SiglipVisionConfig(**SEES),
-    "dinov2": tf.Dinov2Config(**SEES),
-}
-NO_TOWERS = {
-    "dinov2_with_registers": tf.Dinov2WithRegistersConfig(**SEES),
-    "dinov3_vit": tf.DINOv3ViTConfig(**SEES),
-    "siglip2_vision_model": tf.Siglip2VisionConfig(**{k: v for k, v in SEES.items() if k != "image_size"}),
-}
+SIGLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+SIGLIP |= {"image_size": 28, "patch_size": 14}
 
 
 @pytest.fixture
 def options(tmp_path):
-    """Write a language model of a configuration, all weights drawn, and a tower's; return what composes them."""
+    """Write a language model of a configuration, all weights drawn, and a SigLIP; return what composes them."""
 
-    def write(lm, tower):
-        torch.manual_seed(0)
-        model = tf.AutoModelForCausalLM.from_config(lm)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape))
-        model.save_pretrained(tmp_path / "lm")
-        word_tokenizer().save_pretrained(tmp_path / "lm")
-        tower.save_pretrained(tmp_path / "tower")
+    def write(lm):
+        write_lm(lm, tmp_path / "lm")
+        tf.SiglipVisionConfig(**SIGLIP).save_pretrained(tmp_path / "tower")
         return Model(tower=str(tmp_path / "tower"), tower_weights="fresh", lm=str(tmp_path / "lm"), template="qa")
 
     return write
 
 
-def states(composed, texts, feats, packed):
-    """The hidden states of documents, in one row or each by itself."""
-    rows = [texts] if packed else [[text] for text in texts]
-    out = []
-    for row, picture in zip(rows, [feats] if packed else feats.split(1), strict=True):
-        lengths = [len(text) for text in row]
-        positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        out.append(hidden_states(composed, torch.cat(row)[None], positions, picture, lengths if packed else ()))
-    return torch.cat(out, 1)[0]
-
-
-def learns_and_returns(options, folder):
-    """Check all that is promised of a family; return whether it packs."""
-    composed, stage = compose(options), Stage(tune="lora", lora_rank=2, lora_alpha=4, lora_dropout=0.0)
-    side, image = composed.vision.image_size, [composed.image_id] * composed.vision.tokens_per_image
-    pixels = torch.randint(0, 255, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    feats = tower_features(composed, pixels)
-    texts = [torch.tensor([5, *image, *range(6, 13)]), torch.tensor([*image, 20, 21, 7, 30, 31])]
-    with torch.no_grad():
-        alone = states(composed, texts, feats, packed=False)
-        if composed.can_pack:
-            largest = float(alone.abs().max())
-            torch.testing.assert_close(states(composed, texts, feats, packed=True), alone, rtol=0, atol=1e-5 * largest)
-
-    trainable = prepare(composed, stage)
-    skip_unlabelled(composed.model.model.language_model)
-    optimizer = torch.optim.SGD(trainable.values(), lr=0.1)
-    for _ in range(2):  # LoRA's first factor has no gradient before its second has moved
-        optimizer.zero_grad()
-        hidden = states(composed, texts, feats, packed=composed.can_pack)
-        token_losses(composed.model, hidden[[8, 9, -2]], torch.tensor([9, 10, 31])).sum().backward()
-        optimizer.step()
-    moved = [name for name, p in trainable.items() if "lora_B" in name and p.grad is not None and p.grad.any()]
-    assert moved and all(torch.isfinite(p).all() for p in trainable.values())
-
-    again = compose(options)
-    assert again.fingerprint == composed.fingerprint
-    merge_trained(again.model, {name: p.detach() for name, p in trainable.items()}, 2.0)
-    folder.mkdir()
-    write_folder(again, make_encoder(again, options, stage), folder, torch.float32)
-    native = tf.AutoModelForImageTextToText.from_pretrained(folder).eval()
-    composed.model.eval()
-    with torch.no_grad():
-        ours = composed.model.lm_head(states(composed, texts, feats, packed=False))
-        shown = {"pixel_values": ((pixels.float() / 255) - torch.tensor(composed.vision.mean).view(1, 3, 1, 1))}
-        shown["pixel_values"] /= torch.tensor(composed.vision.std).view(1, 3, 1, 1)
-        theirs = [
-            native(input_ids=text[None], pixel_values=shown["pixel_values"][i : i + 1]).logits[0]
-            for i, text in enumerate(texts)
-        ]
-    torch.testing.assert_close(torch.cat(theirs), ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
-    return composed.can_pack
-
-
 @pytest.mark.parametrize("family", PACKED)
 def test_a_family_that_packs(family, options, tmp_path):
-    assert learns_and_returns(options(PACKED[family], TOWERS["siglip"]), tmp_path / "out")
+    assert learns_and_returns(options(PACKED[family]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", UNPACKED)
 def test_a_family_that_trains_without_packing(family, options, tmp_path):
-    assert not learns_and_returns(options(UNPACKED[family], TOWERS["siglip"]), tmp_path / "out")
+    assert not learns_and_returns(options(UNPACKED[family]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_that_is_refused(family, options):
     with pytest.raises(UsageError, match="model.lm") as error:
-        compose(options(REFUSED[family], TOWERS["siglip"]))
+        compose(options(REFUSED[family]))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_tower(tower, family, options, tmp_path):
-    assert learns_and_returns(options(PACKED[family], TOWERS[tower]), tmp_path / "out")
-
-
-@pytest.mark.parametrize("tower", NO_TOWERS)
-def test_a_tower_that_is_refused(tower, options):
-    with pytest.raises(UsageError, match=f"is a '{tower}'; expected"):
-        compose(options(PACKED["llama"], NO_TOWERS[tower]))
 
 
 def test_the_readme_lists_each_family_where_it_belongs():
@@ -190,4 +102,3 @@ def test_the_readme_lists_each_family_where_it_belongs():
     for title, families in (("packed", PACKED), ("unpacked", UNPACKED), ("refused", REFUSED)):
         listed = {word.strip(" `") for word in rows[title].split(",")}
         assert set(families) <= listed, title
-    assert {word.strip(" `") for word in rows["towers refused"].split(",")} == set(NO_TOWERS)
