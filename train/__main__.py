@@ -335,11 +335,12 @@ def check(config: ConfigOption = None, settings: SetOption = None, as_json: Json
     Example: `python -m train check --config pipelines/bunny.toml` writes nothing: it prints every option.
     """
     options = configuration.load(config, settings or ())
-    from train.data.prompts import get_template
+    from train.data.prompts import OWN, get_template
     from train.eval.tasks import check_published
 
     for stage in (options.align, options.finetune):
-        get_template(stage.template or options.model.template)
+        if (name := stage.template or options.model.template) not in ("", OWN):
+            get_template(name)
     check_published(options.eval.published)
     composed = describe_model(options.model)
     if "parameters" in composed:

@@ -40,7 +40,7 @@ class Model:
     scales: int = 1  # S²: also see the image at 2, 3, … times the tower's size, in tiles; Bunny v1.1 takes 3
     lm_head_bias: Literal["fold", "drop"] = "fold"  # of Phi's head; drop: Bunny's class has none, so it was lost there
     scale_features: bool = False  # times sqrt(hidden_size): what transformers before 5.4 did to Gemma's image features
-    template: str = "vicuna"
+    template: str = ""  # prompts.py's, or "chat": the language model's own, the default where it has one; else "vicuna"
     image_token: str = "<image>"
     max_length: int = 2048
     shrink: Literal["", "tiny"] = ""  # tiny: same classes with a few thousand fresh weights a layer

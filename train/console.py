@@ -129,4 +129,18 @@ def describe_model(model: configuration.Model) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in native.parameters()),
         "tokens_per_image": vision.tokens_per_image,
     }
-    return {**counts, "limits": limits(native.config)}
+    return {**counts, "template": describe_template(model), "limits": limits(native.config)}
+
+
+def describe_template(model: configuration.Model) -> str:
+    """Say which template conversations are written in, where the configuration leaves that to the tokenizer."""
+    from train.data.own_template import read_own_template
+    from train.data.prompts import OWN
+    from train.model.language import load_tokenizer
+    from train.run.stage import template_name
+
+    if model.template not in ("", OWN):
+        return ""
+    tokenizer = load_tokenizer(model)
+    name = template_name(model, tokenizer)
+    return f"{name}: the language model's own, {read_own_template(tokenizer).end} ends answers" if name == OWN else name

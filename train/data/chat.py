@@ -1,15 +1,20 @@
 """The chat template of an export: Jinja that renders, for any of our templates, what `Encoder` encodes piece by piece.
 
 One Jinja text serves all; a template's constants are set at its head, so that the exported file can be read by itself.
+A language model's own template reads texts alone, as most do: what stands before it makes one text of each message,
+with the image token in the place of an image.
 """
 
 from __future__ import annotations
 
 import json
+import re
 
-from train.data.prompts import Encoder
+from train.data.own_template import OwnTemplate
+from train.data.prompts import Encoder, Template
 
-_JINJA = """\
+OWN_FOLLOWS = "{#- What follows is the language model's own template. #}\n"
+_MACROS = """\
 {%- macro images(content) -%}
 {%- if content is not string %}{% for part in content if part['type'] == 'image' %}{{ IMAGE }}{% endfor %}{% endif -%}
 {%- endmacro -%}
@@ -25,6 +30,26 @@ _JINJA = """\
 {{ '' if loop.first else '\\n' }}{{ IMAGE if part['type'] == 'image' else part['text'] | trim }}
 {%- endfor %}{% endif -%}
 {%- endmacro -%}
+"""
+_OWN = """\
+{%- if enable_thinking is not defined %}{% set enable_thinking = THINKS %}{% endif -%}
+{%- set state = namespace(folded='', messages=[]) -%}
+{%- for message in messages -%}
+{%- set said = both(message['content'] or '') -%}
+{%- if FOLD and message['role'] == 'system' -%}
+{%- set state.folded = said -%}
+{%- else -%}
+{%- if state.folded and message['role'] == 'user' -%}
+{%- set said = state.folded + ('\\n' if said else '') + said -%}
+{%- set state.folded = '' -%}
+{%- endif -%}
+{%- set state.messages = state.messages + [dict(message, content=said)] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = state.messages -%}
+{{- BOS -}}
+"""
+_JINJA = """\
 {%- set state = namespace(folded='', prefix=ASSISTANT, system=SYSTEM) -%}
 {%- if messages and messages[0]['role'] == 'system' and words(messages[0]['content']) -%}
 {%- set state.system = words(messages[0]['content']) -%}
@@ -60,6 +85,9 @@ _JINJA = """\
 def chat_template(encoder: Encoder) -> str:
     """Return the Jinja template that renders what `encoder` encodes."""
     template, tokenizer = encoder.template, encoder.tokenizer
+    if isinstance(template, OwnTemplate):
+        return _wrap(template, encoder)
+    assert isinstance(template, Template)
     bare = template.assistant if template.bare_assistant is None else template.bare_assistant
     constants: dict[str, str] = {
         "IMAGE": encoder.image_token,
@@ -77,5 +105,24 @@ def chat_template(encoder: Encoder) -> str:
         "AFTER_END": template.after_end,
         "QUESTION": template.question,
     }
-    settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in constants.items())
-    return settings + f"{{%- set FOLD = {str(template.fold_system).lower()} -%}}\n" + _JINJA
+    settings = _settings(constants) + f"{{%- set FOLD = {str(template.fold_system).lower()} -%}}\n"
+    return settings + _MACROS + _JINJA
+
+
+def _wrap(template: OwnTemplate, encoder: Encoder) -> str:
+    tokenizer = encoder.tokenizer
+    constants = {"IMAGE": encoder.image_token, "BOS": "".join(tokenizer.convert_ids_to_tokens(encoder.bos_ids))}
+    # The export's tokenizer ends texts with what ends answers; here its names mean what they meant.
+    constants |= {name: token for name, token in template.tokens.items() if re.search(rf"\b{name}\b", template.source)}
+    flags = {"FOLD": template.folds_system, "THINKS": template.thinks}
+    switches = "".join(f"{{%- set {name} = {str(value).lower()} -%}}\n" for name, value in flags.items())
+    return _settings(constants) + switches + _MACROS + _OWN + OWN_FOLLOWS + template.source
+
+
+def own_source(text: str) -> str:
+    """Return the language model's own template in the chat template of an export, else the whole."""
+    return text.partition(OWN_FOLLOWS)[2] or text
+
+
+def _settings(constants: dict[str, str]) -> str:
+    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in constants.items())

@@ -28,6 +28,7 @@ from train.dist import Runtime
 from train.folder import whole_file
 
 KEPT = 8  # files of lengths beside the runs
+COUNTS = ("num_truncated", "num_thinking", "num_shortened")
 SPAN = 2048  # samples that a worker measures at a time
 log = logging.getLogger("train")
 
@@ -54,6 +55,8 @@ class Spans(torch.utils.data.Dataset[Measured]):
             out.lengths[i], out.images[i] = len(encoded.ids), encoded.num_images
             out.supervised[i] = int((encoded.labels[1:] >= 0).sum())
             out.num_truncated += encoded.truncated
+            out.num_thinking += encoded.thinks
+            out.num_shortened += encoded.shortened
         return out
 
 
@@ -70,7 +73,8 @@ def measure(
         np.concatenate([getattr(part, name) for part in parts]) for name in ("lengths", "supervised", "images")
     )
     reasons = {index: reason for part in parts for index, reason in part.reasons.items()}
-    return Measured(lengths, supervised, images, sum(part.num_truncated for part in parts), reasons)
+    truncated, thinking, shortened = (sum(getattr(part, name) for part in parts) for name in COUNTS)
+    return Measured(lengths, supervised, images, truncated, reasons, thinking, shortened)
 
 
 def measure_once(
@@ -116,7 +120,7 @@ def _write(measured: Measured, path: Path) -> None:
     with whole_file(path) as file:
         np.savez(
             file,
-            **{name: getattr(measured, name) for name in ("lengths", "supervised", "images", "num_truncated")},
+            **{name: getattr(measured, name) for name in ("lengths", "supervised", "images", *COUNTS)},
             rejected=np.array(list(measured.reasons), np.int64),
             reasons=np.array(list(measured.reasons.values()), str),
         )
@@ -128,7 +132,8 @@ def _read(path: Path, num: int) -> Measured | None:
             found = {name: file[name] for name in file.files}
         reasons = dict(zip(found["rejected"].tolist(), found["reasons"].tolist(), strict=True))
         lengths, supervised, images = (found[name] for name in ("lengths", "supervised", "images"))
-        measured = Measured(lengths, supervised, images, int(found["num_truncated"]), reasons)
+        truncated, thinking, shortened = (int(found[name]) for name in COUNTS)
+        measured = Measured(lengths, supervised, images, truncated, reasons, thinking, shortened)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     return measured if len(measured.lengths) == num else None

@@ -5,7 +5,8 @@ special token, or an image; each piece is supervised or not. Pieces are tokenise
 exported, so that a label never depends on counting tokens or on finding separators in the text. Text of a sample can
 never become a special token: only a template writes those. Supervised are the answers and the token that ends them.
 
-The Jinja template of chat.py renders the same strings; tests hold the two together, token by token.
+The Jinja template of chat.py renders the same strings; tests hold the two together, token by token. A language model's
+own chat template is taken apart into the same pieces by own_template.py.
 Sources: LLaVA conversation.py (v1, plain), Bunny conversation.py (bunny, phi3, minicpm, llama), LLaVA-Gemma (gemma).
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,10 @@ from pipelines import records
 from train.errors import UsageError, did_you_mean
 
 IGNORED = -100  # the label of a position without a target
+OWN = "chat"  # the name of the language model's own template
 PLACEHOLDER = "<image>"  # how data marks an image, whatever the tokenizer's own image token is
 _ROLE_NAMES = {"human": "user", "gpt": "assistant", "system": "system"}
+TOOLS = frozenset("tool tools function function_call observation tool_call tool_response ipython environment".split())
 ROLES = {speaker: _ROLE_NAMES[role] for speaker, role in records.ROLES.items()}
 _CURIOUS = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -96,7 +99,7 @@ TEMPLATES = {
 def get_template(name: str) -> Template:
     """Return the template of that name.  Raises: UsageError with the list of names."""
     if name not in TEMPLATES:
-        raise UsageError(f"unknown template {name!r}{did_you_mean(name, TEMPLATES)}")
+        raise UsageError(f"unknown template {name!r}{did_you_mean(name, [*TEMPLATES, OWN])}")
     return TEMPLATES[name]
 
 
@@ -157,8 +160,10 @@ def parse(conversations: Any, num_images: int) -> list[Turn]:
 def _parse_turn(entry: Any, has_images: bool) -> tuple[str, tuple[str | None, ...]]:
     if not isinstance(entry, dict):
         raise Rejected("bad_turn")
-    role = ROLES.get(str(entry.get("from", entry.get("role"))).lower())
-    value = entry.get("value", entry.get("content"))
+    speaker = str(entry.get("from", entry.get("role"))).lower()
+    role, value = ROLES.get(speaker), entry.get("value", entry.get("content"))
+    if speaker in TOOLS or entry.get("tool_calls"):
+        raise Rejected("tool_turn")
     if role is None or not isinstance(value, str):
         raise Rejected("bad_turn")
     try:
@@ -192,7 +197,7 @@ def pieces(turns: Sequence[Turn], template: Template, eos: str) -> list[Piece]:
     if turns and turns[0].role == "system":
         system, turns = turns[0].text, turns[1:]
     if system and not template.fold_system and template.question != "dropped":
-        _add(out, system + template.system_end)
+        add_text(out, system + template.system_end)
     folded = system if template.fold_system else ""
     prefix = template.assistant
     in_prompt = template.lead if template.lead == "\n" else ""  # a space belongs to the answer's first word instead
@@ -203,14 +208,14 @@ def pieces(turns: Sequence[Turn], template: Template, eos: str) -> list[Piece]:
             continue
         answer = turn.text
         supervised = bool(answer)  # an empty answer would only teach to be silent
-        _special(out, template.start_assistant)
-        _add(out, prefix + in_prompt)
-        _add(out, answer if in_prompt or not answer else template.lead + answer, supervised)
-        _special(out, "" if template.end_text else template.end or eos, supervised)
-        _add(out, template.end_text + template.after_end, supervised)
+        add_special(out, template.start_assistant)
+        add_text(out, prefix + in_prompt)
+        add_text(out, answer if in_prompt or not answer else template.lead + answer, supervised)
+        add_special(out, "" if template.end_text else template.end or eos, supervised)
+        add_text(out, template.end_text + template.after_end, supervised)
     if turns and turns[-1].role == "user":
-        _special(out, template.start_assistant)
-        _add(out, prefix + in_prompt)
+        add_special(out, template.start_assistant)
+        add_text(out, prefix + in_prompt)
     return out
 
 
@@ -218,29 +223,30 @@ def _add_question(out: list[Piece], turn: Turn, template: Template, folded: str)
     """Write a user turn and return what precedes its answer."""
     text = "\n".join(part for part in (folded, turn.text) if part)
     if template.question == "inline":
-        _special(out, template.start_user)
-        _add(out, template.user + template.lead)
+        add_special(out, template.start_user)
+        add_text(out, template.user + template.lead)
         parts = ((folded,) if folded else ()) + turn.parts
         for i, part in enumerate(parts):
-            _add(out, "\n" if i else "")
+            add_text(out, "\n" if i else "")
             if part is None:
                 out.append(Piece(None))
             else:
-                _add(out, part)
+                add_text(out, part)
         if template.end_user:
-            _special(out, template.end_user)
-            _add(out, template.after_end)
+            add_special(out, template.end_user)
+            add_text(out, template.after_end)
         return template.assistant
     out.extend(Piece(None) for _ in range(turn.num_images))
     if template.question == "dropped":
         return template.assistant
     if not text and template.bare_assistant is not None:
         return template.bare_assistant
-    _add(out, template.user + template.lead + text)
+    add_text(out, template.user + template.lead + text)
     return template.assistant
 
 
-def _add(out: list[Piece], text: str, supervised: bool = False) -> None:
+def add_text(out: list[Piece], text: str, supervised: bool = False) -> None:
+    """Append text, to the last piece where that is text of the same kind."""
     if not text:
         return
     if out and out[-1].text is not None and not out[-1].special and out[-1].supervised == supervised:
@@ -248,31 +254,59 @@ def _add(out: list[Piece], text: str, supervised: bool = False) -> None:
     out.append(Piece(text, supervised=supervised))
 
 
-def _special(out: list[Piece], token: str, supervised: bool = False) -> None:
+def add_special(out: list[Piece], token: str, supervised: bool = False) -> None:
+    """Append a special token, if it is one."""
     if token:
         out.append(Piece(token, special=True, supervised=supervised))
 
 
+class Own(Protocol):
+    """A template that writes its pieces itself (own_template.py); `end` is the special token that ends answers."""
+
+    @property
+    def name(self) -> str:
+        """The template's name."""
+
+    @property
+    def end(self) -> str:
+        """The special token that ends answers."""
+
+    def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
+        """Write turns as pieces."""
+
+    def thinking(self, turns: Sequence[Turn]) -> bool:
+        """Whether the last answer begins with thinking."""
+
+    def leaves_out(self, turns: Sequence[Turn]) -> bool:
+        """Whether a text of the turns is not written."""
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """ids, labels: i32 [n]; an image is a run of the image token; labels are IGNORED where nothing is learnt."""
+    """ids, labels: i32 [n]; an image is a run of the image token; labels are IGNORED where nothing is learnt.
+
+    thinks: the last answer begins with thinking. shortened: its template leaves a text out, as earlier thinking.
+    """
 
     ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     num_images: int
     truncated: bool = False
+    thinks: bool = False
+    shortened: bool = False
 
 
 class Encoder:
     """Tokenise pieces as the exported processor tokenises the rendered chat template."""
 
-    def __init__(self, tokenizer: Any, template: Template, image_token: str, tokens_per_image: int) -> None:
+    def __init__(self, tokenizer: Any, template: Template | Own, image_token: str, tokens_per_image: int) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.image_id = int(tokenizer.convert_tokens_to_ids(image_token))
         self.image_token = image_token
         self.tokens_per_image = tokens_per_image
-        missing = [t for t in template.special_tokens if not is_token(tokenizer, t)]
+        needed = template.special_tokens if isinstance(template, Template) else [template.end]
+        missing = [t for t in needed if not is_token(tokenizer, t)]
         if missing:
             raise UsageError(f"template {template.name!r} needs {', '.join(missing)}, which the tokenizer lacks")
         if not template.end and tokenizer.eos_token is None:
@@ -283,12 +317,24 @@ class Encoder:
         if full[len(full) - len(bare) :] != bare:
             raise UsageError("the tokenizer appends tokens to every text (an eos post-processor); remove that first")
         self.bos_ids = full[: len(full) - len(bare)]
+        if self.bos_ids and not isinstance(template, Template) and self._begins_with_bos(template):
+            self.bos_ids = []
         # SentencePiece-like tokenizers write a space before the first word of a text: text that continues a text is
         # then tokenised behind a newline, which is cut off again.
         newline, inner = self._ids("\n"), self._ids("\na")
         self._anchor = newline if inner[: len(newline)] == newline and inner[len(newline) :] != bare else []
         after = list(tokenizer(self.end_token + "a", add_special_tokens=False)["input_ids"])[1:]
         self._space_after_special = after == bare
+
+    def _begins_with_bos(self, template: Own) -> bool:
+        first = template.pieces([Turn("user", ("a",))])[0]
+        return first.special and self.tokenizer.convert_tokens_to_ids(first.text) == self.bos_ids[0]
+
+    def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
+        """Write turns as pieces, to where the next answer begins if they end with a question."""
+        if isinstance(self.template, Template):
+            return pieces(turns, self.template, self.end_token)
+        return self.template.pieces(turns)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -321,7 +367,7 @@ class Encoder:
 
         Raises: Rejected where the cut would tear an image, or nothing is left to learn.
         """
-        ids, labels = self.piece_ids(pieces(turns, self.template, self.end_token))
+        ids, labels = self.piece_ids(self.pieces(turns))
         truncated = len(ids) > max_length
         if truncated and self.image_id in ids[max_length:]:
             raise Rejected("image_beyond_max_length")
@@ -329,8 +375,9 @@ class Encoder:
         # A label at position 0 has nothing before it to be predicted from.
         if not any(label != IGNORED for label in labels[1:]):
             raise Rejected("no_supervised_token")
-        num_images = sum(turn.num_images for turn in turns)
-        return Encoded(np.array(ids, np.int32), np.array(labels, np.int32), num_images, truncated)
+        num_images, own = sum(turn.num_images for turn in turns), self.template
+        told = (False, False) if isinstance(own, Template) else (own.thinking(turns), own.leaves_out(turns))
+        return Encoded(np.array(ids, np.int32), np.array(labels, np.int32), num_images, truncated, *told)
 
 
 def is_token(tokenizer: Any, token: str) -> bool:

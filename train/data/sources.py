@@ -376,6 +376,8 @@ class Measured:
     images: NDArray[np.int32]
     num_truncated: int
     reasons: dict[int, str]  # sample index -> why it is skipped
+    num_thinking: int = 0  # samples whose last answer begins with thinking that the template knows
+    num_shortened: int = 0  # samples of which the template leaves a text out
 
     @property
     def usable(self) -> NDArray[np.int64]:

@@ -37,7 +37,8 @@ class Speaker:
         with torch.inference_mode():
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        said = self.processor.batch_decode(new, skip_special_tokens=True)
+        return [text.rpartition("</think>")[2].strip() for text in said]  # without the thinking before an answer
 
     def truth_losses(
         self, turns: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], truths: Sequence[str]

@@ -7,6 +7,7 @@ parts would save itself without the `vision_model.` infix and without `text_conf
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import shutil
@@ -20,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train.data.chat import chat_template
-from train.data.prompts import Encoder
+from train.data.own_template import OwnTemplate
+from train.data.prompts import Encoder, Template
 from train.errors import TrainError, UsageError
 from train.folder import LOCK, held, read_json, relative, write_json
 from train.model.compose import Composed, compose, fold_feature_scale
@@ -58,6 +60,9 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False, parts: 
         merge_trained(composed.model, checkpoint.load_trained(run), stage.lora_alpha / stage.lora_rank)
         fold_feature_scale(composed.model, composed.feature_scale)
         encoder = make_encoder(composed, model, stage)
+        if isinstance(encoder.template, OwnTemplate):
+            thinks = 2 * manifest["result"].get("thinking", 0) > manifest["result"]["samples"]
+            encoder.template = dataclasses.replace(encoder.template, thinks=thinks)
         if parts:
             _set_ends(composed, encoder)
             processor = _processor(composed, encoder)
@@ -158,7 +163,7 @@ def _set_ends(composed: Composed, encoder: Encoder) -> None:
     from transformers import GenerationConfig
 
     tokenizer, config = composed.tokenizer, composed.model.config
-    if not encoder.template.end_text:
+    if not (isinstance(encoder.template, Template) and encoder.template.end_text):
         tokenizer.eos_token = encoder.end_token
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     ids["bos_token_id"] = encoder.bos_ids[0] if encoder.bos_ids else tokenizer.bos_token_id

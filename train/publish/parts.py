@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from train.data.chat import own_source
 from train.errors import UsageError
 from train.folder import write_json
 from train.model.compose import own_tower
@@ -44,6 +45,7 @@ def write_parts(model: Any, tokenizer: Any, image_processor: Any, out: Path, dty
         raise UsageError(f"--parts: {own_tower(model.config)} is no class of transformers, and no converter knows it")
     _language_model(model, dtype).save_pretrained(out / "language_model")
     model.generation_config.save_pretrained(out / "language_model")
+    tokenizer.chat_template = own_source(tokenizer.chat_template)  # its readers put images into texts themselves
     tokenizer.save_pretrained(out / "language_model")
     write_for_older_readers(out / "language_model")
     _write_tower(model, image_processor, out / "vision_tower", dtype)

@@ -25,7 +25,7 @@ def describe(config: Config, stage_name: str, data: str, images: str | None, num
     tokenizer = load_tokenizer(config.model)
     image_token_id(tokenizer, config.model.image_token)
     tokens = describe_tower(config.model)[1].tokens_per_image
-    encoder = Encoder(tokenizer, stage_template(config.model, stage), config.model.image_token, tokens)
+    encoder = Encoder(tokenizer, stage_template(config.model, stage, tokenizer), config.model.image_token, tokens)
     source = open_source(data, images)
     for index in range(min(num, len(source))):
         try:

@@ -16,13 +16,15 @@ from train.config import ADDED, Config, Model, Stage
 from train.data.batches import Collator, Plan
 from train.data.chat import chat_template
 from train.data.measuring import measure_once
-from train.data.prompts import Encoder, Rejected, Template, get_template, parse, pieces, to_messages
+from train.data.own_template import OwnTemplate, read_own_template
+from train.data.prompts import OWN, Encoder, Rejected, Template, get_template, parse, to_messages
 from train.data.sources import Measured, Source, check_bad, open_source
 from train.dist import Runtime, leave_group
 from train.errors import DataError, UsageError
 from train.folder import MEASURED, absolute, digest_data, finish, held, open_run, read_json, relative
 from train.model import attention
 from train.model.compose import Composed, compose
+from train.model.language import load_tokenizer
 from train.model.learn import prepare, recompute
 from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
@@ -34,6 +36,7 @@ from train.run.memory import size_pass
 
 StageName = Literal["align", "finetune"]
 PARITY_SAMPLES = 32
+DEFAULT_TEMPLATE = "vicuna"  # of a language model without one of its own
 log = logging.getLogger("train")
 
 
@@ -57,6 +60,9 @@ def run_stage(
     with ExitStack() as stack:
         stack.callback(leave_group)
         source = open_source(data, images, digest=runtime.rank == 0)
+        if not config.model.template:  # the manifest says which it was
+            name = template_name(config.model, load_tokenizer(config.model))
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, template=name))
         request = _request(stage_name, config, stage, data, images, align, out)
         if source.images_digest:
             request["inputs"]["images_digest"] = source.images_digest
@@ -95,9 +101,17 @@ def load_options(run: Path) -> tuple[Model, Stage, StageName]:
     return dataclasses.replace(model, tower=tower, lm=lm, tokenizer=tokenizer), stage, stage_name
 
 
-def stage_template(model: Model, stage: Stage) -> Template:
-    """Return the conversation template of a stage."""
-    template = get_template(stage.template or model.template)
+def template_name(model: Model, tokenizer: Any) -> str:
+    """Return what `model.template` names: by default the language model's own template, where it has one."""
+    return model.template or (OWN if tokenizer.chat_template else DEFAULT_TEMPLATE)
+
+
+def stage_template(model: Model, stage: Stage, tokenizer: Any) -> Template | OwnTemplate:
+    """Return the conversation template of a stage.  Raises: UsageError."""
+    name = stage.template or template_name(model, tokenizer)
+    if name == OWN:
+        return read_own_template(tokenizer)
+    template = get_template(name)
     if template.name == "plain" and not stage.plain_eos:
         return dataclasses.replace(template, end_text="\n")
     return template
@@ -105,7 +119,7 @@ def stage_template(model: Model, stage: Stage) -> Template:
 
 def make_encoder(composed: Composed, model: Model, stage: Stage) -> Encoder:
     """Return the encoder of a stage."""
-    template = stage_template(model, stage)
+    template = stage_template(model, stage, composed.tokenizer)
     return Encoder(composed.tokenizer, template, composed.image_token, composed.vision.tokens_per_image)
 
 
@@ -230,12 +244,16 @@ def check_parity(source: Source, encoder: Encoder) -> None:
         try:
             record = source.record(index)
             turns = parse(record.conversations, len(record.images))
-            ours, _ = encoder.piece_ids(pieces(turns, encoder.template, encoder.end_token))
+            ours, _ = encoder.piece_ids(encoder.pieces(turns))
         except Rejected:
+            continue
+        own = encoder.template if isinstance(encoder.template, OwnTemplate) else None
+        if own is not None and not own.is_plain(turns):
             continue
         if any(token in part for turn in turns for part in turn.parts if part for token in special):
             continue  # text that imitates a special token stays text here, and becomes the token there
-        text = encoder.tokenizer.apply_chat_template(to_messages(turns), chat_template=template, tokenize=False)
+        said = {} if own is None else {"enable_thinking": own.thinking(turns)}
+        text = encoder.tokenizer.apply_chat_template(to_messages(turns), chat_template=template, tokenize=False, **said)
         text = text.replace(encoder.image_token, encoder.image_token * encoder.tokens_per_image)
         theirs = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         if theirs != ours:
@@ -258,6 +276,9 @@ def _announce(
         *("".join(f"; {reason}: {count}" for reason, count in sorted(counts.items())), int(measured.lengths.sum())),
         int(measured.supervised.sum()),
     )
+    if measured.num_thinking or measured.num_shortened:
+        told = "%d samples end with an answer that thinks first; of %d the chat template leaves earlier thinking out"
+        log.info(told, measured.num_thinking, measured.num_shortened)
     positions = getattr(composed.model.config.text_config, "max_position_embeddings", None)
     if positions and (longer := int((measured.lengths > positions).sum())):
         told = "%d samples are longer than the language model's %d positions; --set model.max_length=%d cuts them"
@@ -275,6 +296,7 @@ def _result(training: Training, learnt_from: str) -> dict[str, Any]:
         "samples": len(training.plan.usable),
         "skipped": dict(sorted(Counter(training.skipped.values()).items())),
         "truncated": training.plan.measured.num_truncated,
+        "thinking": training.plan.measured.num_thinking,
         "first_loss": rows[0]["loss"],
         "last_loss": round(sum(row["loss"] for row in tail) / len(tail), 6),
         "tokens": sum(row["tokens"] for row in rows),

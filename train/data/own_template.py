@@ -1,0 +1,251 @@
+"""A language model's own chat template (`template = "chat"`), taken apart into pieces with labels.
+
+The Jinja text is rendered with a mark in the place of each text and image of a sample, so that no text can turn into a
+token. What stands between the marks are the template's own words and special tokens. They depend on a conversation's
+shape alone (its roles, and where texts, images and thinking stand), so that each shape is rendered once.
+
+Learnt is what the model must write itself. Answer k begins where its rendering leaves the prompt that serving writes
+(the turns before it, with `add_generation_prompt`), compared from the last text before the answer on, since templates
+write earlier turns otherwise once another follows. It ends with the first special token behind it. Where a template
+marks what is generated (`{% generation %}`), nothing outside of these marks is learnt.
+
+`<think>…</think>` at the head of an answer goes through the template, which may leave it out of earlier answers; such
+samples are counted. A system text that a template refuses or drops is written before the first question. The date that
+a template asks for is a fixed one: the same request gives the same tokens on any day.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from train.data.prompts import OWN, Piece, Rejected, Turn, add_special, add_text
+from train.errors import UsageError
+
+DATE = datetime.date(2024, 7, 26)  # what Llama 3's template writes where it has no clock
+SHAPES = 4096  # layouts kept at a time
+Shape = tuple[tuple[str, str], ...]  # role and content of each message, with marks
+Layout = list[tuple[int | Piece, bool]]  # a mark's number or the template's own words; whether it is learnt
+_MARK = re.compile("\ue000(\\d+)\ue001")
+_THOUGHT = re.compile(r"(<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+_CLOCK = re.compile(r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)""")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class OwnTemplate:
+    """A chat template: its Jinja text, the special tokens it may name and may write, and what was found of it."""
+
+    source: str
+    tokens: Mapping[str, str]  # bos_token, eos_token, …
+    specials: str  # an expression that finds special tokens, with the spaces that they swallow
+    end: str = ""  # the special token that ends answers
+    folds_system: bool = False
+    thinks: bool = False  # what the export does where a request does not say (enable_thinking)
+    name: str = OWN
+    _layouts: dict[tuple[Shape, bool], Layout] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def knows_thinking(self) -> bool:
+        """Whether the template treats `<think>…</think>` in an answer in its own way."""
+        return "</think>" in self.source
+
+    def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
+        """Write turns as pieces, to where the next answer begins if they end with a question.
+
+        Raises: Rejected where the template refuses them or leaves an answer out.
+        """
+        shape, texts = self._shape(turns)
+        out: list[Piece] = []
+        for item, supervised in self._layout(shape, self.thinking(turns)):
+            if isinstance(item, Piece):
+                if item.special:
+                    add_special(out, item.text or "", supervised)
+                else:
+                    add_text(out, item.text or "", supervised)
+            elif (text := texts[item]) is None:
+                out.append(Piece(None))
+            else:
+                add_text(out, text, supervised)
+        return out
+
+    def thinking(self, turns: Sequence[Turn]) -> bool:
+        """Whether the last answer begins with thinking."""
+        said = [turn.text for turn in turns if turn.role == "assistant"]
+        return self.knows_thinking and bool(said) and bool((found := _THOUGHT.match(said[-1])) and found[2])
+
+    def leaves_out(self, turns: Sequence[Turn]) -> bool:
+        """Whether a text of the turns, such as the thinking of an earlier answer, does not stand in their rendering."""
+        shape, texts = self._shape(turns)
+        return len(texts) > sum(isinstance(item, int) for item, _ in self._layout(shape, self.thinking(turns)))
+
+    def is_plain(self, turns: Sequence[Turn]) -> bool:
+        """Whether the template, given the turns as text, finds thinking where it is looked for here and only there."""
+        if not self.knows_thinking:
+            return True
+        answers = [turn.text for turn in turns if turn.role == "assistant"]
+        rest = [found[4] if (found := _THOUGHT.match(text)) else text for text in answers]
+        rest += [turn.text for turn in turns if turn.role != "assistant"]
+        return not any("think>" in text for text in rest)
+
+    def _shape(self, turns: Sequence[Turn]) -> tuple[Shape, list[str | None]]:
+        """Put marks in the place of texts; return the shape and the texts (None: an image) by mark."""
+        texts: list[str | None] = []
+
+        def mark(text: str | None) -> str:
+            texts.append(text)
+            return _mark(len(texts) - 1)
+
+        folded: tuple[str | None, ...] = ()
+        shape = []
+        for turn in turns:
+            if turn.role == "assistant":
+                shape.append((turn.role, self._mark_answer(turn.text, mark)))
+            elif turn.role == "system" and self.folds_system:
+                folded = (turn.text,)
+            elif turn.role == "system":
+                shape.append((turn.role, mark(turn.text)))
+            else:
+                shape.append((turn.role, "\n".join(map(mark, folded + turn.parts))))
+                folded = ()
+        return tuple(shape), texts
+
+    def _mark_answer(self, text: str, mark: Any) -> str:
+        found = _THOUGHT.match(text) if self.knows_thinking else None
+        if found is None:
+            return mark(text) if text else ""
+        opened, thought, closed, answer = found.groups()
+        return opened + (mark(thought) if thought else "") + closed + (mark(answer) if answer else "")
+
+    def _layout(self, shape: Shape, thinking: bool) -> Layout:
+        if (shape, thinking) not in self._layouts:
+            if len(self._layouts) >= SHAPES:
+                self._layouts.clear()
+            self._layouts[shape, thinking] = self._lay_out(shape, thinking)
+        return self._layouts[shape, thinking]
+
+    def _lay_out(self, shape: Shape, thinking: bool) -> Layout:
+        asks = bool(shape) and shape[-1][0] == "user"
+        text, generated = self.render(shape, thinking=thinking, asks=asks)
+        spans = []
+        for number, (role, content) in enumerate(shape):
+            if role == "assistant" and _MARK.search(content):
+                start, end = self._span(shape, number, text, thinking)
+                if generated is not None:
+                    within = [a for a, b in generated if a < end and start < b]
+                    start = max(start, min(within, default=end))
+                spans.append((start, end))
+        found = [*_MARK.finditer(text), *re.finditer(self.specials, text)]
+        inside = {at for match in found for at in range(match.start() + 1, match.end())}
+        edges = {0, len(text), *(at for match in found for at in match.span()), *(at for span in spans for at in span)}
+        kinds = {match.start(): match for match in found}
+        cuts = sorted(edges - inside)
+        layout: Layout = []
+        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+            supervised = any(first < end and start < last for first, last in spans)
+            match = kinds.get(start)
+            if match is None:
+                layout.append((Piece(text[start:end]), supervised))
+            elif match.re is _MARK:
+                layout.append((int(match[1]), supervised))
+            else:
+                layout.append((Piece(match[0].strip(), special=True), supervised))
+        return layout
+
+    def _span(self, shape: Shape, number: int, text: str, thinking: bool) -> tuple[int, int]:
+        """Return where the answer of a message begins in a rendering, and where the token that ends it does."""
+        marks = [text.find(match[0]) for match in _MARK.finditer(shape[number][1])]
+        shown = [at for at in marks if at >= 0]
+        if marks[-1] < 0 or shown != sorted(shown):
+            raise Rejected("answer_left_out_by_chat_template")
+        earlier = [match for match in _MARK.finditer(text) if match.end() <= shown[0]][-1:]
+        after = earlier[0].end() if earlier else 0
+        prompt, _ = self.render(shape[:number], thinking=thinking, asks=True)
+        asked = list(_MARK.finditer(prompt))[-1:]
+        if [match[0] for match in asked] != [match[0] for match in earlier]:
+            raise Rejected("prompt_changed_by_chat_template")
+        tail = prompt[asked[0].end() if asked else 0 :]
+        start = after + len(os.path.commonprefix([text[after : shown[0]], tail]))
+        last = _MARK.match(text, marks[-1])
+        following = _MARK.search(text, last.end() if last else 0)
+        end = re.compile(self.specials).search(text, last.end() if last else 0)
+        if end is None or (following and following.start() < end.start()) or self.end not in ("", end[0].strip()):
+            raise Rejected("answer_without_end_in_chat_template")
+        return start, end.end()
+
+    def render(self, shape: Shape, *, thinking: bool, asks: bool) -> tuple[str, list[tuple[int, int]] | None]:
+        """Render messages; return the text, and where it is marked as generated (None: the template marks nothing).
+
+        Raises: Rejected where the template refuses them.
+        """
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        marks = bool(_GENERATION.search(self.source))
+        try:
+            texts, generated = render_jinja_template(
+                [[{"role": role, "content": content} for role, content in shape]],
+                chat_template=self.source,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=asks,
+                enable_thinking=thinking,
+                **self.tokens,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise Rejected(f"refused_by_chat_template: {error}".splitlines()[0][:200]) from None
+        return texts[0], [(int(a), int(b)) for a, b in generated[0]] if marks else None
+
+
+def _mark(number: int) -> str:
+    return f"\ue000{number}\ue001"
+
+
+def read_own_template(tokenizer: Any) -> OwnTemplate:
+    """Read a tokenizer's chat template and find how it ends answers and what it does with a system text.
+
+    Raises: UsageError where it has none, or where two rounds of question and answer do not stand in it in order, each
+    answer ended by the same special token.
+    """
+    name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+    other = 'name another with model.template, for example "vicuna"'
+    if not tokenizer.chat_template:
+        raise UsageError(f"{name} has no chat template of its own; {other}")
+    source = _CLOCK.sub(lambda found: f"'{DATE.strftime(found[2])}'", tokenizer.get_chat_template())
+    template = OwnTemplate(source, dict(tokenizer.special_tokens_map), _special_tokens(tokenizer))
+    rounds = [Turn("user", (None, "q")), Turn("assistant", ("a",)), Turn("user", ("q",)), Turn("assistant", ("a",))]
+    try:
+        layout = template._layout(template._shape(rounds)[0], False)
+        ends = [
+            item.text
+            for (item, learnt), (_, more) in zip(layout, [*layout[1:], (0, False)], strict=True)
+            if isinstance(item, Piece) and learnt and not more
+        ]
+        if [item for item, _ in layout if isinstance(item, int)] != list(range(5)) or len(set(ends)) != 1:
+            raise Rejected("a question or an answer does not stand in it as given")
+    except Rejected as reason:
+        raise UsageError(f"the chat template of {name} cannot be used ({reason}); {other}") from None
+    return dataclasses.replace(
+        template, end=str(ends[0]), folds_system=not _takes_system(template, rounds), _layouts={}
+    )
+
+
+def _takes_system(template: OwnTemplate, rounds: Sequence[Turn]) -> bool:
+    try:
+        return not template.leaves_out([Turn("system", ("s",)), *rounds])
+    except Rejected:
+        return False
+
+
+def _special_tokens(tokenizer: Any) -> str:
+    """Return an expression that matches a tokenizer's special tokens, the longest first."""
+    tokens = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = []
+    for text in sorted(tokens, key=len, reverse=True):
+        before, after = (r"\s*" if getattr(tokens[text], side) else "" for side in ("lstrip", "rstrip"))
+        found.append(f"{before}{re.escape(text)}{after}")
+    return "|".join(found) or r"(?!)"
