@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,8 @@ class Stage:
     lora_rank: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.05
+    dora: bool = False  # PEFT's use_dora: each weight's magnitude learns apart from its direction (arXiv:2402.09353)
+    rslora: bool = False  # PEFT's use_rslora: factors count alpha / sqrt(rank), not alpha / rank (arXiv:2312.03732)
     quantize: Literal["", "nf4"] = ""  # nf4: QLoRA, the frozen language model in 4 bits (extra `qlora`)
     packing: bool = True  # samples side by side in one row, each seeing only itself; false: padded rows
     micro_tokens: int = 16384  # most tokens, padding included, in one pass; a GPU takes fewer of this default to fit
@@ -89,6 +92,11 @@ class Stage:
     peak_tflops: float = 0.0  # of one device, for MFU; 0: of known GPUs in bf16, else no MFU
     max_bad_share: float = 0.001  # stop above this share of unusable samples; up to three never do, unless half of all
     seed: int = 0
+
+    @property
+    def lora_scale(self) -> float:
+        """By what the product of LoRA's factors counts."""
+        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ class Config:
 
 
 # Options that manifests of 0.1.0 lack. A manifest leaves them out at their default, so that older runs still go on.
-ADDED = frozenset({"norm_samples", "lm_dropout", "schedule", "decay"})
+ADDED = frozenset({"norm_samples", "lm_dropout", "schedule", "decay", "dora", "rslora"})
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
 NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
 
@@ -194,6 +202,10 @@ def _check(config: Config) -> None:
         _hold(name, stage, "betas", lambda value: 0 <= value < 1, "lie in [0, 1)")
         if stage.quantize and (stage.tune != "lora" or stage.shard):
             raise UsageError(f'{name}.quantize needs {name}.tune = "lora", without {name}.shard')
+        if (stage.dora or stage.rslora) and stage.tune != "lora":
+            raise UsageError(f'{name}.{"dora" if stage.dora else "rslora"} needs {name}.tune = "lora"')
+        if stage.dora and stage.shard:
+            raise UsageError(f"{name}.dora does not go with {name}.shard: it takes norms of whole weights")
         if stage.tune == "projector" and stage.tune_tower:
             raise UsageError(f'{name}.tune_tower needs {name}.tune = "lora" or "full"')
     _hold("model", model, "max_length scales", lambda value: value > 0, "be greater than 0")

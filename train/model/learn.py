@@ -29,6 +29,8 @@ def lora_config(stage: Stage, targets: list[str]) -> Any:
         r=stage.lora_rank,
         lora_alpha=stage.lora_alpha,
         lora_dropout=stage.lora_dropout,
+        use_dora=stage.dora,
+        use_rslora=stage.rslora,
         bias="none",
         target_modules=rf"model\.language_model\..*\.({'|'.join(map(re.escape, leaves))})",
     )
@@ -54,7 +56,8 @@ def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stage.seed)
             inject_adapter_in_model(lora_config(stage, targets), model)
-        expected |= {f"{target}.lora_{ab}.default.weight" for target in targets for ab in "AB"}
+        learnt = ("lora_A", "lora_B", *(["lora_magnitude_vector"] if stage.dora else []))
+        expected |= {f"{target}.{name}.default.weight" for target in targets for name in learnt}
     elif stage.tune == "full":
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)

@@ -57,7 +57,7 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False, parts: 
         composed = compose(model, torch.float32)
         if composed.fingerprint != manifest["result"]["fingerprint"]:
             raise TrainError(f"the weights of {model.tower} or {model.lm} have changed since {run} was trained")
-        merge_trained(composed.model, checkpoint.load_trained(run), stage.lora_alpha / stage.lora_rank)
+        merge_trained(composed.model, checkpoint.load_trained(run), stage.lora_scale)
         fold_feature_scale(composed.model, composed.feature_scale)
         encoder = make_encoder(composed, model, stage)
         if isinstance(encoder.template, OwnTemplate):
@@ -111,14 +111,20 @@ def writing(out: Path, record: dict[str, Any], overwrite: bool) -> Iterator[Path
 
 
 def merge_trained(model: Any, trained: Mapping[str, Tensor], scale: float) -> None:
-    """Copy what was trained into the composed model, LoRA factors as `scale * B @ A` onto their layer."""
+    """Copy what was trained into the composed model, LoRA factors as `scale * B @ A` onto their layer.
+
+    DoRA's magnitudes m [out] then give each row of the sum its length: W' = m (W + scale B A) / |W + scale B A|.
+    """
     with torch.no_grad():
         for name, tensor in trained.items():
             if ".lora_A." in name:
                 factor_b = trained[name.replace(".lora_A.", ".lora_B.")]
+                magnitude = trained.get(name.replace(".lora_A.", ".lora_magnitude_vector."))
                 weight = model.get_parameter(name.replace(".lora_A.default.weight", ".weight"))
                 weight.add_(scale * (factor_b.float() @ tensor.float()).to(weight.dtype))
-            elif ".lora_B." not in name:
+                if magnitude is not None:
+                    weight.mul_((magnitude.to(weight.dtype) / torch.linalg.norm(weight, dim=1))[:, None])
+            elif ".lora_" not in name:
                 parameter = model.get_parameter(name)
                 parameter.copy_(tensor)
 

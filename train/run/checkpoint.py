@@ -34,9 +34,11 @@ from train.folder import digest_file
 from train.model.weights import write_tensors
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+MAGNITUDE = "lora_magnitude_vector"
 PROJECTOR = "model.multi_modal_projector."
 GRACE_S = 30.0  # between SIGTERM and SIGKILL: torchrun's default (--shutdown-timeout), Slurm's and Kubernetes' too
-_LORA = re.compile(r"^(.*\.lora_[AB])\.default\.weight$")
+# PEFT writes DoRA's magnitudes without `.weight`.
+_LORA = re.compile(rf"^(.*\.(?:lora_[AB]|{MAGNITUDE}))\.default\.weight$")
 _STEP = re.compile(r"^step-(\d{6,})$")
 
 
@@ -196,7 +198,7 @@ def save_trained(out: Path, trained: Mapping[str, Tensor], lora_config: Any | No
         if name.startswith(PROJECTOR):
             projector[name.removeprefix("model.")] = value
         elif lora:
-            adapter[f"base_model.model.{lora.group(1)}.weight"] = value
+            adapter[f"base_model.model.{lora.group(1)}{'' if MAGNITUDE in name else '.weight'}"] = value
         else:
             rest[name] = value
     write_tensors(projector, out / "projector.safetensors")
@@ -219,7 +221,7 @@ def load_trained(out: Path) -> dict[str, Tensor]:
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{out / file} cannot be read ({error}); train again with --overwrite") from None
             for name, tensor in tensors.items():
-                lora = re.match(r"^base_model\.model\.(.*\.lora_[AB])\.weight$", name)
+                lora = re.match(rf"^base_model\.model\.(.*\.(?:lora_[AB]|{MAGNITUDE}))(?:\.weight)?$", name)
                 trained[f"{lora.group(1)}.default.weight" if lora else prefix + name] = tensor
     if not any(name.startswith(PROJECTOR) for name in trained):
         raise CheckpointError(f"{out} has no projector.safetensors: it is not a finished run")

@@ -74,6 +74,8 @@ def _layer(layer: nn.Module, config: Any, stage: Stage, itemsize: int) -> float:
     if stage.tune == "lora":
         mask = 1 if stage.lora_dropout else 0
         kept += (itemsize + mask) * sum(m.in_features for m in linears.values())
+        # DoRA multiplies two products of each layer by a vector that learns, and keeps them for its gradient.
+        kept += 2 * itemsize * sum(m.out_features for m in linears.values()) if stage.dora else 0
     elif stage.tune == "full":
         # One input serves queries, keys and values, one gate and up; attention's output is counted above.
         kept += itemsize * (2 * config.hidden_size + sum(mlp[:1]))

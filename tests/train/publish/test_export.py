@@ -147,6 +147,30 @@ def test_the_adapter_loads_in_peft(world, run):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("settings", [["dora"], ["rslora"], ["dora", "rslora"]])
+def test_doras_magnitudes_and_rsloras_scale_are_merged(world, tmp_path, settings):
+    """PEFT's own switches; PEFT loads the adapter, and the export gives the logits of training."""
+    from peft import PeftModel
+
+    settings = [*(f"finetune.{name}=true" for name in settings), "finetune.steps=2"]
+    options = train(world / "config.toml", world / "mixed", tmp_path / "run", settings=settings)
+    export(tmp_path / "run", tmp_path / "model", dtype="fp32")
+    composed = compose(options.model)
+    ids = torch.tensor([[5, *[composed.image_id] * 5, 6, 7]])
+    pixels = torch.randint(0, 255, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = trained_logits(world, tmp_path / "run", ids, pixels, settings)
+    speaker = load_speaker(tmp_path / "model")
+    served = speaker.model(input_ids=ids, pixel_values=pixel_values(composed, pixels)).logits
+    torch.testing.assert_close(served, expected, rtol=0, atol=1e-4)
+    loaded = PeftModel.from_pretrained(composed.model, tmp_path / "run" / "adapter")
+    from train.run.checkpoint import load_trained
+
+    ours = {name: tensor for name, tensor in load_trained(tmp_path / "run").items() if "lora_" in name}
+    theirs = {name.removeprefix("base_model.model."): p for name, p in loaded.named_parameters() if "lora_" in name}
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any("magnitude" in name for name in ours) == ("finetune.dora=true" in settings)
+
+
 def test_scaled_features_are_folded_when_exported(world, tmp_path):
     """As transformers before 5.4 trained Gemmas: the factor acts in training, and the export needs to know nothing."""
     settings = ["model.scale_features=true", "finetune.steps=2"]
