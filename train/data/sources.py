@@ -107,8 +107,8 @@ class TarSource:
         """Read the JSON or the caption of one sample.  Raises: Rejected."""
         shard, json_at, json_size, text_at, text_size, image_at, image_size = (int(x) for x in self.rows[index])
         path, key = self.shards[shard], self.keys[index]
-        spans = [(image_at, image_size)] if image_size else []
-        images = tuple((path, *span) for span in [*spans, *self.more.get(index, ())])
+        spans = [(image_at, image_size)] * bool(image_size) + self.more.get(index, [])
+        images = tuple((path, *span) for span in spans)
         stored: Any = None
         with contextlib.suppress(ValueError, RecursionError):
             stored = json.loads(self.files.read(path, json_at, json_size)) if json_size else {}
@@ -376,7 +376,7 @@ class Measured:
     images: NDArray[np.int32]
     num_truncated: int
     reasons: dict[int, str]  # sample index -> why it is skipped
-    num_thinking: int = 0  # samples whose last answer begins with thinking that the template knows
+    num_thinking: int = 0  # samples whose last answer thinks first
     num_shortened: int = 0  # samples of which the template leaves a text out
 
     @property
@@ -395,7 +395,6 @@ def check_bad(source: Source, reasons: dict[int, str], max_share: float) -> None
         return
     counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).most_common())
     examples = "; ".join(f"{source.name(index)} ({reasons[index]})" for index in sorted(reasons)[:3])
-    advice = "; `curate mix` turns other forms of instruction data into LLaVA's"
-    if bad < n:
-        advice = f", or allow more with the stage's max_bad_share (now {max_share})"
+    form, more = "; `curate mix` turns other forms of instruction data into LLaVA's", "the stage's max_bad_share"
+    advice = f", or allow more with {more} (now {max_share})" if bad < n else form
     raise DataError(f"{bad:,} of {n:,} samples cannot be used: {counts}. Examples: {examples}. Mend the data{advice}")
