@@ -116,7 +116,7 @@ def write_selection(folder, source, kept, *, funnel=None, steps=("dedup(0.86)", 
     return str(folder)
 
 
-def tree(folder, *, but=("log.jsonl",)):
+def tree(folder, *, but=("log.jsonl", ".seen.json")):
     """Read every file of a directory."""
     return {
         str(path.relative_to(folder)): path.read_bytes()

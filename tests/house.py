@@ -14,6 +14,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARAL
 os.environ.update(OFFLINE)
 
 
+BESIDE = ("log.jsonl", ".seen.json")  # when a run was, and when its input was written: no part of an artefact
+
+
 def curate(*words, check=True, **options):
     """Run the command line in a process of its own; returns it ended, with stdout and stderr as text."""
     command = [sys.executable, "-m", "curate", *map(str, words)]
@@ -24,11 +27,11 @@ def curate(*words, check=True, **options):
 
 
 def fingerprint(*directories):
-    """Digest every file of the directories but the logs: two equal fingerprints mean byte-identical artefacts."""
+    """Digest every file of the directories but those that tell of the run: equal ones mean byte-identical artefacts."""
     found = {}
     for directory in map(Path, directories):
         for path in sorted(directory.rglob("*")):
-            if path.is_file() and path.name != "log.jsonl":
+            if path.is_file() and path.name not in BESIDE:
                 found[f"{directory.name}/{path.relative_to(directory)}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-APART = ("log.jsonl", "report.html", "events.out", ".png")
+APART = ("log.jsonl", ".seen.json", "report.html", "events.out", ".png")
 VOLATILE = {"versions", "digest", "seconds", "started", "ended", "time", "device", "tokens_per_s", "data_wait_s"}
 VOLATILE |= {"step_s", "mfu", "peak_memory_gb", "supervised_per_s", "eta_s", "_name_or_path"}
 

@@ -37,12 +37,17 @@ def digest(centroids_kd: np.ndarray) -> str:
 
 @dataclass
 class Assign:
-    """Assign the rows of a part of the pool to centroids, write its shards' sidecars, and scatter its vectors."""
+    """Assign the rows of a part of the pool to centroids, write its shards' sidecars, and scatter its vectors.
+
+    kept: shards that stand assigned to these centroids in the directory `home`; they are scattered alone.
+    """
 
     emb: str
     out: str
     buckets: int
     neighbours: int
+    home: str = ""
+    kept: frozenset[str] = frozenset()
 
     def setup(self) -> None:
         """Load the centroids."""
@@ -63,13 +68,19 @@ class Assign:
         where = scatter.location(self.out, part)
         scatter.write(where, places, self.first_row[part], vectors, phash, self.buckets)
         for stem, (_, table) in zip(self.parts[part], found, strict=True):
+            if stem in self.kept:
+                continue
             good = table.num_rows - table["centroid_similarity"].null_count
             facts = {"rows": table.num_rows, "ok": good, **self.facts}
             sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), CLUSTER_SCHEMA, [table], facts)
         return {"rows": places.shape[1], "ok": int((places[0] >= 0).sum())}
 
-    def _shard(self, stem: str, ok: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, pa.RecordBatch]:
+    def _shard(self, stem: str, ok: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, pa.RecordBatch | pa.Table]:
         """Assign one shard. Returns i32 [neighbours, rows], -1 for bad rows, and the columns of its sidecar."""
+        if stem in self.kept and self.neighbours == 1:
+            stands = sidecar.table(paths.join(self.home, f"{stem}.arrow"))
+            advance(len(ok))
+            return stands["cluster"].to_numpy()[None], stands
         find = kmeans.assign if self.neighbours == 1 else kmeans.nearest_two
         nearest, similarity = find(vectors, self.centroids)
         advance(len(ok))

@@ -9,13 +9,13 @@ size on disk until the end. Memory: the sample (1 GiB by default) on the driver,
 worker.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from curate.cluster import edges, giants, recall, scatter
+from curate.cluster import edges, giants, recall, renewed, scatter
 from curate.cluster.assign import CENTROIDS, Assign, digest, is_ok
 from curate.cluster.edges import EDGES
 from curate.cluster.options import ClusterOptions
@@ -35,6 +35,7 @@ from curate.storage.manifest import (
     save_json,
     versions,
 )
+from curate.storage.renewal import settle
 from curate.vectors import kmeans
 from curate.vectors.exact import widen
 from curate.vectors.near_pairs import is_worth_rounding
@@ -55,25 +56,42 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     source = open_input(emb, "embed", "import")
     rows_ok = {stem: int(is_ok(source.table(stem, ["status"])).sum()) for stem in source.stems}
     dim = _dimensions(source)
-    options, inputs = _resolve(options, source, sum(rows_ok.values()), dim)
-    output = open_output(out, "cluster", _recorded(options), inputs, overwrite=job.overwrite)
+    settle(out)
+    before = {} if job.overwrite else renewed.standing(out)
+    options, inputs = _resolve(options, source, sum(rows_ok.values()), dim, before)
+    anew = renewed.why_anew(options, before, source, _recorded(options))
+    output = open_output(
+        out,
+        "cluster",
+        _recorded(options),
+        inputs,
+        overwrite=job.overwrite,
+        parts=renewed.parts(source),
+        anew=anew,
+        free=("k", "sample", "iters", "seed") if options.refit else (),
+    )
     if output.complete:
         return output.manifest
+    output.tell(quiet=job.quiet)
+    renewed.drop_older(output, source.stems, quiet=job.quiet)
+    kept = before if output.basis and not anew and not options.centroids else {}
     _once(
         job,
         output.path(FIT_CLAIM),
         lambda: paths.exists(output.path(FIT)),
-        lambda: _fit(source, rows_ok, options, output, job),
+        lambda: _fit(source, rows_ok, options, output, job, kept),
     )
     scattered = sum(rows_ok.values()) * options.neighbours
     buckets = min(MAX_BUCKETS, -(-scattered * dim * 2 // edges.BUCKET_BYTES)) or 1
     assigned = _assign(source, output, options.neighbours, buckets, job)
+    if output.overtaken():
+        return output.manifest
     made = {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows}}
     if left := output.missing(source.stems):
         return {**made, "unfinished": left}
     sizes = _sizes(source, output, rows_ok)
     task = edges.FindEdges(
-        emb, out, options.floor, load_json(output.path(FIT)).get("screen", "f32"), giants.choose(sizes)
+        emb, output.directory, options.floor, load_json(output.path(FIT)).get("screen", "f32"), giants.choose(sizes)
     )
     found = _find_edges(output, task, buckets, job)
     made["counts"]["related"] = found.rows
@@ -84,14 +102,26 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
         if not paths.exists(output.path(EDGES)):
             edges.join_edges(output, buckets, options.neighbours, options.floor)
         paths.remove(output.path(BUCKETS))
-        _finish(source, output, rows_ok, sizes, _recall(source, rows_ok, options, output))
+        later = renewed.later(output, kept, source.stems) if kept else set()
+        _finish(source, output, rows_ok, sizes, _recall(source, rows_ok, options, output), later)
 
-    _once(job, output.path(FINISH_CLAIM), lambda: paths.exists(output.path(MANIFEST)), finish)
+    _once(job, paths.join(output.home, FINISH_CLAIM), lambda: _is_finished(output), finish)
     paths.remove(output.path(PLAN))  # this slice may have written it after another had finished
     seconds = round(assigned.seconds + found.seconds, 3)
     output.log(stage="cluster", rows=sum(rows_ok.values()), seconds=seconds, workers=job.workers)
-    manifest: dict[str, Any] = load_json(output.path(MANIFEST))
+    manifest: dict[str, Any] = load_json(paths.join(output.home, MANIFEST))
+    renewed.tell_later(manifest["fit"], sum(rows_ok.values()), quiet=job.quiet)
     return manifest
+
+
+def _is_finished(output: Output) -> bool:
+    """Say whether this run or another slice has finished."""
+    return output.overtaken() if output.basis else paths.exists(output.path(MANIFEST))
+
+
+def _are_joined(output: Output) -> bool:
+    """Say whether the edges are there, and what they were found in is removed."""
+    return paths.exists(output.path(EDGES)) or output.overtaken()
 
 
 def _once(job: Job, claimed: str, done: Callable[[], bool], work: Callable[[], None]) -> None:
@@ -107,11 +137,11 @@ def _assign(source: Artefact, output: Output, neighbours: int, buckets: int, job
     parts = scatter.parts(source.rows)
     missing, unscattered = set(output.missing(source.stems)), set(scatter.missing(output.directory, list(parts)))
     # Looked at after the scatter, which is removed only once the edges are there.
-    if paths.exists(output.path(EDGES)):
+    if _are_joined(output):
         unscattered.clear()
     todo = [part for part in job.share(list(parts)) if part in unscattered or missing & set(parts[part])]
-    task = Assign(source.directory, output.directory, buckets, neighbours)
-    assigned = run_stage("assign", task, todo, job, places=(source.directory, output.directory))
+    task = Assign(source.directory, output.directory, buckets, neighbours, output.home, output.kept)
+    assigned = run_stage("assign", task, todo, job, places=(source.directory, output.home))
     _refuse_failures(assigned.failed)
     return assigned
 
@@ -133,13 +163,13 @@ def _find_edges(output: Output, task: edges.FindEdges, buckets: int, job: Job) -
         """Work what is missing of this slice's items; say whether all of them are there."""
         lacking = set(missing())
         # Looked at after the files, which are removed only once the edges are there.
-        if paths.exists(output.path(EDGES)):
+        if _are_joined(output):
             return True
         todo = [item for item in job.share(items) if item in lacking]
-        outcome = run_stage("relate", task, todo, job, unit=unit, places=(output.directory,))
+        outcome = run_stage("relate", task, todo, job, unit=unit, places=(output.home,))
         found.rows, found.seconds = found.rows + outcome.rows, found.seconds + outcome.seconds
         lacking = set(missing())
-        if paths.exists(output.path(EDGES)):  # another slice has finished, and removed what this one read
+        if _are_joined(output):  # another slice has finished, and removed what this one read
             return True
         _refuse_failures(outcome.failed)
         found.left = [f"{unit} {item}" for item in items if item in lacking]
@@ -160,7 +190,7 @@ def _sizes(source: Artefact, output: Output, rows_ok: dict[str, int]) -> np.ndar
     k, centroids = int(output.plan["options"]["k"]), digest(sidecar.load_npy(output.path(CENTROIDS)))
     sizes = np.zeros(k, np.int64)
     for stem, rows in source.rows.items():
-        where = output.path(f"{stem}.arrow")
+        where = output.find(stem)
         used = sidecar.facts(where).get("centroids")
         if used != centroids:
             raise ContractError(
@@ -181,8 +211,13 @@ def _dimensions(source: Artefact) -> int:
     return int(kind.list_size)
 
 
-def _resolve(options: ClusterOptions, source: Artefact, rows: int, dim: int) -> tuple[ClusterOptions, dict[str, Any]]:
-    """Fill in what was left to us and name the inputs. Raises: UsageError for a k, sample or floor that cannot be."""
+def _resolve(
+    options: ClusterOptions, source: Artefact, rows: int, dim: int, before: Mapping[str, Any]
+) -> tuple[ClusterOptions, dict[str, Any]]:
+    """Fill in what was left to us and name the inputs. before: the manifest of what stands there.
+
+    Raises: UsageError for a k, sample or floor that cannot be.
+    """
     inputs: dict[str, Any] = {"embeddings": source}
     if EDGES.removesuffix(".arrow") in source.stems:
         raise UsageError(f"{source.directory} has a shard called {EDGES}, a name that clusters need.", "rename its tar")
@@ -197,7 +232,10 @@ def _resolve(options: ClusterOptions, source: Artefact, rows: int, dim: int) -> 
         inputs["centroids"] = {"path": options.centroids, "digest": digest(given)}
         neighbours = min(len(given), options.neighbours)
         return replace(options, k=len(given), sample=0, iters=0, neighbours=neighbours), inputs
+    options = renewed.keep_sizes(options, before)
     k = options.k or kmeans.default_k(rows)
+    if renewed.keeps(options, before):
+        return replace(options, neighbours=min(k, options.neighbours)), inputs
     if k < 1 or k > rows:
         hint = f"--k {kmeans.default_k(rows)}"
         raise UsageError(f"k={k:,} clusters were asked for, but there are {rows:,} good rows.", hint)
@@ -211,7 +249,7 @@ def _resolve(options: ClusterOptions, source: Artefact, rows: int, dim: int) -> 
 
 def _recorded(options: ClusterOptions) -> dict[str, Any]:
     """Name what the directory is made with; given centroids are an input, known by their content."""
-    return {name: value for name, value in asdict(options).items() if name != "centroids"}
+    return {name: value for name, value in asdict(options).items() if name not in ("centroids", "refit")}
 
 
 def _load_centroids(location: str, dim: int) -> np.ndarray:
@@ -225,11 +263,26 @@ def _load_centroids(location: str, dim: int) -> np.ndarray:
     return np.asarray(found, np.float32)
 
 
-def _fit(source: Artefact, rows_ok: dict[str, int], options: ClusterOptions, output: Output, job: Job) -> None:
-    """Write the centroids, and how they came about with the scores of shuffled pairs."""
+def _fit(
+    source: Artefact,
+    rows_ok: dict[str, int],
+    options: ClusterOptions,
+    output: Output,
+    job: Job,
+    kept: Mapping[str, Any],
+) -> None:
+    """Write the centroids, and how they came about with the scores of shuffled pairs.
+
+    kept: the manifest of the state whose centroids stay, or nothing.
+    """
     facts: dict[str, Any] = {}
+    if kept:
+        facts = renewed.keep_centroids(output, kept, rows_ok)
+        facts["shuffled_clip_score"] = _shuffled(source, rows_ok, options.seed)
+        save_json(output.path(FIT), facts)
+        return
     if options.centroids:
-        centroids = kmeans.unit_rows(_load_centroids(options.centroids, _dimensions(source)))
+        centroids = kmeans.as_centroids(_load_centroids(options.centroids, _dimensions(source)))
     else:
         images = np.concatenate(list(_sample(source, rows_ok, options.sample, options.seed)))
         backend = kmeans.choose_backend(images.shape[1], options.k, gpu=job.gpus > 0)
@@ -290,12 +343,20 @@ def _recall(source: Artefact, rows_ok: dict[str, int], options: ClusterOptions, 
 
 
 def _finish(
-    source: Artefact, output: Output, rows_ok: dict[str, int], sizes: np.ndarray, recalled: dict[str, Any]
+    source: Artefact,
+    output: Output,
+    rows_ok: dict[str, int],
+    sizes: np.ndarray,
+    recalled: dict[str, Any],
+    later: set[str],
 ) -> None:
-    """Write the manifest."""
+    """Write the manifest. later: shards whose rows came after the centroids were fitted."""
     counts = {"clustered": sum(rows_ok.values()), "bad": sum(source.rows.values()) - sum(rows_ok.values())}
     output.finish(
-        shards={stem: {"rows": rows, "ok": rows_ok[stem]} for stem, rows in source.rows.items()},
+        shards={
+            stem: {"rows": rows, "ok": rows_ok[stem], **({"later": True} if stem in later else {})}
+            for stem, rows in source.rows.items()
+        },
         counts=counts,
         fit=load_json(output.path(FIT)),
         clusters={"k": len(sizes), "used": int((sizes > 0).sum()), "largest": int(sizes.max())},

@@ -134,7 +134,9 @@ def blocks(output: manifest.Output, buckets: int) -> list[giants.Block]:
     try:
         facts = [sidecar.facts(edges_path(output.directory, bucket)) for bucket in range(buckets)]
     except ContractError:
-        if paths.exists(output.path(EDGES)):  # another slice has joined the edges, and removed the buckets'
+        if (
+            paths.exists(output.path(EDGES)) or output.overtaken()
+        ):  # another slice has joined the edges, and removed the buckets'
             return []
         raise
     return giants.blocks({number: chunks for each in facts for number, chunks in each["giants"].items()})

@@ -39,6 +39,11 @@ def parts(rows: Mapping[str, int]) -> dict[str, list[str]]:
     return found
 
 
+def is_scratch(name: str) -> bool:
+    """Say whether a file is one that this version puts into BUCKETS."""
+    return name.startswith(("rows-", "edges-", "giant-")) or name.endswith(".tmp")
+
+
 def location(out: str, part: str) -> str:
     """Locate the scattered vectors of a part."""
     return paths.join(out, BUCKETS, f"rows-{part}.arrow")

@@ -24,6 +24,7 @@ from curate import engine
 from curate.embed import encoder, reader, side_data, weights
 from curate.embed.captions import Wanted
 from curate.embed.check_pool import check_members
+from curate.embed.contents import fingerprints
 from curate.embed.options import EmbedOptions
 from curate.engine import Job
 from curate.errors import UsageError, unknown
@@ -81,9 +82,11 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     inputs = {"pool": {"path": pool, "digest": listing}}
     if options.captions:
         inputs["captions"] = {"path": options.captions, "digest": manifest.digest(paths.size(options.captions))}
-    output = manifest.open_output(out, "embed", made, inputs, overwrite=job.overwrite)
+    parts = tar.parts_of(held.shards, fingerprints(found, job) if options.verify else None)
+    output = manifest.open_output(out, "embed", made, inputs, overwrite=job.overwrite, parts=parts)
     if output.complete:
         return output.manifest
+    output.tell(quiet=job.quiet)
     workers = max(1, min(job.workers or (engine.gpus(job) or 1 if device == "cuda" else 1), len(found)))
     if not job.quiet:
         apart = options.decoders or device == "cuda"
@@ -99,7 +102,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         options.max_pixels,
         0,
         options.decoders,
-        out,
+        output.directory,
         found,
         extras,
         options.faithful,
@@ -163,7 +166,7 @@ def _finish(
         downloads.update(fact.get("downloads", {}))
     return output.finish(
         shards={
-            stem: {"rows": fact["rows"], "size": fact["size"], **({"notes": fact["notes"]} if fact["notes"] else {})}
+            stem: {name: fact[name] for name in ("rows", "size", "digest", "notes") if fact.get(name) not in (None, [])}
             for stem, fact in facts.items()
         },
         counts=counts,
@@ -192,7 +195,7 @@ def _say_other_maker(output: manifest.Output, todo: Sequence[str], stems: Sequen
     """Say that the shards that stand already were made by other versions or on another device."""
     missing = set(output.missing(stems))  # other slices' shards, too
     there = next((stem for stem in stems if stem not in missing), None) if todo else None
-    before = sidecar.facts(output.path(f"{there}.arrow")).get("made_by") if there is not None else None
+    before = sidecar.facts(output.find(there)).get("made_by") if there is not None else None
     now = _made_by(device)
     if before is not None and before != now:
         told = " and ".join(json.dumps(each, sort_keys=True) for each in (before, now))
@@ -248,14 +251,18 @@ class EmbedShard:
         with tar.local_tar(shard.location) as path, encoder.single_threaded():
             with open(path, "rb") as file:
                 index = tar.read_index(file)
-            facts, image, tokens = self._embed_images(path, index.samples)
-            text = self._embed_texts(tokens)
+            with ThreadPoolExecutor(1) as reading:
+                content = reading.submit(tar.content_digest, shard, path)
+                facts, image, tokens = self._embed_images(path, index.samples)
+                text = self._embed_texts(tokens)
+        tar.refuse_changed(shard)
         beside = self._read_beside(shard, facts, index)
         schema = embedding_schema(self.encoder.dim, self.extras.fields)
         columns = _columns(facts, image, text, schema)
         statuses = Counter(row["status"] for row in facts)
         bad = {"reasons": reader.reasons(facts), "faults": reader.image_faults(stem, facts)}
         beside |= {name: told for name, told in bad.items() if told}
+        beside["digest"] = content.result()
         beside["made_by"] = _made_by(encoder.describe_device(self.device))
         meta = {"statuses": dict(statuses), "notes": index.notes, "size": shard.size, "dim": self.encoder.dim, **beside}
         batch = pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -171,7 +171,7 @@ def account(output: manifest.Output, stems: Sequence[str]) -> tuple[dict[str, di
     Raises: ContractError when a sidecar's statuses do not add up to its rows.
     """
     missing = set(output.missing(stems))
-    facts = {stem: sidecar.facts(output.path(f"{stem}.arrow")) for stem in stems if stem not in missing}
+    facts = {stem: sidecar.facts(output.find(stem)) for stem in stems if stem not in missing}
     counts: Counter[str] = Counter()
     for stem, fact in facts.items():
         manifest.reconcile(stem, fact["rows"], fact["statuses"])

@@ -61,6 +61,7 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     output = open_output(out, "emit", resolved, inputs, overwrite=job.overwrite)
     if output.complete:
         return output.manifest
+    output.tell(quiet=job.quiet)
     plan = plan_shards(coreset, options.shard_size)
     with output.attempt():
         if not plan:
@@ -69,11 +70,13 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     renamed = unique_keys(((span.stem, kept_rows(span)) for spans in plan.values() for span in spans), coreset.keys)
     suffix = ".tar" if options.format == "webdataset" else ".arrow"
     make: type[_WriteTar] | type[_WriteImages] = _WriteTar if options.format == "webdataset" else _WriteImages
-    task = make(coreset, out, plan, renamed, options.prompt)
+    task = make(coreset, output.directory, plan, renamed, options.prompt)
     outcome = engine.run_stage("emit", task, output.pending(job.share(list(plan)), suffix), job, places=(out,))
     output.log(
         stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers, engine=job.engine
     )
+    if output.overtaken():
+        return output.manifest
     failed = output.failures(list(plan), outcome.failed, suffix)
     if unfinished := output.unfinished(list(plan), failed, suffix):
         return unfinished

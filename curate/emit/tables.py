@@ -28,6 +28,7 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
     output = manifest.open_output(out, "emit", options, {"selection": coreset.selection}, overwrite=job.overwrite)
     if output.complete:
         return output.manifest
+    output.tell(quiet=job.quiet)
     kind, stems = options["format"], coreset.selection.stems
     if kind == "datacomp":
         started = {"subset": _write_subset(coreset, output.path("subset.npy"))}
@@ -35,10 +36,12 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
         return output.finish(shards=started, counts=_account(coreset, output, rows, started["subset"]["no_uid"]))
     number = {stem: f"{index:0{len(str(len(stems)))}d}" for index, stem in enumerate(stems)}
     task: _Write = {"keys": _WriteKeys, "parquet": _WriteParquet, "clip-retrieval": _WriteVectors}[kind](
-        coreset, out, number
+        coreset, output.directory, number
     )
     outcome = engine.run_stage("emit", task, output.pending(job.share(stems), task.name), job, places=(out,))
     output.log(stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
+    if output.overtaken():
+        return output.manifest
     lost = output.failures(stems, outcome.failed, task.name)
     if unfinished := output.unfinished(stems, lost, task.name):
         return unfinished

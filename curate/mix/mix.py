@@ -75,7 +75,7 @@ def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, 
     chosen = options.build(MixOptions, read_table(table) if isinstance(table, str) else table, "mix")
     sources = build_sources(chosen)
     request, inputs = recorded(vars(chosen), sources), accounts.inputs(sources)
-    output = open_output(out, "mix", request, inputs, overwrite=job.overwrite)
+    output = open_output(out, "mix", request, inputs, overwrite=job.overwrite, renew=False)
     if output.complete:
         return output.manifest
     with output.attempt():

@@ -43,6 +43,7 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
     if "clusters" in manifest:
         fitted = manifest["fit"].get("fitted_rows")
         account += f" · k = {manifest['clusters']['k']:,} {'given' if fitted is None else f'fitted on {fitted:,} rows'}"
+        account += f", {later:,} came later" if (later := manifest["fit"].get("later_rows", 0)) else ""
     if command == "mix" and (lost := sum(manifest.get("faults", {}).values())):
         read = sum(source["read"] for source in manifest["sources"].values())
         account = f"{lost:,} of {read:,} records lost" + (f" · {account}" if account else "")

@@ -69,6 +69,7 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
     )
     if output.complete:
         return output.manifest
+    output.tell(quiet=job.quiet)
     started = time.perf_counter()
     progress = Progress("select", len(parsed), unit="steps", quiet=job.quiet)
     with output.attempt():

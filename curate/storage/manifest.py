@@ -1,49 +1,38 @@
-"""Sidecars and manifests: the schemas of every artefact, and how a directory is made, resumed and read.
+"""How a directory is made, resumed and brought up to date (reading: artefact.py; the swap of two states: renewal.py).
 
-A sidecar is an Arrow IPC file, one per shard, with the shard's stem and exactly its rows in its order, mapped to memory
-with no copy. `manifest.json` is written last, so that its presence means that the directory is complete; until then
-`.plan.json` holds the request, and a rerun with the same request goes on where the last one stopped. A manifest holds
-nothing that differs between two runs of the same request: times and speeds go to `log.jsonl`.
+`manifest.json` is written last, so that its presence means that the directory is complete; until then `.plan.json`
+holds the request, and a rerun with the same request goes on where the last one stopped. A manifest holds nothing that
+differs between two runs of the same request: times and speeds go to `log.jsonl`.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
-
 from curate.errors import ContractError, CurateError, UsageError
-from curate.storage import paths
-from curate.storage.sidecar import batches, table
+from curate.storage import paths, renewal
+from curate.storage.artefact import FORMAT as FORMAT
+from curate.storage.artefact import Artefact as Artefact
+from curate.storage.artefact import check_aligned as check_aligned
+from curate.storage.artefact import open_input as open_input
+from curate.storage.json_files import digest as digest
+from curate.storage.json_files import file_digest as file_digest
+from curate.storage.json_files import load_json as load_json
+from curate.storage.json_files import save_json as save_json
+from curate.storage.renewal import LOG as LOG
+from curate.storage.renewal import MANIFEST as MANIFEST
+from curate.storage.renewal import PLAN as PLAN
+from curate.storage.renewal import SEEN, Change
+from curate.storage.renewal import Parts as Parts
 
-FORMAT = 1
-MANIFEST, PLAN, LOG = "manifest.json", ".plan.json", "log.jsonl"
 FAILED = ".failed"  # a folder with a JSON file for each shard that a slice could not make
-MAKERS = {"losses": "python -m train … --losses"}  # what makes artefacts besides the verbs
-
-
-def digest(value: Any) -> str:
-    """Fingerprint a JSON value: blake2b-128 in hex over its canonical text."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def file_digest(location: str) -> str:
-    """Fingerprint a file's bytes: blake2b-128 in hex."""
-    found = hashlib.blake2b(digest_size=16)
-    with paths.open_read(location) as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -64,41 +53,48 @@ def reconcile(where: str, rows: int, parts: Mapping[str, int]) -> None:
         raise ContractError(f"{where}: {rows:,} rows in, but {account} = {sum(parts.values()):,} accounted for")
 
 
-def save_json(location: str, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    with paths.atomic_write(location) as file:
-        file.write((json.dumps(value, indent=1, sort_keys=False, ensure_ascii=False) + "\n").encode())
-
-
-def load_json(location: str) -> Any:
-    """Read a JSON file. Raises: ContractError when it is not there, or not JSON."""
-    try:
-        return json.loads(paths.read_text(location))
-    except FileNotFoundError:
-        raise ContractError(f"{location} is missing.", "make its directory again, with --overwrite") from None
-    except (ValueError, RecursionError) as error:
-        raise ContractError(f"{location} is not readable JSON: {error}") from None
-
-
 @dataclass
 class Output:
-    """A directory in the making. `plan` is the request; `complete` says that it stood finished already."""
+    """A directory in the making. `plan` is the request; `complete` says that it stood finished already.
+
+    directory: where it is made: at `home`, or where something finished stands there, in a folder inside, until the new
+    state is whole. basis: the digest of the manifest that stands there, or "". kept: shards whose files stay. why: what
+    happens to a directory that stood, in words.
+    """
 
     directory: str
     plan: dict[str, Any]
     complete: bool = False
     manifest: dict[str, Any] = field(default_factory=dict)
+    home: str = ""
+    basis: str = ""
+    kept: frozenset[str] = frozenset()
+    parts: Parts | None = None
+    sources: tuple[Artefact, ...] = ()
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        self.home = self.home or self.directory
+
+    def tell(self, *, quiet: bool = False) -> None:
+        """Say on stderr what happens to a directory that stood."""
+        if self.why and not quiet:
+            sys.stderr.write(f"{self.plan['command']}: {self.why}\n")
 
     def path(self, name: str) -> str:
-        """Locate a file of this directory."""
+        """Locate a file of this directory, as it is made."""
         return paths.join(self.directory, name)
+
+    def find(self, stem: str, suffix: str = ".arrow") -> str:
+        """Locate the file of a shard, be it kept or made."""
+        return paths.join(self.home if stem in self.kept else self.directory, stem + suffix)
 
     def missing(self, stems: Sequence[str], name: str | Callable[[str], str] = ".arrow") -> list[str]:
         """List the stems whose file is not there yet, in order. One listing per folder.
 
         name: the suffix of a stem's file, or how the file of a stem is called (`table/00000.parquet`).
         """
-        named = {stem: stem + name if isinstance(name, str) else name(stem) for stem in stems}
+        named = {stem: stem + name if isinstance(name, str) else name(stem) for stem in stems if stem not in self.kept}
         folders = {file.rpartition("/")[0] for file in named.values()}
         present = {
             paths.join(folder, file) if folder else file
@@ -141,36 +137,82 @@ class Output:
         failed: what `failures` returned. A shard that could not be made is a finished one. name: as for `missing`.
         """
         left = [stem for stem in self.missing(stems, name) if stem not in failed]
+        if left and self.overtaken():
+            return self.manifest
         return {"format": FORMAT, **self.plan, "unfinished": left, "failed": dict(failed)} if left else None
+
+    def overtaken(self) -> bool:
+        """Say whether another run has finished the same in this directory's place; `manifest` is then what it wrote.
+
+        Raises: ContractError when another run has taken over for another state of the input.
+        """
+        if not self.basis:
+            return False
+        renewal.settle(self.home)
+        if paths.exists(self.path(PLAN)):
+            return False
+        paths.remove(self.directory)
+        found = load_json(paths.join(self.home, MANIFEST))
+        if any(found.get(name) != value for name, value in self.plan.items()):
+            raise _other_run(self.home)
+        self.manifest = found
+        return True
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write the manifest, which makes the directory complete, and return it. What killed runs left half is deleted.
 
-        Not before: another slice may be writing.
+        Not before: another slice may be writing. Raises: ContractError when an input has changed meanwhile.
         """
+        if self.overtaken():
+            return self.manifest
+        self._refuse_meanwhile()
         paths.clear_temporaries(self.directory, but=(MANIFEST,))
         self.manifest = {"format": FORMAT, **self.plan, **facts}
+        self.save_seen(self.manifest)
         save_json(self.path(MANIFEST), self.manifest)
-        paths.remove(self.path(PLAN))
-        paths.remove(self.path(FAILED))
+        if self.basis:
+            renewal.swap(self.home, self.directory, self.basis, self.kept)
+        else:
+            paths.remove(self.path(PLAN))
+            paths.remove(self.path(FAILED))
         self.complete = not self.manifest.get("failed")
         return self.manifest
 
+    def save_seen(self, manifest: Mapping[str, Any]) -> None:
+        """Write down what the shards of a manifest are made of."""
+        if self.parts is not None:
+            save_json(self.path(SEEN), {"manifest": digest(manifest), **self.parts.record()})
+
+    def _refuse_meanwhile(self) -> None:
+        """Raise ContractError when an input, or what another run makes here, is no longer what this run began with."""
+        for source in self.sources:
+            if digest(load_json(source.path(MANIFEST))) != source.digest:
+                raise ContractError(
+                    f"{source.directory} has changed while {self.home} was made of it.", "run the same command again"
+                )
+        plan = load_json(self.path(PLAN)) if self.parts is not None and paths.exists(self.path(PLAN)) else {}
+        seen = plan.get("seen")
+        if self.parts is not None and seen and not all(self.parts.same(seen, stem) for stem in self.parts.seen):
+            raise _other_run(self.home)
+
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Take the directory away again when the request is refused before anything but scratch was made."""
+        """Take the directory away again when the request is refused before anything but scratch was made.
+
+        A finished one stays as it was.
+        """
         try:
             yield
         except CurateError:
-            if all(name.startswith(".") or name == LOG for name in paths.listdir(self.directory)):
+            if self.basis or all(name.startswith(".") or name == LOG for name in paths.listdir(self.directory)):
                 paths.remove(self.directory)
             raise
 
     def log(self, **entry: Any) -> None:
         """Append a line to `log.jsonl`: times, speeds, workers, what was typed; no part of the artefact's identity."""
-        if paths.is_remote(self.directory):
+        if paths.is_remote(self.home):
             return
-        with open(paths.local(self.path(LOG)), "a", encoding="utf-8") as file:
+        with open(paths.local(paths.join(self.home, LOG)), "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry, **_typed()}) + "\n")
 
 
@@ -184,15 +226,23 @@ def open_output(
     directory: str,
     command: str,
     options: Mapping[str, Any],
-    inputs: Mapping[str, "Artefact | Mapping[str, Any]"],
+    inputs: Mapping[str, Artefact | Mapping[str, Any]],
     *,
     overwrite: bool = False,
+    parts: Parts | None = None,
+    renew: bool = True,
+    anew: str = "",
+    free: Sequence[str] = (),
 ) -> Output:
-    """Begin, resume or recognise a derived directory.
+    """Begin, resume or recognise a derived directory, or its next state where its inputs have changed.
 
-    inputs: finished artefacts, or for foreign input `{"path": …, "digest": …}`. A directory made with other options, by
-    another verb or from other input is refused unless `overwrite`; one that no curate verb made is never deleted.
-    Raises: ContractError naming the first difference, both values and the way out.
+    inputs: finished artefacts, or for foreign input `{"path": …, "digest": …}`. parts: what its shards are made of,
+    where each has a part of its own: shards whose part is as it was are kept. renew: without parts, all is made anew in
+    place when an input has changed. anew: why nothing of what stands may be kept. free: options that may differ from
+    those it was made with.
+
+    A directory made with other options or by another verb is refused unless `overwrite`; one that no curate verb made
+    is never deleted. Raises: ContractError naming the first difference, both values and the way out.
     """
     sources = {
         name: {"path": paths.relative(source.directory, directory), "digest": source.digest}
@@ -203,6 +253,7 @@ def open_output(
     plan = json.loads(json.dumps({"command": command, "options": dict(options), "inputs": sources}))
     if plan["options"].get("seed", 0) < 0:
         raise UsageError(f"seed={plan['options']['seed']} is negative.", "give 0 or a positive whole number")
+    renewal.settle(directory)
     names = [entry for entry in paths.listdir(directory) if not entry.endswith(".tmp")]
     found = next((name for name in (MANIFEST, PLAN) if name in names), None)
     recorded = load_json(paths.join(directory, found)) if found else {}
@@ -210,16 +261,70 @@ def open_output(
         raise ContractError(
             f"{directory} holds {names[0]} and was not made by curate.", "give a new or an empty directory"
         )
+    output = Output(directory, plan, parts=parts)
+    output.sources = tuple(source for source in inputs.values() if isinstance(source, Artefact))
     if found and overwrite:
         _refuse_own_input(directory, inputs)
         paths.remove(directory)
     elif found:
-        _refuse_difference(directory, recorded, plan)
-        if found == MANIFEST and not recorded.get("failed"):
-            return Output(directory, plan, complete=True, manifest=recorded)
-    paths.make_dir(directory)
-    save_json(paths.join(directory, PLAN), plan)
-    return Output(directory, plan)
+        _refuse_difference(directory, recorded, plan, () if not renew else parts.inputs if parts else sources, free)
+        if found == MANIFEST:
+            _renew(output, recorded, anew)
+        elif parts is not None and parts.adopted and ("seen" in recorded or not _changed(recorded, plan)):
+            renewal.drop_stale(directory, recorded, parts)
+        elif _changed(recorded, plan):
+            _refuse_own_input(directory, inputs)
+            paths.remove(directory)
+            output.why = f"{directory} was begun from another state of {_changed(recorded, plan)}: begun anew"
+    if not output.complete:
+        _begin(output)
+    return output
+
+
+def _begin(output: Output) -> None:
+    """Write the plan of a directory in the making."""
+    paths.make_dir(output.directory)
+    seen = {"seen": output.parts.record()} if output.parts is not None else {}
+    save_json(output.path(PLAN), {**output.plan, **seen})
+
+
+def _renew(output: Output, recorded: dict[str, Any], anew: str) -> None:
+    """See what of a finished directory is to be made again, and turn the output to the folder where that happens."""
+    plan, parts, altered = output.plan, output.parts, _changed(recorded, output.plan)
+    if anew:
+        stands, output.why = False, anew
+    elif parts is not None:
+        change = renewal.compare(output.home, recorded, plan, parts)
+        _refuse_another_pool(output, recorded, change)
+        stands, output.why = not change, str(change)
+        output.kept = change.kept
+    else:
+        stands, output.why = not altered, f"{altered} has changed since: {output.home} is made anew in place"
+    if stands and recorded.get("options") == plan["options"]:
+        output.complete, output.manifest, output.why = not recorded.get("failed"), recorded, ""
+        if parts is not None and parts.contents is not None:  # read once, they need not be read again
+            output.save_seen(output.manifest)
+        return  # where shards failed, and no part is known of each, these alone are tried again, in place
+    output.basis = digest(recorded)
+    output.directory = renewal.next_folder(output.home, plan, output.basis)
+    if paths.exists(output.path(PLAN)) and parts is not None:
+        renewal.drop_stale(output.directory, load_json(output.path(PLAN)), parts)
+    renewal.adopt(output.home, output.directory, parts, output.kept)
+
+
+def _changed(recorded: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """Name the first input whose content is another than was recorded, or ""."""
+    before = recorded.get("inputs", {})
+    differing = (
+        source["path"]
+        for name, source in plan["inputs"].items()
+        if before.get(name, {}).get("digest") != source["digest"]
+    )
+    return next(differing, "")
+
+
+def _other_run(home: str) -> ContractError:
+    return ContractError(f"another run makes {home} of another state of its input.", "run the same command again")
 
 
 def recorded_options(directory: str, command: str) -> dict[str, Any]:
@@ -232,7 +337,7 @@ def recorded_options(directory: str, command: str) -> dict[str, Any]:
     return {}
 
 
-def _refuse_own_input(directory: str, inputs: Mapping[str, "Artefact | Mapping[str, Any]"]) -> None:
+def _refuse_own_input(directory: str, inputs: Mapping[str, Artefact | Mapping[str, Any]]) -> None:
     """Raise ContractError when a directory that is to be made anew is, or holds, what it would be made from."""
     out = paths.join(os.path.realpath(paths.local(directory)), "")
     for source in inputs.values():
@@ -241,8 +346,31 @@ def _refuse_own_input(directory: str, inputs: Mapping[str, "Artefact | Mapping[s
                 raise ContractError(f"{directory} would be deleted, but {place} is needed.", "give another directory")
 
 
-def _refuse_difference(directory: str, recorded: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    """Raise ContractError when a directory was made by another request than `plan`."""
+def _refuse_another_pool(output: Output, recorded: Mapping[str, Any], change: Change) -> None:
+    """Raise ContractError when no shard would stay and the input lies elsewhere than it did: it is another one."""
+    before, after = recorded.get("inputs", {}), output.plan["inputs"]
+    if change.kept or not recorded.get("shards"):
+        return
+    for name in output.parts.inputs if output.parts is not None else ():
+        if before.get(name, {}).get("path") != after[name]["path"]:
+            raise ContractError(
+                f"{output.home} was made from {before[name]['path']}, and {after[name]['path']} has none of its shards "
+                "as they were.",
+                "give another output directory, or --overwrite to make it anew",
+            )
+
+
+def _refuse_difference(
+    directory: str,
+    recorded: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    renewed: Collection[str],
+    free: Sequence[str] = (),
+) -> None:
+    """Raise ContractError when a directory was made by another request than `plan`.
+
+    renewed: inputs that may have changed; free: options that may.
+    """
     if recorded.get("format", FORMAT) != FORMAT:
         raise ContractError(
             f"{directory} has format {recorded['format']}, this version writes {FORMAT}", "use --overwrite"
@@ -254,131 +382,12 @@ def _refuse_difference(directory: str, recorded: Mapping[str, Any], plan: Mappin
         )
     before, after = recorded.get("options", {}), plan["options"]
     for name in [*after, *(name for name in before if name not in after)]:
-        if before.get(name) != after.get(name):
+        if before.get(name) != after.get(name) and name not in free:
             raise ContractError(
                 f"{directory} was made with {name}={json.dumps(before.get(name))}, "
                 f"now {name}={json.dumps(after.get(name))} is asked for.",
                 way_out,
             )
     for name, source in plan["inputs"].items():
-        if recorded.get("inputs", {}).get(name, {}).get("digest") != source["digest"]:
+        if name not in renewed and recorded.get("inputs", {}).get(name, {}).get("digest") != source["digest"]:
             raise ContractError(f"{directory} was made from another state of {source['path']} ({name}).", way_out)
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """A finished directory, opened for reading."""
-
-    directory: str
-    manifest: dict[str, Any]
-
-    @property
-    def command(self) -> str:
-        """The verb that made it."""
-        return str(self.manifest["command"])
-
-    @cached_property
-    def digest(self) -> str:
-        """The fingerprint of its manifest, which its successors record."""
-        return digest(self.manifest)
-
-    @cached_property
-    def stems(self) -> list[str]:
-        """The stems of its shards, in order."""
-        return list(self.manifest["shards"])
-
-    @cached_property
-    def rows(self) -> dict[str, int]:
-        """Rows per stem."""
-        return {stem: int(shard["rows"]) for stem, shard in self.manifest["shards"].items()}
-
-    def path(self, name: str) -> str:
-        """Locate a file of this directory."""
-        return paths.join(self.directory, name)
-
-    def table(self, stem: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read a stem's sidecar. Raises: ContractError when its rows are not those of the manifest."""
-        found = table(self.path(f"{stem}.arrow"), columns)
-        if found.num_rows != self.rows[stem]:
-            raise ContractError(
-                f"{self.path(stem)}.arrow has {found.num_rows:,} rows but the manifest says {self.rows[stem]:,}.",
-                f"re-run `curate {self.command} …` with --overwrite",
-            )
-        return found
-
-    def batches(self, stem: str) -> Iterator[pa.RecordBatch]:
-        """Yield the record batches of a stem's sidecar."""
-        return batches(self.path(f"{stem}.arrow"))
-
-    def input_path(self, name: str) -> str:
-        """Locate one of its inputs as it was recorded."""
-        return paths.resolve(self.manifest["inputs"][name]["path"], self.directory)
-
-    def places(self) -> Iterator[str]:
-        """Locate this directory and all that it rests on, as far as that is there."""
-        yield self.directory
-        for name in self.manifest["inputs"]:
-            location = self.input_path(name)
-            known = paths.exists(paths.join(location, MANIFEST))
-            yield from Artefact(location, load_json(paths.join(location, MANIFEST))).places() if known else [location]
-
-    def source(self, *commands: str) -> "Artefact":
-        """Walk up to the nearest artefact, itself included, that one of the verbs made.
-
-        Raises: ContractError when an input has changed since, or there is none.
-        """
-        if self.command in commands:
-            return self
-        for name, recorded in self.manifest["inputs"].items():
-            location = self.input_path(name)
-            if name == "pool" or not paths.exists(paths.join(location, MANIFEST)):
-                continue
-            upstream = open_input(location)
-            if upstream.digest != recorded["digest"]:
-                raise ContractError(
-                    f"{self.directory} was made from another state of {location}.",
-                    f"re-run `curate {self.command} …` with --overwrite",
-                )
-            try:
-                return upstream.source(*commands)
-            except LookupError:
-                continue
-        raise LookupError(f"{self.directory} does not rest on a directory made by `curate {' or '.join(commands)}`")
-
-
-def open_input(directory: str, *commands: str) -> Artefact:
-    """Open a finished directory, made by one of the verbs where they are given.
-
-    Raises: UsageError when it is missing or was made by another verb, ContractError when it is unfinished.
-    """
-    makers = " or ".join(f"`{MAKERS.get(command, f'curate {command}')}`" for command in commands)
-    wanted = f"expected a directory made by {makers}" if commands else ""
-    if not paths.exists(paths.join(directory, MANIFEST)):
-        if paths.exists(paths.join(directory, PLAN)):
-            made_by = load_json(paths.join(directory, PLAN)).get("command")
-            raise ContractError(
-                f"{directory} is unfinished.", f"re-run the `curate {made_by} …` that made it; it resumes"
-            )
-        what = "does not exist" if not paths.exists(directory) else f"has no {MANIFEST}"
-        raise UsageError(f"{directory} {what}; {wanted or 'expected a directory made by curate'}.")
-    manifest = load_json(paths.join(directory, MANIFEST))
-    if not isinstance(manifest, dict) or "command" not in manifest:
-        raise ContractError(
-            f"{directory}/{MANIFEST} is not a manifest of curate; {wanted or 'expected a directory made by curate'}."
-        )
-    if manifest.get("format") != FORMAT:
-        raise ContractError(f"{directory} has format {manifest.get('format')}, this version reads {FORMAT}")
-    if commands and manifest["command"] not in commands:
-        raise UsageError(f"{directory} was made by `curate {manifest['command']}`; {wanted}.")
-    return Artefact(directory, manifest)
-
-
-def check_aligned(left: Artefact, right: Artefact) -> None:
-    """Refuse two artefacts whose sidecars do not have the same stems and rows."""
-    for stem, rows in left.rows.items():
-        other = right.rows.get(stem, 0)
-        if other != rows:
-            raise ContractError(
-                f"{left.path(stem)}.arrow has {rows:,} rows but {right.path(stem)}.arrow has {other:,}.",
-                f"re-run `curate {right.command} …` with --overwrite",
-            )

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -24,6 +25,7 @@ from curate.errors import UsageError
 TRIES, FIRST_PAUSE_S = 5, 0.5  # 0.5 + 1 + 2 + 4 s
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
+MARKS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
 log = logging.getLogger("curate")
 Result = TypeVar("Result")
 
@@ -279,52 +281,98 @@ def expand(pattern: str, suffix: str) -> list[str]:
     return list(find(pattern, suffix))
 
 
-def find(pattern: str, suffix: str = "") -> dict[str, int]:
-    """List the files that a directory, a glob, a brace pattern or a single name stands for, with their sizes in bytes.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file as a listing shows it. stamp: when it was written, or a store's own mark of its content (ETag)."""
+
+    size: int
+    stamp: str
+
+
+def find(pattern: str, suffix: str = "") -> dict[str, Found]:
+    """List the files that a directory, a glob, a brace pattern or a single name stands for, with sizes and stamps.
 
     Sorted. suffix: of a directory only files whose names end so. A remote directory costs its listing and no request
     for each file. Raises: UsageError when a name does not exist.
     """
-    found: dict[str, int] = {}
-    listings: dict[str, dict[str, int]] = {}
+    found: dict[str, Found] = {}
+    listings: dict[str, dict[str, Found]] = {}
     names = braces(pattern)
     for location in names:
         remote = is_remote(location)
         if remote and len(names) > 1 and not any(mark in location for mark in "*?["):  # one listing for all of a folder
             folder = parent(location)
             if folder not in listings:
-                listings[folder] = sizes(folder)
-            size_bytes = listings[folder].get(name(location))
-            if size_bytes is not None:
-                found[location] = size_bytes
+                listings[folder] = files(folder)
+            held = listings[folder].get(name(location))
+            if held is not None:
+                found[location] = held
                 continue
         if any(mark in location for mark in "*?[") and (remote or not os.path.exists(local(location))):
             found |= _glob(location)
         elif is_dir(location):
             folder = location if remote else local(location)
-            found |= {join(folder, file): held for file, held in sizes(location).items() if file.endswith(suffix)}
+            found |= {join(folder, file): held for file, held in files(location).items() if file.endswith(suffix)}
         elif exists(location):
-            found[location if remote else local(location)] = size(location)
+            found[location if remote else local(location)] = look(location)
         else:
             raise UsageError(f"{location} does not exist")
     return dict(sorted(found.items()))
 
 
-def sizes(directory: str) -> dict[str, int]:
-    """List the files in a directory with their sizes in bytes; none where it does not exist."""
+def files(directory: str) -> dict[str, Found]:
+    """List the files in a directory with their sizes and stamps; none where it does not exist."""
     if is_remote(directory):
         listed = _with_retries(directory, lambda fs, path: fs.ls(path, detail=True) if fs.isdir(path) else [])
-        files = (each for each in listed if each["type"] != "directory")
-        return {name(each["name"]): int(each["size"] or 0) for each in files if name(each["name"]) != name(directory)}
+        held = (each for each in listed if each["type"] != "directory")
+        return {name(each["name"]): _described(each) for each in held if name(each["name"]) != name(directory)}
     if not os.path.isdir(local(directory)):
         return {}
     with os.scandir(local(directory)) as listed:
-        return {each.name: each.stat().st_size for each in listed if not each.is_dir()}
+        return {each.name: _stated(each.stat()) for each in listed if not each.is_dir()}
 
 
-def _glob(pattern: str) -> dict[str, int]:
+def look(location: str) -> Found:
+    """Return a file's size and stamp."""
+    if is_remote(location):
+        return _described(_with_retries(location, lambda fs, path: fs.info(path)))
+    return _stated(os.stat(local(location)))
+
+
+def place(folder: str) -> str:
+    """Tell a folder from another one that took its name, or a copy of it: modification times compare within one."""
+    if is_remote(folder):
+        return folder.rstrip("/")
+    path = local(folder)
+    return f"inode {os.stat(path).st_ino}" if os.path.exists(path) else ""
+
+
+def move(source: str, target: str) -> bool:
+    """Give a file another name, whose own file it replaces; say whether it was there."""
+    try:
+        if is_remote(source):
+            _with_retries(source, lambda fs, path: fs.mv(path, _remote(target)[1]))
+        else:
+            os.makedirs(os.path.dirname(local(target)) or ".", exist_ok=True)
+            os.replace(local(source), local(target))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _stated(found: os.stat_result) -> Found:
+    return Found(found.st_size, str(found.st_mtime_ns))
+
+
+def _described(info: Any) -> Found:
+    """Read a driver's description of an object."""
+    stamp = next((info[key] for key in MARKS if info.get(key)), "")
+    return Found(int(info.get("size") or 0), str(stamp).strip('"'))
+
+
+def _glob(pattern: str) -> dict[str, Found]:
     if not is_remote(pattern):
-        return {path: os.path.getsize(path) for path in glob.glob(local(pattern), recursive=True)}
+        return {path: look(path) for path in glob.glob(local(pattern), recursive=True)}
     scheme = pattern.split("://", 1)[0]
     matches = _with_retries(pattern, lambda fs, path: fs.glob(path, detail=True))
-    return {f"{scheme}://{path}": int(each.get("size") or 0) for path, each in matches.items()}
+    return {f"{scheme}://{path}": _described(each) for path, each in matches.items()}

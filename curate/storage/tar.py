@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -24,6 +24,8 @@ from typing import IO, Any
 from curate.errors import ShardError, UsageError
 from curate.storage import faults, paths
 from curate.storage.faults import Faults
+from curate.storage.json_files import file_digest
+from curate.storage.renewal import Parts
 from curate.storage.tar_headers import BLOCK, Headers
 from pipelines import samples
 
@@ -97,11 +99,16 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A tar of a pool. stem: its unique name, which every sidecar carries."""
+    """A tar of a pool. stem: its unique name, which every sidecar carries. stamp: by which a change of it is seen.
+
+    beside: the size of img2dataset's `{stem}.parquet` beside it, or -1 where there is none, or it is not known.
+    """
 
     stem: str
     location: str
     size: int
+    stamp: str = ""
+    beside: int = -1
 
 
 @dataclass(frozen=True)
@@ -124,15 +131,16 @@ def survey_pool(pool: str) -> Pool:
     (`part1__00000`). Raises: UsageError when nothing matches, saying what was there instead.
     """
     passed: Faults = {}
-    found: dict[str, int] = {}
-    for location, size in paths.find(pool).items():
+    found: dict[str, paths.Found] = {}
+    listed = paths.find(pool)
+    for location, held in listed.items():
         lower, name = location.lower(), paths.name(location)
         if lower.endswith(TAR_SUFFIXES) and is_macos(location):
             faults.add(passed, f"tars passed over: {MACOS}", name)
         elif lower.endswith(".gz") and any(f"{location[:-3]}{end}" in found for end in ("", ".tar")):
             faults.add(passed, "tars passed over: packed by gzip beside the same tar unpacked", name)
         elif lower.endswith(TAR_SUFFIXES):
-            found[location] = size
+            found[location] = held
         elif lower.endswith(OTHER_SUFFIXES):
             faults.add(passed, "archives passed over: only .tar, .tar.gz and .tgz are read, unpack the others", name)
     if not found:
@@ -147,7 +155,31 @@ def survey_pool(pool: str) -> Pool:
     if len(set(stems)) < len(stems):
         shared = next(stem for stem, count in Counter(stems).items() if count > 1)
         raise UsageError(f"{pool} matches several shards named {shared}.tar; embed them as separate pools")
-    return Pool([Shard(stem, *pair) for stem, pair in zip(stems, found.items(), strict=True)], passed)
+    shards = []
+    for stem, (location, held) in zip(stems, found.items(), strict=True):
+        beside = listed.get(f"{without_suffix(location)}.parquet")
+        shards.append(Shard(stem, location, held.size, held.stamp, beside.size if beside else -1))
+    return Pool(shards, passed)
+
+
+def parts_of(found: Sequence[Shard], contents: Mapping[str, str] | None = None, beside: str = "") -> Parts:
+    """Say what the sidecars of a pool's shards are made of. contents, beside: see `Parts`."""
+    seen = {shard.stem: (shard.size, shard.stamp, f"{beside}{shard.beside}") for shard in found}
+    return Parts(("pool",), seen, paths.place(paths.parent(found[0].location)) if found else "", contents)
+
+
+def content_digest(shard: Shard, path: str) -> str:
+    """Fingerprint a shard's bytes, and those of the side table that a listing showed. path: its plain tar, here."""
+    beside = [f"{without_suffix(shard.location)}.parquet"] if shard.beside >= 0 else []
+    return file_digest(path, *beside)
+
+
+def refuse_changed(shard: Shard) -> None:
+    """Raise ShardError where a local shard is no longer what was listed: what was read of it may be of either."""
+    if shard.stamp and not paths.is_remote(shard.location):
+        now = paths.look(shard.location)
+        if (now.size, now.stamp) != (shard.size, shard.stamp):
+            raise ShardError(f"{shard.location} has changed since this run began: run the same command again")
 
 
 def without_suffix(location: str) -> str:

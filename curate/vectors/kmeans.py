@@ -59,6 +59,13 @@ def unit_rows(x_nd: np.ndarray) -> np.ndarray:
     return np.asarray(wide / np.where(norms > 0, norms, 1))
 
 
+def as_centroids(x_kd: np.ndarray) -> np.ndarray:
+    """Scale rows to unit length, f32; those that are so within rounding stay as they are stored."""
+    wide = x_kd.astype(np.float32)
+    norms = np.linalg.norm(wide.astype(np.float64), axis=1, keepdims=True)
+    return np.where(np.abs(norms - 1) < 1e-6, wide, unit_rows(wide))
+
+
 @dataclass(frozen=True)
 class Fit:
     """Centroids f32 [k, d] of unit length, and how good they are on the rows that they were fitted on."""

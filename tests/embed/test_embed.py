@@ -173,11 +173,11 @@ def test_a_finished_directory_is_recognised_and_another_request_refused(tmp_path
     other = tiny_clip.write(tmp_path / "other" / "clip", seed=1)
     with pytest.raises(ContractError, match="weights"):
         embed(pool, out, EmbedOptions(other), QUIET)
-    write_pool(tmp_path / "pool", ["00001"], 3, first=3)
-    with pytest.raises(ContractError, match="another state"):
-        embed(pool, out, EmbedOptions(model), QUIET)
-    again = embed(pool, out, EmbedOptions(model), Job(quiet=True, overwrite=True))
-    assert sorted(again["shards"]) == ["00000", "00001"]
+    elsewhere = write_pool(tmp_path / "elsewhere", ["00001"], 3, first=3)
+    with pytest.raises(ContractError, match="none of its shards"):
+        embed(elsewhere, out, EmbedOptions(model), QUIET)
+    again = embed(elsewhere, out, EmbedOptions(model), Job(quiet=True, overwrite=True))
+    assert list(again["shards"]) == ["00001"]
     assert str(tmp_path) not in json.dumps(again), "a manifest holds no absolute path"
 
 

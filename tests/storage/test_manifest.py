@@ -61,7 +61,6 @@ def test_a_directory_with_failed_shards_is_taken_up_again(tmp_path):
     [
         ({"options": {"model": "b", "k": 3}}, 'model="a", now model="b"'),
         ({"options": {"model": "a"}}, "k=3, now k=null"),
-        ({"inputs": {"pool": {"path": "pool", "digest": "e"}}}, "another state of"),
     ],
 )
 def test_another_request_is_refused_by_name_unless_overwritten(tmp_path, changes, word):

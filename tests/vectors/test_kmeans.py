@@ -148,3 +148,13 @@ def test_shuffled_pairs_never_meet_their_own_caption():
     assert kmeans.shuffled_scores(x, x, seed=1).max() == 0
     assert len(kmeans.shuffled_scores(x, x, seed=1)) == 8 * 20
     assert len(kmeans.shuffled_scores(x[:3], x[:3], seed=1)) == 2 * 3
+
+
+def test_stored_centroids_are_taken_as_they_are_and_others_scaled():
+    rows = kmeans.unit_rows(np.random.default_rng(0).normal(size=(2000, 48)))
+    assert (
+        kmeans.as_centroids(rows).tobytes()
+        == rows.tobytes()
+        == kmeans.as_centroids(kmeans.as_centroids(rows)).tobytes()
+    )
+    assert np.array_equal(kmeans.as_centroids(3 * rows), kmeans.unit_rows(3 * rows))

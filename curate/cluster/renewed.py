@@ -1,0 +1,104 @@
+"""Clusters of embeddings that have changed: which shards stand assigned as they are, and to which centroids.
+
+A shard of `CLU` stands where the embeddings of its rows are those that were assigned. The centroids stay, unless a fit
+is asked for; what came after they were fitted is marked shard by shard in the manifest (`later`), and counted.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from curate.cluster.assign import CENTROIDS
+from curate.cluster.options import ClusterOptions
+from curate.cluster.scatter import BUCKETS, is_scratch
+from curate.storage import paths, sidecar
+from curate.storage.manifest import MANIFEST, Artefact, Output, Parts, digest, load_json
+
+LARGE_SHARE = 0.1  # of rows that came later: then a fit is advised
+
+
+def standing(out: str) -> dict[str, Any]:
+    """Read the manifest of a finished clustering, or nothing."""
+    where = paths.join(out, MANIFEST)
+    found = load_json(where) if paths.exists(where) else {}
+    return found if isinstance(found, dict) and found.get("command") == "cluster" else {}
+
+
+def keeps(options: ClusterOptions, before: Mapping[str, Any]) -> bool:
+    """Say whether the centroids of what stands stay, whatever the rows are now."""
+    return bool(before) and not options.centroids and not options.refit
+
+
+def keep_sizes(options: ClusterOptions, before: Mapping[str, Any]) -> ClusterOptions:
+    """Take k and sample, where they are left to us, from what stands."""
+    if not keeps(options, before):
+        return options
+    made = before["options"]
+    return replace(options, k=options.k or made["k"], sample=options.sample or made["sample"])
+
+
+def why_anew(options: ClusterOptions, before: Mapping[str, Any], source: Artefact, recorded: Mapping[str, Any]) -> str:
+    """Say why no assignment may stay, or nothing: a fit is asked for, and what stands is not the fit of these rows."""
+    if not before or not options.refit or options.centroids:
+        return ""
+    if _is_of(before, source) and "later_rows" not in before["fit"] and before["options"] == recorded:
+        return ""
+    return f"fitted again, on the {sum(source.rows.values()):,} rows that there are now"
+
+
+def _is_of(before: Mapping[str, Any], source: Artefact) -> bool:
+    return bool(before["inputs"]["embeddings"]["digest"] == source.digest)
+
+
+def parts(source: Artefact) -> Parts:
+    """Say what each shard is assigned from: its rows, and what their embeddings were made of, and by what."""
+    found = source.manifest
+    joined = bool(found["options"].get("join"))
+    inputs = {name: each["digest"] for name, each in found["inputs"].items() if name == "captions" or joined}
+    common = [found["command"], found["options"], {name: made for name, made in inputs.items() if name != "pool"}]
+    makers = {stem: maker for maker in found.get("made_by", []) for stem in maker["shards"]}
+    seen = {}
+    for stem, shard in found["shards"].items():
+        maker = makers.get(stem, found)
+        by = [maker.get("device"), maker.get("versions")]
+        seen[stem] = (int(shard["rows"]), "", digest([common, by, shard.get("digest") or source.digest]))
+    return Parts(("embeddings",), seen, adopted=False)
+
+
+def keep_centroids(output: Output, before: Mapping[str, Any], rows_ok: Mapping[str, int]) -> dict[str, Any]:
+    """Bring the centroids of the state before into the next one; returns how they came about."""
+    sidecar.save_npy(output.path(CENTROIDS), sidecar.load_npy(paths.join(output.home, CENTROIDS)))
+    facts: dict[str, Any] = dict(before["fit"])
+    facts["later_rows"] = sum(rows_ok[stem] for stem in later(output, before, list(rows_ok)))
+    return facts
+
+
+def later(output: Output, before: Mapping[str, Any], stems: list[str]) -> set[str]:
+    """Name the shards whose rows the centroids were not fitted on: those made now, and those that were so before."""
+    return {stem for stem in stems if stem not in output.kept or before["shards"][stem].get("later")}
+
+
+def tell_later(fit: Mapping[str, Any], rows: int, *, quiet: bool) -> None:
+    """Say on stderr how many rows are assigned to centroids that were fitted before they came."""
+    if quiet or "later_rows" not in fit:
+        return
+    share = fit["later_rows"] / max(rows, 1)
+    advice = "--refit fits them anew" if share <= LARGE_SHARE else "that is much: --refit fits them anew"
+    told = f"{fit['later_rows']:,} of {rows:,} rows ({share:.1%}) came after the centroids were fitted"
+    sys.stderr.write(f"cluster: {told}; {advice}\n")
+
+
+def drop_older(output: Output, stems: list[str], *, quiet: bool) -> None:
+    """Delete what an older version had begun and this one cannot go on with; its centroids stay."""
+    present = sorted(set(stems) - output.kept - set(output.missing(stems)))
+    unknown = next((stem for stem in present if "centroids" not in sidecar.facts(output.find(stem))), None)
+    scratch = paths.listdir(output.path(BUCKETS))
+    if unknown is None and all(is_scratch(name) for name in scratch):
+        return
+    for stem in present:
+        paths.remove(output.find(stem))
+    paths.remove(output.path(BUCKETS))
+    if not quiet:
+        told = f"{output.home} was begun by an older version: its centroids are kept, all rows are assigned again"
+        sys.stderr.write(f"cluster: {told}\n")

@@ -1,0 +1,244 @@
+"""A finished directory takes up what has changed in its inputs: what of it is kept, and the swap to its next state.
+
+The next state is made in a folder inside, `DIR/.next-{digest}`, as any directory is: by a plan, resumed where it
+stands, by slices. Meanwhile DIR is what it was. When the new manifest is written, `DIR/.swap.json` names the folder:
+that is the moment of change. Whoever opens DIR from then on carries the swap out, a rename a file, before it reads; so
+nobody sees half of one, whoever died on the way. A run that finds DIR in another state than it began from changes
+nothing.
+
+What a shard was made of is kept in `DIR/.seen.json`, which is no part of the artefact: size and stamp of each file.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curate.errors import ContractError
+from curate.storage import paths
+from curate.storage.json_files import digest, load_json, save_json
+
+MANIFEST, PLAN, LOG = "manifest.json", ".plan.json", "log.jsonl"
+SEEN, SWAP, NEXT = ".seen.json", ".swap.json", ".next-"
+Seen = tuple[int, str, str]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each shard of a directory is made of.
+
+    inputs: the inputs that the shards are parts of. seen: by stem the size of its file, the stamp (when it was written,
+    or a store's ETag), and what else counts. place: stamps compare within one place alone, sizes always do. contents:
+    digests of the files' bytes, by stem, where these shall decide. adopted: whether files of an interrupted run, under
+    their stems, are those of any later run that sees the same parts.
+    """
+
+    inputs: tuple[str, ...]
+    seen: Mapping[str, Seen]
+    place: str = ""
+    contents: Mapping[str, str] | None = None
+    adopted: bool = True
+
+    def record(self) -> dict[str, Any]:
+        """Write down what was seen, for a later run to compare with."""
+        return {"place": self.place, "parts": {stem: list(seen) for stem, seen in self.seen.items()}}
+
+    def same(self, before: Mapping[str, Any], stem: str) -> bool:
+        """Say whether a shard's part is what it was. before: an earlier `record`."""
+        old, new = before["parts"].get(stem), self.seen.get(stem)
+        if old is None or new is None or old[0] != new[0] or old[2] not in (None, new[2]):
+            return False
+        return not old[1] or old[1] == new[1] or before["place"] != self.place
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of a finished directory's shards. again: they failed before, and are what they were."""
+
+    kept: frozenset[str]
+    new: int = 0
+    changed: int = 0
+    gone: int = 0
+    again: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.new or self.changed or self.gone or self.again)
+
+    def __str__(self) -> str:
+        counts = {"new": self.new, "changed": self.changed, "gone": self.gone, "tried again": self.again}
+        told = [f"{count:,} {what}" for what, count in counts.items() if count]
+        return ", ".join([*told, f"{len(self.kept):,} kept"])
+
+
+def compare(home: str, recorded: Mapping[str, Any], plan: Mapping[str, Any], parts: Parts) -> Change:
+    """Compare the parts of a finished directory's shards with what they were. recorded: its manifest."""
+    before = _seen(home, recorded)
+    stood, failed = set(recorded.get("shards", {})), set(recorded.get("failed", {}))
+    if before is None and all(
+        recorded["inputs"].get(name, {}).get("digest") == plan["inputs"][name]["digest"] for name in parts.inputs
+    ):
+        same = stood | failed  # an older version wrote no more down
+    else:
+        found = before or {"place": "", "parts": {}}
+        same = {stem for stem in (stood | failed) & parts.seen.keys() if parts.same(found, stem)}
+    if parts.contents is not None:
+        same -= stood
+        same |= {stem for stem in stood & parts.seen.keys() if _same_content(recorded, before, parts, stem)}
+    kept, there = same & stood & parts.seen.keys(), stood | failed
+    again = len((failed & same & parts.seen.keys()) - stood)
+    return Change(
+        kept=frozenset(kept),
+        new=len(parts.seen.keys() - there),
+        changed=len(there & parts.seen.keys()) - len(kept) - again,
+        gone=len(there - parts.seen.keys()),
+        again=again,
+    )
+
+
+def _same_content(recorded: Mapping[str, Any], before: Mapping[str, Any] | None, parts: Parts, stem: str) -> bool:
+    """Say whether a shard's part has the bytes that it had; where nobody wrote these down, it has not."""
+    held = recorded["shards"][stem].get("digest")
+    old = (before or {"parts": {}})["parts"].get(stem)
+    beside = old is None or old[2] in (None, parts.seen[stem][2])
+    return bool(held) and beside and (parts.contents or {}).get(stem) == held
+
+
+def _seen(home: str, recorded: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read what a directory's shards were made of; of an older version's directory the sizes, where it has them."""
+    if paths.exists(paths.join(home, SEEN)):
+        found = load_json(paths.join(home, SEEN))
+        if isinstance(found, dict) and found.get("manifest") == digest(recorded):
+            return found
+    sizes = {stem: shard.get("size") for stem, shard in recorded.get("shards", {}).items()}
+    if not sizes or None in sizes.values():
+        return None
+    return {"place": "", "parts": {stem: [size, "", None] for stem, size in sizes.items()}}
+
+
+def next_folder(home: str, plan: Mapping[str, Any], basis: str) -> str:
+    """Locate where a directory's next state is made. basis: the digest of the manifest that it has now."""
+    return paths.join(home, NEXT + digest([plan, basis])[:12])
+
+
+def adopt(home: str, folder: str, parts: Parts | None, kept: Iterable[str]) -> None:
+    """Take what interrupted runs have made of the same parts over into a folder, and clear theirs away."""
+    for name in paths.listdir(home):
+        old = paths.join(home, name)
+        if not name.startswith(NEXT) or old == folder:
+            continue
+        if parts is not None and parts.adopted and paths.exists(paths.join(old, PLAN)):
+            before = load_json(paths.join(old, PLAN)).get("seen") or {"place": "", "parts": {}}
+            same = {stem for stem in parts.seen.keys() - set(kept) if parts.same(before, stem)}
+            for file in belonging(paths.listdir(old), same):
+                paths.move(paths.join(old, file), paths.join(folder, file))
+        paths.remove(old)
+
+
+def drop_stale(directory: str, recorded: Mapping[str, Any], parts: Parts) -> None:
+    """Delete what stands in an unfinished directory of parts that are no longer what they were."""
+    before = recorded.get("seen") or {"place": "", "parts": {}}
+    names = paths.listdir(directory)
+    stems = {stem for stem in before["parts"] if not parts.same(before, stem)}
+    for name in belonging(names, stems):
+        paths.remove(paths.join(directory, name))
+
+
+def belonging(names: Iterable[str], stems: set[str]) -> Iterator[str]:
+    """Pick the file names that are a stem and a suffix."""
+    return (name for name in names if name.rpartition(".")[0] in stems and name not in (MANIFEST, LOG))
+
+
+def swap(home: str, folder: str, basis: str, kept: frozenset[str]) -> None:
+    """Make the finished folder the directory's state. kept: the shards whose files stay.
+
+    Raises: ContractError when the directory is no longer what the folder was begun from.
+    """
+    if not paths.exists(paths.join(folder, MANIFEST)):
+        settle(home)  # another run has finished the same
+        return
+    files = set(_files(folder))
+    old = set(load_json(paths.join(home, MANIFEST)).get("shards", {})) - kept
+    drop = [name for name in belonging(paths.listdir(home), old) if name not in files]
+    if not kept:
+        drop += [name for name in _files(home) if "/" in name and name not in files]
+    target = digest(load_json(paths.join(folder, MANIFEST)))
+    decided = {"folder": paths.name(folder), "basis": basis, "target": target, "drop": drop}
+    while True:
+        settle(home)
+        now = digest(load_json(paths.join(home, MANIFEST)))
+        if now not in (basis, target):
+            raise ContractError(f"{home} has become another while this run was at work.", "run the same command again")
+        if not paths.exists(paths.join(folder, MANIFEST)):
+            return
+        if _decide(paths.join(home, SWAP), decided):
+            settle(home)
+            return
+
+
+def _decide(where: str, decided: Mapping[str, Any]) -> bool:
+    """Write the file that makes a swap happen, unless there is one; say whether it was written."""
+    if paths.is_remote(where):
+        save_json(where, decided)  # object stores know no such thing; equal runs write the same
+        return True
+    written = f"{paths.local(where)}.{uuid.uuid4().hex}.tmp"
+    save_json(written, decided)
+    try:
+        os.link(written, paths.local(where))
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        os.replace(written, paths.local(where))
+    finally:
+        Path(written).unlink(missing_ok=True)
+    return True
+
+
+def settle(home: str) -> None:
+    """Carry out a swap that was decided, whoever decided it; several processes may do so at once.
+
+    Raises: ContractError when that is not allowed here.
+    """
+    where = paths.join(home, SWAP)
+    try:
+        while paths.exists(where):
+            with suppress(FileNotFoundError):  # another process was faster
+                _carry_out(home, where)
+    except PermissionError as error:
+        raise ContractError(
+            f"{home} is between two states, and may not be written to from here: {error.strerror}.",
+            "run the command that makes it again, where it may",
+        ) from None
+
+
+def _carry_out(home: str, where: str) -> None:
+    decided = json.loads(paths.read_text(where))
+    folder = paths.join(home, decided["folder"])
+    if digest(load_json(paths.join(home, MANIFEST))) in (decided["basis"], decided["target"]):
+        for name in _files(folder):
+            if name != MANIFEST:
+                paths.move(paths.join(folder, name), paths.join(home, name))
+        for name in decided["drop"]:
+            paths.remove(paths.join(home, name))
+        for name in (SEEN, MANIFEST):
+            if not paths.is_remote(home):
+                paths.sync_dir(paths.local(home))
+            paths.move(paths.join(folder, name), paths.join(home, name))
+    paths.remove(folder)
+    paths.remove(where)
+
+
+def _files(folder: str, inside: str = "") -> Iterator[str]:
+    """Name the files under a folder that are part of an artefact, as seen from it."""
+    if not paths.is_dir(paths.join(folder, inside) if inside else folder):
+        return
+    files, folders = paths.entries(paths.join(folder, inside) if inside else folder)
+    for name in files:
+        if not name.startswith(".") and not name.endswith(".tmp") and name != LOG:
+            yield f"{inside}/{name}" if inside else name
+    for name in folders:
+        if not name.startswith("."):
+            yield from _files(folder, f"{inside}/{name}" if inside else name)

@@ -1,0 +1,170 @@
+"""`curate embed` again on a pool that has changed, as a user types it: what is made, kept and dropped."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_clip
+from artefacts import write_pool
+
+from curate.cli import app
+from curate.embed.embed import EmbedOptions, embed
+from curate.engine import Job
+from curate.storage import renewal
+from curate.storage.manifest import open_input
+from house import ROOT, fingerprint, manifest
+
+QUIET = Job(quiet=True, workers=1)
+STEMS = ["00000", "00001", "00002", "00003"]
+
+
+@pytest.fixture
+def curate(capfd):
+    """Run a verb in this process: exit code, what it printed, what it told on stderr."""
+
+    def run(*words):
+        capfd.readouterr()
+        code = app([str(word) for word in words], standalone_mode=False)
+        return code or 0, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_clip.write(tmp_path_factory.mktemp("model") / "clip")
+
+
+@pytest.fixture(scope="module")
+def began(tmp_path_factory, model):
+    """A pool of four shards, and its embeddings."""
+    home = tmp_path_factory.mktemp("began")
+    embed(write_pool(home / "pool", STEMS, 3), str(home / "emb"), EmbedOptions(model), QUIET)
+    return home
+
+
+@pytest.fixture
+def home(began, tmp_path):
+    """The same, to be changed: the folder is moved about, so that the pool stays the one that was embedded."""
+    shutil.copytree(began, tmp_path / "home")
+    where = tmp_path / "home" / "emb" / ".seen.json"
+    seen = renewal.load_json(str(where))
+    renewal.save_json(str(where), seen | {"place": renewal.paths.place(str(tmp_path / "home" / "pool"))})
+    return tmp_path / "home"
+
+
+def change(home):
+    """Download one shard again, add two, remove one."""
+    time.sleep(0.01)
+    write_pool(home / "pool", ["00001"], 3, first=50)
+    write_pool(home / "pool", ["00004", "00005"], 2, first=70)
+    (home / "pool" / "00002.tar").unlink()
+
+
+def arrows(folder):
+    return {name.split("/", 1)[1]: value for name, value in fingerprint(folder).items()}
+
+
+def afresh(home, model):
+    """What embedding the pool as it is now leaves where nothing stood."""
+    embed(str(home / "pool"), str(home / "whole"), EmbedOptions(model), QUIET)
+    return arrows(home / "whole")
+
+
+def test_a_changed_pool_is_taken_up_byte_for_byte(home, model, curate):
+    before = {path.name: path.stat().st_mtime_ns for path in (home / "emb").glob("*.arrow")}
+    change(home)
+    words = ["embed", home / "pool", home / "emb", "--model", model]
+    code, out, told = curate(*words)
+    assert code == 0 and "embed: 2 new, 1 changed, 1 gone, 2 kept" in told.splitlines()
+    assert "13 rows in 5 shards" in out
+    assert arrows(home / "emb") == afresh(home, model)
+    assert {path.name for path in (home / "emb").glob("*.arrow") if path.stat().st_mtime_ns in before.values()} == {
+        "00000.arrow",
+        "00003.arrow",
+    }
+    code, out, told = curate(*words)
+    assert code == 0 and "kept" not in told and "13 rows in 5 shards" in out
+
+
+def test_a_touched_shard_is_made_again_or_by_its_content_kept(home, model, curate):
+    os.utime(home / "pool" / "00003.tar", (1, 1))
+    words = ["embed", home / "pool", home / "emb", "--model", model]
+    assert "kept" not in curate(*words, "--verify")[2]
+    other = bytearray((home / "pool" / "00000.tar").read_bytes())
+    stamp = (home / "pool" / "00000.tar").stat().st_mtime_ns
+    other[-1] = 1  # in the padding behind the last member
+    (home / "pool" / "00000.tar").write_bytes(other)
+    os.utime(home / "pool" / "00000.tar", ns=(stamp, stamp))
+    assert "kept" not in curate(*words)[2], "same size, same time"
+    assert "embed: 1 changed, 3 kept" in curate(*words, "--verify")[2]
+    os.utime(home / "pool" / "00003.tar", (2, 2))
+    assert "embed: 1 changed, 3 kept" in curate(*words)[2]
+
+
+def test_a_copied_pool_is_accepted_by_the_same_request(home, model, curate):
+    shutil.copytree(home / "pool", home / "copy" / "pool", copy_function=shutil.copyfile)
+    shutil.copytree(home / "emb", home / "copy" / "emb")
+    _, out, told = curate("embed", home / "copy" / "pool", home / "copy" / "emb", "--model", model)
+    assert "kept" not in told and "12 rows in 4 shards" in out
+
+
+def test_a_repaired_shard_is_taken_up(home, model, curate):
+    whole = (home / "pool" / "00001.tar").read_bytes()
+    (home / "pool" / "00001.tar").write_bytes(b"\xff" * 5000)
+    words = ["embed", home / "pool", home / "emb", "--model", model]
+    code, _, told = curate(*words)
+    assert code == 1 and "1 changed, 3 kept" in told and "1 shard(s) failed" in told
+    assert list(manifest(home / "emb")["failed"]) == ["00001"] and not (home / "emb" / "00001.arrow").exists()
+    assert "1 tried again, 3 kept" in curate(*words)[2]
+    (home / "pool" / "00001.tar").write_bytes(whole)
+    assert "1 changed, 3 kept" in curate(*words)[2]
+    assert arrows(home / "emb") == afresh(home, model)
+
+
+def test_slices_share_what_has_changed(home, model):
+    change(home)
+    for rank in (1, 0):
+        made = embed(str(home / "pool"), str(home / "emb"), EmbedOptions(model), Job(quiet=True, part=(rank, 2)))
+        assert open_input(str(home / "emb")).manifest == (made if rank == 0 else manifest(home / "emb"))
+    assert arrows(home / "emb") == afresh(home, model)
+
+
+def test_a_run_killed_between_two_states_leaves_one_and_the_next_goes_on(home, model):
+    before = arrows(home / "emb")
+    change(home)
+    command = [sys.executable, "-m", "curate", "embed", home / "pool", home / "emb", "--model", model, "--workers", "1"]
+    running = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list((home / "emb").glob(".next-*/*.arrow")) and running.poll() is None:
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    after = {name: value for name, value in arrows(home / "emb").items() if not name.startswith(".")}
+    found = open_input(str(home / "emb"))
+    assert after == before or "00004" in found.stems
+    for stem in found.stems:
+        assert found.table(stem).num_rows == found.rows[stem]
+    embed(str(home / "pool"), str(home / "emb"), EmbedOptions(model), QUIET)
+    assert arrows(home / "emb") == afresh(home, model)
+
+
+def test_a_shard_that_changes_while_it_is_read_fails_by_name(home, model, monkeypatch):
+    from curate.embed.embed import EmbedShard
+
+    embed_texts = EmbedShard._embed_texts
+
+    def meanwhile(*given):
+        (home / "pool" / "00001.tar").touch()
+        return embed_texts(*given)
+
+    change(home)
+    monkeypatch.setattr(EmbedShard, "_embed_texts", meanwhile)
+    made = embed(str(home / "pool"), str(home / "emb"), EmbedOptions(model), QUIET)
+    assert "00001" in made["failed"] and "has changed since this run began" in made["failed"]["00001"]
+    monkeypatch.undo()
+    assert "failed" not in embed(str(home / "pool"), str(home / "emb"), EmbedOptions(model), QUIET)
+    assert arrows(home / "emb") == afresh(home, model)
