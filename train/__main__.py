@@ -37,6 +37,9 @@ ImagesOption = Annotated[str | None, typer.Option("--images", help="Folder of th
 OutOption = Annotated[Path, typer.Option("--out", help="Output directory.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Clear what an earlier run left in --out.")]
 LossesOption = Annotated[bool, typer.Option("--losses", help="Write each sample's loss to OUT/losses, for curate.")]
+ValOption = Annotated[
+    str | None, typer.Option("--val", help="Held-out data, or a share of --data held out by picture, such as 0.02.")
+]
 EvalRootOption = Annotated[Path | None, typer.Option("--eval-root", help="Folder of the benchmarks, as LLaVA has it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -49,6 +52,7 @@ def align(
     settings: SetOption = None,
     images: ImagesOption = None,
     losses: LossesOption = False,
+    val: ValOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -57,7 +61,7 @@ def align(
     Example: `python -m train align --config pipelines/demo.toml --data coreset/ --out run/align` writes
     `run/align/projector.safetensors`, `metrics.jsonl` and `manifest.json`; a killed run goes on.
     """
-    settings = [*(settings or ()), *["align.losses=true"] * losses]
+    settings = [*(settings or ()), *["align.losses=true"] * losses, *([f"align.val={json.dumps(val)}"] if val else [])]
     _stage("align", config, settings, data, images, None, out, overwrite, as_json)
 
 
@@ -70,6 +74,7 @@ def finetune(
     settings: SetOption = None,
     images: ImagesOption = None,
     losses: LossesOption = False,
+    val: ValOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -78,7 +83,11 @@ def finetune(
     Example: `python -m train finetune --config pipelines/demo.toml --data mix/ --align run/align --out run/tuned`
     writes `run/tuned/adapter/`, `projector.safetensors`, `metrics.jsonl` and `manifest.json`; a killed run goes on.
     """
-    settings = [*(settings or ()), *["finetune.losses=true"] * losses]
+    settings = [
+        *(settings or ()),
+        *["finetune.losses=true"] * losses,
+        *([f"finetune.val={json.dumps(val)}"] if val else []),
+    ]
     _stage("finetune", config, settings, data, images, align, out, overwrite, as_json)
 
 

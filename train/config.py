@@ -85,6 +85,7 @@ class Stage:
     workers: int = 1  # decoding processes per rank; 0: in the training process
     cache_features_mb: int = 0  # keep the frozen tower's features in memory where they all fit
     shard: bool = False  # FSDP2: cut the model among the processes, for what one GPU cannot hold
+    val: str = ""  # held-out data, or a share of --data held out by picture; its loss chooses the weights that are kept
     losses: bool = False  # write each sample's loss to RUN/losses, a sidecar that `curate select --losses` reads
     tracker: Literal["", "trackio", "wandb"] = ""  # besides TensorBoard, where it is installed
     save_every: int = 200
@@ -140,7 +141,7 @@ class Config:
 
 
 # Options that manifests of 0.1.0 lack. A manifest leaves them out at their default, so that older runs still go on.
-ADDED = frozenset({"norm_samples", "lm_dropout", "schedule", "decay", "dora", "rslora"})
+ADDED = frozenset({"norm_samples", "lm_dropout", "schedule", "decay", "dora", "rslora", "val"})
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
 NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
 
@@ -202,6 +203,7 @@ def _check(config: Config) -> None:
         _hold(name, stage, "betas", lambda value: 0 <= value < 1, "lie in [0, 1)")
         if stage.quantize and (stage.tune != "lora" or stage.shard):
             raise UsageError(f'{name}.quantize needs {name}.tune = "lora", without {name}.shard')
+        _hold(name, stage, "val", lambda value: 0 <= share_of(value) < 1, "be less than 1, or a data set")
         if (stage.dora or stage.rslora) and stage.tune != "lora":
             raise UsageError(f'{name}.{"dora" if stage.dora else "rslora"} needs {name}.tune = "lora"')
         if stage.dora and stage.shard:
@@ -213,6 +215,14 @@ def _check(config: Config) -> None:
     _hold("eval", evaluation, "batch_size", lambda value: value > 0, "be greater than 0")
     _hold("eval", evaluation, "max_new_tokens limit show tolerance", lambda value: value >= 0, "not be negative")
     _hold("generate", config.generate, "max_new_tokens", lambda value: value > 0, "be greater than 0")
+
+
+def share_of(val: str) -> float:
+    """Return the share that `val` names; 0 where it names data, or nothing."""
+    try:
+        return float(val)
+    except ValueError:
+        return 0.0
 
 
 def _hold(table: str, options: Any, keys: str, rule: Callable[[Any], bool], words: str) -> None:

@@ -16,6 +16,7 @@ import logging
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,17 +65,28 @@ def measure(
     source: Source, encoder: Encoder, max_length: int, workers: int = 0, runtime: Runtime | None = None
 ) -> Measured:
     """Measure all samples, in worker processes where there are many, and shared among the ranks of a runtime."""
-    spans = Spans(source, encoder, max_length)
-    rank, world = (runtime.rank, runtime.world) if runtime is not None else (0, 1)
-    own = list(load(spans, range(rank, len(spans), world), workers if len(spans) > 1 else 0, False))
-    everyone = runtime.gather(own) if runtime is not None else [own]
-    parts = [everyone[n % world][n // world] for n in range(len(spans))]
+    parts = spread(Spans(source, encoder, max_length), workers, runtime)
     lengths, supervised, images = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("lengths", "supervised", "images")
     )
     reasons = {index: reason for part in parts for index, reason in part.reasons.items()}
     truncated, thinking, shortened = (sum(getattr(part, name) for part in parts) for name in COUNTS)
     return Measured(lengths, supervised, images, truncated, reasons, thinking, shortened)
+
+
+def spread(spans: Any, workers: int, runtime: Runtime | None) -> list[Any]:
+    """Return what a dataset gives for each number, worked out by the ranks in turn; a collective."""
+    rank, world = (runtime.rank, runtime.world) if runtime is not None else (0, 1)
+    own = list(load(spans, range(rank, len(spans), world), workers if len(spans) > 1 else 0, False))
+    everyone = runtime.gather(own) if runtime is not None else [own]
+    return [everyone[n % world][n // world] for n in range(len(spans))]
+
+
+def spare_workers(runtime: Runtime) -> int:
+    """Return how many worker processes this rank may start before training; 0 where there is one core for it."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
+    workers = min(16, (os.cpu_count() or 1) // ranks_here)
+    return workers if workers > 1 else 0
 
 
 def measure_once(
@@ -87,9 +99,7 @@ def measure_once(
     path = folder / f"{_digest(encoder, max_length, runtime.broadcast(data_digest))}.npz"
     found: Measured | None = runtime.first(lambda: _read(path, len(source)))
     if found is None:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
-        workers = min(16, (os.cpu_count() or 1) // ranks_here)
-        found = measure(source, encoder, max_length, workers if workers > 1 else 0, runtime)
+        found = measure(source, encoder, max_length, spare_workers(runtime), runtime)
         if runtime.rank == 0:
             _keep(found, path)
     return found

@@ -74,7 +74,7 @@ def save(
     """Write the checkpoint of a step; delete all but the last `keep_last` and the one of the lowest loss.
 
     files: tensors by file and name, as `collect` returns them.
-    state: also holds `loss`, the mean since the checkpoint before.
+    state: also holds `loss`, the mean since the checkpoint before, and `val_loss`, which counts in its place.
     """
     path, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -143,7 +143,8 @@ def shutdown_advice(step_s: float, save_s: float, size_bytes: float) -> str:
 
 def _loss(path: Path) -> float:
     try:
-        return float(json.loads((path / "state.json").read_text(encoding="utf-8"))["loss"])
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return float(state.get("val_loss", state["loss"]))
     except (OSError, ValueError, KeyError):
         return math.inf
 
@@ -152,6 +153,16 @@ def latest(folder: Path) -> Path | None:
     """Return the newest checkpoint, or None."""
     steps = _steps(folder)
     return steps[-1] if steps else None
+
+
+def restore_best(folder: Path, trainable: Mapping[str, Tensor]) -> tuple[int, float]:
+    """Load the weights of the checkpoint of the lowest loss; return its step and that loss."""
+    best = min(_steps(folder), key=lambda path: (_loss(path), path))
+    weights = load_file(best / WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(_share(weights[name], parameter))
+    return int(best.name.removeprefix("step-")), _loss(best)
 
 
 def restore(path: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

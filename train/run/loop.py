@@ -35,6 +35,7 @@ from train.run.checkpoint import PROJECTOR
 from train.run.flops import Cost, peak_flops, peak_memory_gb
 from train.run.losses import SampleLosses
 from train.run.recorder import Recorder
+from train.run.validation import Validation
 
 log = logging.getLogger("train")
 
@@ -53,6 +54,7 @@ class Training:
     skipped: dict[int, str]  # sample index -> reason, found so far
     features: FeatureCache | None = None
     sample_losses: SampleLosses | None = None
+    validation: Validation | None = None
     cost: Cost = field(init=False)
     _told_grace: bool = field(init=False, default=False)
     _halved: bool = field(init=False, default=False)
@@ -101,11 +103,15 @@ class Training:
                 if peak:
                     row["mfu"] = row["tflop"] * 1e12 / (seconds * peak * self.runtime.world)
                 row["peak_memory_gb"] = peak_memory_gb(self.runtime.device)
-                recorder.write({**row, "data_wait_s": waited, "step_s": seconds})
                 since.append(row["loss"])
                 done = step + 1
-                if stopping or done == self.plan.steps or done % self.stage.save_every == 0:
-                    self._save(done, optimizer, sum(since) / len(since), writer)
+                saving = stopping or done == self.plan.steps or done % self.stage.save_every == 0
+                state = {"loss": sum(since) / len(since)}
+                if saving and self.validation is not None:
+                    row["val_loss"] = state["val_loss"] = self._validate()
+                recorder.write({**row, "data_wait_s": waited, "step_s": seconds})
+                if saving:
+                    self._save(done, optimizer, state, writer)
                     since.clear()
                     self._tell_grace(seconds, writer)
                 if stopping and done < self.plan.steps:
@@ -185,10 +191,10 @@ class Training:
     def token_losses(self, batch: Batch) -> Tensor:
         """Return the loss f32 [s] of each supervised position."""
         feats = None
-        if self.features is not None and batch.images:
-            feats = self.features.get(batch.images).to(self.runtime.device)
-        elif batch.pixels_nchw is not None:
+        if batch.pixels_nchw is not None:
             feats = tower_features(self.composed, batch.pixels_nchw, tuned=self.stage.tune_tower)
+        elif self.features is not None and batch.images:
+            feats = self.features.get(batch.images).to(self.runtime.device)
         row = batch.documents, batch.supervised_s
         hidden = hidden_states(self.composed, batch.ids_bl, batch.positions_bl, feats, *row)
         return token_losses(self.composed.model, hidden.flatten(0, 1)[batch.supervised_s], batch.targets_s)
@@ -257,8 +263,19 @@ class Training:
         log.info("going on from %s", path)
         return int(state["step"])
 
-    def _save(self, step: int, optimizer: torch.optim.Optimizer, loss: float, writer: checkpoint.Writer) -> None:
-        state = {"skipped": {str(i): r for i, r in sorted(self.skipped.items())}, "loss": loss}
+    def _validate(self) -> float:
+        assert self.validation is not None
+
+        def losses(batch: Batch) -> Tensor:
+            with self.runtime.autocast():
+                return sharding.run_gathered(self.composed, self._losses, batch.to(self.runtime.device), None)[0]
+
+        return self.validation.loss(self.composed.model, losses)
+
+    def _save(
+        self, step: int, optimizer: torch.optim.Optimizer, losses: dict[str, float], writer: checkpoint.Writer
+    ) -> None:
+        state = {"skipped": {str(i): r for i, r in sorted(self.skipped.items())}, **losses}
         writer.wait()
         self.runtime.barrier()  # the first rank may have waited for a slow disk, for longer than NCCL would
         extra = self.sample_losses.gather(self.runtime) if self.sample_losses is not None else {}

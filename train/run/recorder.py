@@ -13,7 +13,7 @@ from train.errors import UsageError
 from train.folder import whole_file
 
 PROGRESS_EVERY_S = 5.0
-CURVES = ("loss", "lr", "grad_norm", "padding", "tokens_per_s", "supervised_per_s")
+CURVES = ("loss", "val_loss", "lr", "grad_norm", "padding", "tokens_per_s", "supervised_per_s")
 SPEEDS = ("data_wait_s", "mfu", "peak_memory_gb")
 log = logging.getLogger("train")
 
@@ -53,6 +53,8 @@ class Recorder:
             self.board.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
         if self.tracker is not None:
             self.tracker.log(curves, step=step)
+        if "val_loss" in row:
+            log.info("step %d/%d  validation loss %.4f", step, self.steps, row["val_loss"])
         now = time.monotonic()
         if now - self.shown >= PROGRESS_EVERY_S or step == self.steps:
             self.shown = now

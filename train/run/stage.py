@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import torch
 
-from train.config import ADDED, Config, Model, Stage
+from train.config import ADDED, Config, Model, Stage, share_of
 from train.data.batches import Collator, Plan
 from train.data.chat import chat_template
+from train.data.holding_out import hold_out
 from train.data.measuring import measure_once
 from train.data.own_template import OwnTemplate, read_own_template
 from train.data.prompts import OWN, Encoder, Rejected, Template, get_template, parse, to_messages
-from train.data.sources import Measured, Source, check_bad, open_source
+from train.data.sources import JsonSource, Measured, Source, check_bad, open_source
 from train.dist import Runtime, leave_group
 from train.errors import DataError, UsageError
 from train.folder import MEASURED, absolute, digest_data, finish, held, open_run, read_json, relative
@@ -33,6 +34,7 @@ from train.run.cache import cache_features
 from train.run.loop import Training, out_of_memory
 from train.run.losses import SampleLosses
 from train.run.memory import size_pass
+from train.run.validation import BATCH, Validation
 
 StageName = Literal["align", "finetune"]
 PARITY_SAMPLES = 32
@@ -75,9 +77,10 @@ def run_stage(
         data_digest = f"{inputs['digest']} {inputs.get('images_digest', '')}"
         training, learnt_from = _assemble(config, stage, stage_name, source, runtime, out, align, data_digest)
         training.run()
+        chosen = _keep_best(training) if training.validation is not None else {}
         trained = checkpoint.collect(training.trainable, None, keep=runtime.rank == 0)[checkpoint.WEIGHTS]
         if runtime.rank == 0:
-            result = _result(training, learnt_from)
+            result = _result(training, learnt_from) | chosen
             adapter = training.composed.model.peft_config["default"] if stage.tune == "lora" else None
             checkpoint.save_trained(out, trained, adapter)
             _write_skipped(out, source, training.skipped)
@@ -137,6 +140,10 @@ def _request(
     for key in ("tower", "lm", "tokenizer"):
         model[key] = relative(model[key], out)
     inputs = {"data": relative(data, out), "digest": digest_data(data)}
+    if stage.val and not share_of(stage.val):
+        if not Path(stage.val).exists():
+            raise UsageError(f"--val {stage.val}: no such file or folder, and no share such as 0.02")
+        options["val"], inputs["val_digest"] = relative(stage.val, out), digest_data(stage.val)
     if images:
         inputs["images"] = relative(images, out)
     if align is not None:
@@ -178,6 +185,11 @@ def _assemble(
         stage = dataclasses.replace(stage, packing=False)
     measured = measure_once(source, encoder, max_length, out.resolve().parent / MEASURED, runtime, data_digest)
     check_bad(source, measured.reasons, stage.max_bad_share)
+    held_source, held = source, None
+    if share := share_of(stage.val):
+        measured, held = hold_out(source, measured, share, stage.seed, runtime)
+    elif stage.val:
+        held_source, held = _measure_held(stage, source, encoder, max_length, out, runtime)
     if stage.packing and config.model.attention == attention.NAME:
         log.info("%s", attention.describe(runtime.device, runtime.dtype))
     trainable = prepare(composed, stage)
@@ -195,9 +207,36 @@ def _assemble(
     collator = Collator(source, encoder, make_image_processor(composed.vision), max_length)
     training = Training(composed, stage, trainable, plan, collator, runtime, out, dict(measured.reasons))
     training.sample_losses = SampleLosses(len(source)) if stage.losses else None
+    if held is not None:
+        once = dataclasses.replace(stage, steps=0, epochs=1.0, batch_size=BATCH)
+        decoding = Collator(held_source, encoder, collator.image_processor, max_length)
+        training.validation = Validation(Plan(held, once), decoding, runtime)
+        log.info("%d samples are held out; their loss is taken with each checkpoint", len(held.usable))
     with out_of_memory(stage):
         training.features = cache_features(composed, stage, plan, collator, runtime, training.skipped)
     return training, learnt_from
+
+
+def _measure_held(
+    stage: Stage, source: Source, encoder: Encoder, max_length: int, out: Path, runtime: Runtime
+) -> tuple[Source, Measured]:
+    """Open and measure the held-out data; a JSON's images lie where those of the run's own JSON do, or beside it."""
+    images = None
+    if isinstance(source, JsonSource) and Path(stage.val).suffix in (".json", ".jsonl"):
+        images = str(source.images)
+    held = open_source(stage.val, images, digest=runtime.rank == 0)
+    digest = f"{digest_data(stage.val)} {held.images_digest}"
+    measured = measure_once(held, encoder, max_length, out.resolve().parent / MEASURED, runtime, digest)
+    check_bad(held, measured.reasons, stage.max_bad_share)
+    return held, measured
+
+
+def _keep_best(training: Training) -> dict[str, Any]:
+    """Go back to the weights of the lowest validation loss and say which they are; a collective."""
+    training.runtime.barrier()  # the first rank has written them
+    step, loss = checkpoint.restore_best(training.out / "checkpoints", training.trainable)
+    log.info("kept are the weights after step %d, whose validation loss %.4f is the lowest", step, loss)
+    return {"best_step": step, "val_loss": loss}
 
 
 def _size_pass(composed: Composed, model: Model, stage: Stage, runtime: Runtime) -> int:
