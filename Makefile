@@ -12,10 +12,11 @@ PY := .venv/bin/python
 READY := .venv/.ready
 QUICK := tests/test_laws.py tests/test_options.py tests/storage tests/vectors tests/select/test_steps.py tests/select/test_coverage.py \
 	tests/mix/test_text_overlap.py tests/train/test_config.py
+NUMERICS := tests/vectors tests/select/test_coverage.py tests/train/model/test_attention.py tests/train/run/test_flops.py
 RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install coreset train eval check test lint format ablation bench picture clean
+.PHONY: help install coreset train eval check test test-numerics lint format ablation bench picture clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -40,6 +41,10 @@ eval: $(READY) ## score the trained model again
 
 test: $(READY) ## run the tests: offline, on the processor alone
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+
+test-numerics: $(READY) ## the numeric tests as two older processors compute them
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(NUMERICS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(NUMERICS)
 
 check: lint ## lint, types and the quick tests: what to run while you work
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(QUICK)

@@ -136,15 +136,16 @@ def run(
     engine: str = "local",
     workers: int = 1,
     gpus: int = 0,
+    share: float = 1.0,
     note: Note = lambda item, rows: None,
 ) -> Generator[Report, None, None]:
     """Work all items and yield a report for each, in the order in which they end.
 
-    gpus: with more than zero, each local worker sees one of them. note: hears how many rows of an item are done while
-    it is at work, maybe in another thread.
+    gpus: above zero, each local worker sees one. share: of a GPU that a Ray actor takes. note: hears how many rows of
+    an item are done while it is at work, maybe in another thread.
     """
     if engine == "ray":
-        yield from _run_ray(task, items, max(1, workers), gpus, note)
+        yield from _run_ray(task, items, max(1, workers), share if gpus else 0, note)
     elif workers <= 1 or len(items) <= 1:
         task.setup()
         for item in items:
@@ -246,14 +247,13 @@ def _drain(pool: Processes, items: Sequence[Any], workers: int, note: Note) -> I
 _NONE = object()
 
 
-def _run_ray(task: Task, items: Sequence[Any], workers: int, gpus: int, note: Note) -> Iterator[Report]:
-    """Schedule items on Ray actors; Ray carries shard names, never data.
+def _run_ray(task: Task, items: Sequence[Any], workers: int, gpu: float, note: Note) -> Iterator[Report]:
+    """Schedule items on Ray actors, each with a share of a GPU; Ray carries names alone.
 
-    When an actor or its node dies, a new one does the item again. Actors without further work are let go, so that there
-    is room for the new one even where the lost node had the last free core.
+    When an actor or its node dies, a new one does the item again; idle actors are let go to make room for it.
     """
     ray = _ray()
-    actor = _actor(ray, task, gpus, workers)
+    actor = _actor(ray, task, gpu, workers)
     idle = [actor.remote() for _ in range(min(workers, len(items)))]
     running: dict[Any, tuple[Any, Any]] = {}
     queue, tries = list(reversed(items)), dict.fromkeys(items, 0)
@@ -293,7 +293,7 @@ def _ray() -> Any:
     return ray
 
 
-def _actor(ray: Any, task: Task, gpus: int, workers: int) -> Any:
+def _actor(ray: Any, task: Task, gpu: float, workers: int) -> Any:
     """Declare the actor that works items; beside its work it answers how far it is."""
     here = os.getcwd()
 
@@ -303,7 +303,7 @@ def _actor(ray: Any, task: Task, gpus: int, workers: int) -> Any:
             self.done = 0
             try:
                 os.chdir(here)  # relative locations mean the same on every node, of a shared file system
-                share_cores(_actors_here(gpus, workers))
+                share_cores(_actors_here(gpu, workers))
                 task.setup()
             except Exception as error:  # raised here, it would be lost among Ray's own
                 self.trouble = error
@@ -319,16 +319,16 @@ def _actor(ray: Any, task: Task, gpus: int, workers: int) -> Any:
         def look(self) -> int:
             return self.done
 
-    return ray.remote(num_gpus=1 if gpus else 0, num_cpus=1, concurrency_groups={"looks": 1})(Worker)
+    return ray.remote(num_gpus=gpu, num_cpus=1, concurrency_groups={"looks": 1})(Worker)
 
 
-def _actors_here(gpus: int, workers: int) -> int:
-    """Count the actors that this node has room for: one per GPU, or per core."""
+def _actors_here(gpu: float, workers: int) -> int:
+    """Count the actors that this node has room for: by their share of a GPU, or one per core."""
     import ray
 
     mine = ray.get_runtime_context().get_node_id()
     held = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == mine)
-    return min(workers, int(held.get("GPU" if gpus else "CPU", 1)))
+    return min(workers, int(held.get("GPU", 1) / gpu if gpu else held.get("CPU", 1)))
 
 
 def _look(ray: Any, running: Any, note: Note) -> None:
@@ -359,21 +359,21 @@ def run_stage(
     *,
     workers: int | None = None,
     unit: str = "shards",
-    gpu: bool = False,
+    gpu: float = 0,
     places: Sequence[str] = (),
 ) -> Outcome:
     """Run a task over the items, telling its progress on stderr, and collect what became of them.
 
-    workers: overrides the job's number where the stage knows better. gpu: the task uses a GPU where there is one.
+    workers: overrides the job's number where the stage knows better. gpu: the share of a GPU that a worker takes.
     places: the directories that all items rest on; one that is gone ends the stage.
 
     Raises: RunError at the first error that no other item could escape.
     """
     outcome, started = Outcome(), time.perf_counter()
     num_gpus = gpus(job) if gpu else 0
-    count = workers if workers is not None else job.workers or num_gpus or cores()
+    count = workers if workers is not None else job.workers or (int(num_gpus / gpu) if gpu else 0) or cores()
     line, standing = Progress(label, len(items), unit=unit, quiet=job.quiet), faults.Standing(places)
-    reports = run(task, items, engine=job.engine, workers=count, gpus=num_gpus, note=line.within)
+    reports = run(task, items, engine=job.engine, workers=count, gpus=num_gpus, share=gpu, note=line.within)
     with contextlib.closing(line), contextlib.closing(reports):
         for report in reports:
             line.end(report.item)

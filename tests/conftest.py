@@ -2,14 +2,14 @@
 
 import pytest
 
-from house import REAL_DATA
+from house import GPU, REAL_DATA
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "realdata" in item.keywords and not REAL_DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"real data is not at {REAL_DATA}"))
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and GPU == "cuda":
             import torch
 
             if not torch.cuda.is_available():

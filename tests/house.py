@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(OFFLINE)
+GPU = "cpu" if os.environ.get("REHEARSE_GPU") else "cuda"  # where the tests marked `gpu` run
 
 
 BESIDE = ("log.jsonl", ".seen.json")  # when a run was, and when its input was written: no part of an artefact

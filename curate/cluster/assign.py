@@ -17,7 +17,7 @@ from curate.errors import ContractError
 from curate.storage import paths, sidecar
 from curate.storage.manifest import Artefact, open_input
 from curate.storage.schema import CLUSTER_SCHEMA
-from curate.vectors import kmeans
+from curate.vectors import kmeans, on_device
 
 CENTROIDS = "centroids.npy"
 
@@ -48,12 +48,15 @@ class Assign:
     neighbours: int
     home: str = ""
     kept: frozenset[str] = frozenset()
+    gpu: bool = False  # use one where the worker sees one
 
     def setup(self) -> None:
         """Load the centroids."""
+        on = on_device.device() if self.gpu else None
         self.source = open_input(self.emb)
         self.centroids = sidecar.load_npy(paths.join(self.out, CENTROIDS))
-        self.facts = {"centroids": digest(self.centroids)}
+        self.facts = {"centroids": digest(self.centroids), "device": on_device.describe(on or "cpu")}
+        self.find = kmeans.finder(self.centroids, self.neighbours, on)
         rows = self.source.rows
         self.parts = scatter.parts(rows)
         self.first_row = dict(zip(rows, np.cumsum([0, *rows.values()]).tolist(), strict=False))
@@ -81,8 +84,7 @@ class Assign:
             stands = sidecar.table(paths.join(self.home, f"{stem}.arrow"))
             advance(len(ok))
             return stands["cluster"].to_numpy()[None], stands
-        find = kmeans.assign if self.neighbours == 1 else kmeans.nearest_two
-        nearest, similarity = find(vectors, self.centroids)
+        nearest, similarity = self.find(vectors)
         advance(len(ok))
         places = np.array(nearest, ndmin=2)
         places[:, ~ok] = -1

@@ -9,6 +9,7 @@ size on disk until the end. Memory: the sample (1 GiB by default) on the driver,
 worker.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -20,7 +21,7 @@ from curate.cluster.assign import CENTROIDS, Assign, digest, is_ok
 from curate.cluster.edges import EDGES
 from curate.cluster.options import ClusterOptions
 from curate.cluster.scatter import BUCKETS
-from curate.engine import Job, Outcome, Task, run_stage
+from curate.engine import Job, Outcome, Task, gpus, run_stage
 from curate.errors import ContractError, ShardError, UsageError
 from curate.storage import claim, paths, sidecar
 from curate.storage.manifest import (
@@ -37,13 +38,13 @@ from curate.storage.manifest import (
 )
 from curate.storage.renewal import settle
 from curate.vectors import kmeans
-from curate.vectors.exact import widen
 from curate.vectors.near_pairs import is_worth_rounding
 from curate.vectors.products import fastest_product
 
 MAX_BUCKETS = 1024
 NULL_ROWS = 1 << 16
 RECALL_SAMPLE = 1 << 16
+GPU_SHARE = 0.25  # of a GPU that a worker takes: what it does beside, reading and scattering, is the longer part
 FIT = "fit.json"
 FIT_CLAIM, FINISH_CLAIM = ".fit.claim", ".finish.claim"
 
@@ -89,7 +90,7 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     made = {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows}}
     if left := output.missing(source.stems):
         return {**made, "unfinished": left}
-    sizes = _sizes(source, output, rows_ok)
+    sizes, assigned_on = _sizes(source, output, rows_ok)
     task = edges.FindEdges(
         emb, output.directory, options.floor, load_json(output.path(FIT)).get("screen", "f32"), giants.choose(sizes)
     )
@@ -103,7 +104,7 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
             edges.join_edges(output, buckets, options.neighbours, options.floor)
         paths.remove(output.path(BUCKETS))
         later = renewed.later(output, kept, source.stems) if kept else set()
-        _finish(source, output, rows_ok, sizes, _recall(source, rows_ok, options, output), later)
+        _finish(source, output, rows_ok, sizes, assigned_on, _recall(source, rows_ok, options, output), later)
 
     _once(job, paths.join(output.home, FINISH_CLAIM), lambda: _is_finished(output), finish)
     paths.remove(output.path(PLAN))  # this slice may have written it after another had finished
@@ -140,8 +141,8 @@ def _assign(source: Artefact, output: Output, neighbours: int, buckets: int, job
     if _are_joined(output):
         unscattered.clear()
     todo = [part for part in job.share(list(parts)) if part in unscattered or missing & set(parts[part])]
-    task = Assign(source.directory, output.directory, buckets, neighbours, output.home, output.kept)
-    assigned = run_stage("assign", task, todo, job, places=(source.directory, output.home))
+    task = Assign(source.directory, output.directory, buckets, neighbours, output.home, output.kept, gpus(job) > 0)
+    assigned = run_stage("assign", task, todo, job, gpu=GPU_SHARE, places=(source.directory, output.home))
     _refuse_failures(assigned.failed)
     return assigned
 
@@ -166,7 +167,7 @@ def _find_edges(output: Output, task: edges.FindEdges, buckets: int, job: Job) -
         if _are_joined(output):
             return True
         todo = [item for item in job.share(items) if item in lacking]
-        outcome = run_stage("relate", task, todo, job, unit=unit, places=(output.home,))
+        outcome = run_stage("relate", task, todo, job, unit=unit, gpu=GPU_SHARE, places=(output.home,))
         found.rows, found.seconds = found.rows + outcome.rows, found.seconds + outcome.seconds
         lacking = set(missing())
         if _are_joined(output):  # another slice has finished, and removed what this one read
@@ -182,16 +183,18 @@ def _find_edges(output: Output, task: edges.FindEdges, buckets: int, job: Job) -
     return found
 
 
-def _sizes(source: Artefact, output: Output, rows_ok: dict[str, int]) -> np.ndarray:
-    """Count the rows of every cluster, i64 [k].
+def _sizes(source: Artefact, output: Output, rows_ok: dict[str, int]) -> tuple[np.ndarray, dict[str, int]]:
+    """Count the rows of every cluster, i64 [k], and the shards that each kind of device assigned.
 
     Raises: ContractError when a shard was assigned to other centroids than those that stand there, or rows are lacking.
     """
     k, centroids = int(output.plan["options"]["k"]), digest(sidecar.load_npy(output.path(CENTROIDS)))
-    sizes = np.zeros(k, np.int64)
+    sizes, devices = np.zeros(k, np.int64), Counter[str]()
     for stem, rows in source.rows.items():
         where = output.find(stem)
-        used = sidecar.facts(where).get("centroids")
+        facts = sidecar.facts(where)
+        used = facts.get("centroids")
+        devices[facts.get("device", "cpu")] += 1
         if used != centroids:
             raise ContractError(
                 f"{where} was assigned to other centroids ({used}) than {CENTROIDS} ({centroids}).",
@@ -200,7 +203,7 @@ def _sizes(source: Artefact, output: Output, rows_ok: dict[str, int]) -> np.ndar
         clusters = sidecar.table(where, ["cluster"])["cluster"].to_numpy()
         sizes += np.bincount(clusters[clusters >= 0], minlength=k)
         reconcile(stem, rows, {"clustered": int((clusters >= 0).sum()), "bad": rows - rows_ok[stem]})
-    return sizes
+    return sizes, dict(devices)
 
 
 def _dimensions(source: Artefact) -> int:
@@ -286,14 +289,16 @@ def _fit(
     else:
         images = np.concatenate(list(_sample(source, rows_ok, options.sample, options.seed)))
         backend = kmeans.choose_backend(images.shape[1], options.k, gpu=job.gpus > 0)
-        found = kmeans.fit(widen(images), options.k, options.iters, options.seed, backend=backend)
+        found = kmeans.fit(images, options.k, options.iters, options.seed, backend=backend)
         centroids = found.centroids
         facts = {"fitted_rows": len(images), "backend": backend, "empty": found.empty}
         facts["mean_similarity"] = found.mean_similarity
     rows = np.array([sum(rows_ok.values())])
     # Of the comparisons it is known only that they are at least those of equal clusters.
     worth = is_worth_rounding(centroids.shape[1], rows // len(centroids), rows)
-    facts["screen"] = fastest_product(centroids.shape[1]) if worth else "f32"
+    facts["screen"] = "f32"
+    if worth:
+        facts["screen"] = "gpu" if gpus(job) else fastest_product(centroids.shape[1])
     facts["shuffled_clip_score"] = _shuffled(source, rows_ok, options.seed)
     if paths.exists(output.path(FIT)):  # another slice took this one for dead, and has fitted meanwhile
         return
@@ -347,6 +352,7 @@ def _finish(
     output: Output,
     rows_ok: dict[str, int],
     sizes: np.ndarray,
+    assigned_on: dict[str, int],
     recalled: dict[str, Any],
     later: set[str],
 ) -> None:
@@ -359,6 +365,7 @@ def _finish(
         },
         counts=counts,
         fit=load_json(output.path(FIT)),
+        assigned_on=assigned_on,
         clusters={"k": len(sizes), "used": int((sizes > 0).sum()), "largest": int(sizes.max())},
         edges=sidecar.num_rows(output.path(EDGES)),
         recall=recalled,

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from curate.vectors import duplicate_forest, kmeans
+from curate.vectors import duplicate_forest, kmeans, on_device
 
 PROBE_ROWS, PROBE_ITERS = 16_384, 4
 PROBE_K = {"superkmeans": 4_000}  # whose pruning begins at a quarter of it; else PROBE_ROWS // 16
@@ -33,6 +33,7 @@ class ClusterRates:
 def cluster_rates(dim: int, k: int, rows: int, floor: float, *, gpu: bool) -> ClusterRates:
     """Measure k-means, assignment and the comparison inside clusters of the size that rows / k makes."""
     backend = kmeans.choose_backend(dim, k, gpu=gpu)
+    on = on_device.device() if gpu else None
     most = min(k, PROBE_K.get(backend, PROBE_ROWS // 16))
     few = -(-most // 4)
     group = max(2, min(LARGEST_GROUP, rows // max(k, 1), PROBE_ROWS))
@@ -40,12 +41,13 @@ def cluster_rates(dim: int, k: int, rows: int, floor: float, *, gpu: bool) -> Cl
     narrow = x.astype(np.float16)
     assigns, fits = [], []
     for count in (few, most):
-        assigns.append(_seconds(partial(kmeans.assign, narrow, x[:count])))
-        whole = _seconds(partial(kmeans.fit, x, count, PROBE_ITERS, 0, backend=backend))
+        assigns.append(_seconds(partial(kmeans.finder(x[:count], on=on), narrow)))
+        whole = _seconds(partial(kmeans.fit, narrow, count, PROBE_ITERS, 0, backend=backend))
         fits.append(max(whole - assigns[-1], 1e-9) / (PROBE_ROWS * PROBE_ITERS))
     each = max(fits[1] - fits[0], 0) / max(most - few, 1)
     bounds = np.arange(0, PROBE_ROWS - PROBE_ROWS % group + 1, group)
-    compare = _seconds(lambda: duplicate_forest.near_duplicate_forest(narrow, np.arange(PROBE_ROWS), bounds, floor))
+    find_edges = partial(duplicate_forest.near_duplicate_forest, product="gpu" if on else None)
+    compare = _seconds(lambda: find_edges(narrow, np.arange(PROBE_ROWS), bounds, floor))
     grown = max(1.0, rows / max(k, 1) / group)
     return ClusterRates(
         max(fits[1] - each * most, 0),

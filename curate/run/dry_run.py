@@ -165,7 +165,7 @@ def _cluster_cost(pipeline: Pipeline, rows: int, dim: int, gpus: int) -> Cost | 
     }
     by_part = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
     why = f"k = {k:,} by {rates.backend}, calibrated: {by_part}"
-    return Cost(rows, rows * 28, START_S + sum(parts.values()), why, gpus if rates.backend == "kmeans-gpu" else 0)
+    return Cost(rows, rows * 28, START_S + sum(parts.values()), why, gpus if rates.backend.endswith("-gpu") else 0)
 
 
 def _embed_cost(pipeline: Pipeline, sizes: dict[str, int]) -> Cost | None:

@@ -21,6 +21,7 @@ import numpy as np
 
 MERGE_LEAST, MERGE_AT = 1 << 12, 1 << 20  # edges that wait, of a forest of as many rows at least and at most
 LEVELS = 24  # steps from the floor to 1 at which it is known which rows are connected already
+CROWDED = 8  # edges a row of a tile above which the tile is reduced to its forest
 TILE_BITS = 11  # a tile's rows are numbered within 2 ** 11
 NO_EDGE = np.iinfo(np.int64).min
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -169,3 +170,12 @@ def tile_forest(products: np.ndarray, floor: float, *, square: bool) -> tuple[np
     child = np.flatnonzero(parent >= 0)
     low, high = np.minimum(child, parent[child]), np.maximum(child, parent[child])
     return low, high if square else high - p
+
+
+def edges_of_tile(products: np.ndarray, floor: float, *, square: bool, reduce: bool) -> tuple[np.ndarray, np.ndarray]:
+    """List the entries of exact products [p, q] above the floor; reduce: if they are very many, only their forest."""
+    found = np.flatnonzero(products.ravel() > floor)
+    if reduce and len(found) > CROWDED * sum(products.shape):
+        return tile_forest(products, floor, square=square)
+    a, b = np.divmod(found, products.shape[1])
+    return a, b

@@ -7,8 +7,8 @@ centroids.
 
 Fitting is one entry of a table, `BACKENDS`: Lloyd's algorithm by products of int8 or bf16 where they are the fastest of
 a processor, which is measured; else FAISS's `SuperKmeans` (pruned distances) for many clusters; FAISS's `Kmeans` for
-few clusters and on GPUs, and torch's products on GPUs that only torch sees. A fit may multiply rounded numbers; what it
-reports, and every assignment, is computed in f32.
+few clusters; on GPUs torch's products of halves (`on_device`), or FAISS's where torch sees none. A fit may multiply
+rounded numbers; what it reports, and every assignment, is as accurate as f32.
 
 Shapes: rows x_nd f16 or f32 [n, d], centroids f32 [k, d]. Cost: 2 n k d operations for an iteration or an assignment;
 memory: the sample in f32 for a fit, one block of rows times centroids for an assignment. Source: S. P. Lloyd, 1982;
@@ -22,6 +22,7 @@ from functools import partial
 
 import numpy as np
 
+from curate.vectors import on_device
 from curate.vectors.exact import widen
 from curate.vectors.products import fastest_product, multiply
 from curate.vectors.screen import round_rows
@@ -88,7 +89,7 @@ def _faiss(kind: str, x_nd: np.ndarray, k: int, iters: int, seed: int, **more: b
     return np.asarray(fit.centroids)
 
 
-def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, product: str, device: str = "cpu") -> np.ndarray:
+def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, product: str) -> np.ndarray:
     """Fit by Lloyd's algorithm from k random rows: rows are assigned by products of int8 or bf16, means are f32.
 
     With a rounded product a row may go to a centroid that is farther than the nearest by a thousandth or so. The
@@ -98,35 +99,30 @@ def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, product: str, dev
     import torch
 
     rng = np.random.default_rng(seed)
-    rows = torch.from_numpy(x_nd).to(device)
+    rows = torch.from_numpy(x_nd)
     centroids = x_nd[np.sort(rng.permutation(len(x_nd))[:k])]
 
     def rounded(matrix: np.ndarray) -> torch.Tensor:
-        if product == "int8":
-            everything, origin = np.arange(len(matrix)), np.zeros((1, matrix.shape[1]), np.float32)
-            tensor: torch.Tensor = round_rows(matrix, everything, origin, np.zeros(len(matrix), np.int64), product).rows
-            return tensor
-        return torch.from_numpy(matrix).to(device, torch.bfloat16)
+        everything, origin = np.arange(len(matrix)), np.zeros((1, matrix.shape[1]), np.float32)
+        tensor: torch.Tensor = round_rows(matrix, everything, origin, np.zeros(len(matrix), np.int64), product).rows
+        return tensor
 
-    coarse = rounded(x_nd)
+    coarse = rounded(x_nd) if product == "int8" else rows.bfloat16()
     for _ in range(iters):
-        columns = rounded(centroids)
-        sums, counts = torch.zeros(k, rows.shape[1], device=device), torch.zeros(k, dtype=torch.int64, device=device)
+        columns = rounded(centroids) if product == "int8" else torch.from_numpy(centroids).bfloat16()
+        sums, counts = torch.zeros(k, rows.shape[1]), torch.zeros(k, dtype=torch.int64)
         for first in range(0, len(rows), LLOYD_ROWS):
             block = slice(first, first + LLOYD_ROWS)
-            if device == "cpu":  # NumPy's argmax is twice as fast as torch's
-                nearest = torch.from_numpy(multiply(coarse[block], columns, product).argmax(axis=1))
-            else:
-                nearest = (coarse[block] @ columns.T).argmax(dim=1)
-            here = torch.bincount(nearest, minlength=k)
-            if device == "cpu":
-                sums.index_add_(0, nearest, rows[block])
-            else:  # on a GPU index_add_ adds in any order, and two runs would differ; sorted segments do not
-                order = nearest.argsort(stable=True)
-                sums += torch.segment_reduce(rows[block][order], "sum", lengths=here, unsafe=True)
-            counts += here
-        centroids = _means(sums.cpu().numpy(), counts.cpu().numpy(), rng)
+            nearest = torch.from_numpy(multiply(coarse[block], columns, product).argmax(axis=1))
+            sums.index_add_(0, nearest, rows[block])
+            counts += torch.bincount(nearest, minlength=k)
+        centroids = _means(sums.numpy(), counts.numpy(), rng)
     return centroids
+
+
+def _on_gpus(x_nd: np.ndarray, k: int, iters: int, seed: int) -> np.ndarray:
+    """Fit on all GPUs that are seen."""
+    return on_device.lloyd(on_device.devices(), x_nd.astype(np.float16, copy=False), k, iters, seed, _means)
 
 
 def _means(sums_kd: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -150,7 +146,7 @@ BACKENDS: dict[str, Callable[[np.ndarray, int, int, int], np.ndarray]] = {
     "superkmeans": partial(_faiss, "SuperKmeans"),
     "kmeans": partial(_faiss, "Kmeans"),
     "kmeans-gpu": partial(_faiss, "Kmeans", gpu=True),
-    "torch-gpu": partial(_lloyd, product="bf16", device="cuda"),
+    "torch-gpu": _on_gpus,
 }
 
 
@@ -163,10 +159,10 @@ def choose_backend(dim: int, k: int, *, gpu: bool) -> str:
     """
     import faiss
 
+    if gpu and on_device.device() is not None:
+        return "torch-gpu"
     if gpu and getattr(faiss, "get_num_gpus", int)() > 0:
         return "kmeans-gpu"
-    if gpu and _torch_sees_a_gpu():
-        return "torch-gpu"
     if k >= ROUNDED_K:
         product = fastest_product(dim, min(k, PRODUCT_COLUMNS), argmax=True)
         if product != "f32":
@@ -175,26 +171,43 @@ def choose_backend(dim: int, k: int, *, gpu: bool) -> str:
     return "superkmeans" if pruned else "kmeans"
 
 
-def _torch_sees_a_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def fit(x_nd: np.ndarray, k: int, iters: int, seed: int, *, backend: str) -> Fit:
-    """Fit k centroids to unit rows f32 [n, d], n >= k. Same rows, seed and backend: same bytes."""
+    """Fit k centroids to unit rows f16 or f32 [n, d], n >= k. Same rows, seed and backend: same bytes.
+
+    On GPUs rows are taken as f16, which stored vectors are, and assigned there at the end, too.
+    """
     assert k <= len(x_nd)
-    centroids = unit_rows(BACKENDS[backend](np.ascontiguousarray(x_nd, np.float32), k, iters, seed))
-    clusters, similarity = assign(x_nd, centroids)
+    on = on_device.device() if backend == "torch-gpu" else None
+    x_nd = np.ascontiguousarray(x_nd, np.float16) if on else np.ascontiguousarray(widen(x_nd))
+    centroids = unit_rows(BACKENDS[backend](x_nd, k, iters, seed))
+    clusters, similarity = finder(centroids, on=on)(x_nd)
     for _ in range(3):
         empty = np.flatnonzero(np.bincount(clusters, minlength=k) == 0)
         worst = np.argsort(similarity, kind="stable")[: len(empty)]
         if not len(empty) or similarity[worst[0]] > 1 - 1e-6:
             break  # there are fewer distinct rows than clusters: what is empty stays so
         centroids[empty] = x_nd[worst]  # the rows that lie worst begin clusters of their own
-        clusters, similarity = assign(x_nd, centroids)
+        clusters, similarity = finder(centroids, on=on)(x_nd)
     empty_count = int((np.bincount(clusters, minlength=k) == 0).sum())
     return Fit(centroids, backend, float(similarity.mean(dtype=np.float64)), empty_count)
+
+
+def finder(
+    centroids_kd: np.ndarray, neighbours: int = 1, on: str | None = None
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Prepare centroids for finding the nearest of many rows: `assign` or `nearest_two`, or the same on a GPU.
+
+    on: a device of torch, which takes rows f16; there two nearly equal cosines may change places.
+    """
+    if on is None:
+        return partial(assign if neighbours == 1 else nearest_two, centroids_kd=centroids_kd)
+    prepared = on_device.Centroids(centroids_kd, on)
+
+    def find(x_nd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        numbers, cosine = prepared.nearest(x_nd, neighbours)
+        return (numbers[0] if neighbours == 1 else numbers), cosine
+
+    return find
 
 
 def assign(x_nd: np.ndarray, centroids_kd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

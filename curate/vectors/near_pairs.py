@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from curate.vectors import on_device
 from curate.vectors.exact import exact_cosines, exact_products, widen
-from curate.vectors.forest import Edges, Forest, tile_forest
+from curate.vectors.forest import Edges, Forest, edges_of_tile
 from curate.vectors.products import fastest_product, is_right
 from curate.vectors.screen import Screen
 
@@ -31,7 +32,6 @@ SMALL = 4  # up to so many rows all pairs are decided exactly at once
 MEDIUM = 256  # up to so many rows a group is screened in f32, with others of its size
 MEDIUM_ROWS = 1 << 11  # rows of such groups that are multiplied together: their products stay in the cache
 DENSE = 1 / 32  # share of a tile's pairs from which multiplying it exactly costs less than deciding them one by one
-CROWDED = 8  # edges a row of a tile above which the tile is reduced to its forest
 CENTRE_SAMPLE = 64  # rows of a group whose mean is taken for its centre
 BATCH = 1 << 14  # pairs that are decided together
 ROUNDED_WORK = 1e11  # multiplications from which loading torch pays
@@ -58,12 +58,18 @@ def near_pairs(
     across: compare members with probing rows alone, and not with one another.
     forest: over these places; the caller adds to it what is yielded, and pairs that it can never take are left out.
     product: by which to screen, one of `products.PRODUCTS`; by default the fastest, where the work is worth measuring.
+    Or `gpu`: all is computed on a GPU, in tiles of its own.
     Order: no pair comes before one whose b is its a.
     """
     bounds = np.asarray(bounds)
     sizes = np.diff(bounds)
     members = sizes if members is None else members
     product = product_for(x_nd.shape[1], sizes, members, product)
+    if product == "gpu":
+        on = on_device.device()
+        assert on is not None
+        yield from on_device.near_pairs_on(on, x_nd, rows, bounds, floor, members, across=across, forest=forest)
+        return
     waiting, count = [], 0
     for a, b, cosine in _compare_groups(
         x_nd, rows, bounds, members, Screen(floor, product), tile, forest, across=across
@@ -81,12 +87,12 @@ def near_pairs(
 
 
 def product_for(dim: int, sizes: np.ndarray, members: np.ndarray, product: str | None) -> str:
-    """Name the product by which to screen groups of these sizes: the one that is given, else the fastest.
+    """Name the product by which to screen groups of these sizes: the one that is given, else a processor's fastest.
 
     Where there is little to compare the fastest is f32, for which torch need not be loaded; and a product that this
-    machine does not compute right is never used.
+    machine does not compute right is never used. What a machine with a GPU chose for another is chosen anew.
     """
-    if product is None:
+    if product is None or (product == "gpu" and on_device.device() is None):
         return fastest_product(dim) if is_worth_rounding(dim, sizes, members) else "f32"
     return product if is_right(product, dim) else "f32"
 
@@ -226,7 +232,7 @@ def _decide_medium_group(
     exact = exact_products(x_nd[rows], x_nd[rows])
     products = np.full_like(exact, -2)  # below any floor
     products[a, b] = exact[a, b]
-    a, b = _edges_of_tile(products, floor, square=True, reduce=reduce)
+    a, b = edges_of_tile(products, floor, square=True, reduce=reduce)
     return a + start, b + start, products[a, b]
 
 
@@ -276,17 +282,8 @@ def _decide_tile(
     products = exact_products(x_nd[above], x_nd[below])
     if square:
         products[np.tril_indices(len(above))] = -2  # below any floor
-    a, b = _edges_of_tile(products, floor, square=square, reduce=reduce)
+    a, b = edges_of_tile(products, floor, square=square, reduce=reduce)
     return a, b, products[a, b]
-
-
-def _edges_of_tile(products: np.ndarray, floor: float, *, square: bool, reduce: bool) -> tuple[np.ndarray, np.ndarray]:
-    """List the entries of exact products [p, q] above the floor; reduce: if they are very many, only their forest."""
-    found = np.flatnonzero(products.ravel() > floor)
-    if reduce and len(found) > CROWDED * sum(products.shape):
-        return tile_forest(products, floor, square=square)
-    a, b = np.divmod(found, products.shape[1])
-    return a, b
 
 
 def differing_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from curate.vectors import on_device
+
 PRODUCTS = ("int8", "bf16", "f32")
 MARGIN = 1.2
 MEASURE_S, LEAST_ROUNDS = 0.1, 4
@@ -43,6 +45,8 @@ def is_right(product: str, dim: int) -> bool:
     """Say whether this machine computes a product as `multiply` promises, on rows of `dim` numbers."""
     if product == "f32":
         return True
+    if product == "gpu":
+        return on_device.device() is not None
     import torch
 
     rng = np.random.default_rng(0)

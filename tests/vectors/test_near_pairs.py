@@ -123,7 +123,7 @@ def test_dense_and_crowded_tiles_have_the_same_forest(monkeypatch, spread, ties,
     for dense, crowded, rows in ((0, 0, 4), (0, 1 << 40, 4), (2, 0, 4), (0, 0, 256), (0, 1 << 40, 256), (2, 0, 256)):
         monkeypatch.setattr(near_pairs, "MEDIUM", rows)
         monkeypatch.setattr(near_pairs, "DENSE", dense)
-        monkeypatch.setattr(near_pairs, "CROWDED", crowded)
+        monkeypatch.setattr(forest, "CROWDED", crowded)
         for left, right in zip(plain, forest_of(x, 0.2, tile=tile), strict=True):
             assert left.tobytes() == right.tobytes()
 

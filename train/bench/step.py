@@ -53,6 +53,7 @@ TOWER_LAYERS, TOWER_WIDTH, TOWER_HEADS = 7, 144, 2  # 17 % of the language model
 SMALL_PASS, SMALL_RANK = 2048, 10  # tokens, what a processor's cache likes; LoRA is 8 % of a layer, as 128 of Phi-2's
 TOWER, LM = "google/siglip-so400m-patch14-384", "microsoft/phi-2"  # the pair that the small model stands for
 Kind = Literal["reference", "ours"]
+WRITERS = {"align": workload.write_captions, "finetune": workload.write_instructions}
 log = logging.getLogger("train")
 
 
@@ -97,22 +98,10 @@ def bench(config: Config | None, steps: int, batch_size: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        given = config or Config(model=small_model(folder))
-        model = dataclasses.replace(
-            given.model,
-            tokenizer=str(workload.tokenizer(folder / "tokenizer")),
-            tower_weights="fresh",
-            lm_weights="fresh",
-        )
+        given, model = _fresh(config, folder)
         stages: dict[str, Any] = {}
-        for stage_name, write in (("align", workload.write_captions), ("finetune", workload.write_instructions)):
-            stage: Stage = getattr(given, stage_name)
-            size = batch_size or (stage.batch_size if config else 16)
-            stage = dataclasses.replace(
-                stage, steps=steps, batch_size=size, lora_dropout=0.0, save_every=steps, clip=1.0
-            )
-            if config is None:
-                stage = dataclasses.replace(stage, lora_rank=SMALL_RANK, lora_alpha=20, micro_tokens=SMALL_PASS)
+        for stage_name, write in WRITERS.items():
+            stage = _shortened(given, stage_name, steps, batch_size, small=config is None)
             runs: dict[Kind, dict[str, Any]] = {}
             kinds: tuple[Kind, ...] = ("reference", "ours")
             both = [_run(kind, model, stage, write, folder / stage_name, runs) for kind in kinds]
@@ -123,6 +112,40 @@ def bench(config: Config | None, steps: int, batch_size: int) -> dict[str, Any]:
                     pass
             stages[stage_name] = compare(runs)
         return {"model": _describe(given.model if config else None), "steps": steps, "stages": stages}
+
+
+def one_stage(
+    config: Config | None, stage_name: str, kind: Kind, steps: int, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Run one stage one way, as `bench` does; after every step yield what was measured so far."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        given, model = _fresh(config, folder)
+        stage = _shortened(given, stage_name, steps, batch_size, small=config is None)
+        for _ in _run(kind, model, stage, WRITERS[stage_name], folder / stage_name, {}):
+            yield summarise(_metrics(folder / stage_name / kind))
+
+
+def _fresh(config: Config | None, folder: Path) -> tuple[Config, Model]:
+    """Resolve what to run: the given configuration or the small model's, and its model with fresh weights."""
+    given = config or Config(model=small_model(folder))
+    words = str(workload.tokenizer(folder / "tokenizer"))
+    return given, dataclasses.replace(given.model, tokenizer=words, tower_weights="fresh", lm_weights="fresh")
+
+
+def _shortened(given: Config, stage_name: str, steps: int, batch_size: int, *, small: bool) -> Stage:
+    """Cut a stage to so many steps, without dropout. batch_size 0: the stage's own, or 16 of the small model."""
+    stage: Stage = getattr(given, stage_name)
+    size = batch_size or (16 if small else stage.batch_size)
+    stage = dataclasses.replace(stage, steps=steps, batch_size=size, lora_dropout=0.0, save_every=steps, clip=1.0)
+    if small:
+        stage = dataclasses.replace(stage, lora_rank=SMALL_RANK, lora_alpha=20, micro_tokens=SMALL_PASS)
+    return stage
+
+
+def _metrics(out: Path) -> list[dict[str, float]]:
+    """Read what a run has recorded of its steps."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def small_model(folder: Path) -> Model:
@@ -192,9 +215,8 @@ def _run(
         cpu_s.append(time.process_time() - began)
         yield
         began = time.process_time()
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     runs[kind] = {
-        **summarise(rows),
+        **summarise(_metrics(out)),
         "cpu_s": sum(cpu_s[1:]),
         "lengths": [int(x) for x in np.quantile(measured.lengths[measured.usable], (0.05, 0.25, 0.5, 0.75, 0.95))],
         "samples": len(measured.usable),

@@ -1,0 +1,396 @@
+"""What a GPU does with this code: every CUDA path once, the card's ceilings, and each stage beside them, in 8 minutes.
+
+    python tests/bench/gpu.py [--parts tests,ceilings,…] [--json results/gpu.json] [--rehearse]
+
+The parts run one after the other, the most important first, each in a process and a time limit of its own. What a part
+has measured so far is in the JSON as soon as it is known, so that a run that is cut short still counts:
+
+    tests      the tests marked `gpu`: every CUDA path once
+    ceilings   copies and products of this card, which nothing below can beat
+    training   Bunny-3B at full size, fresh weights, texts as long as the 695K's: align, LoRA; tokens/s, MFU, memory
+    embedding  ViT-L/14 and B/32, fresh weights, drawn JPEGs: rows/s beside the bare forwards, decoding alone
+    numerics   assign, near-duplicate pairs and the k-means fit, beside the card's products and FAISS on the same card
+    published  the same training with the published scripts' semantics: padded rows, logits everywhere, recomputation
+    switches   the finetune step with each of the trainer's switches turned
+
+Needs torch with CUDA, and what the package itself needs; a part whose libraries are not there says so in a line.
+`--rehearse` does all of it at toy size on a processor, so that it cannot rot. gpu.md says how to run it on a bare
+machine.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+RESULT = "RESULT "
+LIMITS_S = {
+    "tests": 110,
+    "ceilings": 20,
+    "training": 110,
+    "embedding": 75,
+    "numerics": 60,
+    "published": 60,
+    "switches": 60,
+}
+TOTAL_S = 480
+Found = Iterator[dict[str, Any]]
+
+
+def clock(work: Callable[[], Any], on: str, least_s: float = 0.5, most: int = 50) -> float:
+    """Time a function on a device: the shortest of several runs, in seconds, after one that warms up."""
+    import torch
+
+    def once() -> float:
+        begun = time.perf_counter()
+        work()
+        if on == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    once()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < least_s and len(times) < most):
+        times.append(once())
+    return min(times)
+
+
+def tests(on: str, rehearse: bool) -> Found:
+    """Run the tests that need a GPU; rehearsing, those of one file, on the processor."""
+    where = ["tests/vectors/test_on_device.py"] if rehearse else ["tests"]
+    report = Path(tempfile.mkdtemp()) / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    environment = {**os.environ, **({"REHEARSE_GPU": "1"} if rehearse else {})}
+    ran = subprocess.run([*command, *where], cwd=ROOT, capture_output=True, text=True, env=environment)
+    yield {"exit_code": ran.returncode, "output": ran.stdout[-6000:] + ran.stderr[-1000:], **_outcomes(report)}
+
+
+def _outcomes(report: Path) -> dict[str, Any]:
+    """Read what became of the tests."""
+    from xml.etree import ElementTree
+
+    if not report.exists():
+        return {}
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    bad = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
+    return {**{name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}, "failed": bad}
+
+
+def ceilings(on: str, rehearse: bool) -> Found:
+    """Measure copies (GB/s) and products (TFLOP/s)."""
+    import torch
+
+    from curate.vectors.on_device import half_products
+
+    size, side = (1 << 20, 256) if rehearse else (1 << 30, 8192)
+    block = torch.empty(size, dtype=torch.uint8, device=on)
+    other = torch.empty_like(block)
+    found: dict[str, float] = {"copy_gb_s": 2 * size / clock(lambda: other.copy_(block), on) / 1e9}
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=on == "cuda")
+    found["from_pinned_host_gb_s"] = size / clock(lambda: block.copy_(host, non_blocking=True), on) / 1e9
+    yield found
+    operations = 2 * side**3
+    for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16), ("f32", torch.float32)):
+        a, b = (torch.randn(side, side, device=on).to(dtype) for _ in range(2))
+        found[f"{name}_tflops"] = operations / clock(partial(torch.mm, a, b), on) / 1e12
+        if dtype == torch.float16:
+            found["f16_to_f32_tflops"] = operations / clock(partial(half_products, a, b), on) / 1e12
+        yield found
+
+
+def _trained(kind: str, rehearse: bool, settings: list[str], stages: tuple[str, ...], steps: int) -> Found:
+    from train import config as configuration
+    from train.bench.step import one_stage
+
+    config = None if rehearse else configuration.load(ROOT / "pipelines" / "bunny.toml", settings)
+    found: dict[str, Any] = {}
+    for stage in stages:
+        began = time.perf_counter()
+        for summary in one_stage(config, stage, kind, 2 if rehearse else steps, 0 if not rehearse else 8):
+            found[stage] = {**summary, "seconds_with_setting_up": round(time.perf_counter() - began, 1)}
+            yield found
+
+
+def training(on: str, rehearse: bool) -> Found:
+    """Train both stages of Bunny-3B ten steps each."""
+    yield from _trained("ours", rehearse, ["align.batch_size=64", "finetune.batch_size=64"], ("align", "finetune"), 10)
+
+
+def published(on: str, rehearse: bool) -> Found:
+    """Train both stages with the published scripts' semantics, a few steps each."""
+    settings = ["align.batch_size=64", "finetune.batch_size=64"]
+    yield from _trained("reference", rehearse, settings, ("align", "finetune"), 4)
+
+
+SWITCHES = {
+    "sdpa": ["model.attention=sdpa"],
+    "recomputed": ["model.gradient_checkpointing=true"],
+    "8,192 tokens": ["finetune.micro_tokens=8192"],
+    "unpacked": ["finetune.packing=false"],
+    "compiled layers": ["finetune.compile=layers"],
+}
+
+
+def switches(on: str, rehearse: bool) -> Found:
+    """Train the finetune stage with each switch turned, four steps each."""
+    from train.errors import TrainError
+
+    found: dict[str, Any] = {}
+    for name, settings in SWITCHES.items():
+        try:
+            for summary in _trained("ours", rehearse, ["finetune.batch_size=64", *settings], ("finetune",), 4):
+                found[name] = summary["finetune"]
+        except TrainError as error:
+            found[name] = {"refused": str(error)}
+        yield found
+
+
+def embedding(on: str, rehearse: bool) -> Found:
+    """Embed drawn pictures with both models, beside the bare forwards; and decode them alone, on one core."""
+    from bench.embed import beside_bare, random_weights  # type: ignore[import-not-found]
+
+    from curate import engine
+    from curate.embed import embed, encoder, weights
+    from curate.embed.images import MAX_PIXELS
+    from curate.embed.reader import Reader
+    from curate.storage.tar import list_pool, read_index
+
+    count = 8 if rehearse else 2048
+    found: dict[str, Any] = {}
+    models = ("ViT-B-32",) if rehearse else ("ViT-L-14", "ViT-B-32")
+    with tempfile.TemporaryDirectory() as folder:
+        shards = {shard.stem: shard for shard in list_pool(str(drawn_pool(Path(folder), 1 if rehearse else 2, count)))}
+        first = next(iter(shards.values()))
+        for model in models:
+            checkpoint = str(_small_clip(Path(folder))) if rehearse else random_weights(model, folder)
+            source = weights.find(checkpoint if rehearse else model, None if rehearse else checkpoint)
+            precision, _ = encoder.choose_precision("auto", on, source)
+            batch = embed.GPU_BATCH if on == "cuda" else embed.CPU_BATCH
+            cores = engine.cores()
+            decoders = cores if on == "cuda" else 0
+            task = embed.EmbedShard(source, precision, on, batch, MAX_PIXELS, cores, decoders, folder, shards)
+            if "decode_images_per_s_and_core" not in found:
+                task.setup()
+                reader = Reader(source, task.encoder.preprocess, MAX_PIXELS)
+                with open(first.location, "rb") as file:
+                    samples = read_index(file).samples[:256]
+                found["decode_images_per_s_and_core"] = len(samples) / clock(
+                    partial(reader, first.location, samples), "cpu", 0.1
+                )
+                task.close()
+                yield found
+            found[model] = {"precision": precision, "decoders": decoders, **beside_bare(task)}
+            yield found
+
+
+def _small_clip(folder: Path) -> str:
+    import tiny_clip
+
+    return str(tiny_clip.write(folder / "model"))
+
+
+def drawn_pool(folder: Path, shards: int, rows: int) -> Path:
+    """Write shards of JPEGs of 400 x 300, each drawn anew: soft colours with some noise, as photographs compress."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (folder / "pool").mkdir()
+    for shard in range(shards):
+        with tarfile.open(folder / "pool" / f"{shard:05d}.tar", "w") as tar:
+            for row in range(rows):
+                soft = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((400, 300))
+                noisy = np.asarray(soft, np.int16) + rng.integers(-12, 13, (300, 400, 3))
+                out = io.BytesIO()
+                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
+                caption = " ".join(f"word{n}" for n in rng.integers(0, 500, 10)).encode()
+                for name, data in ((f"{shard}-{row:05d}.jpg", out.getvalue()), (f"{shard}-{row:05d}.txt", caption)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder / "pool"
+
+
+def numerics(on: str, rehearse: bool) -> Found:
+    """Assign, compare and fit, beside the card's products and FAISS on the same card."""
+    import numpy as np
+    import torch
+
+    from curate.vectors import kmeans, on_device
+    from curate.vectors.duplicate_forest import near_duplicate_forest
+
+    dim = 64 if rehearse else 768
+    rows, k, group = (4_000, 50, 500) if rehearse else (1_000_000, 10_000, 10_000)
+    x = _unit_rows(rows, dim, group, on)
+    side = torch.from_numpy(x[:8192]).to(on)
+    ceiling = 2 * len(side) ** 2 * dim / clock(lambda: on_device.half_products(side, side), on)
+    found: dict[str, Any] = {"rows": rows, "dim": dim, "product_tflops": ceiling / 1e12}
+    yield found
+    centroids = kmeans.unit_rows(x[:: rows // k][:k])
+    find = kmeans.finder(centroids, on=on)
+    seconds = clock(lambda: find(x), on, 1.0, 3)
+    found["assign"] = {"k": k, "rows_per_s": rows / seconds, "of_product": 2 * rows * k * dim / seconds / ceiling}
+    some = x[:: rows // 2000]
+    expected = kmeans.assign(some, centroids)
+    nearest, cosine = find(some)
+    found["assign"]["unlike_the_processor"] = float((nearest != expected[0]).mean())
+    found["assign"]["largest_difference"] = float(np.abs(cosine - expected[1]).max())
+    yield found
+    bounds = np.arange(0, rows + 1, group)
+    seconds = clock(lambda: near_duplicate_forest(x, np.arange(rows), bounds, 0.9, product="gpu"), on, 1.0, 2)
+    work = rows * group * dim
+    found["pairs"] = {"cluster_rows": group, "rows_per_s": rows / seconds, "of_product": work / seconds / ceiling}
+    few = slice(0, 2 * group)
+    edges = [
+        near_duplicate_forest(x[few], np.arange(2 * group), bounds[:3], 0.9, product=product)
+        for product in ("gpu", None)
+    ]
+    found["pairs"]["same_bytes"] = all(a.tobytes() == b.tobytes() for a, b in zip(*edges, strict=True))
+    yield found
+    for backend, name in (("torch-gpu", "fit"), *((("kmeans-gpu", "fit_faiss"),) if _faiss_sees_a_gpu() else ())):
+        began = time.perf_counter()
+        fit = kmeans.fit(x, k, 10, 0, backend=backend)
+        seconds = time.perf_counter() - began
+        found[name] = {"k": k, "iterations": 10, "seconds": seconds, "mean_similarity": fit.mean_similarity}
+        found[name]["of_product"] = 2 * rows * k * dim * 11 / seconds / ceiling
+        yield found
+
+
+def _unit_rows(rows: int, dim: int, group: int, on: str) -> Any:
+    """Draw unit rows f16 around a centre for every `group` of them; some are nearly copies."""
+    import torch
+
+    torch.manual_seed(0)
+    parts = []
+    for _ in range(0, rows, group):
+        near = torch.randn(dim, device=on) + 1.5 * torch.randn(group, dim, device=on)
+        near[1::50] = near[::50][: len(near[1::50])] + 0.1 * torch.randn(len(near[1::50]), dim, device=on)
+        parts.append(torch.nn.functional.normalize(near, dim=1).half().cpu())
+    return torch.cat(parts)[:rows].numpy()
+
+
+def _faiss_sees_a_gpu() -> bool:
+    try:
+        import faiss
+    except ImportError:
+        return False
+    return bool(getattr(faiss, "get_num_gpus", int)() > 0)
+
+
+PARTS = {each.__name__: each for each in (tests, ceilings, training, embedding, numerics, published, switches)}
+
+
+def one_part(name: str, rehearse: bool) -> None:
+    """Run a part in this process, telling each thing found in a line of JSON."""
+    import torch
+
+    on = "cuda" if torch.cuda.is_available() and not rehearse else "cpu"
+    if name == "numerics" and rehearse:
+        from curate.vectors import on_device
+
+        on_device.device = lambda: "cpu"  # type: ignore[assignment]
+        on_device.devices = lambda: ["cpu"]
+    try:
+        for found in PARTS[name](on, rehearse):
+            print(RESULT + json.dumps(found), flush=True)
+    except ImportError as error:
+        print(RESULT + json.dumps({"left out": f"{error}"}), flush=True)
+
+
+def run_part(name: str, rehearse: bool, limit_s: float, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Run a part in a process of its own, keeping what it tells, and end it at its limit."""
+    command = [sys.executable, str(Path(__file__)), "--part", name, *["--rehearse"] * rehearse]
+    began = time.perf_counter()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+        assert process.stdout is not None
+        alarm = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
+        alarm.start()
+        for line in process.stdout:
+            if line.startswith(RESULT):
+                found |= json.loads(line.removeprefix(RESULT))
+                keep({**found, "seconds": round(time.perf_counter() - began, 1)})
+        code = process.wait()
+        alarm.cancel()
+        if code == -signal.SIGKILL:
+            found["cut"] = f"at its limit of {limit_s:.0f} s"
+        elif code:
+            errors.seek(0)
+            found["failed"] = errors.read()[-2000:]
+    keep({**found, "seconds": round(time.perf_counter() - began, 1)})
+
+
+def machine() -> dict[str, Any]:
+    """Name the card, the processor and the versions."""
+    import torch
+
+    from curate.storage.manifest import versions
+
+    names = ("torch", "transformers", "peft", "open_clip_torch", "faiss-gpu", "numpy", "pillow")
+    card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {
+        "card": f"{card.name}, {card.total_memory / 2**30:.0f} GiB" if card else "none: a processor",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "cuda": torch.version.cuda,
+        "versions": {**versions(*names), "python": platform.python_version()},
+    }
+
+
+def main() -> None:
+    """Run the parts, keep what each finds, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, in this order")
+    parser.add_argument(
+        "--json", type=Path, help="where results are kept; results/gpu.json, rehearsing a temporary file"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="at toy size, on the processor")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.part:
+        one_part(given.part, given.rehearse)
+        return
+    import torch
+
+    if not torch.cuda.is_available() and not given.rehearse:
+        raise SystemExit("no CUDA device is seen; --rehearse runs all parts at toy size on the processor")
+    results = Path(__file__).parent / "results"
+    target = given.json or (Path(tempfile.mkdtemp()) if given.rehearse else results) / "gpu.json"
+    began = time.perf_counter()
+    whole = {"command": " ".join(["python tests/bench/gpu.py", *sys.argv[1:]]), "date": str(date.today()), **machine()}
+    for name in given.parts.split(","):
+
+        def keep(found: dict[str, Any], name: str = name) -> None:
+            whole[name] = found
+            target.write_text(json.dumps(whole, indent=1) + "\n")
+
+        left = TOTAL_S - (time.perf_counter() - began)
+        if left < 5 and not given.rehearse:
+            keep({"left out": "no time was left"})
+            continue
+        run_part(name, given.rehearse, 1e4 if given.rehearse else min(LIMITS_S[name], left), keep)
+        print(
+            f"== {name}\n{json.dumps({key: value for key, value in whole[name].items() if key != 'output'}, indent=1)}"
+        )
+    print(f"{time.perf_counter() - began:.0f} s; results in {target}")
+
+
+if __name__ == "__main__":
+    main()
