@@ -24,6 +24,7 @@ import pyarrow as pa
 from curate.embed.captions import clean
 from curate.errors import ShardError, UsageError, unknown
 from curate.storage import paths, records
+from curate.storage.renewal import Seen
 
 # What each project calls the columns that a sidecar keeps, or that a pool is joined by.
 NAMES = {
@@ -50,6 +51,11 @@ class Part:
     table: str
     entries: tuple[str, str] = ("", "")
 
+    @property
+    def files(self) -> list[str]:
+        """Its files, each once."""
+        return list(dict.fromkeys(filter(None, (self.image, self.text, self.table))))
+
 
 @dataclass
 class Table:
@@ -74,6 +80,20 @@ def list_parts(source: str, layout: str, arch: str) -> list[Part]:
     if not found:
         held = ", ".join(paths.listdir(source)[:6]) or "nothing"
         raise UsageError(f"{source} is not of the layout {layout}: {form} is expected; it holds {held}.")
+    return found
+
+
+def seen(parts: Sequence[Part]) -> dict[str, Seen]:
+    """Say of each part how large its files are, when they were written, and what it lacks that other parts have."""
+    listed = {folder: paths.files(folder) for folder in {paths.parent(file) for part in parts for file in part.files}}
+    others = [any(part.text for part in parts), any(part.table for part in parts)]
+    found: dict[str, Seen] = {}
+    for part in parts:
+        files = [listed[paths.parent(file)].get(paths.name(file)) or paths.look(file) for file in part.files]
+        sizes = " ".join(str(each.size) for each in files)
+        lacks = [there and not own for own, there in zip((part.text, part.table), others, strict=True)]
+        stamps = " ".join(each.stamp for each in files)
+        found[part.stem] = (sum(each.size for each in files), stamps, f"{sizes} {lacks}")
     return found
 
 

@@ -21,6 +21,7 @@ class ImportOptions:
     """What is imported. pool, join: attach to the rows of your own download by key, url, sha256 or uid.
 
     arch: which of DataComp's two models, l14 or b32. columns: further columns of the source's tables to keep.
+    verify: where something stands imported, its sources are compared with what they were by content.
     """
 
     layout: Annotated[str, "clip-retrieval, datacomp, nemo or npy."]
@@ -29,3 +30,4 @@ class ImportOptions:
     arch: Annotated[str, "Which of DataComp's two models: l14 or b32."] = "l14"
     max_pixels: int = MAX_PIXELS
     columns: Annotated[tuple[str, ...], "Fields of the JSON or table beside to keep as columns."] = ()
+    verify: Annotated[bool, "Tell what has changed by its bytes, not by size and time.", "--verify"] = False

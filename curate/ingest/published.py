@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from curate import engine
 from curate.embed import reader
+from curate.embed.contents import fingerprints
 from curate.embed.side_data import Extras, column_name, table_kinds, to_column_value
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
@@ -26,6 +27,8 @@ from curate.ingest import layouts
 from curate.ingest.join import EXACT, JOINS, ROW_BITS, choose_form, join_hash
 from curate.ingest.options import ImportOptions
 from curate.storage import faults, manifest, paths, records, sidecar, tar
+from curate.storage.json_files import file_digest
+from curate.storage.renewal import Parts
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
 
@@ -54,22 +57,42 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
     extra = _extras(next((part for part in parts if part.table), parts[0]), options.columns)
     if extra.columns:
         made["columns"] = dict(extra.columns)
-    output = manifest.open_output(out, "import", made, inputs, overwrite=job.overwrite)
+    named = {part.stem: part for part in parts}
+    sources: dict[str, tar.Shard | Sequence[str]] = {}
+    sources |= found if options.pool else {stem: part.files for stem, part in named.items()}
+    contents = fingerprints(sources, job) if options.verify else None
+    made_of = tar.parts_of(held.shards, contents, f"{inputs['source']['digest']} ")
+    if not options.pool:
+        made_of = Parts(("source",), layouts.seen(parts), paths.place(paths.parent(parts[0].image)), contents)
+    output = manifest.open_output(
+        out, "import", made, inputs, overwrite=job.overwrite, parts=replace(made_of, inputs=tuple(inputs))
+    )
     if output.complete:
         return output.manifest
     if not options.pool:
-        named = {part.stem: part for part in parts}
+        output.tell(quiet=job.quiet)
         todo = output.pending(job.share(list(named)))
-        outcome = engine.run_stage("import", ImportPart(named, out, extra), todo, job, places=(out,))
+        task_of_parts = ImportPart(named, output.directory, extra)
+        outcome = engine.run_stage("import", task_of_parts, todo, job, places=(out,))
         return _finish(output, list(named), outcome, {}, {}, quiet=job.quiet)
     shared = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
     with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
         form, joined = choose_form(parts, options.join, folder, held.shards)
         if form != EXACT:
             joined["form"] = form
-        task = ImportShard(parts, found, folder, options.join, form, options.max_pixels, out, extra)
+        _keep_of_form(output, form)
+        output.tell(quiet=job.quiet)
+        task = ImportShard(parts, found, folder, options.join, form, options.max_pixels, output.directory, extra)
         outcome = engine.run_stage("import", task, output.pending(job.share(list(found))), job, places=(out,))
     return _finish(output, list(found), outcome, joined, held.passed, quiet=job.quiet)
+
+
+def _keep_of_form(output: manifest.Output, form: str) -> None:
+    """Keep no shard whose rows were looked up by another form of their keys than is taken now."""
+    if output.kept:
+        before = manifest.open_input(output.home).manifest.get("joined", {}).get("form", EXACT)
+        if before != form:
+            output.kept, output.why = frozenset(), f"keys are now taken as {form}: all shards are joined again"
 
 
 def _extras(part: layouts.Part, names: Sequence[str]) -> Extras:
@@ -115,7 +138,10 @@ def _finish(
     bad = reader.all_faults(facts, passed)
     faults.write("import", bad, quiet=quiet)
     return output.finish(
-        shards={stem: {"rows": fact["rows"]} for stem, fact in facts.items()},
+        shards={
+            stem: {"rows": fact["rows"], **({"digest": fact["digest"]} if "digest" in fact else {})}
+            for stem, fact in facts.items()
+        },
         counts=counts,
         **({"joined": joined} if joined else {}),
         **({"faults": bad} if bad else {}),
@@ -167,6 +193,7 @@ class ImportPart:
         if table.text is None and any(part.text for part in self.parts.values()):
             faults.add(found, "rows without text vectors: their part lacks the file that others have", stem, table.rows)
         meta = {"rows": table.rows, "statuses": statuses, "dim": dim, **({"faults": found} if found else {})}
+        meta["digest"] = file_digest(*self.parts[stem].files)
         batches = (self._batch(stem, table, schema, start) for start in starts)
         sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, batches, meta)
         return {"rows": table.rows, "bad": bad}
@@ -261,7 +288,8 @@ class ImportShard:
 
     def __call__(self, stem: str) -> dict[str, Any]:
         """Import the rows of one shard."""
-        with tar.local_tar(self.found[stem].location) as path, open(path, "rb") as file:
+        shard = self.found[stem]
+        with tar.local_tar(shard.location) as path, open(path, "rb") as file:
             index = tar.read_index(file)
             none = self.extra.values()
             facts = []
@@ -269,6 +297,8 @@ class ImportShard:
                 facts.append(reader.read_row(file, sample, self.max_pixels)[0] | none)
                 engine.advance(1)
             given = [self._value(file, sample) for sample in index.samples]
+            content = tar.content_digest(shard, path)
+        tar.refuse_changed(shard)
         wanted = np.array([join_hash(value, self.join, self.form) or 0 for value in given], np.uint64)
         at = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
         matched = (wanted > 0) & (self.hashes[at] == wanted)
@@ -286,6 +316,7 @@ class ImportShard:
             "rows": len(facts),
             "statuses": statuses,
             "dim": image.shape[1],
+            "digest": content,
             "matched": int(matched.sum()),
             "example": next((str(value) for value in given if value), ""),
             "notes": index.notes,

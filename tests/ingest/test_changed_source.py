@@ -1,0 +1,80 @@
+"""`curate import` again on a source or a pool that has changed."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+from artefacts import write_pool
+from test_layouts import write_source
+
+from curate.cli import app
+from house import fingerprint, manifest
+
+
+@pytest.fixture
+def call(capfd):
+    def run(*words):
+        capfd.readouterr()
+        code = app([str(word) for word in words], standalone_mode=False)
+        return code or 0, capfd.readouterr().err
+
+    return run
+
+
+def contents(folder):
+    return {name.split("/", 1)[1]: value for name, value in fingerprint(folder).items()}
+
+
+def test_parts_that_are_new_or_changed_are_imported_and_the_rest_kept(tmp_path, call):
+    source, out = tmp_path / "source", tmp_path / "emb"
+    write_source(source, "npy", [4, 3, 2])
+    words = ["import", source, out, "--layout", "npy"]
+    call(*words)
+    kept = (out / "part0.arrow").stat().st_mtime_ns
+    time.sleep(0.01)
+    np.save(source / "part1.npy", np.load(source / "part0.npy")[:3] * 2)
+    for end in (".npy", ".text.npy", ".parquet"):
+        (source / f"part3{end}").write_bytes((source / f"part2{end}").read_bytes())
+        (source / f"part2{end}").unlink()
+    code, told = call(*words)
+    assert code == 0 and "import: 1 new, 1 changed, 1 gone, 1 kept" in told.splitlines()
+    assert (out / "part0.arrow").stat().st_mtime_ns == kept and not (out / "part2.arrow").exists()
+    call("import", source, tmp_path / "whole", "--layout", "npy")
+    assert contents(out) == contents(tmp_path / "whole")
+    assert "kept" not in call(*words)[1]
+    os.utime(source / "part0.npy", (1, 1))
+    assert "kept" not in call(*words, "--verify")[1] and "kept" not in call(*words)[1]
+    os.utime(source / "part0.npy", (2, 2))
+    assert "1 changed, 2 kept" in call(*words)[1]
+
+
+def test_what_a_part_lacks_beside_others_is_seen_when_these_come(tmp_path, call):
+    source, out = tmp_path / "source", tmp_path / "emb"
+    write_source(source, "npy", [4, 3])
+    for name in ("part0", "part1"):
+        (source / f"{name}.text.npy").unlink()
+    words = ["import", source, out, "--layout", "npy"]
+    call(*words)
+    np.save(source / "part2.npy", np.load(source / "part1.npy"))
+    np.save(source / "part2.text.npy", np.load(source / "part1.npy"))
+    (source / "part2.parquet").write_bytes((source / "part1.parquet").read_bytes())
+    assert "1 new, 2 changed, 0 kept" in call(*words)[1]
+    call("import", source, tmp_path / "whole", "--layout", "npy")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_changed_pool_is_joined_shard_by_shard_and_a_changed_source_altogether(tmp_path, call):
+    source, pool, out = tmp_path / "source", tmp_path / "pool", tmp_path / "emb"
+    write_source(source, "npy", [6, 6], key=[f"{row:09d}" for row in range(6)])
+    write_pool(pool, ["a", "b", "c"], 2)
+    words = ["import", source, out, "--layout", "npy", "--pool", pool, "--join", "key"]
+    call(*words)
+    (pool / "b.tar").unlink()
+    write_pool(pool, ["d"], 2, first=2)
+    assert "1 new, 1 gone, 2 kept" in call(*words)[1]
+    assert manifest(out)["joined"]["matched"] == 6
+    call("import", source, tmp_path / "whole", "--layout", "npy", "--pool", pool, "--join", "key")
+    assert contents(out) == contents(tmp_path / "whole")
+    write_source(source, "npy", [6, 6, 6], key=[f"{row:09d}" for row in range(6)])
+    assert "3 changed, 0 kept" in call(*words)[1]
