@@ -8,6 +8,7 @@ wrong.
 import json
 import logging
 import sys
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -32,6 +33,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"curate {version('data-curate')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:

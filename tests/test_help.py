@@ -38,6 +38,10 @@ def test_help_has_a_sentence_an_example_and_the_files_written(program, command):
     assert verb == (command.name or command.callback.__name__)
 
 
+def test_the_version_is_that_of_the_package():
+    assert re.fullmatch(r"curate \d+\.\d+\.\d+", curate("--version").stdout.strip())
+
+
 @pytest.mark.parametrize("program", ["curate", "train"])
 def test_help_of_the_program_names_every_verb_at_once(program):
     taken = []

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -172,16 +173,22 @@ def test_the_first_of_repeated_values_counts_and_is_reported(tmp_path):
     )
 
 
-def test_bytes_do_not_depend_on_workers(tmp_path):
+def test_bytes_do_not_depend_on_workers_or_slices(tmp_path):
     write_source(tmp_path / "source", "clip-retrieval", [7, 6])
     pool = write_pool(tmp_path / "pool", [1, 2, 3, 4, 5, 6, 7, 8])
     options = ImportOptions("clip-retrieval", pool=pool, join="key")
     made = []
-    for workers in (1, 2):
-        out = tmp_path / str(workers) / "emb"
-        import_layout(str(tmp_path / "source"), str(out), options, Job(workers=workers, quiet=True))
+    jobs = [Job(workers=workers, quiet=True) for workers in (1, 2)]
+    for name, parts in (
+        ("one", jobs[:1]),
+        ("two", jobs[1:]),
+        ("sliced", [replace(jobs[0], part=(r, 2)) for r in (1, 0)]),
+    ):
+        out = tmp_path / name / "emb"
+        for job in parts:
+            import_layout(str(tmp_path / "source"), str(out), options, job)
         made.append(fingerprint(out))
-    assert made[0] == made[1] and len(made[0]) == 3
+    assert made[0] == made[1] == made[2] and len(made[0]) == 3
 
 
 def test_a_join_that_matches_nothing_is_refused_with_an_example_and_leaves_nothing(tmp_path):
