@@ -77,7 +77,8 @@ def tests(on: str, rehearse: bool) -> Found:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     environment = {**os.environ, **({"REHEARSE_GPU": "1"} if rehearse else {})}
     ran = subprocess.run([*command, *where], cwd=ROOT, capture_output=True, text=True, env=environment)
-    yield {"exit_code": ran.returncode, "output": ran.stdout[-6000:] + ran.stderr[-1000:], **_outcomes(report)}
+    bad = {} if ran.returncode == 0 else {"failed": f"pytest ended with {ran.returncode}"}
+    yield {**bad, "exit_code": ran.returncode, "output": ran.stdout[-6000:] + ran.stderr[-1000:], **_outcomes(report)}
 
 
 def _outcomes(report: Path) -> dict[str, Any]:
@@ -88,7 +89,10 @@ def _outcomes(report: Path) -> dict[str, Any]:
         return {}
     suite = next(ElementTree.parse(report).iter("testsuite"))
     bad = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
-    return {**{name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}, "failed": bad}
+    return {
+        **{name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")},
+        "failures_in": bad,
+    }
 
 
 def ceilings(on: str, rehearse: bool) -> Found:
@@ -178,7 +182,7 @@ def embedding(on: str, rehearse: bool) -> Found:
         first = next(iter(shards.values()))
         for model in models:
             checkpoint = str(_small_clip(Path(folder))) if rehearse else random_weights(model, folder)
-            source = weights.find(checkpoint if rehearse else model, None if rehearse else checkpoint)
+            source = weights.find(checkpoint if rehearse else model, "" if rehearse else checkpoint)
             precision, _ = encoder.choose_precision("auto", on, source)
             batch = embed.GPU_BATCH if on == "cuda" else embed.CPU_BATCH
             cores = engine.cores()
@@ -390,6 +394,7 @@ def main() -> None:
             f"== {name}\n{json.dumps({key: value for key, value in whole[name].items() if key != 'output'}, indent=1)}"
         )
     print(f"{time.perf_counter() - began:.0f} s; results in {target}")
+    sys.exit(any("failed" in whole[name] for name in given.parts.split(",")))
 
 
 if __name__ == "__main__":
