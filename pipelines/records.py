@@ -121,6 +121,21 @@ def _read(value: dict[str, Any], default_id: str, given: Sequence[str], suffix_o
     )
 
 
+def said_in(value: Mapping[str, Any]) -> Turns | None:
+    """Return what is said in a record of any form, as LLaVA's turns, whether its pictures are there or not.
+
+    None where there is no conversation. Its own turns as they are where they are LLaVA's already.
+    """
+    try:
+        turns, _ = _turns_of(_unpacked(dict(value)))
+        texts = [_text_of(turn, []) for turn in turns]
+    except (_Unusable, RecursionError):
+        return None
+    if not all(isinstance(turn, dict) and text is turn.get("value") for turn, text in zip(turns, texts, strict=True)):
+        turns = [{**turn, "value": text} for turn, text in zip(turns, texts, strict=True)]
+    return None if conversation_fault(turns) else turns
+
+
 def _unpacked(value: dict[str, Any]) -> dict[str, Any]:
     """Undo what `curate mix` does to write messages: the record lies in `record`, as JSON text, but for its turns."""
     packed, images = value.get("record"), as_list(value.get("images"))

@@ -16,6 +16,9 @@ from curate.storage import records, tar
 
 NOWHERE = ("\0", "\ufeff")  # no text has them on purpose: NUL, and the byte order mark that Windows puts first
 EDGES = "\u200b\u200c\u200d\u2060\u00ad"  # invisible: they join or part letters, and mean nothing at the ends
+# Fields that img2dataset and others put into a sample's JSON, and that hold text but no caption.
+NO_CAPTIONS = frozenset("key url status error_message exif md5 sha256 uid id image source license filename".split())
+MOST_NAMED = 3  # fields, in a reason
 
 
 @dataclass(frozen=True)
@@ -52,36 +55,51 @@ def texts_in(value: Any) -> Iterator[str]:
             yield text
 
 
-def read_caption(
-    file: IO[bytes], sample: tar.Sample, described: dict[str, Any], wanted: Wanted = USUAL
-) -> tuple[str | None, str | None]:
-    """Find a sample's caption. described: its JSON. Returns the caption, or the status it deserves."""
+@dataclass(frozen=True)
+class Caption:
+    """A sample's caption, or the status that it deserves without one, and why in a few words."""
+
+    text: str | None
+    status: str = ""
+    reason: str = ""
+
+
+NONE = Caption(None)
+
+
+def read_caption(file: IO[bytes], sample: tar.Sample, described: dict[str, Any], wanted: Wanted = USUAL) -> Caption:
+    """Find a sample's caption. described: its JSON."""
     if wanted.fields:
         return _named(file, sample, described, wanted)
     member = sample.member(tar.CAPTION_SUFFIX)
-    caption, trouble = _text(file, member) if member is not None else (None, None)
-    if caption or trouble:
-        return caption, trouble
-    caption = next(texts_in(described.get("caption")), None)
-    if caption is None and records.conversations_of(described):
-        caption = clean(records.whole_text(described))
-    return caption, None if caption else "no_caption"
+    caption = _text(file, member) if member is not None else NONE
+    if caption.text or caption.status:
+        return caption
+    text = next(texts_in(described.get("caption")), None) or clean(records.spoken_text(described))
+    return Caption(text) if text else Caption(None, "no_caption", _elsewhere(sample, described))
 
 
-def _named(
-    file: IO[bytes], sample: tar.Sample, described: dict[str, Any], wanted: Wanted
-) -> tuple[str | None, str | None]:
+def _elsewhere(sample: tar.Sample, described: dict[str, Any]) -> str:
+    """Say where a sample without a caption has text: fields of its JSON, members of other suffixes; or nothing."""
+    fields = [name for name, value in described.items() if name not in NO_CAPTIONS and any(texts_in(value))]
+    known = (tar.CAPTION_SUFFIX, tar.JSON_SUFFIX, *tar.IMAGE_SUFFIXES)
+    members = [each.suffix for each in sample.members if each.suffix.rpartition(".")[2] not in known]
+    seen = list(dict.fromkeys([*fields, *members]))[:MOST_NAMED]
+    return f"but it has {', '.join(seen)}, which --caption FIELD would take" if seen else ""
+
+
+def _named(file: IO[bytes], sample: tar.Sample, described: dict[str, Any], wanted: Wanted) -> Caption:
     troubles = []
     for field in wanted.fields:
         texts = list(texts_in(described.get(field)))
         member = sample.member(field.lower().removeprefix("."))
         if not texts and member is not None:
-            text, trouble = _text(file, member)
-            texts = [text] if text else []
-            troubles += [trouble] if trouble else []
+            found = _text(file, member)
+            texts = [found.text] if found.text else []
+            troubles += [found] if found.status else []
         if texts:
-            return _pick(texts, sample.key, wanted), None
-    return None, troubles[0] if troubles else "no_caption"
+            return Caption(_pick(texts, sample.key, wanted))
+    return troubles[0] if troubles else Caption(None, "no_caption", f"no text in {', '.join(wanted.fields)}")
 
 
 def _pick(texts: Sequence[str], key: str, wanted: Wanted) -> str:
@@ -91,11 +109,13 @@ def _pick(texts: Sequence[str], key: str, wanted: Wanted) -> str:
     return texts[int.from_bytes(drawn, "big") % len(texts)]
 
 
-def _text(file: IO[bytes], member: tar.Member) -> tuple[str | None, str | None]:
-    """Read a text member: (caption, None), (None, None) for an empty one, or (None, "bad_caption")."""
+def _text(file: IO[bytes], member: tar.Member) -> Caption:
+    """Read a text member; without text or status where it is empty."""
     if member.size > tar.MAX_TEXT_BYTES:
-        return None, "bad_caption"
+        return Caption(None, "bad_caption", f"over the limit of {tar.MAX_TEXT_BYTES:,} bytes")
     try:
-        return clean(tar.read_member(file, member).decode("utf-8")), None
-    except (ShardError, UnicodeDecodeError):
-        return None, "bad_caption"
+        return Caption(clean(tar.read_member(file, member).decode("utf-8")))
+    except UnicodeDecodeError:
+        return Caption(None, "bad_caption", "not UTF-8: convert the file, with iconv for one")
+    except ShardError:
+        return Caption(None, "bad_caption", "the shard breaks off within it")

@@ -56,5 +56,5 @@ def _has_caption(file: IO[bytes], samples: Sequence[tar.Sample], wanted: Wanted,
     for sample in itertools.islice(samples, PROBED_JSON):
         described = tar.describe(file, sample)
         fields.update(name for name, value in described.items() if any(texts_in(value)))
-        found = found or bool(read_caption(file, sample, described, wanted)[0])
+        found = found or bool(read_caption(file, sample, described, wanted).text)
     return found

@@ -260,7 +260,7 @@ class EmbedShard:
         schema = embedding_schema(self.encoder.dim, self.extras.fields)
         columns = _columns(facts, image, text, schema)
         statuses = Counter(row["status"] for row in facts)
-        bad = {"reasons": reader.reasons(facts), "faults": reader.image_faults(stem, facts)}
+        bad = {"reasons": reader.reasons(facts), "faults": reader.row_faults(stem, facts)}
         beside |= {name: told for name, told in bad.items() if told}
         beside["digest"] = content.result()
         beside["made_by"] = _made_by(encoder.describe_device(self.device))

@@ -15,7 +15,7 @@ import numpy as np
 from PIL.Image import Image
 
 from curate.embed import encoder, images, weights
-from curate.embed.captions import read_caption
+from curate.embed.captions import Caption, read_caption
 from curate.embed.side_data import NO_EXTRAS, Captions, Extras
 from curate.errors import ShardError
 from curate.storage import faults, manifest, records, sidecar, tar
@@ -101,16 +101,18 @@ def read_row(
     described = tar.describe(file, sample)
     row |= extras.values(described)
     row["url"] = records.usable_text(described.get("url"))
-    row["caption"], trouble = read_caption(file, sample, described, extras.wanted)
-    if trouble == "no_caption" and captions is not None and row["url"]:
-        row["caption"] = captions.get(row["url"])
-        trouble = None if row["caption"] else trouble
+    caption = read_caption(file, sample, described, extras.wanted)
+    if caption.status == "no_caption" and captions is not None and row["url"]:
+        caption = Caption(captions.get(row["url"]), "no_caption", "its url is not in the table of captions")
+    row["caption"] = caption.text
+    status, reason = ("ok", "") if caption.text else (caption.status or "no_caption", caption.reason)
     image = None
     try:
         image = _read_image(file, sample, row, max_pixels)
     except images.BadImage as bad:
-        trouble, row["reason"] = bad.status, bad.reason
-    row["status"] = trouble or "ok"
+        status, reason = bad.status, bad.reason
+    row["status"], row["reason"] = status, reason
+    row["pictures"] = sum(each.suffix.rpartition(".")[2] in tar.IMAGE_SUFFIXES for each in sample.members)
     return row, image
 
 
@@ -146,16 +148,21 @@ def read_bytes(file: IO[bytes], member: tar.Member) -> bytes | None:
 
 
 def reasons(facts: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return why images could not be used, by row number; JSON has no whole numbers as names."""
-    return {str(number): row["reason"] for number, row in enumerate(facts) if row.get("reason")}
+    """Return why rows could not be used, where there is more to say than their status, by row number as text."""
+    return {
+        str(number): row["reason"] for number, row in enumerate(facts) if row["status"] != "ok" and row.get("reason")
+    }
 
 
-def image_faults(stem: str, facts: Sequence[dict[str, Any]]) -> Faults:
-    """Count a shard's images that could not be used, by status and reason."""
+def row_faults(stem: str, facts: Sequence[dict[str, Any]]) -> Faults:
+    """Count a shard's rows that could not be used, by status and reason, and those of which something is left out."""
     found: Faults = {}
     for row in facts:
-        if row.get("reason"):
-            faults.add(found, f"{row['status']}: {row['reason']}", f"{stem}: {row['key']}")
+        example = f"{stem}: {row['key']}"
+        if row["status"] != "ok":
+            faults.add(found, f"{row['status']}: {row.get('reason') or STATUSES[row['status']]}", example)
+        elif row.get("pictures", 1) > 1:
+            faults.add(found, "ok: samples of several pictures, of which the first alone is embedded", example)
     return found
 
 

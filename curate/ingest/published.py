@@ -304,7 +304,8 @@ class ImportShard:
         matched = (wanted > 0) & (self.hashes[at] == wanted)
         image, text, ok = self._gather(facts, np.where(matched, self.places[at], -1))
         for row, fact in enumerate(facts):
-            fact["status"] = _status(fact, bool(matched[row]), bool(ok[row]), has_text=text is not None)
+            status = _status(fact, bool(matched[row]), bool(ok[row]), has_text=text is not None)
+            fact |= {"status": status, "reason": fact.get("reason", "") if status == fact["status"] else ""}
         ok = np.array([fact["status"] == "ok" for fact in facts])
         columns = _vector_columns(image, text, ok)
         columns["status"] = sidecar.labels([fact["status"] for fact in facts], list(STATUSES))
@@ -321,7 +322,7 @@ class ImportShard:
             "example": next((str(value) for value in given if value), ""),
             "notes": index.notes,
         }
-        bad = {"reasons": reader.reasons(facts), "faults": reader.image_faults(stem, facts)}
+        bad = {"reasons": reader.reasons(facts), "faults": reader.row_faults(stem, facts)}
         meta |= {name: told for name, told in bad.items() if told}
         batch = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
         sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], meta)

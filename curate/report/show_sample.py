@@ -79,7 +79,8 @@ def _story(
     parts = (size, f"uid {facts['uid'].hex()}" if facts["uid"] else "", facts["url"] or "")
     yield f"  image      {', '.join(filter(None, parts))}"
     if facts["status"] != "ok":
-        yield f"  status     {facts['status']}: {STATUSES.get(facts['status'], 'unknown')}"
+        why = sidecar.facts(embedded.path(f"{place[0]}.arrow")).get("reasons", {}).get(str(place[1]))
+        yield f"  status     {facts['status']}: {why or STATUSES.get(facts['status'], 'unknown')}"
     else:
         yield f"  embedded   {_score('clip_score', facts['clip_score'], funnel)}"
     if "cluster" in stages:

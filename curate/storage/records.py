@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from curate.errors import ContractError
 from pipelines import record_files
-from pipelines.records import IMAGE_MARK, Turns, conversation_fault
+from pipelines.records import IMAGE_MARK, Turns, said_in
 
 # One of the questions for a short caption in LLaVA's pretraining data (blip_laion_cc_sbu_558k.json).
 PROMPT = "Provide a brief description of the given image."
@@ -44,9 +44,11 @@ def uid_bytes(uid: Any) -> bytes | None:
 
 
 def conversations_of(record: Mapping[str, Any] | None) -> Turns | None:
-    """Return a record's conversation if it has a whole one: turns with a speaker and a text, at least one answer."""
-    turns = None if record is None else record.get("conversations")
-    return turns if isinstance(turns, list) and not conversation_fault(turns) else None
+    """Return a record's conversation if it has a whole one, in LLaVA's form: turns by known speakers, with an answer.
+
+    Any written form that pipelines/records.py reads counts; pictures need not be there.
+    """
+    return None if record is None else said_in(record)
 
 
 def dump(record: Any) -> bytes:
@@ -71,7 +73,17 @@ def read_records(file: IO[bytes], where: str) -> Iterator[tuple[Any, str]]:
 
 def whole_text(record: Mapping[str, Any]) -> str:
     """Return all that is said in a record's conversation, without image marks."""
-    return "\n".join(turn["value"].replace(IMAGE_MARK, "").strip() for turn in record["conversations"])
+    return _joined(record["conversations"])
+
+
+def spoken_text(record: Mapping[str, Any]) -> str | None:
+    """Return all that is said in a record of any form, without image marks; None where it has no conversation."""
+    turns = conversations_of(record)
+    return None if turns is None else _joined(turns)
+
+
+def _joined(turns: Turns) -> str:
+    return "\n".join(turn["value"].replace(IMAGE_MARK, "").strip() for turn in turns)
 
 
 def estimate_tokens(text: str) -> int:

@@ -11,7 +11,7 @@ from curate.embed.captions import clean
 from curate.embed.embed import EmbedOptions, embed
 from curate.errors import UsageError
 from curate.ingest.pack import PackOptions, pack
-from house import curate
+from house import curate, manifest
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +114,28 @@ def test_pack_takes_the_column_that_is_named_and_the_first_of_a_list(tmp_path):
         for made in ("lists", "named")
     ]
     assert texts == [{"a.txt": b"one"}, {"a.txt": b"better"}]
+
+
+TALK = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+TALK += [{"role": "assistant", "content": "A dog."}]
+
+
+def test_rows_without_caption_and_pictures_beside_the_first_are_said_with_an_example(tmp_path, model):
+    held = {
+        "a": {"json": {"caption": "", "url": "http://a", "TEXT": "words"}, "cap": b"words"},
+        "b": {"txt": "w\u00f6rter".encode("latin-1")},
+        "c": {"json": {"messages": TALK, "images": ["elsewhere.jpg"]}},
+        "d": {"json": {"query": "<image>Who?", "response": "A cat."}, "1.png": picture(9)},
+    }
+    pool = write(tmp_path / "pool", held | {"e": {"json": {}}})
+    ended = curate("embed", pool, tmp_path / "emb", "--model", model)
+    assert captions(tmp_path / "emb") == {"a": None, "b": None, "c": "What?\nA dog.", "d": "Who?\nA cat.", "e": None}
+    told = {
+        "no_caption: but it has TEXT, cap, which --caption FIELD would take (e.g. 00000: a)",
+        "no_caption: no caption member, or an empty one (e.g. 00000: e)",
+        "bad_caption: not UTF-8: convert the file, with iconv for one (e.g. 00000: b)",
+        "ok: samples of several pictures, of which the first alone is embedded (e.g. 00000: d)",
+    }
+    assert {line.partition(" × ")[2] for line in ended.stderr.splitlines() if " × " in line} == told
+    assert sum(fault["count"] for fault in manifest(tmp_path / "emb")["faults"].values()) == 4
+    assert "not UTF-8" in curate("show", tmp_path / "emb", "--key", "b").stdout

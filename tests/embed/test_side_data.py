@@ -196,6 +196,7 @@ def test_a_picture_behind_a_second_dot_is_pointed_at():
             tar.add(name, b"words")
     dotted, plain = (reader.read_row(buffer, sample, 100)[0] for sample in read_index(buffer).samples)
     assert dotted["status"] == plain["status"] == "no_image" and not plain["reason"]
-    assert "first dot" in dotted["reason"] and list(reader.image_faults("00000", [dotted, plain])) == [
-        f"no_image: {reader.DOTTED}"
+    assert "first dot" in dotted["reason"] and list(reader.row_faults("00000", [dotted, plain])) == [
+        f"no_image: {reader.DOTTED}",
+        "no_image: no image member",
     ]
