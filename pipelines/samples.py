@@ -20,12 +20,21 @@ from pipelines.records import (
 )
 
 IMAGE_SUFFIXES = tuple("jpg jpeg png webp gif bmp tif tiff avif jfif jpe heic heif jxl".split())
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# Archives that are not read, and are named where they lie among tars.
+OTHER_ARCHIVES = (".zst", ".zstd", ".tzst", ".xz", ".txz", ".bz2", ".tbz", ".tbz2", ".lz4", ".zip", ".7z", ".rar")
 _INVISIBLE = re.compile(r"^[\s\0\ufeff\u200b-\u200d\u2060]+|[\s\0\ufeff\u200b-\u200d\u2060]+$")
 
 
 def visible(text: str) -> str:
     """Strip spaces, byte order marks, NUL and zero-width characters from both ends of a text."""
     return _INVISIBLE.sub("", text)
+
+
+def is_macos(name: str) -> bool:
+    """Say whether a file is one that macOS puts beside every other: `._name`, or anything in `__MACOSX`."""
+    *folders, last = name.split("/")
+    return last.startswith("._") or "__MACOSX" in folders
 
 
 def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: str, prompt: str) -> Reading:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Literal
 
 from filelock import FileLock, Timeout
 
+from pipelines.samples import OTHER_ARCHIVES, TAR_SUFFIXES, is_macos
 from train.errors import UsageError
 
 FORMAT = 1
@@ -164,13 +165,37 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def shards_in(path: Path) -> tuple[list[Path], list[str]]:
+    """List the tars of a folder, or the one that a path names, by name; and what is passed over there, in words."""
+    found: list[Path] = []
+    passed: list[str] = []
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        lower = file.name.lower()
+        unpacked = [file.with_name(file.name[: len(file.name) - 3] + end) for end in ("", ".tar")]
+        if is_macos(file.name) and lower.endswith(TAR_SUFFIXES):
+            passed.append(f"{file.name} is passed over: it is macOS's own")
+        elif lower.endswith(".gz") and any(each in found for each in unpacked):
+            passed.append(f"{file.name} is passed over: it lies there unpacked, too")
+        elif lower.endswith(TAR_SUFFIXES):
+            found.append(file)
+        elif lower.endswith(OTHER_ARCHIVES):
+            passed.append(f"{file.name} is passed over: only .tar, .tar.gz and .tgz are read; unpack it first")
+    return found, passed
+
+
+def stem_of(shard: Path) -> str:
+    """Strip a tar's suffix from its name."""
+    end = next((end for end in TAR_SUFFIXES if shard.name.lower().endswith(end)), "")
+    return shard.name[: len(shard.name) - len(end)]
+
+
 def digest_data(data: str) -> str:
     """Identify a data set: by its manifest, else by a JSON's bytes, else by the names and sizes of its shards."""
     path = Path(data)
     if (path / MANIFEST).is_file():
         return digest_file(path / MANIFEST)
-    if path.is_file() and path.suffix != ".tar":
+    shards = shards_in(path)[0] or (sorted(path.glob("*.parquet")) if path.is_dir() else [])
+    if path.is_file() and not shards:
         return digest_file(path)
-    shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     named = "".join(f"{shard.name} {shard.stat().st_size}\n" for shard in shards)
     return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()

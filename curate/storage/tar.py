@@ -29,7 +29,7 @@ from curate.storage.renewal import Parts
 from curate.storage.tar_headers import BLOCK, Headers
 from pipelines import samples
 
-IMAGE_SUFFIXES = samples.IMAGE_SUFFIXES
+IMAGE_SUFFIXES, is_macos = samples.IMAGE_SUFFIXES, samples.is_macos
 MAGIC = {
     b"\xff\xd8": "jpg",
     b"\x89PNG": "png",
@@ -46,9 +46,7 @@ BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b
 CAPTION_SUFFIX, JSON_SUFFIX = "txt", "json"
 MAX_MEMBER_BYTES = 256 << 20
 MAX_TEXT_BYTES = 1 << 20
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-# Archives that are not read, and are named where they lie among tars.
-OTHER_SUFFIXES = (".zst", ".zstd", ".tzst", ".xz", ".txz", ".bz2", ".tbz", ".tbz2", ".lz4", ".zip", ".7z", ".rar")
+TAR_SUFFIXES, OTHER_SUFFIXES = samples.TAR_SUFFIXES, samples.OTHER_ARCHIVES
 GZIP_MAGIC = b"\x1f\x8b"
 MACOS = "macOS's own (._name, __MACOSX)"
 
@@ -186,12 +184,6 @@ def without_suffix(location: str) -> str:
     """Strip a tar's suffix from its location: what its side table is named after."""
     end = next((end for end in sorted(TAR_SUFFIXES, key=len, reverse=True) if location.lower().endswith(end)), "")
     return location[: len(location) - len(end)]
-
-
-def is_macos(name: str) -> bool:
-    """Say whether a file is one that macOS puts beside every other: `._name`, or anything in `__MACOSX`."""
-    *folders, last = name.split("/")
-    return last.startswith("._") or "__MACOSX" in folders
 
 
 @contextmanager

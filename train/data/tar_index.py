@@ -5,6 +5,8 @@ A tar is a chain of 512-byte headers, each followed by its member's bytes, padde
 checksums are then checked for all headers of the file at once, in arrays. What this does not know (long names, sparse
 files, sizes in base 256, a damaged header) is read by Python's `tarfile` instead, from the start: same members, slower.
 
+Archives that follow each other in one file are read one after the other, and said.
+
 Cost: about 1 µs a member, where tarfile takes 20.  Source of the format: POSIX.1-2001, pax interchange format.
 """
 
@@ -17,29 +19,44 @@ from pathlib import Path
 
 import numpy as np
 
-BLOCK = 512
+BLOCK, CHUNK = 512, 1 << 20
 SIZE, CHECKSUM, KIND, PREFIX = slice(124, 136), slice(148, 156), 156, slice(345, 500)
 REGULAR, FOLDER, EXTENDED = b"0\0", ord("5"), ord("x")
 Member = tuple[str, int, int]  # name, offset of its bytes, their number
 
 
 def index_tar(path: Path) -> tuple[list[Member], str]:
-    """Return the regular members of a tar in their order, and what is wrong with it where it is torn, else ""."""
+    """Return the regular members of a tar in their order, and what is odd of it in words, or "".
+
+    It may be torn, or several archives in one file.
+    """
     found = _index_plain(path)
     return (found, "") if found is not None else _index_any(path)
 
 
 def _index_any(path: Path) -> tuple[list[Member], str]:
     found: list[Member] = []
+    notes: list[str] = []
+    at = 0
     try:
-        size = path.stat().st_size
-        with tarfile.open(path, "r:", errors="replace") as tar:
-            for member in tar:
-                if member.isreg() and member.offset_data + member.size <= size:
-                    found.append((member.name, member.offset_data, member.size))
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            while at < len(data):
+                file.seek(at)
+                with tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
+                    for member in tar:
+                        if member.isreg() and member.offset_data + member.size <= len(data):
+                            found.append((member.name, member.offset_data, member.size))
+                    at = tar.offset
+                block = data[at : at + BLOCK]
+                if block != bytes(BLOCK):  # where tarfile stops without a word
+                    notes.append(f"torn: no header at byte {at}" if block else "torn: no end-of-archive mark")
+                    break
+                at = _after_zeros(data, at)
+                if at + BLOCK <= len(data) and not notes:  # as `cat a.tar b.tar` leaves it
+                    notes.append(f"several archives in one file: another begins at byte {at}")
     except (tarfile.TarError, OSError, ValueError) as error:
-        return found, str(error)
-    return found, ""
+        notes.append(f"torn: {error}")
+    return found, "; ".join(notes)
 
 
 def _index_plain(path: Path) -> list[Member] | None:
@@ -64,12 +81,24 @@ def _follow(data: mmap.mmap) -> tuple[list[int], list[int]] | None:
     at, end, zeros = 0, len(data), bytes(BLOCK)
     while at + BLOCK <= end:
         if data[at] == 0:
-            return (offsets, sizes) if data[at : at + BLOCK] == zeros else None
+            if data[at : at + BLOCK] != zeros:
+                return None
+            return (offsets, sizes) if _after_zeros(data, at) + BLOCK > end else None
         size = int(data[at + SIZE.start : at + SIZE.stop].rstrip(b"\0 "), 8)
         offsets.append(at)
         sizes.append(size)
         at += BLOCK + -(-size // BLOCK) * BLOCK
     return None  # no empty block ends it
+
+
+def _after_zeros(data: mmap.mmap, at: int) -> int:
+    """Return where the first block stands that is not empty, from `at` on, or the end."""
+    while at < len(data):
+        found = np.flatnonzero(np.frombuffer(data[at : at + CHUNK], np.uint8))
+        if len(found):
+            return at + int(found[0]) // BLOCK * BLOCK
+        at += CHUNK
+    return len(data)
 
 
 def _members(data: mmap.mmap, headers: np.ndarray, offsets: Sequence[int], sizes: Sequence[int]) -> list[Member] | None:

@@ -11,7 +11,7 @@ from train.config import Config, Stage
 from train.data.batches import Plan
 from train.data.measuring import measure
 from train.data.prompts import Encoded, Encoder, Rejected
-from train.data.sources import check_bad, encode, open_source
+from train.data.sources import check_bad, encode, losses, open_source
 from train.model.language import image_token_id, load_tokenizer
 from train.model.tower import describe_tower
 from train.run.stage import stage_template
@@ -38,7 +38,9 @@ def describe(config: Config, stage_name: str, data: str, images: str | None, num
         yield head + "\n" + paint(encoded, encoder, colour)
     measured = measure(source, encoder, config.model.max_length)
     check_bad(source, measured.reasons, 1.0)
-    yield summary(Plan(measured, stage))
+    yield "\n    ".join(
+        [summary(Plan(measured, stage)), *(f"left out: {told}" for told in losses(source, measured.reasons))]
+    )
 
 
 def paint(encoded: Encoded, encoder: Encoder, colour: bool) -> str:

@@ -19,7 +19,8 @@ from train.data.holding_out import hold_out
 from train.data.measuring import measure_once
 from train.data.own_template import OwnTemplate, read_own_template
 from train.data.prompts import OWN, Encoder, Rejected, Template, get_template, parse, to_messages
-from train.data.sources import JsonSource, Measured, Source, check_bad, open_source
+from train.data.record_source import RecordSource
+from train.data.sources import Measured, Source, check_bad, losses, open_source
 from train.dist import Runtime, leave_group
 from train.errors import DataError, UsageError
 from train.folder import MEASURED, absolute, digest_data, finish, held, open_run, read_json, relative
@@ -83,10 +84,14 @@ def run_stage(
             result = _result(training, learnt_from) | chosen
             adapter = training.composed.model.peft_config["default"] if stage.tune == "lora" else None
             checkpoint.save_trained(out, trained, adapter)
+            told = losses(source, training.skipped)
+            result |= {"left_out": told} if told else {}
             _write_skipped(out, source, training.skipped)
             if training.sample_losses is not None:
                 training.sample_losses.write(out / "losses", source)
             finish(out, request, result)
+            for line in told:
+                log.warning("left out: %s", line)
         runtime.barrier()
         return read_json(out / "manifest.json")
 
@@ -222,7 +227,7 @@ def _measure_held(
 ) -> tuple[Source, Measured]:
     """Open and measure the held-out data; a JSON's images lie where those of the run's own JSON do, or beside it."""
     images = None
-    if isinstance(source, JsonSource) and Path(stage.val).suffix in (".json", ".jsonl"):
+    if isinstance(source, RecordSource) and Path(stage.val).suffix in (".json", ".jsonl"):
         images = str(source.images)
     held = open_source(stage.val, images, digest=runtime.rank == 0)
     digest = f"{digest_data(stage.val)} {held.images_digest}"

@@ -1,8 +1,10 @@
 """Reading samples, good and bad, from shards and from JSON."""
 
 import contextlib
+import gzip
 import io
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -12,7 +14,7 @@ from toys import add, picture, word_tokenizer, write_json, write_mixed
 
 from train.data.measuring import measure
 from train.data.prompts import Encoder, Rejected, get_template
-from train.data.sources import check_bad, decode_image, encode, open_source
+from train.data.sources import check_bad, decode_image, encode, losses, open_source
 from train.errors import DataError, UsageError
 
 
@@ -207,7 +209,7 @@ def test_nothing_to_read_is_said(tmp_path, make, word):
     (tmp_path / "l.json").write_bytes(b'[{"id": "\xe9"}]')
     with pytest.raises(UsageError, match=word):
         open_source(str(make(tmp_path)))
-    with pytest.raises(UsageError, match="goes with a LLaVA JSON"):
+    with pytest.raises(UsageError, match="goes with a JSON or parquet"):
         open_source(str(tmp_path), str(tmp_path))
 
 
@@ -240,3 +242,80 @@ def test_measuring_in_workers_is_measuring(world, encoder, monkeypatch, tmp_path
     assert len(list(tmp_path.glob("*.npz"))) == 2
     (tmp_path / "file").touch()
     assert len(measuring.measure_once(source, encoder, 61, tmp_path / "file" / "x", runtime, "data").lengths) == 40
+
+
+def captioned(folder, name, keys):
+    members = [
+        (f"{key}.{end}", data) for key in keys for end, data in (("jpg", picture("red", True, 0)), ("txt", b"w"))
+    ]
+    return shard(folder / name, members)
+
+
+def test_shards_joined_packed_and_in_capitals_are_read_and_others_named(tmp_path, caplog):
+    folder = tmp_path / "data"
+    joined = captioned(folder, "0.tar", "ab").read_bytes() + captioned(folder, "0.tar", ["c" * 120, "d"]).read_bytes()
+    (folder / "0.tar").write_bytes(joined + captioned(folder, "1.tar", "ef").read_bytes())
+    (folder / "1.tar.gz").write_bytes(gzip.compress((folder / "1.tar").read_bytes()))
+    (folder / "2.tgz").write_bytes((folder / "1.tar.gz").read_bytes())
+    captioned(folder, "3.TAR", "g")
+    (folder / "4.tar").write_bytes(captioned(folder, "4.tar", "hij").read_bytes()[:2600])
+    (folder / "5.tar.zst").write_bytes(b"x")
+    (folder / "._0.tar").write_bytes(b"x")
+    source = open_source(str(folder))
+    keys = ["a", "b", "c" * 120, "d", "e", "f", "e", "f", "e", "f", "g"]
+    assert [source.key(i) for i in range(len(source))][: len(keys)] == keys
+    assert [stem for stem, _, _ in source.extents()] == ["0", "1", "2", "3", "4"]
+    assert all(decode_image(source.image_bytes(source.record(i).images[0])) for i in range(len(keys)))
+    told = "\n".join(source.notes)
+    for words in (
+        "1.tar.gz is passed over: it lies there unpacked",
+        "5.tar.zst is passed over",
+        "._0.tar",
+        "4.tar: torn",
+        "0.tar: several archives",
+    ):
+        assert words in told and words in caplog.text, words
+    (folder / "6.tar").write_bytes(gzip.compress((folder / "1.tar").read_bytes())[:-9])
+    with pytest.raises(UsageError, match="6.tar is torn"):
+        open_source(str(folder))
+
+
+def test_a_table_is_read_as_the_json_of_its_records(tmp_path, encoder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_json(tmp_path / "json", 10)
+    records = json.loads((tmp_path / "json" / "data.json").read_text())
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "json" / "data.parquet", row_group_size=3)
+    a, b = (open_source(str(tmp_path / "json" / f"data.{end}"), digest=True) for end in ("json", "parquet"))
+    b = pickle.loads(pickle.dumps(b))  # as a worker is given it
+    assert len(a) == len(b) == 10 and a.images_digest == b.images_digest
+    for i in (9, 0, 4, *range(10)):
+        (one, ours), (other, theirs) = encode(a, encoder, i, 64), encode(b, encoder, i, 64)
+        assert (ours.ids == theirs.ids).all() and one.key == other.key
+        assert [a.image_bytes(each) for each in one.images] == [b.image_bytes(each) for each in other.images]
+    rows = [
+        {
+            "images": [{"bytes": picture("red", True, 0), "path": None}],
+            "texts": [{"user": "What?", "assistant": "Red."}],
+        }
+    ]
+    rows.append({"images": [], "texts": [{"user": "<image>", "assistant": "Red."}]})
+    for n in range(2):
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "tables" / f"{n}.parquet")
+    source = open_source(str(tmp_path / "tables"))
+    assert decode_image(source.image_bytes(source.record(2).images[0])).size == (32, 32) and len(source) == 4
+    with pytest.raises(Rejected):
+        source.record(3)
+    assert losses(source, {1: "x", 3: "x"}) == ["2 × x (e.g. tables/#1)"]
+    (tmp_path / "tables" / "2.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match="2.parquet cannot be read"):
+        open_source(str(tmp_path / "tables"))
+
+
+def test_avif_decodes_and_is_an_image_of_a_shard(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), "red").save(buffer, "AVIF")
+    source = open_source(str(shard(tmp_path / "0.tar", [("a.avif", buffer.getvalue()), ("a.txt", b"red")])))
+    assert decode_image(source.image_bytes(source.record(0).images[0])).size == (8, 6)

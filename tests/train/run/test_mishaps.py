@@ -57,7 +57,7 @@ def test_a_shard_that_breaks_in_mid_run_is_left_out_alike_counted_and_listed(
     world, tmp_path, monkeypatch, happen, reasons
 ):
     # A shard that is open already outlives its name; with one descriptor at a time none is.
-    monkeypatch.setattr("train.data.sources.MAX_OPEN_FILES", 1)
+    monkeypatch.setattr("train.data.reading.MAX_OPEN_FILES", 1)
     runs = [break_in_mid_run(world, tmp_path / name, monkeypatch, happen) for name in ("one", "two")]
     (result, losses, skipped), again = runs
     assert (result, losses, skipped) == again, "the same thing at the same step gives the same run"
@@ -71,7 +71,7 @@ def test_a_shard_that_breaks_in_mid_run_is_left_out_alike_counted_and_listed(
 
 
 def test_too_much_of_it_stops_the_run_with_examples(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.data.sources.MAX_OPEN_FILES", 1)
+    monkeypatch.setattr("train.data.reading.MAX_OPEN_FILES", 1)
     with pytest.raises(
         DataError, match=r"4 of 48 samples cannot be used: 4 unreadable. Examples: 00000\d.tar/\d+ .*; "
     ):
