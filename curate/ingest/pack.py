@@ -2,7 +2,8 @@
 
 In: a folder as img2dataset's `files` output leaves it (`00000/key.jpg`, `key.txt`, `key.json`; any folders of images
 will do), or parquet files with images in a column: Hugging Face's `Image` (a struct of bytes and path), or
-img2dataset's `parquet` output. Out: `POOL/{stem}.tar`, every image byte for byte, one tar per folder or parquet file,
+img2dataset's `parquet` output. Captions that lie beside pictures under other names are found by
+beside.py. Out: `POOL/{stem}.tar`, every image byte for byte, one tar per folder or parquet file,
 more where there are more than `shard_size` samples. Nothing is decoded. A row of parquet without an image keeps its
 place, with its JSON; img2dataset's table beside a folder is copied beside its tar.
 """
@@ -22,6 +23,7 @@ from curate import engine
 from curate.embed.captions import clean
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
+from curate.ingest.beside import CAPTIONS, TABLES, Beside, File, Samples, has_pictures, to_json
 from curate.ingest.options import PackOptions
 from curate.storage import faults, manifest, paths
 from curate.storage.faults import Faults
@@ -38,7 +40,6 @@ from curate.storage.tar import (
 
 LAYOUTS = ("auto", "files", "parquet")
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
-CAPTIONS = ("caption", "text", "txt", "TEXT", "top_caption", "alt_text")
 KEYS = ("key", "__key__", "image_id", "id", "uid")
 PACKED = (*IMAGE_SUFFIXES, CAPTION_SUFFIX, JSON_SUFFIX)
 ROWS = 64  # of parquet, in memory at a time
@@ -50,10 +51,11 @@ class Part:
 
     source: str
     rows: int
-    files: Sequence[tuple[str, str, str]] = ()  # (key, suffix, name in the folder)
+    files: Sequence[File] = ()
     start: int = 0
     image: str = ""
     caption: str = ""
+    root: str = ""  # from which files that lie beside are named
 
 
 def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
     told: Faults = {}
     parts: dict[str, Part] = {}
     if options.layout != "parquet" and not source.endswith(".parquet"):
-        parts = _folders(source, options.shard_size, passed, told)
+        parts = _folders(source, options, passed, told)
     if not parts and options.layout != "files":
         parts = _tables(source, options)
     if not parts:
@@ -109,39 +111,46 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
 
 
 def _digest(part: Part) -> Any:
-    return [name for _, _, name in part.files] if part.files else paths.size(part.source)
+    if not part.files:
+        return paths.size(part.source)
+    return [file.name or [file.suffix, file.text] for file in part.files]
 
 
-def _folders(source: str, shard_size: int, passed: dict[str, int], told: Faults) -> dict[str, Part]:
+def _folders(source: str, options: PackOptions, passed: dict[str, int], told: Faults) -> dict[str, Part]:
     """Find folders that hold images: their samples in the order of their names.
 
-    passed: takes other files, by suffix; told: what was passed over or got another name, in words.
+    passed: takes other files, by suffix; told: what was passed over, taken from beside or renamed, in words.
     """
     parts: dict[str, Part] = {}
-    for folder, names in _walk(source, ""):
+    tree = dict(_walk(source, ""))
+    if not any(map(has_pictures, tree.values())):
+        return parts
+    beside = Beside(source, tree, options.caption, told)
+    beside.read_tables()
+    for folder, names in tree.items():
         samples = _samples(folder, names, passed, told)
         if not samples:
             continue
+        beside.add_to(folder, samples)
         place = paths.join(source, folder) if folder else source
         stem = folder or paths.name(source if paths.is_remote(source) else os.path.abspath(paths.local(source)))
-        for name, start, stop in _cut(stem.replace("/", "__"), len(samples), shard_size):
+        for name, start, stop in _cut(stem.replace("/", "__"), len(samples), options.shard_size):
             files = [file for key in list(samples)[start:stop] for file in samples[key]]
-            _add_part(parts, name, Part(place, stop - start, files))
+            _add_part(parts, name, Part(place, stop - start, files, root=source))
+    beside.count_unused()
     return parts
 
 
-def _samples(
-    folder: str, names: Sequence[str], passed: dict[str, int], told: Faults
-) -> dict[str, list[tuple[str, str, str]]]:
+def _samples(folder: str, names: Sequence[str], passed: dict[str, int], told: Faults) -> Samples:
     """Group a folder's files by name but for the last suffix; none where no file is an image.
 
     A key ends at its first dot, so dots in names become underlines. Where that, or another spelling of the suffix
     (`e.jpg`, `e.JPG`), makes two names one, the later one gets a number.
     """
-    usable = [(name, *_split(name)) for name in names]
-    if not any(suffix in IMAGE_SUFFIXES and not is_macos(name) for name, _, suffix in usable):
+    if not has_pictures(names):
         return {}
-    samples: dict[str, list[tuple[str, str, str]]] = {}
+    usable = [(name, *_split(name)) for name in names if name not in TABLES]
+    samples: Samples = {}
     base_of: dict[str, str] = {}
     for name, base, suffix in usable:
         shown = f"{folder}/{name}" if folder else name
@@ -154,14 +163,14 @@ def _samples(
         key = next(
             each
             for each in keys
-            if each not in samples or (base_of[each] == base and suffix not in [held for _, held, _ in samples[each]])
+            if each not in samples or (base_of[each] == base and suffix not in [held.suffix for held in samples[each]])
         )
         if plain != base:
             faults.add(told, "names with dots: written with _, since a key ends at its first dot", shown)
         if key != plain:
             faults.add(told, "names that would be one key: the later ones have a number", shown)
         base_of[key] = base
-        samples.setdefault(key, []).append((key, suffix, name))
+        samples.setdefault(key, []).append(File(key, suffix, name))
     return samples
 
 
@@ -278,9 +287,10 @@ class PackShard:
 
 
 def _read_files(part: Part) -> Iterator[tuple[str, bytes]]:
-    for key, suffix, name in part.files:
-        engine.advance(suffix in IMAGE_SUFFIXES)
-        yield f"{key}.{suffix}", paths.read_bytes(paths.join(part.source, name))
+    for file in part.files:
+        engine.advance(file.suffix.removeprefix("0.") in IMAGE_SUFFIXES)
+        place = paths.join(part.root if file.beside else part.source, file.name)
+        yield f"{file.key}.{file.suffix}", paths.read_bytes(place) if file.name else file.text.encode()
 
 
 def _read_rows(stem: str, part: Part, table: "_Rows") -> Iterator[tuple[str, bytes]]:
@@ -302,7 +312,7 @@ def _read_rows(stem: str, part: Part, table: "_Rows") -> Iterator[tuple[str, byt
         if caption:
             yield f"{key}.{CAPTION_SUFFIX}", caption.encode("utf-8", "replace")
         plain = {name: value for name, value in row.items() if not isinstance(value, bytes)}
-        yield f"{key}.{JSON_SUFFIX}", json.dumps(_to_json(plain), ensure_ascii=True, default=str).encode()
+        yield f"{key}.{JSON_SUFFIX}", json.dumps(to_json(plain), ensure_ascii=True, default=str).encode()
     if part.rows and not pictures:
         raise ShardError(f"{part.source} holds no image bytes in {part.image}: write it with the files embedded")
 
@@ -362,14 +372,3 @@ def _key(row: dict[str, Any], fallback: str, seen: set[str]) -> str:
         key = fallback
     seen.add(key)
     return key
-
-
-def _to_json(value: Any) -> Any:
-    """Bring a value into what JSON has: no NaN, no infinity, no bytes."""
-    if isinstance(value, dict):
-        return {str(key): _to_json(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_to_json(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return None if isinstance(value, bytes) else value

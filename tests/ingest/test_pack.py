@@ -14,7 +14,7 @@ from curate.errors import UsageError
 from curate.ingest.pack import PackOptions, pack
 from curate.storage import sidecar
 from curate.storage.tar import TarWriter, list_pool, read_index, suffix_of
-from house import curate, fingerprint
+from house import curate, fingerprint, manifest
 
 QUIET = Job(quiet=True, workers=1)
 ENDED = ["success"] * 7 + ["failed_to_download", "failed_to_resize", "failed_to_download"]
@@ -316,3 +316,60 @@ def test_dotted_names_and_spellings_of_a_suffix_are_samples_and_the_rest_is_said
         assert words in said and any(words[:12] in kind for kind in (*manifest["faults"], said))
     keys = [sample.key for sample in read_index((tmp_path / "pool" / f"{stem}.tar").open("rb")).samples]
     assert len(keys) == len(set(keys)) == 5
+
+
+def test_metadata_tables_and_folders_of_texts_are_captions(tmp_path):
+    """As datasets' ImageFolder reads `metadata.jsonl` and `.csv`, and as detection sets keep texts beside images."""
+    source = tmp_path / "in"
+    for folder in ("train/a", "csv", "pairs/images", "pairs/captions", "pairs/labels", "notes"):
+        (source / folder).mkdir(parents=True)
+    for number, name in enumerate(("train/a/0.1.png", "train/a/1.png", "train/a/2.png", "train/a/3.png", "csv/x.png")):
+        (source / name).write_bytes(picture(number))
+    rows = [
+        {"file_name": "a/0.1.png", "text": "zero", "score": 0.5},
+        {"left_file_name": "./a/1.png", "right_file_name": "a/2.png", "caption": ["", "one and two"]},
+        {"file_name": "a/gone.png", "text": "gone"},
+        {"text": "nowhere"},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + "not json\n"
+    (source / "train" / "metadata.jsonl").write_text(text, encoding="utf-8-sig")
+    (source / "csv" / "metadata.csv").write_text('file_name,text\nx.png,"a, b"\n', encoding="utf-8-sig")
+    for key in "pq":
+        (source / "pairs" / "images" / f"{key}.png").write_bytes(picture(9))
+        (source / "pairs" / "captions" / f"{key}.txt").write_text(f"words of {key}")
+    (source / "pairs" / "labels" / "p.txt").write_text("0 0.5 0.5 1 1")
+    (source / "notes" / "readme.md").write_text("x")
+    ended = curate("pack", source, tmp_path / "out")
+    held = {stem: dict(members(tmp_path / "out" / f"{stem}.tar")) for stem in manifest(tmp_path / "out")["shards"]}
+    assert list(held) == ["csv", "pairs__images", "train__a"]
+    assert held["csv"]["x.txt"] == b"a, b" and json.loads(held["csv"]["x.json"]) == {"text": "a, b"}
+    assert held["pairs__images"] == {
+        **{f"{key}.png": picture(9) for key in "pq"},
+        **{f"{key}.txt": f"words of {key}".encode() for key in "pq"},
+    }
+    assert list(held["train__a"]) == [
+        "0_1.png",
+        "0_1.txt",
+        "0_1.json",
+        "1.0.png",
+        "1.1.png",
+        "1.txt",
+        "1.json",
+        "3.png",
+    ]
+    assert held["train__a"]["1.txt"] == b"one and two" and held["train__a"]["1.1.png"] == picture(2)
+    assert json.loads(held["train__a"]["0_1.json"]) == {"text": "zero", "score": 0.5}
+    made = manifest(tmp_path / "out")
+    assert made["counts"]["rows"] == 6 and all(kind in ended.stderr for kind in made["faults"])
+    assert {kind: (fault["count"], fault["example"]) for kind, fault in made["faults"].items()} == {
+        "rows of metadata.jsonl without a file_name": (1, "train/metadata.jsonl: row 3"),
+        "lines of metadata that are not JSON": (1, "train/metadata.jsonl: record 4"),
+        "pictures without a row in the table of metadata": (1, "train/a/3.png"),
+        "rows of metadata whose picture is not there": (1, "train/a/gone.png"),
+        "names with dots: written with _, since a key ends at its first dot": (1, "train/a/0.1.png"),
+        "texts taken from a folder beside: pairs/captions": (2, "pairs/captions/p.txt"),
+        "files passed over: in a folder without pictures, .txt": (1, "pairs/labels/p.txt"),
+        "files passed over: in a folder without pictures, .md": (1, "notes/readme.md"),
+    }
+    (source / "csv" / "metadata.csv").write_bytes(b"\xff\xfe\xfa")
+    assert "cannot be read" in curate("pack", source, tmp_path / "bad", check=False).stderr
