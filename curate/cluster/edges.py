@@ -20,6 +20,7 @@ import pyarrow as pa
 from curate.cluster import giants, scatter
 from curate.cluster.giants import Chunks
 from curate.cluster.scatter import BUCKETS, Rows
+from curate.engine import advance
 from curate.errors import ContractError
 from curate.storage import manifest, paths, sidecar
 from curate.storage.schema import EDGE_SCHEMA
@@ -30,6 +31,7 @@ from curate.vectors.near_pairs import is_worth_rounding
 
 EDGES = "edges.arrow"
 BUCKET_BYTES = 128 << 20
+RUN_ROWS = 1 << 15  # rows of clusters after which it is said how far a bucket is
 
 
 @dataclass
@@ -87,8 +89,13 @@ class FindEdges:
         bounds = np.concatenate([[0], np.flatnonzero(np.diff(rows.cluster)) + 1, [len(order)]])
         members = np.add.reduceat(~rows.probe, bounds[:-1], dtype=np.int64) if len(order) else np.zeros(1, np.int64)
         product = self.product if is_worth_rounding(vectors.shape[1], np.diff(bounds), members) else "f32"
-        found = near_duplicate_forest(vectors, order, bounds, self.floor, members=members, product=product)
-        return edge_batch(rows, found)
+        found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+        for first, last in near_pairs.batches_of_groups(bounds, RUN_ROWS):
+            cuts, own = bounds[first : last + 1], members[first:last]
+            found.append(near_duplicate_forest(vectors, order, cuts, self.floor, members=own, product=product))
+            advance(int(cuts[-1] - cuts[0]))
+        a, b, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
+        return edge_batch(rows, (a, b, similarity))
 
 
 def edge_batch(rows: Rows, edges: Edges) -> pa.RecordBatch:

@@ -140,7 +140,7 @@ class _WriteParquet(_Write):
         columns: dict[str, Any] = {"key": chosen["key"], "stem": pa.array([stem] * chosen.num_rows)}
         for name in (*EMBEDDED_COLUMNS, *extra_columns(embedded.schema)):
             columns[name] = embedded[name]
-        columns["uid"] = pa.array([uid and uid.hex() for uid in embedded["uid"].to_pylist()], pa.string())
+        columns["uid"] = pa.chunked_array(map(_hexadecimal, embedded["uid"].chunks), pa.string())
         clusters = self.clusters.table(stem) if self.clusters is not None else None
         for table in filter(None, (clusters, chosen)):
             columns |= {name: table[name] for name in table.column_names}
@@ -160,12 +160,21 @@ class _WriteVectors(_Write):
                 inside = rows[(rows >= first) & (rows < first + batch.num_rows)] - first
                 kept.append(sidecar.vectors(batch.column(column))[inside])
                 first += batch.num_rows
+                if name == "text_emb":
+                    engine.advance(len(inside))
             sidecar.save_npy(paths.join(self.out, name, f"{name}_{number}.npy"), np.concatenate(kept))
         table = self.coreset.embedded.table(stem, ["key", *EMBEDDED_COLUMNS]).take(rows)
         names = {"key": "image_path", "clip_score": "similarity"}
         columns = {names.get(name, name): table[name] for name in table.column_names if name not in ("uid", "status")}
         _save_parquet(self.place(stem), pa.table(columns).replace_schema_metadata(None))
         return {"rows": len(rows)}
+
+
+def _hexadecimal(uids: pa.Array) -> pa.Array:
+    """Write uids as text, which is what takes long of a long shard."""
+    written = pa.array([uid and uid.hex() for uid in uids.to_pylist()], pa.string())
+    engine.advance(len(written))
+    return written
 
 
 def _save_parquet(location: str, table: pa.Table) -> None:

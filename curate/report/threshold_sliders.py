@@ -45,7 +45,7 @@ def figures(funnel: Funnel) -> Iterator[dict[str, Any]]:
 
 def plain(column: str, values: np.ndarray, label: str) -> dict[str, Any]:
     """Draw how the values of a score are spread where nothing was selected by it. values: f32 [n], NaN left out."""
-    counts, edges = np.histogram(values[~np.isnan(values)], 60)
+    counts, edges = np.histogram(values[~np.isnan(values)].astype(np.float64), 60)  # f32 may be too coarse for 60 bins
     chart = charts.histogram(edges.tolist(), counts.tolist(), [], f"spread of {column}")
     return _figure(column, chart, None, label)
 

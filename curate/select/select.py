@@ -221,11 +221,19 @@ def _histograms(frame: Frame) -> dict[str, Any]:
         if values is None:
             continue
         good = frame.good & ~np.isnan(values)
-        edges = np.histogram_bin_edges(values[good], NUM_BINS)
+        edges = _bin_edges(values[good])
         counted = {"all": values[good], "kept": values[good & frame.alive]}
         counts = {key: np.histogram(part, edges)[0].tolist() for key, part in counted.items()}
         made[name] = {"edges": [float(edge) for edge in edges], **counts}
     return made
+
+
+def _bin_edges(values: np.ndarray) -> np.ndarray:
+    """Cut the range of values into NUM_BINS; in f64 where it is too narrow for as many numbers of f32."""
+    try:
+        return np.histogram_bin_edges(values, NUM_BINS)
+    except ValueError:
+        return np.linspace(float(values.min()), float(values.max()), NUM_BINS + 1)
 
 
 def _write(

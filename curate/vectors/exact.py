@@ -14,15 +14,18 @@ import numpy as np
 EXACT_ROWS = 512  # pairs computed at once: both sides stay in the cache
 
 
-def widen(x_nd: np.ndarray) -> np.ndarray:
+def widen(x_nd: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Convert finite f16 to f32, exactly, at four times the speed of `astype`; f32 passes through.
+
+    out: f32, of the same shape, into which to write; its memory need not be fetched anew each time.
 
     Shifts sign, exponent and fraction to their places in an f32, then multiplies by 2 ** 112, the ratio of the two
     exponents' biases (2 ** (127 - 15)); that product also turns subnormal halves into normal f32.
     """
     if x_nd.dtype != np.float16:
         return x_nd.astype(np.float32, copy=False)
-    bits = x_nd.view(np.int16).astype(np.int32)
+    bits = np.empty(x_nd.shape, np.int32) if out is None else out.view(np.int32)
+    np.copyto(bits, x_nd.view(np.int16))
     np.left_shift(bits, 13, out=bits)
     np.bitwise_and(bits, np.int32(-0x70000001), out=bits)  # the sign extension fills the three bits above the exponent
     wide = bits.view(np.float32)

@@ -3,7 +3,7 @@
 A cluster of m rows is compared tile by tile, 512 rows with 512: a fast product screens all pairs of a tile (`screen`),
 and the exact cosine decides those that are left (`exact`). No result depends on the tiles, the library or the machine.
 Four kinds of work are cheaper another way. All pairs of a cluster of up to 4 rows are decided exactly at once, with
-those of many other clusters. Clusters of up to 256 rows are screened in f32, all of one size in one call: preparing
+those of many other clusters. Clusters of up to 256 rows are screened in f32, those of like size in one call: preparing
 their rows for another product would take longer than it saves. A tile where more than one pair in 32 may be near is
 multiplied exactly as a whole. And where the pairs are wanted for a spanning forest (`forest`), pairs that the forest
 cannot take are passed over: those below the level at which earlier edges already connect their rows; a tile full of
@@ -30,7 +30,8 @@ TILE = 512
 PANEL = 1 << 15  # rows that are prepared for the fast product at a time
 SMALL = 4  # up to so many rows all pairs are decided exactly at once
 MEDIUM = 256  # up to so many rows a group is screened in f32, with others of its size
-MEDIUM_ROWS = 1 << 11  # rows of such groups that are multiplied together: their products stay in the cache
+MEDIUM_ROWS = 1 << 10  # rows of such groups that are multiplied together: they stay in the cache
+STEP = 4  # to a multiple of which such groups are filled up, so that many have one size
 DENSE = 1 / 32  # share of a tile's pairs from which multiplying it exactly costs less than deciding them one by one
 CENTRE_SAMPLE = 64  # rows of a group whose mean is taken for its centre
 BATCH = 1 << 14  # pairs that are decided together
@@ -189,23 +190,31 @@ def _compare_medium_groups(
     across: bool,
     reduce: bool,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    """Compare each of the groups of SMALL + 1 … MEDIUM rows with itself, those of one size in one batched product.
+    """Compare each of the groups of SMALL + 1 … MEDIUM rows with itself, those of like size in one batched product.
 
-    Yields as `_compare_groups`. A tile on the diagonal of g groups of m rows is [g, m, m].
+    Yields as `_compare_groups`. Groups are filled up with rows of zeros to a multiple of STEP rows: a tile on the
+    diagonal of g groups is [g, m, m].
     """
     sizes = np.diff(bounds)
-    for size in np.unique(sizes[(sizes > SMALL) & (sizes <= MEDIUM)]).tolist():
-        groups = np.flatnonzero(sizes == size)
-        at_once = max(1, MEDIUM_ROWS // size)
+    widths = np.where((sizes > SMALL) & (sizes <= MEDIUM), -(-sizes // STEP) * STEP, 0)
+    space = np.empty((MEDIUM_ROWS, x_nd.shape[1]), np.float32)
+    for width in np.unique(widths[widths > 0]).tolist():
+        groups = np.flatnonzero(widths == width)
+        at_once = MEDIUM_ROWS // width
         for first in range(0, len(groups), at_once):
             here = groups[first : first + at_once]
-            starts, own = bounds[here], members[here]
-            x_gmd = widen(x_nd[rows[starts[:, None] + np.arange(size)]])
+            starts, size, own = bounds[here], sizes[here], members[here]
+            places = np.arange(width)
+            filling = np.flatnonzero((places >= size[:, None]).ravel())
+            taken = rows[(starts[:, None] + np.minimum(places, size[:, None] - 1)).ravel()]
+            x_nd_wide = widen(x_nd[taken], space[: len(taken)])
+            x_nd_wide[filling] = 0
+            x_gmd = x_nd_wide.reshape(len(here), width, -1)
             products = np.matmul(x_gmd, x_gmd.swapaxes(1, 2))
             # Positions in the flat array are listed many times faster than those of three dimensions.
             found = np.flatnonzero(products.ravel() > np.float32(floor - x_gmd.shape[2] * 2.0**-23))
-            group, a, b = _split(found, size)
-            wanted = (a < b) & (a < own[group])
+            group, a, b = _split(found, width)
+            wanted = (a < b) & (a < own[group]) & (b < size[group])
             if across:
                 wanted &= b >= own[group]
             group, a, b = group[wanted], a[wanted], b[wanted]
@@ -213,7 +222,7 @@ def _compare_medium_groups(
             for number in np.flatnonzero(dense).tolist():
                 mine, place = group == number, int(starts[number])
                 yield _decide_medium_group(
-                    x_nd, rows[place : place + size], a[mine], b[mine], place, floor, reduce=reduce
+                    x_nd, rows[place : place + int(size[number])], a[mine], b[mine], place, floor, reduce=reduce
                 )
             few = ~dense[group]
             yield starts[group[few]] + a[few], starts[group[few]] + b[few], None

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 from clouds import draw, unit
 
+from curate.cluster import edges as bucket_edges
 from curate.cluster.cluster import ClusterOptions, cluster
+from curate.cluster.scatter import Rows
 from curate.engine import Job
 from curate.errors import ContractError, ShardError, UsageError
 from curate.storage import paths, sidecar
@@ -220,3 +222,17 @@ def test_images_without_captions_vectors_cluster_all_the_same(tmp_path):
     manifest = cluster(small.path, str(tmp_path / "clu"), ClusterOptions(), QUIET)
     assert manifest["fit"]["shuffled_clip_score"] is None
     assert json.loads((tmp_path / "clu" / "fit.json").read_text()) == manifest["fit"]
+
+
+def test_how_far_a_bucket_is_shows_and_changes_no_edge(monkeypatch):
+    rng = np.random.default_rng(0)
+    cluster = np.sort(rng.integers(0, 12, 300)).astype(np.int32)
+    vectors = unit(rng.normal(size=(12, 8))[cluster] + 0.3 * rng.normal(size=(300, 8))).astype(np.float16)
+    nothing = np.zeros(300, np.uint64)
+    rows = Rows(np.arange(300), cluster, np.zeros(300, bool), nothing, nothing > 0, nothing)
+    whole = bucket_edges.FindEdges("", "", 0.8)._compare(rows, vectors, np.arange(300))
+    told = []
+    monkeypatch.setattr(bucket_edges, "RUN_ROWS", 60)
+    monkeypatch.setattr(bucket_edges, "advance", told.append)
+    assert bucket_edges.FindEdges("", "", 0.8)._compare(rows, vectors, np.arange(300)).equals(whole)
+    assert whole.num_rows and sum(told) == 300 and len(told) > 4

@@ -55,6 +55,14 @@ def test_members_of_every_kind_are_emitted_byte_for_byte(tmp_path):
     assert members(tmp_path / "out" / "000000.tar")[-len(held) :] == held
 
 
+@pytest.mark.parametrize("kind", ["parquet", "clip-retrieval"])
+def test_tables_tell_how_far_a_long_shard_is(tmp_path, monkeypatch, kind):
+    told = []
+    monkeypatch.setattr("curate.engine.advance", told.append)
+    made = emit(chain(tmp_path), str(tmp_path / "out"), EmitOptions(format=kind), Job(workers=1, quiet=True))
+    assert sum(told) == sum(shard["rows"] for shard in made["shards"].values()) > 0
+
+
 def test_slices_end_where_each_has_a_shard_that_failed_for_good(tmp_path):
     sel = chain(tmp_path)
     emb = tmp_path / "emb"

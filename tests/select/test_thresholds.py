@@ -7,7 +7,7 @@ from artefacts import write_embeddings, write_pool
 from curate.cluster.cluster import ClusterOptions, cluster
 from curate.engine import Job
 from curate.select import thresholds
-from curate.select.select import SelectOptions, select
+from curate.select.select import NUM_BINS, SelectOptions, _bin_edges, select
 from curate.storage import manifest
 
 QUIET = Job(workers=1, quiet=True)
@@ -103,3 +103,10 @@ def test_the_dedup_curve_counts_ties_as_dedup_does():
     assert curve["kept"][at] == 10 - int((similarity > 0.86).sum()) == 9
     also = thresholds.dedup_curve(similarity, 0.8, 10, [0.87654321, 0.86])
     assert len(also["threshold"]) == 101 and also["kept"][also["threshold"].index(0.87654321)] == 9
+
+
+def test_a_range_too_narrow_for_f32_has_its_bins():
+    values = np.array([0.999, 0.9990001, 0.9990002], np.float32)
+    for some in (values, values[:1], np.linspace(0, 1, 500, dtype=np.float32)):
+        edges = _bin_edges(some)
+        assert len(edges) == NUM_BINS + 1 and np.histogram(some, edges)[0].sum() == len(some)
