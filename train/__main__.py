@@ -127,6 +127,9 @@ def _first_rank_alone(command: Callable[..., None]) -> Callable[..., None]:
 def export(
     run: Annotated[Path, typer.Argument(help="A finished align or finetune run; for --parts also a model.")],
     out: OutOption,
+    scores: Annotated[
+        list[Path] | None, typer.Option("--scores", help="What eval wrote for this model, for its card. Repeatable.")
+    ] = None,
     parts: Annotated[bool, typer.Option("--parts", help="Write tower, projector and LM apart, for GGUF.")] = False,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -135,13 +138,15 @@ def export(
 ) -> None:
     """Merge a run into one llava-hf folder that transformers loads as it is, or take such a folder apart.
 
-    Example: `python -m train export run/tuned --out run/model` writes `run/model/config.json`, `model.safetensors` and
-    the tokenizer's and processor's files; with `--parts` the language model and the rest, for GGUF converters.
+    Example: `python -m train export run/tuned --out run/model` writes `run/model/config.json`, `model.safetensors`,
+    the tokenizer's and processor's files and a model card, README.md; with `--parts` the language model and the rest,
+    for GGUF converters.
     """
     options = configuration.load(config, settings or ())
     from train.publish.export import export as write
 
-    show(write(run, out, dtype=options.export.dtype, overwrite=overwrite, parts=parts), as_json)
+    found = write(run, out, dtype=options.export.dtype, overwrite=overwrite, parts=parts, scores=scores or ())
+    show(found, as_json)
 
 
 @app.command("import")
@@ -212,12 +217,19 @@ def evaluate(
         raise UsageError("eval needs either --data FILE or --tasks NAMES --eval-root DIR")
     if tasks is not None:
         from train.eval.answers import run_tasks
+        from train.eval.lmms_command import hand_over, part_tasks
         from train.eval.tasks import check_published
 
         check_published(options.published)
-        names = [name.strip() for name in tasks.split(",")]
-        results = run_tasks(model, names, _root(eval_root), out, options, overwrite=overwrite)
-        leave_group()
+        names, others = part_tasks(tasks)
+        results = {}
+        if names or not others:
+            results = run_tasks(model, names, _root(eval_root), out, options, overwrite=overwrite)
+            leave_group()
+        if others:
+            hand_over(model, others, out, options)
+        if not names:
+            return
         if int(os.environ.get("RANK", "0")) == 0:
             show_scores(results, options, as_json)
         return

@@ -31,7 +31,7 @@ from train.errors import DataError, UsageError
 from train.eval.layout import Layout
 from train.eval.scoring import Item
 from train.eval.tasks import TASKS, get_task, image_bytes, load
-from train.folder import finish, held, open_run, relative
+from train.folder import digest_weights, finish, held, open_run, relative
 
 if TYPE_CHECKING:
     from train.eval.generate import Speaker
@@ -224,19 +224,6 @@ def _check_images(name: str, items: Sequence[Item]) -> None:
     missing = [item.image for item in items if isinstance(item.image, str) and not Path(item.image).is_file()]
     if missing:
         raise UsageError(f"{name}: {len(missing):,} of {len(items):,} images are missing, the first is {missing[0]}")
-
-
-def digest_weights(folder: Path) -> str:
-    """Identify a model without reading all of it: names, sizes, and both ends of each of its files."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 22))
-            file.seek(max(0, size - (1 << 22)))
-            digest.update(file.read())
-    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,9 +27,8 @@ from train.data.prompts import Rejected, Turn, parse
 from train.data.sources import Source, decode_image, open_source
 from train.dist import Runtime
 from train.errors import UsageError
-from train.eval.answers import digest_weights
 from train.eval.generate import Speaker, load_speaker
-from train.folder import FORMAT, digest_data, read_json, whole_file, write_json
+from train.folder import FORMAT, digest_data, digest_weights, read_json, whole_file, write_json
 
 DEFAULTS = Eval()
 log = logging.getLogger("train")

@@ -28,6 +28,7 @@ from train.folder import LOCK, held, read_json, relative, write_json
 from train.model.compose import Composed, compose, fold_feature_scale
 from train.model.tower import make_image_processor
 from train.model.weights import write_shards, write_tensors
+from train.publish.card import CARD, write_card
 from train.publish.older_readers import write_for_older_readers
 from train.publish.parts import INFIX, write_parts
 from train.run import checkpoint
@@ -38,9 +39,12 @@ RECORD, UNFINISHED = "train_manifest.json", ".unfinished"
 log = logging.getLogger("train")
 
 
-def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False, parts: bool = False) -> dict[str, Any]:
-    """Merge a finished run into its base model and write it to `out`; return what was written.
+def export(
+    run: Path, out: Path, *, dtype: str, overwrite: bool = False, parts: bool = False, scores: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Merge a finished run into its base model and write it to `out`, with a model card; return what was written.
 
+    scores: of `eval`, for the card; of a model that is exported already, the card alone is written anew.
     parts: write the parts instead (parts.py), of a run or of a model that is exported, imported or merged already.
     Raises: UsageError, TrainError when the base weights are no longer those the run was trained on.
     """
@@ -51,6 +55,9 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False, parts: 
     record = {"command": "export", "run": relative(str(run), out), "dtype": dtype, "result": manifest["result"]}
     record |= {"parts": True} if parts else {}
     if (out / RECORD).is_file() and read_json(out / RECORD) == record and not overwrite:
+        if scores:
+            write_card(out, run, dtype, scores, folder=out)
+            return {"out": str(out), "dtype": dtype, "card": str(out / CARD)}
         log.info("%s is exported already; nothing to do (--overwrite starts over)", out)
         return {"out": str(out), "dtype": dtype}
     with writing(out, record, overwrite) as folder:
@@ -69,6 +76,8 @@ def export(run: Path, out: Path, *, dtype: str, overwrite: bool = False, parts: 
             write_parts(composed.model, processor.tokenizer, processor.image_processor, folder, DTYPES[dtype])
         else:
             write_folder(composed, encoder, folder, DTYPES[dtype])
+            write_json(folder / RECORD, record)
+            write_card(folder, run, dtype, scores, folder=out)
     return {"out": str(out), "parameters": sum(p.numel() for p in composed.model.parameters()), "dtype": dtype}
 
 
@@ -209,7 +218,7 @@ def merge(models: Sequence[Path], weights: Sequence[float], out: Path, *, overwr
     record = {"command": "merge", "models": [relative(str(m), out) for m in models], "weights": list(weights)}
     with writing(out, record, overwrite) as place:
         for file in sorted(models[0].iterdir()):
-            if file.is_file() and file.suffix != ".safetensors" and file.name not in (LOCK, RECORD):
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in (LOCK, RECORD, CARD):
                 shutil.copyfile(file, place / file.name)
         for file in sorted(models[0].glob("*.safetensors")):
             total: dict[str, Tensor] = {}
