@@ -8,6 +8,11 @@ RECIPE ?=
 ABLATION ?= ablation_demo ablation_stages
 SET ?=
 OVERWRITE ?=
+MODELS ?=
+DAQUAR ?=
+TEXT ?=
+REAL_MODELS ?=
+MAKE_MODELS := ../shared/tools/real_models.py
 PY := .venv/bin/python
 READY := .venv/.ready
 QUICK := tests/test_laws.py tests/test_options.py tests/storage tests/vectors tests/select/test_steps.py tests/select/test_coverage.py \
@@ -16,7 +21,7 @@ NUMERICS := tests/vectors tests/select/test_coverage.py tests/train/model/test_a
 RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install coreset train eval check test test-numerics lint format ablation bench picture clean
+.PHONY: help install coreset train eval real check test test-real test-numerics lint format ablation bench picture clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -36,6 +41,13 @@ coreset: $(READY) ## the main job: pool -> embeddings -> clusters -> coreset -> 
 train: $(READY) ## train on the emitted shards: mix -> align -> finetune -> export -> eval
 	$(RUN)
 
+real: $(READY) ## a small real VLM on a processor: POOL=pairs/ MODELS=models/ DAQUAR=daquar/ TEXT=text.json (pipelines/README.md)
+	@test -n "$(POOL)" -a -n "$(MODELS)" -a -n "$(DAQUAR)" -a -n "$(TEXT)" || { echo "make real POOL=pairs/ MODELS=models/ DAQUAR=daquar/ TEXT=text.json"; exit 2; }
+	.venv/bin/curate run pipelines/real.toml --out $(if $(filter out/demo,$(OUT)),out/real,$(OUT)) --pool '$(POOL)' \
+		--set embed.model=local-dir:$(MODELS)/clip --set model.tower=$(MODELS)/efficientnet --set model.lm=$(MODELS)/smollm2-135m \
+		--set mix.sources.questions.path=$(DAQUAR)/daquar_train.json --set mix.sources.questions.images=$(DAQUAR)/images \
+		--set mix.sources.text.path=$(TEXT) --set data.eval_root=$(DAQUAR) $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
+
 eval: $(READY) ## score the trained model again
 	$(RUN) --only eval
 
@@ -45,6 +57,11 @@ test: $(READY) ## run the tests: offline, on the processor alone
 test-numerics: $(READY) ## the numeric tests as two older processors compute them
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(NUMERICS)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(NUMERICS)
+
+test-real: $(READY) ## run the tests that need real models, in REAL_MODELS=FOLDER
+	@test -n "$(REAL_MODELS)" -o -f $(MAKE_MODELS) || { echo "set REAL_MODELS to a folder with efficientnet/ (timm), smollm2-135m/ and gemma3-270m/ (transformers)"; exit 2; }
+	@test -n "$(REAL_MODELS)" -o -d out/real_models || $(PY) $(MAKE_MODELS) out/real_models
+	REAL_MODELS=$(abspath $(or $(REAL_MODELS),out/real_models)) $(PY) -m pytest -m realweights -rs
 
 check: lint ## lint, types and the quick tests: what to run while you work
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(QUICK)

@@ -141,6 +141,9 @@ def describe_template(model: configuration.Model) -> str:
 
     if model.template not in ("", OWN):
         return ""
-    tokenizer = load_tokenizer(model)
+    try:
+        tokenizer = load_tokenizer(model)
+    except UsageError as error:
+        return f"unknown: {error}"
     name = template_name(model, tokenizer)
     return f"{name}: the language model's own, {read_own_template(tokenizer).end} ends answers" if name == OWN else name

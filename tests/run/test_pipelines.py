@@ -174,7 +174,15 @@ def test_an_unaligned_cell_has_no_align_stage(name):
 
 def test_every_model_pipeline_is_in_the_table():
     named = {path.stem for path in pipeline.shipped().glob("[!a]*.toml") if "model" in pipelines.read(path)}
-    assert named - {"demo", "photos"} == set(ROWS)
+    assert named - {"demo", "photos", "real", "small"} == set(ROWS)
+
+
+def test_the_recipe_for_one_gpu_is_checked_without_a_hub():
+    words = [sys.executable, "-m", "train", "check", "--config", str(pipeline.find("small")), "--json"]
+    checked = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    said = json.loads(checked.stdout)["composed"]
+    assert (said["tokens_per_image"], said["parameters"]) == (256, 1_026_168_256)
+    assert said["limits"] == "" and said["template"].startswith("unknown: ")
 
 
 @pytest.mark.parametrize("name", ["bunny", "llava_gemma"])
