@@ -51,7 +51,9 @@ def probe(directory: str, labels: str, out: str, n: int = 20, seed: int = 0) -> 
             f"{labels}: {told} of {len(marked)} marked keys are here; expected two labels, {LEAST} rows each."
         )
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    model = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=folds, scoring="neg_log_loss")
+    left = min(counts.values()) - -(-min(counts.values()) // FOLDS)  # of the rarest label, where a fold is held out
+    inner = StratifiedKFold(min(FOLDS, left), shuffle=True, random_state=seed)
+    model = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=inner, scoring="neg_log_loss")
     classes, y = np.unique(names, return_inverse=True)
     held_out = cross_val_predict(model, x_nd, y, cv=folds, method="predict_proba")
     fitted = model.fit(x_nd, y).best_estimator_

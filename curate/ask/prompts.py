@@ -18,7 +18,7 @@ from curate.storage.manifest import LOG, Artefact
 from curate.vectors.exact import widen
 
 BATCH = 64
-BLOCK = 1 << 16  # rows whose vectors are scored at a time
+BLOCK = 1 << 13  # rows whose vectors are scored at a time: they stay in the cache
 SCALE = 100.0
 WAY_OUT = "name the model that made them: --model NAME --pretrained TAG, as `curate embed` takes them"
 

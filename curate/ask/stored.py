@@ -1,11 +1,12 @@
-"""Columns that cost a pass over all vectors, stored beside the embeddings so that later selections read them.
+"""What costs a pass over all vectors or texts, stored beside the embeddings so that later selections read it.
 
-    EMB.columns/{digest}.npy   f32 [rows], NaN where a row has no value
+    EMB.columns/{digest}.npy   a column, f32 [rows], NaN where a row has no value; a vocabulary's vectors, f32 [m, d];
+                               the concepts that images show, i32 [rows, per_image], -1 for none
     EMB.columns/{digest}.json  what it is, and of which embeddings
 
-The digest covers what the column says (the prompts, the head's bytes) and the embeddings' manifest, so that a column of
-other embeddings is never taken. The folder is a cache: it may be deleted, and where it cannot be written the column is
-computed each time.
+The digest covers what it says (the prompts, the head's bytes, the list of concepts) and the embeddings' manifest, so
+that a column of other embeddings is never taken. The folder is a cache: it may be deleted, and where it cannot be
+written the column is computed each time.
 """
 
 import logging
@@ -21,19 +22,24 @@ from curate.storage.manifest import Artefact, digest, load_json, save_json
 log = logging.getLogger("curate")
 
 
-def stored_column(embedded: Artefact, about: Mapping[str, Any], make: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return a column of all rows, f32 [n]: the stored one, or what `make` computes, which is then stored."""
-    told = {**about, "embeddings": embedded.digest, "rows": sum(embedded.rows.values())}
-    folder = embedded.directory.rstrip("/") + ".columns"
+def stored_array(
+    embedded: Artefact, about: Mapping[str, Any], make: Callable[[], np.ndarray], rows: int | None = None
+) -> np.ndarray:
+    """Return an array of numbers: the stored one, or what `make` computes, which is then stored.
+
+    rows: its length; of a column, as many as the embeddings have.
+    """
+    told = {**about, "embeddings": embedded.digest, "rows": sum(embedded.rows.values()) if rows is None else rows}
+    folder = folder_of(embedded)
     place = paths.join(folder, digest(told))
     if paths.exists(f"{place}.json") and load_json(f"{place}.json") == told:
         try:
             values = sidecar.load_npy(f"{place}.npy")
         except (OSError, ValueError) as error:
             raise ContractError(f"{place}.npy cannot be read: {error}", f"delete {folder}") from None
-        if values.shape == (told["rows"],) and values.dtype == np.float32:
+        if len(values) == told["rows"] and values.dtype in (np.float32, np.int32):
             return values
-    values = np.asarray(make(), np.float32)
+    values = make()
     try:
         paths.make_dir(folder)
         sidecar.save_npy(f"{place}.npy", values)
@@ -41,3 +47,25 @@ def stored_column(embedded: Artefact, about: Mapping[str, Any], make: Callable[[
     except (OSError, UsageError) as error:
         log.warning("%s cannot be written: the column is computed anew each time (%s)", folder, error)
     return values
+
+
+def folder_of(embedded: Artefact) -> str:
+    """Name the folder in which what belongs to embeddings is stored."""
+    return embedded.directory.rstrip("/") + ".columns"
+
+
+def vocabulary_of(embedded: Artefact) -> tuple[tuple[str, ...], np.ndarray] | None:
+    """Return the largest vocabulary that was embedded for these embeddings: its concepts, and unit rows f32 [m, d]."""
+    folder = folder_of(embedded)
+    best: tuple[int, str, dict[str, Any]] | None = None
+    for name in sorted(paths.listdir(folder)) if paths.exists(folder) else []:
+        told = load_json(paths.join(folder, name)) if name.endswith(".json") else {}
+        if "vocabulary" in told and told.get("embeddings") == embedded.digest and (not best or told["rows"] > best[0]):
+            best = told["rows"], name, told
+    if best is None:
+        return None
+    try:
+        vectors = sidecar.load_npy(paths.join(folder, best[1].removesuffix(".json") + ".npy"))
+    except (OSError, ValueError):
+        return None
+    return tuple(best[2]["vocabulary"]), vectors

@@ -1,4 +1,7 @@
-"""What the captions speak of, before and after: frequent words and two-word phrases with their share of either side.
+"""What the captions speak of and what the pictures show, before and after, with the share of either side.
+
+What the pictures show was counted by the step `concepts`, where one ran. What the captions speak of are frequent words
+and two-word phrases:
 
 In: captions of the pool and which of them were kept. Out: the phrases that most captions have, and those that rose or
 fell most, by how far they are from what a random choice of as many captions would leave. A caption counts once for each
@@ -8,14 +11,16 @@ phrases are forgotten when there are too many.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from curate.naming import phrases
+from curate.select.steps.by_concept import LISTED
 
 MAX_CAPTIONS, MAX_PHRASES = 300_000, 400_000
 SHOWN = 14
+IN_LINES = 5
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,38 @@ def compare(captions: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:
         "gained": list(_distinct(s for s in moved if s.shift > 0)),
         "lost": list(_distinct(s for s in reversed(moved) if s.shift < 0)),
     }
+
+
+def of_pictures(funnel: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Lay out what the last step `concepts` counted, in the form of `compare`; None where there was none."""
+    told = [step["estimates"] for step in funnel.get("steps", []) if LISTED in (step.get("estimates") or {})]
+    if not told:
+        return None
+    counted = told[-1][LISTED]
+    rows, kept = counted["rows"]
+    lists = {
+        name: [Shares(concept, before, after, rows, kept) for concept, before, after in counted[name]]
+        for name in ("frequent", "gained", "lost")
+    }
+    facts = {"vocabulary": told[-1]["vocabulary"], "concepts": told[-1]["concepts"]}
+    even = {"before": told[-1]["effective_concepts"], "after": told[-1]["effective_after"]}
+    return {"captions": rows, "kept": kept, **facts, **lists, "even": even}
+
+
+def lines(funnel: Mapping[str, Any]) -> Iterator[str]:
+    """Yield for the terminal what the pictures show, before and after the step that balanced it."""
+    counted = of_pictures(funnel)
+    if counted is None:
+        return
+    yield f"  concepts, before and after:  {counted['captions']:,} pictures, {counted['kept']:,} stay"
+    for name, verb in (("frequent", "most frequent"), ("gained", "gained most"), ("lost", "lost most")):
+        told = [f"{s.phrase} {_percent(s.pool_share)} → {_percent(s.kept_share)}" for s in counted[name][:IN_LINES]]
+        if told:
+            yield f"    {verb:<14} {' · '.join(told)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def _distinct(ordered: Iterable[Shares]) -> Iterator[Shares]:

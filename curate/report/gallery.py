@@ -136,10 +136,10 @@ class Gallery:
                     yield caption, bool(kept[i])
             start += rows
 
-    def name_clusters(self, chosen: Sequence[int]) -> Mapping[int, str]:
-        """Name clusters by what their captions share."""
+    def name_clusters(self, chosen: Sequence[int]) -> tuple[Mapping[int, str], bool]:
+        """Name clusters. Returns the names, and whether they are concepts of a vocabulary; else captions' words."""
         if self.clusters is None:
-            return {}
+            return {}, False
         return cluster_shares.name(self.embedded, self.clusters, chosen)
 
     def cluster_facts(self, cluster: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from curate import engine
 from curate.errors import UsageError
-from curate.report import ablation_tables, cluster_map, duplicates, provenance, sections, threshold_sliders
+from curate.report import ablation_tables, cluster_map, concepts, duplicates, provenance, sections, threshold_sliders
 from curate.report.gallery import Gallery
 from curate.report.options import ReportOptions
 from curate.storage import manifest, paths, tar
@@ -71,6 +71,7 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
         "select_words": [],
         "sizes": None,
         "concepts": gallery.compare_captions() if gallery and artefacts.selection is not None else None,
+        "shown": None,
         "mixture": sections.mixture(artefacts.mixed),
         "losses": list(sections.losses(artefacts.runs)),
         "scores": list(sections.scores(artefacts.evals)),
@@ -84,6 +85,7 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
         funnel = manifest.load_json(artefacts.selection.path("funnel.json"))
         context |= {
             "funnel": sections.funnel(funnel),
+            "shown": concepts.of_pictures(funnel),
             "figures": list(threshold_sliders.figures(funnel)),
             "select_words": provenance.select_words(artefacts.selection, out),
         }
@@ -203,6 +205,7 @@ def _choose_cards(context: dict[str, Any], gallery: Gallery | None, artefacts: A
     """Fill the page's galleries. Returns the bytes of the pictures."""
     names = ("twins", "kept", "dropped", "bad", "groups", "starved", "favoured", "placeholders")
     context |= {"duplicates": None, "mean_score": None, "tables": {}, **{name: [] for name in names}}
+    context["by_concepts"] = False
     if gallery is None or not gallery.columns:
         return 0
     reason = gallery.columns["reason"]
@@ -228,7 +231,8 @@ def _choose_clusters(context: dict[str, Any], gallery: Gallery, *, selected: boo
     """Show clusters by size, and those that were starved and favoured, each with its name and some of its rows."""
     sizes = context["sizes"] or {}
     kinds = {kind: sizes.get(kind, []) for kind in ("groups", "starved", "favoured")}
-    names = gallery.name_clusters([group["cluster"] for groups in kinds.values() for group in groups])
+    asked = dict.fromkeys(group["cluster"] for groups in kinds.values() for group in groups)
+    names, context["by_concepts"] = gallery.name_clusters(list(asked))
     reason, cluster = gallery.columns["reason"], gallery.columns["cluster"]
     for kind, groups in kinds.items():
         for group in groups:
@@ -280,7 +284,9 @@ def render(context: Mapping[str, Any], name: str = "report") -> bytes:
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"n": lambda value: f"{value:,}", "pct": _percent}
-    script, style = (loader.get_source(environment, file)[0] for file in (f"{name}.js", "report.css"))
+    files = ("report.js", "marks.js", "report.css") if name == "report" else ("marks.js", "report.css")
+    *scripts, style = (loader.get_source(environment, file)[0] for file in files)
+    script = "".join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = environment.get_template(f"{name}.html.j2")
     page = template.render(**context, script=Markup(script), style=Markup(style), digest=digest, dumps=_script_json)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from curate.report import charts, provenance
+from curate.select.steps.by_concept import LISTED
 from curate.storage import manifest, paths
 from curate.storage.schema import STATUSES
 
@@ -40,7 +41,8 @@ def funnel(funnel: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     for step in funnel["steps"]:
-        facts = [(name.replace("_", " "), _fact(value)) for name, value in (step.get("estimates") or {}).items()]
+        told = {name: value for name, value in (step.get("estimates") or {}).items() if name != LISTED}
+        facts = [(name.replace("_", " "), _fact(value)) for name, value in told.items()]
         bar = {"outer": width(step["before"]), "inner": width(step["kept"]), "dropped": step["dropped"], "facts": facts}
         bars.append({"text": step["text"], "rows": step["kept"], **bar})
     return {

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from curate.errors import UsageError
-from curate.report import ablation_tables, provenance
+from curate.report import ablation_tables, concepts, provenance
 from curate.report.provenance import is_finite
 from curate.storage import paths, tar
 from curate.storage.manifest import MANIFEST, PLAN, Artefact, load_json, open_input
@@ -56,7 +56,7 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
 def selection_lines(directory: str) -> Iterator[str]:
     """Yield what select prints of what it made: the funnel, and the clusters that it starved and favoured."""
     funnel = load_json(paths.join(directory, "funnel.json"))
-    yield from map(printable, (*funnel_lines(funnel), *cluster_lines(funnel)))
+    yield from map(printable, (*funnel_lines(funnel), *concepts.lines(funnel), *cluster_lines(funnel)))
 
 
 def printable(line: str) -> str:
@@ -108,6 +108,7 @@ def _artefact(artefact: Artefact) -> Iterator[str]:
     if selection is not None and artefact.command in ("select", "emit"):
         funnel = load_json(selection.path("funnel.json"))
         yield from funnel_lines(funnel)
+        yield from concepts.lines(funnel)
         yield from cluster_lines(funnel)
         yield from score_lines(funnel)
     if artefact.command == "cluster":

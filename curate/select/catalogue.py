@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from curate.ask.vocabularies import BUILT_IN
 from curate.select import computed_columns, syntax
-from curate.select.frame import POOL, Column, Directory, File, Frame, Group, Keep, Verdict
-from curate.select.steps import by_budget, by_caption, by_coverage, by_duplicates, by_score, by_target
+from curate.select.frame import Column, Directory, File, Frame, Group, Keep, Verdict
+from curate.select.steps import by_budget, by_caption, by_concept, by_coverage, by_duplicates, by_score, by_target
 
 STEPS: dict[str, Callable[..., Verdict]] = {
     step.__name__: step
@@ -28,7 +29,7 @@ STEPS: dict[str, Callable[..., Verdict]] = {
         ),
         *(by_budget.sample, by_budget.balance, by_budget.balance_tree, by_budget.cap),
         *(by_coverage.typical, by_coverage.coincide),
-        *(by_caption.noun_phrases, by_caption.metaclip),
+        *(by_caption.noun_phrases, by_caption.metaclip, by_concept.concepts),
         *(by_score.mismatch, by_duplicates.placeholders, by_target.exclude, by_target.image_based, by_target.subset),
     )
 }
@@ -70,7 +71,7 @@ class Step:
         """List what the step reads besides the pool: (path, Directory or File), those of its columns included."""
         kinds = syntax.parameters(STEPS[self.name], HIDDEN)
         named = [(value, kinds[name]) for name, value in self.arguments.items() if kinds[name] in (Directory, File)]
-        besides = [(value, kind) for value, kind in named if value != POOL]
+        besides = [(value, kind) for value, kind in named if value not in BUILT_IN]
         return [*besides, *(each for column in self._columns() for each in computed_columns.reads(column))]
 
 

@@ -1,4 +1,7 @@
-"""Which clusters a selection starved and which it favoured, named by what their captions share.
+"""Which clusters a selection starved and which it favoured, with their names.
+
+A name is made of the concepts that are nearest to the centroid, beside others' (ask/concept_names.py), where a
+vocabulary was embedded; else of what the cluster's captions share.
 
 A cluster of s usable rows would keep s · share of them if the rows to keep were drawn at random, where share is that of
 the whole pool. One that keeps less than half of that is starved, one that keeps more than twice that is favoured. A
@@ -13,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from curate import naming
+from curate.ask import concept_names, stored
+from curate.storage import paths, sidecar
 from curate.storage.manifest import Artefact
 
 LEAST = 3  # rows that a random draw would keep
@@ -43,7 +48,7 @@ def account(embedded: Artefact, clusters: Artefact, labels_n: np.ndarray, kept_n
     k = int(labels_n.max(initial=-1)) + 1
     before, after = (np.bincount(labels_n[which], minlength=k) for which in (usable, usable & kept_n))
     starved, favoured = extremes(before, after)
-    words = name(embedded, clusters, [*starved, *favoured])
+    words, _ = name(embedded, clusters, [*starved, *favoured])
     kinds = {"starved": starved, "favoured": favoured}
     told: dict[str, Any] = {"share": float(after.sum() / max(1, before.sum()))}
     for kind, chosen in kinds.items():
@@ -51,7 +56,16 @@ def account(embedded: Artefact, clusters: Artefact, labels_n: np.ndarray, kept_n
     return told
 
 
-def name(embedded: Artefact, clusters: Artefact, chosen: Sequence[int]) -> Mapping[int, str]:
+def name(embedded: Artefact, clusters: Artefact, chosen: Sequence[int]) -> tuple[Mapping[int, str], bool]:
+    """Name clusters. Returns the names, and whether they are concepts of a vocabulary; else captions' words."""
+    vocabulary = stored.vocabulary_of(embedded)
+    centroids = clusters.path("centroids.npy")
+    if vocabulary is None or not chosen or not paths.exists(centroids):
+        return _by_captions(embedded, clusters, chosen), False
+    return concept_names.names(sidecar.load_npy(centroids), chosen, *vocabulary), True
+
+
+def _by_captions(embedded: Artefact, clusters: Artefact, chosen: Sequence[int]) -> Mapping[int, str]:
     """Name clusters by up to CAPTIONS_EACH captions of each, beside captions of the same shards."""
     captions: dict[int, list[str]] = {c: [] for c in chosen}
     others: list[str] = []

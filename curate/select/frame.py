@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from curate.ask import vocabularies
 from curate.errors import UsageError, unknown
 
 Column = Annotated[str, "column"]  # numbers, stored or computed
@@ -21,7 +22,7 @@ Texts = Annotated[tuple[str, ...], "texts"]  # the last parameter: all further a
 Keep = Annotated[str, "keep"]  # who of a group stays; max:COLUMN and min:COLUMN among them
 Directory = Annotated[str, "directory"]  # made by embed or import
 File = Annotated[str, "file"]
-POOL = "pool"  # in the place of a file: read it off the pool itself
+POOL = vocabularies.POOL  # in the place of a file: read it off the pool itself
 AUTO = -1.0
 CLUSTER_FIRST = "run `curate cluster EMB CLU`, then `curate select CLU …`"
 NO_CAPTIONS = """without captions' embeddings choose steps such as 'dedup("auto")' and 'balance(cluster, 30%)'"""
@@ -41,7 +42,7 @@ def no_hashes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros(len(rows), np.uint64), np.zeros(len(rows), bool)
 
 
-def _compute(about: Mapping[str, Any], make: Callable[[], np.ndarray]) -> np.ndarray:
+def _compute(about: Mapping[str, Any], make: Callable[[], np.ndarray], rows: int = 0) -> np.ndarray:
     return make()
 
 
@@ -101,7 +102,7 @@ class Frame:
     foreign: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]] = _nothing  # another EMB's vectors and uids
     lines: Callable[[str], list[str]] = _nothing  # of a text file
     embed_texts: Callable[[Sequence[str]], np.ndarray] = _nothing  # prompts to unit rows f32 [m, d], by their model
-    stored: Callable[[Mapping[str, Any], Callable[[], np.ndarray]], np.ndarray] = _compute  # a column, made once
+    stored: Callable[..., np.ndarray] = _compute  # what is made once: see ask/stored.py
     listed: Callable[[str], np.ndarray] = _nothing  # bool [n]: the rows whose uid a DataComp subset file has
     alive: np.ndarray = field(init=False)
     duplicates: Duplicates = field(init=False)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.ask.prompts import embed_texts
-from curate.ask.stored import stored_column
+from curate.ask.stored import stored_array
 from curate.errors import ContractError, UsageError
 from curate.select import computed_columns
 from curate.select.frame import UNKNOWN_BITS, Edges, Frame
@@ -303,7 +303,7 @@ class Pool:
             foreign=self.foreign,
             compute=computed_columns.compute,
             embed_texts=partial(embed_texts, self.emb),
-            stored=partial(stored_column, self.emb),
+            stored=partial(stored_array, self.emb),
         )
 
 

@@ -85,6 +85,11 @@ def _metaclip(n: str, entries: File = POOL, t: int = 20_000) -> list[str]:
     return [f"metaclip(t={t}, entries={entries!r})", *_sample(n)]
 
 
+def _concepts(n: str, vocabulary: File = POOL) -> list[str]:
+    n = n or f'"{DEFAULT_BUDGET}"'
+    return ['dedup("auto")', f"mismatch(budget={n})", f"concepts({vocabulary!r}, {n})"]
+
+
 def _neg_clip_loss_norm_sim(n: str, target: Directory) -> list[str]:
     return ["rank(neg_clip_loss, 0, 0.30)", f"rank(norm_sim({target!r}), 0, 0.6667)", *_sample(n)]
 
@@ -151,6 +156,11 @@ RECIPES = {
     ),
     "metaclip": Recipe(
         "MetaCLIP's balancing: captions drawn by the entries they contain, t = 20,000 (arXiv:2309.16671)", _metaclip
+    ),
+    "concepts": Recipe(
+        "threshold and mismatch share read off the pool, then evenly over the concepts that pictures show, best scores "
+        "first; 30 % of the pool if not told",
+        _concepts,
     ),
     "neg-clip-loss": Recipe(
         "the 30 % with the highest negCLIPLoss (arXiv:2405.19547)", _then_sample("rank(neg_clip_loss, 0, 0.30)")

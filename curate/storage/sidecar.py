@@ -101,9 +101,14 @@ def take_vectors(batches: Iterable[pa.RecordBatch], column: str, rows: np.ndarra
     parts = [vectors(batch.column(column)) for batch in batches]
     bounds = np.cumsum([0, *map(len, parts)])
     found = np.empty((len(rows), parts[0].shape[1]), np.float16)
+    ascending = bool((np.diff(rows) > 0).all())
     for first, last, part in zip(bounds[:-1], bounds[1:], parts, strict=True):
-        here = np.flatnonzero((rows >= first) & (rows < last))
-        found[here] = part[rows[here] - first]
+        if ascending:  # as whole columns are read: no list of places, and no copy of what is read
+            here = slice(*np.searchsorted(rows, [first, last]))
+            np.take(part, rows[here] - first, axis=0, out=found[here], mode="clip")
+        else:
+            places = np.flatnonzero((rows >= first) & (rows < last))
+            found[places] = part[rows[places] - first]
     return found
 
 

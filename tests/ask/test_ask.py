@@ -8,8 +8,9 @@ import pytest
 from artefacts import write_embeddings, write_pool
 from safetensors.numpy import save_file
 
-from curate.ask import find, heads, prompts, stored
+from curate.ask import find, heads, probe, prompts, stored
 from curate.errors import UsageError
+from curate.select import recipes
 from curate.storage import manifest, sidecar
 from curate.vectors.exact import widen
 from house import CLIP, curate
@@ -221,7 +222,7 @@ def test_imported_vectors_know_no_model(tmp_path):
 def test_a_folder_that_cannot_be_written_costs_no_column(tmp_path, caplog):
     emb = manifest.open_input(write_embeddings(tmp_path / "emb", write_pool(tmp_path / "pool", ["a"], 4)))
     (tmp_path / "emb.columns").write_text("a file is in the way")
-    values = stored.stored_column(emb, {"x": 1}, lambda: np.arange(4, dtype=np.float32))
+    values = stored.stored_array(emb, {"x": 1}, lambda: np.arange(4, dtype=np.float32))
     assert values.tolist() == [0, 1, 2, 3] and "cannot be written" in caplog.text
 
 
@@ -233,3 +234,40 @@ def test_the_language_of_a_caption(tmp_path):
     )
     curate("select", emb, tmp_path / "sel", "--step", 'at_least(language("en"), 1)')
     assert sidecar.table(str(tmp_path / "sel" / "a.arrow"))["kept"].to_pylist() == [False, True, False, False]
+
+
+def test_concepts_are_worked_out_once_counted_and_name_clusters(home, tmp_path):
+    """On the demo, by the command line: counts before and after in the funnel, in what show prints and on the page."""
+    (tmp_path / "list.txt").write_text("huz\nvog\nHUZ\n\nmoz\n")
+    before = set((home / "emb.columns").glob("*")) if (home / "emb.columns").exists() else set()
+    step = f'concepts("{tmp_path / "list.txt"}", 10%)'
+    curate("select", home / "clu", tmp_path / "one", "--step", step)
+    made = set((home / "emb.columns").glob("*")) - before
+    assert len(made) == 4  # the list's vectors, and who shows what, each with what it is
+    times = {path: path.stat().st_mtime_ns for path in made}
+    curate("select", home / "clu", tmp_path / "two", "--step", "sample(500)", "--step", step)
+    assert times == {path: path.stat().st_mtime_ns for path in set((home / "emb.columns").glob("*")) - before}
+    first = manifest.load_json(str(tmp_path / "one" / "manifest.json"))
+    told = first["funnel"][0]["estimates"]
+    assert (told["concepts"], told["repeated"], told["empty_lines"]) == (3, 1, 1) and "file-1" in first["inputs"]
+    shown = curate("show", tmp_path / "one").stdout
+    assert "huz" in shown and "concepts, before and after" in shown
+    curate("report", tmp_path / "one", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert 'id="shown"' in page and "Of 3 concepts (list.txt)" in page
+    assert "Named by the concepts that lie nearer to them" in page
+    by_recipe = curate("select", home / "clu", tmp_path / "r", "--recipe", "concepts", "--json").stdout
+    last = json.loads(by_recipe)["funnel"][-1]
+    assert last["text"] == recipes.steps("concepts")[-1]
+    assert last["estimates"]["vocabulary"] == "phrases of the pool's captions"
+    missing = curate("select", home / "clu", tmp_path / "x", "--step", 'concepts("none.txt", 5)', check=False)
+    assert missing.returncode == 2 and "none.txt, which a step reads, does not exist" in missing.stderr
+
+
+def test_five_marks_a_label_suffice(home, tmp_path):
+    x_nd, keys, _ = vectors_of(home / "emb")
+    order = np.argsort(x_nd[:, 0])
+    few = [f"{keys[i]}\tlow\n" for i in order[:5]] + [f"{keys[i]}\thigh\n" for i in order[-5:]]
+    (tmp_path / "marks.tsv").write_text("".join(few))
+    told = probe.probe(str(home / "emb"), str(tmp_path / "marks.tsv"), str(tmp_path / "h.safetensors"), 3)
+    assert told["labelled"] == {"high": 5, "low": 5} and len(told["next"]) == 3

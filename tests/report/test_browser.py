@@ -209,9 +209,45 @@ def test_a_page_about_any_directory_opens_without_errors(browser, home, tmp_path
     assert browser.get_log("browser") == [] and browser.execute_script(FAINT) == []
 
 
+def downloaded(folder):
+    """Wait for the file of marked keys."""
+    from curate.ask.probe import read_labels
+
+    for _ in range(200):
+        if (folder / "marked.tsv").exists():
+            return read_labels(str(folder / "marked.tsv"))
+        time.sleep(0.05)
+
+
+def test_pictures_of_the_report_are_marked_and_make_a_head(page, home, tmp_path):
+    """Look, mark, fit, select: the loop closes."""
+    from curate.ask.probe import probe
+
+    page.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    boxes = {}
+    for box in page.find_elements("css selector", "#kept input.mark, #dropped input.mark"):
+        boxes.setdefault(box.get_attribute("data-key"), box)
+    assert all(box.is_displayed() for box in boxes.values())
+    label = page.find_element("id", "label")
+    expected = dict(zip(boxes, ["dog", "none"] * 5, strict=False))
+    for key, name in expected.items():
+        label.clear()
+        label.send_keys(name)
+        page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", boxes[key])
+        boxes[key].send_keys(" ")
+    same = page.find_elements("css selector", f'input.mark[data-key="{next(iter(expected))}"]')
+    assert all(box.is_selected() for box in same)
+    assert page.find_element("id", "marked").text == "10 marked"
+    page.find_element("id", "download").click()
+    assert downloaded(tmp_path) == expected
+    head = tmp_path / "head.safetensors"
+    probe(str(home / "clusters"), str(tmp_path / "marked.tsv"), str(head), 3)
+    step = f'below(head("{head}", "dog"), 0.99)'
+    assert select(str(home / "clusters"), str(tmp_path / "sel"), SelectOptions(steps=(step,)), QUIET)["counts"]["kept"]
+
+
 def test_marked_keys_are_downloaded(browser, home, tmp_path):
     from curate.ask.find import Hit
-    from curate.ask.probe import read_labels
     from curate.report import found
 
     embedded = manifest.open_input(str(home / "embeddings"))
@@ -234,9 +270,5 @@ def test_marked_keys_are_downloaded(browser, home, tmp_path):
     boxes[0].click()
     assert browser.find_element("id", "marked").text == "2 marked"
     browser.find_element("id", "download").click()
-    for _ in range(100):
-        if (tmp_path / "marked.tsv").exists():
-            break
-        time.sleep(0.05)
-    assert read_labels(str(tmp_path / "marked.tsv")) == {"000000001": "yes", "000000003": "good"}
+    assert downloaded(tmp_path) == {"000000001": "yes", "000000003": "good"}
     assert browser.get_log("browser") == []

@@ -132,7 +132,7 @@ def _fill(
     """Keep of each group its quota, by preference; the rest come next level by level."""
     parts, quotas = shared
     stay = np.zeros(len(frame.good), bool)
-    order_of = _preference_in_group(frame, keep, number)
+    order_of = preference_in_group(frame, keep, number)
     most = reserve_size(int(quotas.sum()))
     following = np.zeros((2, 0)), np.zeros(0, np.int64)  # order and position, and the rows, of who comes next
     for part in parts:
@@ -147,7 +147,7 @@ def _fill(
     return Verdict(stay, facts | shortage(asked, parts.num_rows), following[1])
 
 
-def _preference_in_group(frame: Frame, keep: str, number: int) -> Callable[[Part], np.ndarray]:
+def preference_in_group(frame: Frame, keep: str, number: int) -> Callable[[Part], np.ndarray]:
     """Make what gives each row of a part a number, the smallest of a group being the one to keep."""
     better, _, column = keep.partition(":")
     if better != "better" or not column:
@@ -169,7 +169,7 @@ def cap(frame: Frame, number: int, column: Group, n: int, keep: Keep = "random")
     if n < 1:
         raise UsageError(f"cap({column}, {n}): at least one row of a group must stay.")
     stay = np.zeros(len(frame.good), bool)
-    order_of = _preference_in_group(frame, keep, number)
+    order_of = preference_in_group(frame, keep, number)
     for part in GroupParts(frame.group(column), frame.alive):
         stay[part.rows[position_in_group(part.place, order_of(part)) < n]] = True
     return Verdict(stay)
