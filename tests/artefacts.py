@@ -65,6 +65,8 @@ def write_embeddings(folder, pool, dim=8, seed=0):
                 pa.array([24] * len(samples), pa.int32()),
                 pa.array([24] * len(samples), pa.int32()),
                 pa.array([None] * len(samples), pa.string()),
+                pa.nulls(len(samples), schema.field("detail").type),
+                pa.nulls(len(samples), pa.bool_()),
             ],
             schema=schema,
         )

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.storage import manifest, sidecar
-from curate.storage.schema import STATUSES, embedding_schema
+from curate.storage.schema import DETAIL_BYTES, STATUSES, embedding_schema
 
 
 @dataclass
@@ -64,6 +64,8 @@ def draw(
             pa.array(64 + np.arange(rows) % 7, pa.int32()),
             pa.array(np.full(rows, 48), pa.int32()),
             pa.array([None if row % 3 else f"http://x/{row // 9}" for row in range(rows)], pa.string()),
+            pa.nulls(rows, pa.binary(DETAIL_BYTES)),
+            pa.nulls(rows, pa.bool_()),
         ],
         schema=embedding_schema(dim),
     )

@@ -176,6 +176,15 @@ def _cosines() -> np.ndarray:
     return np.asarray(np.rint(4096 * waves), np.int64)
 
 
+def grey_cells(image: Image.Image, side: int) -> np.ndarray:
+    """Reduce a decoded image to side × side grey values, i64 0 … 255. Raises: BadImage `decode_error`."""
+    try:
+        grey = image.convert("L") if image.mode in ("RGB", "L") else image.convert("RGB").convert("L")
+        return np.asarray(grey.resize((side, side), Image.Resampling.BOX), dtype=np.int64)
+    except Exception as error:
+        raise BadImage("decode_error", _words(error)) from None
+
+
 def perceptual_hash(image: Image.Image) -> int | None:
     """Hash a decoded image into 64 bits, of which near-copies differ in few; None for a picture without structure.
 
@@ -192,11 +201,11 @@ def perceptual_hash(image: Image.Image) -> int | None:
     Differs from Zauner: waves are rounded to whole numbers, and the first row and column are left out with the mean.
     Raises: BadImage `decode_error`.
     """
-    try:
-        grey = image.convert("L") if image.mode in ("RGB", "L") else image.convert("RGB").convert("L")
-        small = np.asarray(grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.int64)
-    except Exception as error:
-        raise BadImage("decode_error", _words(error)) from None
+    return hash_cells(grey_cells(image, HASH_SIDE))
+
+
+def hash_cells(small: np.ndarray) -> int | None:
+    """Hash 32 × 32 grey values, i64, as `perceptual_hash` does."""
     if small.max() - small.min() < LEAST_CONTRAST:
         return None
     waves = _cosines()

@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from PIL.Image import Image
 
-from curate.embed import encoder, images, weights
+from curate.embed import details, encoder, images, weights
 from curate.embed.captions import Caption, read_caption
 from curate.embed.side_data import NO_EXTRAS, Captions, Extras
 from curate.errors import ShardError
@@ -126,7 +126,7 @@ def _read_image(file: IO[bytes], sample: tar.Sample, row: dict[str, Any], max_pi
     data = read_bytes(file, member) or b""
     row["uid"] = records.image_uid(data) if data else None
     image = images.decode(data, max_pixels)
-    row["phash"] = images.perceptual_hash(images.visible(image))
+    row |= details.describe(images.visible(image))
     row["width"], row["height"] = image.size
     return image
 
@@ -135,7 +135,7 @@ def begin_row(sample: tar.Sample) -> dict[str, Any]:
     """Begin a row, refusing keys that no output may carry. A key that is not UTF-8 is shown escaped."""
     status = "duplicate_key" if sample.repeated else "ok"
     key = sample.key.encode("utf-8", "backslashreplace").decode()
-    empty = dict.fromkeys(("uid", "phash", "caption", "width", "height", "url"))
+    empty = dict.fromkeys(("uid", "phash", "caption", "width", "height", "url", "detail", "writing"))
     return {"key": key, "status": status if tar.is_safe(sample.key) else "unsafe_key", **empty}
 
 

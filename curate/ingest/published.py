@@ -238,7 +238,8 @@ class ImportPart:
         columns["uid"] = pa.array(
             [records.uid_bytes(value) for value in given.get("uid", [None] * len(ok))], pa.binary(16)
         )
-        columns["phash"] = pa.nulls(len(ok), pa.uint64())
+        for name in ("phash", "detail", "writing"):
+            columns[name] = pa.nulls(len(ok), schema.field(name).type)
         for name, kind in self.extra.columns.items():
             values = [to_column_value(value, kind) for value in given.get(name, [None] * len(ok))]
             columns[column_name(name)] = pa.array(values, self.extra.fields[column_name(name)])
@@ -310,7 +311,18 @@ class ImportShard:
         columns = _vector_columns(image, text, ok)
         columns["status"] = sidecar.labels([fact["status"] for fact in facts], list(STATUSES))
         schema = embedding_schema(image.shape[1], self.extra.fields)
-        for name in ("key", "uid", "phash", "caption", "width", "height", "url", *self.extra.fields):
+        for name in (
+            "key",
+            "uid",
+            "phash",
+            "caption",
+            "width",
+            "height",
+            "url",
+            "detail",
+            "writing",
+            *self.extra.fields,
+        ):
             columns[name] = pa.array([fact[name] for fact in facts], schema.field(name).type)
         statuses = dict(Counter(fact["status"] for fact in facts))
         meta = {

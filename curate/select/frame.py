@@ -93,6 +93,8 @@ class Frame:
     edges: Callable[[], Edges] | None = None
     floor: float = 1.0
     hashes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = no_hashes  # row numbers to u64 [m], known bool [m]
+    details: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None  # row numbers to u8 [m, 72], known
+    writing: Callable[[np.ndarray], np.ndarray] | None = None  # row numbers to bool [m]: strokes on a plain ground
     vectors: Fetch = _nothing
     text_vectors: Fetch | None = None
     captions: Callable[[np.ndarray], list[str]] = _nothing

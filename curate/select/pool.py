@@ -18,7 +18,17 @@ from curate.errors import ContractError, UsageError
 from curate.select import computed_columns
 from curate.select.frame import UNKNOWN_BITS, Edges, Frame
 from curate.storage import manifest, paths, records, sidecar
-from curate.storage.schema import CAPTION, CLUSTER_SCHEMA, LOSS, SIZES, STATUSES, UID, extra_columns, uid_pairs
+from curate.storage.schema import (
+    CAPTION,
+    CLUSTER_SCHEMA,
+    DETAIL_BYTES,
+    LOSS,
+    SIZES,
+    STATUSES,
+    UID,
+    extra_columns,
+    uid_pairs,
+)
 
 EDGES, CENTROIDS = "edges.arrow", "centroids.npy"
 LEAST_BITS = 8  # set in a hash, or fewer: two such hashes can never differ in more than the 16 bits that copies may
@@ -180,6 +190,24 @@ class Pool:
             values[here] = self.emb.table(stem, ["phash"])["phash"].take(pa.array(own)).fill_null(0).to_numpy()
         return values, np.bitwise_count(values) > LEAST_BITS
 
+    def details(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read finer hashes by global row numbers, u8 [m, 72], and which of them there are, bool [m]."""
+        values, known = np.zeros((len(rows), DETAIL_BYTES), np.uint8), np.zeros(len(rows), bool)
+        for stem, here, own in self._by_stem(rows):
+            column = self.emb.table(stem, ["detail"])["detail"].take(pa.array(own)).combine_chunks()
+            known[here] = column.is_valid().to_numpy(zero_copy_only=False)
+            filled = column.fill_null(bytes(DETAIL_BYTES))
+            values[here] = np.frombuffer(b"".join(filled.to_pylist()), np.uint8).reshape(-1, DETAIL_BYTES)
+        return values, known
+
+    def writing(self, rows: np.ndarray) -> np.ndarray:
+        """Say by global row numbers which pictures are known to be strokes on a plain ground, bool [m]."""
+        found = np.zeros(len(rows), bool)
+        for stem, here, own in self._by_stem(rows):
+            column = self.emb.table(stem, ["writing"])["writing"].take(pa.array(own))
+            found[here] = column.fill_null(False).to_numpy()
+        return found
+
     def edges(self) -> Edges:
         """Read the near-duplicate forest."""
         return self._edges
@@ -293,6 +321,8 @@ class Pool:
             floor=self.floor,
             vectors=self.vectors,
             hashes=self.hashes,
+            details=self.details if "detail" in self._schema.names else None,
+            writing=self.writing if "writing" in self._schema.names else None,
             text_vectors=partial(self.vectors, column="text_embedding") if scored else None,
             captions=self.captions,
             centroids=self.centroids if self.clu is not None else None,

@@ -42,6 +42,7 @@ def _sample(n: str) -> list[str]:
 def _balanced(n: str) -> list[str]:
     n = n or f'"{DEFAULT_BUDGET}"'
     return [
+        "placeholders(3, unrelated=True)",
         'dedup("auto")',
         f"mismatch(budget={n})",
         f'balance(cluster, {n}, keep="better:clip_score", contradicting_last=True)',
@@ -104,7 +105,7 @@ RECIPES = {
     "bunny-auto": Recipe(
         "Bunny's chain with the near-duplicate threshold read off the pool: 0.86 was chosen for ViT-L/14",
         _then_sample(
-            'dedup("auto", keep="middle", rule="components")',
+            'dedup("auto", keep="middle", rule="components", templates=True)',
             "rank(clip_score, 0.40, 0.60)",
             "rank(centroid_similarity, 0.15, 0.35)",
         ),

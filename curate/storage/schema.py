@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+DETAIL_BYTES = 72  # four hashes of 144 bits (curate/embed/details.py)
 LABEL = pa.dictionary(pa.int16(), pa.string())
 
 STATUSES = {
@@ -38,6 +39,8 @@ def embedding_schema(dim: int, extra: Mapping[str, pa.DataType] | None = None) -
             ("width", pa.int32()),
             ("height", pa.int32()),
             ("url", pa.string()),
+            ("detail", pa.binary(DETAIL_BYTES)),
+            ("writing", pa.bool_()),
             *(extra or {}).items(),
         ]
     )

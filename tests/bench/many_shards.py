@@ -78,6 +78,8 @@ def write_embeddings(folder, shards):
             pa.array([f"a {WORDS[row % 4]}" for row in range(ROWS)]),
             *[pa.array([64] * ROWS, pa.int32())] * 2,
             none,
+            pa.nulls(ROWS, schema.field("detail").type),
+            pa.nulls(ROWS, pa.bool_()),
         ]
         with pa.OSFile(str(folder / f"{shard:06d}.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(pa.record_batch(columns, schema=schema))

@@ -88,6 +88,8 @@ def draw_shard(folder, first, n, dim):
             pa.array(np.full(n, 224), pa.int32()),
             pa.array(np.full(n, 224), pa.int32()),
             pa.nulls(n, pa.string()),
+            pa.nulls(n, schema.field("detail").type),
+            pa.nulls(n, pa.bool_()),
         ],
         schema=schema,
     )

@@ -121,6 +121,7 @@ def world(groups=40, each=30, contradicting=4, dim=16, seed=0, captions=True):
     images, texts = (unit(x[cluster] + 0.3 * rng.normal(size=(len(cluster), dim))) for x in (image, text))
     frame.vectors = images.astype(np.float16).__getitem__
     frame.text_vectors = texts.astype(np.float16).__getitem__ if captions else None
+    frame.writing = lambda rows: cluster[rows] < contradicting
     return frame
 
 
@@ -139,6 +140,24 @@ def test_balance_takes_fewer_rows_of_contradicting_groups():
     assert told["contradicting_groups"] == 4 and told["contradicting_kept"] == 0 and told["contradicting_rows"] == 120
     again, _ = balanced(world(), True)
     assert (again == counts).all()
+
+
+@pytest.mark.parametrize("share, doubted", [(0.4, 0), (0.6, 4)])
+def test_only_groups_that_are_mostly_writing_are_doubted(share, doubted):
+    frame = world()
+    frame.writing = lambda rows: rows % 10 < 10 * share
+    counts, told = balanced(frame, True)
+    assert told["contradicting_groups"] == doubted and (counts[:4].sum() == 0) == (doubted == 4)
+    assert told["spared_groups"] == 4 - doubted and ("spared" in told) == (doubted == 0)
+
+
+def test_where_nobody_looked_for_writing_no_group_is_doubted_but_by_name():
+    frame = world()
+    frame.writing = None
+    counts, told = balanced(frame, True)
+    assert (counts == 5).all() and told["spared_rows"] == 120 and "which pictures are writing" in told["why"]
+    verdict = catalogue.parse(["balance(cluster, 200, contradicting_last=True, written=False)"])[0].run(frame)
+    assert verdict.estimates["contradicting_rows"] == 120
 
 
 @pytest.mark.parametrize("turn", [100, 190])

@@ -13,7 +13,7 @@ from curate.engine import Job
 from curate.select.frame import UNKNOWN_BITS
 from curate.select.pool import Pool
 from curate.select.select import SelectOptions, select
-from curate.select.steps import linked_pairs, near_duplicates
+from curate.select.steps import linked_pairs, near_duplicates, same_picture
 from curate.select.steps.linked_pairs import PairRule, cosine_rule, linked_forest
 from curate.storage import sidecar
 from curate.storage.manifest import open_input
@@ -46,7 +46,25 @@ def pool(n, seed, pixels):
     return x, (a, b, similarity, linked_pairs.differing((values, known), a, b)), hashes
 
 
-def slow_links(x, hashes, rule):
+def copy_test(n, seed):
+    """Finer hashes of three kinds, some unknown, and captions of which some say the same. Returns the test of copies
+    and the matrix of its verdicts, pair by pair."""
+    rng = np.random.default_rng([seed, 1])
+    kinds = rng.integers(0, 256, (3, 72), np.uint8)
+    values, known = kinds[rng.integers(0, 3, n)], rng.random(n) < 0.8
+    texts = [" ".join(np.array(["a", "red", "cat", "on", "mats"])[rng.random(5) < 0.6]) for _ in range(n)]
+    test = same_picture.CopyTest(lambda rows: (values[rows], known[rows]), lambda rows: [texts[row] for row in rows])
+    passed = np.zeros((n, n), bool)
+    for i in range(n):
+        for j in range(n):
+            both = set(texts[i].split()) | set(texts[j].split())
+            alike = not both or len(set(texts[i].split()) & set(texts[j].split())) > len(both) / 2
+            bits = same_picture.detail_bits(values[i : i + 1], values[j : j + 1])[0]
+            passed[i, j] = alike or not known[i] or not known[j] or bits <= same_picture.MOST_BITS
+    return test, passed
+
+
+def slow_links(x, hashes, rule, passed=True):
     """The rule as it is written, pair by pair. Returns the matrix of links and that of cosines."""
     values, known = hashes(np.arange(len(x)))
     cosines, n = slow_cosines(x), len(x)
@@ -60,7 +78,7 @@ def slow_links(x, hashes, rule):
                 or cosines[i, j] > rule.anyhow
                 or (not both and cosines[i, j] > rule.unknown)
             )
-    return linked, cosines
+    return linked & passed, cosines
 
 
 def slow_labels(linked, alive):
@@ -77,12 +95,20 @@ def slow_labels(linked, alive):
 
 
 @settings(deadline=None, max_examples=120)
-@given(st.integers(2, 40), st.integers(0, 10_000), st.sampled_from(RULES), PIXELS, st.sampled_from([0.0, 0.3]))
-def test_the_components_are_those_of_the_rule_over_all_pairs(n, seed, rule, pixels, gone):
+@given(
+    st.integers(2, 40),
+    st.integers(0, 10_000),
+    st.sampled_from(RULES),
+    PIXELS,
+    st.sampled_from([0.0, 0.3]),
+    st.booleans(),
+)
+def test_the_components_are_those_of_the_rule_over_all_pairs(n, seed, rule, pixels, gone, told):
     x, edges, hashes = pool(n, seed, pixels)
     alive = np.random.default_rng(seed).random(n) >= gone
-    linked, cosines = slow_links(x, hashes, rule)
-    a, b, similarity = linked_forest(edges, rule, alive, x.__getitem__, hashes)
+    test, passed = copy_test(n, seed) if told else (None, True)
+    linked, cosines = slow_links(x, hashes, rule, passed)
+    a, b, similarity = linked_forest(edges, rule, alive, x.__getitem__, hashes, test)
     labels = slow_labels(linked, alive)
     assert (np.where(alive, components(a, b, n), -1) == labels).all()
     assert len(a) == alive.sum() - len(np.unique(labels[alive])) and (similarity == cosines[a, b]).all()
@@ -101,18 +127,20 @@ def test_the_components_are_those_of_the_rule_over_all_pairs(n, seed, rule, pixe
     PIXELS,
     st.sampled_from(["semdedup", "greedy"]),
     st.sampled_from([0.0, 0.3]),
+    st.booleans(),
 )
-def test_semdedup_and_greedy_drop_by_the_rule_of_the_pair_too(n, seed, rule, pixels, name, gone):
+def test_semdedup_and_greedy_drop_by_the_rule_of_the_pair_too(n, seed, rule, pixels, name, gone, told):
     x, edges, hashes = pool(n, seed, pixels)
     rng = np.random.default_rng(seed)
     alive, preference = rng.random(n) >= gone, rng.random(n)
-    linked, _ = slow_links(x, hashes, rule)
+    test, passed = copy_test(n, seed) if told else (None, True)
+    linked, _ = slow_links(x, hashes, rule, passed)
     stay = alive.copy()
     order = [row for row in np.argsort(preference) if alive[row]]
     for place, row in enumerate(order):
         before = [other for other in order[:place] if name == "semdedup" or stay[other]]
         stay[row] = not linked[row, before].any()
-    found = near_duplicates.resolve(edges, alive, preference, name, "near", rule, x.__getitem__, hashes)
+    found = near_duplicates.resolve(edges, alive, preference, name, "near", rule, x.__getitem__, hashes, test)
     assert (found.keep == stay).all()
 
 

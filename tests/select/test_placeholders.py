@@ -127,3 +127,44 @@ def test_one_alt_text_for_an_error_is_told_by_its_urls():
     assert not run(similar(2, captions=1), "placeholders(threshold=0.95, by=url)").any()
     assert run(similar(2, captions=49), "placeholders(threshold=0.95)").all()
     assert not run(similar(2, captions=50), "placeholders(threshold=0.95)").any()
+
+
+def under(captions, n=40):
+    """Pictures of their own under related captions, and one picture under the given captions."""
+    n += len(captions)
+    frame = similar(2, captions=n, n=n)
+    m = len(captions)
+    a = np.arange(m - 1)
+    frame.edges = lambda: (a, a + 1, np.full(m - 1, 0.9995, np.float32), np.zeros(m - 1, np.uint8))
+    texts = captions + [told(row).decode() for row in range(n - m)]
+    frame.captions = lambda rows: [texts[row] for row in rows]
+    frame.groups = {**frame.groups, "caption": lambda: np.unique(texts, return_inverse=True)[1]}
+    return frame
+
+
+FEW = "placeholders(3, threshold=0.999, unrelated=True)"
+
+
+@pytest.mark.parametrize(
+    "captions, goes",
+    [
+        (["an octopus under the sea", "sonic tails transparent", "wedding card with roses"], True),
+        (["a bride in a white dress", "the bride in her dress", "a bride dancing in a white dress"], False),
+        (["an octopus under the sea", "an octopus under the sea", "wedding card with roses"], False),
+        (["an octopus under the sea", "wedding card with roses"], False),
+    ],
+)
+def test_few_copies_go_if_their_captions_have_nothing_to_do_with_one_another(captions, goes):
+    assert (~run(under(captions), FEW)).sum() == (len(captions) if goes else 0)
+
+
+def test_captions_that_lie_near_each_other_are_related_whatever_their_words():
+    captions = ["un poulpe sous la mer", "an octopus in deep water", "ein Tintenfisch"]
+    frame = under(captions)
+    x = np.random.default_rng(0).normal(size=(len(frame.good), 8))
+    x[: len(captions)] = x[0]
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+    assert not run(frame, FEW).all()
+    frame = under(captions)
+    frame.text_vectors = x.__getitem__
+    assert run(frame, FEW).all()

@@ -94,7 +94,8 @@ def test_every_row_is_accounted_for_once(pool, tmp_path):
 
 def test_balanced_finds_the_planted_copies_and_mismatches(pool, tmp_path):
     manifest = select(pool.clu, str(tmp_path / "sel"), SelectOptions(n="10%"), QUIET)
-    dedup, mismatch, _ = manifest["funnel"]
+    placeholders, dedup, mismatch, _ = manifest["funnel"]
+    assert placeholders["dropped"] == 0
     good = np.flatnonzero(pool.ok)
     inside = sum(len(np.unique(pool.source[good[pool.cluster[good] == c]])) for c in range(8))
     assert dedup["kept"] == inside and 0.95 < dedup["estimates"]["threshold"] < 0.9995

@@ -38,16 +38,23 @@ def sample(frame: Frame, number: int, n: Count, seed: int | None = None) -> Verd
 
 
 def balance(
-    frame: Frame, number: int, column: Group, n: Count, keep: Keep = "random", contradicting_last: bool = False
+    frame: Frame,
+    number: int,
+    column: Group,
+    n: Count,
+    keep: Keep = "random",
+    contradicting_last: bool = False,
+    written: bool = True,
 ) -> Verdict:
     """Keep exactly n rows, as evenly over the groups as their sizes allow (water-filling), at random inside each.
 
     keep: inside a group rather those with the highest `max:column` or lowest `min:column`, or `near` the centroid;
     `better:column` takes from the group's highest tenth at random, then from the next, and so on: better rows, and not
     the extremes alone, among which are pictures that show their own caption.
-    contradicting_last: few rows, or none, of groups whose pictures are unlike those that go with captions like theirs
-    and yet score high (contradicting_clusters), while other groups have rows left; reads 8 to 32 rows of each group. No
-    group is doubted where captions have no embeddings, or where there are fewer than 22 groups.
+    contradicting_last: few rows, or none, of groups of printed words: writing whose pictures are unlike those that go
+    with captions like theirs and yet score high (contradicting_clusters), while other groups have rows left; reads 8 to
+    32 rows of each group. No group is doubted where captions have no embeddings, or where there are fewer than 22
+    groups. written=False doubts such groups whatever they show; on natural pools these are mostly topics of their own.
     """
     parts = GroupParts(frame.group(column), frame.alive)
     sizes, wanted = parts.sizes, min(frame.count(n), parts.num_rows)
@@ -55,7 +62,7 @@ def balance(
     quotas, level = water_fill(sizes, wanted, rng)
     facts: dict[str, Any] = {"groups": len(sizes), "level": level}
     if contradicting_last:
-        weights, reason = _weights(frame, parts, rng)
+        weights, reason = _weights(frame, parts, rng, written=written)
         doubted = weights < 1
         if doubted.any():
             quotas = weighted_fill(sizes, weights, wanted)
@@ -81,7 +88,9 @@ def _named(frame: Frame, parts: GroupParts, sizes: np.ndarray) -> str:
     return "; ".join(f"{words.get(g) or 'no words in common'} ({sizes[g]:,} rows)" for g in chosen)
 
 
-def _weights(frame: Frame, parts: GroupParts, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
+def _weights(
+    frame: Frame, parts: GroupParts, rng: np.random.Generator, *, written: bool
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Say how much each group counts, f64 [groups], and why all count in full where nothing can be seen."""
     groups = len(parts.sizes)
     why = ""
@@ -92,7 +101,20 @@ def _weights(frame: Frame, parts: GroupParts, rng: np.random.Generator) -> tuple
     if why or frame.text_vectors is None:
         return np.ones(groups), {"why": f"no group's pictures seem to contradict its captions: {why}"}
     scores = parts.sums(frame.column("clip_score")) / parts.sizes
-    return contradicting_clusters.weigh(parts, scores, (frame.vectors, frame.text_vectors), rng), {}
+    weights = contradicting_clusters.weigh(parts, scores, (frame.vectors, frame.text_vectors), rng)
+    unlike = weights < 1
+    if not written or not unlike.any():
+        return weights, {}
+    doubted = unlike & False
+    facts: dict[str, Any] = {}
+    if frame.writing is not None:
+        doubted = contradicting_clusters.are_written(parts, unlike, frame.writing, rng)
+    else:
+        facts["why"] = "these embeddings do not say which pictures are writing; see written=False"
+    spared = np.where(unlike & ~doubted, parts.sizes, 0)
+    facts |= {"spared_groups": int((spared > 0).sum()), "spared_rows": int(spared.sum())}
+    facts |= {"spared": _named(frame, parts, spared)} if spared.any() else {}
+    return np.where(doubted, weights, 1.0), facts
 
 
 def balance_tree(frame: Frame, number: int, n: Count, levels: Levels = (), keep: Keep = "random") -> Verdict:

@@ -4,6 +4,7 @@ They read the near-duplicate forest that clustering stored. Which pairs count as
 by the pool's own pixels (auto_threshold); which row of a group stays is decided in near_duplicates.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,27 +16,43 @@ from curate.select.steps import auto_threshold
 from curate.select.steps.by_budget import preference
 from curate.select.steps.linked_pairs import PairRule, cosine_rule, linked_forest
 from curate.select.steps.near_duplicates import RULES, resolve
+from curate.select.steps.same_picture import CopyTest
+from curate.select.steps.unrelated_captions import are_unrelated
 from curate.vectors import forest
+
+LEAST_CAPTIONS = 3  # from which on a picture's captions can have nothing to do with one another
 
 
 def dedup(
-    frame: Frame, number: int, threshold: Threshold = 0.86, keep: Keep = "middle", rule: str = "components"
+    frame: Frame,
+    number: int,
+    threshold: Threshold = 0.86,
+    keep: Keep = "middle",
+    rule: str = "components",
+    templates: bool = False,
 ) -> Verdict:
-    """Keep one row of each group of near-duplicates (cosine > threshold; "auto": by the pool's own pixels).
+    """Keep one row of each group of near-duplicates (cosine > threshold; "auto": copies, by the pool's own pixels).
 
     "auto" links two pictures whose hashes differ in at most 16 bits (8 where there is little evidence) and whose cosine
-    is above the threshold that auto_threshold finds, or whose cosine leaves no doubt; linked_pairs has the rule.
+    is above the threshold that auto_threshold finds, or whose cosine leaves no doubt; linked_pairs has the rule. Of
+    these it takes copies alone: pairs whose captions say mostly the same, or whose finer hashes agree (same_picture).
+    templates: also pictures made after one template, such as a T-shirt with other prints, whatever their captions say.
     """
     if rule not in RULES:
         raise unknown("rule of dedup", rule, RULES)
     if frame.edges is None:
         raise UsageError("dedup needs clusters; this directory has none.", CLUSTER_FIRST)
     pair_rule, facts = _pair_rule(frame, "dedup", threshold)
+    test = None
+    if threshold == AUTO and not templates:
+        test, told = _copy_test(frame, frame.captions)
+        facts |= told
     rows, edges = _joined_rows(frame, pair_rule.threshold)
     order = preference(frame, "near" if keep in ("middle", "inner-middle") else keep, number)(rows)
     resolved = resolve(
         edges, frame.alive[rows], order, rule, keep, pair_rule,
         lambda some: frame.vectors(rows[some]), lambda some: frame.hashes(rows[some]),
+        None if test is None else lambda a, b: test(rows[a], rows[b]),
     )  # fmt: skip
     gone = frame.alive[rows] & ~resolved.keep
     told = gone | ((resolved.component >= 0) & (resolved.component != np.arange(len(rows))))
@@ -78,6 +95,15 @@ def _pair_rule(frame: Frame, name: str, threshold: Threshold) -> tuple[PairRule,
     return cosine_rule(threshold), {"threshold": threshold}
 
 
+def _copy_test(
+    frame: Frame, captions: Callable[[np.ndarray], list[str]] | None
+) -> tuple[CopyTest | None, dict[str, Any]]:
+    """Make the test of copies where the sidecars have finer hashes; else say that templates count as copies."""
+    if frame.details is None:
+        return None, {"templates": "count as copies: these embeddings have no finer hashes to tell them apart"}
+    return CopyTest(frame.details, captions), {}
+
+
 def _compared(frame: Frame, threshold: float) -> dict[str, Any]:
     """Say which share of the pairs above a threshold clustering compared, by its estimate at the next lower level."""
     levels = [level for level in frame.recall.get("levels", []) if level["above"] <= threshold]
@@ -92,13 +118,16 @@ def placeholders(
     threshold: Threshold = AUTO,
     by: Group = "caption",
     exact: bool = False,
+    unrelated: bool = False,
 ) -> Verdict:
     """Drop every row of a picture that stands under many captions ("image not found", a logo): not even one stays.
 
     A picture is a component of near-duplicates above the threshold whose pixels agree, too, as far as they are known;
     exact: rows of the same bytes, for which no clusters are needed. It goes if at least `copies` good rows of the pool
     have it, earlier steps or not, and at least the share `captions` of them have a caption of their own. by: another
-    column than the caption, such as url, for pools where an error picture stands under one alt text.
+    column than the caption, such as url, for pools where an error picture stands under one alt text. unrelated: it
+    goes only if its captions have no more to do with one another than any captions of the pool (unrelated_captions):
+    then a few copies are enough to tell, `placeholders(3, unrelated=True)`.
     """
     if not 0 <= captions <= 1:
         raise UsageError(f"placeholders: captions={captions}; expected a share between 0 and 1.")
@@ -111,13 +140,19 @@ def placeholders(
     else:
         pair_rule, found = _pair_rule(frame, "placeholders", threshold)
         by_pixels = replace(pair_rule, anyhow=np.inf, bits=min(pair_rule.bits, auto_threshold.COPY_BITS))
-        a, b, _ = linked_forest(frame.edges(), by_pixels, frame.good, frame.vectors, frame.hashes)
+        test, _ = _copy_test(frame, None)
+        a, b, _ = linked_forest(frame.edges(), by_pixels, frame.good, frame.vectors, frame.hashes, test)
         labels = forest.components(a, b, len(frame.good))
         facts["threshold"] = found["threshold"]
     picture = np.unique(labels[rows], return_inverse=True)[1]
     caption = np.unique(frame.group(by)[rows], return_inverse=True)[1]
     distinct = np.unique(picture * (int(caption.max(initial=0)) + 1) + caption) // (int(caption.max(initial=0)) + 1)
     sizes = np.bincount(picture)
-    bad = (sizes >= copies) & (np.bincount(distinct, minlength=len(sizes)) >= captions * sizes)
+    captions_each = np.bincount(distinct, minlength=len(sizes))
+    bad = (sizes >= copies) & (captions_each >= captions * sizes)
+    if unrelated:
+        bad &= captions_each >= LEAST_CAPTIONS
+        members = np.flatnonzero(bad[picture])
+        bad[bad] = are_unrelated(frame, number, rows[members], np.unique(picture[members], return_inverse=True)[1])
     facts |= {"pictures": int(bad.sum()), "largest": int(sizes[bad].max(initial=0))}
     return Verdict(frame.alive & ~frame.mask(rows[bad[picture]]), facts)

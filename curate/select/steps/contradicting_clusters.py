@@ -11,6 +11,10 @@ median m of their likeness and its 16 % quantile q (for a normal distribution m 
 cluster of the upper half at likeness f lies (m - f) / (m - q) deviations too low. Up to `DOUBTED` deviations it counts
 in full, from `CONTRADICTING` on not at all, in between linearly.
 
+On a natural pool that is also what a well-separated topic looks like: cars, beaches, football. So a cluster is only
+doubted if it shows what printed words are, too: at least `WRITTEN` of its rows looked at are writing, thin strokes on a
+plain ground (curate/embed/details.py). Rows whose pictures nobody looked at count as none.
+
 Arrays in, arrays out. The mean of a few rows stands for a cluster, so that what is read does not grow with the pool.
 O(g² d) time for g clusters of d dimensions, little more than that of one product of all their captions, which is made
 `BLOCK` clusters at a time; above 32,768 clusters O(16,384 g d), by comparing with a sample of the lower half. Source:
@@ -32,6 +36,7 @@ STRETCH = 1024  # rows that lie side by side on disk and are read together
 NEIGHBOURS = 10  # clusters with the nearest captions
 LEAST_GROUPS = 2 * NEIGHBOURS + 2  # so that the lower half has enough neighbours for each
 DOUBTED, CONTRADICTING = 2.0, 4.0  # deviations
+WRITTEN = 0.5  # share of a cluster's rows
 LEAST_SPREAD = 1e-3  # of the likeness: less is rounding
 BLOCK = 256
 STRIP = 64  # cosines side by side of which first the highest is taken
@@ -142,6 +147,19 @@ def trust(similar_g: np.ndarray, plain_g: np.ndarray) -> np.ndarray:
     deviations = (middle - similar_g) / max(middle - lower, LEAST_SPREAD)
     weight = np.clip((CONTRADICTING - deviations) / (CONTRADICTING - DOUBTED), 0, 1)
     return np.asarray(np.where(plain_g, 1, weight))
+
+
+def are_written(parts: GroupParts, asked_g: np.ndarray, writing: Fetch, rng: np.random.Generator) -> np.ndarray:
+    """Say of the groups asked about whether at least WRITTEN of up to ROWS_EACH of their rows are writing, bool [g].
+
+    asked_g: bool [g]. writing: row numbers to bool.
+    """
+    chosen = np.flatnonzero(asked_g)
+    rows, own = few_of_each(parts, chosen, rng)
+    seen, found = (np.bincount(own, each, len(chosen)) for each in (None, writing(rows)))
+    written = np.zeros(len(asked_g), bool)
+    written[chosen] = found >= WRITTEN * np.maximum(1, seen)
+    return written
 
 
 def weigh(parts: GroupParts, score_g: np.ndarray, fetch: tuple[Fetch, Fetch], rng: np.random.Generator) -> np.ndarray:

@@ -4,13 +4,15 @@ The rule of a pair, written out: it is linked if
 
     its cosine is above `threshold` and its perceptual hashes differ in at most `bits` bits, or
     its cosine is above `anyhow`, or
-    a hash of it is unknown and its cosine is above `unknown`.
+    a hash of it is unknown and its cosine is above `unknown`;
+
+and a `test` may refuse any of these (same_picture).
 
 Groups of near-duplicates are the connected components of that graph over all pairs. Clustering stored the maximum
-spanning forest of the cosines alone, in which a pair that the pixels link may be missing: heavier edges that they do
-not link join its two rows. So the forest serves as follows. Each linked pair lies inside one component of the edges
-above `threshold` (a *whole*). Edges of the forest that are linked are taken as they are; they already join any two rows
-above `anyhow`, unless a row between them was dropped, and then these are compared again. What is still apart inside a
+spanning forest of the cosines alone, in which a linked pair may be missing: heavier edges that are not linked join its
+two rows. So the forest serves as follows. Each linked pair lies inside one component of the edges above `threshold` (a
+*whole*). Edges of the forest that are linked are taken as they are; they already join any two rows above `anyhow`,
+unless a row between them was dropped or a link refused, and then these are compared again. What is still apart inside a
 whole can be joined by pixels only: all its hashes are compared, and of the pairs that agree the exact cosine decides.
 
 Cost: for wholes that are not one group, m² comparisons of hashes for m rows, and the vectors of the pairs that agree.
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from curate.select.frame import UNKNOWN_BITS, Edges, Fetch
+from curate.select.steps.same_picture import PairTest
 from curate.vectors import near_pairs
 from curate.vectors.exact import exact_cosines
 from curate.vectors.forest import Forest, components, spanning_forest
@@ -65,7 +68,9 @@ def differing(hashes: tuple[np.ndarray, np.ndarray], i: np.ndarray, j: np.ndarra
     return np.where(known[i] & known[j], near_pairs.differing_bits(values[i], values[j]), np.uint8(UNKNOWN_BITS))
 
 
-def linked_forest(edges: Edges, rule: PairRule, alive: np.ndarray, vectors: Fetch, hashes: Hashes) -> Joined:
+def linked_forest(
+    edges: Edges, rule: PairRule, alive: np.ndarray, vectors: Fetch, hashes: Hashes, test: PairTest | None = None
+) -> Joined:
     """Find the spanning forest of the linked pairs among the rows alive, for the components and their links.
 
     edges: the stored forest, over all rows. alive: bool [n]. While no row of a whole has been dropped it is the maximum
@@ -74,26 +79,41 @@ def linked_forest(edges: Edges, rule: PairRule, alive: np.ndarray, vectors: Fetc
     a, b, similarity, bits = edges
     above = similarity > rule.threshold
     a, b, similarity, bits = a[above], b[above], similarity[above], bits[above]
-    taken = alive[a] & alive[b] & rule.links(similarity, bits)
+    linked = alive[a] & alive[b] & rule.links(similarity, bits)
+    taken = tested(linked, a, b, test)
     joined = [(a[taken], b[taken], similarity[taken])]
     if taken.all():
         return joined[0]
     whole = components(a, b, len(alive))
     apart = _still_apart(whole, joined, alive)
-    torn = np.isin(whole, whole[np.concatenate([a[~alive[a]], b[~alive[b]]])])
-    joined += _join_by_cosine(np.where(torn, apart, -1), rule.anyhow, vectors)
+    refused = linked & ~taken & (similarity > rule.anyhow)
+    torn = np.isin(whole, whole[np.concatenate([a[~alive[a]], b[~alive[b]], a[refused]])])
+    by_forest = _labels(joined, len(alive))
+    joined += _join_by_cosine(np.where(torn, apart, -1), rule.anyhow, vectors, (test, by_forest))
     if not rule.by_cosine_alone:
         apart = _still_apart(whole, joined, alive)
         rows = np.flatnonzero(apart >= 0)
         known = np.zeros(len(alive), bool)
         known[rows] = hashes(rows)[1]
-        by_pixels = _join_by_pixels(np.where(known, apart, -1), _labels(joined, len(alive)), rule, vectors, hashes)
-        unknown = _join_by_cosine(apart, rule.unknown, vectors, ~known) if rule.unknown < rule.anyhow else ()
+        labels = _labels(joined, len(alive))
+        by_pixels = _join_by_pixels(np.where(known, apart, -1), labels, rule, vectors, hashes, test)
+        some = rule.unknown < rule.anyhow
+        unknown = _join_by_cosine(apart, rule.unknown, vectors, (test, by_forest), ~known) if some else ()
         joined += [*by_pixels, *unknown]
     a, b, similarity = (np.concatenate(column) for column in zip(*joined, strict=True))
     _, first = np.unique(a * len(alive) + b, return_index=True)
     chosen = first[spanning_forest(a[first], b[first], similarity[first], len(alive))]
     return a[chosen], b[chosen], similarity[chosen]
+
+
+def tested(linked: np.ndarray, a: np.ndarray, b: np.ndarray, test: PairTest | None) -> np.ndarray:
+    """Say which of the linked pairs pass the test, bool [m]."""
+    if test is None:
+        return linked
+    asked = np.flatnonzero(linked)
+    passed = linked.copy()
+    passed[asked] = test(a[asked], b[asked])
+    return passed
 
 
 def _labels(joined: list[Joined], num_rows: int) -> np.ndarray:
@@ -128,12 +148,18 @@ def fetch_groups(
 
 
 def _join_by_cosine(
-    component: np.ndarray, floor: float, vectors: Fetch, some: np.ndarray | None = None
+    component: np.ndarray,
+    floor: float,
+    vectors: Fetch,
+    asked: tuple[PairTest | None, np.ndarray],
+    some: np.ndarray | None = None,
 ) -> Iterator[Joined]:
     """Yield the forests of the pairs with cosine > floor inside components; component: i64 [n], negative: left out.
 
-    some: bool [n]: at least one row of a pair must be one of these; by default any may.
+    asked: the test, and i64 [n], labels of what linked edges of the stored forest join: a pair inside one is no heavier
+    than these. some: bool [n]: at least one row of a pair must be one of these; by default any may.
     """
+    test, labels = asked
     if floor == np.inf:
         return
     rows, bounds = groups_of(component)
@@ -144,15 +170,22 @@ def _join_by_cosine(
     for part, cuts, x in fetch_groups(rows, bounds, vectors):
         own, place = members[place : place + len(cuts) - 1], place + len(cuts) - 1
         forest = Forest(len(part), floor)
-        for pairs in near_pairs.near_pairs(x, np.arange(len(part)), cuts, floor, members=own, forest=forest):
-            forest.add(*pairs)
+        known = forest if test is None else None  # a forest of cosines would hide pairs behind refused ones
+        for i, j, cosine in near_pairs.near_pairs(x, np.arange(len(part)), cuts, floor, members=own, forest=known):
+            passed = tested(labels[part[i]] != labels[part[j]], part[i], part[j], test) if test else slice(None)
+            forest.add(i[passed], j[passed], cosine[passed])
         i, j, cosine = forest.edges()
         a, b = np.sort([part[i], part[j]], axis=0)
         yield a, b, cosine
 
 
 def _join_by_pixels(
-    component: np.ndarray, labels: np.ndarray, rule: PairRule, vectors: Fetch, hashes: Hashes
+    component: np.ndarray,
+    labels: np.ndarray,
+    rule: PairRule,
+    vectors: Fetch,
+    hashes: Hashes,
+    test: PairTest | None,
 ) -> Iterator[Joined]:
     """Yield the linked pairs of rows whose hashes agree, inside components and between unlike labels."""
     rows, bounds = groups_of(component)
@@ -161,21 +194,23 @@ def _join_by_pixels(
     for pairs in _agreeing(values, own, bounds, rule.bits):
         waiting.append(pairs)
         if sum(each.shape[1] for each in waiting) >= BATCH_PAIRS:
-            yield _decide(rows, waiting, rule.threshold, vectors)
+            yield _decide(rows, waiting, rule.threshold, vectors, test)
             waiting = []
     if waiting:
-        yield _decide(rows, waiting, rule.threshold, vectors)
+        yield _decide(rows, waiting, rule.threshold, vectors, test)
 
 
-def _decide(rows: np.ndarray, waiting: list[np.ndarray], threshold: float, vectors: Fetch) -> Joined:
-    """Keep of pairs of places in rows those whose exact cosine is above the threshold, BATCH_PAIRS at a time."""
+def _decide(
+    rows: np.ndarray, waiting: list[np.ndarray], threshold: float, vectors: Fetch, test: PairTest | None
+) -> Joined:
+    """Keep of pairs of places in rows those that pass and whose exact cosine is above it, BATCH_PAIRS at a time."""
     pairs = np.sort(rows[np.concatenate(waiting, axis=1)], axis=0)
     cosine = np.empty(pairs.shape[1], np.float32)
     for at in range(0, len(cosine), BATCH_PAIRS):
         part = slice(at, at + BATCH_PAIRS)
         needed, place = np.unique(pairs[:, part], return_inverse=True)
         cosine[part] = exact_cosines(vectors(needed), *place.reshape(2, -1))
-    near = cosine > threshold
+    near = tested(cosine > threshold, pairs[0], pairs[1], test)
     return pairs[0, near], pairs[1, near], cosine[near]
 
 

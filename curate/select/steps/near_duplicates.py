@@ -26,7 +26,9 @@ from curate.select.steps.linked_pairs import (
     fetch_groups,
     groups_of,
     linked_forest,
+    tested,
 )
+from curate.select.steps.same_picture import PairTest
 from curate.vectors import near_pairs
 from curate.vectors.exact import widen
 from curate.vectors.forest import components
@@ -56,15 +58,16 @@ def resolve(
     pair_rule: PairRule,
     vectors: Fetch,
     hashes: Hashes,
+    test: PairTest | None = None,
 ) -> Resolved:
     """Decide which near-duplicates stay.
 
     edges: the stored forest over all rows. preference: f64 [n], the smallest is kept first; for the keepers
-    `middle` and `inner-middle` it is the distance to the centroid, up to a monotone map. For `components` a dropped
-    row's similarity is the weakest link of the chain that joins it to the row that stays: the threshold
-    at which they would part.
+    `middle` and `inner-middle` it is the distance to the centroid, up to a monotone map. test: see linked_pairs.
+    For `components` a dropped row's similarity is the weakest link of the chain that joins it to the row that
+    stays: the threshold at which they would part.
     """
-    links = linked_forest(edges, pair_rule, alive, vectors, hashes)
+    links = linked_forest(edges, pair_rule, alive, vectors, hashes, test)
     component = np.where(alive, components(links[0], links[1], len(alive)), -1)
     rows, bounds = groups_of(component)
     order = np.lexsort((rows, preference[rows], component[rows]))
@@ -90,7 +93,7 @@ def resolve(
         pairs = np.repeat(sizes == 2, sizes)
         _drop_seconds(rows[pairs], links, result)
         larger = np.concatenate([[0], np.cumsum(sizes[sizes > 2])])
-        _drop_in_order(rows[~pairs], larger, rule == "greedy", pair_rule, (vectors, hashes), result)
+        _drop_in_order(rows[~pairs], larger, rule == "greedy", pair_rule, (vectors, hashes, test), result)
     return result
 
 
@@ -141,7 +144,7 @@ def _drop_in_order(
     bounds: np.ndarray,
     greedy: bool,
     pair_rule: PairRule,
-    fetch: tuple[Fetch, Hashes],
+    fetch: tuple[Fetch, Hashes, PairTest | None],
     result: Resolved,
 ) -> None:
     """Apply semdedup or greedy to each group, whose rows stand in the order of preference; fills in the result."""
@@ -151,7 +154,7 @@ def _drop_in_order(
         stays = np.full(len(part), len(part))
         cosine = np.full(len(part), np.nan, np.float32)
         for i, j, similarity in near_pairs.near_pairs(x, np.arange(len(part)), cuts, pair_rule.threshold):
-            linked = pair_rule.links(similarity, differing(hashes, i, j))
+            linked = tested(pair_rule.links(similarity, differing(hashes, i, j)), part[i], part[j], fetch[2])
             i, j, similarity = i[linked], j[linked], similarity[linked]
             if greedy:
                 _drop_greedily(i, j, dropped)
