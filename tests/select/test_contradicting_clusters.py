@@ -148,14 +148,14 @@ def test_only_groups_that_are_mostly_writing_are_doubted(share, doubted):
     frame.writing = lambda rows: rows % 10 < 10 * share
     counts, told = balanced(frame, True)
     assert told["contradicting_groups"] == doubted and (counts[:4].sum() == 0) == (doubted == 4)
-    assert told["spared_groups"] == 4 - doubted and ("spared" in told) == (doubted == 0)
+    assert told["unlike_but_kept_groups"] == 4 - doubted and ("unlike_but_kept" in told) == (doubted == 0)
 
 
 def test_where_nobody_looked_for_writing_no_group_is_doubted_but_by_name():
     frame = world()
     frame.writing = None
     counts, told = balanced(frame, True)
-    assert (counts == 5).all() and told["spared_rows"] == 120 and "which pictures are writing" in told["why"]
+    assert (counts == 5).all() and told["unlike_but_kept_rows"] == 120 and "which pictures are writing" in told["why"]
     verdict = catalogue.parse(["balance(cluster, 200, contradicting_last=True, written=False)"])[0].run(frame)
     assert verdict.estimates["contradicting_rows"] == 120
 

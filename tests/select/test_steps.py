@@ -155,6 +155,20 @@ def test_what_is_wrong_is_said_in_one_line(text, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("planted", [0, 0.05, 0.25])
+@pytest.mark.parametrize("gap", [1.5, 4])
+def test_the_interval_of_the_mismatch_share_holds_what_was_planted(planted, gap):
+    held = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        scores = np.where(rng.random(2_000) < planted, rng.normal(size=2_000), gap + rng.normal(size=2_000))
+        shuffled = np.quantile(rng.normal(size=20_000), np.linspace(0, 1, 101))
+        share, facts = auto_threshold.mismatch_share(scores.astype(np.float32), shuffled)
+        assert facts["share_from"] <= share <= facts["share_to"] <= share + 0.15
+        held.append(facts["share_from"] <= planted <= facts["share_to"])
+    assert np.mean(held) >= 0.9
+
+
 def test_a_mismatch_share_is_read_off_shuffled_pairs():
     rng = np.random.default_rng(0)
     shuffled = np.quantile(rng.normal(0, 1, 50_000), np.linspace(0, 1, 101))

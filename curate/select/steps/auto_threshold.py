@@ -11,7 +11,8 @@ half on, a pair whose pixels agree is a copy; from where it passes one in a hund
 Where hardly a pair has pixels to ask, the cosines alone say it if look-alikes and copies lie apart (cosine_gap).
 
 The share of mismatched pairs. If a share p of the pairs is as good as shuffled, then at least p q of all scores lie
-below the shuffled scores' quantile q: the least of share-below(q) / q over several q bounds p from above.
+below the shuffled scores' quantile q: the least of share-below(q) / q over several q bounds p from above. What right
+pairs add there is read off their other side: they lie about their middle alike, and far above it are hardly any others.
 
 Both are read off facts that clustering stored, the edges of the near-duplicate forest and the scores of shuffled pairs:
 no look at the embeddings. O(m log m) time for m edges or scores.
@@ -36,6 +37,8 @@ CERTAIN = 0.01  # share of look-alikes up to which the cosine alone decides
 BLIND = 0.9  # beyond it real pairs score as shuffled ones do, and their order says nothing
 NUM_BINS = 240
 LEAST_COPIES = 10
+LEVELS = np.array([10, 20, 30, 40, 50])  # quantiles of the shuffled scores, in percent
+ERRORS = 3.0  # standard errors on either side of the interval, the least of five being looked for
 LEAST_KNOWN = 0.1  # share of the linked pairs whose pixels are known, from which on these speak for all
 
 
@@ -127,15 +130,34 @@ def mismatch_share(scores: np.ndarray, shuffled: np.ndarray) -> tuple[float, dic
     If a share pi of the pairs is as good as shuffled, at least pi q of all pairs lie below the shuffled pairs' quantile
     q: the least of share-below / q over several q bounds pi from above, the more tightly the fewer real pairs reach so
     low. (The median alone, q = 1/2, called .15 of a clean toy pool mismatched once the embedder was so weak that a pair
-    outscored a shuffled one in 84 % of the cases only; the least ratio called .03.) Returns pi and the figures.
+    outscored a shuffled one in 84 % of the cases only; the least ratio called .03.) Returns pi and the figures, among
+    them an interval, `share_from` and `share_to` (pipelines/LOG.md has how often it holds the planted share).
     """
     if not len(scores):
         return 0.0, {"shuffled_median": float(shuffled[50])}
-    levels = np.array([10, 20, 30, 40, 50])
-    below = np.array([np.count_nonzero(scores <= np.float64(level)) for level in shuffled[levels]]) / len(scores)
-    ratios = below / (levels / 100)
+    below = np.array([np.count_nonzero(scores <= np.float64(level)) for level in shuffled[LEVELS]]) / len(scores)
+    ratios = below / (LEVELS / 100)
     share = float(min(1.0, ratios.min()))
-    facts = {"shuffled_median": float(shuffled[50]), "share_by_median": float(min(1.0, ratios[-1]))}
+    low, high = _share_interval(scores, shuffled[LEVELS], below, share)
+    facts = {"shuffled_median": float(shuffled[50]), "share_from": low, "share_to": high}
     if share > BLIND:
         return 0.0, facts | {"why": f"{share:.0%} look mismatched: this embedder cannot tell, so none is dropped"}
     return share, facts
+
+
+def _share_interval(scores: np.ndarray, levels: np.ndarray, below: np.ndarray, share: float) -> tuple[float, float]:
+    """Say between which shares the mismatched one lies. below: f64, the share of the scores up to each of the levels.
+
+    From above: the least ratio, ERRORS standard errors added. From below: less what right pairs add, their scores being
+    alike on either side of their middle; that lies where half of them, (1 - share) / 2 of all, score higher.
+    """
+    errors = np.sqrt(np.maximum(below, 1 / len(scores)) * (1 - below) / len(scores)) / (LEVELS / 100)
+    high = (below / (LEVELS / 100) + ERRORS * errors).min()
+    found = np.array([share])
+    for _ in range(8):  # a few rounds settle it
+        place = min(len(scores) - 1, round((1 - (1 - float(np.median(found))) / 2) * len(scores)))
+        middle = float(np.partition(scores, place)[place])
+        right = np.array([np.count_nonzero(scores >= 2 * middle - level) for level in levels]) / len(scores)
+        found = np.clip((below - right) / (LEVELS / 100), 0, 1)
+    low = (found - ERRORS * errors).min()
+    return float(max(0.0, min(low, share))), float(min(1.0, max(high, share)))

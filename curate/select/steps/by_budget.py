@@ -112,8 +112,8 @@ def _weights(
     else:
         facts["why"] = "these embeddings do not say which pictures are writing; see written=False"
     spared = np.where(unlike & ~doubted, parts.sizes, 0)
-    facts |= {"spared_groups": int((spared > 0).sum()), "spared_rows": int(spared.sum())}
-    facts |= {"spared": _named(frame, parts, spared)} if spared.any() else {}
+    facts |= {"unlike_but_kept_groups": int((spared > 0).sum()), "unlike_but_kept_rows": int(spared.sum())}
+    facts |= {"unlike_but_kept": _named(frame, parts, spared)} if spared.any() else {}
     return np.where(doubted, weights, 1.0), facts
 
 
