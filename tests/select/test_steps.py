@@ -9,7 +9,7 @@ from curate.errors import UsageError
 from curate.select import catalogue, computed_columns, recipes
 from curate.select.catalogue import STEPS
 from curate.select.frame import Frame
-from curate.select.steps import auto_threshold, by_score
+from curate.select.steps import auto_threshold, by_score, ranks
 from curate.select.steps.quotas import water_fill, water_fill_tree, weighted_fill
 
 
@@ -385,5 +385,5 @@ def test_the_highest_are_the_first_of_the_descending_order(rows, data):
     values = np.array([value for value, _ in rows], np.float32)
     alive = np.array([flag for _, flag in rows], bool)
     count = data.draw(st.integers(0, int(alive.sum())))
-    first = by_score.descending(values, alive)[:count]
+    first = ranks.descending(values, alive)[:count]
     assert np.flatnonzero(by_score.highest(values, alive, count)).tolist() == sorted(first.tolist())

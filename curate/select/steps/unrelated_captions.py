@@ -45,9 +45,8 @@ def are_unrelated(frame: Frame, number: int, rows: np.ndarray, pictures: np.ndar
         return unrelated
     i, j = i[left], j[left]
     usual = _cosines(frame.text_vectors, sample, p, q)
-    return unrelated & (
-        _means(_cosines(frame.text_vectors, rows, i, j), pictures[i], count) <= usual.mean() + ABOVE * usual.std()
-    )
+    means = _means(_cosines(frame.text_vectors, rows, i, j), pictures[i], count)
+    return np.asarray(unrelated & (means <= usual.mean() + ABOVE * usual.std()))
 
 
 def _means(values: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
