@@ -117,7 +117,7 @@ def measure(words):
         last = said.read().decode(errors="replace").strip().splitlines()[-1:]
     cpu_s = round(usage.ru_utime + usage.ru_stime, 2)
     found = {"seconds": round(seconds, 2), "cpu_s": cpu_s, "mb": usage.ru_maxrss // 1024, "exit": process.returncode}
-    return found | {"last": last}
+    return found | ({"last": last} if process.returncode else {})
 
 
 def table(results):
