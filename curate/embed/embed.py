@@ -6,16 +6,15 @@ the number of threads nor on that of workers. On a CPU the same thread decodes a
 `decoders`, processes decode ahead of the model. Captions are sorted by length within their shard and run at it.
 """
 
-import itertools
 import json
 import os
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,7 @@ from curate.embed import encoder, reader, side_data, weights
 from curate.embed.captions import Wanted
 from curate.embed.check_pool import check_members
 from curate.embed.contents import fingerprints
+from curate.embed.decoding import Decoders, map_ahead
 from curate.embed.options import EmbedOptions
 from curate.engine import Job
 from curate.errors import UsageError, unknown
@@ -34,10 +34,7 @@ from curate.vectors import exact
 
 PICKS = ("first", "random")
 CPU_BATCH, GPU_BATCH = 32, 256
-DECODE_ROWS = 32  # rows that a decoding process takes at a time
 TEXTS_PER_IMAGE = 2  # caption batches may be larger: captions are short
-In = TypeVar("In")
-Result = TypeVar("Result")
 
 
 def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any]:
@@ -233,14 +230,16 @@ class EmbedShard:
             self.extras,
             faithful=self.faithful,
         )
-        self.pool = engine.helpers(self.num_decoders, _start_decoder, (reading,)) if self.num_decoders else None
+        size = encoder.pair(self.encoder.preprocess["size"])
+        self.processes = Decoders(self.num_decoders, reading, size, self.batch_size) if self.num_decoders else None
         self.reader = None if self.num_decoders else reading()
 
     def close(self) -> None:
         """Stop the helpers of a task that ran in this process."""
-        for pool in (getattr(self, "runners", None), getattr(self, "pool", None)):
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+        if (runners := getattr(self, "runners", None)) is not None:
+            runners.shutdown(cancel_futures=True)
+        if (processes := getattr(self, "processes", None)) is not None:
+            processes.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -292,13 +291,13 @@ class EmbedShard:
         """Read all rows and embed those that are ok: (facts of all, f32 [m, d], tokens i32 [m, context])."""
         batches = [samples[start : start + self.batch_size] for start in range(0, len(samples), self.batch_size)]
         depth = 2 * self.num_threads
-        if self.pool is None:
+        if self.processes is None:
             assert self.reader is not None
             read = partial(self.reader, path)
             done = map_ahead(self.runners, lambda part: self._encode(read(part)), batches, depth)
         else:
             done = map_ahead(
-                self.runners, self._encode, self._decode(path, batches), 3 if self.device == "cuda" else depth
+                self.runners, self._encode, self.processes(path, batches), 3 if self.device == "cuda" else depth
             )
         parts = []
         for part in done:
@@ -309,16 +308,6 @@ class EmbedShard:
             return facts, np.empty((0, self.encoder.dim), np.float32), np.empty((0, 1), np.int32)
         vectors = np.concatenate([vectors for _, (vectors, _) in parts])
         return facts, vectors, np.concatenate([tokens for _, (_, tokens) in parts])
-
-    def _decode(self, path: str, batches: Sequence[Sequence[tar.Sample]]) -> Iterator[reader.Rows]:
-        """Decode batches ahead in processes, each batch in small parts so that the first is soon there."""
-        assert self.pool is not None
-        parts = [[batch[at : at + DECODE_ROWS] for at in range(0, len(batch), DECODE_ROWS)] for batch in batches]
-        flat = (part for batch in parts for part in batch)
-        per_batch = -(-self.batch_size // DECODE_ROWS)
-        read = map_ahead(self.pool, partial(_decode_batch, path), flat, 2 * self.num_decoders + per_batch)
-        for batch in parts:
-            yield reader.join(list(itertools.islice(read, len(batch))))
 
     def _encode(self, batch: reader.Rows) -> tuple[list[dict[str, Any]], tuple[np.ndarray, np.ndarray]]:
         vectors = (
@@ -337,34 +326,6 @@ class EmbedShard:
         for at, part in zip(batches, embedded, strict=True):
             vectors[at] = part
         return vectors
-
-
-_reader: reader.Reader | None = None
-
-
-def _start_decoder(make: Callable[[], reader.Reader]) -> None:
-    global _reader
-    _reader = make()
-
-
-def _decode_batch(path: str, samples: Sequence[tar.Sample]) -> reader.Rows:
-    assert _reader is not None
-    return _reader(path, samples)
-
-
-def map_ahead(pool: Executor, work: Callable[[In], Result], items: Iterable[In], depth: int) -> Iterator[Result]:
-    """Map over items in a pool, in order, with at most `depth` of them taken up before their turn."""
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) >= depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _columns(

@@ -14,7 +14,8 @@ from artefacts import picture, write_pool
 from PIL import Image
 from test_encoder import FORMATS, cosines, reference
 
-from curate.embed.embed import EmbedOptions, embed, map_ahead
+from curate.embed.decoding import map_ahead
+from curate.embed.embed import EmbedOptions, embed
 from curate.engine import Job
 from curate.errors import ContractError, UsageError
 from curate.storage import sidecar
