@@ -27,7 +27,7 @@ from curate.mix.pictures import Picture, read_picture
 from curate.mix.read_sources import ReadSource, facts_location
 from curate.mix.sources import ELSEWHERE, SourceOptions
 from curate.mix.write_json import write_json
-from curate.storage import paths, records, sidecar
+from curate.storage import faults, paths, records, sidecar
 from curate.storage.manifest import Output, load_json, open_output, versions
 from curate.storage.tar import TarWriter, is_safe
 
@@ -199,7 +199,9 @@ def _write(
         raise UsageError("the mix is empty: count, fraction and cap leave no record.", "raise them")
     names, place = list(sources), output.path(SCRATCH)
     if chosen.format != "webdataset":
-        write_json(output, chosen.format, _Rows(place, names).row, order, sources)
+        refused = write_json(output, chosen.format, _Rows(place, names).row, order, sources)
+        faults.write("mix", refused, quiet=job.quiet)
+        account = {**account, **({"not_for_all": refused} if refused else {})}
         finished: dict[str, Any] = {"mix": {"rows": len(order.rows)}}
     else:
         stems = [f"{index:06d}" for index in range(-(-len(order.rows) // chosen.shard_size))]

@@ -5,12 +5,23 @@ for under its source's folder alone: an absolute one counts only if it leads the
 """
 
 import os
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from curate.errors import ShardError, UsageError
 from curate.storage import paths
-from curate.storage.tar import IMAGE_SUFFIXES, TarWriter, is_safe, list_pool, read_index, suffix_of
+from curate.storage.tar import (
+    GZIP_MAGIC,
+    IMAGE_SUFFIXES,
+    Shard,
+    TarWriter,
+    is_safe,
+    list_pool,
+    open_tar,
+    read_index,
+    suffix_of,
+)
 from curate.storage.tar_headers import BLOCK
 
 SNIFFED_BYTES = 16
@@ -48,20 +59,38 @@ def is_tars(root: str) -> bool:
     return not paths.is_dir(root) or any(name.endswith(".tar") for name in paths.listdir(root))
 
 
-class ImageFinder:
-    """Find a source's images by the names that records give: files under a folder, or members of tars."""
+def plain_tar(shard: Shard, scratch: str) -> str:
+    """Return where a shard's members can be read at their places: itself, or an unpacked copy if gzip packed it.
 
-    def __init__(self, root: str) -> None:
+    scratch: path prefix of the copy.
+    """
+    with paths.open_read(shard.location) as file:
+        if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
+            return shard.location
+    copy = f"{scratch}.{shard.stem}.tar"
+    with open_tar(shard.location) as plain, paths.atomic_write(copy) as file:
+        shutil.copyfileobj(plain, file, 1 << 20)
+    return copy
+
+
+class ImageFinder:
+    """Find a source's images by the names that records give: files under a folder, or members of tars.
+
+    scratch: path prefix for tars that must be unpacked.
+    """
+
+    def __init__(self, root: str, scratch: str) -> None:
         self.root = root
         self.members: dict[str, Picture] | None = None
         if root and is_tars(root):
             self.members = {}
             for shard in list_pool(root):
-                with paths.open_read(shard.location) as file:
+                location = plain_tar(shard, f"{scratch}.images")
+                with paths.open_read(location) as file:
                     for sample in read_index(file).samples:
                         for member in sample.members:
                             kind = member.suffix.rpartition(".")[2]
-                            picture = Picture(shard.location, member.offset, member.size, kind)
+                            picture = Picture(location, member.offset, member.size, kind)
                             self.members.setdefault(member.name.removeprefix("./"), picture)
         here = paths.local(root) if root and not paths.is_remote(root) else ""
         self.folders = {os.path.abspath(here), os.path.realpath(here)} if here else set()

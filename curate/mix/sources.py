@@ -11,18 +11,18 @@ from typing import Any, Literal
 
 from curate.emit.kept_samples import open_coreset
 from curate.errors import ShardError, UsageError
-from curate.mix.pictures import ImageFinder, Picture, PictureStore
+from curate.mix.pictures import ImageFinder, Picture, PictureStore, plain_tar
 from curate.mix.sampling import Amount
 from curate.storage import manifest, paths, records
 from curate.storage.tar import (
     CAPTION_SUFFIX,
     JSON_SUFFIX,
     Sample,
-    list_pool,
     read_index,
     read_json,
     read_member,
     suffix_of,
+    survey_pool,
 )
 from pipelines.records import MISSING, Reading, read
 from pipelines.samples import from_sample
@@ -173,7 +173,7 @@ def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> I
     """
     kind = kind_of(source)
     if kind == "shards":
-        found = _from_shards(source, faults)
+        found = _from_shards(source, faults, scratch)
     elif kind == "selection":
         found = _from_selection(source, faults)
     elif kind == "parquet":
@@ -192,7 +192,7 @@ def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> I
 def _from_json(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
     beside = paths.join(source.path, "images")
     made = paths.exists(paths.join(source.path, manifest.MANIFEST)) and paths.exists(beside)
-    finder = ImageFinder(source.images or (beside if made else ""))
+    finder = ImageFinder(source.images or (beside if made else ""), scratch)
     number = 0
     with PictureStore(f"{scratch}.tar") as store:
         for location in files_of(source, "json"):
@@ -227,9 +227,12 @@ def _with_pictures(
     yield Entry(reading.record, tuple(found))
 
 
-def _from_shards(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
-    for shard in list_pool(source.path):
-        with paths.open_read(shard.location) as file:
+def _from_shards(source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
+    held = survey_pool(source.path)
+    faults.notes += [f"{each['count']:,} {kind} (e.g. {each['example']})" for kind, each in held.passed.items()]
+    for shard in held.shards:
+        location = plain_tar(shard, scratch)
+        with paths.open_read(location) as file:
             try:
                 index = read_index(file)
             except ShardError as error:
@@ -242,7 +245,7 @@ def _from_shards(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
                     member = sample.member(suffix)
                     if member is not None:
                         texts[suffix] = read_member(file, member)
-                yield from _from_sample(sample, texts, shard.location, source.prompt, faults)
+                yield from _from_sample(sample, texts, location, source.prompt, faults)
 
 
 def _from_selection(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
@@ -274,7 +277,7 @@ def _from_parquet(name: str, source: SourceOptions, faults: Faults, scratch: str
     """Read Hugging Face style parquet; pictures inside it are put into a tar beside the scratch, byte for byte."""
     import pyarrow.parquet
 
-    finder = ImageFinder(source.images)
+    finder = ImageFinder(source.images, scratch)
     number = 0
     with PictureStore(f"{scratch}.tar") as store:
         for location in files_of(source, "parquet"):

@@ -20,7 +20,8 @@ from curate.errors import UsageError
 from curate.mix.pictures import Picture, read_picture
 from curate.mix.sampling import Order
 from curate.mix.sources import SourceOptions
-from curate.storage import paths, records
+from curate.storage import faults, paths, records
+from curate.storage.faults import Faults
 from curate.storage.manifest import Output, save_json
 from pipelines.records import HUMAN, IMAGE_MARK, ROLES
 
@@ -29,8 +30,11 @@ SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 
 
-def write_json(output: Output, form: str, row: Row, order: Order, sources: Mapping[str, SourceOptions]) -> None:
-    """Write a mix's records in their order. row: fetches columns of (source, row). Raises: UsageError."""
+def write_json(output: Output, form: str, row: Row, order: Order, sources: Mapping[str, SourceOptions]) -> Faults:
+    """Write a mix's records in their order. row: fetches columns of (source, row). Raises: UsageError.
+
+    Returns which records another trainer will not take, though all are written.
+    """
     names = list(sources)
     roots = {source.images for source in sources.values()} - {""}
     if form == "llava" and len(roots) > 1:
@@ -43,13 +47,16 @@ def write_json(output: Output, form: str, row: Row, order: Order, sources: Mappi
     found = _records(output, names, row, drawn, copies=inside or len(roots) > 1)
     if form == "llava":
         _write_list(output.path("mix.json"), found)
-        return
+        return {}
+    refused: Faults = {}
     with paths.atomic_write(output.path("mix.trl.jsonl")) as trl:
 
         def lines() -> Iterator[bytes]:
             for line in found:
                 record = json.loads(line)
                 trl.write(records.dump(as_parts(record)) + b"\n")
+                if why := _refused(record):
+                    faults.add(refused, why, str(record.get("id", "")))
                 yield records.dump(as_messages(record))
 
         _write_list(output.path("mix.json"), lines())
@@ -61,6 +68,19 @@ def write_json(output: Output, form: str, row: Row, order: Order, sources: Mappi
         "tags": TAGS | {"system_tag": "system"},
     }
     save_json(output.path("dataset_info.json"), {"mix": entry})
+    return refused
+
+
+def _refused(record: Mapping[str, Any]) -> str:
+    """Say what LLaMA-Factory (0.9.5) will not take in a record, or nothing."""
+    turns = record["conversations"]
+    roles = [SPEAKERS[ROLES[turn["from"]]] for turn in turns]
+    body = roles[1:] if roles[0] == "system" else roles
+    if len(body) % 2 or any(role != ("user", "assistant")[place % 2] for place, role in enumerate(body)):
+        return "records whose turns do not alternate: LLaMA-Factory skips them (drop_invalid leaves them out)"
+    if any(turn["from"] not in HUMAN and IMAGE_MARK in turn["value"] for turn in turns):
+        return f"records with {IMAGE_MARK} in an answer: LLaMA-Factory takes it for a picture, and stops"
+    return ""
 
 
 def _write_list(location: str, lines: Iterator[bytes]) -> None:

@@ -1,5 +1,6 @@
 """What a mix does with a source beyond reading it: replace, select, decontaminate, deduplicate; and its account."""
 
+import gzip
 import json
 
 import numpy as np
@@ -335,3 +336,22 @@ def test_several_pictures_keep_order_and_place_through_mix_rules_and_emit(tmp_pa
         assert after["conversations"] == before["conversations"]
         shown = [(tmp_path / "llava" / "images" / name).read_bytes() for name in after["image"]]
         assert shown == images[: len(before["image"])]
+
+
+def test_shards_and_image_tars_packed_by_gzip_are_read_and_other_archives_said(tmp_path):
+    write_pool(tmp_path / "pool", ["0", "1"], 3)
+    plain = mix({"sources": {"a": {"path": str(tmp_path / "pool")}}}, str(tmp_path / "plain"), QUIET)
+    (tmp_path / "pool" / "1.tar.gz").write_bytes(gzip.compress((tmp_path / "pool" / "1.tar").read_bytes()))
+    (tmp_path / "pool" / "1.tar").unlink()
+    (tmp_path / "pool" / "2.tar.zst").write_bytes(b"x")
+    packed = mix({"sources": {"a": {"path": str(tmp_path / "pool")}}}, str(tmp_path / "packed"), QUIET)
+    assert packed["counts"] == plain["counts"] and "2.tar.zst" in packed["sources"]["a"]["notes"][0]
+    assert mixed(tmp_path / "plain") == mixed(tmp_path / "packed")
+    named = [name for name, _ in members(tmp_path / "plain" / "000000.tar") if name.endswith("jpg")]
+    (tmp_path / "tars").mkdir()
+    data = (tmp_path / "plain" / "000000.tar").read_bytes()
+    (tmp_path / "tars" / "0.tar").write_bytes(gzip.compress(data))
+    asked = [{"id": n, "image": name, "conversations": turns("q", "a", image=True)} for n, name in enumerate(named)]
+    source = {"path": write(tmp_path / "a.json", asked), "images": str(tmp_path / "tars")}
+    mix({"sources": {"a": source}}, str(tmp_path / "named"), QUIET)
+    assert {image for _, image in mixed(tmp_path / "named")} == {image for _, image in mixed(tmp_path / "plain")}

@@ -109,3 +109,16 @@ def test_other_trainers_find_their_columns(tmp_path):
         ],
         "images": ["0.jpg", "1.jpg"],
     }
+
+
+def test_records_that_another_trainer_refuses_are_said(tmp_path):
+    said = [["q", "a"], ["q", "look: <image>"], ["q", "a", "q"]]
+    values = [{"id": f"r{n}", "conversations": turns(*each)} for n, each in enumerate(said)]
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    table = {"format": "messages", "sources": {"a": {"path": str(tmp_path / "a.json")}}}
+    made = mix(table, str(tmp_path / "mix"), QUIET)
+    told = {kind.partition(":")[0]: fault for kind, fault in made["not_for_all"].items()}
+    assert told == {
+        "records with <image> in an answer": {"count": 1, "example": "r1"},
+        "records whose turns do not alternate": {"count": 1, "example": "r2"},
+    }
