@@ -18,7 +18,8 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from train.data.prompts import Encoder, Rejected
 from train.data.sources import Measured, Source, decode_image, encode
 
 MAX_FILES = 1 << 16
+PREFETCH = 4  # items that each worker decodes ahead
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Groups = list[list[int]]
 Rows = list[list[int]]  # sample indices, row by row
@@ -261,15 +263,51 @@ def _arrange(
     )
 
 
-class Steps(torch.utils.data.Dataset[list[Batch]]):
-    """Step number -> this process's micro-batches of the step."""
+class Passes(torch.utils.data.Dataset[Batch]):
+    """(step, n) -> the n-th micro-batch of this process in that step; small items, so that workers share a step."""
 
     def __init__(self, plan: Plan, collator: Collator, rank: int, world: int) -> None:
         self.plan, self.collator, self.rank, self.world = plan, collator, rank, world
+        self._groups: tuple[int, list[Rows]] = (-1, [])
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        groups = self.plan.micro_batches(step, self.world)
-        return [self.collator(rows) for rows in groups[self.rank :: self.world]]
+    def __getitem__(self, at: tuple[int, int]) -> Batch:
+        step, number = at
+        return self.collator(self._own(step)[number])
+
+    def _own(self, step: int) -> list[Rows]:
+        if self._groups[0] != step:
+            self._groups = (step, self.plan.micro_batches(step, self.world)[self.rank :: self.world])
+        return self._groups[1]
+
+    def steps(self, start: int, stop: int, workers: int, pin: bool) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step, decoded ahead."""
+        sizes = deque[int]()
+
+        def order() -> Iterator[tuple[int, int]]:
+            for step in range(start, stop):
+                sizes.append(len(self._own(step)))
+                yield from ((step, number) for number in range(sizes[-1]))
+
+        batches = load(self, order(), workers, pin)
+        for _ in range(start, stop):
+            first = next(batches)  # its step's size is known once it is asked for
+            yield [first, *(next(batches) for _ in range(sizes.popleft() - 1))]
+
+
+def shared_memory_advice(plan: Plan, workers: int, world: int, image_bytes: int, free: int) -> str:
+    """Say what `workers` need where the passes that they decode ahead may not fit into shared memory, else return "".
+
+    image_bytes: of a decoded image.  free: bytes of /dev/shm.
+    """
+    passes = [rows for step in range(min(8, plan.steps)) for rows in plan.micro_batches(step, world)]
+    images = [sum(int(plan.measured.images[index]) for row in rows for index in row) for rows in passes]
+    needed = workers * (PREFETCH + 1) * max(images, default=0) * image_bytes
+    if needed <= free:
+        return ""
+    return (
+        f"{workers} workers may hold {needed / 1e9:.1f} GB of decoded images in /dev/shm, of which {free / 1e9:.1f} GB "
+        "are free; give the container more (docker run --shm-size), or set workers or micro_images lower"
+    )
 
 
 class Images(torch.utils.data.Dataset[tuple[Tensor | None, str]]):
@@ -285,7 +323,7 @@ class Images(torch.utils.data.Dataset[tuple[Tensor | None, str]]):
             return None, str(reason)
 
 
-def load(dataset: Any, order: Sequence[int], workers: int, pin: bool) -> Any:
+def load(dataset: Any, order: Iterable[Any], workers: int, pin: bool) -> Any:
     """Iterate a dataset in order, decoding ahead in worker processes; the order does not depend on their number."""
     if workers:  # each tensor on its way holds an open file, and the usual 1,024 are soon too few
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -295,7 +333,7 @@ def load(dataset: Any, order: Sequence[int], workers: int, pin: bool) -> Any:
         batch_size=None,
         sampler=order,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="fork" if workers else None,
         pin_memory=pin,
         worker_init_fn=_ignore_signals,

@@ -190,7 +190,10 @@ def restore(path: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.
     for key, value in moments.items():
         kind, _, name = key.partition("/")
         parameter = trainable[name]
-        optimizer.state[parameter][kind] = value if kind == "step" else _share(value.to(parameter.device), parameter)
+        if kind == "step":  # a fused kernel reads it on the device
+            optimizer.state[parameter][kind] = value.to(parameter.device) if optimizer.defaults["fused"] else value
+        else:
+            optimizer.state[parameter][kind] = _share(value.to(parameter.device), parameter)
     return dict(state)
 
 

@@ -12,6 +12,8 @@ import dataclasses
 import json
 import logging
 import math
+import os
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config import Stage
-from train.data.batches import Batch, Collator, Plan, Steps, load
+from train.data.batches import Batch, Collator, Passes, Plan, shared_memory_advice
 from train.data.sources import check_bad
 from train.dist import Runtime, StopSignal, sum_gradients
 from train.errors import CheckpointError, Interrupted, TrainError
@@ -69,21 +71,19 @@ class Training:
 
     def steps(self) -> Iterator[int]:
         """Train step by step, as `run` does at once; yield the number of steps done after each."""
-        optimizer = make_optimizer(self.stage, self.trainable)
+        optimizer = make_optimizer(self.stage, self.trainable, fused=self.runtime.device.type == "cuda")
         start = self._resume(optimizer)
         if start >= self.plan.steps:
             return
         self.cost = Cost.of(self.composed, self.stage)
         peak = peak_flops(self.runtime.device, self.runtime.dtype, self.stage.peak_tflops)
-        dataset = Steps(self.plan, self.collator, self.runtime.rank, self.runtime.world)
-        cuda = self.runtime.device.type == "cuda"
         recorder = Recorder(
             *(self.out, start, self.plan.steps, self.runtime.rank == 0, self.stage.tracker),
             settings=dataclasses.asdict(self.stage),
         )
         since: list[float] = []  # losses since the last checkpoint
         with StopSignal() as stop, recorder, checkpoint.Writer() as writer:
-            batches = load(dataset, range(start, self.plan.steps), self.stage.workers, cuda)
+            batches = self._batches(start)
             for step in range(start, self.plan.steps):
                 began = time.perf_counter()
                 micro_batches = next(batches)
@@ -95,8 +95,7 @@ class Training:
                     if not self._halve_passes(optimizer):
                         raise
                     # The workers hold the plan as it was, and batches made by it.
-                    dataset = Steps(self.plan, self.collator, self.runtime.rank, self.runtime.world)
-                    batches = load(dataset, range(step, self.plan.steps), self.stage.workers, cuda)
+                    batches = self._batches(step)
                     with out_of_memory(self.stage):
                         row, stopping = self._step(step, next(batches), optimizer, stop)
                 seconds = time.perf_counter() - began
@@ -120,6 +119,17 @@ class Training:
                     raise Interrupted(f"stopped by a signal after step {done}, saved; the same command goes on")
                 yield done
             writer.wait()
+
+    def _batches(self, start: int) -> Iterator[list[Batch]]:
+        """Yield each step's micro-batches of this rank; says beforehand where shared memory may not hold them."""
+        runtime, workers = self.runtime, self.stage.workers
+        if workers and self.collator.decode and os.path.isdir("/dev/shm"):
+            vision = self.composed.vision
+            size, free = 3 * vision.image_size**2, shutil.disk_usage("/dev/shm").free
+            if advice := shared_memory_advice(self.plan, workers, runtime.world, size, free):
+                log.warning("%s", advice)
+        passes = Passes(self.plan, self.collator, runtime.rank, runtime.world)
+        return passes.steps(start, self.plan.steps, workers, runtime.device.type == "cuda")
 
     def _step(
         self, step: int, micro_batches: list[Batch], optimizer: torch.optim.Optimizer, stop: StopSignal
@@ -363,8 +373,11 @@ def schedule(step: int, steps: int, stage: Stage) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def make_optimizer(stage: Stage, trainable: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
-    """Build AdamW with the projector (and tower) at `projector_lr`, decay on matrices only."""
+def make_optimizer(stage: Stage, trainable: Mapping[str, nn.Parameter], *, fused: bool = False) -> torch.optim.AdamW:
+    """Build AdamW with the projector (and tower) at `projector_lr`, decay on matrices only.
+
+    fused: one kernel for many parameters, which reads and writes each number once; a step differs by rounding only.
+    """
     groups = []
     for in_projector in (True, False):
         for matrix in (True, False):
@@ -376,4 +389,4 @@ def make_optimizer(stage: Stage, trainable: Mapping[str, nn.Parameter]) -> torch
             decay = stage.weight_decay if matrix else 0.0
             if parameters:
                 groups.append({"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=stage.betas)
+    return torch.optim.AdamW(groups, betas=stage.betas, fused=fused)

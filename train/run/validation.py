@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from train.data.batches import Batch, Collator, Plan, Steps, load
+from train.data.batches import Batch, Collator, Passes, Plan
 from train.dist import Runtime
 
 BATCH = 64  # samples that are laid out at a time
@@ -31,10 +31,10 @@ class Validation:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         total, count = torch.zeros((), dtype=torch.float64, device=runtime.device), 0
-        steps = Steps(self.plan, self.collator, runtime.rank, runtime.world)
+        passes = Passes(self.plan, self.collator, runtime.rank, runtime.world)
         try:
             with torch.no_grad():
-                for batches in load(steps, range(self.plan.steps), stage.workers, runtime.device.type == "cuda"):
+                for batches in passes.steps(0, self.plan.steps, stage.workers, runtime.device.type == "cuda"):
                     for batch in batches:
                         self._note(batch)
                         if len(batch.targets_s) or stage.shard:

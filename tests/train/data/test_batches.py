@@ -3,12 +3,22 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import word_tokenizer
 
 from train.config import Stage
-from train.data.batches import Collator, Plan, group_by_length, pack, pack_evenly
+from train.data.batches import (
+    PREFETCH,
+    Collator,
+    Passes,
+    Plan,
+    group_by_length,
+    pack,
+    pack_evenly,
+    shared_memory_advice,
+)
 from train.data.measuring import measure
 from train.data.prompts import Encoder, get_template
 from train.data.sources import open_source
@@ -109,3 +119,24 @@ def test_a_packed_batch_holds_each_document_in_its_place(world):
     assert batch.num_tokens == plan.measured.lengths[plan.samples(0)].sum()
     assert (batch.positions_bl == 0).sum() == len(plan.samples(0)) == len(batch.documents)
     assert batch.ids_bl.shape == (1, batch.num_tokens), "nothing is padded"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_share_a_step_micro_batch_by_micro_batch(world, workers):
+    """Each rank gets its micro-batches of each step, whole and in order, from whatever worker decoded them."""
+    plan, collator = plan_of(world, steps=3, micro_tokens=64)
+    collator.decode = False
+    seen: list[int] = []
+    for rank in range(2):
+        steps = list(Passes(plan, collator, rank, 2).steps(1, 3, workers, False))
+        assert [len(batches) for batches in steps] == [len(plan.micro_batches(step, 2)) // 2 for step in (1, 2)]
+        seen += [int(index) for batches in steps for batch in batches for index in batch.owners_s.unique()]
+    assert sorted(seen) == sorted(plan.samples(1) + plan.samples(2))
+
+
+def test_too_little_shared_memory_is_said_beforehand(world):
+    plan, size = plan_of(world)[0], 3 * 384 * 384
+    most = max(sum(int(plan.measured.images[i]) for i in plan.samples(step)) for step in range(plan.steps))
+    assert shared_memory_advice(plan, 2, 1, size, 2 * (PREFETCH + 1) * most * size) == ""
+    assert "--shm-size" in shared_memory_advice(plan, 2, 1, size, size)
+    assert shared_memory_advice(plan, 0, 1, size, 0) == ""

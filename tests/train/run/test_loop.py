@@ -540,3 +540,27 @@ def test_quantize_says_what_it_needs(world, tmp_path, monkeypatch):
         run(world, tmp_path / "run", "finetune.quantize=nf4")
     with pytest.raises(UsageError, match="needs align.tune"):
         configuration.load(None, ["align.quantize=nf4"])
+
+
+def test_a_fused_optimizer_differs_by_rounding_and_resumes(world, tmp_path):
+    """GPUs take it; a processor has such a kernel, too, by which its steps and its restored state are tested."""
+    from train.run.checkpoint import collect, restore
+    from train.run.loop import make_optimizer
+
+    start = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    stage, made = Stage(weight_decay=0.1, lr=1e-2), {}
+    for fused in (False, True):
+        trainable = {"model.language_model.x": torch.nn.Parameter(start.clone())}
+        optimizer = make_optimizer(stage, trainable, fused=fused)
+        for step in range(4):
+            if step == 2:
+                files = collect(trainable, optimizer, keep=True)
+                path = save(tmp_path / str(fused), step, files, {"loss": 1.0}, 1)
+                trainable = {"model.language_model.x": torch.nn.Parameter(torch.zeros(5, 7))}
+                optimizer = make_optimizer(stage, trainable, fused=fused)
+                restore(path, trainable, optimizer)
+            [parameter] = trainable.values()
+            parameter.grad = torch.sin(parameter.detach() * (step + 1))
+            optimizer.step()
+        made[fused] = parameter.detach()
+    torch.testing.assert_close(made[True], made[False], rtol=1e-5, atol=1e-6)
