@@ -227,7 +227,7 @@ def _measure_held(
 ) -> tuple[Source, Measured]:
     """Open and measure the held-out data; a JSON's images lie where those of the run's own JSON do, or beside it."""
     images = None
-    if isinstance(source, RecordSource) and Path(stage.val).suffix in (".json", ".jsonl"):
+    if isinstance(source, RecordSource) and source.images and Path(stage.val).suffix in (".json", ".jsonl"):
         images = str(source.images)
     held = open_source(stage.val, images, digest=runtime.rank == 0)
     digest = f"{digest_data(stage.val)} {held.images_digest}"
