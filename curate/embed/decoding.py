@@ -2,11 +2,11 @@
 
 A decoded image of 224 pixels is 150 kB, so that a GPU that embeds 2,500 a second would draw 380 MB/s through pipes,
 each byte copied five times on the way. Pixels travel through a board of shared memory instead: the process that asks
-lends a slot with each part of a batch, the one that decodes writes there; all else of the rows comes through its pipe. A board
-serves one shard and is freed with the last process that holds it, whoever is killed; it has no name that could be left
-behind, and takes nothing of the room of /dev/shm, of which containers have little. Where a system has no such memory
-(not Linux), pixels go through the pipe. (One process on a busy machine: 1.8 to 3 times the rows a second, and 40 % of
-the asking process' time.)
+lends a slot with each part of a batch, the one that decodes writes there; all else of the rows comes through its
+pipe. A board serves one shard and is freed with the last process that holds it, whoever is killed; it has no name
+that could be left behind, and takes nothing of the room of /dev/shm, of which containers have little. Where a system
+has no such memory (not Linux), pixels go through the pipe. (One process on a busy machine: 1.8 to 3 times the rows a
+second, and 40 % of the asking process' time.)
 """
 
 import itertools
