@@ -21,6 +21,8 @@ from curate.embed.captions import texts_in
 from curate.errors import ContractError, UsageError
 from curate.storage import faults, paths, records
 from curate.storage.faults import Faults
+from curate.storage.json_files import digest
+from curate.storage.renewal import Seen
 from curate.storage.tar import CAPTION_SUFFIX, IMAGE_SUFFIXES, JSON_SUFFIX, is_macos
 
 FILE_NAME = re.compile("(.*_)?file_names?")
@@ -42,6 +44,23 @@ class File:
     name: str
     text: str = ""
     beside: bool = False
+
+
+def seen_of(files: Sequence[File], place: str, source: str, listed: dict[str, dict[str, paths.Found]]) -> Seen:
+    """Say how large the files of a folder's samples are, and the table that is named after it, and when written.
+
+    listed: takes the listings of folders, so that each costs one.
+    """
+    names = [paths.join(source if file.beside else place, file.name) for file in files if file.name]
+    found = []
+    for name in (*names, f"{place}.parquet"):
+        folder = paths.parent(name)
+        if folder not in listed:
+            listed[folder] = paths.files(folder)
+        found += [(name, held)] if (held := listed[folder].get(paths.name(name))) else []
+    texts = [[file.key, file.suffix, file.text] for file in files if not file.name]
+    sizes = [[name.removeprefix(source), held.size] for name, held in found]
+    return sum(held.size for _, held in found), digest([held.stamp for _, held in found]), digest([sizes, texts])
 
 
 Samples = dict[str, list[File]]

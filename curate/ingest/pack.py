@@ -23,10 +23,11 @@ from curate import engine
 from curate.embed.captions import clean
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
-from curate.ingest.beside import CAPTIONS, TABLES, Beside, File, Samples, has_pictures, to_json
+from curate.ingest.beside import CAPTIONS, TABLES, Beside, File, Samples, has_pictures, seen_of, to_json
 from curate.ingest.options import PackOptions
 from curate.storage import faults, manifest, paths
 from curate.storage.faults import Faults
+from curate.storage.renewal import Parts, Seen
 from curate.storage.tar import (
     CAPTION_SUFFIX,
     IMAGE_SUFFIXES,
@@ -47,7 +48,10 @@ ROWS = 64  # of parquet, in memory at a time
 
 @dataclass(frozen=True)
 class Part:
-    """What one tar is made of: files by key and suffix under a folder, or rows start … stop of a parquet file."""
+    """What one tar is made of: files by key and suffix under a folder, or rows start … stop of a parquet file.
+
+    seen: how large that is and when it was written.
+    """
 
     source: str
     rows: int
@@ -56,6 +60,7 @@ class Part:
     image: str = ""
     caption: str = ""
     root: str = ""  # from which files that lie beside are named
+    seen: Seen = (0, "", "")
 
 
 def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any]:
@@ -88,13 +93,21 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
     made = {"layout": options.layout, "image": options.image, "caption": options.caption}
     listing = [[stem, part.rows, part.start, _digest(part)] for stem, part in parts.items()]
     inputs = {"source": {"path": source, "digest": manifest.digest(listing)}}
+    seen = {stem: part.seen for stem, part in parts.items()}
     output = manifest.open_output(
-        out, "pack", {**made, "shard_size": options.shard_size}, inputs, overwrite=job.overwrite
+        out,
+        "pack",
+        {**made, "shard_size": options.shard_size},
+        inputs,
+        overwrite=job.overwrite,
+        parts=Parts(("source",), seen, paths.place(source if paths.is_dir(source) else paths.parent(source))),
     )
     if output.complete:
         return output.manifest
+    output.tell(quiet=job.quiet)
     todo = output.pending(job.share(list(parts)), ".tar")
-    outcome = engine.run_stage("pack", PackShard(parts, out), todo, job, places=(out, paths.parent(source)))
+    task = PackShard(parts, output.directory)
+    outcome = engine.run_stage("pack", task, todo, job, places=(out, paths.parent(source)))
     output.log(stage="pack", rows=outcome.rows, seconds=round(outcome.seconds, 3))
     failed = output.failures(list(parts), outcome.failed, ".tar")
     if unfinished := output.unfinished(list(parts), failed, ".tar"):
@@ -127,6 +140,7 @@ def _folders(source: str, options: PackOptions, passed: dict[str, int], told: Fa
         return parts
     beside = Beside(source, tree, options.caption, told)
     beside.read_tables()
+    listed: dict[str, dict[str, paths.Found]] = {}
     for folder, names in tree.items():
         samples = _samples(folder, names, passed, told)
         if not samples:
@@ -136,7 +150,8 @@ def _folders(source: str, options: PackOptions, passed: dict[str, int], told: Fa
         stem = folder or paths.name(source if paths.is_remote(source) else os.path.abspath(paths.local(source)))
         for name, start, stop in _cut(stem.replace("/", "__"), len(samples), options.shard_size):
             files = [file for key in list(samples)[start:stop] for file in samples[key]]
-            _add_part(parts, name, Part(place, stop - start, files, root=source))
+            seen = seen_of(files, place, source, listed)
+            _add_part(parts, name, Part(place, stop - start, files, root=source, seen=seen))
     beside.count_unused()
     return parts
 
@@ -209,7 +224,7 @@ def _tables(source: str, options: PackOptions) -> dict[str, Part]:
     import pyarrow.parquet as pq
 
     parts: dict[str, Part] = {}
-    for location in paths.expand(source, ".parquet"):
+    for location, listed in paths.find(source, ".parquet").items():
         try:
             with paths.open_read(location) as file:
                 held = pq.ParquetFile(file)
@@ -223,7 +238,8 @@ def _tables(source: str, options: PackOptions) -> dict[str, Part]:
             raise UsageError(f"{location} has no column of images: it has {told}.", "name it: --image COLUMN")
         stem = paths.name(location).removesuffix(".parquet").replace(".", "_")
         for name, start, stop in _cut(stem, rows, options.shard_size):
-            _add_part(parts, name, Part(location, stop - start, (), start, image, caption))
+            seen = (listed.size, listed.stamp, f"{start} {stop} {image} {caption}")
+            _add_part(parts, name, Part(location, stop - start, (), start, image, caption, seen=seen))
     return parts
 
 

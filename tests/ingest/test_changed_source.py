@@ -4,8 +4,10 @@ import os
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from artefacts import write_pool
+from artefacts import members, picture, write_pool
 from test_layouts import write_source
 
 from curate.cli import app
@@ -78,3 +80,35 @@ def test_a_changed_pool_is_joined_shard_by_shard_and_a_changed_source_altogether
     assert contents(out) == contents(tmp_path / "whole")
     write_source(source, "npy", [6, 6, 6], key=[f"{row:09d}" for row in range(6)])
     assert "3 changed, 0 kept" in call(*words)[1]
+
+
+def test_folders_that_are_new_or_changed_are_packed_and_the_rest_kept(tmp_path, call):
+    source, out = tmp_path / "files", tmp_path / "pool"
+    for number, folder in enumerate(("a", "b", "c")):
+        (source / folder).mkdir(parents=True)
+        (source / folder / "x.jpg").write_bytes(picture(number))
+        (source / folder / "x.txt").write_text(f"words {number}")
+    words = ["pack", source, out]
+    call(*words)
+    kept = (out / "a.tar").stat().st_mtime_ns
+    time.sleep(0.01)
+    (source / "b" / "x.txt").write_text("other 1")  # of the same size
+    (source / "c").rename(source / "d")
+    assert "pack: 1 new, 1 changed, 1 gone, 1 kept" in call(*words)[1].splitlines()
+    assert (out / "a.tar").stat().st_mtime_ns == kept and ("x.txt", b"other 1") in members(out / "b.tar")
+    call("pack", source, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole") and "kept" not in call(*words)[1]
+
+
+def test_a_parquet_file_that_has_changed_is_packed_again(tmp_path, call):
+    source, out = tmp_path / "tables", tmp_path / "pool"
+    source.mkdir()
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"image": [picture(1), picture(2)], "key": ["x", "y"]}), source / f"{name}.parquet")
+    words = ["pack", source, out, "--shard-size", 1]
+    call(*words)
+    time.sleep(0.01)
+    pq.write_table(pa.table({"image": [picture(3)], "key": ["z"]}), source / "b.parquet")
+    assert "1 new, 2 gone, 2 kept" in call(*words)[1]
+    call("pack", source, tmp_path / "whole", "--shard-size", 1)
+    assert contents(out) == contents(tmp_path / "whole")
