@@ -43,7 +43,8 @@ def make_frame(n):
     return Frame(
         good=np.ones(n, bool),
         columns={name: values.copy for name, values in columns.items()},
-        groups={"cluster": cluster.copy},
+        groups={"cluster": cluster.copy, "caption": lambda: np.random.default_rng(2).integers(0, n, n)},
+        captions=lambda rows: [f"a thing called {row}" for row in rows.tolist()],
         edges=lambda: edges,
         floor=0.8,
         vectors=fetch,
@@ -53,7 +54,7 @@ def make_frame(n):
 
 
 CHAINS = {
-    "balanced": lambda budget: recipes.steps("balanced", budget)[1:],  # less `placeholders`, which needs captions
+    "balanced": lambda budget: recipes.steps("balanced", budget),
     "bunny": lambda budget: recipes.steps("bunny", 0.1),  # of the 4 % that its bands leave
     "cap": lambda budget: ["cap(cluster, 30)"],
 }

@@ -131,21 +131,31 @@ def placeholders(
     """
     if not 0 <= captions <= 1:
         raise UsageError(f"placeholders: captions={captions}; expected a share between 0 and 1.")
-    rows = np.flatnonzero(frame.good)
     facts: dict[str, Any] = {}
     if exact:
-        labels = frame.group("uid")
+        rows = np.flatnonzero(frame.good)
+        labels = frame.group("uid")[rows]
     elif frame.edges is None:
         raise UsageError("placeholders needs clusters, or exact=True; this directory has none.", CLUSTER_FIRST)
     else:
         pair_rule, found = _pair_rule(frame, "placeholders", threshold)
         by_pixels = replace(pair_rule, anyhow=np.inf, bits=min(pair_rule.bits, auto_threshold.COPY_BITS))
         test, _ = _copy_test(frame, None)
-        a, b, _ = linked_forest(frame.edges(), by_pixels, frame.good, frame.vectors, frame.hashes, test)
-        labels = forest.components(a, b, len(frame.good))
+        everyone = np.arange(len(frame.good) if copies < 2 else 0)  # else only rows that are joined can be many
+        joined, edges = (everyone, frame.edges()) if copies < 2 else _joined_rows(frame, pair_rule.threshold)
+        a, b, _ = linked_forest(
+            edges, by_pixels, frame.good[joined],
+            lambda some: frame.vectors(joined[some]), lambda some: frame.hashes(joined[some]),
+            None if test is None else lambda a, b: test(joined[a], joined[b]),
+        )  # fmt: skip
+        good = frame.good[joined]
+        rows, labels = joined[good], forest.components(a, b, len(joined))[good]
         facts["threshold"] = found["threshold"]
-    picture = np.unique(labels[rows], return_inverse=True)[1]
+    picture = np.unique(labels, return_inverse=True)[1]
+    known = by in frame.cache
     caption = np.unique(frame.group(by)[rows], return_inverse=True)[1]
+    if not known:  # no other step of the default asks for it
+        del frame.cache[by]
     distinct = np.unique(picture * (int(caption.max(initial=0)) + 1) + caption) // (int(caption.max(initial=0)) + 1)
     sizes = np.bincount(picture)
     captions_each = np.bincount(distinct, minlength=len(sizes))
