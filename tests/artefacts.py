@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from curate.storage import manifest, sidecar
+from curate.storage import manifest, paths, sidecar
+from curate.storage import members as places
 from curate.storage.schema import CLUSTER_SCHEMA, SELECTION_SCHEMA, STATUSES, embedding_schema
-from curate.storage.tar import TarWriter, list_pool, read_index, read_member
+from curate.storage.tar import TarWriter, list_pool, open_tar, read_index, read_member
 
 
 def picture(seed, side=24, kind="JPEG"):
@@ -43,8 +44,9 @@ def write_embeddings(folder, pool, dim=8, seed=0):
     schema, counts = embedding_schema(dim), {}
     for shard in listed:
         rng = np.random.default_rng([seed, int.from_bytes(shard.stem.encode(), "big") % 2**32])
-        with open(shard.location, "rb") as file:
-            samples = read_index(file).samples
+        with open_tar(shard.location) as file:
+            index = read_index(file)
+            samples = index.samples
             images = [read_member(file, sample.image) if sample.image else None for sample in samples]
             texts = [read_member(file, sample.member("txt")) if sample.member("txt") else None for sample in samples]
         ok = np.array([image is not None and text is not None for image, text in zip(images, texts, strict=True)])
@@ -67,11 +69,13 @@ def write_embeddings(folder, pool, dim=8, seed=0):
                 pa.array([None] * len(samples), pa.string()),
                 pa.nulls(len(samples), schema.field("detail").type),
                 pa.nulls(len(samples), pa.bool_()),
+                places.column(index, shard.size),
             ],
             schema=schema,
         )
-        sidecar.write_table(str(folder / f"{shard.stem}.arrow"), schema, [batch], {"rows": len(samples)})
-        counts[shard.stem] = {"rows": len(samples)}
+        facts = {"rows": len(samples), "size": shard.size}
+        sidecar.write_table(paths.join(str(folder), f"{shard.stem}.arrow"), schema, [batch], facts)
+        counts[shard.stem] = facts
     output.finish(shards=counts, counts={"rows": sum(entry["rows"] for entry in counts.values())})
     return str(folder)
 
@@ -84,7 +88,7 @@ def write_clusters(folder, emb, k=3):
         cluster = [row % k if status[row] == "ok" else -1 for row in range(rows)]
         near = [0.5 + row / (2 * rows) if status[row] == "ok" else None for row in range(rows)]
         batch = pa.record_batch([pa.array(cluster, pa.int32()), pa.array(near, pa.float32())], schema=CLUSTER_SCHEMA)
-        sidecar.write_table(str(folder / f"{stem}.arrow"), CLUSTER_SCHEMA, [batch])
+        sidecar.write_table(paths.join(str(folder), f"{stem}.arrow"), CLUSTER_SCHEMA, [batch])
     output.finish(shards={stem: {"rows": rows} for stem, rows in embedded.rows.items()}, counts={})
     return str(folder)
 
@@ -111,9 +115,9 @@ def write_selection(folder, source, kept, *, funnel=None, steps=("dedup(0.86)", 
             ],
             schema=SELECTION_SCHEMA,
         )
-        sidecar.write_table(str(folder / f"{stem}.arrow"), SELECTION_SCHEMA, [batch])
+        sidecar.write_table(paths.join(str(folder), f"{stem}.arrow"), SELECTION_SCHEMA, [batch])
         total += sum(verdict is True for verdict in verdicts)
-    manifest.save_json(str(folder / "funnel.json"), funnel or {"steps": []})
+    manifest.save_json(paths.join(str(folder), "funnel.json"), funnel or {"steps": []})
     output.finish(shards={stem: {"rows": rows} for stem, rows in below.rows.items()}, counts={"kept": total})
     return str(folder)
 

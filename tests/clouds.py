@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.storage import manifest, sidecar
-from curate.storage.schema import DETAIL_BYTES, STATUSES, embedding_schema
+from curate.storage.schema import DETAIL_BYTES, MEMBERS, STATUSES, embedding_schema
 
 
 @dataclass
@@ -66,6 +66,7 @@ def draw(
             pa.array([None if row % 3 else f"http://x/{row // 9}" for row in range(rows)], pa.string()),
             pa.nulls(rows, pa.binary(DETAIL_BYTES)),
             pa.nulls(rows, pa.bool_()),
+            pa.nulls(rows, MEMBERS),
         ],
         schema=embedding_schema(dim),
     )

@@ -156,11 +156,19 @@ def same_files(home, bucket):
                 assert data == (home / folder / name).read_bytes(), f"{folder}/{name}"
 
 
-def test_the_whole_road_on_s3_leaves_the_files_of_a_local_run(here, bucket):
+def test_the_whole_road_on_s3_leaves_the_files_of_a_local_run(here, bucket, proxy):
+    """And the pool is listed once by each verb that reads it, no tar or table beside it is asked for its size."""
     home, model = here
     upload(home, bucket)
+    asked = []
+    proxy.faults = lambda method, path: asked.append((method, path))
     walk(bucket, f"{bucket}/pool", model)
+    proxy.faults = lambda method, path: None
     same_files(home, bucket)
+    of_pool = [(method, path) for method, path in asked if "/pool/" in path or "prefix=pool%2F&" in path]
+    assert sum("list-type" in path for _, path in of_pool) == 3  # embed, and two emits
+    assert {method for method, _ in of_pool} == {"GET"}
+    assert sum(path.endswith("/pool/00001.tar") for _, path in of_pool) <= 3  # one whole, two of parts of it
 
 
 def test_faults_on_the_way_are_outlived(here, bucket, proxy):

@@ -107,7 +107,7 @@ def blocks(embedded: Artefact) -> Iterator[tuple[str, int, np.ndarray, np.ndarra
     """Yield the image vectors in row order: stem, first row, f16 [m, d] mapped where it can be, and which are there."""
     for stem in embedded.stems:
         first = 0
-        for batch in embedded.batches(stem):
+        for batch in embedded.batches(stem, ["image_embedding"]):
             column = batch.column("image_embedding")
             x_nd, good = sidecar.vectors(column), np.asarray(column.is_valid())
             for start in range(0, len(x_nd), BLOCK):

@@ -19,7 +19,7 @@ import numpy as np
 from curate.ask.find import blocks
 from curate.ask.heads import Head, read_head, write_head
 from curate.errors import UsageError
-from curate.storage import paths, sidecar
+from curate.storage import paths
 from curate.storage.manifest import Artefact, open_input
 from curate.vectors.exact import widen
 
@@ -98,14 +98,13 @@ def _vectors_of(embedded: Artefact, marked: Mapping[str, str]) -> tuple[np.ndarr
     import pyarrow.compute as pc
 
     wanted, parts, names = pa.array(list(marked)), [], []
-    for stem in embedded.stems:
-        for batch in embedded.batches(stem):
-            column = batch.column("image_embedding")
-            here = pc.and_(pc.is_in(batch.column("key"), wanted), column.is_valid())
-            rows = np.flatnonzero(here.to_numpy(zero_copy_only=False))
-            if len(rows):
-                parts.append(sidecar.vectors(column)[rows])
-                names += [marked[key] for key in batch.column("key").take(pa.array(rows)).to_pylist()]
+    for stem, table in embedded.sidecars.tables(["key"]):
+        rows = np.asarray(pc.indices_nonzero(pc.is_in(table["key"], wanted)), np.int64)
+        if len(rows):
+            vectors = embedded.sidecars.take_vectors(stem, "image_embedding", rows)
+            there = vectors.any(axis=1)
+            parts.append(vectors[there])
+            names += [marked[key] for key in table["key"].take(rows[there]).to_pylist()]
     return (widen(np.concatenate(parts)) if parts else np.empty((0, 1), np.float32)), names
 
 

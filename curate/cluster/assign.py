@@ -15,7 +15,7 @@ from curate.cluster import scatter
 from curate.engine import advance
 from curate.errors import ContractError
 from curate.storage import paths, sidecar
-from curate.storage.manifest import Artefact, open_input
+from curate.storage.manifest import open_input
 from curate.storage.schema import CLUSTER_SCHEMA
 from curate.vectors import kmeans, on_device
 
@@ -63,7 +63,8 @@ class Assign:
 
     def __call__(self, part: str) -> dict[str, Any]:
         """Work one part, named by its first stem. Returns rows and good rows."""
-        shards = [_read(self.source, stem, self.centroids.shape[1]) for stem in self.parts[part]]
+        tables = self.source.sidecars.tables(["status", "phash", "image_embedding"], self.parts[part])
+        shards = [_columns(stem, table, self.centroids.shape[1]) for stem, table in tables]
         found = [self._shard(stem, *shard[:2]) for stem, shard in zip(self.parts[part], shards, strict=True)]
         places = np.concatenate([places for places, _ in found], axis=1)
         vectors = np.concatenate([vectors for _, vectors, _ in shards])
@@ -92,9 +93,8 @@ class Assign:
         return places, pa.record_batch(columns, schema=CLUSTER_SCHEMA)
 
 
-def _read(source: Artefact, stem: str, dim: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
-    """Read which rows of a shard are good, bool [n], its image vectors f16 [n, dim], and its perceptual hashes."""
-    table = source.table(stem, ["status", "phash", "image_embedding"])
+def _columns(stem: str, table: pa.Table, dim: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+    """Tell which rows of a shard are good, bool [n], its image vectors f16 [n, dim], and its perceptual hashes."""
     batches = table.to_batches()
     width = table.schema.field("image_embedding").type.list_size
     if width != dim:

@@ -10,7 +10,7 @@ worker.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,10 +20,11 @@ from curate.cluster import edges, giants, recall, renewed, scatter
 from curate.cluster.assign import CENTROIDS, Assign, digest, is_ok
 from curate.cluster.edges import EDGES
 from curate.cluster.options import ClusterOptions
+from curate.cluster.sampled import sample_rows, shuffled_quantiles
 from curate.cluster.scatter import BUCKETS
 from curate.engine import Job, Outcome, Task, gpus, run_stage
 from curate.errors import ContractError, ShardError, UsageError
-from curate.storage import claim, paths, sidecar
+from curate.storage import claim, paths, ranges, sidecar
 from curate.storage.manifest import (
     MANIFEST,
     PLAN,
@@ -42,8 +43,7 @@ from curate.vectors.near_pairs import is_worth_rounding
 from curate.vectors.products import fastest_product
 
 MAX_BUCKETS = 1024
-NULL_ROWS = 1 << 16
-RECALL_SAMPLE = 1 << 16
+SMALL_SAMPLE = 1 << 16  # rows by which shuffled scores and the recall are estimated
 GPU_SHARE = 0.25  # of a GPU that a worker takes: what it does beside, reading and scattering, is the longer part
 FIT = "fit.json"
 FIT_CLAIM, FINISH_CLAIM = ".fit.claim", ".finish.claim"
@@ -55,7 +55,7 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     Raises: UsageError when k does not suit the rows, ShardError when a sidecar cannot be read.
     """
     source = open_input(emb, "embed", "import")
-    rows_ok = {stem: int(is_ok(source.table(stem, ["status"])).sum()) for stem in source.stems}
+    rows_ok = {stem: int(is_ok(table).sum()) for stem, table in source.sidecars.tables(["status"])}
     dim = _dimensions(source)
     settle(out)
     before = {} if job.overwrite else renewed.standing(out)
@@ -76,12 +76,12 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     output.tell(quiet=job.quiet)
     renewed.drop_older(output, source.stems, quiet=job.quiet)
     kept = before if output.basis and not anew and not options.centroids else {}
-    _once(
-        job,
-        output.path(FIT_CLAIM),
-        lambda: paths.exists(output.path(FIT)),
-        lambda: _fit(source, rows_ok, options, output, job, kept),
-    )
+    sampled: list[np.ndarray] = []  # images, where this slice fits
+
+    def fit() -> None:
+        sampled[:] = [_fit(source, rows_ok, options, output, job, kept)]
+
+    _once(job, output.path(FIT_CLAIM), lambda: paths.exists(output.path(FIT)), fit)
     scattered = sum(rows_ok.values()) * options.neighbours
     buckets = min(MAX_BUCKETS, -(-scattered * dim * 2 // edges.BUCKET_BYTES)) or 1
     assigned = _assign(source, output, options.neighbours, buckets, job)
@@ -104,7 +104,8 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
             edges.join_edges(output, buckets, options.neighbours, options.floor)
         paths.remove(output.path(BUCKETS))
         later = renewed.later(output, kept, source.stems) if kept else set()
-        _finish(source, output, rows_ok, sizes, assigned_on, _recall(source, rows_ok, options, output), later)
+        images = sampled[0] if sampled else sample_rows(source, rows_ok, [SMALL_SAMPLE], options.seed)[0]
+        _finish(source, output, rows_ok, sizes, assigned_on, _recall(images, options, output), later)
 
     _once(job, paths.join(output.home, FINISH_CLAIM), lambda: _is_finished(output), finish)
     paths.remove(output.path(PLAN))  # this slice may have written it after another had finished
@@ -190,17 +191,22 @@ def _sizes(source: Artefact, output: Output, rows_ok: dict[str, int]) -> tuple[n
     """
     k, centroids = int(output.plan["options"]["k"]), digest(sidecar.load_npy(output.path(CENTROIDS)))
     sizes, devices = np.zeros(k, np.int64), Counter[str]()
-    for stem, rows in source.rows.items():
+
+    def read(stem: str) -> tuple[str, np.ndarray]:
         where = output.find(stem)
-        facts = sidecar.facts(where)
+        table = sidecar.table(where, ["cluster"])
+        facts = sidecar.facts_of(table.schema)
         used = facts.get("centroids")
-        devices[facts.get("device", "cpu")] += 1
         if used != centroids:
             raise ContractError(
                 f"{where} was assigned to other centroids ({used}) than {CENTROIDS} ({centroids}).",
                 "--overwrite makes the directory anew",
             )
-        clusters = sidecar.table(where, ["cluster"])["cluster"].to_numpy()
+        return facts.get("device", "cpu"), np.asarray(table["cluster"].to_numpy())
+
+    found = ranges.ahead(output.directory, read, source.stems)
+    for (stem, rows), (device, clusters) in zip(source.rows.items(), found, strict=True):
+        devices[device] += 1
         sizes += np.bincount(clusters[clusters >= 0], minlength=k)
         reconcile(stem, rows, {"clustered": int((clusters >= 0).sum()), "bad": rows - rows_ok[stem]})
     return sizes, dict(devices)
@@ -210,7 +216,7 @@ def _dimensions(source: Artefact) -> int:
     """Read the dimensions of the image embeddings from the first sidecar."""
     if not source.stems:
         raise UsageError(f"{source.directory} has no shards to cluster.")
-    kind = sidecar.reader(source.path(f"{source.stems[0]}.arrow")).schema.field("image_embedding").type
+    kind = source.sidecars.schema(source.stems[0]).field("image_embedding").type
     return int(kind.list_size)
 
 
@@ -273,25 +279,30 @@ def _fit(
     output: Output,
     job: Job,
     kept: Mapping[str, Any],
-) -> None:
-    """Write the centroids, and how they came about with the scores of shuffled pairs.
+) -> np.ndarray:
+    """Write the centroids, and how they came about with the scores of shuffled pairs. Returns a small sample's images.
 
-    kept: the manifest of the state whose centroids stay, or nothing.
+    kept: the manifest of the state whose centroids stay, or nothing. The rows of the fit and those of the small sample
+    are read in one pass.
     """
     facts: dict[str, Any] = {}
+    sizes = [SMALL_SAMPLE] if kept or options.centroids else [SMALL_SAMPLE, options.sample]
+    small, *images = sample_rows(source, rows_ok, sizes, options.seed)
+    [text] = sample_rows(source, rows_ok, [SMALL_SAMPLE], options.seed, "text_embedding")
+    shuffled = shuffled_quantiles(small, text, options.seed)
     if kept:
         facts = renewed.keep_centroids(output, kept, rows_ok)
-        facts["shuffled_clip_score"] = _shuffled(source, rows_ok, options.seed)
+        facts["shuffled_clip_score"] = shuffled
         save_json(output.path(FIT), facts)
-        return
+        return small
     if options.centroids:
         centroids = kmeans.as_centroids(_load_centroids(options.centroids, _dimensions(source)))
     else:
-        images = np.concatenate(list(_sample(source, rows_ok, options.sample, options.seed)))
-        backend = kmeans.choose_backend(images.shape[1], options.k, gpu=job.gpus > 0)
-        found = kmeans.fit(images, options.k, options.iters, options.seed, backend=backend)
+        fitted_rows, dim = images[0].shape
+        backend = kmeans.choose_backend(dim, options.k, gpu=job.gpus > 0)
+        found = kmeans.fit(images.pop(), options.k, options.iters, options.seed, backend=backend)
         centroids = found.centroids
-        facts = {"fitted_rows": len(images), "backend": backend, "empty": found.empty}
+        facts = {"fitted_rows": fitted_rows, "backend": backend, "empty": found.empty}
         facts["mean_similarity"] = found.mean_similarity
     rows = np.array([sum(rows_ok.values())])
     # Of the comparisons it is known only that they are at least those of equal clusters.
@@ -299,39 +310,11 @@ def _fit(
     facts["screen"] = "f32"
     if worth:
         facts["screen"] = "gpu" if gpus(job) else fastest_product(centroids.shape[1])
-    facts["shuffled_clip_score"] = _shuffled(source, rows_ok, options.seed)
-    if paths.exists(output.path(FIT)):  # another slice took this one for dead, and has fitted meanwhile
-        return
-    sidecar.save_npy(output.path(CENTROIDS), centroids)
-    save_json(output.path(FIT), facts)
-
-
-def _sample(
-    source: Artefact, rows_ok: dict[str, int], size: int, seed: int, column: str = "image_embedding"
-) -> Iterator[np.ndarray]:
-    """Yield `size` good rows drawn without replacement, f16 [m, d] per shard, in row order."""
-    total = sum(rows_ok.values())
-    drawn = np.sort(np.random.default_rng(seed).choice(total, min(size, total), replace=False, shuffle=False))
-    first = 0
-    for stem, count in rows_ok.items():
-        wanted = drawn[np.searchsorted(drawn, first) : np.searchsorted(drawn, first + count)] - first
-        first += count
-        if len(wanted):
-            rows = np.flatnonzero(is_ok(source.table(stem, ["status"])))[wanted]
-            yield sidecar.take_vectors(source.batches(stem), column, rows)
-
-
-def _shuffled(source: Artefact, rows_ok: dict[str, int], seed: int) -> list[float] | None:
-    """Score images against the captions of others: the 0 … 100 % quantiles; None without captions' vectors."""
-    image, text = (
-        np.concatenate(list(_sample(source, rows_ok, NULL_ROWS, seed, column)))
-        for column in ("image_embedding", "text_embedding")
-    )
-    paired = np.abs(text).max(axis=1) > 0
-    if paired.sum() < 2:
-        return None
-    scores = kmeans.shuffled_scores(image[paired], text[paired], seed)
-    return [float(value) for value in np.quantile(scores, np.linspace(0, 1, 101))]
+    facts["shuffled_clip_score"] = shuffled
+    if not paths.exists(output.path(FIT)):  # else another slice took this one for dead, and has fitted meanwhile
+        sidecar.save_npy(output.path(CENTROIDS), centroids)
+        save_json(output.path(FIT), facts)
+    return small
 
 
 def _refuse_failures(failed: dict[Any, str]) -> None:
@@ -340,9 +323,8 @@ def _refuse_failures(failed: dict[Any, str]) -> None:
         raise ShardError(f"{len(failed)} part(s) failed, first {name}: {why}", "mend it and run again; it resumes")
 
 
-def _recall(source: Artefact, rows_ok: dict[str, int], options: ClusterOptions, output: Output) -> dict[str, Any]:
+def _recall(images: np.ndarray, options: ClusterOptions, output: Output) -> dict[str, Any]:
     """Estimate the share of near pairs that were compared."""
-    images = np.concatenate(list(_sample(source, rows_ok, RECALL_SAMPLE, options.seed)))
     shuffled = images[np.random.default_rng([options.seed, 0x4EC]).permutation(len(images))]
     return recall.recall(shuffled, sidecar.load_npy(output.path(CENTROIDS)), options.neighbours, options.floor)
 

@@ -22,7 +22,7 @@ from curate.cluster.giants import Chunks
 from curate.cluster.scatter import BUCKETS, Rows
 from curate.engine import advance
 from curate.errors import ContractError
-from curate.storage import manifest, paths, sidecar
+from curate.storage import manifest, paths, ranges, sidecar
 from curate.storage.schema import EDGE_SCHEMA
 from curate.vectors import forest, near_pairs
 from curate.vectors.duplicate_forest import near_duplicate_forest
@@ -139,7 +139,8 @@ def missing(output: manifest.Output, buckets: int) -> list[int]:
 def blocks(output: manifest.Output, buckets: int) -> list[giants.Block]:
     """List the blocks of the giant clusters that were cut into chunks, as the buckets record them; none at the end."""
     try:
-        facts = [sidecar.facts(edges_path(output.directory, bucket)) for bucket in range(buckets)]
+        places = [edges_path(output.directory, bucket) for bucket in range(buckets)]
+        facts = list(ranges.ahead(output.directory, sidecar.facts, places))
     except ContractError:
         if (
             paths.exists(output.path(EDGES)) or output.overtaken()

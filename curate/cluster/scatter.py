@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate.storage import paths, sidecar
+from curate.storage import paths, ranges, sidecar
 from curate.vectors.duplicate_forest import row_hashes
 
 BUCKETS = ".buckets"
@@ -109,24 +109,14 @@ def write(where: str, places: np.ndarray, first_row: int, vectors: np.ndarray, p
 
 def dimensions(out: str, part: str) -> int:
     """Read the dimensions of the scattered vectors."""
-    return int(sidecar.reader(location(out, part)).schema.field("vector").type.list_size)
-
-
-def _batch(where: str, bucket: int, columns: Sequence[str]) -> pa.RecordBatch:
-    """Read some columns of one record batch into memory. Nothing is mapped; of a remote file only ranges are read."""
-    names = schema(1).names
-    options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
-    source = paths.open_read(where) if paths.is_remote(where) else pa.OSFile(paths.local(where))
-    with source as file:
-        return pa.ipc.open_file(file, options=options).get_batch(bucket)
+    return int(sidecar.schema(location(out, part)).field("vector").type.list_size)
 
 
 def read_rows(out: str, named: Sequence[str], bucket: int) -> Rows:
     """Read what is known of a bucket's rows, part by part: the order in which `read_vectors` yields them."""
+    columns = [name for name in schema(1).names if name != "vector"]
     found: list[Rows] = []
-    for part in named:
-        columns = [name for name in schema(1).names if name != "vector"]
-        batch = _batch(location(out, part), bucket, columns)
+    for batch in _batches(out, named, bucket, columns):
         phash = batch["phash"]
         found.append(
             Rows(
@@ -144,5 +134,11 @@ def read_rows(out: str, named: Sequence[str], bucket: int) -> Rows:
 
 def read_vectors(out: str, named: Sequence[str], bucket: int) -> Iterator[np.ndarray]:
     """Yield a bucket's vectors, f16 [m, d], part by part."""
-    for part in named:
-        yield sidecar.vectors(_batch(location(out, part), bucket, ["vector"])["vector"])
+    for batch in _batches(out, named, bucket, ["vector"]):
+        yield sidecar.vectors(batch["vector"])
+
+
+def _batches(out: str, named: Sequence[str], bucket: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Read some columns of a bucket from each part. Nothing is mapped; of remote files only ranges are read."""
+    names = schema(1).names
+    return ranges.ahead(out, lambda part: sidecar.batch(location(out, part), bucket, columns, names), named)

@@ -12,21 +12,18 @@ second, and 40 % of the asking process' time.)
 import itertools
 import mmap
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from curate import engine
 from curate.embed import reader
 from curate.storage import tar
+from curate.storage.ranges import map_ahead
 
 PART_ROWS = 32  # rows that a decoding process takes at a time
-In = TypeVar("In")
-Result = TypeVar("Result")
 
 
 class Board(NamedTuple):
@@ -146,18 +143,3 @@ def _open(board: Board) -> np.ndarray:
             os.close(file)
         _held = board, view
     return _held[1]
-
-
-def map_ahead(pool: Executor, work: Callable[[In], Result], items: Iterable[In], depth: int) -> Iterator[Result]:
-    """Map over items in a pool, in order, with at most `depth` of them taken up before their turn."""
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) >= depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()

@@ -24,11 +24,12 @@ from curate.embed import encoder, reader, side_data, weights
 from curate.embed.captions import Wanted
 from curate.embed.check_pool import check_members
 from curate.embed.contents import fingerprints
-from curate.embed.decoding import Decoders, map_ahead
+from curate.embed.decoding import Decoders
 from curate.embed.options import EmbedOptions
 from curate.engine import Job
 from curate.errors import UsageError, unknown
-from curate.storage import faults, manifest, paths, sidecar, tar
+from curate.storage import faults, manifest, members, paths, sidecar, tar
+from curate.storage.ranges import map_ahead
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
 
@@ -257,7 +258,7 @@ class EmbedShard:
         tar.refuse_changed(shard)
         beside = self._read_beside(shard, facts, index)
         schema = embedding_schema(self.encoder.dim, self.extras.fields)
-        columns = _columns(facts, image, text, schema)
+        columns = _columns(facts, image, text, members.column(index, shard.size), schema)
         statuses = Counter(row["status"] for row in facts)
         bad = {"reasons": reader.reasons(facts), "faults": reader.row_faults(stem, facts)}
         beside |= {name: told for name, told in bad.items() if told}
@@ -329,9 +330,9 @@ class EmbedShard:
 
 
 def _columns(
-    facts: list[dict[str, Any]], image_md: np.ndarray, text_md: np.ndarray, schema: pa.Schema
+    facts: list[dict[str, Any]], image_md: np.ndarray, text_md: np.ndarray, places: pa.Array, schema: pa.Schema
 ) -> list[pa.Array]:
-    """Build a sidecar's columns from the rows' facts and the vectors f32 [m, d] of those that are ok.
+    """Build a sidecar's columns from the rows' facts, the vectors f32 [m, d] of those that are ok, and MEMBERS.
 
     A row whose vectors are not finite becomes `bad_embedding`. The score is the cosine of the vectors as stored.
     """
@@ -344,7 +345,7 @@ def _columns(
     image_nd[at], text_nd[at] = image_md[sound], text_md[sound]
     valid, score = np.zeros(len(facts), bool), np.zeros(len(facts), np.float32)
     valid[at], score[at] = True, exact.cosines(image_nd[at], text_nd[at])
-    made = ("status", "image_embedding", "text_embedding", "clip_score")
+    made = ("status", "image_embedding", "text_embedding", "clip_score", "members")
     columns = {
         field.name: pa.array([row[field.name] for row in facts], field.type)
         for field in schema
@@ -354,4 +355,5 @@ def _columns(
     columns["image_embedding"] = sidecar.vector_column(image_nd, valid)
     columns["text_embedding"] = sidecar.vector_column(text_nd, valid)
     columns["clip_score"] = pa.array(score, pa.float32(), mask=~valid)
+    columns["members"] = places
     return [columns[name] for name in schema.names]

@@ -18,7 +18,7 @@ from curate.embed import details, encoder, images, weights
 from curate.embed.captions import Caption, read_caption
 from curate.embed.side_data import NO_EXTRAS, Captions, Extras
 from curate.errors import ShardError
-from curate.storage import faults, manifest, records, sidecar, tar
+from curate.storage import faults, manifest, ranges, records, sidecar, tar
 from curate.storage.faults import Faults
 from curate.storage.schema import STATUSES
 
@@ -178,7 +178,9 @@ def account(output: manifest.Output, stems: Sequence[str]) -> tuple[dict[str, di
     Raises: ContractError when a sidecar's statuses do not add up to its rows.
     """
     missing = set(output.missing(stems))
-    facts = {stem: sidecar.facts(output.find(stem)) for stem in stems if stem not in missing}
+    made = [stem for stem in stems if stem not in missing]
+    found = ranges.ahead(output.directory, lambda stem: sidecar.facts(output.find(stem)), made)
+    facts = dict(zip(made, found, strict=True))
     counts: Counter[str] = Counter()
     for stem, fact in facts.items():
         manifest.reconcile(stem, fact["rows"], fact["statuses"])

@@ -5,6 +5,7 @@ it was given, downloaded or not), and a headerless TSV of captions and urls, as 
 the embeddings, how many downloads ended how, and captions for samples that have none.
 """
 
+import io
 import math
 import threading
 from array import array
@@ -135,21 +136,28 @@ def read_side_table(tar: str, columns: Sequence[str]) -> SideTable | None:
     import pyarrow.parquet as pq
 
     location = f"{without_suffix(tar)}.parquet"
-    if not paths.exists(location):
+    if not paths.is_remote(location) and not paths.exists(location):
         return None
     try:
-        with paths.open_read(location) as file:
+        with _opened(location) as file:
             held = pq.ParquetFile(file)
             names = held.schema_arrow.names
             if not {"key", "status"} <= set(names):
                 return None
             table = held.read(columns=["key", "status", *(name for name in columns if name in names)])
+    except FileNotFoundError:
+        return None
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
     counted = table["status"].value_counts().to_pylist()
     ended = {str(each["values"]): int(each["counts"]) for each in counted}
     rows = {row.pop("key"): row for row in table.drop_columns(["status"]).to_pylist()} if table.num_columns > 2 else {}
     return SideTable(dict(sorted(ended.items())), rows)
+
+
+def _opened(location: str) -> IO[bytes]:
+    """Open a table; a remote one is asked for once, whether it is there or not."""
+    return io.BytesIO(paths.read_bytes(location)) if paths.is_remote(location) else paths.open_read(location)
 
 
 class Captions:

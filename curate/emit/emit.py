@@ -9,6 +9,7 @@ Which samples go to which output shard is computed once on the driver from the `
 independent map. A sample that the pool no longer has is counted by reason and listed; it leaves its shard one short.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -66,8 +67,7 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     with output.attempt():
         if not plan:
             raise UsageError(f"{sel} keeps no sample, so there is nothing to emit.", "loosen a step of `curate select`")
-    kept_rows = _KeptRows(coreset)
-    renamed = unique_keys(((span.stem, kept_rows(span)) for spans in plan.values() for span in spans), coreset.keys)
+    renamed = unique_keys(coreset.all_kept_keys(), coreset.keys)
     suffix = ".tar" if options.format == "webdataset" else ".arrow"
     make: type[_WriteTar] | type[_WriteImages] = _WriteTar if options.format == "webdataset" else _WriteImages
     task = make(coreset, output.directory, plan, renamed, options.prompt)
@@ -101,9 +101,9 @@ def _replace_gone(task: "_WriteTar | _WriteImages", output: Output, suffix: str)
     if not reserve:
         return None
     task.need, task.reserve = gone, [(str(stem), int(row)) for stem, row in reserve]
-    rows = [(stem, np.array([row])) for stem, row in task.reserve]
-    kept = ((stem, task.coreset.kept_rows(stem)) for stem in task.coreset.selection.stems)
-    task.renamed = unique_keys([*kept, *rows], task.coreset.keys)
+    coreset = task.coreset
+    more = ((stem, np.array([row]), coreset.keys(stem, np.array([row]))) for stem, row in task.reserve)
+    task.renamed = unique_keys(itertools.chain(coreset.all_kept_keys(), more), coreset.keys)
     if output.missing([name], suffix):
         task.setup()
         task(name)
@@ -168,8 +168,8 @@ def plan_shards(coreset: Coreset, shard_size: int) -> dict[str, list[Span]]:
     """Cut the kept rows, in stem and row order, into output shards of `shard_size` samples. Reads only `kept`."""
     plan: dict[str, list[Span]] = {}
     position = 0
-    for stem in coreset.selection.stems:
-        start, total = 0, len(coreset.kept_rows(stem))
+    for stem, rows in coreset.all_kept_rows():
+        start, total = 0, len(rows)
         while start < total:
             stop = min(total, start + shard_size - position % shard_size)
             plan.setdefault(f"{position // shard_size:06d}", []).append(Span(stem, start, stop))
@@ -205,6 +205,7 @@ class _Write:
     gone: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     captioned: int = 0
+    held_captions: tuple[str, pa.ChunkedArray] | None = None
 
     def setup(self) -> None:
         """Nothing to prepare."""
@@ -229,6 +230,12 @@ class _Write:
             if len(self.rows) < self.need:
                 yield from self.coreset.fetch(stem, np.array([row]))
 
+    def caption(self, sample: Fetched) -> str:
+        """Look up a sample's caption, "" where there is none; of each shard the column is read once, if at all."""
+        if self.held_captions is None or self.held_captions[0] != sample.stem:
+            self.held_captions = sample.stem, self.coreset.embedded.table(sample.stem, ["caption"])["caption"]
+        return self.held_captions[1][sample.row].as_py() or ""
+
     def write_sidecar(self, name: str, schema: pa.Schema, size: int) -> dict[str, Any]:
         """Write where each sample of an output shard came from. size: bytes of the samples."""
         batch = pa.RecordBatch.from_pylist(self.rows, schema)
@@ -246,8 +253,8 @@ class _WriteTar(_Write):
                 for key, sample in self.samples(name):
                     for member, _, data in sample.members:
                         tar.add(key + member[len(sample.key) :], data)
-                    if sample.caption and not _has_text(sample):
-                        tar.add(f"{key}.{CAPTION_SUFFIX}", sample.caption.encode())
+                    if not _has_text(sample) and (caption := self.caption(sample)):
+                        tar.add(f"{key}.{CAPTION_SUFFIX}", caption.encode())
                         self.captioned += 1
             return self.write_sidecar(name, EMITTED_SCHEMA, tar.offset)
 
@@ -274,7 +281,8 @@ class _WriteImages(_Write):
             if images:
                 record["image"] = images[0] if len(images) == 1 else images
             turns = records.conversations_of(read_json(sample.text(JSON_SUFFIX) or b""))
-            made = {**record, "conversations": turns or caption_turns(sample.caption, self.prompt, max(1, len(images)))}
+            turns = turns or caption_turns(self.caption(sample), self.prompt, max(1, len(images)))
+            made = {**record, "conversations": turns}
             self.rows[-1]["record"] = records.dump(made).decode()
         if not paths.is_remote(self.out):
             os.sync()  # once a shard, before the sidecar says that its images are there

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
+import pyarrow as pa
 
 from curate.errors import ShardError, UsageError
-from curate.storage import manifest, records, tar
+from curate.storage import manifest, members, records, tar
 from pipelines.samples import ordered_pictures
+
+MEMBERS = "members"
+Entry = tuple[int, str, bytes | None]  # row, key, uid
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,6 @@ class Fetched:
     row: int
     key: str
     uid: bytes | None
-    caption: str
     members: Sequence[tuple[str, str, bytes]]
     gone: str = ""
     sample: tar.Sample | None = None
@@ -57,49 +60,97 @@ class Coreset:
     selection: manifest.Artefact
     embedded: manifest.Artefact
     pool: str
-    tars: dict[str, str]
+    tars: dict[str, tar.Shard]
 
     def kept_rows(self, stem: str) -> np.ndarray:
         """Return the kept rows of a stem, i64, ascending."""
-        kept = self.selection.table(stem, ["kept"])["kept"]
-        return np.flatnonzero(kept.to_numpy(zero_copy_only=False))
+        return _kept(self.selection.table(stem, ["kept"]))
+
+    def all_kept_rows(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each stem with its kept rows, i64, ascending."""
+        return ((stem, _kept(table)) for stem, table in self.selection.sidecars.tables(["kept"]))
+
+    def all_kept_keys(self) -> Iterator[tuple[str, np.ndarray, list[str]]]:
+        """Yield each stem with its kept rows, and their keys."""
+        for stem, table in self.selection.sidecars.tables(["kept", "key"]):
+            rows = _kept(table)
+            yield stem, rows, table["key"].take(rows).to_pylist()
 
     def keys(self, stem: str, rows: np.ndarray) -> list[str]:
         """Return the keys of some rows of a stem."""
         return list(self.selection.table(stem, ["key"])["key"].take(rows).to_pylist())
 
     def fetch(self, stem: str, rows: np.ndarray) -> Iterator[Fetched]:
-        """Yield rows of a stem in order, one at a time in memory."""
-        table = self.embedded.table(stem, ["key", "uid", "caption"]).take(rows)
-        entries = list(zip(rows.tolist(), *(column.to_pylist() for column in table.columns), strict=True))
-        location, trouble = self.tars.get(stem), "shard_missing"
-        if location is not None:
-            with tar.open_tar(location) as file:
+        """Yield rows of a stem in order, a few at a time in memory: by their places in the tar, where those are known.
+
+        Else, and where the tar is not the one that was embedded, the whole tar is looked through.
+        """
+        placed = [MEMBERS] if MEMBERS in self.embedded.sidecars.schema(stem).names else []
+        table = self.embedded.table(stem, ["key", "uid", *placed]).take(rows)
+        entries = list(zip(rows.tolist(), table["key"].to_pylist(), table["uid"].to_pylist(), strict=True))
+        shard, trouble, done = self.tars.get(stem), "shard_missing", 0
+        if shard is not None:
+            samples = members.samples(table["key"].to_pylist(), table[MEMBERS]) if placed else None
+            if samples is not None and self.embedded.sidecars.facts(stem).get("size") == shard.size:
+                for fetched in self._by_place(shard, entries, samples):
+                    yield fetched
+                    done += 1
+            if done == len(entries):
+                return
+            with tar.open_tar(shard.location) as file:
                 try:
                     index = tar.read_index(file)
                 except ShardError:
                     trouble = "shard_unreadable"
                 else:
-                    yield from self._fetch(file, index, stem, entries)
+                    yield from self._by_key(file, index, stem, entries[done:])
                     return
-        for row, key, uid, caption in entries:
-            yield Fetched(stem, row, key, uid, caption or "", (), trouble)
+        for row, key, uid in entries[done:]:
+            yield Fetched(stem, row, key, uid, (), trouble)
 
-    def _fetch(
-        self, file: IO[bytes], index: tar.Index, stem: str, entries: Iterable[tuple[int, str, bytes | None, str]]
-    ) -> Iterator[Fetched]:
+    def _by_place(self, shard: tar.Shard, entries: Iterable[Entry], samples: Sequence[tar.Sample]) -> Iterator[Fetched]:
+        """Yield rows by their places in the tar; end before the first that does not lie there any more."""
+        troubles = [_trouble(sample) for sample in samples]
+        sound = [sample for sample, trouble in zip(samples, troubles, strict=True) if not trouble]
+        contents = members.read(shard.location, shard.size, sound)
+        for (row, key, uid), sample, trouble in zip(entries, samples, troubles, strict=True):
+            data = [] if trouble else next(contents, None)
+            if data is None:
+                return
+            yield self._fetched(shard.stem, row, key, uid, sample, data, trouble)
+
+    def _by_key(self, file: IO[bytes], index: tar.Index, stem: str, entries: Iterable[Entry]) -> Iterator[Fetched]:
+        """Yield rows as the tar has them now, looked up by key where the row is another's."""
         by_key: dict[str, tar.Sample] = {}
         for sample in index.samples:
             by_key.setdefault(sample.key, sample)
-        for row, key, uid, caption in entries:
+        for row, key, uid in entries:
             at_row = index.samples[row] if row < len(index.samples) else None
             found = at_row if at_row is not None and at_row.key == key else by_key.get(key)
-            members: list[tuple[str, str, bytes]] = []
-            gone = "gone" if found is None else _read(file, found, members)
-            fetched = Fetched(stem, row, key, uid, caption or "", members, gone, found)
-            if not gone and self._image_changed(fetched):
-                gone = "changed"
-            yield Fetched(stem, row, key, uid, caption or "", (), gone) if gone else fetched
+            gone = "gone" if found is None else _trouble(found)
+            data = []
+            try:
+                data = [tar.read_member(file, member) for member in found.members] if found and not gone else []
+            except ShardError:
+                gone = "unreadable"
+            yield self._fetched(stem, row, key, uid, found, data, gone)
+
+    def _fetched(
+        self,
+        stem: str,
+        row: int,
+        key: str,
+        uid: bytes | None,
+        sample: tar.Sample | None,
+        data: Sequence[bytes],
+        gone: str,
+    ) -> Fetched:
+        """Put a sample together, unless it is gone, or its image is another than the one recorded."""
+        if sample is None or gone:
+            return Fetched(stem, row, key, uid, (), gone)
+        held = [(member.name, member.suffix, each) for member, each in zip(sample.members, data, strict=True)]
+        fetched = Fetched(stem, row, key, uid, held, "", sample)
+        return Fetched(stem, row, key, uid, (), "changed") if self._image_changed(fetched) else fetched
 
     def _image_changed(self, sample: Fetched) -> bool:
         """Say whether the image is another than the one recorded. An imported uid may be another's: not checked."""
@@ -108,15 +159,15 @@ class Coreset:
         return sample.image is None or records.image_uid(sample.image[2]) != sample.uid
 
 
-def _read(file: IO[bytes], sample: tar.Sample, members: list[tuple[str, str, bytes]]) -> str:
-    """Append a sample's members. Returns the reason why it cannot be emitted, or nothing."""
+def _kept(table: pa.Table) -> np.ndarray:
+    return np.flatnonzero(table["kept"].to_numpy(zero_copy_only=False))
+
+
+def _trouble(sample: tar.Sample) -> str:
+    """Say why a sample cannot be emitted, or nothing."""
     if not all(tar.is_safe(member.name) for member in sample.members):
         return "unsafe_key"
-    try:
-        members += [(member.name, member.suffix, tar.read_member(file, member)) for member in sample.members]
-    except ShardError:
-        return "unreadable"
-    return ""
+    return "unreadable" if any(member.size > tar.MAX_MEMBER_BYTES for member in sample.members) else ""
 
 
 def open_coreset(directory: str, pool: str | None = None, *, members: bool = True) -> Coreset:
@@ -141,13 +192,14 @@ def kept_pictures(directory: str) -> set[bytes]:
     """Gather the uids of the pictures that a selection kept; about 100 bytes of memory each."""
     coreset = open_coreset(directory, members=False)
     found: set[bytes] = set()
-    for stem in coreset.selection.stems:
-        uids = coreset.embedded.table(stem, ["uid"])["uid"].take(coreset.kept_rows(stem))
+    tables = coreset.embedded.sidecars.tables(["uid"])
+    for (_, rows), (_, table) in zip(coreset.all_kept_rows(), tables, strict=True):
+        uids = table["uid"].take(rows)
         found.update(uid for uid in uids.to_pylist() if uid is not None)
     return found
 
 
-def _find_pool(embedded: manifest.Artefact, pool: str | None) -> tuple[str, dict[str, str]]:
+def _find_pool(embedded: manifest.Artefact, pool: str | None) -> tuple[str, dict[str, tar.Shard]]:
     """Locate the pool and its tars by stem."""
     if pool is None:
         if "pool" not in embedded.manifest["inputs"]:
@@ -157,7 +209,7 @@ def _find_pool(embedded: manifest.Artefact, pool: str | None) -> tuple[str, dict
             )
         pool = embedded.input_path("pool")
     try:
-        tars = {shard.stem: shard.location for shard in tar.list_pool(pool)}
+        tars = {shard.stem: shard for shard in tar.list_pool(pool)}
     except UsageError as error:
         raise UsageError(
             f"the pool cannot be read: {error.message}", "if it has moved, say where it is with --pool"
@@ -171,15 +223,18 @@ def _find_pool(embedded: manifest.Artefact, pool: str | None) -> tuple[str, dict
 
 
 def unique_keys(
-    chunks: Iterable[tuple[str, np.ndarray]], keys_of: Callable[[str, np.ndarray], list[str]]
+    chunks: Iterable[tuple[str, np.ndarray, list[str]]], keys_of: Callable[[str, np.ndarray], list[str]]
 ) -> dict[str, dict[int, str]]:
     """Find new keys for rows whose key an earlier row has too.
 
-    chunks: (stem, rows) in output order. Returns {stem: {row: new key}}; `a/b` of stem s becomes `a/s__b`.
+    chunks: (stem, rows, keys) in output order. Returns {stem: {row: new key}}; `a/b` of stem s becomes `a/s__b`.
     Keys are compared by 64-bit hashes, 8 bytes each: a chance collision costs a needless new name, nothing else.
     """
-    places = list(chunks)
-    hashes = [np.array([_hash_key(key) for key in keys_of(stem, rows)], np.uint64) for stem, rows in places]
+    places: list[tuple[str, np.ndarray]] = []
+    hashes: list[np.ndarray] = []
+    for stem, rows, keys in chunks:
+        places.append((stem, rows))
+        hashes.append(np.array([_hash_key(key) for key in keys], np.uint64))
     flat = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
     order = np.argsort(flat, kind="stable")
     ascending = flat[order]

@@ -56,7 +56,7 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
 
 def _account(coreset: Coreset, output: manifest.Output, written: int, missing: int) -> dict[str, int]:
     """Reconcile what was written with what was kept."""
-    kept = sum(len(coreset.kept_rows(stem)) for stem in coreset.selection.stems)
+    kept = sum(len(rows) for _, rows in coreset.all_kept_rows())
     manifest.reconcile(output.directory, kept, {"written": written, "not written": missing})
     return {"rows": kept, "written": written, **({"not_written": missing} if missing else {})}
 
@@ -68,8 +68,8 @@ def _write_subset(coreset: Coreset, location: str) -> dict[str, int]:
     """
     halves, without = [np.empty(0, UID)], 0
     for stem in coreset.selection.stems:
-        table = coreset.embedded.table(stem)
-        given = table["source_uid" if "source_uid" in table.column_names else "uid"]
+        own = "source_uid" if "source_uid" in coreset.embedded.sidecars.schema(stem).names else "uid"
+        given = coreset.embedded.table(stem, [own])[own]
         uids = [records.uid_bytes(uid) for uid in given.take(coreset.kept_rows(stem)).to_pylist()]
         found = [uid for uid in uids if uid is not None]
         without += len(uids) - len(found)
@@ -136,9 +136,10 @@ class _WriteParquet(_Write):
         return self.coreset.selection.rows[stem]
 
     def __call__(self, stem: str, /) -> dict[str, Any]:
-        chosen, embedded = self.coreset.selection.table(stem), self.coreset.embedded.table(stem)
+        chosen, sidecars = self.coreset.selection.table(stem), self.coreset.embedded.sidecars
+        embedded = sidecars.table(stem, [*EMBEDDED_COLUMNS, *extra_columns(sidecars.schema(stem))])
         columns: dict[str, Any] = {"key": chosen["key"], "stem": pa.array([stem] * chosen.num_rows)}
-        for name in (*EMBEDDED_COLUMNS, *extra_columns(embedded.schema)):
+        for name in embedded.column_names:
             columns[name] = embedded[name]
         columns["uid"] = pa.chunked_array(map(_hexadecimal, embedded["uid"].chunks), pa.string())
         clusters = self.clusters.table(stem) if self.clusters is not None else None
@@ -155,14 +156,9 @@ class _WriteVectors(_Write):
     def __call__(self, stem: str, /) -> dict[str, Any]:
         rows, number = self.coreset.kept_rows(stem), self.number[stem]
         for column, name in (("image_embedding", "img_emb"), ("text_embedding", "text_emb")):
-            kept, first = [], 0
-            for batch in self.coreset.embedded.batches(stem):
-                inside = rows[(rows >= first) & (rows < first + batch.num_rows)] - first
-                kept.append(sidecar.vectors(batch.column(column))[inside])
-                first += batch.num_rows
-                if name == "text_emb":
-                    engine.advance(len(inside))
-            sidecar.save_npy(paths.join(self.out, name, f"{name}_{number}.npy"), np.concatenate(kept))
+            vectors = self.coreset.embedded.sidecars.take_vectors(stem, column, rows)
+            sidecar.save_npy(paths.join(self.out, name, f"{name}_{number}.npy"), vectors)
+        engine.advance(len(rows))
         table = self.coreset.embedded.table(stem, ["key", *EMBEDDED_COLUMNS]).take(rows)
         names = {"key": "image_path", "clip_score": "similarity"}
         columns = {names.get(name, name): table[name] for name in table.column_names if name not in ("uid", "status")}

@@ -26,7 +26,7 @@ from curate.errors import ShardError, UsageError, unknown
 from curate.ingest import layouts
 from curate.ingest.join import EXACT, JOINS, ROW_BITS, choose_form, join_hash
 from curate.ingest.options import ImportOptions
-from curate.storage import faults, manifest, paths, records, sidecar, tar
+from curate.storage import faults, manifest, members, paths, records, sidecar, tar
 from curate.storage.json_files import file_digest
 from curate.storage.renewal import Parts
 from curate.storage.schema import STATUSES, embedding_schema
@@ -238,7 +238,7 @@ class ImportPart:
         columns["uid"] = pa.array(
             [records.uid_bytes(value) for value in given.get("uid", [None] * len(ok))], pa.binary(16)
         )
-        for name in ("phash", "detail", "writing"):
+        for name in ("phash", "detail", "writing", "members"):
             columns[name] = pa.nulls(len(ok), schema.field(name).type)
         for name, kind in self.extra.columns.items():
             values = [to_column_value(value, kind) for value in given.get(name, [None] * len(ok))]
@@ -310,6 +310,7 @@ class ImportShard:
         ok = np.array([fact["status"] == "ok" for fact in facts])
         columns = _vector_columns(image, text, ok)
         columns["status"] = sidecar.labels([fact["status"] for fact in facts], list(STATUSES))
+        columns["members"] = members.column(index, shard.size)
         schema = embedding_schema(image.shape[1], self.extra.fields)
         for name in (
             "key",
@@ -327,6 +328,7 @@ class ImportShard:
         statuses = dict(Counter(fact["status"] for fact in facts))
         meta = {
             "rows": len(facts),
+            "size": shard.size,
             "statuses": statuses,
             "dim": image.shape[1],
             "digest": content,

@@ -256,7 +256,7 @@ def _from_selection(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
                 faults.note(f"gone: {fetched.gone}", fetched.key)
                 continue
             texts = {suffix: data for _, suffix, data in fetched.members}
-            yield from _from_sample(fetched.sample, texts, coreset.tars[stem], source.prompt, faults)
+            yield from _from_sample(fetched.sample, texts, coreset.tars[stem].location, source.prompt, faults)
 
 
 def _from_sample(

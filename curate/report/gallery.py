@@ -197,9 +197,8 @@ class Gallery:
         return int(np.searchsorted(self.columns["stem"], self.stems.index(stem))) + row
 
     def _vector(self, stem: str, row: int) -> np.ndarray:
-        column = self.embedded.table(stem, ["image_embedding"])["image_embedding"].slice(row, 1)
-        [values] = column.to_pylist()
-        return np.asarray(values if values is not None else [0.0] * column.type.list_size, np.float32)
+        [vector] = self.embedded.sidecars.take_vectors(stem, "image_embedding", np.array([row]))
+        return np.asarray(vector, np.float32)
 
     def _find(self, keys: set[str]) -> dict[str, Place]:
         """Find rows by key in the sampled shards."""

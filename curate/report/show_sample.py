@@ -30,8 +30,7 @@ def facts_of(directory: str, key: str) -> Iterator[dict[str, Any]]:
         facts: dict[str, Any] = {"stem": place[0], "row": place[1]}
         for stage in ("embed", "cluster", "select"):
             facts |= _row(stages[stage], place) if stage in stages else {}
-        facts["uid"] = facts["uid"].hex() if facts["uid"] else None
-        yield {name: value for name, value in facts.items() if not name.endswith("_embedding")}
+        yield {name: value.hex() if isinstance(value, bytes) else value for name, value in facts.items()}
 
 
 def _trace(directory: str, key: str) -> tuple[dict[str, manifest.Artefact], list[Place]]:
@@ -43,6 +42,8 @@ def _trace(directory: str, key: str) -> tuple[dict[str, manifest.Artefact], list
         raise UsageError(
             f"{directory} does not rest on embeddings.", "give a directory of embed, cluster, select or emit"
         )
+    for stage in stages.values():
+        stage.sidecars.keep()
     places = list(find(stages["embed"], key))
     if not places:
         raise UsageError(f"no sample has the key {key!r} in {stages['embed'].directory}.")
@@ -62,8 +63,8 @@ def find(embedded: manifest.Artefact, key: str) -> Iterator[Place]:
     """Yield the places of a key, reading one column of one shard at a time."""
     import pyarrow.compute as pc
 
-    for stem in embedded.stems:
-        matches = pc.indices_nonzero(pc.equal(embedded.table(stem, ["key"])["key"], key))
+    for stem, table in embedded.sidecars.tables(["key"]):
+        matches = pc.indices_nonzero(pc.equal(table["key"], key))
         yield from ((stem, int(row)) for row in matches.to_pylist())
 
 
@@ -95,8 +96,9 @@ def _story(
 
 
 def _row(artefact: manifest.Artefact, place: Place) -> dict[str, Any]:
-    """Read one row of a sidecar."""
-    [record] = artefact.table(place[0]).slice(place[1], 1).to_pylist()
+    """Read one row of a sidecar, but for its vectors."""
+    names = [name for name in artefact.sidecars.schema(place[0]).names if not name.endswith("_embedding")]
+    [record] = artefact.table(place[0], names).slice(place[1], 1).to_pylist()
     return dict(record)
 
 
@@ -138,8 +140,8 @@ def _verdict(
 
 
 def _vector(embedded: manifest.Artefact, place: Place) -> np.ndarray:
-    [values] = embedded.table(place[0], ["image_embedding"])["image_embedding"].slice(place[1], 1).to_pylist()
-    return np.asarray(values, np.float32) if values is not None else np.zeros(1, np.float32)
+    [vector] = embedded.sidecars.take_vectors(place[0], "image_embedding", np.array([place[1]]))
+    return np.asarray(vector, np.float32)
 
 
 def _emitted(emitted: manifest.Artefact, place: Place) -> str:

@@ -144,7 +144,7 @@ def _take_sizes(directory: str, sizes: dict[str, int]) -> None:
     whole = sum(int(shard.get("size", 0)) for shard in embedded.manifest["shards"].values())  # of the pool's tars
     sizes["row_bytes"] = whole // max(sizes["rows"], 1)
     if embedded.stems:
-        schema = sidecar.reader(embedded.path(f"{embedded.stems[0]}.arrow")).schema
+        schema = embedded.sidecars.schema(embedded.stems[0])
         sizes["dim"] = schema.field("image_embedding").type.list_size
 
 
@@ -215,7 +215,7 @@ def _calibrate(pipeline: Pipeline, shards: list[Shard]) -> tuple[float, int]:
             started = time.perf_counter()
             embed(pool, out, stage_options(pipeline, "embed"), Job(workers=1, quiet=True))
             seconds.append(time.perf_counter() - started)
-            dim = sidecar.reader(paths.join(out, "00000.arrow")).schema.field("image_embedding").type.list_size
+            dim = sidecar.schema(paths.join(out, "00000.arrow")).field("image_embedding").type.list_size
     return max(rows[-1] - rows[-2], 1) / max(seconds[-1] - seconds[-2], 1e-3), dim
 
 

@@ -17,7 +17,7 @@ from curate.ask.stored import stored_array
 from curate.errors import ContractError, UsageError
 from curate.select import computed_columns
 from curate.select.frame import UNKNOWN_BITS, Edges, Frame
-from curate.storage import manifest, paths, records, sidecar
+from curate.storage import manifest, paths, ranges, records, sidecar
 from curate.storage.schema import (
     CAPTION,
     CLUSTER_SCHEMA,
@@ -61,6 +61,8 @@ class Pool:
         if self.clu is not None:
             manifest.check_aligned(self.emb, self.clu)
         self.bounds = np.cumsum([0, *self.emb.rows.values()])
+        for each in filter(None, (self.emb, self.clu)):
+            each.sidecars.keep()
 
     def extents(self) -> Iterator[tuple[str, int, int]]:
         """Yield each stem with its first row and the one after its last."""
@@ -73,8 +75,9 @@ class Pool:
         A map that stays open for each shard ends in "Cannot allocate memory" at 65,000 (Linux' vm.max_map_count).
         """
         source = self.clu if self.clu is not None and name in CLUSTER_SCHEMA.names else self.emb
-        for stem, first, last in self.extents():
-            yield slice(first, last), source.table(stem, [name])[name]
+        tables = source.sidecars.tables([name], self.emb.stems)
+        for (_, first, last), (_, table) in zip(self.extents(), tables, strict=True):
+            yield slice(first, last), table[name]
 
     def _gather(self, name: str, dtype: type, values: Callable[[pa.ChunkedArray], np.ndarray]) -> np.ndarray:
         """Read a column over all shards into one array; values: a shard's part as numbers."""
@@ -167,7 +170,7 @@ class Pool:
     @cached_property
     def _edges(self) -> Edges:
         assert self.clu is not None
-        table = sidecar.table(self.clu.path(EDGES))
+        table = sidecar.table(self.clu.path(EDGES), ["a", "b", "similarity", "phash_bits"])
         a, b = table["a"].to_numpy(), table["b"].to_numpy()
         bits = table["phash_bits"].fill_null(UNKNOWN_BITS).to_numpy()
         known = self._has_structure
@@ -232,8 +235,12 @@ class Pool:
     def vectors(self, rows: np.ndarray, column: str = "image_embedding") -> np.ndarray:
         """Read embeddings by global row numbers, f16 [len(rows), d]."""
         vectors: np.ndarray | None = None
-        for stem, here, own in self._by_stem(rows):
-            part = sidecar.take_vectors(self.emb.batches(stem), column, own)
+
+        def read(each: tuple[str, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+            stem, here, own = each
+            return here, self.emb.sidecars.take_vectors(stem, column, own)
+
+        for here, part in ranges.ahead(self.emb.directory, read, self._by_stem(rows)):
             vectors = np.empty((len(rows), part.shape[1]), np.float16) if vectors is None else vectors
             vectors[here] = part
         return np.empty((0, 1), np.float16) if vectors is None else vectors
@@ -261,7 +268,7 @@ class Pool:
             )
         uids, good = other.groups("uid"), other.status_rows("ok")
         for stem, first, _ in other.extents():
-            for batch in other.emb.batches(stem):
+            for batch in other.emb.batches(stem, ["image_embedding"]):
                 here = slice(first, first + batch.num_rows)
                 first = here.stop
                 vectors = sidecar.vectors(batch.column("image_embedding"))
@@ -281,7 +288,7 @@ class Pool:
 
     @cached_property
     def _schema(self) -> pa.Schema:
-        return sidecar.reader(self.emb.path(f"{self.emb.stems[0]}.arrow")).schema
+        return self.emb.sidecars.schema(self.emb.stems[0])
 
     def listed(self, location: str) -> np.ndarray:
         """Say which rows' uids a DataComp subset file has, bool: the pool's own uids where it gave them.

@@ -247,6 +247,7 @@ def _write(
     dropped, similarities = frame.duplicates.rows[gone], frame.duplicates.similarity[gone]
     kept_keys = pool.keys(frame.duplicates.kept[gone])
     missing = set(output.missing(pool.emb.stems))
+    keys = pool.emb.sidecars.tables(["key"], [stem for stem in pool.emb.stems if stem in missing])
     shards = {}
     pending: deque[Future[int]] = deque()
     with ThreadPoolExecutor(WRITERS) as writers:
@@ -261,7 +262,7 @@ def _write(
             similarity[dropped[here] - first] = similarities[here]
             component = frame.duplicates.components(first, last)
             columns = [
-                pool.emb.table(stem, ["key"])["key"].combine_chunks(),
+                next(keys)[1]["key"].combine_chunks(),
                 pa.array(kept),
                 sidecar.label_codes(codes[first:last], names),
                 pa.array(component, pa.int64(), mask=component < 0),

@@ -11,9 +11,9 @@ from curate.errors import ContractError, UsageError
 from curate.storage import paths, renewal
 from curate.storage.json_files import digest, load_json
 from curate.storage.renewal import MANIFEST, PLAN
-from curate.storage.sidecar import batches, table
+from curate.storage.sidecars import Sidecars
 
-FORMAT = 1
+FORMAT = 2  # 1: the embeddings lack `members`
 MAKERS = {"losses": "python -m train … --losses"}  # what makes artefacts besides the verbs
 
 
@@ -48,19 +48,18 @@ class Artefact:
         """Locate a file of this directory."""
         return paths.join(self.directory, name)
 
+    @cached_property
+    def sidecars(self) -> Sidecars:
+        """Its sidecars, opened for reading."""
+        return Sidecars(self.directory, self.rows, f"re-run `curate {self.command} …` with --overwrite")
+
     def table(self, stem: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Read a stem's sidecar. Raises: ContractError when its rows are not those of the manifest."""
-        found = table(self.path(f"{stem}.arrow"), columns)
-        if found.num_rows != self.rows[stem]:
-            raise ContractError(
-                f"{self.path(stem)}.arrow has {found.num_rows:,} rows but the manifest says {self.rows[stem]:,}.",
-                f"re-run `curate {self.command} …` with --overwrite",
-            )
-        return found
+        return self.sidecars.table(stem, columns)
 
-    def batches(self, stem: str) -> Iterator[pa.RecordBatch]:
+    def batches(self, stem: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Yield the record batches of a stem's sidecar."""
-        return batches(self.path(f"{stem}.arrow"))
+        return self.sidecars.batches(stem, columns)
 
     def input_path(self, name: str) -> str:
         """Locate one of its inputs as it was recorded."""
@@ -98,6 +97,11 @@ class Artefact:
         raise LookupError(f"{self.directory} does not rest on a directory made by `curate {' or '.join(commands)}`")
 
 
+def is_readable(number: Any) -> bool:
+    """Say whether this version reads directories of a format."""
+    return isinstance(number, int) and 1 <= number <= FORMAT
+
+
 def open_input(directory: str, *commands: str) -> Artefact:
     """Open a finished directory, made by one of the verbs where they are given.
 
@@ -119,8 +123,8 @@ def open_input(directory: str, *commands: str) -> Artefact:
         raise ContractError(
             f"{directory}/{MANIFEST} is not a manifest of curate; {wanted or 'expected a directory made by curate'}."
         )
-    if manifest.get("format") != FORMAT:
-        raise ContractError(f"{directory} has format {manifest.get('format')}, this version reads {FORMAT}")
+    if not is_readable(manifest.get("format")):
+        raise ContractError(f"{directory} has format {manifest.get('format')}, this version reads 1 to {FORMAT}")
     if commands and manifest["command"] not in commands:
         raise UsageError(f"{directory} was made by `curate {manifest['command']}`; {wanted}.")
     return Artefact(directory, manifest)

@@ -21,6 +21,7 @@ from curate.storage import paths, renewal
 from curate.storage.artefact import FORMAT as FORMAT
 from curate.storage.artefact import Artefact as Artefact
 from curate.storage.artefact import check_aligned as check_aligned
+from curate.storage.artefact import is_readable
 from curate.storage.artefact import open_input as open_input
 from curate.storage.json_files import digest as digest
 from curate.storage.json_files import file_digest as file_digest
@@ -371,7 +372,7 @@ def _refuse_difference(
 
     renewed: inputs that may have changed; free: options that may.
     """
-    if recorded.get("format", FORMAT) != FORMAT:
+    if not is_readable(recorded.get("format", FORMAT)):
         raise ContractError(
             f"{directory} has format {recorded['format']}, this version writes {FORMAT}", "use --overwrite"
         )

@@ -55,7 +55,7 @@ def _remote(location: str) -> tuple[Any, str]:
     return fs, path
 
 
-def _with_retries(location: str, work: Callable[[Any, str], Result]) -> Result:
+def with_retries(location: str, work: Callable[[Any, str], Result]) -> Result:
     """Do work(filesystem, path) on a remote location, again after a pause while it fails in passing.
 
     Raises: OSError when it goes on failing, or what the driver raises for good (no such file, no permission).
@@ -117,37 +117,47 @@ def resolve(written: str, start: str) -> str:
 def exists(location: str) -> bool:
     """Say whether a file or directory is there."""
     if is_remote(location):
-        return bool(_with_retries(location, lambda fs, path: fs.exists(path)))
+        return bool(with_retries(location, lambda fs, path: fs.exists(path)))
     return os.path.exists(local(location))
 
 
 def is_dir(location: str) -> bool:
     """Say whether a location is a directory (for object stores: a prefix with objects)."""
     if is_remote(location):
-        return bool(_with_retries(location, lambda fs, path: fs.isdir(path)))
+        return bool(with_retries(location, lambda fs, path: fs.isdir(path)))
     return os.path.isdir(local(location))
 
 
 def size(location: str) -> int:
     """Return a file's size in bytes."""
     if is_remote(location):
-        return int(_with_retries(location, lambda fs, path: fs.size(path)))
+        return int(with_retries(location, lambda fs, path: fs.size(path)))
     return os.path.getsize(local(location))
 
 
 def listdir(directory: str) -> list[str]:
     """List the names in a directory, sorted; none where it does not exist."""
     if is_remote(directory):
-        found = _with_retries(directory, lambda fs, path: fs.ls(path, detail=False) if fs.isdir(path) else [])
-        return sorted(name(entry) for entry in found if name(entry) != name(directory))
+        return sorted(name(each["name"]) for each in _list(directory))
     return sorted(os.listdir(local(directory))) if os.path.isdir(local(directory)) else []
+
+
+def _list(directory: str) -> list[dict[str, Any]]:
+    """List a remote directory by one request (object stores: one for 1,000 names); empty where it does not exist."""
+
+    def ask(fs: Any, path: str) -> list[dict[str, Any]]:
+        try:
+            return [each for each in fs.ls(path, detail=True) if each["name"].strip("/") != path.strip("/")]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    return with_retries(directory, ask)
 
 
 def entries(directory: str) -> tuple[list[str], list[str]]:
     """List the files and the folders in a directory, each sorted. Links to folders are in neither."""
     if is_remote(directory):
-        found = _with_retries(directory, lambda fs, path: fs.ls(path, detail=True))
-        named = [(name(each["name"]), each["type"]) for each in found if name(each["name"]) != name(directory)]
+        named = [(name(each["name"]), each["type"]) for each in _list(directory)]
         files, folders = ([each for each, kind in named if kind == wanted] for wanted in ("file", "directory"))
         return sorted(files), sorted(folders)
     with os.scandir(local(directory)) as found:
@@ -167,7 +177,7 @@ def make_dir(directory: str) -> None:
 def remove(location: str) -> None:
     """Delete a file or a whole directory, if it is there."""
     if is_remote(location):
-        _with_retries(location, lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None)
+        with_retries(location, lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None)
         return
     path = local(location)
     if os.path.isdir(path) and not os.path.islink(path):
@@ -183,15 +193,23 @@ def remove(location: str) -> None:
 def open_read(location: str) -> IO[bytes]:
     """Open a file for reading bytes; seekable, local or remote."""
     if is_remote(location):
-        return _with_retries(location, lambda fs, path: cast(IO[bytes], fs.open(path, "rb")))
+        return with_retries(location, lambda fs, path: cast(IO[bytes], fs.open(path, "rb")))
     return open(local(location), "rb")
 
 
 def read_bytes(location: str) -> bytes:
     """Read a file whole."""
     if is_remote(location):
-        return _with_retries(location, lambda fs, path: cast(bytes, fs.cat_file(path)))
+        return with_retries(location, _whole)
     return Path(local(location)).read_bytes()
+
+
+def _whole(fs: Any, path: str) -> bytes:
+    """Read a remote file whole, without a request for its size where it has a first byte to begin at."""
+    [found] = fs.cat_ranges([path], [0], [None], on_error="return")
+    if isinstance(found, FINAL):
+        raise found
+    return cast(bytes, fs.cat_file(path) if isinstance(found, BaseException) else found)
 
 
 def read_text(location: str) -> str:
@@ -206,7 +224,7 @@ def local_copy(location: str, suffix: str = "") -> Iterator[str]:
         yield local(location)
         return
     with tempfile.NamedTemporaryFile(suffix=suffix) as copy:
-        _with_retries(location, lambda fs, path: fs.get_file(path, copy.name))
+        with_retries(location, lambda fs, path: fs.get_file(path, copy.name))
         yield copy.name
 
 
@@ -220,7 +238,7 @@ def atomic_write(location: str) -> Iterator[IO[bytes]]:
         with tempfile.NamedTemporaryFile() as copy:
             yield cast(IO[bytes], copy)
             copy.flush()
-            _with_retries(location, lambda fs, path: fs.put_file(copy.name, path))
+            with_retries(location, lambda fs, path: fs.put_file(copy.name, path))
         return
     path = local(location)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -310,9 +328,9 @@ def find(pattern: str, suffix: str = "") -> dict[str, Found]:
                 continue
         if any(mark in location for mark in "*?[") and (remote or not os.path.exists(local(location))):
             found |= _glob(location)
-        elif is_dir(location):
+        elif (inside := files(location)) or is_dir(location):
             folder = location if remote else local(location)
-            found |= {join(folder, file): held for file, held in files(location).items() if file.endswith(suffix)}
+            found |= {join(folder, file): held for file, held in inside.items() if file.endswith(suffix)}
         elif exists(location):
             found[location if remote else local(location)] = look(location)
         else:
@@ -323,9 +341,8 @@ def find(pattern: str, suffix: str = "") -> dict[str, Found]:
 def files(directory: str) -> dict[str, Found]:
     """List the files in a directory with their sizes and stamps; none where it does not exist."""
     if is_remote(directory):
-        listed = _with_retries(directory, lambda fs, path: fs.ls(path, detail=True) if fs.isdir(path) else [])
-        held = (each for each in listed if each["type"] != "directory")
-        return {name(each["name"]): _described(each) for each in held if name(each["name"]) != name(directory)}
+        held = (each for each in _list(directory) if each["type"] != "directory")
+        return {name(each["name"]): _described(each) for each in held}
     if not os.path.isdir(local(directory)):
         return {}
     with os.scandir(local(directory)) as listed:
@@ -335,7 +352,7 @@ def files(directory: str) -> dict[str, Found]:
 def look(location: str) -> Found:
     """Return a file's size and stamp."""
     if is_remote(location):
-        return _described(_with_retries(location, lambda fs, path: fs.info(path)))
+        return _described(with_retries(location, lambda fs, path: fs.info(path)))
     return _stated(os.stat(local(location)))
 
 
@@ -351,7 +368,7 @@ def move(source: str, target: str) -> bool:
     """Give a file another name, whose own file it replaces; say whether it was there."""
     try:
         if is_remote(source):
-            _with_retries(source, lambda fs, path: fs.mv(path, _remote(target)[1]))
+            with_retries(source, lambda fs, path: fs.mv(path, _remote(target)[1]))
         else:
             os.makedirs(os.path.dirname(local(target)) or ".", exist_ok=True)
             os.replace(local(source), local(target))
@@ -374,5 +391,5 @@ def _glob(pattern: str) -> dict[str, Found]:
     if not is_remote(pattern):
         return {path: look(path) for path in glob.glob(local(pattern), recursive=True)}
     scheme = pattern.split("://", 1)[0]
-    matches = _with_retries(pattern, lambda fs, path: fs.glob(path, detail=True))
+    matches = with_retries(pattern, lambda fs, path: fs.glob(path, detail=True))
     return {f"{scheme}://{path}": _described(each) for path, each in matches.items()}

@@ -7,6 +7,8 @@ import pyarrow as pa
 
 DETAIL_BYTES = 72  # four hashes of 144 bits (curate/embed/details.py)
 LABEL = pa.dictionary(pa.int16(), pa.string())
+# Where a sample's members lie in its tar: `name` is the key, a dot and the suffix; bytes of the content.
+MEMBERS = pa.list_(pa.struct([("suffix", LABEL), ("offset", pa.int64()), ("size", pa.int32())]))
 
 STATUSES = {
     "ok": "embedded",
@@ -41,6 +43,7 @@ def embedding_schema(dim: int, extra: Mapping[str, pa.DataType] | None = None) -
             ("url", pa.string()),
             ("detail", pa.binary(DETAIL_BYTES)),
             ("writing", pa.bool_()),
+            ("members", MEMBERS),
             *(extra or {}).items(),
         ]
     )

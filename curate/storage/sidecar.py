@@ -1,12 +1,15 @@
 """Sidecars: an Arrow IPC file per shard, with the shard's stem and exactly its rows in its order.
 
-Local files are mapped to memory: an embedding column is seen as a matrix with no copy. Also here: columns as arrays and
-back (labels as codes, embeddings as matrices), and .npy files.
+Local files are mapped to memory: an embedding column is seen as a matrix with no copy. Of remote ones only the columns
+asked for are read, of embeddings only the rows. Also here: columns as arrays and back (labels as codes, embeddings as
+matrices), and .npy files.
 """
 
 import io
 import json
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import pyarrow as pa
 
 from curate.errors import ContractError
 from curate.storage import paths
+from curate.storage.remote_arrow import RemoteFile
 
 
 def write_table(
@@ -29,40 +33,93 @@ def write_table(
     return rows
 
 
-def reader(location: str) -> pa.ipc.RecordBatchFileReader:
-    """Open a sidecar; local files are mapped to memory. Raises: ContractError when it is not an Arrow file."""
+Place = str | RemoteFile  # where a sidecar is, or a remote one that is open already
+
+
+@contextmanager
+def _readable(place: Place) -> Iterator[None]:
+    """Say in one line what is no sidecar. Raises: ContractError."""
+    location = place if isinstance(place, str) else place.location
     try:
-        if paths.is_remote(location):
-            return pa.ipc.open_file(pa.py_buffer(paths.read_bytes(location)))
-        return pa.ipc.open_file(pa.memory_map(paths.local(location)))
+        yield
     except FileNotFoundError:
         raise ContractError(f"{location} does not exist") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, struct.error) as error:
         raise ContractError(f"{location} is no readable Arrow file: {str(error).splitlines()[0]}") from None
 
 
-def batches(location: str) -> Iterator[pa.RecordBatch]:
-    """Yield a sidecar's record batches in row order."""
-    source = reader(location)
+def open_remote(location: str) -> RemoteFile:
+    """Open a sidecar on a URL, whose columns are then read by ranges. Raises: ContractError when it is none."""
+    with _readable(location):
+        return RemoteFile(location)
+
+
+def _reader(place: Place) -> RemoteFile | pa.ipc.RecordBatchFileReader:
+    """Open a sidecar; a local file is mapped to memory."""
+    if isinstance(place, RemoteFile):
+        return place
+    if paths.is_remote(place):
+        return open_remote(place)
+    with _readable(place):
+        return pa.ipc.open_file(pa.memory_map(paths.local(place)))
+
+
+def batch(place: Place, index: int, columns: Sequence[str], names: Sequence[str]) -> pa.RecordBatch:
+    """Read some columns of one record batch into memory; nothing stays mapped. names: of all columns, in order."""
+    with _readable(place):
+        if not isinstance(place, RemoteFile) and not paths.is_remote(place):
+            options = pa.ipc.IpcReadOptions(included_fields=sorted(names.index(name) for name in columns))
+            with pa.OSFile(paths.local(place)) as file:
+                return pa.ipc.open_file(file, options=options).get_batch(index).select(list(columns))
+        source = _reader(place)
+        assert isinstance(source, RemoteFile)
+        return source.batch(index, columns)
+
+
+def batches(place: Place, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield a sidecar's record batches in row order, or some columns of them."""
+    source = _reader(place)
+    if isinstance(source, RemoteFile):
+        with _readable(place):
+            yield from source.batches(columns)
+        return
     for index in range(source.num_record_batches):
-        yield source.get_batch(index)
+        found = source.get_batch(index)
+        yield found if columns is None else found.select(list(columns))
 
 
-def table(location: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a sidecar, or some columns of it, as a table over mapped memory."""
-    whole = reader(location).read_all()
+def table(place: Place, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a sidecar, or some columns of it, as a table; of a local one over mapped memory."""
+    source = _reader(place)
+    if isinstance(source, RemoteFile):
+        with _readable(place):
+            kept = source.schema if columns is None else pa.schema([source.schema.field(name) for name in columns])
+            return pa.Table.from_batches(source.batches(columns), kept.with_metadata(source.schema.metadata))
+    whole = source.read_all()
     return whole if columns is None else whole.select(list(columns))
 
 
-def facts(location: str) -> dict[str, Any]:
+def schema(place: Place) -> pa.Schema:
+    """Read a sidecar's schema."""
+    return _reader(place).schema
+
+
+def facts(place: Place) -> dict[str, Any]:
     """Return the JSON facts that `write_table` stored with a sidecar."""
-    stored = (reader(location).schema.metadata or {}).get(b"curate", b"{}")
-    return dict(json.loads(stored))
+    return facts_of(_reader(place).schema)
 
 
-def num_rows(location: str) -> int:
+def facts_of(known: pa.Schema) -> dict[str, Any]:
+    """Return the JSON facts in the schema of a sidecar or of a table of it."""
+    return dict(json.loads((known.metadata or {}).get(b"curate", b"{}")))
+
+
+def num_rows(place: Place) -> int:
     """Count a sidecar's rows without reading its columns."""
-    source = reader(location)
+    source = _reader(place)
+    if isinstance(source, RemoteFile):
+        with _readable(place):
+            return source.num_rows()
     return sum(source.get_batch(index).num_rows for index in range(source.num_record_batches))
 
 
@@ -96,11 +153,18 @@ def vectors(column: pa.FixedSizeListArray) -> np.ndarray:
     return flat[column.offset * dim : (column.offset + len(column)) * dim].reshape(len(column), dim)
 
 
-def take_vectors(batches: Iterable[pa.RecordBatch], column: str, rows: np.ndarray) -> np.ndarray:
-    """Gather rows (numbers within the sidecar, in any order) of an embedding column as f16 [len(rows), d]."""
-    parts = [vectors(batch.column(column)) for batch in batches]
+def take_vectors(place: Place, column: str, rows: np.ndarray) -> np.ndarray:
+    """Gather rows (numbers within the sidecar, in any order) of an embedding column as f16 [len(rows), d].
+
+    Of a remote sidecar the bytes of these rows are read, and hardly any other.
+    """
+    source = _reader(place)
+    if isinstance(source, RemoteFile):
+        with _readable(place):
+            return source.vectors(column, rows)
+    parts = [vectors(part.column(column)) for part in batches(place)]
     bounds = np.cumsum([0, *map(len, parts)])
-    found = np.empty((len(rows), parts[0].shape[1]), np.float16)
+    found = np.empty((len(rows), source.schema.field(column).type.list_size), np.float16)
     ascending = bool((np.diff(rows) > 0).all())
     for first, last, part in zip(bounds[:-1], bounds[1:], parts, strict=True):
         if ascending:  # as whole columns are read: no list of places, and no copy of what is read

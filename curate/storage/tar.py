@@ -202,13 +202,7 @@ def local_tar(location: str) -> Iterator[str]:
 
 @contextmanager
 def open_tar(location: str) -> Iterator[IO[bytes]]:
-    """Open a shard for reading at any position, unpacked where it is packed by gzip."""
-    with paths.open_read(location) as file:
-        packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-        file.seek(0)
-        if not packed:
-            yield file
-            return
+    """Open a shard for reading at any position: a remote one is copied, one packed by gzip unpacked."""
     with local_tar(location) as path, open(path, "rb") as file:
         yield file
 

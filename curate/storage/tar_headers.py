@@ -11,6 +11,7 @@ from typing import IO
 
 BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20
+NAME_BYTES = 100  # of a name in a plain header
 BODILESS = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories, pipes: nothing follows their header
 EXTENSIONS = (b"x", b"g", b"L", b"K")  # pax for the next member and for all, GNU's long name and long link
 PACKED = {  # how other archives begin: what they are, and how they are unpacked
@@ -115,10 +116,19 @@ def _parse(header: bytes) -> tuple[bytes, str, int]:
         signed = 256 + sum(byte - 256 * (byte > 127) for byte in header[:148] + header[156:])
         if stored != signed:  # some old writers summed signed bytes
             raise ValueError("checksum")
-    name = header[:100].split(b"\0", 1)[0]
+    name = header[:NAME_BYTES].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
     return header[156:157], name.decode("utf-8", "surrogateescape"), _number(header[124:136])
+
+
+def describes(header: bytes, name: str, size: int) -> bool:
+    """Say whether a header is that of a member. A name that may stand in an extension before it is not compared."""
+    try:
+        _, found, length = _parse(header)
+    except ValueError:
+        return False
+    return length == size and (found == name or len(name) > NAME_BYTES or not name.isascii())
 
 
 def _number(data: bytes) -> int:

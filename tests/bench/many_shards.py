@@ -30,9 +30,10 @@ import pyarrow as pa
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curate.storage import sidecar  # noqa: E402
+from curate.storage import members, sidecar  # noqa: E402
 from curate.storage.manifest import open_output, versions  # noqa: E402
 from curate.storage.schema import STATUSES, embedding_schema  # noqa: E402
+from curate.storage.tar import read_index  # noqa: E402
 
 ROWS, DIM, CLOUDS = 4, 8, 16
 IMAGE = b"\xff\xd8\xff"
@@ -57,12 +58,16 @@ def write_pool(folder, shards, tars):
 def write_embeddings(folder, shards):
     """Write EMB as `embed` would, but not a file synced to the disk at a time: that would take most of the time."""
     rng = np.random.default_rng(0)
-    schema = embedding_schema(DIM)
     centres = rng.normal(size=(CLOUDS, DIM))
     status = sidecar.labels(["ok"] * ROWS, list(STATUSES))
     none, ok = pa.array([None] * ROWS, pa.string()), np.ones(ROWS, bool)
     output = open_output(str(folder), "embed", {"model": "none"}, {"pool": {"path": str(folder.parent / "pool")}})
     stems = {}
+    tar = folder.parent / "pool" / "000000.tar"  # all are laid out alike
+    size = tar.stat().st_size
+    with open(tar, "rb") as file:
+        places = members.column(read_index(file), size)
+    schema = embedding_schema(DIM).with_metadata({"curate": json.dumps({"size": size})})
     for shard in range(shards):
         first = shard * ROWS
         keys = [f"{row:09d}" for row in range(first, first + ROWS)]
@@ -80,6 +85,7 @@ def write_embeddings(folder, shards):
             none,
             pa.nulls(ROWS, schema.field("detail").type),
             pa.nulls(ROWS, pa.bool_()),
+            places,
         ]
         with pa.OSFile(str(folder / f"{shard:06d}.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(pa.record_batch(columns, schema=schema))

@@ -36,6 +36,7 @@ from curate.storage.manifest import (  # noqa: E402
     versions,  # noqa: E402
 )
 from curate.storage.schema import (  # noqa: E402
+    MEMBERS,  # noqa: E402
     STATUSES,  # noqa: E402
     embedding_schema,  # noqa: E402
 )
@@ -90,6 +91,7 @@ def draw_shard(folder, first, n, dim):
             pa.nulls(n, pa.string()),
             pa.nulls(n, schema.field("detail").type),
             pa.nulls(n, pa.bool_()),
+            pa.nulls(n, MEMBERS),
         ],
         schema=schema,
     )

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from artefacts import members, picture, tree, write_embeddings, write_pool, writ
 from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job
 from curate.errors import UsageError
+from curate.storage import sidecar
+from curate.storage import tar as tar_room
 from curate.storage.manifest import ContractError, load_json, open_input, save_json
 from curate.storage.tar import TarWriter
 
@@ -256,6 +259,60 @@ def test_nothing_kept_and_unknown_formats_are_refused(tmp_path):
 
 @pytest.mark.realdata
 @pytest.mark.skipif(not PAIRS.is_dir(), reason="real pairs are not at hand")
+def without_members(emb):
+    """Make embeddings what format 1 has: the same without `members`."""
+    embedded = open_input(emb)
+    for stem in embedded.stems:
+        where = embedded.path(f"{stem}.arrow")
+        table, facts = sidecar.table(where).drop_columns(["members"]).combine_chunks(), sidecar.facts(where)
+        sidecar.write_table(where, table.schema, table.to_batches(), facts)
+    save_json(embedded.path("manifest.json"), {**embedded.manifest, "format": 1})
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "llava"])
+@pytest.mark.parametrize("share", [3, 2, 1])
+def test_places_of_members_and_a_look_through_the_tar_leave_the_same_bytes(tmp_path, monkeypatch, kind, share):
+    where = write_pool(tmp_path / "pool", ["00000", "00001"], 10)
+    for stem in ("packed", "odd"):
+        write_pool(tmp_path / stem, [stem], 10, first=100 if stem == "odd" else 200)
+    packed = gzip.compress((tmp_path / "packed" / "packed.tar").read_bytes())
+    (tmp_path / "pool" / "packed.tar").write_bytes(packed)
+    odd = members(tmp_path / "odd" / "odd.tar")
+    with open(tmp_path / "pool" / "odd.tar", "wb") as file, TarWriter(file) as tar:
+        for name, data in [*odd[::3], *odd[1::3], *odd[2::3], ("folder/" * 20 + "long.jpg", picture(5))]:
+            tar.add(name, data)
+    emb = write_embeddings(tmp_path / "emb", where)
+    options = EmitOptions(format=kind, shard_size=7)
+    looked = []
+    monkeypatch.setattr(
+        tar_room, "read_index", lambda file, real=tar_room.read_index: looked.append(file) or real(file)
+    )
+    for name in ("placed", "looked"):
+        if name == "looked":
+            without_members(emb)
+        sel = write_selection(tmp_path / f"sel-{name}", emb, lambda stem, row, key: row % share == 0 or "sample(9)")
+        looked.clear()
+        emit(sel, str(tmp_path / name), options, QUIET)
+        files = {os.path.basename(getattr(file, "name", "")) for file in looked}
+        assert ("00000.tar" in files) == (name == "looked") and looked
+    assert tree(tmp_path / "placed", but=("log.jsonl", "manifest.json")) == tree(
+        tmp_path / "looked", but=("log.jsonl", "manifest.json")
+    )
+
+
+def test_a_tar_of_the_same_size_with_other_samples_is_looked_through(tmp_path):
+    sel = chain(tmp_path, kept=lambda stem, row, key: True)
+    place = tmp_path / "pool" / "00001.tar"
+    held, size = members(place), place.stat().st_size
+    with open(place, "wb") as file, TarWriter(file) as tar:
+        for name, data in held[:12] + held[15:] + [(name.replace("0000", "9999"), data) for name, data in held[12:15]]:
+            tar.add(name, data)
+    assert place.stat().st_size == size
+    manifest = emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET)
+    assert manifest["counts"] == {"rows": 30, "written": 29, "gone": 1}
+    assert [entry["row"] for entry in manifest["gone"]] == [4]
+
+
 def test_real_pairs_come_through_untouched(tmp_path):
     emb = write_embeddings(tmp_path / "emb", str(PAIRS / "0000[01].tar"))
     sel = write_selection(tmp_path / "sel", emb, lambda stem, row, key: row % 7 == 0 or "sample(9)")
