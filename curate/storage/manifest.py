@@ -300,7 +300,8 @@ def _renew(output: Output, recorded: dict[str, Any], anew: str) -> None:
         stands, output.why = not change, str(change)
         output.kept = change.kept
     else:
-        stands, output.why = not altered, f"{altered} has changed since: {output.home} is made anew in place"
+        since = paths.resolve(altered, output.home)
+        stands, output.why = not altered, f"{since} has changed since: {output.home} is made anew in place"
     if stands and recorded.get("options") == plan["options"]:
         output.complete, output.manifest, output.why = not recorded.get("failed"), recorded, ""
         if parts is not None and parts.contents is not None:  # read once, they need not be read again
