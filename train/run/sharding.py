@@ -52,7 +52,23 @@ def compose_once(runtime: Runtime, compose: Callable[[], Composed]) -> Composed:
         return copy.deepcopy(here[0], memo)
 
     composed: Composed = runtime.first(skeleton)
-    return here[0] if here else composed
+    if here:
+        return here[0]
+    _note_classes(composed.model)
+    return composed
+
+
+def _note_classes(model: nn.Module) -> None:
+    """Let transformers know what the classes of a model record, such as hidden states.
+
+    It notes that when the first of a class is built, by the class' name; here none was, the model came from a process.
+    """
+    from transformers import PreTrainedModel
+    from transformers.utils import output_capturing
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            output_capturing._CAN_RECORD_REGISTRY[module] = module._can_record_outputs
 
 
 def shard(composed: Composed, stage: Stage, runtime: Runtime) -> dict[str, nn.Parameter]:

@@ -132,3 +132,34 @@ def test_ranks_measure_each_sample_once_and_the_next_run_none(world, tmp_path, m
     assert kept.read_bytes() == (tmp_path / "alone" / ".measured" / kept.name).read_bytes()
     on_two_ranks(lambda _: run(world, tmp_path / "two", "finetune.steps=2"))
     assert len((tmp_path / "spans").read_text().split()) == 6, "the second run reads what the first one measured"
+
+
+def test_a_model_that_came_from_another_process_gives_its_hidden_states(world, monkeypatch):
+    """What a rank that was started, not forked, has: classes of which it has built no model."""
+    import pickle
+
+    import torch
+    from transformers.utils import output_capturing
+
+    from train import config as configuration
+    from train.model.compose import compose
+    from train.model.layer import features
+    from train.run import sharding
+
+    options = configuration.load(str(world / "config.toml"), ())
+
+    class Rank:
+        def __init__(self, sent=None):
+            self.sent = sent
+
+        def first(self, function):
+            self.sent = self.sent or pickle.dumps(function())
+            return pickle.loads(self.sent)
+
+    first = Rank()
+    sharding.compose_once(first, lambda: compose(options.model))
+    monkeypatch.setattr(output_capturing, "_CAN_RECORD_REGISTRY", type(output_capturing._CAN_RECORD_REGISTRY)())
+    composed = sharding.compose_once(Rank(first.sent), lambda: None)
+    tower, size = composed.model.model.vision_tower, composed.vision.image_size
+    assert next(tower.parameters()).is_meta
+    assert features(tower, torch.empty(1, 3, size, size, device="meta"), 1, "full").shape[0] == 1
