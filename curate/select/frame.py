@@ -108,7 +108,8 @@ class Frame:
     listed: Callable[[str], np.ndarray] = _nothing  # bool [n]: the rows whose uid a DataComp subset file has
     alive: np.ndarray = field(init=False)
     duplicates: Duplicates = field(init=False)
-    cache: dict[str, np.ndarray] = field(default_factory=dict)
+    cache: dict[str, np.ndarray] = field(default_factory=dict)  # columns, and beside them groups
+    grouped: dict[str, np.ndarray] = field(default_factory=dict)
     compute: Callable[["Frame", str], np.ndarray] | None = None  # a column that is not stored, by how it is written
 
     def __post_init__(self) -> None:
@@ -122,21 +123,23 @@ class Frame:
         """
         if self.compute is not None and name not in self.columns and name not in self.cache:
             self.cache[name] = self.compute(self, name)
-        return self._load(name, self.columns)
+        return self._load(name, self.columns, self.cache)
 
     def group(self, name: str) -> np.ndarray:
         """Return a column as group numbers i64 [n]."""
-        return self._load(name, self.groups)
+        return self._load(name, self.groups, self.grouped)
 
-    def _load(self, name: str, known: Mapping[str, Callable[[], np.ndarray]]) -> np.ndarray:
-        if name not in self.cache:
+    def _load(
+        self, name: str, known: Mapping[str, Callable[[], np.ndarray]], cache: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        if name not in cache:
             self.known(name, known)
             values = known[name]()
             if values.dtype.kind == "f" and self.good.any() and np.isnan(values[self.good]).all():
                 hint = NO_CAPTIONS if name == "clip_score" else None
                 raise UsageError(f"the column {name} has no value on any good row.", hint)
-            self.cache[name] = values
-        return self.cache[name]
+            cache[name] = values
+        return cache[name]
 
     def known(self, name: str, columns: Iterable[str], also: Iterable[str] = ()) -> None:
         """Refuse a column that is not there. also: what could have been written besides."""

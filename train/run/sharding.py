@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from train.config import Stage
 from train.data.batches import Batch
 from train.dist import Runtime
+from train.model import attention
 from train.model.compose import Composed
 
 Result = TypeVar("Result")
@@ -54,15 +55,16 @@ def compose_once(runtime: Runtime, compose: Callable[[], Composed]) -> Composed:
     composed: Composed = runtime.first(skeleton)
     if here:
         return here[0]
-    _note_classes(composed.model)
+    _note(composed.model)
     return composed
 
 
-def _note_classes(model: nn.Module) -> None:
-    """Let transformers know what the classes of a model record, such as hidden states.
+def _note(model: nn.Module) -> None:
+    """Let transformers know, in a process that built no model, what this one needs of it.
 
-    It notes that when the first of a class is built, by the class' name; here none was, the model came from a process.
+    That is our attention, and what its classes record, such as hidden states, noted as the first of a class is built.
     """
+    attention.register()
     from transformers import PreTrainedModel
     from transformers.utils import output_capturing
 
