@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from curate.embed.options import MAX_PIXELS
 from curate.storage.tar import suffix_of
+from pipelines import pictures
 
 # What web pools hold. Fixed, because Pillow's full list runs helpers (EPS) and parsers that nobody needs here.
 # Those that this Pillow was built without are left out: it raises KeyError for a name it does not know. Multi-picture
@@ -106,38 +107,11 @@ def _without_notes(data: bytes) -> bytes:
 
 
 def visible(image: Image.Image) -> Image.Image:
-    """Bring a picture that open_clip's transform would make black or white into 8 bits without transparency.
-
-    16-bit, 32-bit and float grey values are scaled so that the file's own darkest becomes 0 and its brightest 255;
-    values that are not finite count as the darkest. A picture with transparent parts is laid on white, or on black
-    where nothing could be seen on white. Every other picture is returned as it is.
-    Differs from open_clip, which cuts grey values off at 255 and ignores transparency.
-    Raises: BadImage `decode_error`.
-    """
+    """Do what `pictures.visible` does.  Raises: BadImage `decode_error`."""
     try:
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            return _scaled(image)
-        return _opaque(image) if image.has_transparency_data else image
+        return pictures.visible(image)
     except Exception as error:
         raise BadImage("decode_error", _words(error)) from None
-
-
-def _scaled(image: Image.Image) -> Image.Image:
-    values_hw = np.array(image, np.float64)
-    finite = np.isfinite(values_hw)
-    low, high = (values_hw[finite].min(), values_hw[finite].max()) if finite.any() else (0.0, 0.0)
-    shares_hw = np.where(finite, values_hw - low, 0.0) / (high - low or 1.0)
-    return Image.fromarray(np.rint(255 * shares_hw).astype(np.uint8))
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
-    if rgba.getextrema()[3][0] == 255:  # transparency is declared and not used: the model's transform takes it as it is
-        return image
-    laid = [Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba) for ground in ("white", "black")]
-    on_white, on_black = (each.convert("RGB") for each in laid)
-    plain = all(low == high for low, high in on_white.getextrema())
-    return on_black if plain else on_white
 
 
 def transform(preprocess: Mapping[str, Any]) -> Transform:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.pictures import visible
 from train.data.prompts import Encoded, Encoder, Rejected, parse
 from train.data.reading import Record
 from train.data.record_source import JsonRows, RecordSource, TableRows
@@ -77,14 +78,14 @@ def losses(source: Source, reasons: dict[int, str]) -> list[str]:
 
 
 def decode_image(data: bytes) -> Any:
-    """Decode to an RGB PIL image.  Raises: Rejected("bad_image" or "huge_image")."""
+    """Decode to an RGB PIL image, deep and transparent ones made visible.  Raises: Rejected (bad_image, huge_image)."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Rejected("huge_image")
-            return image.convert("RGB")
+            return visible(image).convert("RGB")
     except Rejected:
         raise
     except Exception:  # decoders answer hostile bytes with nearly every exception there is

@@ -319,3 +319,14 @@ def test_avif_decodes_and_is_an_image_of_a_shard(tmp_path):
     Image.new("RGB", (8, 6), "red").save(buffer, "AVIF")
     source = open_source(str(shard(tmp_path / "0.tar", [("a.avif", buffer.getvalue()), ("a.txt", b"red")])))
     assert decode_image(source.image_bytes(source.record(0).images[0])).size == (8, 6)
+
+
+def test_deep_and_transparent_pictures_are_not_black_or_white_all_over():
+    ramp = np.linspace(300, 60_000, 64).reshape(8, 8)
+    drawn = np.zeros((8, 8, 4), np.uint8)
+    drawn[..., 3] = np.eye(8) * 255  # black strokes that lie in the alpha channel alone
+    for shown in (Image.fromarray(ramp.astype(np.uint16)), Image.fromarray(drawn)):
+        out = io.BytesIO()
+        shown.save(out, "PNG")
+        seen = np.asarray(decode_image(out.getvalue()))
+        assert (seen.min(), seen.max()) == (0, 255)

@@ -1,0 +1,44 @@
+"""Pictures that a plain conversion would lose, for both programs: what is embedded is what is trained on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def visible(image: Image) -> Image:
+    """Bring a picture that a plain conversion to RGB would make black or white into 8 bits without transparency.
+
+    16-bit, 32-bit and float grey values are scaled so that the file's own darkest becomes 0 and its brightest 255;
+    values that are not finite count as the darkest. A picture with transparent parts is laid on white, or on black
+    where nothing could be seen on white. Every other picture is returned as it is.
+    Differs from open_clip and Pillow's `convert`, which cut grey values off at 255 and ignore transparency.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return _scaled(image)
+    return _opaque(image) if image.has_transparency_data else image
+
+
+def _scaled(image: Image) -> Image:
+    import numpy as np
+    from PIL import Image
+
+    values_hw = np.array(image, np.float64)
+    finite = np.isfinite(values_hw)
+    low, high = (values_hw[finite].min(), values_hw[finite].max()) if finite.any() else (0.0, 0.0)
+    shares_hw = np.where(finite, values_hw - low, 0.0) / (high - low or 1.0)
+    return Image.fromarray(np.rint(255 * shares_hw).astype(np.uint8))
+
+
+def _opaque(image: Image) -> Image:
+    from PIL import Image
+
+    rgba = image.convert("RGBA")
+    if rgba.getextrema()[3][0] == 255:  # transparency is declared and not used: it is taken as it is
+        return image
+    laid = [Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba) for ground in ("white", "black")]
+    on_white, on_black = (each.convert("RGB") for each in laid)
+    plain = all(low == high for low, high in on_white.getextrema())
+    return on_black if plain else on_white
