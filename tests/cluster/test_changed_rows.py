@@ -86,7 +86,7 @@ def test_what_stands_is_read_and_not_assigned_again(states, home, monkeypatch):
     renew(states, home)
     assigned = []
     assign = stage.kmeans.assign
-    monkeypatch.setattr(stage.kmeans, "assign", lambda x, c: assigned.append(len(x)) or assign(x, c))
+    monkeypatch.setattr(stage.kmeans, "assign", lambda x, **c: assigned.append(len(x)) or assign(x, **c))
     run(home)
     assert len(assigned) == 3
 
