@@ -171,10 +171,9 @@ def shards_in(path: Path) -> tuple[list[Path], list[str]]:
     passed: list[str] = []
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         lower = file.name.lower()
-        unpacked = [file.with_name(file.name[: len(file.name) - 3] + end) for end in ("", ".tar")]
         if is_macos(file.name) and lower.endswith(TAR_SUFFIXES):
             passed.append(f"{file.name} is passed over: it is macOS's own")
-        elif lower.endswith(".gz") and any(each in found for each in unpacked):
+        elif lower.endswith(".gz") and any(file.with_name(file.name[:-3] + end) in found for end in ("", ".tar")):
             passed.append(f"{file.name} is passed over: it lies there unpacked, too")
         elif lower.endswith(TAR_SUFFIXES):
             found.append(file)

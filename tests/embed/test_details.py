@@ -39,7 +39,8 @@ COPIES = {
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_agree_in_their_finer_hashes(name):
     found = [bits(scene(seed), COPIES[name](scene(seed))) for seed in range(12)]
-    assert np.mean(np.array(found) <= MOST_BITS) >= (0.3 if name == "captioned" else 0.9), found
+    most = 22 if name == "captioned" else MOST_BITS  # a printed line is seen, if less than another print (30)
+    assert np.mean(np.array(found) <= most) >= 0.9, found
 
 
 def shirt(print_seed):

@@ -19,10 +19,11 @@ from train.publish.export import export
 from train.run import checkpoint, loop
 from train.run.stage import make_encoder, run_stage
 
+OURS = ("demo", "photos", "real", "small")  # of no paper
 ROWS = sorted(
     path.stem
     for path in pipeline.shipped().glob("*.toml")
-    if "model" in pipelines.read(path) and path.stem not in ("demo", "photos") and not path.stem.startswith("ablation")
+    if "model" in pipelines.read(path) and path.stem not in OURS and not path.stem.startswith("ablation")
 )
 SIGLIP, CLIP = "google/siglip-so400m-patch14-384", "openai/clip-vit-large-patch14-336"
 DINO, EVA = "facebook/dinov2-large", "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k"
