@@ -41,7 +41,7 @@ def parts(rows: Mapping[str, int]) -> dict[str, list[str]]:
 
 def is_scratch(name: str) -> bool:
     """Say whether a file is one that this version puts into BUCKETS."""
-    return name.startswith(("rows-", "edges-", "giant-")) or name.endswith(".tmp")
+    return name.startswith(("rows-", "edges-", "giant-", "block-")) or name.endswith(".tmp")
 
 
 def location(out: str, part: str) -> str:
