@@ -152,10 +152,10 @@ def placeholders(
         rows, labels = joined[good], forest.components(a, b, len(joined))[good]
         facts["threshold"] = found["threshold"]
     picture = np.unique(labels, return_inverse=True)[1]
-    known = by in frame.cache
+    known = by in frame.grouped
     caption = np.unique(frame.group(by)[rows], return_inverse=True)[1]
     if not known:  # no other step of the default asks for it
-        del frame.cache[by]
+        del frame.grouped[by]
     distinct = np.unique(picture * (int(caption.max(initial=0)) + 1) + caption) // (int(caption.max(initial=0)) + 1)
     sizes = np.bincount(picture)
     captions_each = np.bincount(distinct, minlength=len(sizes))
