@@ -88,7 +88,7 @@ FAULTS = {
     "beside the folder": ({"image": "HERE2/a.jpg", "conversations": turns("<image>")}, "image_outside_folder"),
     "up and back": ({"image": "HERE/../x.jpg", "conversations": turns("<image>")}, "image_outside_folder"),
     "missing": ({"messages": messages("<image>"), "images": ["no.jpg"]}, "missing_image"),
-    "unknown speaker": ({"conversations": turns("x", asks="tool")}, "bad_turn"),
+    "unknown speaker": ({"conversations": turns("x", asks="tool")}, "bad_turn|tool_turn"),
     "nested for ever": ({"messages": messages("<image>"), "images": [json.loads('{"image":' * 400 + "1" + "}" * 400)]}, "image_is_not_a_name|nested"),
 }  # fmt: skip
 

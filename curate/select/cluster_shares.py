@@ -59,10 +59,9 @@ def account(embedded: Artefact, clusters: Artefact, labels_n: np.ndarray, kept_n
 def name(embedded: Artefact, clusters: Artefact, chosen: Sequence[int]) -> tuple[Mapping[int, str], bool]:
     """Name clusters. Returns the names, and whether they are concepts of a vocabulary; else captions' words."""
     vocabulary = stored.vocabulary_of(embedded)
-    centroids = clusters.path("centroids.npy")
-    if vocabulary is None or not chosen or not paths.exists(centroids):
+    if vocabulary is None or not chosen or not paths.exists(clusters.path("centroids.npy")):
         return _by_captions(embedded, clusters, chosen), False
-    return concept_names.names(sidecar.load_npy(centroids), chosen, *vocabulary), True
+    return concept_names.names(sidecar.load_npy(clusters.path("centroids.npy")), chosen, *vocabulary), True
 
 
 def _by_captions(embedded: Artefact, clusters: Artefact, chosen: Sequence[int]) -> Mapping[int, str]:
