@@ -1,8 +1,18 @@
 """Skips with their reasons, and a small demo made once."""
 
+import os
+
+import hypothesis
 import pytest
 
 from house import GPU, REAL_DATA
+
+# No deadlines: a busy machine is no defect. The same draws each time; HYPOTHESIS_PROFILE=wide draws others.
+hypothesis.settings.register_profile(
+    "same", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("wide", deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_collection_modifyitems(items):
