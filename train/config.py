@@ -38,6 +38,7 @@ class Model:
     image: Literal["square", "pad", "squash"] = "square"  # pad: filled to a square first; squash: each side resized
     feature_layer: int = -2  # index into the tower's hidden states; LLaVA and Bunny take the last but one
     feature_strategy: Literal["auto", "default", "full"] = "auto"  # default drops the first (class) token
+    grid: int = 0  # places a side to average a network of timm's map to; 0: as many as it has
     scales: int = 1  # S²: also see the image at 2, 3, … times the tower's size, in tiles; Bunny v1.1 takes 3
     lm_head_bias: Literal["fold", "drop"] = "fold"  # of Phi's head; drop: Bunny's class has none, so it was lost there
     scale_features: bool = False  # times sqrt(hidden_size): what transformers before 5.4 did to Gemma's image features
@@ -141,7 +142,7 @@ class Config:
 
 
 # Options that manifests of 0.1.0 lack. A manifest leaves them out at their default, so that older runs still go on.
-ADDED = frozenset({"norm_samples", "lm_dropout", "schedule", "decay", "dora", "rslora", "val"})
+ADDED = frozenset({"norm_samples", "lm_dropout", "schedule", "decay", "dora", "rslora", "val", "grid"})
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
 NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
 
@@ -211,6 +212,7 @@ def _check(config: Config) -> None:
         if stage.tune == "projector" and stage.tune_tower:
             raise UsageError(f'{name}.tune_tower needs {name}.tune = "lora" or "full"')
     _hold("model", model, "max_length scales", lambda value: value > 0, "be greater than 0")
+    _hold("model", model, "grid", lambda value: value >= 0, "not be negative")
     _hold("model", model, "image_token", bool, "name a token, of the tokenizer or a new one")
     _hold("eval", evaluation, "batch_size", lambda value: value > 0, "be greater than 0")
     _hold("eval", evaluation, "max_new_tokens limit show tolerance", lambda value: value >= 0, "not be negative")

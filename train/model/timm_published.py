@@ -115,18 +115,19 @@ def find_in_openclip(folder: Path) -> Network | None:
     return Network(str(folder), name.partition(".")[0], {}, facts, load)
 
 
-def describe(network: Network, feature_layer: int, *, shrink: bool) -> Any:
+def describe(network: Network, feature_layer: int, *, shrink: bool, places: int = 0) -> Any:
     """Return the configuration of the tower: a class of transformers where one is the same, else timm's.
 
-    Nothing is computed: shapes come from the meta device.  Raises: UsageError.
+    places: how many a side the map is averaged to (`model.grid`); 0: its own. Nothing is computed: shapes come from the
+    meta device.  Raises: UsageError.
     """
     register_own_classes()
     with in_words(network.source):
         trunk, arguments, side = _skeleton(network, shrink)
-        native = plain_vit.native_config(trunk, side)
+        native = None if places else plain_vit.native_config(trunk, side)
         if native is not None:
             return native
-        return _own_config(network.architecture, arguments, trunk, side, feature_layer)
+        return _own_config(network.architecture, arguments, trunk, side, feature_layer, places)
 
 
 def load(network: Network, config: Any) -> Any:
@@ -174,7 +175,9 @@ def _skeleton(network: Network, shrink: bool) -> tuple[Any, dict[str, Any], int]
     return trunk, arguments, height
 
 
-def _own_config(name: str, arguments: dict[str, Any], trunk: Any, side: int, feature_layer: int) -> TimmVisionConfig:
+def _own_config(
+    name: str, arguments: dict[str, Any], trunk: Any, side: int, feature_layer: int, places: int
+) -> TimmVisionConfig:
     from torch.utils.flop_counter import FlopCounterMode
 
     pixels = torch.empty(1, 3, side, side, device="meta")
@@ -193,17 +196,24 @@ def _own_config(name: str, arguments: dict[str, Any], trunk: Any, side: int, fea
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         seen = grid(trunk, pixels, index, whole)
     _, channels, rows, columns = seen.shape
-    patch = next((p for p in range(side, 0, -1) if side // p == rows), 0)
+    if places > rows:
+        raise UsageError(
+            f"model.grid = {places}: map {index} of {name} has {rows} x {columns} places; give fewer, or 0"
+        )
+    patch = next((p for p in range(side, 0, -1) if side // p == (places or rows)), 0)
     if rows != columns or not patch:
         raise UsageError(
             f"{name}: map {index} has {rows} x {columns} places of an image of {side} px, which is no grid"
         )
     log.info("%s: map %d of %d, %d x %d places of %d channels", name, index, len(maps), rows, columns, channels)
+    if places:
+        log.info("averaged to %d x %d places (model.grid)", places, places)
     return TimmVisionConfig(
         architecture=name,
         model_args=arguments,
         feature_index=index,
         whole=whole,
+        places=places,
         hidden_size=channels,
         image_size=side,
         patch_size=patch,

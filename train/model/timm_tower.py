@@ -2,8 +2,9 @@
 
 Vision transformers, convolutional networks and mixed ones all give `forward_intermediates`: maps [n, c, side, side],
 one a block or one a stage, without class and register tokens. `model.feature_layer` picks one, read row by row as
-[n, side^2, c]. Behind the last stage some networks have one more convolution before they pool (EfficientNet,
-MobileCLIP): then that is what `feature_layer = -1` reads. What comes after the map is not built.
+[n, side^2, c]; `model.grid` averages it to fewer places first. Behind the last stage some networks have one more
+convolution before they pool (EfficientNet, MobileCLIP): then that is what `feature_layer = -1` reads. What comes after
+the map is not built.
 
 Cost: as the network's; one map is kept. Weights carry timm's own names below `trunk.`.
 Source of the interface: timm (pytorch-image-models), `forward_intermediates` and `prune_intermediate_layers`.
@@ -23,6 +24,7 @@ class TimmVisionConfig(PreTrainedConfig):  # type: ignore[misc]
     """Which network of timm, with which arguments, and where it is read; sizes in pixels.
 
     feature_index: the map that is read, from 1; whole: with the convolution behind the last stage.
+    places: how many a side the map is averaged to; 0: as many as it has.
     flops: multiplications and additions for one image, each counted.
     """
 
@@ -33,6 +35,7 @@ class TimmVisionConfig(PreTrainedConfig):  # type: ignore[misc]
     model_args: dict[str, Any] | None = None
     feature_index: int = 0
     whole: bool = False
+    places: int = 0
     hidden_size: int = 0
     image_size: int = 0
     patch_size: int = 0
@@ -67,7 +70,10 @@ class TimmVisionModel(PreTrainedModel):  # type: ignore[misc]
         With it stand as many None as the network has other maps.
         """
         index = self.config.feature_index
-        tokens = grid(self.trunk, pixel_values, index, self.config.whole).flatten(2).transpose(1, 2)
+        seen = grid(self.trunk, pixel_values, index, self.config.whole)
+        if self.config.places:
+            seen = nn.functional.adaptive_avg_pool2d(seen, self.config.places)
+        tokens = seen.flatten(2).transpose(1, 2)
         states = tuple(tokens if i == index else None for i in range(self.config.num_hidden_layers + 1))
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=states)
 

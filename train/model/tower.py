@@ -111,7 +111,7 @@ def _find(options: Model) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
     else:
         network = None if shipped(source) else timm_published.find(source, fresh=described)
     if network is not None:
-        ours = timm_published.describe(network, options.feature_layer, shrink=bool(options.shrink))
+        ours = timm_published.describe(network, options.feature_layer, shrink=bool(options.shrink), places=options.grid)
         return ours, network.preprocess, lambda: timm_published.load(network, ours)
     facts = shipped(source)
     eva = facts is not None and read_config(str(facts), "model.tower").model_type == EVA
@@ -136,6 +136,8 @@ def _adapt(config: Any, preprocess: dict[str, Any], options: Model) -> tuple[Any
     if options.shrink:
         config = config if config.model_type == TIMM else _shrunk(config)
         preprocess = {**preprocess, "size": None, "crop_size": None}
+    if options.grid and config.model_type != TIMM:
+        raise UsageError(f"model.grid = {options.grid} needs a network of timm; {options.tower!r} is none; give 0")
     vision = _describe(config, preprocess, options)
     registers = getattr(config, "num_register_tokens", 0)
     if options.scales == 1 and not registers:

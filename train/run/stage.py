@@ -140,8 +140,8 @@ def _request(
     align: Path | None,
     out: Path,
 ) -> dict[str, Any]:
-    model = dataclasses.asdict(config.model)
-    options = {k: v for k, v in dataclasses.asdict(stage).items() if k not in ADDED or v != getattr(Stage, k)}
+    model = _told(config.model)
+    options = _told(stage)
     for key in ("tower", "lm", "tokenizer"):
         model[key] = relative(model[key], out)
     inputs = {"data": relative(data, out), "digest": digest_data(data)}
@@ -154,6 +154,12 @@ def _request(
     if align is not None:
         inputs["align"] = relative(str(align), out)
     return {"command": stage_name, "model": model, "stage": options, "inputs": inputs}
+
+
+def _told(options: Model | Stage) -> dict[str, Any]:
+    """Return options as a manifest holds them: without those of ADDED that stand at their default."""
+    default = type(options)
+    return {k: v for k, v in dataclasses.asdict(options).items() if k not in ADDED or v != getattr(default, k)}
 
 
 def _claim(runtime: Runtime, out: Path, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> str:
@@ -264,9 +270,9 @@ def _load_align(composed: Composed, model: Model, align: Path) -> str:
     fingerprint = manifest["result"]["fingerprint"]
     if fingerprint != composed.fingerprint:
         raise UsageError(f"--align {align} was trained with another tower or language model than [model] names")
-    there, here = manifest["request"]["model"], dataclasses.asdict(model)
-    for key in ("feature_layer", "feature_strategy", "scales", "scale_features"):
-        if there.get(key) != here[key]:
+    there, here = manifest["request"]["model"], _told(model)
+    for key in ("feature_layer", "feature_strategy", "grid", "scales", "scale_features"):
+        if there.get(key) != here.get(key):
             raise UsageError(f"--align {align} was trained with model.{key} = {there.get(key)!r}, not {here[key]!r}")
     trained = checkpoint.load_trained(align)
     with torch.no_grad():

@@ -55,6 +55,27 @@ def test_a_grid_row_by_row(layer, side, tmp_path):
     assert tower.config.flops > 0
 
 
+def test_a_grid_averaged_to_fewer_places(tmp_path):
+    folder = write_timm("test_efficientnet", {}, tmp_path / "tower")
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    whole, averaged = (load_tower(Model(tower=folder, grid=places), torch.float32) for places in (0, 3))
+    ours, fine = seen(*averaged, pixels, -2), seen(*whole, pixels, -2).view(2, 4, 4, -1)
+    assert averaged[1].tokens_per_image == ours.shape[1] == 9
+    for row in range(3):  # windows of 4 places among 3 overlap: 0-1, 1-2, 2-3
+        for column in range(3):
+            near = fine[:, row : row + 2, column : column + 2].mean((1, 2))
+            torch.testing.assert_close(ours[:, 3 * row + column], near, rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match="model.grid = 5: map 4 of test_efficientnet has 4 x 4 places"):
+        describe_tower(Model(tower=folder, grid=5))
+
+
+def test_only_a_network_of_timm_is_averaged(tmp_path):
+    folder = write_timm("vit_small_patch16_224", VIT, tmp_path / "tower")
+    assert describe_tower(Model(tower=folder, grid=1))[0].model_type == "timm_vision_model"
+    with pytest.raises(UsageError, match="model.grid = 3 needs a network of timm"):
+        describe_tower(Model(tower="openai/clip-vit-large-patch14-336", tower_weights="fresh", grid=3))
+
+
 def test_images_are_prepared_as_the_network_was_trained(tmp_path):
     folder = write_timm("test_efficientnet", {}, tmp_path / "tower")
     file = tmp_path / "tower" / "config.json"
