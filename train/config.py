@@ -115,6 +115,7 @@ class Eval:
     batch_size: int = 16
     max_new_tokens: int = 0  # 0: 64 for held-out records, for benchmarks as the papers (128; MM-Vet 1024)
     perplexity: bool = True  # of held-out records' true answers; without it they take half the time
+    candidates: int = 0  # of held-out records: rank each picture's text among so many by likelihood; 0: do not
     limit: int = 0  # 0: all
     show: int = 8
     published: dict[str, float] = field(default_factory=dict)  # scores to hold ours against, {pope = 86.8, …}
@@ -215,7 +216,13 @@ def _check(config: Config) -> None:
     _hold("model", model, "grid", lambda value: value >= 0, "not be negative")
     _hold("model", model, "image_token", bool, "name a token, of the tokenizer or a new one")
     _hold("eval", evaluation, "batch_size", lambda value: value > 0, "be greater than 0")
-    _hold("eval", evaluation, "max_new_tokens limit show tolerance", lambda value: value >= 0, "not be negative")
+    _hold(
+        "eval",
+        evaluation,
+        "candidates max_new_tokens limit show tolerance",
+        lambda value: value >= 0,
+        "not be negative",
+    )
     _hold("generate", config.generate, "max_new_tokens", lambda value: value > 0, "be greater than 0")
 
 

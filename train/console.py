@@ -77,6 +77,11 @@ def show_answers(summary: dict[str, Any], out: Path, num: int, as_json: bool) ->
         say(f"{mark} {row['key']}  {asked[:60]!r}\n    answer  {row['answer']}\n    truth   {row['truth']}")
     for task, score in {"all": summary, **summary["tasks"]}.items():
         say(f"{task:<12} {score['questions']:>6} questions   accuracy {score['accuracy']:.3f}")
+    if "ranked" in summary:
+        told = (
+            f"own text first: {summary['ranked_first']:.3f}, by what the image adds {summary['gain_ranked_first']:.3f}"
+        )
+        say(f"{'ranked':<12} {summary['ranked']:>6} pictures    {told}")
 
 
 def questions() -> Iterator[str]:

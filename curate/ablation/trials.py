@@ -39,6 +39,15 @@ MEASURES = {
     "answer": ("exact answers to questions, mean over concepts and kinds of question", "higher", "share"),
     "answer_weighted": ("the same, concepts weighted by their frequency", "higher", "share"),
     "accuracy": ("exact answers to all held-out records", "higher", "share"),
+    "perplexity": ("perplexity of the true answers to all held-out records", "lower", "number"),
+    "gain_ranked_first": (
+        "held-out pictures whose own text gains most by the picture, of `eval.candidates`",
+        "higher",
+        "share",
+    ),
+    "ranked_first": ("held-out pictures whose own text is the likeliest of `eval.candidates`", "higher", "share"),
+    "gain_mean_rank": ("mean rank of a picture's own text by what the picture adds", "lower", "number"),
+    "mean_rank": ("mean rank of a picture's own text by likelihood", "lower", "number"),
     "text_accuracy": ("exact answers to held-out tasks without a picture", "higher", "share"),
     "text_perplexity": ("perplexity of the true answers to tasks without a picture", "lower", "number"),
     "right_share": ("share of the coreset whose caption is true of its picture", "higher", "share"),
@@ -175,5 +184,10 @@ def measure(plan: Pipeline, evaluated: Mapping[str, Any]) -> dict[str, float]:
     if "answers" in evaluated:
         with paths.open_read(evaluated["answers"]) as file:
             rows = [json.loads(line) for line in file.read().splitlines()]
-        measures |= score_concepts(rows) if "demo" in plan.tables else {"accuracy": evaluated["accuracy"]}
+        measures |= score_concepts(rows) if "demo" in plan.tables else _of_records(evaluated)
     return measures
+
+
+def _of_records(evaluated: Mapping[str, Any]) -> dict[str, float]:
+    names = ("accuracy", "perplexity", "ranked_first", "gain_ranked_first", "mean_rank", "gain_mean_rank")
+    return {name: float(evaluated[name]) for name in names if name in evaluated}

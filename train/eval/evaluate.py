@@ -4,7 +4,8 @@ Input: LLaVA records (JSON with an image folder, or shards); each answer turn is
 it. Output: one JSON line a question, and accuracies. Two rules: exact match after lower-casing and trimming; and for
 records with `task` "caption" and a `concept` word, that the first word of the answer which is any record's concept is
 this record's (source of the rule: a caption may say more than its concept, and only the concept is judged).
-Beside accuracy stands, unless it is not wanted, the perplexity of the true answers, each token given those before it.
+Beside accuracy stands, unless it is not wanted, the perplexity of the true answers, each token given those before it;
+and, where it is wanted, how often a picture's own text is the likeliest of several (ranking.py).
 
     OUT.jsonl           the answers            OUT.manifest.json   the request and the result, written last
 """
@@ -28,6 +29,7 @@ from train.data.sources import Source, decode_image, open_source
 from train.dist import Runtime
 from train.errors import UsageError
 from train.eval.generate import Speaker, load_speaker
+from train.eval.ranking import pairs_of, rank
 from train.folder import FORMAT, digest_data, digest_weights, read_json, whole_file, write_json
 
 DEFAULTS = Eval()
@@ -74,6 +76,7 @@ def evaluate(
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": digest_data(data)}
     request |= {"images": source.images_digest, "max_new_tokens": max_new_tokens, "limit": limit}
     request |= {} if options.perplexity else {"perplexity": False}
+    request |= {"candidates": options.candidates} if options.candidates else {}
     record = out.with_name(f"{out.stem}.manifest.json")
     if record.is_file() and out.is_file() and not overwrite:
         found = read_json(record)
@@ -99,6 +102,8 @@ def evaluate(
     result = {**summarise(rows), "skipped": skipped}
     if runtime.rank > 0:
         return {**result, "answers": str(out)}
+    if options.candidates:
+        result |= rank(speaker, pairs_of(source, questions), options.candidates)
     record.unlink(missing_ok=True)
     with whole_file(out) as file:
         file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

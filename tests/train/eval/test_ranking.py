@@ -1,0 +1,63 @@
+"""Texts ranked behind pictures: as one slow pass for each picture and text, and as `train eval` tells it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from toys import write_captions
+
+from train import config as configuration
+from train.data.sources import open_source
+from train.errors import UsageError
+from train.eval.evaluate import collect, evaluate
+from train.eval.generate import load_speaker
+from train.eval.ranking import likelihoods, pairs_of, prompt, rank
+from train.publish.export import export
+from train.run.stage import run_stage
+
+
+@pytest.fixture(scope="module")
+def aligned(world, tmp_path_factory):
+    """An exported align run that has learnt its captions."""
+    out = tmp_path_factory.mktemp("ranking")
+    settings = ["align.template=plain", "align.steps=12", "align.lr=1e-2"]
+    options = configuration.load(str(world / "config.toml"), settings)
+    run_stage("align", options, str(world / "captions"), out / "align")
+    export(out / "align", out / "model", dtype="fp32")
+    return out / "model"
+
+
+def slow_likelihood(speaker, image, text):
+    first, tokenizer = prompt(speaker, image), speaker.processor.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    whole = {**first, "input_ids": torch.cat([first["input_ids"], torch.tensor([ids])], 1)}
+    with torch.no_grad():
+        told = speaker.model(**whole).logits[0, -len(ids) - 1 : -1].double().log_softmax(-1)
+    return float(told[range(len(ids)), ids].mean())
+
+
+def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, aligned):
+    speaker, source = load_speaker(aligned, torch.device("cpu")), open_source(str(world / "captions"), None)
+    pairs = pairs_of(source, collect(source)[0])
+    assert len({image.tobytes() for _, image, _ in pairs}) == len(pairs)
+    texts = ["red", *(text for _, _, text in pairs[:4])]
+    for image in (pairs[0][1], pairs[1][1], None):
+        slow = [slow_likelihood(speaker, image, text) for text in texts]
+        np.testing.assert_allclose(likelihoods(speaker, image, texts), slow, atol=1e-5)
+    ranked = rank(speaker, pairs, 4)
+    assert ranked["ranked"] == len(pairs) and 1 <= ranked["mean_rank"] <= 4
+    assert 0 <= ranked["ranked_first"] <= 1 and 0 <= ranked["gain_ranked_first"] <= 1
+    alike = [(key, image, "one text") for key, image, _ in pairs[:5]]
+    assert rank(speaker, alike, 5) | {"mean_rank": 5.0, "ranked_first": 0.0} == rank(speaker, alike, 5)  # ties lose
+    with pytest.raises(UsageError, match="eval.candidates = 6: expected 2 to 5"):
+        rank(speaker, alike, 6)
+
+
+def test_eval_tells_the_ranks_beside_the_answers(aligned, tmp_path):
+    write_captions(tmp_path / "held", 8)
+    options = configuration.load(None, ["eval.candidates=3", "eval.max_new_tokens=2"]).eval
+    told = evaluate(aligned, str(tmp_path / "held"), tmp_path / "answers.jsonl", options=options)
+    assert told["ranked"] <= 8 and {"ranked_first", "gain_ranked_first", "mean_rank", "gain_mean_rank"} <= told.keys()
+    record = json.loads((tmp_path / "answers.manifest.json").read_text())
+    assert record["request"]["candidates"] == 3 and record["result"]["ranked_first"] == told["ranked_first"]
