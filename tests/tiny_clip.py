@@ -39,15 +39,15 @@ def config_of(kind):
     return {"model_cfg": model, "preprocess_cfg": other.get("look", {})}
 
 
-def write(folder, kind="clip", seed=0):
-    """Write a model folder; returns its `local-dir:` name."""
+def write(folder, kind="clip", seed=0, config=None):
+    """Write a model folder, of a kind or with a config of one's own; returns its `local-dir:` name."""
     import open_clip
     import torch
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(config_of(kind)))
+    (folder / "open_clip_config.json").write_text(json.dumps(config or config_of(kind)))
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}")
     state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}

@@ -144,6 +144,9 @@ class Encoder:
         mean, std = (torch.tensor(self.preprocess[name], device=self.device) for name in ("mean", "std"))
         self._scale = (1 / (255 * std)).view(1, -1, 1, 1)
         self._shift = (-mean / std).view(1, -1, 1, 1)
+        convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in self.model.visual.modules())
+        # Networks of convolutions run a quarter faster with their channels side by side; a transformer has only one.
+        self._layout = torch.channels_last if convolutions > 1 else torch.contiguous_format
         one_piece = hasattr(self.model, "positional_embedding")
         self._tower = self.model if one_piece else getattr(self.model, "text", self.model)
         self.cuts = _can_cut(self._tower)
@@ -162,7 +165,7 @@ class Encoder:
             x = torch.from_numpy(pixels_nhwc)
             if self.device.type == "cuda":
                 x = x.pin_memory().to(self.device, non_blocking=True)
-            x = x.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+            x = x.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._layout)
             x = x.mul_(self._scale).add_(self._shift).to(self._input_dtype)
             return _unit(self.model.encode_image(x))
 

@@ -200,6 +200,28 @@ def test_one_thread_or_many_give_the_same_bits(folder):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_a_network_of_convolutions_sees_channels_side_by_side(folder, tmp_path):
+    import open_clip
+    import torch
+
+    config = tiny_clip.config_of("custom")
+    network = {"timm_model_name": "test_efficientnet", "timm_model_pretrained": False, "timm_pool": "avg"}
+    config["model_cfg"]["vision_cfg"] = {**network, "timm_proj": "linear", "image_size": 64}
+    name = tiny_clip.write(tmp_path / "conv", config=config)
+    encoder, seen = Encoder(find(name), "fp32", "cpu"), []
+    first = next(m for m in encoder.model.visual.modules() if isinstance(m, torch.nn.Conv2d))
+    first.register_forward_hook(lambda _, given, __: seen.append(given[0].is_contiguous()))
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    ours = encoder.images(pixels)
+    assert seen == [False]
+    mean, std = (np.float32(encoder.preprocess[name]) for name in ("mean", "std"))
+    plain = torch.from_numpy(((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        theirs = open_clip.create_model(name).eval().encode_image(plain).numpy()
+    theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def test_weights_may_lie_apart_from_their_config(folder, tmp_path):
     blobs = [FORMATS["rgb.jpg"]()]
     expected = ours(f"local-dir:{folder / 'clip'}", blobs, CAPTIONS)

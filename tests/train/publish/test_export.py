@@ -260,6 +260,19 @@ def test_a_batch_answers_as_one_by_one(world, model):
     assert together == [speaker.answers([q], [i], 6)[0] for q, i in zip(questions, images, strict=True)]
 
 
+def test_a_picture_asked_several_times_is_seen_once(model):
+    from PIL import Image
+
+    speaker, seen = load_speaker(model), []
+    colours = [Image.new("RGB", (32, 32), name) for name in ("red", "red", "blue", "red", "red")]
+    asked = [[Turn("user", (None, "what colour is it ?"))]] * 5
+    embeddings = next(m for m in speaker.model.model.vision_tower.modules() if isinstance(m, torch.nn.Conv2d))
+    embeddings.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    together = speaker.answers(asked, [[colour] for colour in colours], 4)
+    assert seen == [3]
+    assert together == [speaker.answers([q], [[c]], 4)[0] for q, c in zip(asked, colours, strict=True)]
+
+
 def test_the_loss_of_a_true_answer_is_that_of_a_plain_forward(world, model):
     """Two by themselves, unpadded, the answer's tokens found by encoding it alone."""
     speaker = load_speaker(model)
