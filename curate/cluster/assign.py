@@ -24,10 +24,7 @@ CENTROIDS = "centroids.npy"
 
 def is_ok(table: pa.Table) -> np.ndarray:
     """Say which rows of an embedding sidecar are good, bool, from its column `status`."""
-    import pyarrow.compute as pc
-
-    good = pc.equal(table["status"].cast(pa.string()), "ok")
-    return np.asarray(good.fill_null(False).to_numpy())
+    return np.asarray(sidecar.codes(table["status"], ["ok"]) == 0)
 
 
 def digest(centroids_kd: np.ndarray) -> str:

@@ -286,9 +286,10 @@ def _fit(
     are read in one pass.
     """
     facts: dict[str, Any] = {}
-    sizes = [SMALL_SAMPLE] if kept or options.centroids else [SMALL_SAMPLE, options.sample]
-    small, *images = sample_rows(source, rows_ok, sizes, options.seed)
-    [text] = sample_rows(source, rows_ok, [SMALL_SAMPLE], options.seed, "text_embedding")
+    sizes, columns = [SMALL_SAMPLE, SMALL_SAMPLE], ["image_embedding", "text_embedding"]
+    if not kept and not options.centroids:
+        sizes, columns = [*sizes, options.sample], [*columns, "image_embedding"]
+    small, text, *images = sample_rows(source, rows_ok, sizes, options.seed, columns)
     shuffled = shuffled_quantiles(small, text, options.seed)
     if kept:
         facts = renewed.keep_centroids(output, kept, rows_ok)

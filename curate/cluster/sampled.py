@@ -5,16 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from curate.cluster.assign import is_ok
-from curate.storage import ranges
+from curate.storage import ranges, sidecar
 from curate.storage.manifest import Artefact
 from curate.vectors import kmeans
 
 
 def sample_rows(
-    source: Artefact, rows_ok: dict[str, int], sizes: Sequence[int], seed: int, column: str = "image_embedding"
+    source: Artefact, rows_ok: dict[str, int], sizes: Sequence[int], seed: int, columns: Sequence[str] = ()
 ) -> list[np.ndarray]:
-    """Draw samples of good rows without replacement, f16 [size, d] each, in row order; each row is read once."""
-    total = sum(rows_ok.values())
+    """Draw samples of good rows without replacement, f16 [size, d] each, in row order; each row is read once.
+
+    columns: of each sample, by default the images' vectors; samples of one size are of the same rows.
+    """
+    total, columns = sum(rows_ok.values()), columns or ["image_embedding"] * len(sizes)
     draws = [
         np.sort(np.random.default_rng(seed).choice(total, min(size, total), replace=False, shuffle=False))
         for size in sizes
@@ -29,10 +32,15 @@ def sample_rows(
 
     def read(drawn: tuple[str, list[np.ndarray]]) -> list[np.ndarray]:
         stem, own = drawn
-        wanted = np.unique(np.concatenate(own))
-        good = np.flatnonzero(is_ok(source.table(stem, ["status"])))
-        vectors = source.sidecars.take_vectors(stem, column, good[wanted])
-        return [vectors[np.searchsorted(wanted, rows)] for rows in own]
+        place, good = source.sidecars.opened(stem), np.arange(source.rows[stem])
+        if rows_ok[stem] < len(good):
+            good = np.flatnonzero(is_ok(sidecar.table(place, ["status"])))
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for column in dict.fromkeys(columns):
+            wanted = np.unique(np.concatenate([rows for rows, of in zip(own, columns, strict=True) if of == column]))
+            found[column] = wanted, sidecar.take_vectors(place, column, good[wanted])
+        sought = [(*found[column], rows) for column, rows in zip(columns, own, strict=True)]
+        return [vectors[np.searchsorted(wanted, rows)] for wanted, vectors, rows in sought]
 
     parts = ranges.ahead(source.directory, read, drawn)
     return [np.concatenate(sample) for sample in zip(*parts, strict=True)]

@@ -89,11 +89,7 @@ class Pool:
     @cached_property
     def _status(self) -> tuple[np.ndarray, list[str]]:
         names = list(STATUSES)
-        known = pa.array(names)
-        codes = self._gather(
-            "status", np.int8, lambda column: pc.index_in(column.cast(pa.string()), known).fill_null(-1).to_numpy()
-        )
-        return codes, names
+        return self._gather("status", np.int8, lambda column: sidecar.codes(column, names)), names
 
     @property
     def statuses(self) -> dict[str, int]:
@@ -196,7 +192,7 @@ class Pool:
     def details(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read finer hashes by global row numbers, u8 [m, 72], and which of them there are, bool [m]."""
         values, known = np.zeros((len(rows), DETAIL_BYTES), np.uint8), np.zeros(len(rows), bool)
-        for stem, here, own in self._by_stem(rows):
+        for stem, here, own in self._having("detail", rows):
             column = self.emb.table(stem, ["detail"])["detail"].take(pa.array(own)).combine_chunks()
             known[here] = column.is_valid().to_numpy(zero_copy_only=False)
             filled = column.fill_null(bytes(DETAIL_BYTES))
@@ -206,7 +202,7 @@ class Pool:
     def writing(self, rows: np.ndarray) -> np.ndarray:
         """Say by global row numbers which pictures are known to be strokes on a plain ground, bool [m]."""
         found = np.zeros(len(rows), bool)
-        for stem, here, own in self._by_stem(rows):
+        for stem, here, own in self._having("writing", rows):
             column = self.emb.table(stem, ["writing"])["writing"].take(pa.array(own))
             found[here] = column.fill_null(False).to_numpy()
         return found
@@ -222,6 +218,10 @@ class Pool:
         stems, starts = np.unique(stem_of[order], return_index=True)
         for index, here in zip(stems, np.split(order, starts[1:]), strict=False):
             yield self.emb.stems[index], here, rows[here] - self.bounds[index]
+
+    def _having(self, name: str, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """As `_by_stem`, of the shards that have a column: those an older version embedded may lack it."""
+        return (each for each in self._by_stem(rows) if name in self.emb.sidecars.schema(each[0]).names)
 
     def keys(self, rows: np.ndarray) -> pa.Array:
         """Look up keys by global row numbers, as large_string: Arrow's string holds 2 GB, some 100 million keys."""

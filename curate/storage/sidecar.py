@@ -1,16 +1,17 @@
 """Sidecars: an Arrow IPC file per shard, with the shard's stem and exactly its rows in its order.
 
-Local files are mapped to memory: an embedding column is seen as a matrix with no copy. Of remote ones only the columns
-asked for are read, of embeddings only the rows. Also here: columns as arrays and back (labels as codes, embeddings as
-matrices), and .npy files.
+Local files are mapped to memory: an embedding column is seen as a matrix with no copy; small ones are read whole, which
+is quicker. Of remote ones only the columns asked for are read, of embeddings only the rows. Also here: columns as
+arrays and back (labels as codes, embeddings as matrices), and .npy files.
 """
 
 import io
 import json
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -33,13 +34,15 @@ def write_table(
     return rows
 
 
-Place = str | RemoteFile  # where a sidecar is, or a remote one that is open already
+SMALL_BYTES = 1 << 20  # a local file of at most so many is read whole: a map costs some five times as much to open
+Opened: TypeAlias = RemoteFile | pa.ipc.RecordBatchFileReader
+Place: TypeAlias = str | Opened  # where a sidecar is, or one that is open
 
 
 @contextmanager
 def _readable(place: Place) -> Iterator[None]:
     """Say in one line what is no sidecar. Raises: ContractError."""
-    location = place if isinstance(place, str) else place.location
+    location = place if isinstance(place, str) else getattr(place, "location", "a sidecar")
     try:
         yield
     except FileNotFoundError:
@@ -48,37 +51,42 @@ def _readable(place: Place) -> Iterator[None]:
         raise ContractError(f"{location} is no readable Arrow file: {str(error).splitlines()[0]}") from None
 
 
-def open_remote(location: str) -> RemoteFile:
-    """Open a sidecar on a URL, whose columns are then read by ranges. Raises: ContractError when it is none."""
-    with _readable(location):
-        return RemoteFile(location)
+def opened(place: Place) -> Opened:
+    """Open a sidecar: on a URL its columns are then read by ranges, a local file is mapped where it is not small.
 
-
-def _reader(place: Place) -> RemoteFile | pa.ipc.RecordBatchFileReader:
-    """Open a sidecar; a local file is mapped to memory."""
-    if isinstance(place, RemoteFile):
+    Raises: ContractError when it is none.
+    """
+    if not isinstance(place, str):
         return place
-    if paths.is_remote(place):
-        return open_remote(place)
     with _readable(place):
-        return pa.ipc.open_file(pa.memory_map(paths.local(place)))
+        if paths.is_remote(place):
+            return RemoteFile(place)
+        small = _read_small(place)
+        return pa.ipc.open_file(pa.memory_map(paths.local(place)) if small is None else small)
+
+
+def _read_small(location: str) -> bytes | None:
+    """Read a local file whole where it is small."""
+    with open(paths.local(location), "rb") as file:
+        return file.read() if os.fstat(file.fileno()).st_size <= SMALL_BYTES else None
 
 
 def batch(place: Place, index: int, columns: Sequence[str], names: Sequence[str]) -> pa.RecordBatch:
     """Read some columns of one record batch into memory; nothing stays mapped. names: of all columns, in order."""
     with _readable(place):
-        if not isinstance(place, RemoteFile) and not paths.is_remote(place):
+        if isinstance(place, str) and not paths.is_remote(place):
             options = pa.ipc.IpcReadOptions(included_fields=sorted(names.index(name) for name in columns))
-            with pa.OSFile(paths.local(place)) as file:
+            small = _read_small(place)
+            with pa.OSFile(paths.local(place)) if small is None else pa.BufferReader(small) as file:
                 return pa.ipc.open_file(file, options=options).get_batch(index).select(list(columns))
-        source = _reader(place)
+        source = opened(place)
         assert isinstance(source, RemoteFile)
         return source.batch(index, columns)
 
 
 def batches(place: Place, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Yield a sidecar's record batches in row order, or some columns of them."""
-    source = _reader(place)
+    source = opened(place)
     if isinstance(source, RemoteFile):
         with _readable(place):
             yield from source.batches(columns)
@@ -90,7 +98,7 @@ def batches(place: Place, columns: Sequence[str] | None = None) -> Iterator[pa.R
 
 def table(place: Place, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a sidecar, or some columns of it, as a table; of a local one over mapped memory."""
-    source = _reader(place)
+    source = opened(place)
     if isinstance(source, RemoteFile):
         with _readable(place):
             kept = source.schema if columns is None else pa.schema([source.schema.field(name) for name in columns])
@@ -101,12 +109,12 @@ def table(place: Place, columns: Sequence[str] | None = None) -> pa.Table:
 
 def schema(place: Place) -> pa.Schema:
     """Read a sidecar's schema."""
-    return _reader(place).schema
+    return opened(place).schema
 
 
 def facts(place: Place) -> dict[str, Any]:
     """Return the JSON facts that `write_table` stored with a sidecar."""
-    return facts_of(_reader(place).schema)
+    return facts_of(opened(place).schema)
 
 
 def facts_of(known: pa.Schema) -> dict[str, Any]:
@@ -116,7 +124,7 @@ def facts_of(known: pa.Schema) -> dict[str, Any]:
 
 def num_rows(place: Place) -> int:
     """Count a sidecar's rows without reading its columns."""
-    source = _reader(place)
+    source = opened(place)
     if isinstance(source, RemoteFile):
         with _readable(place):
             return source.num_rows()
@@ -134,6 +142,16 @@ def label_codes(codes: np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
     """Build a label column from integer codes i16 [n]; a negative code is null."""
     indices = pa.array(codes.astype(np.int16), mask=codes < 0)
     return pa.DictionaryArray.from_arrays(indices, pa.array(list(names), pa.string()))
+
+
+def codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
+    """Read a label column as places in `names`, i16 [n]; -1 for a null and for what is not among them."""
+    place = {name: index for index, name in enumerate(names)}
+    parts = [np.empty(0, np.int16)]
+    for chunk in column.chunks:
+        lookup = np.array([*(place.get(name, -1) for name in chunk.dictionary.to_pylist()), -1], np.int16)
+        parts.append(lookup[chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
+    return np.concatenate(parts)
 
 
 def vector_column(x_nd: np.ndarray, valid_n: np.ndarray) -> pa.FixedSizeListArray:
@@ -158,11 +176,11 @@ def take_vectors(place: Place, column: str, rows: np.ndarray) -> np.ndarray:
 
     Of a remote sidecar the bytes of these rows are read, and hardly any other.
     """
-    source = _reader(place)
+    source = opened(place)
     if isinstance(source, RemoteFile):
         with _readable(place):
             return source.vectors(column, rows)
-    parts = [vectors(part.column(column)) for part in batches(place)]
+    parts = [vectors(source.get_batch(index).column(column)) for index in range(source.num_record_batches)]
     bounds = np.cumsum([0, *map(len, parts)])
     found = np.empty((len(rows), source.schema.field(column).type.list_size), np.float16)
     ascending = bool((np.diff(rows) > 0).all())

@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -37,10 +37,14 @@ class Sidecars:
             return location
         found = self._opened.get(stem)
         if found is None:
-            found = sidecar.open_remote(location)
+            found = cast(RemoteFile, sidecar.opened(location))
             if len(self._opened) < MOST_OPENED:
                 self._opened[stem] = found
         return found
+
+    def opened(self, stem: str) -> sidecar.Opened:
+        """Open a stem's sidecar, to read it in several ways."""
+        return sidecar.opened(self._place(stem))
 
     def keep(self) -> None:
         """Keep the columns of remote sidecars that are read as tables in a temporary file, for the next time."""

@@ -149,20 +149,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--tars", type=int, default=10_000, help="most tars written")
-    parser.add_argument("--keep", help="write the pools here and leave them")
+    parser.add_argument("--keep", help="write the pools here, leave them, and go on with what stands there")
     parser.add_argument("--json", default=str(ROOT / "tests" / "bench" / "results" / "many_shards.json"))
     given = parser.parse_args()
     results, failed = {}, False
     for shards in given.shards:
         home = Path(given.keep or tempfile.mkdtemp()) / f"shards-{shards}"
-        home.mkdir(parents=True)
-        started = time.perf_counter()
-        write_pool(home / "pool", shards, given.tars)
-        write_embeddings(home / "embeddings", shards)
-        sys.stdout.write(f"{shards:,} shards written in {time.perf_counter() - started:.0f} s\n")
-        results[shards] = {}
+        if not (home / "embeddings" / "manifest.json").exists():
+            shutil.rmtree(home, ignore_errors=True)
+            home.mkdir(parents=True)
+            started = time.perf_counter()
+            write_pool(home / "pool", shards, given.tars)
+            write_embeddings(home / "embeddings", shards)
+            sys.stdout.write(f"{shards:,} shards written in {time.perf_counter() - started:.0f} s\n")
+        measured = home / "measured.json"  # what an interrupted run with --keep has measured is not measured again
+        results[shards] = json.loads(measured.read_text()) if measured.exists() else {}
         for name, words in verbs(home, shards, given.tars):
-            found = results[shards][name] = measure(words)
+            found = results[shards][name] = results[shards].get(name) or measure(words)
+            measured.write_text(json.dumps(results[shards]))
             over = found["seconds"] > LIMIT_S or found["mb"] > LIMIT_MB
             failed |= bool(found["exit"]) or over
             note = f"  FAILED: {found['last']}" if found["exit"] else "  OVER THE GOAL" if over else ""

@@ -9,12 +9,12 @@ import time
 
 import pytest
 import tiny_clip
-from artefacts import write_pool
+from artefacts import members, write_pool
 
 from curate.cli import app
 from curate.embed.embed import EmbedOptions, embed
 from curate.engine import Job
-from curate.storage import renewal
+from curate.storage import renewal, sidecar
 from curate.storage.manifest import open_input
 from house import ROOT, fingerprint, manifest
 
@@ -168,3 +168,30 @@ def test_a_shard_that_changes_while_it_is_read_fails_by_name(home, model, monkey
     monkeypatch.undo()
     assert "failed" not in embed(str(home / "pool"), str(home / "emb"), EmbedOptions(model), QUIET)
     assert arrows(home / "emb") == afresh(home, model)
+
+
+def test_embeddings_of_format_1_get_new_shards(home, model, curate):
+    """Old sidecars lack columns that new ones beside them have, the first of all among these."""
+    embedded = open_input(str(home / "emb"))
+    for stem in STEMS:
+        where = embedded.path(f"{stem}.arrow")
+        table = sidecar.table(where).drop_columns(["members", "detail", "writing"]).combine_chunks()
+        sidecar.write_table(where, table.schema, table.to_batches(), sidecar.facts(where))
+    renewal.save_json(embedded.path("manifest.json"), {**embedded.manifest, "format": 1})
+    write_pool(home / "pool", ["00000", "00009"], 7, first=90)
+    code, _, told = curate("embed", home / "pool", home / "emb", "--model", model)
+    assert code == 0 and "embed: 1 new, 1 changed, 3 kept" in told
+    assert curate("cluster", home / "emb", home / "clu", "--k", "1", "--floor", "0")[0] == 0
+    steps = ["--step", 'dedup("auto")', "--step", "balance(cluster, 20, contradicting_last=True)"]
+    assert curate("select", home / "clu", home / "sel", *steps)[0] == 0
+    assert curate("emit", home / "sel", home / "out")[0] == 0
+    kept = {key for stem in open_input(str(home / "sel")).stems for key in kept_keys(home / "sel", stem)}
+    written = {name.partition(".")[0] for name, _ in members(home / "out" / "000000.tar")}
+    assert written == kept and {int(key) >= 90 for key in kept} == {True, False}
+    for key in ("000000005", "000000091"):  # of an old shard, and of a new one
+        assert key in curate("show", home / "sel", "--key", key)[1]
+
+
+def kept_keys(selection, stem):
+    table = sidecar.table(str(selection / f"{stem}.arrow"))
+    return table["key"].filter(table["kept"]).to_pylist()
