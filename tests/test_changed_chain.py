@@ -1,9 +1,10 @@
 """A pool changes, and the same commands again bring every stage up to date, to what they would make from nothing."""
 
+import json
 import time
 
 import tiny_clip
-from artefacts import write_pool
+from artefacts import members, write_pool
 
 from curate.cli import app
 from house import fingerprint
@@ -39,3 +40,50 @@ def test_the_same_commands_again_take_up_what_has_changed(tmp_path, capfd):
         there, fresh = (fingerprint(home / place) for home in (tmp_path, tmp_path / "fresh"))
         differing = {name for name in there.keys() | fresh.keys() if there.get(name) != fresh.get(name)}
         assert differing <= {f"{place}/manifest.json", "clu/fit.json"}
+
+
+RUN = """
+[pool]
+path = "POOL"
+[embed]
+model = "MODEL"
+[cluster]
+floor = 0.5
+[select]
+steps = ["sample(9)"]
+[emit]
+[report]
+[mix.sources.chosen]
+path = "{out}/selection"
+"""
+
+
+def test_a_run_takes_up_a_changed_pool_as_far_as_the_mix(tmp_path, capfd):
+    said = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a thing"}]
+    model, records = tiny_clip.write(tmp_path / "clip"), {"conversations": said}
+    write_pool(tmp_path / "pool", ["a", "b", "c"], 6, extra=records)
+    (tmp_path / "p.toml").write_text(RUN.replace("POOL", f"{tmp_path}/pool").replace("MODEL", model))
+
+    def run():
+        app(["run", str(tmp_path / "p.toml"), "--out", str(out)], standalone_mode=False)
+        return capfd.readouterr().err
+
+    def mixed():
+        found = [json.loads(data) for name, data in members(out / "mix" / "000000.tar") if name.endswith(".json")]
+        return {int(record["key"]) for record in found}
+
+    out = tmp_path / "out"
+    run()
+    assert len(mixed()) == 9
+    time.sleep(0.01)
+    (tmp_path / "pool" / "a.tar").write_bytes(b"torn")  # a shard breaks, one is removed, one comes
+    (tmp_path / "pool" / "c.tar").unlink()
+    write_pool(tmp_path / "pool", ["d"], 6, first=100, extra=records)
+    assert "a: " in run() and all(6 <= key < 12 or 100 <= key < 106 for key in mixed())
+    write_pool(tmp_path / "pool", ["a"], 6, first=200, extra=records)  # and is repaired
+    told = run()
+    for line in ("embed: ", "selection is made anew in place", "coreset is made anew in place", "mix is made anew"):
+        assert line in told, told
+    kept = mixed()
+    assert len(kept) == 9 and all(6 <= key < 12 or 100 <= key for key in kept)
+    assert "anew" not in run() and not [*out.rglob(".next*")]

@@ -75,9 +75,10 @@ def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, 
     chosen = options.build(MixOptions, read_table(table) if isinstance(table, str) else table, "mix")
     sources = build_sources(chosen)
     request, inputs = recorded(vars(chosen), sources), accounts.inputs(sources)
-    output = open_output(out, "mix", request, inputs, overwrite=job.overwrite, renew=False)
+    output = open_output(out, "mix", request, inputs, overwrite=job.overwrite)
     if output.complete:
         return output.manifest
+    output.tell(quiet=job.quiet)
     with output.attempt():
         facts = _read_sources(output, chosen, sources, job)
         tables = {name: Columns.read(output.path(f"{SCRATCH}/{name}.arrow")) for name in sources}

@@ -69,7 +69,8 @@ def _train(pipeline: Pipeline, stage: str, job: Job) -> None:
     if ended == UsageError.exit_code and job.overwrite:
         ended = subprocess.run([*words, "--overwrite"], check=False).returncode
     if ended:
-        raise CurateError(f"{stage} ended with exit code {ended}", "mend what it says above and run again; it resumes")
+        hint = "mend what it says above and run again; it resumes (with --overwrite, what other data made is made anew)"
+        raise CurateError(f"{stage} ended with exit code {ended}", hint)
 
 
 def _tell_funnel(selection: str, echo: Echo) -> None:

@@ -231,16 +231,15 @@ def open_output(
     *,
     overwrite: bool = False,
     parts: Parts | None = None,
-    renew: bool = True,
     anew: str = "",
     free: Sequence[str] = (),
 ) -> Output:
     """Begin, resume or recognise a derived directory, or its next state where its inputs have changed.
 
     inputs: finished artefacts, or for foreign input `{"path": …, "digest": …}`. parts: what its shards are made of,
-    where each has a part of its own: shards whose part is as it was are kept. renew: without parts, all is made anew in
-    place when an input has changed. anew: why nothing of what stands may be kept. free: options that may differ from
-    those it was made with.
+    where each has a part of its own: shards whose part is as it was are kept; without parts, all is made anew in place
+    when an input has changed. anew: why nothing of what stands may be kept. free: options that may differ from those it
+    was made with.
 
     A directory made with other options or by another verb is refused unless `overwrite`; one that no curate verb made
     is never deleted. Raises: ContractError naming the first difference, both values and the way out.
@@ -268,7 +267,7 @@ def open_output(
         _refuse_own_input(directory, inputs)
         paths.remove(directory)
     elif found:
-        _refuse_difference(directory, recorded, plan, () if not renew else parts.inputs if parts else sources, free)
+        _refuse_difference(directory, recorded, plan, parts.inputs if parts else sources, free)
         if found == MANIFEST:
             _renew(output, recorded, anew)
         elif parts is not None and parts.adopted and ("seen" in recorded or not _changed(recorded, plan)):

@@ -14,7 +14,8 @@ from curate.cluster.cluster import ClusterOptions, cluster
 from curate.embed.embed import EmbedOptions, embed
 from curate.emit.emit import emit
 from curate.emit.options import EmitOptions
-from curate.errors import ContractError, UsageError
+from curate.engine import Job
+from curate.errors import UsageError
 from curate.mix import sampling
 from curate.mix.mix import mix
 from curate.select.select import SelectOptions, select
@@ -65,8 +66,8 @@ def test_texts_near_each_other_or_to_a_benchmark_go(tmp_path):
     assert {"why": "benchmark text", "what": 2} in entry["listed"]
     mix({"strict": True, "sources": {"x": source}}, str(tmp_path / "strict"), QUIET)  # rules are no faults
     bench.write_text("")
-    with pytest.raises(ContractError, match="another state of .*bench.jsonl"):
-        mix({"sources": {"x": source}}, str(tmp_path / "mix"), QUIET)
+    again = mix({"sources": {"x": source}}, str(tmp_path / "mix"), QUIET)
+    assert again["sources"]["x"]["ruled_out"] == {"near-duplicate text": 2}  # made anew in place
     with pytest.raises(UsageError, match="from 0.5 to 1"):
         mix({"sources": {"x": {**source, "dedup_text": 0.2}}}, str(tmp_path / "mix2"), QUIET)
 
@@ -107,14 +108,16 @@ def test_a_mix_is_a_pool_that_every_selector_works_on(tmp_path):
     assert {json.dumps(record) for record, _ in mixed(tmp_path / "again")} < whole, "records pass unchanged"
 
 
-def test_a_changed_folder_of_images_is_noticed(tmp_path):
+def test_a_changed_folder_of_images_is_taken_up(tmp_path, capfd):
     path, images, made = write_vqa(tmp_path, 6)
     table = {"sources": {"vqa": {"path": path, "images": images}}}
     first = mix(table, str(tmp_path / "mix"), QUIET)
     assert mix(table, str(tmp_path / "mix"), QUIET) == first
-    (tmp_path / "images" / made[0]["image"]).write_bytes(picture(99) + b"more")
-    with pytest.raises(ContractError, match="another state of .*images"):
-        mix(table, str(tmp_path / "mix"), QUIET)
+    (tmp_path / "images" / made[0]["image"]).write_bytes(changed := picture(99) + b"more")
+    mix(table, str(tmp_path / "mix"), Job())
+    told = f"mix: {images} has changed since: {tmp_path / 'mix'} is made anew in place\n"
+    assert told in capfd.readouterr().err and changed in [image for _, image in mixed(tmp_path / "mix")]
+    assert not list((tmp_path / "mix").glob(".next*"))
 
 
 @settings(max_examples=40, deadline=None)

@@ -23,7 +23,18 @@ from train.data.record_source import RecordSource
 from train.data.sources import Measured, Source, check_bad, losses, open_source
 from train.dist import Runtime, leave_group
 from train.errors import DataError, UsageError
-from train.folder import MEASURED, absolute, digest_data, finish, held, open_run, read_json, relative
+from train.folder import (
+    MANIFEST,
+    MEASURED,
+    absolute,
+    digest_data,
+    digest_file,
+    finish,
+    held,
+    open_run,
+    read_json,
+    relative,
+)
 from train.model import attention
 from train.model.compose import Composed, compose
 from train.model.language import load_tokenizer
@@ -153,6 +164,8 @@ def _request(
         inputs["images"] = relative(images, out)
     if align is not None:
         inputs["align"] = relative(str(align), out)
+        if (align / MANIFEST).is_file():
+            inputs["align_digest"] = digest_file(align / MANIFEST)
     return {"command": stage_name, "model": model, "stage": options, "inputs": inputs}
 
 

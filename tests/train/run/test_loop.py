@@ -324,6 +324,20 @@ def test_a_run_that_made_no_step_gives_way(tmp_path):
             open_run(tmp_path / "run", {"lr": 1})
 
 
+def test_what_other_data_made_is_neither_continued_nor_taken_for_finished(tmp_path):
+    made = {"inputs": {"align": "../align", "data": "../d", "digest": "a"}}
+    with held(tmp_path / "run"):
+        open_run(tmp_path / "run", made)
+        (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+        recorded = {"inputs": made["inputs"] | {"align_digest": "b"}}
+        assert open_run(tmp_path / "run", recorded) == "unfinished"  # begun by a version that did not record it
+        (tmp_path / "run" / ".plan.json").write_text(json.dumps({"request": recorded}))
+        for key, what in (("digest", "its data"), ("align_digest", "the align run that it starts from")):
+            changed = {"inputs": recorded["inputs"] | {key: "c"}}
+            with pytest.raises(UsageError, match=f"another state of {what}; type --overwrite to train anew"):
+                open_run(tmp_path / "run", changed)
+
+
 def test_overwrite_clears_only_a_run(world, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_text("x")
