@@ -11,6 +11,8 @@ from artefacts import tree, write_embeddings, write_selection
 from curate.cluster.cluster import ClusterOptions, cluster
 from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job
+from curate.report.options import ReportOptions
+from curate.report.report import report
 from curate.report.show import show
 from curate.report.show_sample import show_key
 from curate.select.select import SelectOptions, select
@@ -89,6 +91,14 @@ def test_show_reads_no_column_that_it_does_not_show(home):
     lines = list(show_key(clu, "0000100007"))
     assert any("row 7 of 00001" in line for line in lines)
     assert counted.bytes_of(".arrow") <= 1.2 * (searched + row)
+
+
+def test_a_report_reads_of_the_pool_the_samples_that_it_shows(home, tmp_path):
+    _, url, _ = home
+    select(f"{url}/clu", f"{url}/shown", SelectOptions(steps=("sample(900)",)), QUIET)
+    counted.reset()
+    report(f"{url}/shown", str(tmp_path / "page.html"), ReportOptions(), QUIET)
+    assert 0 < counted.bytes_of("/pool/") < counted.size_of(url, "/pool/") / 4
 
 
 @pytest.mark.parametrize("share", [10, 3, 1])

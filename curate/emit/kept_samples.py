@@ -54,31 +54,11 @@ class Fetched:
 
 
 @dataclass(frozen=True)
-class Coreset:
-    """A selection joined to its embeddings and its pool. Picklable."""
+class Samples:
+    """Embeddings joined to the tars of their pool, by stem. Picklable."""
 
-    selection: manifest.Artefact
     embedded: manifest.Artefact
-    pool: str
     tars: dict[str, tar.Shard]
-
-    def kept_rows(self, stem: str) -> np.ndarray:
-        """Return the kept rows of a stem, i64, ascending."""
-        return _kept(self.selection.table(stem, ["kept"]))
-
-    def all_kept_rows(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each stem with its kept rows, i64, ascending."""
-        return ((stem, _kept(table)) for stem, table in self.selection.sidecars.tables(["kept"]))
-
-    def all_kept_keys(self) -> Iterator[tuple[str, np.ndarray, list[str]]]:
-        """Yield each stem with its kept rows, and their keys."""
-        for stem, table in self.selection.sidecars.tables(["kept", "key"]):
-            rows = _kept(table)
-            yield stem, rows, table["key"].take(rows).to_pylist()
-
-    def keys(self, stem: str, rows: np.ndarray) -> list[str]:
-        """Return the keys of some rows of a stem."""
-        return list(self.selection.table(stem, ["key"])["key"].take(rows).to_pylist())
 
     def fetch(self, stem: str, rows: np.ndarray) -> Iterator[Fetched]:
         """Yield rows of a stem in order, a few at a time in memory: by their places in the tar, where those are known.
@@ -159,6 +139,32 @@ class Coreset:
         return sample.image is None or records.image_uid(sample.image[2]) != sample.uid
 
 
+@dataclass(frozen=True)
+class Coreset(Samples):
+    """A selection joined to its embeddings and its pool. Picklable."""
+
+    selection: manifest.Artefact
+    pool: str
+
+    def kept_rows(self, stem: str) -> np.ndarray:
+        """Return the kept rows of a stem, i64, ascending."""
+        return _kept(self.selection.table(stem, ["kept"]))
+
+    def all_kept_rows(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each stem with its kept rows, i64, ascending."""
+        return ((stem, _kept(table)) for stem, table in self.selection.sidecars.tables(["kept"]))
+
+    def all_kept_keys(self) -> Iterator[tuple[str, np.ndarray, list[str]]]:
+        """Yield each stem with its kept rows, and their keys."""
+        for stem, table in self.selection.sidecars.tables(["kept", "key"]):
+            rows = _kept(table)
+            yield stem, rows, table["key"].take(rows).to_pylist()
+
+    def keys(self, stem: str, rows: np.ndarray) -> list[str]:
+        """Return the keys of some rows of a stem."""
+        return list(self.selection.table(stem, ["key"])["key"].take(rows).to_pylist())
+
+
 def _kept(table: pa.Table) -> np.ndarray:
     return np.flatnonzero(table["kept"].to_numpy(zero_copy_only=False))
 
@@ -185,7 +191,8 @@ def open_coreset(directory: str, pool: str | None = None, *, members: bool = Tru
             "put them back, or run `curate embed` and `curate select` again",
         ) from None
     manifest.check_aligned(embedded, selection)
-    return Coreset(selection, embedded, *_find_pool(embedded, pool) if members else ("", {}))
+    where, tars = _find_pool(embedded, pool) if members else ("", {})
+    return Coreset(embedded, tars, selection, where)
 
 
 def kept_pictures(directory: str) -> set[bytes]:

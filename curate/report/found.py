@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from curate.ask.find import Hit
+from curate.emit.kept_samples import Samples
 from curate.errors import UsageError
 from curate.report.gallery import MAX_CAPTION, Card, read_pictures
 from curate.report.report import render
@@ -28,13 +29,13 @@ def page(embedded: Artefact, found: Mapping[str, Sequence[Hit]], directory: str)
             shown.append((card, verdict(hit)))
         groups.append({"question": question, "cards": shown})
     try:
-        tars = {shard.stem: shard.location for shard in tar.list_pool(embedded.input_path("pool"))}
+        tars = {shard.stem: shard for shard in tar.list_pool(embedded.input_path("pool"))}
         trouble = ""
     except (KeyError, UsageError):
         tars, trouble = {}, "The pool is not where it was when it was embedded, so there are no pictures here."
     spent = 0
     for stem, cards in by_stem.items():
-        spent = read_pictures(tars.get(stem), cards, spent)
+        spent = read_pictures(Samples(embedded, tars), stem, sorted(cards, key=lambda card: card.row), spent)
     return render({"title": directory, "groups": groups, "trouble": trouble}, "found")
 
 

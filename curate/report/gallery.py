@@ -7,7 +7,7 @@ under a pixel limit, so that a page about any pool costs the same memory.
 
 import base64
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.embed import images
-from curate.errors import ShardError
+from curate.emit.kept_samples import Samples
 from curate.report import concepts
 from curate.select import cluster_shares
 from curate.storage import manifest, tar
@@ -27,6 +27,8 @@ MAX_PIXELS = 40_000_000
 MAX_CAPTION = 280
 MAX_BYTES = 12 << 20
 MAX_SAME_TWIN = 2
+LOST = "not in the pool any more"
+TROUBLES = {"shard_missing": LOST, "gone": LOST, "changed": "another image by now"}
 
 Place = tuple[str, int]
 Item = TypeVar("Item")
@@ -59,7 +61,7 @@ class Gallery:
     embedded: manifest.Artefact
     selection: manifest.Artefact | None
     clusters: manifest.Artefact | None
-    tars: dict[str, str]
+    tars: dict[str, tar.Shard]
     seed: int
     stems: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -216,7 +218,7 @@ class Gallery:
         for stem in sorted({stem for stem, _ in self.cards}):
             cards = sorted((card for card in self.cards.values() if card.stem == stem), key=lambda card: card.row)
             self._read_facts(stem, cards)
-            spent = read_pictures(self.tars.get(stem), cards, spent)
+            spent = read_pictures(Samples(self.embedded, self.tars), stem, cards, spent)
         return spent
 
     def _read_facts(self, stem: str, cards: Sequence[Card]) -> None:
@@ -244,29 +246,21 @@ class Gallery:
         return list(source.table(stem, columns).take(rows).to_pylist())
 
 
-def read_pictures(location: str | None, cards: Iterable[Card], spent: int) -> int:
-    """Read the pictures of rows of one shard, or why there are none. spent: the page's bytes so far; returns them."""
-    if location is None:
-        for card in cards:
-            card.trouble = "not in the pool any more"
-        return spent
-    with tar.open_tar(location) as file:
-        try:
-            samples = tar.read_index(file).samples
-        except ShardError:
-            samples = []
-        for card in cards:
-            sample = samples[card.row] if card.row < len(samples) else None
-            if sample is None or sample.key != card.key or sample.image is None:
-                card.trouble = "no image"
-            elif spent < MAX_BYTES:
-                try:
-                    card.picture = thumbnail(tar.read_member(file, sample.image))
-                    spent += len(card.picture)
-                except ShardError:
-                    card.trouble = "too large to show"
-                except images.BadImage as error:
-                    card.trouble = error.status.replace("_", " ")
+def read_pictures(samples: Samples, stem: str, cards: Sequence[Card], spent: int) -> int:
+    """Read the pictures of rows of one shard, or why there are none. spent: the page's bytes so far; returns them.
+
+    cards: by row. Of a tar on a URL these samples are read, and hardly more.
+    """
+    rows = np.array([card.row for card in cards])
+    for card, fetched in zip(cards, samples.fetch(stem, rows), strict=True):
+        if fetched.gone or fetched.image is None:
+            card.trouble = TROUBLES.get(fetched.gone, fetched.gone.replace("_", " ")) or "no image"
+        elif spent < MAX_BYTES:
+            try:
+                card.picture = thumbnail(fetched.image[2])
+                spent += len(card.picture)
+            except images.BadImage as error:
+                card.trouble = error.status.replace("_", " ")
     return spent
 
 

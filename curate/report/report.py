@@ -189,7 +189,7 @@ def _gallery(artefacts: Artefacts, seed: int) -> tuple[Gallery | None, list[str]
     troubles, tars = [], {}
     try:
         pool = artefacts.embedded.input_path("pool")
-        tars = {shard.stem: shard.location for shard in tar.list_pool(pool)}
+        tars = {shard.stem: shard for shard in tar.list_pool(pool)}
     except (KeyError, UsageError):
         troubles.append("The pool is not where it was when it was embedded, so there are no pictures here.")
     gallery = Gallery(artefacts.embedded, artefacts.selection, artefacts.clusters, tars, seed)

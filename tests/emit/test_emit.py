@@ -257,8 +257,6 @@ def test_nothing_kept_and_unknown_formats_are_refused(tmp_path):
         emit(sel, str(tmp_path / "out"), EmitOptions(format="lava"), QUIET)
 
 
-@pytest.mark.realdata
-@pytest.mark.skipif(not PAIRS.is_dir(), reason="real pairs are not at hand")
 def without_members(emb):
     """Make embeddings what format 1 has: the same without `members`."""
     embedded = open_input(emb)
@@ -313,6 +311,8 @@ def test_a_tar_of_the_same_size_with_other_samples_is_looked_through(tmp_path):
     assert [entry["row"] for entry in manifest["gone"]] == [4]
 
 
+@pytest.mark.realdata
+@pytest.mark.skipif(not PAIRS.is_dir(), reason="real pairs are not at hand")
 def test_real_pairs_come_through_untouched(tmp_path):
     emb = write_embeddings(tmp_path / "emb", str(PAIRS / "0000[01].tar"))
     sel = write_selection(tmp_path / "sel", emb, lambda stem, row, key: row % 7 == 0 or "sample(9)")
