@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.cluster.scatter import BUCKETS, Rows
+from curate.engine import advance
 from curate.storage import paths, sidecar
 from curate.vectors.duplicate_forest import copies_of
 from curate.vectors.exact import exact_cosines
@@ -152,6 +153,7 @@ class CompareBlocks:
             "across": i != j,
             "forest": forest,
             "product": self.product,
+            "note": advance,
         }
         for edges in near_pairs(vectors, np.arange(len(places)), [0, len(places)], self.floor, **how):
             forest.add(*edges)

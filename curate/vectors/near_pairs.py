@@ -16,7 +16,7 @@ Shapes: x_nd f16 [n, d], in memory or mapped from disk. Cost: sum of m ** 2 d / 
 prepared rows on either side (2 ** 15 rows), one tile of products.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -51,6 +51,7 @@ def near_pairs(
     tile: int = TILE,
     product: str | None = None,
     forest: Forest | None = None,
+    note: Callable[[int], None] | None = None,
 ) -> Iterator[Edges]:
     """Yield the pairs inside each group with cosine > floor, in batches: places a < b in `rows` and the cosine f32.
 
@@ -60,6 +61,7 @@ def near_pairs(
     forest: over these places; the caller adds to it what is yielded, and pairs that it can never take are left out.
     product: by which to screen, one of `products.PRODUCTS`; by default the fastest, where the work is worth measuring.
     Or `gpu`: all is computed on a GPU, in tiles of its own.
+    note: hears now and then of how many more rows of large groups all is compared; not from a GPU.
     Order: no pair comes before one whose b is its a.
     """
     bounds = np.asarray(bounds)
@@ -73,7 +75,7 @@ def near_pairs(
         return
     waiting, count = [], 0
     for a, b, cosine in _compare_groups(
-        x_nd, rows, bounds, members, Screen(floor, product), tile, forest, across=across
+        x_nd, rows, bounds, members, Screen(floor, product), tile, forest, note, across=across
     ):
         if cosine is None:
             waiting.append((a, b))
@@ -128,6 +130,7 @@ def _compare_groups(
     screen: Screen,
     tile: int,
     forest: Forest | None,
+    note: Callable[[int], None] | None,
     *,
     across: bool,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
@@ -148,7 +151,8 @@ def _compare_groups(
         numbers = np.repeat(np.arange(len(groups)), np.diff(cuts))
         for i in range(start, end if len(groups) > 1 else groups[0][1], panel):
             left = screen.prepare(x_nd, rows[i : min(i + panel, end)], centres, numbers[i - start :])
-            for j in range(i, end, panel):
+            rights = range(i, end, panel)
+            for j in rights:
                 right = left
                 if j > i:
                     right = screen.prepare(x_nd, rows[j : min(j + panel, end)], centres, numbers[j - start :])
@@ -164,6 +168,8 @@ def _compare_groups(
                             x_nd, rows[above], rows[below], found, screen.floor, reduce=forest is not None
                         )
                         yield a + above.start, b + below.start, cosine
+                if note is not None:
+                    note((min(i + panel, end) - i) // len(rights))
 
 
 def _pairs_of_small_groups(bounds: np.ndarray, members: np.ndarray, *, across: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -197,20 +203,23 @@ def _compare_medium_groups(
     """
     sizes = np.diff(bounds)
     widths = np.where((sizes > SMALL) & (sizes <= MEDIUM), -(-sizes // STEP) * STEP, 0)
-    space = np.empty((MEDIUM_ROWS, x_nd.shape[1]), np.float32)
+    # Memory that is fetched anew for each product costs as much as the product.
+    halves, space = (np.empty((MEDIUM_ROWS, x_nd.shape[1]), dtype) for dtype in (x_nd.dtype, np.float32))
     for width in np.unique(widths[widths > 0]).tolist():
         groups = np.flatnonzero(widths == width)
         at_once = MEDIUM_ROWS // width
+        tiles = np.empty((at_once, width, width), np.float32)
         for first in range(0, len(groups), at_once):
             here = groups[first : first + at_once]
             starts, size, own = bounds[here], sizes[here], members[here]
             places = np.arange(width)
             filling = np.flatnonzero((places >= size[:, None]).ravel())
             taken = rows[(starts[:, None] + np.minimum(places, size[:, None] - 1)).ravel()]
-            x_nd_wide = widen(x_nd[taken], space[: len(taken)])
+            gathered = np.take(x_nd, taken, axis=0, mode="clip", out=halves[: len(taken)])
+            x_nd_wide = widen(gathered, space[: len(taken)])
             x_nd_wide[filling] = 0
             x_gmd = x_nd_wide.reshape(len(here), width, -1)
-            products = np.matmul(x_gmd, x_gmd.swapaxes(1, 2))
+            products = np.matmul(x_gmd, x_gmd.swapaxes(1, 2), out=tiles[: len(here)])
             # Positions in the flat array are listed many times faster than those of three dimensions.
             found = np.flatnonzero(products.ravel() > np.float32(floor - x_gmd.shape[2] * 2.0**-23))
             group, a, b = _split(found, width)

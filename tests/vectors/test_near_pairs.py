@@ -364,3 +364,15 @@ def test_the_nearest_target_is_found_in_any_block():
     for block in (1, 9, 4096):
         assert np.allclose(near_pairs.nearest_similarity(x, targets, block), expected, atol=1e-6)
     assert (near_pairs.nearest_similarity(x, targets[:0]) == -1).all()
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_large_group_tells_how_far_it_is(monkeypatch, across):
+    """Of a block of a giant cluster, which takes minutes."""
+    monkeypatch.setattr(near_pairs, "PANEL", 128)
+    x, heard = cluster_rows(700), []
+    members = np.array([400 if across else 700])
+    how = {"members": members, "across": across, "tile": 64, "note": heard.append}
+    for _ in near_pairs.near_pairs(x, np.arange(700), [0, 700], 0.99, **how):
+        pass
+    assert len(heard) > 10 and 0.9 * members[0] < sum(heard) <= 700
