@@ -54,9 +54,11 @@ def dedup(
         lambda some: frame.vectors(rows[some]), lambda some: frame.hashes(rows[some]),
         None if test is None else lambda a, b: test(rows[a], rows[b]),
     )  # fmt: skip
+    del edges, order
     gone = frame.alive[rows] & ~resolved.keep
-    told = gone | ((resolved.component >= 0) & (resolved.component != np.arange(len(rows))))
-    kept = np.where(gone, rows[resolved.duplicate_of], -1)[told]
+    own = np.arange(len(rows), dtype=resolved.component.dtype)
+    told = gone | ((resolved.component >= 0) & (resolved.component != own))
+    kept = np.where(gone[told], rows[resolved.duplicate_of[told]], -1)
     component, similarity = rows[resolved.component[told]], np.where(gone, resolved.similarity, np.nan)[told]
     frame.duplicates.add(frame.alive, rows[told], component, kept, similarity)
     share = {"largest_share": resolved.facts["largest_component"] / max(1, int(frame.alive.sum()))}
@@ -66,7 +68,7 @@ def dedup(
 
 
 def _joined_rows(frame: Frame, threshold: float) -> tuple[np.ndarray, Edges]:
-    """List the rows with an edge above the threshold, i64 ascending, and these edges by the places in that list.
+    """List the rows with an edge above the threshold, i64 ascending, and these edges by the places in that list, i32.
 
     All that dedup does grows with these rows, and no longer with the pool's.
     """
@@ -77,7 +79,9 @@ def _joined_rows(frame: Frame, threshold: float) -> tuple[np.ndarray, Edges]:
     joined = np.zeros(len(frame.good), bool)
     joined[a] = joined[b] = True
     rows = np.flatnonzero(joined)
-    return rows, (np.searchsorted(rows, a), np.searchsorted(rows, b), similarity[above], bits[above])
+    kind = np.int32 if len(rows) <= np.iinfo(np.int32).max else np.int64
+    a, b = (np.searchsorted(rows, ends).astype(kind) for ends in (a, b))
+    return rows, (a, b, similarity[above], bits[above])
 
 
 def _pair_rule(frame: Frame, name: str, threshold: Threshold) -> tuple[PairRule, dict[str, Any]]:

@@ -33,7 +33,7 @@ from curate.vectors.forest import Forest, components, spanning_forest
 GATHER_ROWS = 1 << 16
 BLOCK_PAIRS = 1 << 22  # hashes compared at once
 BATCH_PAIRS = 1 << 16  # cosines decided at once
-Joined = tuple[np.ndarray, np.ndarray, np.ndarray]  # a, b i64, cosine f32
+Joined = tuple[np.ndarray, np.ndarray, np.ndarray]  # a, b i32 or i64, cosine f32
 Hashes = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # row numbers to hashes u64 [m] and known, bool [m]
 
 
@@ -101,7 +101,7 @@ def linked_forest(
         unknown = _join_by_cosine(apart, rule.unknown, vectors, (test, by_forest), ~known) if some else ()
         joined += [*by_pixels, *unknown]
     a, b, similarity = (np.concatenate(column) for column in zip(*joined, strict=True))
-    _, first = np.unique(a * len(alive) + b, return_index=True)
+    _, first = np.unique(a.astype(np.int64) * len(alive) + b, return_index=True)
     chosen = first[spanning_forest(a[first], b[first], similarity[first], len(alive))]
     return a[chosen], b[chosen], similarity[chosen]
 
@@ -132,10 +132,12 @@ def _still_apart(whole: np.ndarray, joined: list[Joined], alive: np.ndarray) -> 
 def groups_of(component: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """List the rows of components of two and more, by component, and where each begins. component: i64, < 0: none."""
     rows = np.flatnonzero(component >= 0)
-    order = np.argsort(component[rows], kind="stable")
-    _, starts, sizes = np.unique(component[rows[order]], return_index=True, return_counts=True)
+    rows = rows[np.argsort(component[rows], kind="stable")]
+    ordered = component[rows]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    sizes = np.diff(starts, append=len(rows))
     several = np.repeat(sizes > 1, sizes)
-    return rows[order][several], np.concatenate([[0], np.cumsum(sizes[sizes > 1])])
+    return rows[several], np.concatenate([[0], np.cumsum(sizes[sizes > 1])])
 
 
 def fetch_groups(
