@@ -49,7 +49,7 @@ def write(folder, kind="clip", seed=0, config=None):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(config or config_of(kind)))
     torch.manual_seed(seed)
-    model = open_clip.create_model(f"local-dir:{folder}")
+    model = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False)
     state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
     save_file(state, str(folder / "open_clip_model.safetensors"))
     return f"local-dir:{folder}"

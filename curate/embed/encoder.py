@@ -1,7 +1,8 @@
 """open_clip models, wherever their weights lie: images and captions in, unit vectors out.
 
 Weights are read from safetensors, or by torch with `weights_only`: nothing is ever unpickled. Images arrive as uint8
-and are normalised on the device; captions run at their real length where the text tower is causal, else at its context.
+and are normalised on the device; captions run at their real length where the text tower is causal or masks its padding,
+else at its context.
 """
 
 import copy
@@ -150,6 +151,7 @@ class Encoder:
         one_piece = hasattr(self.model, "positional_embedding")
         self._tower = self.model if one_piece else getattr(self.model, "text", self.model)
         self.cuts = _can_cut(self._tower)
+        self._pad = _padding(self._tower)
         if self.cuts:
             _put_sequence_first(self._tower)
         self._lock = threading.Lock()
@@ -183,6 +185,8 @@ class Encoder:
 
     def lengths(self, tokens_nl: np.ndarray) -> np.ndarray:
         """Count the tokens i64 [n] that reach a caption's vector: those up to where a causal tower is read out."""
+        if self._pad is not None:
+            return np.asarray((np.arange(1, tokens_nl.shape[1] + 1) * (tokens_nl != self._pad)).max(axis=1).clip(1))
         if not self.cuts:
             return np.full(len(tokens_nl), tokens_nl.shape[1])
         if _pool_type(self._tower) == "argmax":
@@ -277,6 +281,13 @@ def _can_cut(tower: Any) -> bool:
     """Say whether a caption's padding cannot reach its vector: causal attention, read out at the end-of-text token."""
     causal = getattr(tower, "attn_mask", None) is not None and hasattr(tower, "positional_embedding")
     return causal and getattr(tower, "cls_emb", None) is None and _pool_type(tower) in ("argmax", "eos")
+
+
+def _padding(tower: Any) -> int | None:
+    """Return the token that a text tower masks by itself, in its attention and its pooling: those of transformers."""
+    from open_clip.hf_model import HFTextEncoder
+
+    return tower.config.pad_token_id if isinstance(tower, HFTextEncoder) else None
 
 
 def _put_sequence_first(tower: Any) -> None:

@@ -222,6 +222,39 @@ def test_a_network_of_convolutions_sees_channels_side_by_side(folder, tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_a_text_tower_that_masks_its_padding_runs_at_the_captions_length(tmp_path):
+    import open_clip
+    import torch
+    from transformers import BertConfig
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertConfig(vocab_size=99, **small).save_pretrained(tmp_path / "bert")
+    config = tiny_clip.config_of("custom")
+    text = {"hf_model_name": str(tmp_path / "bert"), "hf_model_pretrained": False, "context_length": 20}
+    config["model_cfg"]["text_cfg"] = {**text, "hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
+    name = tiny_clip.write(tmp_path / "model", config=config)
+    encoder = Encoder(find(name), "fp32", "cpu")
+    tokens = np.random.default_rng(0).integers(1, 99, (4, 20)).astype(np.int32)
+    lengths = [3, 7, 1, 0]
+    for row, length in zip(tokens, lengths, strict=True):
+        row[length:] = 0
+    assert list(encoder.lengths(tokens)) == [3, 7, 1, 1]
+    seen = []
+    encoder.model.text.transformer.register_forward_pre_hook(
+        lambda _, given, named: seen.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    ours = encoder.texts(tokens[:3])
+    assert seen == [7]
+    with torch.no_grad():
+        whole = (
+            open_clip.create_model(name, pretrained_text=False)
+            .eval()
+            .encode_text(torch.from_numpy(tokens[:3]).long())
+            .numpy()
+        )
+    np.testing.assert_allclose(ours, whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=1e-5)
+
+
 def test_weights_may_lie_apart_from_their_config(folder, tmp_path):
     blobs = [FORMATS["rgb.jpg"]()]
     expected = ours(f"local-dir:{folder / 'clip'}", blobs, CAPTIONS)
