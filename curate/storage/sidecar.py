@@ -150,7 +150,8 @@ def codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
     parts = [np.empty(0, np.int16)]
     for chunk in column.chunks:
         lookup = np.array([*(place.get(name, -1) for name in chunk.dictionary.to_pylist()), -1], np.int16)
-        parts.append(lookup[chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
+        indices = chunk.indices if chunk.null_count == 0 else chunk.indices.fill_null(-1)
+        parts.append(lookup[indices.to_numpy()])
     return np.concatenate(parts)
 
 
