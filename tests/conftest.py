@@ -4,6 +4,7 @@ import os
 
 import hypothesis
 import pytest
+from warm import one_worker
 
 from house import GPU, REAL_DATA
 
@@ -13,6 +14,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("wide", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+one_worker()
 
 
 def pytest_collection_modifyitems(items):

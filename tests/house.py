@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import shlex
-import subprocess
-import sys
+import time
 from pathlib import Path
+
+from warm import Command
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -14,17 +15,29 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARAL
 os.environ.update(OFFLINE)
 GPU = "cpu" if os.environ.get("REHEARSE_GPU") else "cuda"  # where the tests marked `gpu` run
 
-
+PATIENCE_S = 600  # nothing waits longer than it must; what is waited for this long does not come
 BESIDE = ("log.jsonl", ".seen.json")  # when a run was, and when its input was written: no part of an artefact
 
 
 def curate(*words, check=True, **options):
-    """Run the command line in a process of its own; returns it ended, with stdout and stderr as text."""
-    command = [sys.executable, "-m", "curate", *map(str, words)]
-    ended = subprocess.run(command, capture_output=True, text=True, **{"cwd": ROOT, **options})
+    """Run the command line in a process of its own; returns it ended, with stdout and stderr as text.
+
+    options: as Command takes them.
+    """
+    ended = Command("curate", *words, **{"cwd": ROOT, **options})
+    ended.wait()
     if check:
         assert ended.returncode == 0, ended.stderr[-2000:]
     return ended
+
+
+def until(condition, pause_s=0.01):
+    """Wait until a condition holds, however busy the machine is; returns its value."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {PATIENCE_S} s in vain"
+        time.sleep(pause_s)
+    return value
 
 
 def fingerprint(*directories):

@@ -6,12 +6,9 @@ tests/bench/kills.py does the same at length, on two engines.
 import errno
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +16,7 @@ import pytest
 
 from curate.engine import Job, run_stage
 from curate.errors import RunError
-from house import CLIP, ROOT, curate, fingerprint, tree
+from house import CLIP, ROOT, Command, curate, fingerprint, tree, until
 
 
 @dataclass
@@ -97,35 +94,30 @@ def words(home, out, *more):
 
 
 def test_a_run_one_by_one_of_whose_processes_are_killed_ends_right(pool):
-    command = [
-        sys.executable,
-        "-m",
-        "curate",
-        *words(pool, pool / "killed" / "emb", "--workers", "2", "--decoders", "1"),
-    ]
-    rng = random.Random(7)
-    running = subprocess.Popen([*map(str, command)], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
-    struck, deadline = 0, time.monotonic() + 400
+    typed = words(pool, pool / "killed" / "emb", "--workers", "2", "--decoders", "1")
+    rng, struck = random.Random(7), 0
+    running = Command("curate", *typed, cwd=ROOT)
+
+    def strike():
+        nonlocal struck
+        others = tree(running.pid)
+        if struck < 4 and len(others) > 4 and rng.random() < 0.2:
+            os.kill(rng.choice(others), signal.SIGKILL)
+            struck += 1
+        return running.poll() is not None
+
     try:
-        while running.poll() is None and time.monotonic() < deadline:
-            others = tree(running.pid)
-            if struck < 4 and len(others) > 4 and rng.random() < 0.2:
-                os.kill(rng.choice(others), signal.SIGKILL)
-                struck += 1
-            time.sleep(0.2)
-        assert running.poll() == 0, running.stderr.read()
+        until(strike, 0.2)
+        assert running.returncode == 0, running.stderr
     finally:
-        if running.poll() is None:
-            os.killpg(running.pid, signal.SIGKILL)
+        running.kill()
     assert struck and fingerprint(pool / "killed" / "emb") == fingerprint(pool / "whole" / "emb")
     assert not tree(running.pid)
 
 
 def test_a_disk_that_fills_ends_the_run_with_one_line_and_the_rerun_goes_on(pool):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-
-    ended = curate(*words(pool, pool / "limited" / "emb"), check=False, preexec_fn=limit)
+    limits = {"RLIMIT_FSIZE": 10_000}
+    ended = curate(*words(pool, pool / "limited" / "emb"), check=False, limits=limits)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("error: embed: ") and "File too large" in last and "goes on" in last
@@ -152,5 +144,5 @@ def test_a_full_file_system_ends_the_run_and_room_lets_it_go_on(pool, small_disk
     assert ended.returncode == 1 and "No space left on device" in ended.stderr and "Traceback" not in ended.stderr
     assert ended.stderr.count("No space left") == 1
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
-    curate(*words(pool, small_disk / "emb", "--workers", "2"))
+    curate(*words(pool, small_disk / "emb"))
     assert fingerprint(small_disk / "emb") == fingerprint(pool / "whole" / "emb")

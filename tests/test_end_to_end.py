@@ -1,17 +1,12 @@
 """The main road as a user walks it: the command line, from raw shards to a coreset, undisturbed and disturbed."""
 
 import json
-import os
-import resource
-import signal
 import subprocess
-import sys
-import time
 
 import pyarrow as pa
 import pytest
 
-from house import CLIP, ROOT, curate, fingerprint, manifest
+from house import CLIP, ROOT, Command, curate, fingerprint, manifest, until
 
 STAGES = {
     "embed": lambda home: ["embed", home / "pool", home / "emb", "--model", CLIP],
@@ -19,13 +14,6 @@ STAGES = {
     "select": lambda home: ["select", home / "clu", home / "sel", "--step", "dedup(0.9)", "--step", "sample(200)"],
     "emit": lambda home: ["emit", home / "sel", home / "out", "--shard-size", "40"],
 }
-
-
-def walk(home, *, workers=1, until="emit"):
-    for verb, words in STAGES.items():
-        curate(*words(home), "--workers", workers)
-        if verb == until:
-            return
 
 
 def pool_in(tmp_path, demo):
@@ -36,7 +24,8 @@ def pool_in(tmp_path, demo):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, demo):
     home = pool_in(tmp_path_factory.mktemp("undisturbed"), demo)
-    walk(home)
+    for words in STAGES.values():
+        curate(*words(home))
     return home
 
 
@@ -55,7 +44,10 @@ def test_every_row_is_accounted_for_at_every_stage(undisturbed):
 
 
 def test_two_workers_leave_the_same_bytes_as_one(undisturbed, tmp_path, demo):
-    walk(pool_in(tmp_path, demo), workers=2)
+    home = pool_in(tmp_path, demo)
+    subprocess.run(["cp", "-r", undisturbed / "emb", home], check=True)  # two that embed are in tests/embed
+    for verb in ("cluster", "select", "emit"):
+        curate(*STAGES[verb](home), "--workers", 2)
     assert artefacts(tmp_path) == artefacts(undisturbed)
 
 
@@ -65,16 +57,10 @@ def test_a_killed_stage_resumes_to_the_same_bytes(verb, made, undisturbed, tmp_p
     for earlier in ("emb", "clu", "sel"):
         if earlier != made and list(STAGES).index(verb) > ("emb", "clu", "sel").index(earlier):
             subprocess.run(["cp", "-r", undisturbed / earlier, home / earlier], check=True)
-    words = [sys.executable, "-m", "curate", *map(str, STAGES[verb](home)), "--workers", "1"]
-    running = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while running.poll() is None and time.monotonic() < deadline:
-        done = [path for path in (home / made).glob("*") if path.suffix in (".arrow", ".tar", ".npy")]
-        if done:
-            break
-        time.sleep(0.002)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    running = Command("curate", *STAGES[verb](home), "--workers", "1", cwd=ROOT)
+    files = (home / made).glob
+    until(lambda: running.poll() is not None or [*files("*.arrow"), *files("*.tar"), *files("*.npy")], 0.002)
+    running.kill()
     curate(*STAGES[verb](home), "--workers", 1)
     assert fingerprint(home / made) == fingerprint(undisturbed / made)
 
@@ -83,10 +69,8 @@ def test_a_full_disk_leaves_no_half_file_and_a_rerun_finishes(undisturbed, tmp_p
     home = pool_in(tmp_path, demo)
     subprocess.run(["cp", "-r", undisturbed / "emb", undisturbed / "clu", undisturbed / "sel", home], check=True)
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
-
-    ended = curate(*STAGES["emit"](home), "--workers", 1, check=False, preexec_fn=limit)
+    limits = {"RLIMIT_FSIZE": 120_000}
+    ended = curate(*STAGES["emit"](home), "--workers", 1, check=False, limits=limits)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr and "File too large" in ended.stderr
     assert "could not be had" not in ended.stderr, "the samples are there, the disk is not"
     assert not list((home / "out").glob("*.tmp")) and not list((home / "out").glob("*.tar"))

@@ -16,7 +16,7 @@ from curate.emit.options import EmitOptions
 from curate.ingest.options import ImportOptions, PackOptions
 from curate.report.options import ReportOptions
 from curate.select.options import SelectOptions
-from house import ROOT, curate, parse
+from house import ROOT, Command, curate, parse
 from train.__main__ import app as train_app
 
 PROGRAMS = {"curate": curate_app, "train": train_app}
@@ -82,8 +82,8 @@ def test_what_is_typed_becomes_the_options_of_the_stage(line, expected):
 
 
 def test_brackets_in_help_are_shown():
-    told = subprocess.run([sys.executable, "-m", "train", "align", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert "[model]" in told.stdout
+    told = Command("train", "align", "--help", cwd=ROOT)
+    assert told.wait() == 0 and "[model]" in told.stdout
 
 
 def test_a_dry_run_says_what_is_read_and_does_nothing(tmp_path):

@@ -2,13 +2,11 @@
 
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import typer
 
-from house import ROOT, parse
+from house import ROOT, Command, parse
 
 # In this order: the guides go on in the folder that the first one fills.
 GUIDES = ("laion.md", "published_embeddings.md", "mix_695k.md", "train_bunny.md", "ray.md", "add_a_step.md", "ask.md")
@@ -29,11 +27,10 @@ def commands(name, kind="sh run"):
 def carry_out(line, folder):
     words = shlex.split(line)
     assert words[0] in ("curate", "python"), line
-    program = [sys.executable, "-m", "curate"] if words[0] == "curate" else [sys.executable]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(folder)}
     environment["OMP_NUM_THREADS"] = "1"
-    ended = subprocess.run([*program, *words[1:]], cwd=folder, capture_output=True, text=True, env=environment)
-    assert ended.returncode == 0, f"{line}\n{ended.stderr[-1500:]}"
+    ended = Command(*words[words[0] == "python" :], cwd=folder, env=environment)
+    assert ended.wait() == 0, f"{line}\n{ended.stderr[-1500:]}"
     return ended.stdout
 
 

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -19,7 +15,7 @@ from curate.demo import oracle
 from curate.errors import UsageError
 from curate.run import pipeline
 from curate.storage import manifest, sidecar
-from house import ROOT, curate, fingerprint
+from house import ROOT, Command, curate, fingerprint, until
 
 SMALL = """
 base = "ablation_bar.toml"
@@ -263,14 +259,9 @@ def test_the_oracle_takes_one_right_pair_of_each_source(chosen):
 def test_a_killed_run_goes_on_to_the_same_results_on_two_workers(chosen, tmp_path):
     (tmp_path / "plan.toml").write_text(SMALL + NO_MODEL)
     words = ["run", str(tmp_path / "plan.toml"), "--out", str(tmp_path / "out"), "--workers", "2"]
-    running = subprocess.Popen([sys.executable, "-m", "curate", *words], cwd=ROOT, start_new_session=True, stderr=-3)
-    deadline = time.monotonic() + 120
-    while running.poll() is None and time.monotonic() < deadline:
-        if list((tmp_path / "out").glob("pools/*/embeddings/*.arrow")):
-            break
-        time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    running = Command("curate", *words, cwd=ROOT)
+    until(lambda: list((tmp_path / "out").glob("pools/*/embeddings/*.arrow")) or running.poll() is not None)
+    running.kill()
     assert not (tmp_path / "out" / run.RESULT).exists()
     curate(*words)
     assert results(tmp_path / "out") == results(chosen / "out")

@@ -1,7 +1,5 @@
 """Clusters that are cut into blocks, and pools of many shards: the same bytes as in one piece."""
 
-import resource
-
 import numpy as np
 import pytest
 from clouds import draw
@@ -107,13 +105,8 @@ def test_parts_of_several_shards_make_the_same_bytes(cloud, tmp_path, monkeypatc
 
 def test_a_pool_of_many_shards_needs_few_open_files_and_maps(tmp_path):
     drawn = draw(tmp_path / "emb", rows=600, dim=8, stems=300)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     curate("cluster", drawn.path, tmp_path / "whole", "--k", "4", "--workers", "1")
-
-    def few():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
-
-    curate("cluster", drawn.path, tmp_path / "clu", "--k", "4", "--workers", "1", preexec_fn=few)
+    curate("cluster", drawn.path, tmp_path / "clu", "--k", "4", "--workers", "1", limits={"RLIMIT_NOFILE": 100})
     assert contents(tmp_path / "clu") == contents(tmp_path / "whole")
 
 

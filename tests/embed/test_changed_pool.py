@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,7 +13,7 @@ from curate.embed.embed import EmbedOptions, embed
 from curate.engine import Job
 from curate.storage import renewal, sidecar
 from curate.storage.manifest import open_input
-from house import ROOT, fingerprint, manifest
+from house import ROOT, Command, fingerprint, manifest, until
 
 QUIET = Job(quiet=True, workers=1)
 STEMS = ["00000", "00001", "00002", "00003"]
@@ -137,12 +134,9 @@ def test_slices_share_what_has_changed(home, model):
 def test_a_run_killed_between_two_states_leaves_one_and_the_next_goes_on(home, model):
     before = arrows(home / "emb")
     change(home)
-    command = [sys.executable, "-m", "curate", "embed", home / "pool", home / "emb", "--model", model, "--workers", "1"]
-    running = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not list((home / "emb").glob(".next-*/*.arrow")) and running.poll() is None:
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    running = Command("curate", "embed", home / "pool", home / "emb", "--model", model, "--workers", "1", cwd=ROOT)
+    until(lambda: list((home / "emb").glob(".next-*/*.arrow")) or running.poll() is not None, 0.002)
+    running.kill()
     after = {name: value for name, value in arrows(home / "emb").items() if not name.startswith(".")}
     found = open_input(str(home / "emb"))
     assert after == before or "00004" in found.stems

@@ -1,10 +1,6 @@
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +17,7 @@ from curate.errors import ContractError, UsageError
 from curate.storage import sidecar
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.storage.tar import MAX_TEXT_BYTES, TarWriter
-from house import ROOT, fingerprint
+from house import ROOT, Command, fingerprint, until
 
 QUIET = Job(quiet=True)
 
@@ -139,22 +135,11 @@ def test_bytes_do_not_depend_on_workers_or_on_who_decodes(tmp_path, model):
     assert made[0] == made[1] == made[2] and len(made[0]) == 4
 
 
-SCRIPT = (
-    "from curate.embed.embed import *; import sys; "
-    "embed(sys.argv[1], sys.argv[2], EmbedOptions(sys.argv[3]), Job(workers=1))"
-)
-
-
 def test_a_killed_run_is_finished_by_the_next_byte_for_byte(tmp_path, model):
     pool, out = pool_of(tmp_path / "pool"), tmp_path / "killed" / "emb"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, pool, str(out), model], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not (out / "00000.arrow").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    running = Command("curate", "embed", pool, out, "--model", model, "--workers", "1", cwd=ROOT)
+    until(lambda: (out / "00000.arrow").exists() or running.poll() is not None, 0.005)
+    running.kill()
     assert not (out / "manifest.json").exists(), "the kill came too late to show anything"
     (out / "00001.arrow.99.tmp").write_bytes(b"half a file")
     before = (out / "00000.arrow").stat().st_mtime_ns

@@ -1,10 +1,6 @@
 import gzip
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ from curate.storage import sidecar
 from curate.storage import tar as tar_room
 from curate.storage.manifest import ContractError, load_json, open_input, save_json
 from curate.storage.tar import TarWriter
+from house import ROOT, Command, until
 
 QUIET = Job(workers=1, quiet=True)
 PAIRS = Path(__file__).parents[3] / "shared" / "data" / "pairs"
@@ -119,11 +116,10 @@ def test_killed_in_mid_emit_then_run_again(tmp_path, kind):
         "from curate.emit.emit import *; from curate.engine import Job\n"
         f"emit({sel!r}, {str(out)!r}, EmitOptions(format={kind!r}, shard_size=2), Job(workers=1, quiet=True))"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
-    while child.poll() is None and not list(out.glob("000002.*")):
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    (tmp_path / "slow.py").write_text(code)
+    running = Command(tmp_path / "slow.py", cwd=ROOT)
+    until(lambda: running.poll() is not None or list(out.glob("000002.*")))
+    running.kill()
     assert not (out / "manifest.json").exists()
     before = {path: path.stat().st_mtime_ns for path in out.glob("00000[01].*")}
     emit(sel, str(out), EmitOptions(format=kind, shard_size=2), QUIET)

@@ -1,10 +1,6 @@
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +15,7 @@ from curate.errors import ContractError, UsageError
 from curate.mix import reshape, sampling
 from curate.mix.mix import mix
 from curate.storage import records
-from house import curate
+from house import Command, curate, until
 from pipelines.records import read
 from pipelines.samples import caption_turns
 
@@ -144,11 +140,10 @@ def test_killed_in_mid_mix_then_run_again(tmp_path):
         "m._Rows.row = lambda *a: (time.sleep(0.02), row(*a))[1]\n"
         f"from curate.engine import Job\nm.mix({table!r}, {str(out)!r}, Job(workers=1, quiet=True))"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    while child.poll() is None and not list(out.glob("000002.tar*")):
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    (tmp_path / "slow.py").write_text(code)
+    running = Command(tmp_path / "slow.py", cwd=ROOT)
+    until(lambda: running.poll() is not None or list(out.glob("000002.tar*")))
+    running.kill()
     assert not (out / "manifest.json").exists()
     stamp = os.stat(out / "000001.tar").st_mtime_ns
     mix(table, str(out), QUIET)

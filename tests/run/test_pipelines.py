@@ -1,8 +1,6 @@
 """The shipped pipelines say what the papers did: bases resolve, numbers agree with a table, mixes come out in count."""
 
 import json
-import subprocess
-import sys
 import tomllib
 
 import pytest
@@ -11,7 +9,7 @@ import pipelines
 from curate.errors import UsageError
 from curate.mix.mix import read_table
 from curate.run import pipeline
-from house import ROOT
+from house import ROOT, Command
 from train import config
 from train.errors import UsageError as TrainerUsageError
 
@@ -177,18 +175,21 @@ def test_every_model_pipeline_is_in_the_table():
     assert named - {"demo", "photos", "real", "small"} == set(ROWS)
 
 
+def check(name):
+    """Tell what the trainer makes of a shipped pipeline."""
+    checked = Command("train", "check", "--config", pipeline.find(name), "--json", cwd=ROOT)
+    assert checked.wait() == 0, checked.stderr
+    return json.loads(checked.stdout)
+
+
 def test_the_recipe_for_one_gpu_is_checked_without_a_hub():
-    words = [sys.executable, "-m", "train", "check", "--config", str(pipeline.find("small")), "--json"]
-    checked = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
-    said = json.loads(checked.stdout)["composed"]
+    said = check("small")["composed"]
     assert (said["tokens_per_image"], said["parameters"]) == (256, 1_026_168_256)
     assert said["limits"] == "" and said["template"].startswith("unknown: ")
 
 
 @pytest.mark.parametrize("name", ["bunny", "llava_gemma"])
 def test_the_trainer_checks_it_and_knows_its_scores(name):
-    words = [sys.executable, "-m", "train", "check", "--config", str(pipeline.find(name)), "--json"]
-    checked = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
-    said = json.loads(checked.stdout)
+    said = check(name)
     assert said["eval"]["published"]["pope"] > 80
     assert said["composed"]["tokens_per_image"] in (576, 729) and said["composed"]["parameters"] > 2e9

@@ -1,7 +1,6 @@
 """The verbs as typed: exit codes, one-line errors, results on stdout alone."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 from toys import picture
 
+from house import Command
 from train.__main__ import app, main
 
 REPO = Path(__file__).parents[2]
@@ -105,15 +105,9 @@ def test_check_prints_every_option(world, capfd):
 
 
 def test_help_and_module_entry(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    done = subprocess.run(
-        [sys.executable, "-m", "train", "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0
+    done = Command("train", "--help", cwd=tmp_path)
+    assert done.wait() == 0
     verbs = ("align", "finetune", "export", "import", "merge", "eval", "score", "generate", "inspect", "bench", "check")
     for verb in verbs:
         assert verb in done.stdout
-    done = subprocess.run(
-        [sys.executable, "-m", "train", "alig"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 2
+    assert Command("train", "alig", cwd=tmp_path).wait() == 2
