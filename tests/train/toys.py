@@ -151,3 +151,22 @@ def write_json(folder: Path, num: int) -> Path:
             (folder / "images" / record["image"]).write_bytes(picture(*sample(i), i))
     (folder / "data.json").write_text(json.dumps(records, indent=1))
     return folder / "data.json"
+
+
+def assert_serves_the_ids_of_training(model: Path, data: Path, encoder, num: int) -> None:
+    """What the exported processor makes of the first samples, rendered by its own template, is what was learnt from."""
+    from transformers import AutoProcessor
+
+    from train.data.prompts import parse, to_messages
+    from train.data.sources import decode_image, encode, open_source
+
+    processor, source = AutoProcessor.from_pretrained(model), open_source(str(data))
+    for index in range(num):
+        record, encoded = encode(source, encoder, index, 64)
+        messages = to_messages(parse(record.conversations, len(record.images)))
+        images = [decode_image(source.image_bytes(location)) for location in record.images]
+        text = processor.apply_chat_template(messages)
+        ids = processor(text=text, images=images or None, return_tensors="np", add_special_tokens=False)["input_ids"]
+        assert ids[0].tolist() == encoded.ids.tolist()
+        answers = sum(message["role"] == "assistant" for message in messages)
+        assert (encoded.labels == encoder.end_id).sum() == answers

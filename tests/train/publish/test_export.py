@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import conversation, picture, sample, write_captions, write_mixed
+from toys import assert_serves_the_ids_of_training, conversation, picture, sample, write_captions, write_mixed
 
 from train import config as configuration
-from train.data.prompts import Turn, parse, pieces, to_messages
-from train.data.sources import decode_image, encode, open_source
+from train.data.prompts import Turn, pieces, to_messages
+from train.data.sources import decode_image, open_source
 from train.errors import TrainError, UsageError
 from train.eval.evaluate import Question, batches, collect, concept_of, evaluate, normalise
 from train.eval.generate import chat, load_speaker
@@ -120,19 +120,9 @@ def test_head_is_named_under_the_language_model():
 
 
 def test_the_processor_gives_the_ids_of_training(world, model):
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(model)
     options = configuration.load(str(world / "config.toml"))
     encoder = make_encoder(compose(options.model), options.model, options.finetune)
-    source = open_source(str(world / "mixed"))
-    for index in range(5):
-        record, encoded = encode(source, encoder, index, 64)
-        messages = to_messages(parse(record.conversations, len(record.images)))
-        images = [decode_image(source.image_bytes(location)) for location in record.images]
-        text = processor.apply_chat_template(messages)
-        ids = processor(text=text, images=images or None, return_tensors="np", add_special_tokens=False)["input_ids"]
-        assert ids[0].tolist() == encoded.ids.tolist()
+    assert_serves_the_ids_of_training(model, world / "mixed", encoder, 5)
 
 
 def test_the_adapter_loads_in_peft(world, run):

@@ -4,11 +4,11 @@ import dataclasses
 import json
 
 import pytest
-from toys import word_tokenizer
+from toys import assert_serves_the_ids_of_training, word_tokenizer
 
 from train import config as configuration
-from train.data.prompts import parse, to_messages
-from train.data.sources import decode_image, encode, open_source
+from train.data.prompts import parse
+from train.data.sources import decode_image, open_source
 from train.eval.generate import load_speaker
 from train.model.compose import compose
 from train.publish.export import export
@@ -41,20 +41,9 @@ def test_it_is_the_default_and_the_manifest_says_so(made):
 
 
 def test_the_export_serves_the_ids_of_training(made, world):
-    from transformers import AutoProcessor
-
     options, home = made
-    processor = AutoProcessor.from_pretrained(home / "model")
     encoder = make_encoder(compose(options.model), options.model, options.finetune)
-    source = open_source(str(world / "mixed"))
-    for index in range(5):
-        record, encoded = encode(source, encoder, index, 64)
-        messages = to_messages(parse(record.conversations, len(record.images)))
-        images = [decode_image(source.image_bytes(location)) for location in record.images]
-        text = processor.apply_chat_template(messages)
-        ids = processor(text=text, images=images or None, return_tensors="np", add_special_tokens=False)["input_ids"]
-        assert ids[0].tolist() == encoded.ids.tolist()
-        assert (encoded.labels == encoder.end_id).sum() == len([m for m in messages if m["role"] == "assistant"])
+    assert_serves_the_ids_of_training(home / "model", world / "mixed", encoder, 5)
     parts = export(home / "model", home / "parts", dtype="fp32", parts=True)
     assert parts and (home / "parts" / "language_model" / "chat_template.jinja").read_text() == TEMPLATE
 
