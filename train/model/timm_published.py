@@ -122,7 +122,7 @@ def describe(network: Network, feature_layer: int, *, shrink: bool, places: int 
     meta device.  Raises: UsageError.
     """
     register_own_classes()
-    with in_words(network.source):
+    with in_words(network.source), _shapes_alone(network.architecture):
         trunk, arguments, side = _skeleton(network, shrink)
         native = None if places else plain_vit.native_config(trunk, side)
         if native is not None:
@@ -220,6 +220,20 @@ def _own_config(
         num_hidden_layers=len(maps),
         flops=int(counter.get_total_flops()),
     )
+
+
+@contextmanager
+def _shapes_alone(architecture: str) -> Iterator[None]:
+    """Say of a network that reads values to lay out its places (Gemma 4's) that it cannot be a tower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "meta tensors" not in str(error):
+            raise
+        raise UsageError(
+            f"model.tower: {architecture} of timm reads an image's values to lay out its places and cannot be a tower "
+            "here; take a network of a fixed grid (SigLIP 2, DINOv3, PE, …)"
+        ) from None
 
 
 @contextmanager
