@@ -60,6 +60,11 @@ _OWN_TOWER = """\
 Its tower is {tower}, no class of transformers: vLLM, llama.cpp and plain transformers refuse it.
 """
 
+_SCALED = """
+transformers before 5.4, and vLLM where its Gemma scales all that it is given, multiply the image features by \
+sqrt(hidden_size) once more than this model expects: compare an answer with `python -m train generate` first.
+"""
+
 
 def write_card(place: Path, run: Path, dtype: str, scores: Sequence[Path] = (), *, folder: Path) -> None:
     """Write the card of a model that lies in `place` and will lie in `folder`.
@@ -83,7 +88,8 @@ def _card(place: Path, run: Path, dtype: str, scores: Mapping[str, Any], name: s
     text += "\n## Training\n\n" + "\n".join(_stage(each) for each in runs if (each / MANIFEST).is_file())
     text += _table(scores)
     own = OWN_TOWERS.get(config["vision_config"]["model_type"])
-    return text + "\n" + (_OWN_TOWER if own else _SERVE).format(folder=name, tower=own, length=model["max_length"])
+    use = (_OWN_TOWER if own else _SERVE).format(folder=name, tower=own, length=model["max_length"])
+    return text + "\n" + use + (_SCALED if config["text_config"]["model_type"] == "gemma" else "")
 
 
 def _count(place: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -170,7 +171,11 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
     _processor(composed, encoder).save_pretrained(out)
     write_for_older_readers(out)
     if config.text_config.model_type == "gemma":
-        log.warning("transformers before 5.4 multiplies this model's image features by sqrt(width): take 5.4 or later")
+        log.warning(
+            "of this Gemma, transformers before 5.4 (and vLLM, where its Gemma scales all that it is given) multiply "
+            "the image features by %.0f, which spoils its answers: read the folder with transformers 5.4 or later",
+            math.sqrt(config.text_config.hidden_size),
+        )
 
 
 def _set_ends(composed: Composed, encoder: Encoder) -> None:
