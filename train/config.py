@@ -48,6 +48,7 @@ class Model:
     shrink: Literal["", "tiny"] = ""  # tiny: same classes with a few thousand fresh weights a layer
     attention: str = "documents"  # see attention.py; or one of transformers' (sdpa, eager, flash_attention_2, …)
     gradient_checkpointing: bool = False
+    compile: Literal["", "layers"] = ""  # layers: torch.compile, a layer at a time; the first steps take minutes
     seed: int = 0  # of the projector and of fresh weights
 
 
@@ -86,7 +87,7 @@ class Stage:
     workers: int = 1  # decoding processes per rank; 0: in the training process
     cache_features_mb: int = 0  # keep the frozen tower's features in memory where they all fit
     shard: bool = False  # FSDP2: cut the model among the processes, for what one GPU cannot hold
-    val: str = ""  # held-out data, or a share of --data held out by picture; its loss chooses the weights that are kept
+    val: str = ""  # held-out data, or a share of --data (0.02) held out by picture; its loss chooses what is kept
     losses: bool = False  # write each sample's loss to RUN/losses, a sidecar that `curate select --losses` reads
     tracker: Literal["", "trackio", "wandb"] = ""  # besides TensorBoard, where it is installed
     save_every: int = 200
@@ -143,7 +144,7 @@ class Config:
 
 
 # Options that manifests of 0.1.0 lack. A manifest leaves them out at their default, so that older runs still go on.
-ADDED = frozenset({"norm_samples", "lm_dropout", "schedule", "decay", "dora", "rslora", "val", "grid"})
+ADDED = frozenset({"norm_samples", "lm_dropout", "schedule", "decay", "dora", "rslora", "val", "grid", "compile"})
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
 NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
 
@@ -164,6 +165,9 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
                 raise UsageError(f"--set {override!r}: unknown table {table!r}{did_you_mean(table, TABLES)}")
             if table in TABLES:  # `--set embed.model=…` is another program's business
                 options.assign(tables, override)
+        for table in tables.values():
+            if isinstance(table, dict) and isinstance(table.get("val"), float):  # a share; --val gives it as a string
+                table["val"] = str(table["val"])
         changes = {
             name: options.build(type(defaults := getattr(config, name)), table, name, defaults)
             for name, table in tables.items()
@@ -210,6 +214,8 @@ def _check(config: Config) -> None:
             raise UsageError(f'{name}.{"dora" if stage.dora else "rslora"} needs {name}.tune = "lora"')
         if stage.dora and stage.shard:
             raise UsageError(f"{name}.dora does not go with {name}.shard: it takes norms of whole weights")
+        if model.compile and (stage.shard or stage.quantize):
+            raise UsageError(f"model.compile does not go with {name}.{'shard' if stage.shard else 'quantize'}")
         if stage.tune == "projector" and stage.tune_tower:
             raise UsageError(f'{name}.tune_tower needs {name}.tune = "lora" or "full"')
     _hold("model", model, "max_length scales", lambda value: value > 0, "be greater than 0")

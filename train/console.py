@@ -105,18 +105,18 @@ def describe_memory(config: configuration.Config) -> dict[str, str]:
 
     cuda = torch.cuda.is_available()
     total = float(torch.cuda.get_device_properties(0).total_memory) if cuda else 80e9
+    world = int(os.environ.get("WORLD_SIZE", "0")) or (torch.cuda.device_count() if cuda else 8)
     found = {}
     for name in ("align", "finetune"):
         stage: configuration.Stage = getattr(config, name)
-        if stage.quantize or stage.shard:
-            continue
         native: Any = SimpleNamespace(model=blueprint(config.model)[0])
-        prepare(native, stage)
+        prepare(native, dataclasses.replace(stage, quantize=""))  # the formula needs no bitsandbytes
         itemsize, checkpointing = 4 if stage.precision == "fp32" else 2, config.model.gradient_checkpointing
-        memory = Memory.of(native.model, stage, itemsize, checkpointing=checkpointing)
+        memory = Memory.of(native.model, stage, itemsize, checkpointing=checkpointing, world=world)
         fit = memory.tokens(total) if stage.micro_tokens == configuration.Stage.micro_tokens else stage.micro_tokens
         tokens = min(stage.micro_tokens, fit)
-        found[f"{name}_memory"] = f"{tokens:,} tokens: {memory.bytes(tokens) / 1e9:.0f} GB of {total / 1e9:.0f}"
+        cut = f", cut among {world} processes" if stage.shard else ""
+        found[f"{name}_memory"] = f"{tokens:,} tokens: {memory.bytes(tokens) / 1e9:.0f} GB of {total / 1e9:.0f}{cut}"
     return found
 
 

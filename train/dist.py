@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 WAIT = timedelta(hours=2)  # of objects and barriers: one rank may read millions of samples, or write to a slow disk
+STEP = timedelta(minutes=30)  # of numbers within a step: one rank may wait for its loader
 BUCKET = 1 << 26  # elements of gradients in one message
 
 
@@ -34,6 +35,7 @@ class Runtime:
     world: int  # number of ranks
     reason: str  # device and precision in words, with why they were chosen
     patient: Any = None  # the group of all ranks that objects and barriers go through
+    hosts: Any = None  # the same for numbers of the host: no device is waited for, and no rank for long
 
     @classmethod
     def detect(cls, precision: str, workers: int) -> Self:
@@ -46,13 +48,13 @@ class Runtime:
         if not cuda and "OMP_NUM_THREADS" not in os.environ:
             # A thread whose core is busy decoding holds up the whole matrix product: measured 4 times slower.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - workers))
-        patient = _join(device) if world > 1 else None
+        patient, hosts = _join(device) if world > 1 else (None, None)
         # Older GPUs emulate bf16 and call it supported; that is many times slower than fp32.
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = precision == "bf16" or (precision == "auto" and native)
         why = f"{precision} was asked for" if precision != "auto" else "the GPU has it" if bf16 else "no GPU with bf16"
         reason = f"{device}, {'bf16 with fp32 masters' if bf16 else 'fp32'} ({why}), {world} process(es)"
-        return cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason, patient)
+        return cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason, patient, hosts)
 
     @classmethod
     def for_inference(cls) -> Self:
@@ -62,8 +64,8 @@ class Runtime:
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        patient = _join(device) if world > 1 else None
-        return cls(device, torch.float32, rank, world, f"{device}, {world} process(es)", patient)
+        groups = _join(device) if world > 1 else (None, None)
+        return cls(device, torch.float32, rank, world, f"{device}, {world} process(es)", *groups)
 
     def autocast(self) -> Any:
         """Return the context of the forward pass."""
@@ -73,8 +75,8 @@ class Runtime:
         """Sum each number over all ranks, in float64."""
         if self.world == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.hosts)
         return [float(x) for x in tensor]
 
     def barrier(self) -> None:
@@ -110,14 +112,14 @@ class Runtime:
         return answer[0]
 
 
-def _join(device: torch.device) -> Any:
-    """Join the group of all ranks, with torch's own time limit; return a second one, over the host, that waits long.
+def _join(device: torch.device) -> tuple[Any, Any]:
+    """Join the group of all ranks, with torch's own time limit; return two over the host: one that waits long, one not.
 
     A rank that fails in mid-step is noticed in minutes, and still the others may wait hours for the first to read data.
     """
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.new_group(backend="gloo", timeout=WAIT)
+    return dist.new_group(backend="gloo", timeout=WAIT), dist.new_group(backend="gloo", timeout=STEP)
 
 
 def leave_group() -> None:

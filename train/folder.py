@@ -30,7 +30,7 @@ MANIFEST, PLAN, LOCK = "manifest.json", ".plan.json", ".lock"
 MEASURED = ".measured"  # beside runs: the lengths of the samples of their data
 # Options that change no result, or (how a step is cut into passes) only which dropout is drawn and the rounding.
 EXECUTION = frozenset({"workers", "save_every", "keep_last", "peak_tflops", "tracker", "shard"})
-EXECUTION |= {"micro_tokens", "micro_images", "gradient_checkpointing", "attention"}
+EXECUTION |= {"micro_tokens", "micro_images", "gradient_checkpointing", "attention", "compile"}
 STATES = {  # by what the content of an input is known
     "inputs.digest": "its data",
     "inputs.images_digest": "its images",
@@ -117,10 +117,17 @@ def open_run(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> 
             raise UsageError(f"--out {out} holds other files; give a new or empty directory")
         write_json(out / PLAN, {"request": request})
         return "new"
-    difference = _difference(read_json(found).get("request", {}), request)
+    there_request = read_json(found).get("request", {})
+    difference = _difference(there_request, request)
     if changed := STATES.get(difference.partition(" ")[0]):
         told = f"{out} was made from another state of {changed}"
         raise UsageError(f"{told}; type --overwrite to train anew, or choose another --out")
+    if difference.startswith("model.template = "):
+        name = there_request["model"]["template"] or "vicuna"  # the default before a model's own template was
+        raise UsageError(
+            f"{out} was made with {difference}; without model.template it is now the language model's own template "
+            f'("chat"). To go on as it was, type --set model.template={name}; else choose another --out, or --overwrite'
+        )
     if difference:
         raise UsageError(f"{out} was made with {difference}; repeat that, choose another --out, or type --overwrite")
     return "finished" if found.name == MANIFEST else "unfinished"

@@ -15,6 +15,8 @@ def test_reads_tables_expands_here_and_overrides(tmp_path):
     config = load(path, ["align.steps=7", "model.template=gemma", "embed.batch=3", "finetune.packing=false"])
     assert config.model.lm == f"{tmp_path}/lm" and config.model.template == "gemma"
     assert config.align.lr == 1.0 and config.align.betas == (0.9, 0.98) and config.align.steps == 7
+    shares = load(write(tmp_path, "[finetune]\nval = 0.02\n"), ["align.val=0.1"])
+    assert (shares.finetune.val, shares.align.val) == ("0.02", "0.1")
     assert config.finetune.tune == "lora" and config.finetune.packing is False and config.align.tune == "projector"
 
 

@@ -38,8 +38,10 @@ from train.data.measuring import measure
 from train.data.sources import open_source
 from train.dist import Runtime
 from train.errors import UsageError
+from train.model import attention
 from train.model.compose import Composed, blueprint, compose
 from train.model.forward import embeddings, tower_features
+from train.model.half import stay_half
 from train.model.learn import prepare, recompute
 from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
@@ -199,6 +201,8 @@ def _run(
         recompute(lm, reentrant=True)
     else:
         skip_unlabelled(lm)
+        stay_half(composed.model)
+        attention.avoid_cudnn()
     with out_of_memory(stage):
         composed.model.to(runtime.device)
     collator = Collator(source, encoder, make_image_processor(composed.vision), model.max_length)

@@ -153,6 +153,7 @@ class Batch:
     images: list[int]  # the sample index of each image
     lengths: list[int]  # of the documents, row by row
     skipped: dict[int, str] = field(default_factory=dict)
+    shown_p: Tensor | None = None  # i64 into the flattened b*l: the image tokens
 
     @property
     def num_tokens(self) -> int:
@@ -178,7 +179,7 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        names = ("ids_bl", "positions_bl", "supervised_s", "targets_s", "pixels_nchw")
+        names = ("ids_bl", "positions_bl", "supervised_s", "targets_s", "pixels_nchw", "shown_p")
         changed: dict[str, Any] = {n: change(tensor) for n in names if (tensor := getattr(self, n)) is not None}
         return replace(self, **changed)
 
@@ -226,7 +227,9 @@ class Collator:
                 start += len(encoded.ids)
             if parts:
                 ids.append(parts)
-        return _arrange(ids, documents, torch.stack(pixels) if pixels else None, images, skipped)
+        batch = _arrange(ids, documents, torch.stack(pixels) if pixels else None, images, skipped)
+        shown_p = np.flatnonzero(batch.ids_bl.numpy() == self.encoder.image_id)
+        return replace(batch, shown_p=torch.from_numpy(shown_p))
 
 
 def _arrange(

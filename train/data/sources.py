@@ -24,6 +24,7 @@ from train.data.prompts import Encoded, Encoder, Rejected, parse
 from train.data.reading import Record
 from train.data.record_source import JsonRows, RecordSource, TableRows
 from train.data.tar_source import TarSource
+from train.dist import Runtime
 from train.errors import DataError, UsageError
 from train.folder import shards_in
 
@@ -35,10 +36,13 @@ log = logging.getLogger("train")
 Source = TarSource | RecordSource  # what training needs of samples; picklable, for worker processes
 
 
-def open_source(data: str, images: str | None = None, *, digest: bool = False) -> Source:
+def open_source(
+    data: str, images: str | None = None, *, digest: bool = False, runtime: Runtime | None = None
+) -> Source:
     """Open a folder of shards, one shard, or records in a JSON or parquet file (or a folder of parquet files).
 
-    digest: identify the images of records too, which looks at every one of them.
+    digest: identify the images of records too, which looks at every one of them.  runtime: of a run whose ranks all
+    open it, and look at a share of the shards each.
     Raises: UsageError that says what was found instead.
     """
     path = Path(data)
@@ -51,7 +55,7 @@ def open_source(data: str, images: str | None = None, *, digest: bool = False) -
         raise UsageError(f"--images {images} goes with a JSON or parquet; shards hold theirs (--data {data})")
     source: Source
     if shards:
-        source = TarSource(shards, passed)
+        source = TarSource(shards, passed, runtime)
     elif tables or is_json:
         home = path if path.is_dir() else path.parent
         folder = Path(images) if images else home / "images" if (home / "images").is_dir() else home

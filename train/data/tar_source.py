@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,7 @@ from train.data import scratch
 from train.data.prompts import Rejected
 from train.data.reading import Files, Record, rejection
 from train.data.tar_index import Keys, index_tar
+from train.dist import Runtime
 from train.folder import stem_of
 
 log = logging.getLogger("train")
@@ -33,26 +35,22 @@ class TarSource:
 
     images_digest = ""  # images lie in the shards
 
-    def __init__(self, shards: Sequence[Path], passed: Sequence[str] = ()) -> None:
+    def __init__(self, shards: Sequence[Path], passed: Sequence[str] = (), runtime: Runtime | None = None) -> None:
+        """Look at every shard; of a run's ranks each at its share, and all know what all have found (a collective)."""
         self.files, self.shards, self.notes = Files(), list(shards), list(passed)
         self.plain = [str(scratch.unpacked(path)) for path in shards]
-        keys: list[list[str]] = []
+        first, every = (0, 1) if runtime is None else (runtime.rank, runtime.world)
+        own = {n: _scan_tar(Path(self.plain[n]), shards[n].name) for n in range(first, len(shards), every)}
+        found = own if runtime is None else {n: scan for part in runtime.gather(own) for n, scan in part.items()}
+        scans = [found.pop(number) for number in range(len(shards))]
         self.more: dict[int, list[tuple[int, int]]] = {}  # sample -> its images after the first
-        parts: list[NDArray[np.int64]] = []
         before = 0
-        for number, path in enumerate(self.plain):
-            rows: list[tuple[int, ...]] = []
-            keys.append([])
-            for key, members in _scan_tar(Path(path), shards[number].name, self.notes):
-                keys[-1].append(key)
-                images = [members[suffix] for suffix in samples.ordered_pictures(members)]
-                if len(images) > 1:
-                    self.more[before + len(rows)] = images[1:]
-                image = images[0] if images else (0, 0)
-                rows.append((number, *members.get("json", (0, 0)), *members.get("txt", (0, 0)), *image))
-            parts.append(np.array(rows, np.int64).reshape(-1, 7))
-            before += len(rows)
-        self.keys = Keys(keys)
+        for scan in scans:
+            self.notes += scan.notes
+            self.more |= {before + row: images for row, images in scan.more.items()}
+            before += len(scan.rows)
+        self.keys = Keys([scan.keys for scan in scans])
+        parts = [np.insert(scan.rows, 0, number, axis=1) for number, scan in enumerate(scans)]
         self.rows: NDArray[np.int64] = np.concatenate(parts) if parts else np.zeros((0, 7), np.int64)
 
     def __len__(self) -> int:
@@ -98,12 +96,23 @@ class TarSource:
         return self.files.read(*location)
 
 
-def _scan_tar(path: Path, name: str, notes: list[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Yield each sample's key with (offset, size) of its members by suffix; notes takes what is wrong with the tar.
+@dataclass
+class Scan:
+    """What one shard holds: keys, (offset, size) of JSON, text and first image i64 [n, 6], and of further images."""
+
+    keys: list[str]
+    rows: NDArray[np.int64]
+    more: dict[int, list[tuple[int, int]]]
+    notes: list[str]  # what is wrong with it
+
+
+def _scan_tar(path: Path, name: str) -> Scan:
+    """Find the samples of a tar.
 
     Members of one key are one sample wherever they lie; a suffix that it has already begins another, as in curate.
     """
-    rows: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    keys: list[str] = []
+    rows: list[dict[str, tuple[int, int]]] = []
     latest: dict[str, dict[str, tuple[int, int]]] = {}
     found, fault = index_tar(path)
     for whole, offset, size in found:
@@ -114,9 +123,17 @@ def _scan_tar(path: Path, name: str, notes: list[str]) -> Iterator[tuple[str, di
             members = latest.get(key)
             if members is None or suffix in members:
                 members = latest[key] = {}
-                rows.append((key, members))
+                keys.append(key)
+                rows.append(members)
             members[suffix] = (offset, size)
-    if fault:
-        notes.append(f"{name}: {fault}; {len(rows)} samples of it are read")
-        log.warning("%s", notes[-1])
-    yield from rows
+    notes = [f"{name}: {fault}; {len(rows)} samples of it are read"] if fault else []
+    for note in notes:
+        log.warning("%s", note)
+    images = [[members[suffix] for suffix in samples.ordered_pictures(members)] for members in rows]
+    nothing = (0, 0)
+    places = [
+        (*members.get("json", nothing), *members.get("txt", nothing), *(shown[0] if shown else nothing))
+        for members, shown in zip(rows, images, strict=True)
+    ]
+    more = {row: shown[1:] for row, shown in enumerate(images) if len(shown) > 1}
+    return Scan(keys, np.array(places, np.int64).reshape(-1, 6), more, notes)

@@ -58,7 +58,19 @@ class Documents:
     def of(cls, lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None) -> Self:
         """Return the documents of a row that holds these lengths in this order."""
         edges = (0, *accumulate(lengths))
-        return cls(edges, torch.tensor(edges, dtype=torch.int32, device=device), max(lengths, default=0), learnt_s)
+        return cls(edges, upload(edges, torch.int32, device), max(lengths, default=0), learnt_s)
+
+
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor on a device, without waiting for what it has to do."""
+    return send(torch.tensor(values, dtype=dtype), device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device; by way of pinned memory, as a copy from other memory waits its turn."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 _packed: ContextVar[Documents | None] = ContextVar("packed", default=None)
@@ -103,6 +115,28 @@ def mask(local_size: int | None = None, **options: Any) -> Documents | Tensor | 
     if local_size is not None and getattr(options.get("config"), "attention_chunk_size", None) == local_size:
         raise UsageError(f"{_kind(options['config'])} attends in chunks of {local_size}; {_OTHERWISE}")
     return replace(found, window=local_size)
+
+
+def nothing_padded(language_model: Any, embeds_bld: Tensor) -> dict[str, Tensor]:
+    """Return what a language model must be given besides so that its masks are made without a look at the positions.
+
+    transformers would read from the device whether positions restart, and wait for it. A mask of ones says that nothing
+    is padded, and `mask` does not read it. Recurrent layers (recurrent.py) see one document of the row, not the mask.
+    """
+    ours = language_model.config._attn_implementation == NAME
+    if _packed.get() is None or not ours or getattr(language_model, "has_recurrent_layers", False):
+        return {}
+    return {"attention_mask": torch.ones(embeds_bld.shape[:2], dtype=torch.bool, device=embeds_bld.device)}
+
+
+def avoid_cudnn() -> None:
+    """Let attention on a GPU choose among flash, memory-efficient and plain kernels, in the whole process.
+
+    cuDNN's, which torch prefers on Hopper, builds a graph for every new shape, and each packed row is one: tens of
+    milliseconds a pass, and the cache only grows (pytorch/pytorch, aten/src/ATen/native/cudnn/MHA.cpp). A context
+    manager around the model would not do: layers that are recomputed run in the backward pass, outside of it.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attend(

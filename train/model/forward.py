@@ -19,8 +19,8 @@ LOGIT_CHUNK = 1 << 25  # elements of one slice of logits: 128 MB in fp32
 
 def normalise(pixels_nchw: Tensor, vision: Vision, dtype: torch.dtype) -> Tensor:
     """Scale uint8 pixels [n, 3, h, w] as the exported image processor does."""
-    mean = torch.tensor(vision.mean, device=pixels_nchw.device).view(1, 3, 1, 1)
-    std = torch.tensor(vision.std, device=pixels_nchw.device).view(1, 3, 1, 1)
+    colours = (attention.upload(c, torch.float32, pixels_nchw.device) for c in (vision.mean, vision.std))
+    mean, std = (c.view(1, 3, 1, 1) for c in colours)
     return ((pixels_nchw.float() / 255 - mean) / std).to(dtype)
 
 
@@ -39,30 +39,34 @@ def hidden_states(
     feats: Tensor | None,
     documents: Sequence[int] = (),
     learnt_s: Tensor | None = None,
+    shown_p: Tensor | None = None,
 ) -> Tensor:
     """Return the language model's last hidden states [b, l, d].
 
     documents: the lengths of the documents that share the one row, whose positions restart at 0 and which do not see
     each other. Without them a row is a document, padded on the right, where causal attention cannot look: no mask.
     learnt_s: the positions of that one row whose states are used; others may then be anything (skip_unlabelled.py).
+    shown_p: i64, the image tokens' places in the flattened rows; None: they are looked up, which waits for the device.
     """
-    embeds = embeddings(composed, ids_bl, feats)
+    embeds = embeddings(composed, ids_bl, feats, shown_p)
     language_model = composed.model.model.language_model
     with attention.packed_documents(documents, ids_bl.device, learnt_s) as packed:
-        more = for_recurrent(language_model, packed)
+        more = {**attention.nothing_padded(language_model, embeds), **for_recurrent(language_model, packed)}
         out = language_model(inputs_embeds=embeds, position_ids=positions_bl, use_cache=False, **more)
     return cast(Tensor, out.last_hidden_state)
 
 
-def embeddings(composed: Composed, ids_bl: Tensor, feats: Tensor | None) -> Tensor:
+def embeddings(composed: Composed, ids_bl: Tensor, feats: Tensor | None, shown_p: Tensor | None = None) -> Tensor:
     """Return what the language model reads, [b, l, d]: embedded words, and the projected features of the images."""
     inner = composed.model.model
     embeds = cast(Tensor, inner.language_model.get_input_embeddings()(ids_bl))
     if feats is None:
         return embeds
+    if shown_p is None:
+        shown_p = (ids_bl.flatten() == composed.image_id).nonzero()[:, 0]
     projected = inner.multi_modal_projector(feats.to(inner.multi_modal_projector.linear_1.weight.dtype))
-    where = (ids_bl == composed.image_id).unsqueeze(-1)
-    return embeds.masked_scatter(where, (projected * composed.feature_scale).to(embeds.dtype))
+    shown_pd = (projected * composed.feature_scale).to(embeds.dtype).flatten(0, -2)
+    return embeds.flatten(0, 1).index_copy(0, shown_p, shown_pd).view_as(embeds)
 
 
 def token_losses(model: Any, hidden_nd: Tensor, targets_n: Tensor) -> Tensor:

@@ -27,17 +27,18 @@ class _LabelledPositions:
     """Hooks that narrow a row to its labelled positions before a module, and widen it with zeros behind it."""
 
     learnt_s: Tensor | None = None
-    length = 0
+    length = 0  # of the row that was narrowed last
 
     def look(self, _layer: nn.Module, _args: Any, options: dict[str, Any]) -> None:
         # Read at every run: with recomputation, the backward pass runs the layer again, outside packed_documents.
         mask = options.get("attention_mask")
-        self.learnt_s = None
-        if isinstance(mask, Documents):
-            self.learnt_s, self.length = mask.learnt_s, mask.edges[-1]
+        self.learnt_s = mask.learnt_s if isinstance(mask, Documents) else None
 
     def narrow(self, _module: nn.Module, given: tuple[Tensor, ...]) -> Tensor | None:
-        return None if self.learnt_s is None else given[0].index_select(1, self.learnt_s)
+        if self.learnt_s is None:
+            return None
+        self.length = given[0].shape[1]
+        return given[0].index_select(1, self.learnt_s)
 
     def widen(self, _module: nn.Module, _given: Any, out_bsd: Tensor) -> Tensor | None:
         if self.learnt_s is None:

@@ -165,14 +165,21 @@ def _adapt(config: Any, preprocess: dict[str, Any], options: Model) -> tuple[Any
 
 def trim(tower: Any, layer: int) -> None:
     """Drop the blocks and heads behind the feature layer: they would run for nothing and can have no gradient."""
-    tower = getattr(tower, "tower", tower)
-    if tower.config.model_type == TIMM:
-        return  # built without
-    encoder = tower.encoder if hasattr(tower, "encoder") else tower.model
-    blocks = encoder.layers if hasattr(encoder, "layers") else encoder.layer
+    if (blocks := blocks_of(tower)) == []:
+        return  # a network of timm, built without
     del blocks[feature_layer_index(layer, len(blocks)) :]
+    tower = getattr(tower, "tower", tower)
     if hasattr(tower, "use_head"):
         tower.use_head = False
+
+
+def blocks_of(tower: Any) -> Any:
+    """Return the list of a tower's blocks; an empty one for a network of timm, which has them in many forms."""
+    tower = getattr(tower, "tower", tower)
+    if tower.config.model_type == TIMM:
+        return []
+    encoder = tower.encoder if hasattr(tower, "encoder") else tower.model
+    return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
 
 def make_image_processor(vision: Vision) -> Any:

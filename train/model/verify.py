@@ -87,7 +87,7 @@ def _logits(model: Any, texts: Sequence[Tensor]) -> list[Tensor]:
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     packed = lengths if len(texts) > 1 else ()
     with torch.no_grad(), attention.packed_documents(packed, embeds.device) as documents:
-        more = for_recurrent(language_model, documents)
+        more = {**attention.nothing_padded(language_model, embeds), **for_recurrent(language_model, documents)}
         out = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False, **more)
         logits: Tensor = model.lm_head(out.last_hidden_state)[0].float()
     return list(torch.split(logits, lengths))[: len(texts)]

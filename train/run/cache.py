@@ -24,6 +24,7 @@ from train.config import Stage
 from train.data.batches import Collator, Images, Plan, load
 from train.data.sources import check_bad
 from train.dist import Runtime
+from train.model.attention import send
 from train.model.compose import Composed
 from train.model.forward import tower_features
 
@@ -75,13 +76,16 @@ class FeatureCache:
             self.table[slice(*self.at[index])] = part
 
     def get(self, images: list[int]) -> Tensor:
-        """Return [n, tokens, width].  images: the sample index of each image; those of a sample stand side by side."""
+        """Return [n, tokens, width] on the run's device.
+
+        images: the sample index of each image; those of a sample stand side by side.
+        """
         rows, seen = [], Counter[int]()
         for i in images:
             first, last = self.at[i]
             rows.append(first + seen[i] % (last - first))  # a sample may stand twice in a batch
             seen[i] += 1
-        return self.table[rows]
+        return send(self.table[rows], self.runtime.device)
 
 
 def chunks(samples: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[list[int]]:

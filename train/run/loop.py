@@ -29,13 +29,14 @@ from train.data.batches import Batch, Collator, Passes, Plan, shared_memory_advi
 from train.data.sources import check_bad
 from train.dist import Runtime, StopSignal, sum_gradients
 from train.errors import CheckpointError, Interrupted, TrainError
+from train.model.attention import upload
 from train.model.compose import Composed
 from train.model.forward import hidden_states, token_losses, tower_features
 from train.run import checkpoint, sharding
 from train.run.cache import FeatureCache
-from train.run.checkpoint import PROJECTOR
 from train.run.flops import Cost, peak_flops, peak_memory_gb
 from train.run.losses import SampleLosses
+from train.run.optimizer import make_optimizer, schedule
 from train.run.recorder import Recorder
 from train.run.validation import Validation
 
@@ -88,16 +89,18 @@ class Training:
                 began = time.perf_counter()
                 micro_batches = next(batches)
                 waited = time.perf_counter() - began
+                outcome = None
                 try:
-                    with out_of_memory(self.stage):
-                        row, stopping = self._step(step, micro_batches, optimizer, stop)
+                    outcome = self._step(step, micro_batches, optimizer, stop)
                 except OutOfMemory:
-                    if not self._halve_passes(optimizer):
+                    if not self._may_halve():
                         raise
+                if outcome is None:  # not in the handler, whose error holds on to the pass that failed
+                    self._halve_passes(optimizer)
                     # The workers hold the plan as it was, and batches made by it.
                     batches = self._batches(step)
-                    with out_of_memory(self.stage):
-                        row, stopping = self._step(step, next(batches), optimizer, stop)
+                    outcome = self._step(step, next(batches), optimizer, stop)
+                row, stopping = outcome
                 seconds = time.perf_counter() - began
                 if peak:
                     row["mfu"] = row["tflop"] * 1e12 / (seconds * peak * self.runtime.world)
@@ -145,38 +148,59 @@ class Training:
         weights = None
         if self.stage.loss_norm == "microbatch":
             weights = group_weights(self.plan, step, left_out, self.stage.norm_samples)
-        shares: list[Tensor] = []  # read when all are under way: reading waits for the device
-        for i, batch in enumerate(micro_batches):
-            if len(batch.targets_s) or sharding.is_sharded(self.composed):
-                torch.manual_seed(
-                    (self.stage.seed * 1_000_003 + step) * 1_009 + i * self.runtime.world + self.runtime.rank
-                )
-                shares.append(self._backward(step, batch, max(1.0, supervised), weights))
-        mine = sum(map(float, shares))
+        share = self._passes(step, micro_batches, max(1.0, supervised), weights)
+        # The one wait for the device in a step: nothing before it asks for a value.
+        mine, norm = torch.stack([share, self._clip_gradients().double()]).tolist()
         # Asked for late, so that a signal during the passes ends the run after this step and not after the next.
         loss, stopping = self.runtime.sum_over_ranks([mine, float(stop.received)])
-        norm = self._clip_gradients() if math.isfinite(loss) else math.nan
-        if not math.isfinite(norm):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             self._refuse_nan(step, micro_batches, loss, norm)
         factor = schedule(step, self.plan.steps, self.stage)
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = parameter_group["peak_lr"] * factor
-        optimizer.step()
+        with out_of_memory(self.stage):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "loss": loss, "lr": self.stage.lr * factor, "grad_norm": norm}
         row |= {"tokens": int(tokens), "supervised": int(supervised), "padding": 1 - tokens / max(1.0, padded)}
         row["tflop"] = flops / 1e12
         return row, stopping > 0
 
+    def _passes(
+        self, step: int, micro_batches: list[Batch], normaliser: float, weights: dict[int, float] | None
+    ) -> Tensor:
+        """Add the gradients of this rank's micro-batches; return their share f64 of the step's loss, on the device.
+
+        Raises: OutOfMemory in every rank where it happened to one; in a sharded model, whose ranks wait for each other
+        within a pass, in that one alone.
+        """
+        device, failed = self.runtime.device, ""
+        shares = [torch.zeros((), dtype=torch.float64, device=device)]
+        try:
+            with out_of_memory(self.stage):
+                for i, batch in enumerate(micro_batches):
+                    if len(batch.targets_s) or sharding.is_sharded(self.composed):
+                        torch.manual_seed(
+                            (self.stage.seed * 1_000_003 + step) * 1_009 + i * self.runtime.world + self.runtime.rank
+                        )
+                        shares.append(self._backward(step, batch, normaliser, weights))
+        except OutOfMemory as error:
+            if sharding.is_sharded(self.composed):
+                raise
+            failed = str(error)  # in words alone: the error itself holds on to the pass's tensors
+        if self.runtime.sum_over_ranks([float(bool(failed))])[0]:
+            raise OutOfMemory(failed or "another process ran out of memory: lower micro_tokens")
+        return torch.stack(shares).sum()
+
     def _backward(self, step: int, batch: Batch, normaliser: float, weights: dict[int, float] | None) -> Tensor:
         """Add the gradients of a micro-batch; return its share f64 of the step's loss, on the device.
 
         weights: of a token of each sample; None: 1 / normaliser for all.
         """
-        weights_s = None
+        weights_s, device = None, self.runtime.device
         if weights is not None:
-            weights_s = torch.tensor([weights[int(i)] * normaliser for i in batch.owners_s]).to(self.runtime.device)
-        batch = batch.to(self.runtime.device)
+            weights_s = upload([weights[i] * normaliser for i in batch.owners_s.tolist()], torch.float32, device)
+        batch = batch.to(device)
         with self.runtime.autocast():
             losses, objective = sharding.run_gathered(self.composed, self._losses, batch, weights_s)
         (objective / normaliser).backward()  # type: ignore[no-untyped-call]
@@ -204,12 +228,13 @@ class Training:
         if batch.pixels_nchw is not None:
             feats = tower_features(self.composed, batch.pixels_nchw, tuned=self.stage.tune_tower)
         elif self.features is not None and batch.images:
-            feats = self.features.get(batch.images).to(self.runtime.device)
-        row = batch.documents, batch.supervised_s
+            feats = self.features.get(batch.images)
+        row = batch.documents, batch.supervised_s, batch.shown_p
         hidden = hidden_states(self.composed, batch.ids_bl, batch.positions_bl, feats, *row)
         return token_losses(self.composed.model, hidden.flatten(0, 1)[batch.supervised_s], batch.targets_s)
 
-    def _clip_gradients(self) -> float:
+    def _clip_gradients(self) -> Tensor:
+        """Sum the gradients over the ranks and clip them; return their norm before that, on the device."""
         parameters = list(self.trainable.values())
         for parameter in parameters:
             if parameter.grad is None:  # text alone gives the projector none
@@ -217,7 +242,7 @@ class Training:
         if self.runtime.world > 1 and not sharding.is_sharded(self.composed):
             sum_gradients(p.grad for p in parameters if p.grad is not None)
         norm = nn.utils.clip_grad_norm_(parameters, self.stage.clip or math.inf)
-        return float(checkpoint.full_tensor(norm))
+        return checkpoint.full_tensor(norm)
 
     def _note_skipped(self, micro_batches: list[Batch]) -> dict[int, str]:
         """Note which samples of a step are broken; return those of all ranks with the reasons."""
@@ -294,13 +319,15 @@ class Training:
             folder, keep = self.out / "checkpoints", self.stage.keep_last
             writer.submit(lambda: checkpoint.save(folder, step, {**tensors, **extra}, state, keep))
 
-    def _halve_passes(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Halve `micro_tokens` after a step that ran out of memory; return whether that is the first time.
+    def _may_halve(self) -> bool:
+        """Return whether a step that ran out of memory may be tried again: once.
 
-        Of several ranks the others wait in this step's sums for the one that failed: there the run ends.
+        In a sharded model the other ranks wait within a pass for the one that failed: there the run ends.
         """
-        if self._halved or self.runtime.world > 1:
-            return False
+        return not (self._halved or sharding.is_sharded(self.composed))
+
+    def _halve_passes(self, optimizer: torch.optim.Optimizer) -> None:
+        """Halve `micro_tokens`, in all ranks, and let go of what the step that failed left behind."""
         self._halved = True
         optimizer.zero_grad(set_to_none=True)
         if self.runtime.device.type == "cuda":
@@ -308,7 +335,6 @@ class Training:
         size = max(1, self.stage.micro_tokens // 2)
         log.warning("out of memory; going on with micro_tokens = %s in place of %s", size, self.stage.micro_tokens)
         self.stage = self.plan.stage = dataclasses.replace(self.stage, micro_tokens=size)
-        return True
 
     def _tell_grace(self, step_s: float, writer: checkpoint.Writer) -> None:
         if writer.seconds and not self._told_grace:
@@ -357,36 +383,3 @@ def group_weights(plan: Plan, step: int, left_out: Collection[int], size: int) -
         for i in group:
             found[i].append(1 / (count * filled) if count else 0.0)
     return {i: sum(values) / len(values) for i, values in found.items()}
-
-
-def schedule(step: int, steps: int, stage: Stage) -> float:
-    """Return the factor on the learning rate of a step, counted from 0: a linear rise, then a fall to zero.
-
-    cosine: 0.5 (1 + cos(pi t)) for t from 0 to 1 behind the rise.  wsd (warm-up, stable, decay): 1, then a straight
-    line over the last `decay` of the steps (MiniCPM, arXiv:2404.06395).
-    """
-    rise = math.ceil(stage.warmup * steps)
-    if step < rise:
-        return (step + 1) / rise
-    if stage.schedule == "wsd":
-        return min(1.0, (steps - step) / max(1, math.ceil(stage.decay * steps)))
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def make_optimizer(stage: Stage, trainable: Mapping[str, nn.Parameter], *, fused: bool = False) -> torch.optim.AdamW:
-    """Build AdamW with the projector (and tower) at `projector_lr`, decay on matrices only.
-
-    fused: one kernel for many parameters, which reads and writes each number once; a step differs by rounding only.
-    """
-    groups = []
-    for in_projector in (True, False):
-        for matrix in (True, False):
-            near = (PROJECTOR, "model.vision_tower.")
-            parameters = [
-                p for n, p in trainable.items() if n.startswith(near) == in_projector and (p.ndim >= 2) == matrix
-            ]
-            lr = (stage.projector_lr or stage.lr) if in_projector else stage.lr
-            decay = stage.weight_decay if matrix else 0.0
-            if parameters:
-                groups.append({"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=stage.betas, fused=fused)

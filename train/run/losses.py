@@ -22,6 +22,7 @@ from torch import Tensor
 from train.data.sources import Source
 from train.dist import Runtime
 from train.folder import MANIFEST, digest_file, whole_file, write_json
+from train.model.attention import send
 
 FILE = "losses.safetensors"  # in a checkpoint
 
@@ -32,18 +33,19 @@ class SampleLosses:
     def __init__(self, num: int) -> None:
         self.loss = np.full(num, np.nan, np.float32)
         self.tokens, self.step = np.zeros(num, np.int32), np.zeros(num, np.int32)
-        self._new: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
+        self._new: list[tuple[int, np.ndarray, Tensor, np.ndarray]] = []
 
     def note(self, step: int, owners_s: Tensor, losses_s: Tensor) -> None:
         """Note a micro-batch: the sample index of each supervised token, i64 [s] on the CPU, and its loss, f32 [s]."""
         samples, inverse, counts = np.unique(owners_s.numpy(), return_inverse=True, return_counts=True)
         sums = torch.zeros(len(samples), dtype=torch.float64, device=losses_s.device)
-        sums.index_add_(0, torch.from_numpy(inverse).to(losses_s.device), losses_s.double())
-        self._new.append((step + 1, samples, sums.cpu().numpy() / counts, counts))
+        sums.index_add_(0, send(torch.from_numpy(inverse), losses_s.device), losses_s.double())
+        self._new.append((step + 1, samples, sums, counts))  # read when a checkpoint is written: reading waits
 
     def gather(self, runtime: Runtime) -> dict[str, dict[str, Tensor]]:
         """Merge what all ranks noted; return the checkpoint's file. A collective."""
-        for part in runtime.gather(self._new):
+        own = [(step, samples, sums.cpu().numpy() / counts, counts) for step, samples, sums, counts in self._new]
+        for part in runtime.gather(own):
             for step, samples, losses, counts in part:
                 self.loss[samples], self.tokens[samples], self.step[samples] = losses, counts, step
         self._new = []

@@ -10,6 +10,11 @@ per_token  what the backward pass keeps of each layer of the language model, wit
            adapter (a copy and a dropout mask). Full tuning: s for each distinct input of a linear layer. With
            checkpointing only s d a layer, and one whole layer while it is recomputed.
 
+QLoRA (`quantize`): a frozen linear layer of the language model takes QUANTISED bytes a weight, and the largest of them
+stands unpacked beside it. Sharded over n ranks (`shard`): all but a frozen tower is divided by n; beside it stand, in
+full, embedding, head and projector, the layer that runs and the next one (s bytes a weight), and the gradients of one
+layer and of those three where they learn (4 bytes).
+
 Images are not counted apart: a frozen tower keeps nothing, and the reserve covers its pass. Against simulations at full
 size, with the figures of tests/train/run/test_memory.py, the formula is right within an eighth.
 """
@@ -26,6 +31,7 @@ from train.config import Stage
 from train.model.forward import LOGIT_CHUNK
 
 SHARE, RESERVE = 0.9, 2e9  # of the free memory; bytes for the context, fragments and the tower's pass
+QUANTISED = 0.52  # bytes a weight: 4 bits, and a quantised constant for each 64
 STEP = 256  # tokens, to which the size is rounded down
 
 
@@ -37,15 +43,19 @@ class Memory:
     per_token: float
 
     @classmethod
-    def of(cls, model: Any, stage: Stage, itemsize: int, *, checkpointing: bool) -> Self:
+    def of(cls, model: Any, stage: Stage, itemsize: int, *, checkpointing: bool, world: int = 1) -> Self:
         """Estimate for a composed model that is prepared for a stage; reads shapes alone, also on the meta device.
 
-        itemsize: bytes of an element under the run's precision.
+        itemsize: bytes of an element under the run's precision.  world: how many ranks a sharded model is cut among.
+        For QLoRA the model may be prepared without it, so that bitsandbytes is not needed.
         """
-        weights = list(model.parameters())
-        learns = sum(p.numel() for p in weights if p.requires_grad)
-        fixed = itemsize * sum(p.numel() for p in weights if not p.requires_grad) + 20.0 * learns
         layers, width = model.model.language_model.layers, model.config.text_config.hidden_size
+        fixed = _weights(model, itemsize)
+        if stage.quantize:
+            packed = [m.weight.numel() for m in layers.modules() if _is_frozen_linear(m)]
+            fixed += itemsize * max(packed, default=0) - (itemsize - QUANTISED) * sum(packed)
+        if stage.shard and world > 1:
+            fixed = _sharded(model, fixed, itemsize, world)
         kept = [_layer(layer, model.config.text_config, stage, itemsize) for layer in layers]
         per_token = itemsize * width * len(kept) + max(kept) if checkpointing else sum(kept)
         return cls(fixed + 3 * 4.0 * LOGIT_CHUNK, per_token + 4.0 * width)
@@ -58,6 +68,32 @@ class Memory:
         """Return how many tokens fit so many free bytes, with headroom; at least STEP."""
         fit = (SHARE * free - RESERVE - self.fixed) / self.per_token
         return max(STEP, int(fit) // STEP * STEP)
+
+
+def _weights(module: nn.Module, itemsize: float) -> float:
+    """Return the bytes of weights, and of what AdamW keeps for those that learn."""
+    return float(sum(p.numel() * (20 if p.requires_grad else itemsize) for p in module.parameters()))
+
+
+def _is_frozen_linear(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(module, nn.Linear) and weight is not None and not weight.requires_grad
+
+
+def _sharded(model: nn.Module, fixed: float, itemsize: int, world: int) -> float:
+    """Return what one rank holds of a model's `fixed` bytes, with what is gathered while it runs."""
+    inner: Any = model.model
+    layers = list(inner.language_model.layers)
+    whole = (
+        0.0 if any(p.requires_grad for p in inner.vision_tower.parameters()) else _weights(inner.vision_tower, itemsize)
+    )
+    in_layers = {id(p) for layer in layers for p in layer.parameters()}
+    apart = in_layers | ({id(p) for p in inner.vision_tower.parameters()} if whole else set())
+    root = [p for p in model.parameters() if id(p) not in apart]
+    layer = max(layers, key=lambda layer: sum(p.numel() for p in layer.parameters()))
+    gathered = float(sum(itemsize * p.numel() + (4 if p.requires_grad else 0) * p.numel() for p in root))
+    gathered += sum(2 * itemsize * p.numel() + (4 if p.requires_grad else 0) * p.numel() for p in layer.parameters())
+    return float((fixed - whole) / world + whole + gathered)
 
 
 def _layer(layer: nn.Module, config: Any, stage: Stage, itemsize: int) -> float:
@@ -82,9 +118,12 @@ def _layer(layer: nn.Module, config: Any, stage: Stage, itemsize: int) -> float:
     return float(kept)
 
 
-def size_pass(model: Any, stage: Stage, device: torch.device, dtype: torch.dtype, *, checkpointing: bool) -> int:
+def size_pass(
+    model: Any, stage: Stage, device: torch.device, dtype: torch.dtype, *, checkpointing: bool, world: int = 1
+) -> int:
     """Return the `micro_tokens` of a run: on a GPU the default is lowered to what its free memory holds."""
     if device.type != "cuda" or stage.micro_tokens != Stage.micro_tokens:
         return stage.micro_tokens
     free = float(torch.cuda.mem_get_info(device)[0])
-    return min(stage.micro_tokens, Memory.of(model, stage, dtype.itemsize, checkpointing=checkpointing).tokens(free))
+    memory = Memory.of(model, stage, dtype.itemsize, checkpointing=checkpointing, world=world)
+    return min(stage.micro_tokens, memory.tokens(free))

@@ -37,8 +37,10 @@ from train.folder import (
 )
 from train.model import attention
 from train.model.compose import Composed, compose
+from train.model.half import stay_half
 from train.model.language import load_tokenizer
 from train.model.learn import prepare, recompute
+from train.model.regional import compile_layers
 from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
 from train.run import checkpoint, sharding
@@ -73,7 +75,7 @@ def run_stage(
     runtime = Runtime.detect(stage.precision, stage.workers)
     with ExitStack() as stack:
         stack.callback(leave_group)
-        source = open_source(data, images, digest=runtime.rank == 0)
+        source = open_source(data, images, digest=runtime.rank == 0, runtime=runtime)
         if not config.model.template:  # the manifest says which it was
             name = template_name(config.model, load_tokenizer(config.model))
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, template=name))
@@ -220,6 +222,8 @@ def _assemble(
     stage = dataclasses.replace(stage, micro_tokens=_size_pass(composed, config.model, stage, runtime))
     plan = Plan(measured, stage)
     skip_unlabelled(composed.model.model.language_model)
+    stay_half(composed.model)
+    attention.avoid_cudnn()
     _announce(measured, plan, trainable, composed, stage_name)
     if config.model.gradient_checkpointing:
         recompute(composed.model.model.language_model)
@@ -228,6 +232,8 @@ def _assemble(
             trainable = sharding.shard(composed, stage, runtime)
             log.info("the model is cut among %d processes", runtime.world)
         composed.model.to(runtime.device)
+    if config.model.compile:
+        log.info("%d layers are compiled as they first run", compile_layers(composed, runtime.device))
     collator = Collator(source, encoder, make_image_processor(composed.vision), max_length)
     training = Training(composed, stage, trainable, plan, collator, runtime, out, dict(measured.reasons))
     training.sample_losses = SampleLosses(len(source)) if stage.losses else None
@@ -248,7 +254,7 @@ def _measure_held(
     images = None
     if isinstance(source, RecordSource) and source.images and Path(stage.val).suffix in (".json", ".jsonl"):
         images = str(source.images)
-    held = open_source(stage.val, images, digest=runtime.rank == 0)
+    held = open_source(stage.val, images, digest=runtime.rank == 0, runtime=runtime)
     digest = f"{digest_data(stage.val)} {held.images_digest}"
     measured = measure_once(held, encoder, max_length, out.resolve().parent / MEASURED, runtime, digest)
     check_bad(held, measured.reasons, stage.max_bad_share)
@@ -265,10 +271,8 @@ def _keep_best(training: Training) -> dict[str, Any]:
 
 def _size_pass(composed: Composed, model: Model, stage: Stage, runtime: Runtime) -> int:
     """Choose the tokens of a pass, the fewest that any rank can take, and say so where the default does not fit."""
-    if stage.quantize or stage.shard:
-        return stage.micro_tokens  # neither is what the formula counts
-    checkpointing = model.gradient_checkpointing
-    size = size_pass(composed.model, stage, runtime.device, runtime.dtype, checkpointing=checkpointing)
+    how: dict[str, Any] = {"checkpointing": model.gradient_checkpointing, "world": runtime.world}
+    size = size_pass(composed.model, stage, runtime.device, runtime.dtype, **how)
     size = int(min(runtime.gather(size)))
     if size < stage.micro_tokens:
         log.info("passes of at most %s tokens: what the GPU's free memory holds (micro_tokens)", f"{size:,}")

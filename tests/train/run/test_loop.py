@@ -23,7 +23,8 @@ from train.errors import CheckpointError, DataError, TrainError, UsageError
 from train.folder import held, open_run
 from train.run import sharding
 from train.run.checkpoint import OPTIMIZER, WEIGHTS, latest, load_trained, save
-from train.run.loop import out_of_memory, schedule
+from train.run.loop import out_of_memory
+from train.run.optimizer import schedule
 from train.run.stage import run_stage
 
 REPO = Path(__file__).parents[3]
@@ -559,7 +560,7 @@ def test_quantize_says_what_it_needs(world, tmp_path, monkeypatch):
 def test_a_fused_optimizer_differs_by_rounding_and_resumes(world, tmp_path):
     """GPUs take it; a processor has such a kernel, too, by which its steps and its restored state are tested."""
     from train.run.checkpoint import collect, restore
-    from train.run.loop import make_optimizer
+    from train.run.optimizer import make_optimizer
 
     start = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     stage, made = Stage(weight_decay=0.1, lr=1e-2), {}

@@ -1,15 +1,19 @@
 """The size of a pass: the formula against full-size simulations, and what a step does that runs out of memory."""
 
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import on_two_ranks
 from test_loop import losses, run
 
 from curate.run import pipeline
 from train import config as configuration
 from train.config import Stage
 from train.model.compose import blueprint
+from train.model.forward import LOGIT_CHUNK
 from train.model.learn import prepare
 from train.run import loop
 from train.run.memory import STEP, Memory, size_pass
@@ -62,11 +66,14 @@ def test_only_a_gpu_lowers_the_default(monkeypatch):
 def test_out_of_memory_halves_the_passes_once_and_goes_on(world, tmp_path, monkeypatch, caplog, workers):
     settings = ("finetune.lora_dropout=0.0", f"finetune.workers={workers}", "finetune.micro_tokens=200")
     run(world, tmp_path / "whole", *settings)
-    token_losses, sizes = loop.Training.token_losses, []
+    token_losses, sizes, held = loop.Training.token_losses, [], []
 
     def limited(self, batch):
         sizes.append(batch.num_tokens)
+        assert not any(tensor() is not None for tensor in held), "what the failed pass held is free again"
         if len(sizes) > 2 and batch.num_tokens > 120:
+            activations = torch.empty(8)
+            held.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return token_losses(self, batch)
 
@@ -81,3 +88,53 @@ def test_out_of_memory_halves_the_passes_once_and_goes_on(world, tmp_path, monke
     )
     with pytest.raises(loop.OutOfMemory, match="lower micro_tokens .now 100"):
         run(world, tmp_path / "other", *settings)
+
+
+def test_of_several_ranks_one_that_runs_out_of_memory_halves_the_passes_of_all(world, tmp_path, monkeypatch):
+    settings = ("finetune.lora_dropout=0.0", "finetune.micro_tokens=120")
+    run(world, tmp_path / "whole", *settings)
+    token_losses, passes = loop.Training.token_losses, []
+
+    def limited(rank):
+        def lose(self, batch):
+            passes.append(batch.num_tokens)
+            if rank == 1 and len(passes) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return token_losses(self, batch)
+
+        monkeypatch.setattr(loop.Training, "token_losses", lose)
+        run(world, tmp_path / "run", *settings)
+        (tmp_path / f"passes-{rank}").write_text(" ".join(map(str, passes)))
+
+    on_two_ranks(limited)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    for rank in range(2):
+        sizes = [int(size) for size in (tmp_path / f"passes-{rank}").read_text().split()]
+        assert max(sizes) > 60 >= max(sizes[4:]), "behind the step that failed every pass is small"
+
+
+def test_a_quantised_and_a_sharded_model_hold_what_the_formula_says():
+    """By hand, of a model whose parts are counted apart."""
+    model, _ = blueprint(configuration.load(str(pipeline.find("bunny"))).model)
+    prepare(SimpleNamespace(model=model), stage := Stage(tune="lora"))
+    whole = Memory.of(model, stage, 2, checkpointing=False)
+    lm = model.model.language_model
+    frozen = [n for n, m in lm.layers.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
+    packed = [lm.layers.get_submodule(name).weight.numel() for name in frozen]
+    assert len(packed) == 6 * len(lm.layers)
+    small = Memory.of(model, replace(stage, quantize="nf4"), 2, checkpointing=False)
+    assert small.per_token == whole.per_token
+    assert whole.fixed - small.fixed == pytest.approx((2 - 0.52) * sum(packed) - 2 * max(packed))
+    assert 1.2e9 < sum(p.numel() for p in lm.layers.parameters()) * 0.52 < small.fixed < 0.7 * whole.fixed
+
+    full = Stage(tune="full", shard=True)
+    model, _ = blueprint(configuration.load(str(pipeline.find("bunny"))).model)
+    prepare(SimpleNamespace(model=model), full)
+    lm, tower = model.model.language_model, model.model.vision_tower
+    one, eight = (Memory.of(model, full, 2, checkpointing=False, world=world) for world in (1, 8))
+    seen, layer = (sum(p.numel() for p in part.parameters()) for part in (tower, lm.layers[0]))
+    everything = sum(p.numel() for p in model.parameters())
+    root = everything - seen - len(lm.layers) * layer
+    logits = 3 * 4 * LOGIT_CHUNK
+    assert one.fixed == pytest.approx(20 * (everything - seen) + 2 * seen + logits)
+    assert eight.fixed == pytest.approx(20 * (everything - seen) / 8 + 2 * seen + 6 * root + 8 * layer + logits)

@@ -6,8 +6,10 @@ import shutil
 import pytest
 from ranks import on_two_ranks
 from test_loop import losses, run, unfinish
+from toys import write_captions
 
 from train.__main__ import app
+from train.dist import Runtime
 from train.run import checkpoint
 
 
@@ -99,6 +101,27 @@ def test_two_ranks_compute_each_cached_feature_once(world, tmp_path, monkeypatch
     seen = [(tmp_path / f"computed-{rank}").read_text().split() for rank in range(2)]
     assert all(len(own) > 8 for own in seen) and not set(seen[0]) & set(seen[1])
     assert len(seen[0] + seen[1]) == 32, "of 40 samples each fifth has no image"
+
+
+def test_each_rank_looks_at_its_share_of_the_shards_and_knows_all(world, tmp_path, monkeypatch):
+    from train.data import tar_source
+
+    data = write_captions(tmp_path / "pool", 24, shards=3)
+    with (data / "000001.tar").open("rb+") as file:
+        file.truncate(9000)  # torn
+    alone = tar_source.TarSource(sorted(data.glob("*.tar")))
+    look = tar_source.index_tar
+
+    def work(rank):
+        seen = []
+        monkeypatch.setattr(tar_source, "index_tar", lambda path: seen.append(path.name) or look(path))
+        source = tar_source.TarSource(sorted(data.glob("*.tar")), (), Runtime.detect("fp32", 0))
+        assert seen == (["000000.tar", "000002.tar"], ["000001.tar"])[rank]
+        assert list(source.keys) == list(alone.keys) and source.notes == alone.notes and len(alone.notes) == 1
+        assert (source.rows == alone.rows).all() and list(source.extents()) == list(alone.extents())
+        assert source.record(9) == alone.record(9)
+
+    on_two_ranks(work)
 
 
 def test_chunks_of_images_do_not_depend_on_the_ranks():

@@ -12,6 +12,7 @@ from train.config import ADDED, Model, Stage
 from train.data.batches import Plan
 from train.data.measuring import measure
 from train.data.sources import Measured, encode, open_source
+from train.errors import UsageError
 from train.model.compose import compose
 from train.model.learn import prepare
 from train.run.loop import group_weights
@@ -138,6 +139,18 @@ def test_an_older_manifest_lacks_the_newer_options_and_still_fits(world, tmp_pat
     run(world, tmp_path / "other", "finetune", "finetune.norm_samples=4")
     stage = json.loads((tmp_path / "other" / "manifest.json").read_text())["request"]["stage"]
     assert stage["norm_samples"] == 4
+
+
+def test_a_run_from_before_chat_was_the_default_says_how_to_go_on(world, tmp_path):
+    run(world, tmp_path / "run", "finetune", "model.template=vicuna")
+    found = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (tmp_path / "run" / ".plan.json").write_text(json.dumps({"request": found["request"]}))
+    (tmp_path / "run" / "manifest.json").unlink()
+    with pytest.raises(
+        UsageError, match="'vicuna', not 'chat'; .*To go on as it was, type --set model.template=vicuna"
+    ):
+        run(world, tmp_path / "run", "finetune", "model.template=chat")
+    run(world, tmp_path / "run", "finetune", "model.template=vicuna")
 
 
 def test_a_tower_moves_only_where_it_is_told_to(world, tmp_path):

@@ -1,0 +1,59 @@
+"""torch.compile of one layer at a time (`model.compile = "layers"`): of the language model, and the tower's blocks.
+
+Layers of one kind share their code, so that each kind is compiled once however many there are, for any number of
+tokens and images. What is compiled fuses the small kernels of a layer (norms, activations, rotations, sums, LoRA's
+scaling) into few that read and write each number once; products stay what they are.
+
+A layer is two pieces of code around its attention, which stays outside: `attend` reads how long each document is, on
+the host, and every row has other documents. What costs no compiled code but a call is kept outside, too: the hooks on a
+layer itself. skip_unlabelled.py narrows the modules within the last layer, which torch.compile follows: it is a kind of
+its own. Results change by rounding; LoRA's dropout draws other masks, from the same seeds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from train.errors import UsageError
+from train.model import attention
+from train.model.compose import Composed
+from train.model.tower import blocks_of
+
+BACKEND = "inductor"
+
+
+def compile_layers(composed: Composed, device: torch.device) -> int:
+    """Compile the layers of a prepared model when they first run; return how many there are.
+
+    Raises: UsageError where the device has no compiler, or the language model cannot be compiled for any row.
+    """
+    language_model = composed.model.model.language_model
+    kind = composed.model.config.text_config.model_type
+    if getattr(language_model, "has_recurrent_layers", False):
+        raise UsageError(f'model.compile = "layers": {kind} has recurrent layers, which run a document at a time')
+    _try_compiler(device)
+    from transformers import AttentionInterface
+
+    outside = torch.compiler.disable(attention.attend)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(attention.NAME, outside)
+    layers = [*language_model.layers, *blocks_of(composed.model.model.vision_tower)]
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=BACKEND)
+    return len(layers)
+
+
+def _try_compiler(device: torch.device) -> None:
+    def probe(x: Any) -> Any:
+        return x.sin() + x
+
+    try:
+        torch.compile(probe, backend=BACKEND)(torch.ones(3, device=device))
+    except Exception as error:  # of many kinds, of torch, of its compilers and of the system
+        why = " ".join(str(error).split("\n")[:2]).strip()
+        needed = "triton" if device.type == "cuda" else "a C++ compiler (g++)"
+        raise UsageError(
+            f'model.compile = "layers" needs {needed}, with which torch cannot compile here ({why}); install it, or '
+            'type --set model.compile=""'
+        ) from None
