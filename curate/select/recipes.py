@@ -16,6 +16,7 @@ from curate.select.steps import phrases
 
 DEFAULT = "balanced"
 DEFAULT_BUDGET = "30%"
+BEST = "30%"  # of the pool, by clip_score, are balanced: what DataComp's filter keeps (pipelines/LOG.md has the trials)
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ def _balanced(n: str) -> list[str]:
     n = n or f'"{DEFAULT_BUDGET}"'
     return [
         "placeholders(3, unrelated=True)",
-        'dedup("auto")',
+        f'dedup("auto", budget={n})',
         f"mismatch(budget={n})",
-        f'balance(cluster, {n}, keep="better:clip_score", contradicting_last=True)',
+        f'balance(cluster, {n}, keep="better:clip_score", contradicting_last=True, among="{BEST}")',
     ]
 
 
@@ -88,7 +89,7 @@ def _metaclip(n: str, entries: File = POOL, t: int = 20_000) -> list[str]:
 
 def _concepts(n: str, vocabulary: File = POOL) -> list[str]:
     n = n or f'"{DEFAULT_BUDGET}"'
-    return ['dedup("auto")', f"mismatch(budget={n})", f"concepts({vocabulary!r}, {n})"]
+    return [f'dedup("auto", budget={n})', f"mismatch(budget={n})", f"concepts({vocabulary!r}, {n})"]
 
 
 def _neg_clip_loss_norm_sim(n: str, target: Directory) -> list[str]:
@@ -97,8 +98,8 @@ def _neg_clip_loss_norm_sim(n: str, target: Directory) -> list[str]:
 
 RECIPES = {
     "balanced": Recipe(
-        "threshold and mismatch share read off the pool, then evenly over image clusters, better scores first, "
-        "clusters whose pictures contradict their captions last; 30 % of the pool if not told",
+        "threshold and mismatch share read off the pool, then evenly over image clusters among the best 30 %, better "
+        "scores first, clusters of printed words last; 30 % of the pool if not told",
         _balanced,
     ),
     "bunny": Recipe("Bunny: one of each component at 0.86, clip rank 40-60 %, centroid rank 15-35 %, sample", _bunny()),

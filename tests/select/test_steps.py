@@ -106,6 +106,39 @@ def test_balance_gives_exactly_n_and_spares_small_groups():
     assert verdict.keep.all() and verdict.estimates["asked"] == 500 and verdict.estimates["available"] == 100
 
 
+def test_balance_among_the_best_shares_the_budget_out_over_these_alone():
+    frame = frame_of(100)
+    values, groups = frame.column("clip_score"), frame.group("cluster")
+    for keep, order in (("max", np.argsort(-values)), ("min", np.argsort(values)), ("better", np.argsort(-values))):
+        best = order[:40]
+        kept = run(frame_of(100), f'balance(cluster, 25, keep="{keep}:clip_score", among=40%)')
+        counts, sizes = (np.bincount(groups[rows], minlength=7) for rows in (kept, best))
+        assert kept.sum() == kept[best].sum() == 25
+        assert all(count == size or count >= counts.max() - 1 for count, size in zip(counts, sizes, strict=True))
+    kept = run(frame_of(100), 'balance(cluster, 60, keep="better:clip_score", among=40%)')
+    assert (kept == run(frame_of(100), "top(clip_score, 60)")).all()
+    assert run(frame_of(100), 'balance(cluster, 200, keep="max:clip_score", among=3)').all()
+    with pytest.raises(UsageError, match="asks for a column in keep"):
+        run(frame_of(100), 'balance(cluster, 20, keep="near", among=30)')
+
+
+def test_dedup_with_a_budget_spares_the_best_copies_where_fewer_rows_match():
+    """60 pictures, the last 20 under captions as good as shuffled, and 40 copies of the first."""
+    row = np.arange(100)
+    source = np.where(row < 60, row, row - 60)
+    scores = np.where(source < 40, 0.8 - row / 1000, 0.1 + 0.01 * (source - 40)).astype(np.float32)
+    frame = frame_of(100, clip_score=scores, centroid_similarity=-row / 100)
+    pairs = row[60:] - 60, row[60:], np.full(40, 0.99, np.float32), np.full(40, 255, np.uint8)
+    frame.edges, frame.floor = (lambda: pairs), 0.8
+    for shuffled, spared in ((np.linspace(0.1, 0.3, 101), 20), (np.linspace(-0.3, -0.1, 101), 0)):
+        frame.shuffled, frame.text_vectors = shuffled, lambda rows: rows
+        verdict = catalogue.parse(['dedup(0.9, keep="near", budget=50)'])[0].run(frame)
+        assert verdict.keep[:60].all() and verdict.keep.sum() == 60 + verdict.estimates.get("copies_spared", 0)
+        assert set(np.flatnonzero(verdict.keep[60:])) == set(range(spared))
+    frame.text_vectors = None
+    assert catalogue.parse(["dedup(0.9, keep='near', budget=50)"])[0].run(frame).keep.sum() == 60
+
+
 def test_cap_keeps_at_most_n_of_a_group_by_chance_or_by_value():
     frame = frame_of(100)
     groups, values = frame.group("cluster"), frame.column("clip_score")

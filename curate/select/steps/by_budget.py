@@ -9,6 +9,7 @@ them at a time (group_parts), so that beside the columns there are a dozen bytes
 A step with a budget says how many rows there were where they do not suffice, and names who would come next.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from curate.select.steps.quotas import position_in_group, water_fill, water_fill
 from curate.select.steps.ranks import highest, next_in_rank
 from curate.vectors import kmeans
 
+KEPT_BY = re.compile("(max|min|better):.")
 KEEPS = ("near", "far", "random", "max:COLUMN", "min:COLUMN", "better:COLUMN")
 TENTHS = 10
 NAMED, CAPTIONS_EACH = 8, 32  # groups whose captions are named, and captions read of each
@@ -45,6 +47,7 @@ def balance(
     keep: Keep = "random",
     contradicting_last: bool = False,
     written: bool = True,
+    among: Count = 0,
 ) -> Verdict:
     """Keep exactly n rows, as evenly over the groups as their sizes allow (water-filling), at random inside each.
 
@@ -55,12 +58,17 @@ def balance(
     with captions like theirs and yet score high (contradicting_clusters), while other groups have rows left; reads 8 to
     32 rows of each group. No group is doubted where captions have no embeddings, or where there are fewer than 22
     groups. written=False doubts such groups whatever they show; on natural pools these are mostly topics of their own.
+    among: the rows that share the budget are the best of keep's column, this many (at least n), those of doubted groups
+    left out; 0: all. Where n is as many, the best stay and no group is asked.
     """
+    if among and not KEPT_BY.match(keep):
+        raise UsageError(f"balance: among= asks for a column in keep, not {keep!r}.", 'keep="better:clip_score"')
     parts = GroupParts(frame.group(column), frame.alive)
     sizes, wanted = parts.sizes, min(frame.count(n), parts.num_rows)
     rng = np.random.default_rng([frame.seed, number, 1])
     quotas, level = water_fill(sizes, wanted, rng)
     facts: dict[str, Any] = {"groups": len(sizes), "level": level}
+    doubted = np.zeros(len(sizes), bool)
     if contradicting_last:
         weights, reason = _weights(frame, parts, rng, written=written)
         doubted = weights < 1
@@ -73,8 +81,23 @@ def balance(
         }
         if doubted.any():
             facts["contradicting"] = _named(frame, parts, np.where(doubted, sizes, 0))
-    facts["groups_taken_whole"] = int((sizes <= quotas).sum())
-    return _fill(frame, number, keep, (parts, quotas), facts, frame.count(n))
+    best = max(wanted, frame.count(among))
+    if among and best < sizes[~doubted].sum():
+        parts = GroupParts(frame.group(column), _best(frame, parts, doubted, keep, best))
+        quotas, level = water_fill(parts.sizes, wanted, rng)
+        facts |= {"level": level, "among": best} | ({"contradicting_kept": 0} if contradicting_last else {})
+    facts["groups_taken_whole"] = int((parts.sizes <= quotas).sum())
+    return _fill(frame, number, keep, (parts, quotas), facts | shortage(frame.count(n), wanted))
+
+
+def _best(frame: Frame, parts: GroupParts, doubted: np.ndarray, keep: str, count: int) -> np.ndarray:
+    """Mark the `count` best rows by keep's column, bool [n], of those whose group is not doubted, bool [groups]."""
+    candidates = frame.alive.copy()
+    for part in parts:
+        candidates[part.rows[doubted[part.groups][part.place]]] = False
+    extreme, _, column = keep.partition(":")
+    values = frame.column(column)
+    return highest(-values if extreme == "min" else values, candidates, count)
 
 
 def _named(frame: Frame, parts: GroupParts, sizes: np.ndarray) -> str:
@@ -140,7 +163,7 @@ def balance_tree(frame: Frame, number: int, n: Count, levels: Levels = (), keep:
     quotas = water_fill_tree(sizes, parents, wanted, np.random.default_rng([frame.seed, number, 1]))
     facts = {"groups": int((sizes > 0).sum()), "nodes": [len(np.unique(above)) for above in parents]}
     facts["groups_taken_whole"] = int((sizes <= quotas).sum())
-    return _fill(frame, number, keep, (parts, quotas[parts.names]), facts, frame.count(n))
+    return _fill(frame, number, keep, (parts, quotas[parts.names]), facts | shortage(frame.count(n), wanted))
 
 
 def _fill(
@@ -149,7 +172,6 @@ def _fill(
     keep: str,
     shared: tuple[GroupParts, np.ndarray],
     facts: dict[str, Any],
-    asked: int,
 ) -> Verdict:
     """Keep of each group its quota, by preference; the rest come next level by level."""
     parts, quotas = shared
@@ -166,7 +188,7 @@ def _fill(
         rows = np.concatenate([following[1], part.rows[left]])
         first = np.lexsort((rows, *ranks))[:most]
         following = ranks[:, first], rows[first]
-    return Verdict(stay, facts | shortage(asked, parts.num_rows), following[1])
+    return Verdict(stay, facts, following[1])
 
 
 def preference_in_group(frame: Frame, keep: str, number: int) -> Callable[[Part], np.ndarray]:

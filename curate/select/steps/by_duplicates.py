@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 
 from curate.errors import UsageError, unknown
-from curate.select.frame import AUTO, CLUSTER_FIRST, Edges, Frame, Group, Keep, Threshold, Verdict
+from curate.select.frame import AUTO, CLUSTER_FIRST, Count, Edges, Frame, Group, Keep, Threshold, Verdict
 from curate.select.steps import auto_threshold
 from curate.select.steps.by_budget import preference
 from curate.select.steps.linked_pairs import PairRule, cosine_rule, linked_forest
 from curate.select.steps.near_duplicates import RULES, resolve
+from curate.select.steps.ranks import highest
 from curate.select.steps.same_picture import CopyTest
 from curate.select.steps.unrelated_captions import are_unrelated
 from curate.vectors import forest
 
+SPARED_AT = 1.5  # times the mismatched share: from there on a copy that matches is worth more (pipelines/LOG.md)
 LEAST_CAPTIONS = 3  # from which on a picture's captions can have nothing to do with one another
 
 
@@ -30,6 +32,7 @@ def dedup(
     keep: Keep = "middle",
     rule: str = "components",
     templates: bool = False,
+    budget: Count = 0,
 ) -> Verdict:
     """Keep one row of each group of near-duplicates (cosine > threshold; "auto": copies, by the pool's own pixels).
 
@@ -37,6 +40,8 @@ def dedup(
     is above the threshold that auto_threshold finds, or whose cosine leaves no doubt; linked_pairs has the rule. Of
     these it takes copies alone: pairs whose captions say mostly the same, or whose finer hashes agree (same_picture).
     templates: also pictures made after one template, such as a T-shirt with other prints, whatever their captions say.
+    budget: rows that later steps keep. Where fewer are left whose captions match, the copies of highest clip_score stay
+    after all, as many as are lacking: a right pair twice teaches more than a wrong one (`_spare`).
     """
     if rule not in RULES:
         raise unknown("rule of dedup", rule, RULES)
@@ -56,6 +61,10 @@ def dedup(
     )  # fmt: skip
     del edges, order
     gone = frame.alive[rows] & ~resolved.keep
+    if budget:
+        spared = _spare(frame, rows[gone], frame.count(budget))
+        gone[gone] = ~spared
+        facts |= {"copies_spared": int(spared.sum())} if spared.any() else {}
     own = np.arange(len(rows), dtype=resolved.component.dtype)
     told = gone | ((resolved.component >= 0) & (resolved.component != own))
     kept = np.where(gone[told], rows[resolved.duplicate_of[told]], -1)
@@ -65,6 +74,22 @@ def dedup(
     stay = frame.alive.copy()
     stay[rows[gone]] = False
     return Verdict(stay, {**facts, **resolved.facts, **share, **_compared(frame, pair_rule.threshold)})
+
+
+def _spare(frame: Frame, copies: np.ndarray, budget: int) -> np.ndarray:
+    """Say which copies stay since the budget asks for more rows than match, bool [copies]. copies: i64, rows.
+
+    Of the rows without copies, SPARED_AT times the share that mismatch would estimate is not counted on. None stays
+    where there are no scores to tell by.
+    """
+    spared = np.zeros(len(copies), bool)
+    if frame.shuffled is None or frame.text_vectors is None:
+        return spared
+    scores = frame.column("clip_score")
+    left = frame.alive & ~frame.mask(copies)
+    share, _ = auto_threshold.mismatch_share(scores[left & ~np.isnan(scores)], np.asarray(frame.shuffled))
+    lacking = budget - round((1 - SPARED_AT * share) * int(left.sum()))
+    return highest(scores[copies], ~spared, max(0, min(lacking, len(copies))))
 
 
 def _joined_rows(frame: Frame, threshold: float) -> tuple[np.ndarray, Edges]:
