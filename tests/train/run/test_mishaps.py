@@ -109,7 +109,7 @@ def test_a_changed_picture_folder_is_another_request_and_a_copy_is_not(world, tm
     first = next(folder.iterdir())
     (folder / "000000.jpg").write_bytes(picture("blue", True, 99) + b"\0")
     code, _, err = call(capfd, *words, "--out", tmp_path / "run")
-    assert code == 2 and "inputs.images_digest" in err and "--overwrite" in err and first
+    assert code == 2 and "another state of its images" in err and "--overwrite" in err and first
 
 
 def test_losses_of_a_run_select_the_pool_it_learnt_from(world, tmp_path, capfd):
