@@ -281,7 +281,7 @@ def find(
     embedded, found = search(directory, texts or [], image or [], without or [], n, model, pretrained)
     if out:
         with paths.atomic_write(out) as file:
-            file.write(page(embedded, found, directory))
+            file.write(page(embedded, found, directory, without or []))
     if as_json:
         rows = [
             {"for": name, "score": h.score, "stem": h.stem, "row": h.row, **h.facts}

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from curate.ask import prompts
+from curate.ask.reading import scored
 from curate.errors import UsageError
-from curate.storage import sidecar
 from curate.storage.manifest import Artefact, open_input
 from curate.vectors.exact import widen
+from curate.vectors.narrow import products
 
-BLOCK = 1 << 13
 MAX_FOUND = 10_000
 F32_ERROR = 2.0**-16  # of a dot product of unit vectors in f32, with room: d * 2 ** -24 is half of it at d = 2,048
 
@@ -72,22 +72,32 @@ def nearest(
     against = np.concatenate([queries_qd, without_wd]).astype(np.float32)
     exact = against.astype(np.float64)
     num = len(queries_qd)
-    for stem, first, x_nd, good in blocks(embedded):
+
+    def score(x_nd: np.ndarray) -> np.ndarray:
         if x_nd.shape[1] != against.shape[1]:
             dims = f"{x_nd.shape[1]} dimensions; the model gives {against.shape[1]}"
             raise UsageError(f"{embedded.directory} has {dims}.")
-        products = widen(x_nd) @ against.T
-        scores = products[:, :num] - (products[:, num:].max(axis=1, keepdims=True) if len(without_wd) else 0)
-        scores[~good] = -np.inf
+        return products(x_nd, against)
+
+    for block, cosines in scored(embedded, score):
+        unlike = cosines[:, num:].max(axis=1) if len(without_wd) else np.float32(0)
         for number, found in enumerate(best):
-            own = scores[:, number]
-            least = max(found.least, np.partition(own, -n)[-n] if len(own) > n else -np.inf)
-            rows = np.flatnonzero((own > least - 4 * F32_ERROR) & good)
+            rows = _highest(cosines[:, number] - unlike, block.good, n, found.least)
             if len(rows):
-                x = widen(x_nd[rows]).astype(np.float64)
+                x = widen(block.x_nd[rows]).astype(np.float64)
                 penalty = (x @ exact[num:].T).max(axis=1) if len(without_wd) else 0
-                found.add(x @ exact[number] - penalty, stem, first + rows)
+                found.add(x @ exact[number] - penalty, block.stem, block.first + rows)
     return [found.rows for found in best]
+
+
+def _highest(scores: np.ndarray, good: np.ndarray, n: int, least: float) -> np.ndarray:
+    """List the good rows that may be among the n best of a block, where others have scores of at least `least`."""
+    rows = np.flatnonzero(scores > least - 4 * F32_ERROR)
+    rows = rows[good[rows]]
+    if len(rows) > n:
+        own = scores[rows]
+        rows = rows[own > float(np.partition(own, -n)[-n]) - 4 * F32_ERROR]
+    return np.asarray(rows)
 
 
 class _Best:
@@ -101,18 +111,6 @@ class _Best:
         self.rows += [(float(score), stem, int(row)) for score, row in zip(scores, rows, strict=True)]
         self.rows = sorted(self.rows, key=lambda each: -each[0])[: self.n]  # stable: the earlier row first
         self.least = self.rows[-1][0] if len(self.rows) == self.n else -np.inf
-
-
-def blocks(embedded: Artefact) -> Iterator[tuple[str, int, np.ndarray, np.ndarray]]:
-    """Yield the image vectors in row order: stem, first row, f16 [m, d] mapped where it can be, and which are there."""
-    for stem in embedded.stems:
-        first = 0
-        for batch in embedded.batches(stem, ["image_embedding"]):
-            column = batch.column("image_embedding")
-            x_nd, good = sidecar.vectors(column), np.asarray(column.is_valid())
-            for start in range(0, len(x_nd), BLOCK):
-                yield stem, first + start, x_nd[start : start + BLOCK], good[start : start + BLOCK]
-            first += len(x_nd)
 
 
 def describe(source: Artefact, embedded: Artefact, found: Sequence[tuple[float, str, int]]) -> list[Hit]:

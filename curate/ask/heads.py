@@ -23,6 +23,7 @@ import numpy as np
 
 from curate.errors import UsageError
 from curate.storage import paths
+from curate.vectors.narrow import parts
 
 ACTIVATIONS = ("none", "relu", "gelu")
 OUTPUTS = ("none", "sigmoid", "softmax")
@@ -34,39 +35,30 @@ CONVERT = "convert it: safetensors.torch.save_file(torch.load(FILE, weights_only
 class Head:
     """A head as arrays.
 
-    layers: (weight f32 [k, d], bias f32 [k]) in order; mean, scale: f32 [d]; classes: names of the last layer's rows.
+    layers: (weight f32 [k, d], bias f32 [k]) in order; classes: names of the last layer's rows.
     """
 
     layers: tuple[tuple[np.ndarray, np.ndarray], ...]
-    mean: np.ndarray
-    scale: np.ndarray
     activation: str
     output: str
     classes: tuple[str, ...]
 
     def apply(self, x_nd: np.ndarray) -> np.ndarray:
-        """Score unit vectors, f32 [n, d]. Returns f32 [n, k]."""
-        x = (x_nd - self.mean) / self.scale
-        for number, (weight, bias) in enumerate(self.layers):
-            x = x @ weight.T + bias
-            if number + 1 < len(self.layers):
-                x = _activate(x, self.activation)
-        if self.output == "sigmoid":
-            return np.asarray(1 / (1 + np.exp(-x)), np.float32)
-        if self.output == "softmax":
-            x = np.exp(x - x.max(axis=1, keepdims=True))
-            x /= x.sum(axis=1, keepdims=True)
-        return np.asarray(x, np.float32)
+        """Score unit vectors, f16 [n, d]. Returns f32 [n, k]."""
+        scores = np.empty((len(x_nd), len(self.layers[-1][1])), np.float32)
+        for part, wide in parts(x_nd):
+            scores[part] = self._apply(wide)
+        return scores
 
+    def _apply(self, x: Any) -> np.ndarray:
+        import torch
 
-def _activate(x: np.ndarray, name: str) -> np.ndarray:
-    if name == "relu":
-        return np.asarray(np.maximum(x, 0))
-    if name == "gelu":
-        from scipy.special import ndtr
-
-        return np.asarray(x * ndtr(x), np.float32)
-    return np.asarray(x)
+        functions = {"none": lambda y: y, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
+        functions |= {"sigmoid": torch.sigmoid, "softmax": lambda y: torch.softmax(y, dim=1)}
+        for number, (weight, bias) in enumerate(self.layers, 1):
+            x = torch.nn.functional.linear(x, torch.from_numpy(weight), torch.from_numpy(bias))
+            x = functions[self.output if number == len(self.layers) else self.activation](x)
+        return np.asarray(x)
 
 
 def read_head(location: str, dim: int) -> Head:
@@ -94,7 +86,10 @@ def read_head(location: str, dim: int) -> Head:
     mean, scale = tensors.get("mean", np.zeros(dim, np.float32)), tensors.get("scale", np.ones(dim, np.float32))
     if mean.shape != (dim,) or scale.shape != (dim,) or (scale == 0).any():
         raise UsageError(f"{location}: mean and scale have to be {dim} numbers each, and no scale 0.")
-    return Head(tuple(layers), mean, scale, activation, output, classes)
+    weight, bias = layers[0]  # W ((x - mean) / scale) + b is another W' x + b'
+    wide = weight / scale.astype(np.float64)
+    layers[0] = wide.astype(np.float32), (bias - wide @ mean).astype(np.float32)
+    return Head(tuple(layers), activation, output, classes)
 
 
 def _order(name: str) -> list[int | str]:

@@ -5,9 +5,11 @@ read off the pool: of `SAMPLE` images each is held against the nearest concepts 
 what is not above the median of these cosines by more than `SPREADS` robust standard deviations is chance. (The median
 and its spread bear it that some of the others do show the same.)
 
-Images pass in panels of a bounded size: one product, one comparison, and the few that are above the cut. f32 products
-find all that may count, f64 products decide where two are too near to tell, so that the answer depends neither on
-panels nor on threads. O(n m d) time for n images and m concepts; memory for one panel and the concepts' vectors.
+Images pass in panels of a bounded size: one product; the highest cosine of each of many groups of concepts, of which
+the `per_image`-th is a bound that an image's best reach; and one comparison with that and the cut, which leaves a few.
+f32 products find all that may count, f64 products decide where two are too near to tell, so that the answer depends
+neither on panels nor on threads. O(n m d) time for n images and m concepts; memory for one panel and the concepts'
+vectors.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ SAMPLE, SHIFTS = 4096, 16
 SPREADS = 2.0  # on the demo, 2 leaves hardly an image without a concept, 3 every second (pipelines/LOG.md)
 PANEL = 1 << 25  # cosines at a time, 128 MiB
 READ_ROWS = 1 << 13
+GROUP = 64  # concepts of which only the highest is asked for at first
 F32_ERROR = 2.0**-16  # of a dot product of unit vectors in f32, with room
 MAD = 1.4826  # a normal distribution's standard deviation by its median absolute deviation
 Fetch = Callable[[np.ndarray], np.ndarray]  # row numbers to unit vectors f16 [m, d]
@@ -55,15 +58,25 @@ def match(fetch: Fetch, rows: np.ndarray, concepts_md: np.ndarray, cut: float, p
     """
     found = np.full((len(rows), per_image), -1, np.int32)
     across = np.ascontiguousarray(concepts_md.T)
+    buffer = panel_buffer(min(len(rows), READ_ROWS), len(concepts_md))
     for first in range(0, len(rows), READ_ROWS):
         x_nd = widen(fetch(rows[first : first + READ_ROWS]))
         for part in _panels(len(x_nd), len(concepts_md)):
-            panel = x_nd[part] @ across
-            at = np.flatnonzero(panel > cut - F32_ERROR)
+            panel = np.matmul(x_nd[part], across, out=buffer[: part.stop - part.start])
+            at = np.flatnonzero(panel > np.maximum(cut - F32_ERROR, _least(panel, per_image) - 4 * F32_ERROR))
             image, concept = np.divmod(at, len(concepts_md))
             chosen = _best(x_nd[part], concepts_md, (image, concept, panel.ravel()[at]), cut, per_image)
             found[first + part.start + image[chosen], _position(image[chosen])] = concept[chosen]
     return found
+
+
+def _least(panel_nm: np.ndarray, per_image: int) -> np.ndarray:
+    """Find a cosine that the best `per_image` of each row reach, f32 [n, 1]: so many groups have one that does."""
+    groups = panel_nm.shape[1] // GROUP
+    if groups < per_image:
+        return np.full((len(panel_nm), 1), -np.inf, np.float32)
+    highest = panel_nm[:, : GROUP * groups].reshape(-1, GROUP, groups).max(axis=1)
+    return np.partition(highest, -per_image, axis=1)[:, -per_image, None]
 
 
 def _best(
@@ -106,8 +119,17 @@ def _position(labels: np.ndarray) -> np.ndarray:
     return np.arange(len(labels)) - np.repeat(starts, np.diff(np.append(starts, len(labels))))
 
 
+def panel_buffer(rows: int, columns: int) -> np.ndarray:
+    """Make room for the largest panel of so many rows and columns, f32: fetching it anew costs a tenth of a product."""
+    return np.empty((min(rows, _panel_rows(columns)), columns), np.float32)
+
+
+def _panel_rows(columns: int) -> int:
+    return max(16, PANEL // max(1, columns))
+
+
 def _panels(rows: int, columns: int) -> Iterator[slice]:
     """Cut rows so that a panel of so many columns stays within PANEL."""
-    step = max(16, PANEL // max(1, columns))
+    step = _panel_rows(columns)
     for first in range(0, rows, step):
         yield slice(first, min(rows, first + step))

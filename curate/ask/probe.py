@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from curate.ask.find import blocks
 from curate.ask.heads import Head, read_head, write_head
+from curate.ask.reading import scored
 from curate.errors import UsageError
 from curate.storage import paths
 from curate.storage.manifest import Artefact, open_input
@@ -129,8 +129,9 @@ def _least_sure(source: Artefact, embedded: Artefact, head: Head, marked: set[st
         clusters = None
     waiting: list[tuple[float, str, int, int]] = []
     keep = 50 * (n + len(marked))
-    for stem, first, x_nd, good in blocks(embedded):
-        top = np.sort(head.apply(widen(x_nd)), axis=1)
+    for block, scores in scored(embedded, head.apply):
+        stem, first, good = block.stem, block.first, block.good
+        top = np.sort(scores, axis=1)
         lead = np.where(good, top[:, -1] - top[:, -2], np.inf)
         rows = np.argsort(lead, kind="stable")[:keep]
         own = clusters.table(stem, ["cluster"])["cluster"].to_numpy() if clusters else None

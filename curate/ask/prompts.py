@@ -6,7 +6,7 @@ weights, `log.jsonl` says where a local one lay. Imported embeddings know none, 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,10 +15,9 @@ from curate.embed import encoder, images, weights
 from curate.errors import UsageError
 from curate.storage import paths
 from curate.storage.manifest import LOG, Artefact
-from curate.vectors.exact import widen
+from curate.vectors.narrow import products
 
 BATCH = 64
-BLOCK = 1 << 13  # rows whose vectors are scored at a time: they stay in the cache
 SCALE = 100.0
 WAY_OUT = "name the model that made them: --model NAME --pretrained TAG, as `curate embed` takes them"
 
@@ -26,16 +25,38 @@ WAY_OUT = "name the model that made them: --model NAME --pretrained TAG, as `cur
 def embed_texts(embedded: Artefact, texts: Sequence[str], model: str = "", pretrained: str = "") -> np.ndarray:
     """Embed texts by the text tower of the model that made the embeddings. Returns unit rows f32 [len(texts), d].
 
-    model, pretrained: where the manifest names none, or where it lies now. Raises: UsageError for an empty text, a
-    model that cannot be had, or one with other weights than those that made the embeddings.
+    model, pretrained: where the manifest names none, or where it lies now. Raises: UsageError for a text that is empty
+    or too long, a model that cannot be had, or one with other weights than those that made the embeddings.
     """
     for text in texts:
         if not text.strip():
             raise UsageError("a prompt is empty; expected some words.")
     loaded, tokenize = _load(*_source_of(embedded, model, pretrained))
     tokens = tokenize(list(texts))
+    _refuse_cut(texts, tokens, tokenize)
     parts = [loaded.texts(tokens[first : first + BATCH]) for first in range(0, len(texts), BATCH)]
     return np.concatenate(parts)
+
+
+def _refuse_cut(texts: Sequence[str], tokens_nl: np.ndarray, tokenize: encoder.Tokenizer) -> None:
+    """Refuse a text of which only the beginning is read: the last letter makes no difference to its tokens."""
+    padding = tokenize(["a"])[0, -1]
+    full = np.flatnonzero(tokens_nl[:, -1] != padding)
+    long = [texts[row] for row in full.tolist()]
+    cut = (tokenize([text.strip()[:-1] for text in long]) == tokens_nl[full]).all(axis=1)
+    for place in np.flatnonzero(cut).tolist():
+        width = f"the {tokens_nl.shape[1]} tokens that the model reads"
+        raise UsageError(f"{long[place][:60]!r}… is longer than {width}; expected fewer words.")
+
+
+def other_weights(embedded: Artefact, model: str, pretrained: str) -> dict[str, str]:
+    """Tell by which weights texts are embedded, where a model is named and the embeddings do not say: by its digest.
+
+    What is stored of one model's texts is no answer for another's. Raises: UsageError for a model that cannot be had.
+    """
+    if not model or embedded.manifest["options"].get("weights"):
+        return {}
+    return {"text_weights": _found(model, pretrained).weights}
 
 
 def embed_image(embedded: Artefact, location: str, model: str = "", pretrained: str = "") -> np.ndarray:
@@ -53,26 +74,16 @@ def embed_image(embedded: Artefact, location: str, model: str = "", pretrained: 
     return np.asarray(loaded.images(pixels[None])[0])
 
 
-def text_shares(cosines_nm: np.ndarray) -> np.ndarray:
-    """Turn cosines to m texts into the share of the first, f32 [n]; of one text into its cosine.
+def text_shares(x_nd: np.ndarray, texts_md: np.ndarray) -> np.ndarray:
+    """Compute the share of the first text among m by images f16 [n, d], f32 [n]; of one text its cosine.
 
-    The share is a softmax at CLIP's own scale, at which its models were trained and end up: 100.
+    The share is a softmax at CLIP's own scale, at which its models were trained and end up: 100. It takes the others'
+    cosines less the first's, so one product less than there are texts.
     """
-    if cosines_nm.shape[1] == 1:
-        return np.asarray(cosines_nm[:, 0])
-    scaled = SCALE * (cosines_nm - cosines_nm[:, :1])
-    return np.asarray(1 / np.exp(np.minimum(scaled, 80)).sum(axis=1), np.float32)
-
-
-def in_blocks(
-    vectors: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, score: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Score rows block by block. vectors: row numbers to f16 [m, d]; score: f32 [m, d] to f32 [m]. Returns f32 [n]."""
-    found = np.empty(len(rows), np.float32)
-    for first in range(0, len(rows), BLOCK):
-        part = slice(first, first + BLOCK)
-        found[part] = score(widen(vectors(rows[part])))
-    return found
+    if len(texts_md) == 1:
+        return products(x_nd, texts_md)[:, 0]
+    scaled = products(x_nd, SCALE * (texts_md[1:] - texts_md[:1]))
+    return np.asarray(1 / (1 + np.exp(np.minimum(scaled, 80)).sum(axis=1)), np.float32)
 
 
 def _source_of(embedded: Artefact, model: str, pretrained: str) -> tuple[str, str, str, str]:
@@ -99,12 +110,17 @@ def _place_of(embedded: Artefact) -> tuple[str, str] | None:
 
 
 @lru_cache(maxsize=2)
-def _load(model: str, pretrained: str, digest: str, precision: str) -> tuple[encoder.Encoder, encoder.Tokenizer]:
-    """Load a model once a process. Raises: UsageError when its weights are others than those of the digest."""
+def _found(model: str, pretrained: str) -> weights.Source:
     try:
-        source = weights.find(model, pretrained)
+        return weights.find(model, pretrained)
     except UsageError as error:
         raise UsageError(f"the model that made the embeddings cannot be had: {error}", WAY_OUT) from None
+
+
+@lru_cache(maxsize=2)
+def _load(model: str, pretrained: str, digest: str, precision: str) -> tuple[encoder.Encoder, encoder.Tokenizer]:
+    """Load a model once a process. Raises: UsageError when its weights are others than those of the digest."""
+    source = _found(model, pretrained)
     if digest and source.weights != digest:
         raise UsageError(f"{model} has other weights than the model that made the embeddings.", WAY_OUT)
     device = encoder.choose_device()

@@ -106,13 +106,17 @@ def lines(funnel: Mapping[str, Any]) -> Iterator[str]:
         return
     yield f"  concepts, before and after:  {counted['captions']:,} pictures, {counted['kept']:,} stay"
     for name, verb in (("frequent", "most frequent"), ("gained", "gained most"), ("lost", "lost most")):
-        told = [f"{s.phrase} {_percent(s.pool_share)} → {_percent(s.kept_share)}" for s in counted[name][:IN_LINES]]
+        told = [
+            f"{s.phrase} {two_digits(100 * s.pool_share)} % → {two_digits(100 * s.kept_share)} %"
+            for s in counted[name][:IN_LINES]
+        ]
         if told:
             yield f"    {verb:<14} {' · '.join(told)}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+def two_digits(value: float) -> str:
+    """Write a number by its first two digits, never as a power of ten; three where it has as many before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _distinct(ordered: Iterable[Shares]) -> Iterator[Shares]:

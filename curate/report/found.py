@@ -16,8 +16,11 @@ from curate.storage import tar
 from curate.storage.manifest import Artefact
 
 
-def page(embedded: Artefact, found: Mapping[str, Sequence[Hit]], directory: str) -> bytes:
-    """Lay out the hits of each question. Pictures come from the pool, where it still is: at most 12 MB of them."""
+def page(embedded: Artefact, found: Mapping[str, Sequence[Hit]], directory: str, without: Sequence[str] = ()) -> bytes:
+    """Lay out the hits of each question. without: texts that they are unlike.
+
+    Pictures come from the pool, where it still is: at most 12 MB of them.
+    """
     groups, by_stem = [], defaultdict[str, list[Card]](list)
     for question, hits in found.items():
         shown = []
@@ -36,7 +39,7 @@ def page(embedded: Artefact, found: Mapping[str, Sequence[Hit]], directory: str)
     spent = 0
     for stem, cards in by_stem.items():
         spent = read_pictures(Samples(embedded, tars), stem, sorted(cards, key=lambda card: card.row), spent)
-    return render({"title": directory, "groups": groups, "trouble": trouble}, "found")
+    return render({"title": directory, "groups": groups, "trouble": trouble, "without": without}, "found")
 
 
 def verdict(hit: Hit) -> str:

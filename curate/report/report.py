@@ -283,7 +283,7 @@ def render(context: Mapping[str, Any], name: str = "report") -> bytes:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"n": lambda value: f"{value:,}", "pct": _percent}
+    environment.filters |= {"n": lambda value: f"{value:,}", "pct": _percent, "two_digits": concepts.two_digits}
     files = ("report.js", "marks.js", "report.css") if name == "report" else ("marks.js", "report.css")
     *scripts, style = (loader.get_source(environment, file)[0] for file in files)
     script = "".join(scripts)

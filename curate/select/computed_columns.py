@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from curate.ask import heads, languages
-from curate.ask.prompts import in_blocks, text_shares
+from curate.ask.prompts import text_shares
 from curate.errors import UsageError, unknown
 from curate.select import syntax
 from curate.select.frame import Directory, File, Frame, Group, Texts
@@ -73,22 +73,20 @@ def prompt(frame: Frame, text: str, others: Texts = ()) -> np.ndarray:
 
     def make() -> np.ndarray:
         prompts = frame.embed_texts(texts)
-        rows = np.flatnonzero(frame.good)
-        return _spread(frame, rows, in_blocks(frame.vectors, rows, lambda x: text_shares(x @ prompts.T)))
+        return _of_all(frame, lambda x: text_shares(x, prompts))
 
     return frame.stored({"prompt": texts}, make)
 
 
 def head(frame: Frame, file: File, name: str = "") -> np.ndarray:
     """Score images by a linear head or MLP in a safetensors file. name: which of its classes; the only or last one."""
-    rows = np.flatnonzero(frame.good)
-    read = heads.read_head(file, frame.vectors(rows[:1]).shape[1])
+    read = heads.read_head(file, frame.vectors(np.zeros(1, np.int64)).shape[1])
     if name and name not in read.classes:
         raise unknown("class of the head", name, read.classes)
     place = read.classes.index(name) if name else -1
 
     def make() -> np.ndarray:
-        return _spread(frame, rows, in_blocks(frame.vectors, rows, lambda x: read.apply(x)[:, place]))
+        return _of_all(frame, lambda x: read.apply(x)[:, place])
 
     return frame.stored({"head": file_digest(file), "name": name}, make)
 
@@ -153,6 +151,13 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
 
 def _random(frame: Frame, name: str) -> np.random.Generator:
     return np.random.default_rng([frame.seed, zlib.crc32(name.encode())])
+
+
+def _of_all(frame: Frame, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Score the good rows in one pass. score: image vectors f16 [m, d] to f32 [m]."""
+    scores = np.concatenate(list(frame.scored(score)))
+    scores[~frame.good] = np.nan
+    return scores
 
 
 def _spread(frame: Frame, rows: np.ndarray, values: np.ndarray) -> np.ndarray:

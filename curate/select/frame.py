@@ -96,6 +96,7 @@ class Frame:
     details: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None  # row numbers to u8 [m, 72], known
     writing: Callable[[np.ndarray], np.ndarray] | None = None  # row numbers to bool [m]: strokes on a plain ground
     vectors: Fetch = _nothing
+    scored: Callable[..., Iterator[np.ndarray]] = _nothing  # by a function of vectors f16 [m, d]: all rows, in order
     text_vectors: Fetch | None = None
     captions: Callable[[np.ndarray], list[str]] = _nothing
     centroids: Callable[[], np.ndarray] | None = None  # f32 [k, d]
@@ -104,6 +105,7 @@ class Frame:
     foreign: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]] = _nothing  # another EMB's vectors and uids
     lines: Callable[[str], list[str]] = _nothing  # of a text file
     embed_texts: Callable[[Sequence[str]], np.ndarray] = _nothing  # prompts to unit rows f32 [m, d], by their model
+    text_weights: dict[str, str] = field(default_factory=dict)  # their digest, where the embeddings do not say it
     stored: Callable[..., np.ndarray] = _compute  # what is made once: see ask/stored.py
     listed: Callable[[str], np.ndarray] = _nothing  # bool [n]: the rows whose uid a DataComp subset file has
     alive: np.ndarray = field(init=False)

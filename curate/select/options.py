@@ -15,6 +15,8 @@ class SelectOptions:
     n: Annotated[int | float | str, "How many rows the recipe keeps: 2000000, or a share such as 2%."] = ""
     seed: int = 0
     losses: Annotated[str, "RUN/losses of the trainer: gives steps the column `loss`."] = ""
+    model: Annotated[str, "The model that made the embeddings, where they do not say; steps with words ask it."] = ""
+    pretrained: Annotated[str, "Its tag, or a local checkpoint."] = ""
 
     def texts(self) -> list[str]:
         """Write out the steps. Raises: UsageError when steps and recipe, or steps and n, are both given."""

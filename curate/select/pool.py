@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate.ask.prompts import embed_texts
+from curate.ask import reading
+from curate.ask.prompts import embed_texts, other_weights
 from curate.ask.stored import stored_array
 from curate.errors import ContractError, UsageError
 from curate.select import computed_columns
@@ -304,16 +305,13 @@ class Pool:
         own = "source_uid" if "source_uid" in self._schema.names else "uid"
         return self._gather(own, np.bool_, partial(_is_listed, subset=np.unique(subset)))
 
-    def frame(self, seed: int) -> Frame:
-        """Make the frame that the steps see."""
+    def frame(self, seed: int, model: str = "", pretrained: str = "") -> Frame:
+        """Make the frame that the steps see. model, pretrained: for texts, where the embeddings name none."""
+        asked = other_weights(self.emb, model, pretrained)
         extra = extra_columns(self._schema)
         scored = any(column.null_count < len(column) for _, column in self._columns("clip_score"))
-        numbers = [
-            *NUMBERS,
-            *CAPTION,
-            *SIZES,
-            *(each for each in extra if self._schema.field(each).type == pa.float64()),
-        ]
+        numbers = [*NUMBERS, *CAPTION, *SIZES]
+        numbers += [each for each in extra if self._schema.field(each).type == pa.float64()]
         named = [*GROUPS, *extra]
         numbers += [LOSS] if self.losses is not None else []
         if self.clu is not None:
@@ -327,6 +325,7 @@ class Pool:
             edges=self.edges if self.clu is not None and paths.exists(self.clu.path(EDGES)) else None,
             floor=self.floor,
             vectors=self.vectors,
+            scored=lambda score: (scores for _, scores in reading.scored(self.emb, score)),
             hashes=self.hashes,
             details=self.details if "detail" in self._schema.names else None,
             writing=self.writing if "writing" in self._schema.names else None,
@@ -339,8 +338,9 @@ class Pool:
             shuffled=None if self.clu is None else self.clu.manifest.get("fit", {}).get("shuffled_clip_score"),
             foreign=self.foreign,
             compute=computed_columns.compute,
-            embed_texts=partial(embed_texts, self.emb),
-            stored=partial(stored_array, self.emb),
+            text_weights=asked,
+            embed_texts=partial(embed_texts, self.emb, model=model, pretrained=pretrained),
+            stored=lambda about, *made: stored_array(self.emb, {**about, **asked}, *made),
         )
 
 

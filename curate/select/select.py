@@ -54,14 +54,14 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
     parsed = catalogue.parse(texts)
     losses = open_input(options.losses, "losses") if options.losses else None
     pool = Pool(parent, losses)
-    frame = pool.frame(options.seed)
+    frame = pool.frame(options.seed, options.model, options.pretrained)
     for step in parsed:
         step.check(frame)
     recipe = "" if options.steps else options.recipe or recipes.DEFAULT
     output = open_output(
         out,
         "select",
-        {"steps": texts, "recipe": recipe, "seed": options.seed},
+        {"steps": texts, "recipe": recipe, "seed": options.seed} | frame.text_weights,
         {"clusters" if parent.command == "cluster" else "embeddings": parent}
         | ({"losses": losses} if losses is not None else {})
         | _read_besides(parsed),

@@ -1,14 +1,16 @@
 """Search, prompts, heads and probes, by the command line on the demo and against brute force on drawn vectors."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from artefacts import write_embeddings, write_pool
 from safetensors.numpy import save_file
 
-from curate.ask import find, heads, probe, prompts, stored
+from curate.ask import find, heads, probe, prompts, reading, stored
 from curate.errors import UsageError
 from curate.select import recipes
 from curate.storage import manifest, sidecar
@@ -54,6 +56,7 @@ def test_find_is_brute_force(home, tmp_path):
         assert [row["caption"] for row in rows] == [captions[i] for i in best]
         assert all(row["kept"] == (row["dropped_by"] is None) and "cluster" in row for row in rows)
     page = (tmp_path / "page.html").read_text()
+    assert f"less the highest to: {away[0]}" in page and 'class="card out"' in page
     assert page.count('class="mark"') == 14 and page.count("data:image/jpeg") == 14
 
 
@@ -88,7 +91,7 @@ def test_ties_go_by_row_order_in_any_blocks(seed, tmp_path, monkeypatch):
     scores = (x_nd @ query[0]).tolist()
     expected = sorted(range(80), key=lambda i: (-scores[i], i))[:25]
     for block in (7, 64):
-        monkeypatch.setattr(find, "BLOCK", block)
+        monkeypatch.setattr(reading, "BLOCK", block)
         found = find.nearest(embedded, query, np.empty((0, 8), np.float32), 25)[0]
         assert [(stem, row) for _, stem, row in found] == [("ab"[i // 40], i % 40) for i in expected]
 
@@ -195,6 +198,7 @@ def test_questions_that_cannot_be_asked(home, tmp_path):
     for words, told in (
         (["find", home / "emb"], "nothing is asked for"),
         (["find", home / "emb", " "], "a prompt is empty"),
+        (["find", home / "emb", "a huz and " * 99], "is longer than the"),
         (["find", home / "emb", "x", "--n", 0], "expected 1 to"),
         (["find", home / "emb", "--image", home / "none.jpg"], "does not exist"),
         (["find", home / "emb", "x", "--model", "ViT-B-32", "--pretrained", "none"], "--model NAME"),
@@ -209,6 +213,28 @@ def test_questions_that_cannot_be_asked(home, tmp_path):
     ):
         ended = curate(*words, check=False)
         assert ended.returncode == 2 and told in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
+
+
+def test_the_model_of_imported_vectors_is_named(home, tmp_path):
+    """The same vectors without their model: asked with it named, they answer as the embeddings that know it."""
+    x_nd, keys, captions = vectors_of(home / "emb")
+    (tmp_path / "source").mkdir()
+    np.save(tmp_path / "source" / "part.npy", x_nd.astype(np.float16))
+    pa.parquet.write_table(pa.table({"key": keys, "caption": captions}), tmp_path / "source" / "part.parquet")
+    curate("import", tmp_path / "source", tmp_path / "emb", "--layout", "npy")
+    told = json.loads(curate("find", tmp_path / "emb", "a large huz", "--n", 5, "--json", "--model", CLIP).stdout)
+    known = json.loads(curate("find", home / "emb", "a large huz", "--n", 5, "--json").stdout)
+    assert [row["key"] for row in told] == [row["key"] for row in known]
+    words = ["--step", 'top(prompt("a large huz"), 5)', "--json"]
+    refused = curate("select", tmp_path / "emb", tmp_path / "none", *words, check=False)
+    assert refused.returncode == 2 and "--model NAME --pretrained TAG" in refused.stderr
+    folder, weights = CLIP.removeprefix("local-dir:"), next(Path(CLIP.removeprefix("local-dir:")).glob("*.safetensors"))
+    made = curate("select", tmp_path / "emb", tmp_path / "sel", *words, "--model", folder, "--pretrained", weights)
+    kept = sidecar.table(str(tmp_path / "sel" / "part.arrow"))
+    assert sorted(kept.filter(kept["kept"])["key"].to_pylist()) == sorted(row["key"] for row in known)
+    assert json.loads(made.stdout)["options"]["text_weights"]
+    [about] = (tmp_path / "emb.columns").glob("*.json")  # a column of this model's, never another's
+    assert json.loads(about.read_text())["text_weights"] == json.loads(made.stdout)["options"]["text_weights"]
 
 
 def test_imported_vectors_know_no_model(tmp_path):

@@ -1,17 +1,21 @@
 """Questions to stored vectors, beside what they cannot do without: reading the vectors, and one product.
 
-    python tests/bench/concepts.py [--rows 1000000] [--dim 512] [--concepts 20000] [--matched ROWS] [--keep DIR]
+    OMP_NUM_THREADS=1 python tests/bench/concepts.py [--rows 1000000] [--dim 512] [--concepts 20000] [--matched ROWS]
+        [--cold] [--keep DIR]
 
-Draws f16 embeddings onto disk as scale.py does and times, in one process and in turns, each after the files were read
-once: reading all vectors (each block copied out of the mapped file and summed), `find` (one text, 50 rows), a column
-`prompt` of two texts, and the concepts that images show (five of 20,000 drawn texts) beside the bare f32 product of the
-same vectors. --matched takes the first rows alone for the last, which costs hours at a million on two cores; both sides
-of its ratio grow with the rows. Reports medians of the ratios. On a busy machine only ratios say something. Writes
-results/concepts.json.
+Draws f16 embeddings onto disk as scale.py does and times, in one process and in turns: reading all vectors (each block
+copied out of the mapped file into one buffer), `find` of one text and of four (50 rows each), a column `prompt` of two
+texts, a linear head; and the concepts that images show (five of 20,000 drawn texts) beside the bare f32 product of the
+same vectors. The files lie in memory, or with --cold are dropped from it before each reading, which then is the disk's.
+--matched takes the first rows alone for the concepts, which cost hours at a million on two cores; both sides of the
+ratio grow with the rows. Reports the medians of the ratios of one round and the ratio of the least times, by the clock
+and by processor time (of all threads, the one that reads ahead among them): on a busy machine the clock says little.
+Writes results/concepts.json, with --cold results/concepts_cold.json.
 """
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -26,7 +30,7 @@ sys.path[:0] = [str(ROOT / "tests" / "bench"), str(ROOT)]
 
 from scale import draw  # noqa: E402
 
-from curate.ask import find, matches, prompts  # noqa: E402
+from curate.ask import find, heads, matches, prompts, reading  # noqa: E402
 from curate.select.pool import Pool  # noqa: E402
 from curate.storage import manifest  # noqa: E402
 from curate.vectors.exact import widen  # noqa: E402
@@ -39,45 +43,61 @@ def texts(number, dim, seed=0):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-def read_all(embedded):
+def read_all(embedded, dim):
     """Copy every vector out of its file: what any pass over the vectors costs at least."""
-    total = 0
-    for _, _, x_nd, _ in find.blocks(embedded):
-        total += int(np.array(x_nd).view(np.uint16)[:, 0].sum())
-    return total
+    buffer = np.empty((reading.BLOCK, dim), np.float16)
+
+    def copy(x_nd):  # over one another: nobody looks at them
+        np.copyto(buffer[: len(x_nd)], x_nd)
+
+    for _ in reading.scored(embedded, copy):
+        pass
 
 
-def ask_column(embedded, pool, rows, asked):
-    return prompts.in_blocks(pool.vectors, rows, lambda x: prompts.text_shares(x @ asked.T))
+def column(embedded, score):
+    return np.concatenate([scores for _, scores in reading.scored(embedded, score)])
 
 
 def bare_product(pool, rows, concepts):
     """Multiply the rows with the concepts in the panels that matching takes, and do nothing with the result."""
     across = np.ascontiguousarray(concepts.T)
+    buffer = matches.panel_buffer(min(len(rows), matches.READ_ROWS), len(concepts))
     for first in range(0, len(rows), matches.READ_ROWS):
         x_nd = widen(pool.vectors(rows[first : first + matches.READ_ROWS]))
         for part in matches._panels(len(x_nd), len(concepts)):
-            x_nd[part] @ across
+            np.matmul(x_nd[part], across, out=buffer[: part.stop - part.start])
 
 
-def timed(work):
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def drop(embedded):
+    """Drop the files from memory, so that they are read from the disk."""
+    for stem in embedded.stems:
+        with open(embedded.path(f"{stem}.arrow"), "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def beside(floor, others, rounds):
-    """Time the floor and others in turns. Returns the floor's seconds, and each other's, all of the rounds."""
-    seconds = {"floor": [], **{name: [] for name in others}}
+def beside(floor, others, rounds, before=lambda: None):
+    """Time the floor and others in turns: of each, a list of (clock, processor time) in seconds."""
+    found = {"floor": [], **{name: [] for name in others}}
     for _ in range(rounds):
         for name, work in {"floor": floor, **others}.items():
-            seconds[name].append(timed(work))
-    return seconds
+            before()
+            started, spent = time.perf_counter(), time.process_time()
+            work()
+            found[name].append((time.perf_counter() - started, time.process_time() - spent))
+    return {name: np.round(taken, 4).tolist() for name, taken in found.items()}
 
 
 def ratios(seconds):
-    floor = np.array(seconds["floor"])
-    return {name: round(float(np.median(np.array(took) / floor)), 3) for name, took in seconds.items()}
+    taken = {name: np.array(each) for name, each in seconds.items()}
+    floor = taken.pop("floor")
+    found = {}
+    for place, name in enumerate(("clock", "processor")):
+        own = floor[:, place]
+        for each, all_of in taken.items():
+            x = all_of[:, place]
+            told = {"median": round(float(np.median(x / own)), 2), "least": round(float(x.min() / own.min()), 2)}
+            found.setdefault(each, {})[name] = told
+    return found
 
 
 def main():
@@ -88,6 +108,7 @@ def main():
     parser.add_argument("--concepts", type=int, default=20_000)
     parser.add_argument("--matched", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--keep", default="")
     given = parser.parse_args()
     home = Path(given.keep or tempfile.mkdtemp())
@@ -99,39 +120,46 @@ def main():
         if not given.keep:
             shutil.rmtree(home)
     print(json.dumps(result, indent=1))
-    (ROOT / "tests" / "bench" / "results" / "concepts.json").write_text(json.dumps(result, indent=1) + "\n")
+    name = "concepts_cold.json" if given.cold else "concepts.json"
+    (ROOT / "tests" / "bench" / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure(given, embedded):
-    pool = Pool(embedded)
-    good = np.flatnonzero(pool.status_rows("ok"))
-    one, two, many = (texts(number, given.dim) for number in (1, 2, given.concepts))
+    one, two, four, many = (texts(number, given.dim) for number in (1, 2, 4, given.concepts))
     none = np.empty((0, given.dim), np.float32)
-    read_all(embedded)
-    reading = beside(
-        lambda: read_all(embedded),
-        {
-            "find": lambda: find.nearest(embedded, one, none, 50),
-            "prompt": lambda: ask_column(embedded, pool, good, two),
-        },
-        given.rounds,
-    )
-    some = good[: given.matched or len(good)]
-
-    def match():
-        cut = matches.read_cut(pool.vectors, some, many)
-        matches.match(pool.vectors, some, many, cut, 5)
-
-    matching = beside(lambda: bare_product(pool, some, many), {"concepts": match}, given.rounds)
-    words = [f"--{name} {getattr(given, name)}" for name in ("rows", "dim", "concepts", "matched", "rounds")]
-    return {
-        "command": f"python tests/bench/concepts.py {' '.join(words)}",
-        "date": str(date.today()),
-        "versions": manifest.versions("numpy", "pyarrow"),
-        "times_of_reading": ratios(reading),
-        "times_of_product": ratios(matching) | {"rows": len(some)},
-        "seconds": {"reading": reading, "matching": matching},
+    head = heads.Head(((one, np.zeros(1, np.float32)),), "none", "none", ())
+    asked = {
+        "find": lambda: find.nearest(embedded, one, none, 50),
+        "find 4 texts": lambda: find.nearest(embedded, four, none, 50),
+        "prompt": lambda: column(embedded, lambda x: prompts.text_shares(x, two)),
+        "head": lambda: column(embedded, head.apply),
     }
+    read_all(embedded, given.dim)
+    before = (lambda: drop(embedded)) if given.cold else lambda: None
+    seconds = beside(lambda: read_all(embedded, given.dim), asked, given.rounds, before)
+    numbers = [f"--{name} {getattr(given, name)}" for name in ("rows", "dim", "concepts", "matched", "rounds")]
+    words = " ".join([*numbers, *(["--cold"] if given.cold else [])])
+    result = {
+        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python tests/bench/concepts.py {words}",
+        "date": str(date.today()),
+        "versions": manifest.versions("numpy", "pyarrow", "torch"),
+        "busy": os.getloadavg()[0],
+        "rows": sum(embedded.rows.values()),
+        "times_of_reading": ratios(seconds),
+        "seconds": {"reading": seconds},
+    }
+    if not given.cold:
+        result |= match_beside_product(given, embedded, many, result["seconds"])
+    return result
+
+
+def match_beside_product(given, embedded, concepts, seconds):
+    pool = Pool(embedded)
+    rows = np.flatnonzero(pool.status_rows("ok"))[: given.matched or None]
+    cut = matches.read_cut(pool.vectors, rows, concepts)  # a sample of 4,096 rows, whatever the pool
+    work = {"concepts": lambda: matches.match(pool.vectors, rows, concepts, cut, 5)}
+    seconds["matching"] = beside(lambda: bare_product(pool, rows, concepts), work, given.rounds)
+    return {"times_of_product": ratios(seconds["matching"]) | {"rows": len(rows), "columns": len(concepts)}}
 
 
 if __name__ == "__main__":
