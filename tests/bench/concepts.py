@@ -1,6 +1,6 @@
 """Questions to stored vectors, beside what they cannot do without: reading the vectors, and one product.
 
-    OMP_NUM_THREADS=1 python tests/bench/concepts.py [--rows 1000000] [--dim 512] [--concepts 20000] [--matched ROWS]
+    python tests/bench/concepts.py [--rows 1000000] [--dim 512] [--concepts 20000] [--matched ROWS]
         [--cold] [--keep DIR]
 
 Draws f16 embeddings onto disk as scale.py does and times, in one process and in turns: reading all vectors (each block
@@ -140,7 +140,7 @@ def measure(given, embedded):
     numbers = [f"--{name} {getattr(given, name)}" for name in ("rows", "dim", "concepts", "matched", "rounds")]
     words = " ".join([*numbers, *(["--cold"] if given.cold else [])])
     result = {
-        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python tests/bench/concepts.py {words}",
+        "command": f"python tests/bench/concepts.py {words}",
         "date": str(date.today()),
         "versions": manifest.versions("numpy", "pyarrow", "torch"),
         "busy": os.getloadavg()[0],
