@@ -123,20 +123,38 @@ def test_balance_among_the_best_shares_the_budget_out_over_these_alone():
 
 
 def test_dedup_with_a_budget_spares_the_best_copies_where_fewer_rows_match():
-    """60 pictures, the last 20 under captions as good as shuffled, and 40 copies of the first."""
+    """1,200 pictures, the last third under captions as good as shuffled, and 800 copies of the first."""
+    row = np.arange(2000)
+    source = np.where(row < 1200, row, row - 1200)
+    scores = np.where(source < 800, 0.8 - row / 20_000, 0.1 + 0.0005 * (source - 800)).astype(np.float32)
+    pairs = row[1200:] - 1200, row[1200:], np.full(800, 0.99, np.float32), np.full(800, 255, np.uint8)
+
+    def kept(shuffled, budget=1000, text_vectors=lambda rows: rows):
+        frame = frame_of(2000, clip_score=scores, centroid_similarity=-row / 2000)
+        frame.edges, frame.floor = (lambda: pairs), 0.8
+        frame.shuffled, frame.text_vectors = shuffled, text_vectors
+        verdict = catalogue.parse([f'dedup(0.9, keep="near", budget={budget})'])[0].run(frame)
+        assert verdict.keep[:1200].all()
+        spared = np.flatnonzero(verdict.keep[1200:])
+        assert len(spared) == verdict.estimates.get("copies_spared", 0)
+        return spared.tolist()
+
+    weak, strong = np.linspace(0.1, 0.3, 101), np.linspace(-0.3, -0.1, 101)
+    spared = kept(weak)  # between 600 of the 1,200, half as many again as mismatch, and twice the least that do
+    assert 200 < len(spared) <= 400 and spared == list(range(len(spared)))
+    assert kept(strong) == [] and kept(weak, budget=500) == [] and kept(weak, text_vectors=None) == []
+
+
+def test_few_scores_spare_no_copies():
+    """60 pictures, 20 under captions as good as shuffled, say too little of how many match."""
     row = np.arange(100)
     source = np.where(row < 60, row, row - 60)
     scores = np.where(source < 40, 0.8 - row / 1000, 0.1 + 0.01 * (source - 40)).astype(np.float32)
     frame = frame_of(100, clip_score=scores, centroid_similarity=-row / 100)
     pairs = row[60:] - 60, row[60:], np.full(40, 0.99, np.float32), np.full(40, 255, np.uint8)
     frame.edges, frame.floor = (lambda: pairs), 0.8
-    for shuffled, spared in ((np.linspace(0.1, 0.3, 101), 20), (np.linspace(-0.3, -0.1, 101), 0)):
-        frame.shuffled, frame.text_vectors = shuffled, lambda rows: rows
-        verdict = catalogue.parse(['dedup(0.9, keep="near", budget=50)'])[0].run(frame)
-        assert verdict.keep[:60].all() and verdict.keep.sum() == 60 + verdict.estimates.get("copies_spared", 0)
-        assert set(np.flatnonzero(verdict.keep[60:])) == set(range(spared))
-    frame.text_vectors = None
-    assert catalogue.parse(["dedup(0.9, keep='near', budget=50)"])[0].run(frame).keep.sum() == 60
+    frame.shuffled, frame.text_vectors = np.linspace(0.1, 0.3, 101), lambda rows: rows
+    assert catalogue.parse(['dedup(0.9, keep="near", budget=50)'])[0].run(frame).keep.sum() == 60
 
 
 def test_cap_keeps_at_most_n_of_a_group_by_chance_or_by_value():

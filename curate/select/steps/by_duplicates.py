@@ -22,6 +22,7 @@ from curate.select.steps.unrelated_captions import are_unrelated
 from curate.vectors import forest
 
 SPARED_AT = 1.5  # times the mismatched share: from there on a copy that matches is worth more (pipelines/LOG.md)
+SURELY = 2  # times the least share that the scores allow
 LEAST_CAPTIONS = 3  # from which on a picture's captions can have nothing to do with one another
 
 
@@ -79,16 +80,18 @@ def dedup(
 def _spare(frame: Frame, copies: np.ndarray, budget: int) -> np.ndarray:
     """Say which copies stay since the budget asks for more rows than match, bool [copies]. copies: i64, rows.
 
-    Of the rows without copies, SPARED_AT times the share that mismatch would estimate is not counted on. None stays
-    where there are no scores to tell by.
+    Of the rows without copies, SPARED_AT times the share that mismatch would estimate is not counted on, but at most
+    SURELY times the lower end of its interval: weak scores on a small pool say little. None stays where there are no
+    scores to tell by.
     """
     spared = np.zeros(len(copies), bool)
     if frame.shuffled is None or frame.text_vectors is None:
         return spared
     scores = frame.column("clip_score")
     left = frame.alive & ~frame.mask(copies)
-    share, _ = auto_threshold.mismatch_share(scores[left & ~np.isnan(scores)], np.asarray(frame.shuffled))
-    lacking = budget - round((1 - SPARED_AT * share) * int(left.sum()))
+    share, facts = auto_threshold.mismatch_share(scores[left & ~np.isnan(scores)], np.asarray(frame.shuffled))
+    doubtful = min(SPARED_AT * share, SURELY * facts.get("share_from", 0.0))
+    lacking = budget - round((1 - doubtful) * int(left.sum()))
     return highest(scores[copies], ~spared, max(0, min(lacking, len(copies))))
 
 
