@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from toys import picture
+from toys import assert_serves_the_ids_of_training, picture
 
 import pipelines
 from curate.run import pipeline
 from train import config as configuration
-from train.data.prompts import parse, to_messages
-from train.data.sources import decode_image, encode, open_source
 from train.errors import Interrupted, UsageError
 from train.eval.generate import ask
 from train.model.compose import blueprint, compose, limits
@@ -119,14 +117,7 @@ def test_a_row_goes_from_pixels_to_an_answer(name, world, tmp_path, monkeypatch)
     assert not info["missing_keys"] and set(info["unexpected_keys"]) <= spare
     composed = compose(options.model)
     encoder = make_encoder(composed, options.model, options.finetune)
-    source = open_source(str(world / "mixed"))
-    for index in range(5):
-        record, encoded = encode(source, encoder, index, 1024)
-        messages = to_messages(parse(record.conversations, len(record.images)))
-        images = [decode_image(source.image_bytes(location)) for location in record.images]
-        text = processor.apply_chat_template(messages)
-        ids = processor(text=text, images=images or None, return_tensors="np", add_special_tokens=False)["input_ids"]
-        assert ids[0].tolist() == encoded.ids.tolist()
+    assert_serves_the_ids_of_training(processor, world / "mixed", encoder, 5, 1024)
     ids = torch.tensor([[1, *[composed.image_id] * composed.vision.tokens_per_image, 260, 40, 41]])
     size = composed.vision.image_size
     pixels = torch.randint(0, 255, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

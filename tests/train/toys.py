@@ -153,16 +153,14 @@ def write_json(folder: Path, num: int) -> Path:
     return folder / "data.json"
 
 
-def assert_serves_the_ids_of_training(model: Path, data: Path, encoder, num: int) -> None:
-    """What the exported processor makes of the first samples, rendered by its own template, is what was learnt from."""
-    from transformers import AutoProcessor
-
+def assert_serves_the_ids_of_training(processor, data: Path, encoder, num: int, max_length: int = 64) -> None:
+    """What an exported processor makes of the first samples, rendered by its own template, is what was learnt from."""
     from train.data.prompts import parse, to_messages
     from train.data.sources import decode_image, encode, open_source
 
-    processor, source = AutoProcessor.from_pretrained(model), open_source(str(data))
+    source = open_source(str(data))
     for index in range(num):
-        record, encoded = encode(source, encoder, index, 64)
+        record, encoded = encode(source, encoder, index, max_length)
         messages = to_messages(parse(record.conversations, len(record.images)))
         images = [decode_image(source.image_bytes(location)) for location in record.images]
         text = processor.apply_chat_template(messages)

@@ -120,9 +120,11 @@ def test_head_is_named_under_the_language_model():
 
 
 def test_the_processor_gives_the_ids_of_training(world, model):
+    from transformers import AutoProcessor
+
     options = configuration.load(str(world / "config.toml"))
     encoder = make_encoder(compose(options.model), options.model, options.finetune)
-    assert_serves_the_ids_of_training(model, world / "mixed", encoder, 5)
+    assert_serves_the_ids_of_training(AutoProcessor.from_pretrained(model), world / "mixed", encoder, 5)
 
 
 def test_the_adapter_loads_in_peft(world, run):

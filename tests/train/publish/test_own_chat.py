@@ -41,9 +41,11 @@ def test_it_is_the_default_and_the_manifest_says_so(made):
 
 
 def test_the_export_serves_the_ids_of_training(made, world):
+    from transformers import AutoProcessor
+
     options, home = made
     encoder = make_encoder(compose(options.model), options.model, options.finetune)
-    assert_serves_the_ids_of_training(home / "model", world / "mixed", encoder, 5)
+    assert_serves_the_ids_of_training(AutoProcessor.from_pretrained(home / "model"), world / "mixed", encoder, 5)
     parts = export(home / "model", home / "parts", dtype="fp32", parts=True)
     assert parts and (home / "parts" / "language_model" / "chat_template.jinja").read_text() == TEMPLATE
 
