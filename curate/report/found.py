@@ -8,11 +8,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from curate.ask.find import Hit
-from curate.emit.kept_samples import Samples
-from curate.errors import UsageError
-from curate.report.gallery import MAX_CAPTION, Card, read_pictures
+from curate.report.gallery import MAX_CAPTION, Card, open_samples, read_pictures
 from curate.report.report import render
-from curate.storage import tar
 from curate.storage.manifest import Artefact
 
 
@@ -31,14 +28,10 @@ def page(embedded: Artefact, found: Mapping[str, Sequence[Hit]], directory: str,
             by_stem[hit.stem].append(card)
             shown.append((card, verdict(hit)))
         groups.append({"question": question, "cards": shown})
-    try:
-        tars = {shard.stem: shard for shard in tar.list_pool(embedded.input_path("pool"))}
-        trouble = ""
-    except (KeyError, UsageError):
-        tars, trouble = {}, "The pool is not where it was when it was embedded, so there are no pictures here."
+    samples, trouble = open_samples(embedded)
     spent = 0
     for stem, cards in by_stem.items():
-        spent = read_pictures(Samples(embedded, tars), stem, sorted(cards, key=lambda card: card.row), spent)
+        spent = read_pictures(samples, stem, sorted(cards, key=lambda card: card.row), spent)
     return render({"title": directory, "groups": groups, "trouble": trouble, "without": without}, "found")
 
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from curate.embed import images
 from curate.emit.kept_samples import Samples
+from curate.errors import UsageError
 from curate.report import concepts
 from curate.select import cluster_shares
 from curate.storage import manifest, tar
@@ -27,6 +28,7 @@ MAX_PIXELS = 40_000_000
 MAX_CAPTION = 280
 MAX_BYTES = 12 << 20
 MAX_SAME_TWIN = 2
+GONE = "The pool is not where it was when it was embedded, so there are no pictures here."
 LOST = "not in the pool any more"
 TROUBLES = {"shard_missing": LOST, "gone": LOST, "changed": "another image by now"}
 
@@ -58,15 +60,19 @@ class Card:
 class Gallery:
     """The rows that may be shown: parallel arrays over sampled shards. reason: -1 kept, else an index of `reasons`."""
 
-    embedded: manifest.Artefact
+    samples: Samples
     selection: manifest.Artefact | None
     clusters: manifest.Artefact | None
-    tars: dict[str, tar.Shard]
     seed: int
     stems: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     cards: dict[Place, Card] = field(default_factory=dict)
+
+    @property
+    def embedded(self) -> manifest.Artefact:
+        """The embeddings whose rows may be shown."""
+        return self.samples.embedded
 
     def read_columns(self) -> None:
         """Read the scalar columns of the sampled shards."""
@@ -218,7 +224,7 @@ class Gallery:
         for stem in sorted({stem for stem, _ in self.cards}):
             cards = sorted((card for card in self.cards.values() if card.stem == stem), key=lambda card: card.row)
             self._read_facts(stem, cards)
-            spent = read_pictures(Samples(self.embedded, self.tars), stem, cards, spent)
+            spent = read_pictures(self.samples, stem, cards, spent)
         return spent
 
     def _read_facts(self, stem: str, cards: Sequence[Card]) -> None:
@@ -244,6 +250,17 @@ class Gallery:
         if source is None:
             return [{}] * len(rows)
         return list(source.table(stem, columns).take(rows).to_pylist())
+
+
+def open_samples(embedded: manifest.Artefact) -> tuple[Samples, str]:
+    """Join embeddings to the tars of their pool; where it is gone, to none, and say so."""
+    try:
+        listed = tar.list_pool(embedded.input_path("pool"))
+    except (KeyError, UsageError):
+        return Samples(
+            embedded, {}
+        ), "The pool is not where it was when it was embedded, so there are no pictures here."
+    return Samples(embedded, {shard.stem: shard for shard in listed}), ""
 
 
 def read_pictures(samples: Samples, stem: str, cards: Sequence[Card], spent: int) -> int:

@@ -20,9 +20,9 @@ from markupsafe import Markup
 from curate import engine
 from curate.errors import UsageError
 from curate.report import ablation_tables, cluster_map, concepts, duplicates, provenance, sections, threshold_sliders
-from curate.report.gallery import Gallery
+from curate.report.gallery import Gallery, open_samples
 from curate.report.options import ReportOptions
-from curate.storage import manifest, paths, tar
+from curate.storage import manifest, paths
 from curate.storage.schema import STATUSES
 
 KEPT, DROPPED, TWINS, BAD, CLUSTER_CARDS, CLUSTER_KEPT = 28, 14, 12, 7, 7, 3
@@ -186,13 +186,9 @@ def _gallery(artefacts: Artefacts, seed: int) -> tuple[Gallery | None, list[str]
     """Open the rows that may be shown, and say why there are none or no pictures."""
     if artefacts.embedded is None:
         return None, []
-    troubles, tars = [], {}
-    try:
-        pool = artefacts.embedded.input_path("pool")
-        tars = {shard.stem: shard for shard in tar.list_pool(pool)}
-    except (KeyError, UsageError):
-        troubles.append("The pool is not where it was when it was embedded, so there are no pictures here.")
-    gallery = Gallery(artefacts.embedded, artefacts.selection, artefacts.clusters, tars, seed)
+    samples, trouble = open_samples(artefacts.embedded)
+    troubles = [trouble] if trouble else []
+    gallery = Gallery(samples, artefacts.selection, artefacts.clusters, seed)
     gallery.read_columns()
     if len(gallery.stems) < len(artefacts.embedded.stems):
         troubles.append(
