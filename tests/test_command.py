@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import typer
+from warm import Command
 
 from curate.command import Run
 from curate.engine import Job
@@ -66,3 +67,9 @@ def test_a_retry_is_advised_where_it_may_help(passing, expected, capsys):
     with pytest.raises(typer.Exit) as end:
         Run("emit", Job(passing=passing)).make("out", lambda job: {"failed": {"a": "no", "b": "no"}})
     assert end.value.exit_code == 1 and capsys.readouterr().err.strip() == expected
+
+
+def test_commands_of_tests_start_with_both_programs_imported(tmp_path):
+    (tmp_path / "look.py").write_text("import sys\nprint(*({'curate.command', 'train.data.prompts'} - {*sys.modules}))")
+    looked = Command(tmp_path / "look.py", cwd=tmp_path)
+    assert (looked.wait(), looked.stdout.split()) == (0, [])

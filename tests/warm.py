@@ -87,10 +87,14 @@ def serve():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.path[0] = str(ROOT)  # as it stands, `train` would be the folder of that name beside this file
     parts = [path.relative_to(ROOT).with_suffix("").parts for name in PROGRAMS for path in (ROOT / name).rglob("*.py")]
     for name in (*LIBRARIES.split(), *(".".join(each) for each in parts if each[-1][:2] != "__")):
-        with contextlib.suppress(ImportError):  # of what is not installed
+        try:
             importlib.import_module(name)
+        except ImportError as error:  # of what is not installed
+            if (error.name or name).split(".")[0] in PROGRAMS:
+                raise
     one_worker()
     gc.freeze()
     for line in sys.stdin:
