@@ -141,7 +141,7 @@ def test_mix(call, tmp_path):
 
 def test_demo(call, tmp_path):
     words = ["demo", tmp_path / "demo", "--rows", 40, "--shards", 2, "--dirt", "clean", "--seed", 3, "--workers", 1]
-    words = [*words, "--json", "--verbose", "--overwrite"]
+    words = [*words, "--instruct", 3, "--tests", 1, "--caption-tests", 1, "--json", "--verbose", "--overwrite"]
     assert call(*words, "--dry-run")[0] == 0 and not (tmp_path / "demo").exists()
     code, out = call(*words)
     options = json.loads(out)["options"]

@@ -11,7 +11,7 @@ class DemoOptions:
     rows: Annotated[int, "Samples in the pool."] = 12_000
     seed: int = 0
     shards: Annotated[int, "Tars in the pool."] = 6
-    dirt: Annotated[str, "dirty, half or clean: how many faults are planted."] = "dirty"
-    instruct: int = 3_000
-    tests: int = 4
-    caption_tests: int = 0
+    dirt: Annotated[str, "dirty, half, clean or legible: which faults are planted."] = "dirty"
+    instruct: Annotated[int, "Pictures with questions to tune on, and as many texts without a picture."] = 3_000
+    tests: Annotated[int, "Held-out pictures a concept, with a question of each kind."] = 4
+    caption_tests: Annotated[int, "Held-out pictures a concept of which only the caption is asked."] = 0
