@@ -314,9 +314,16 @@ def differing_bits(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def nearest_similarity(x_nd: np.ndarray, targets_md: np.ndarray, block: int = 4096) -> np.ndarray:
-    """Find each row's highest cosine to any target, f32 [n]; -1 without targets. Rows and targets are unit vectors."""
-    best = np.full(len(x_nd), -1, np.float32)
-    rows = widen(x_nd)
+    """Find each row's highest cosine to any target, f32 [n]; -1 without targets. Rows and targets are unit vectors.
+
+    Both f16 or f32. On a GPU where there is one.
+    """
+    import torch
+
+    on = on_device.device() or "cpu"
+    best = torch.full((len(x_nd),), -1.0, device=on)
+    rows = torch.tensor(x_nd, device=on).float()
     for first in range(0, len(targets_md), block):
-        np.maximum(best, (rows @ widen(targets_md[first : first + block]).T).max(axis=1), out=best)
-    return best
+        targets = torch.tensor(targets_md[first : first + block], device=on).float()
+        torch.maximum(best, (rows @ targets.T).amax(dim=1), out=best)
+    return np.asarray(best.cpu().numpy())

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.select.steps import coverage, pair_scores
+from curate.vectors import on_device
+from house import GPU
 
 
 def unit(x):
@@ -218,6 +220,18 @@ def test_the_negative_clip_loss_is_the_mean_over_random_batches():
         image.__getitem__, text.__getitem__, rows, rng(), temperature=0.05, batch_size=size, batches=4
     )
     np.testing.assert_allclose(found, expected / 4, atol=2e-5)
+
+
+@pytest.mark.parametrize("on", ["cpu", pytest.param(GPU, marks=pytest.mark.gpu)])
+def test_scores_of_pairs_are_computed_on_the_device(monkeypatch, on):
+    monkeypatch.setattr(on_device, "device", lambda: on)
+    image, text = (cloud(seed, 300, dim=16)[0].astype(np.float16) for seed in (0, 1))
+    found = pair_scores.neg_clip_loss(image.__getitem__, text.__getitem__, np.arange(300), rng(), temperature=0.05)
+    np.testing.assert_allclose(
+        found, slow_neg_clip_loss(unit(image.astype(float)), unit(text.astype(float)), 0.05), atol=2e-5
+    )
+    nearest = pair_scores.norm_sim(image.__getitem__, np.arange(300), iter([text[:200], text[200:]]))
+    np.testing.assert_allclose(nearest, (image.astype(float) @ text.astype(float).T).max(axis=1), atol=1e-6)
 
 
 def test_a_caption_that_fits_everything_scores_below_its_cosine():

@@ -7,7 +7,8 @@ pair keeps a high score only if it matches better than chance company does.
 
 NormSim: how near an image is to a target set, the p-norm of its cosines to all targets; p = inf is the nearest one.
 
-Numerics on unit vectors; `fetch` returns the vectors of some rows, f16 or f32 [m, d] (an array's `x.__getitem__`).
+Numerics on unit vectors; products are computed on a GPU where there is one, and a score's last bits may differ there.
+`fetch` returns the vectors of some rows, f16 or f32 [m, d] (an array's `x.__getitem__`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from curate.select.frame import Fetch
+from curate.vectors import on_device
 from curate.vectors.exact import widen
 from curate.vectors.kmeans import unit_rows
 from curate.vectors.near_pairs import nearest_similarity
@@ -58,25 +60,24 @@ def neg_clip_loss(
 
 
 def _batch_scores(image_bd: np.ndarray, text_bd: np.ndarray, temperature: float) -> np.ndarray:
-    """Score the pairs of one batch, f64 [b], block by block of the b x b matrix.
+    """Score the pairs of one batch, f64 [b], block by block of the b x b matrix, on a GPU where there is one.
 
     As no cosine is above 1, exp((cosine - 1) / temperature) does not overflow and, in f64 and from LEAST_TEMPERATURE
     on, does not vanish: one exponential serves the sums of rows and of columns.
     """
-    image, text = unit_rows(widen(image_bd)), unit_rows(widen(text_bd))
-    size = len(image)
-    matched = np.einsum("nd,nd->n", image, text, dtype=np.float64)
-    by_image, by_text = np.empty(size), np.zeros(size)
-    text_db = np.ascontiguousarray(text.T)
-    space = np.empty((min(BLOCK, size), size))
-    for first in range(0, size, BLOCK):
-        cosines = image[first : first + BLOCK] @ text_db
-        weights = np.subtract(cosines, 1, out=space[: len(cosines)])
-        weights *= 1 / temperature
-        np.exp(weights, out=weights)
-        by_image[first : first + BLOCK] = weights.sum(axis=1)
-        by_text += weights.sum(axis=0)
-    return np.asarray(matched - 1 - temperature / 2 * (np.log(by_image) + np.log(by_text)))
+    import torch
+
+    on = on_device.device() or "cpu"
+    image, text = (torch.from_numpy(unit_rows(widen(x))).to(on) for x in (image_bd, text_bd))
+    matched = (image.double() * text.double()).sum(dim=1)
+    by_image, by_text = torch.empty_like(matched), torch.zeros_like(matched)
+    for first in range(0, len(image), BLOCK):
+        block = slice(first, first + BLOCK)
+        weights = (image[block] @ text.T).double().sub_(1).mul_(1 / temperature).exp_()
+        by_image[block] = weights.sum(dim=1)
+        by_text += weights.sum(dim=0)
+    scores = matched - 1 - temperature / 2 * (by_image.log() + by_text.log())
+    return np.asarray(scores.cpu().numpy())
 
 
 def norm_sim(fetch: Fetch, rows: np.ndarray, targets: Iterable[np.ndarray], p: float = np.inf) -> np.ndarray:
