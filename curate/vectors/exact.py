@@ -9,6 +9,8 @@ number of threads and processor.
 Shapes: x_nd f16 [n, d]. Cost: d multiplications a pair, in f32 for listed pairs and in f64 for whole blocks.
 """
 
+import sys
+
 import numpy as np
 
 EXACT_ROWS = 512  # pairs computed at once: both sides stay in the cache
@@ -17,6 +19,8 @@ EXACT_ROWS = 512  # pairs computed at once: both sides stay in the cache
 def widen(x_nd: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Convert finite f16 to f32, exactly, at four times the speed of `astype`; f32 passes through.
 
+    Where PyTorch is loaded anyway it converts, in one pass over memory instead of three; to the same bytes.
+
     out: f32, of the same shape, into which to write; its memory need not be fetched anew each time.
 
     Shifts sign, exponent and fraction to their places in an f32, then multiplies by 2 ** 112, the ratio of the two
@@ -24,12 +28,16 @@ def widen(x_nd: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """
     if x_nd.dtype != np.float16:
         return x_nd.astype(np.float32, copy=False)
-    bits = np.empty(x_nd.shape, np.int32) if out is None else out.view(np.int32)
-    np.copyto(bits, x_nd.view(np.int16))
-    np.left_shift(bits, 13, out=bits)
+    out = np.empty(x_nd.shape, np.float32) if out is None else out
+    if "torch" in sys.modules and x_nd.flags.c_contiguous and x_nd.flags.writeable:
+        import torch
+
+        torch.from_numpy(out).copy_(torch.from_numpy(x_nd))
+        return out
+    bits = out.view(np.int32)
+    np.left_shift(x_nd.view(np.int16), 13, out=bits, dtype=np.int32)
     np.bitwise_and(bits, np.int32(-0x70000001), out=bits)  # the sign extension fills the three bits above the exponent
-    wide = bits.view(np.float32)
-    return np.multiply(wide, np.float32(2.0**112), out=wide)
+    return np.multiply(out, np.float32(2.0**112), out=out)
 
 
 def exact_cosines(x_nd: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

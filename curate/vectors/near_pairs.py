@@ -30,7 +30,8 @@ TILE = 512
 PANEL = 1 << 15  # rows that are prepared for the fast product at a time
 SMALL = 4  # up to so many rows all pairs are decided exactly at once
 MEDIUM = 256  # up to so many rows a group is screened in f32, with others of its size
-MEDIUM_ROWS = 1 << 10  # rows of such groups that are multiplied together: they stay in the cache
+MEDIUM_ROWS = 1 << 12  # rows of such groups whose products are looked at together
+CACHED = 1 << 17  # numbers of such groups that are widened and multiplied together: they stay in the cache
 STEP = 4  # to a multiple of which such groups are filled up, so that many have one size
 DENSE = 1 / 32  # share of a tile's pairs from which multiplying it exactly costs less than deciding them one by one
 CENTRE_SAMPLE = 64  # rows of a group whose mean is taken for its centre
@@ -198,30 +199,34 @@ def _compare_medium_groups(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Compare each of the groups of SMALL + 1 … MEDIUM rows with itself, those of like size in one batched product.
 
-    Yields as `_compare_groups`. Groups are filled up with rows of zeros to a multiple of STEP rows: a tile on the
+    Yields as `_compare_groups`. Groups are filled up to a multiple of STEP rows, with their last row: a tile on the
     diagonal of g groups is [g, m, m].
     """
     sizes = np.diff(bounds)
     widths = np.where((sizes > SMALL) & (sizes <= MEDIUM), -(-sizes // STEP) * STEP, 0)
     # Memory that is fetched anew for each product costs as much as the product.
-    halves, space = (np.empty((MEDIUM_ROWS, x_nd.shape[1]), dtype) for dtype in (x_nd.dtype, np.float32))
+    dim = x_nd.shape[1]
+    halves, space = (np.empty((max(MEDIUM, CACHED // dim), dim), dtype) for dtype in (x_nd.dtype, np.float32))
     for width in np.unique(widths[widths > 0]).tolist():
         groups = np.flatnonzero(widths == width)
-        at_once = MEDIUM_ROWS // width
+        at_once, together, places = MEDIUM_ROWS // width, max(1, CACHED // (width * dim)), np.arange(width)
         tiles = np.empty((at_once, width, width), np.float32)
         for first in range(0, len(groups), at_once):
             here = groups[first : first + at_once]
             starts, size, own = bounds[here], sizes[here], members[here]
-            places = np.arange(width)
-            filling = np.flatnonzero((places >= size[:, None]).ravel())
-            taken = rows[(starts[:, None] + np.minimum(places, size[:, None] - 1)).ravel()]
-            gathered = np.take(x_nd, taken, axis=0, mode="clip", out=halves[: len(taken)])
-            x_nd_wide = widen(gathered, space[: len(taken)])
-            x_nd_wide[filling] = 0
-            x_gmd = x_nd_wide.reshape(len(here), width, -1)
-            products = np.matmul(x_gmd, x_gmd.swapaxes(1, 2), out=tiles[: len(here)])
+            taken = rows[starts[:, None] + np.minimum(places, size[:, None] - 1)].ravel()
+            products = tiles[: len(here)]
+            for part in range(0, len(here), together):
+                into = products[part : part + together]
+                some = taken[part * width : (part + len(into)) * width]
+                x_md = widen(np.take(x_nd, some, axis=0, mode="clip", out=halves[: len(some)]), space[: len(some)])
+                x_gmd = x_md.reshape(len(into), width, dim)
+                np.matmul(x_gmd, x_gmd.swapaxes(1, 2), out=into)
+            products.reshape(len(here), -1)[:, :: width + 1] = -2  # a row beside itself: below any floor
             # Positions in the flat array are listed many times faster than those of three dimensions.
-            found = np.flatnonzero(products.ravel() > np.float32(floor - x_gmd.shape[2] * 2.0**-23))
+            found = np.flatnonzero(products.ravel() > np.float32(floor - dim * 2.0**-23))
+            if not len(found):
+                continue
             group, a, b = _split(found, width)
             wanted = (a < b) & (a < own[group]) & (b < size[group])
             if across:

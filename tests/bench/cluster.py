@@ -1,14 +1,14 @@
 """K-means to an equal objective against faiss.Kmeans, and assignment against the bare matrix product.
 
     python tests/bench/cluster.py [--rows 200000] [--dim 512] [--k 2000] [--iters 8] [--rounds 3]
-    python tests/bench/cluster.py --many 100000 [--rows 20000] [--dim 256]
+    OMP_NUM_THREADS=1 python tests/bench/cluster.py --many 100000 [--rounds 9]
 
 Everything runs in one process on the same rows, turn by turn, and the median of the rounds counts. CPU seconds stand
 beside wall seconds: on a busy machine only they are steady.
 
-With --many, instead: the speed of assigning and of finding near pairs with so many clusters beside that with k. The
-clusters for the pairs have 200 rows, and 41, 20, 8 and 3, and lie as the images of one subject do; a pair is 2 d
-operations.
+With --many, instead: the speed of assigning and of finding near pairs with so many clusters beside that of a large
+product, one of 512 rows with many. The clusters for the pairs have 200 rows, and 41, 20, 8 and 3, and lie as the images
+of one subject do. Beside them stands what is left where the rows are f32 and lie ready: one batched product.
 """
 
 import argparse
@@ -60,29 +60,52 @@ def bare(x16, centroids, block):
     return work
 
 
-def rate(operations, work):
-    """Measure GFLOP/s by the shortest of five rounds of CPU seconds."""
-    return round(operations * 1e-9 / min(clock(work)[2] for _ in range(5)), 1)
+def beside(rounds, work):
+    """Time each work turn by turn, and return the speed of each beside the first: {name: median ratio}.
+
+    work: {name: (operations, callable)}. Times are those of processors.
+    """
+    speeds = {name: [] for name in work}
+    for each in work.values():
+        each[1]()  # memory is fetched, libraries are loaded
+    for _ in range(rounds):
+        for name, (operations, each) in work.items():
+            speeds[name].append(operations / clock(each)[2])
+    first = next(iter(work))
+    ratios = {name: [a / b for a, b in zip(found, speeds[first], strict=True)] for name, found in speeds.items()}
+    return {name: round(statistics.median(found), 2) for name, found in ratios.items() if name != first}
+
+
+def large_product(x, y, columns=512):
+    """Multiply all rows of x with some of y; returns the operations, and the work."""
+    right, out = y[:columns].T, np.empty((len(x), columns), np.float32)
+    return 2 * out.size * x.shape[1], lambda: np.matmul(x, right, out=out)
 
 
 def many_clusters(chosen):
-    """Compare the speed with very many clusters to that with k."""
-    rng = np.random.default_rng(0)
-    x = kmeans.unit_rows(rng.standard_normal((chosen.rows, chosen.dim), np.float32))
-    found = {}
+    """Compare the speed with very many clusters to that of a large product."""
+    rng, d = np.random.default_rng(0), chosen.dim
+    x = kmeans.unit_rows(rng.standard_normal((chosen.rows, d), np.float32))
+    product = large_product(x[:4096], x[-512:])
+    work = {"product": product}
     for k in (chosen.k, chosen.many):
-        centroids, rows = np.resize(x, (k, chosen.dim)), x[: max(2048, chosen.rows * chosen.k // k)].astype(np.float16)
-        operations = 2 * len(rows) * k * chosen.dim
-        found[f"assign_k_{k}"] = rate(operations, lambda rows=rows, c=centroids: kmeans.assign(rows, c))
-        found[f"nearest_two_k_{k}"] = rate(operations, lambda rows=rows, c=centroids: kmeans.nearest_two(rows, c))
+        centroids, rows = np.resize(x, (k, d)), x[: max(256, 4096 * 2000 // k)].astype(np.float16)
+        for name, assign in (("assign", kmeans.assign), ("nearest_two", kmeans.nearest_two)):
+            work[f"{name}_k_{k}"] = 2 * len(rows) * k * d, partial(assign, rows, centroids)
+    found = beside(chosen.rounds, work)
     for size in (200, 41, 20, 8, 3):
-        n = chosen.rows // size * size
-        y = np.repeat(x[: n // size], size, axis=0) + 0.8 * chosen.dim**-0.5 * rng.standard_normal((n, chosen.dim))
-        y, bounds = kmeans.unit_rows(y).astype(np.float16), np.arange(0, n + 1, size)
-        work = partial(near_duplicate_forest, y, np.arange(n), bounds, 0.85)
-        found[f"pairs_of_{size}_rows"] = rate(n * (size - 1) * chosen.dim, work)
-    first, last = (found[f"assign_k_{k}"] for k in (chosen.k, chosen.many))
-    return {**found, "assign_many_to_k": round(last / first, 2)}
+        count = 4096 // size
+        y = np.repeat(x[:count], size, axis=0) + 0.8 * d**-0.5 * rng.standard_normal((count * size, d))
+        y = kmeans.unit_rows(y)
+        blocks, out = y.reshape(count, size, d), np.empty((count, size, size), np.float32)
+        halves, order = np.empty(y.shape, np.float16), rng.permutation(len(y))
+        halves[order] = y
+        relate = partial(near_duplicate_forest, halves, order, np.arange(0, len(y) + 1, size), 0.85)
+        operations = 2 * len(y) * size * d
+        bare = operations, partial(np.matmul, blocks, blocks.swapaxes(1, 2), out=out)
+        ratios = beside(chosen.rounds, {"product": product, "bare": bare, "relate": (operations, relate)})
+        found |= {f"{name}_{size}_rows": ratio for name, ratio in ratios.items()}
+    return found
 
 
 def main():
@@ -93,7 +116,8 @@ def main():
     chosen = parser.parse_args()
     if chosen.many:
         about = {"date": date.today().isoformat(), "versions": manifest.versions("torch", "numpy")}
-        print(json.dumps({**vars(chosen), **many_clusters(chosen), **about}, indent=1))
+        found = {**vars(chosen), "of_the_large_product": many_clusters(chosen), **about}
+        print(json.dumps(found, indent=1))
         return
     x = mixture(chosen.rows, chosen.dim, 2_000)
     x16 = x.astype(np.float16)

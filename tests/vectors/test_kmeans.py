@@ -1,5 +1,7 @@
 """Fitting and assigning against slow references."""
 
+import sys
+
 import numpy as np
 import pytest
 from clouds import unit
@@ -68,10 +70,21 @@ def test_assigning_follows_a_permutation_of_the_rows():
     assert (kmeans.assign(x[order], centroids)[0] == kmeans.assign(x, centroids)[0][order]).all()
 
 
-def test_widening_is_exact_for_every_finite_half():
+@pytest.mark.parametrize("loaded", [False, True])
+def test_widening_is_exact_for_every_finite_half(monkeypatch, loaded):
+    import torch
+
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "torch")
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(-1, 1)
-    assert exact.widen(halves).tobytes() == halves.astype(np.float32).tobytes()
+    expected = halves.astype(np.float32)
+    assert exact.widen(halves).tobytes() == expected.tobytes()
+    assert exact.widen(halves[::-1]).tobytes() == expected[::-1].tobytes()
+    halves.flags.writeable = False
+    into = np.empty(halves.shape, np.float32)
+    assert exact.widen(halves, into) is into and into.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("backend", ["bytes", "bf16", "superkmeans", "kmeans"])
