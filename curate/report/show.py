@@ -49,6 +49,7 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
         account = f"{lost:,} of {read:,} records lost" + (f" · {account}" if account else "")
     if manifest.get("unfinished"):
         account = "this part is done, others are not yet"
+        account += " (start it again when they are: a step is left)" if command == "cluster" else ""
     otherwise = "made nothing" if manifest.get("failed") else "done"
     return f"  {command}: {' — '.join(part for part in (what, account) if part) or otherwise}"
 

@@ -37,7 +37,8 @@ def widen(x_nd: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     bits = out.view(np.int32)
     np.left_shift(x_nd.view(np.int16), 13, out=bits, dtype=np.int32)
     np.bitwise_and(bits, np.int32(-0x70000001), out=bits)  # the sign extension fills the three bits above the exponent
-    return np.multiply(out, np.float32(2.0**112), out=out)
+    np.multiply(out, np.float32(2.0**112), out=out)
+    return out
 
 
 def exact_cosines(x_nd: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

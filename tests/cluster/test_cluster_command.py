@@ -41,7 +41,8 @@ def test_the_manifest_names_the_product_and_a_resume_keeps_it(cloud, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     curate("cluster", cloud.path, first, "--k", "3")
     assert manifest(first)["fit"]["screen"] == "f32"  # too little work to look for a faster one
-    curate("cluster", cloud.path, second, "--k", "3", "--slice", "0/2", "--workers", "1")
+    told = curate("cluster", cloud.path, second, "--k", "3", "--slice", "0/2", "--workers", "1").stdout
+    assert "others are not yet (start it again when they are: a step is left)" in told
     fit = json.loads((second / "fit.json").read_text())
     (second / "fit.json").write_text(json.dumps({**fit, "screen": "bf16"}))
     curate("cluster", cloud.path, second, "--k", "3", "--workers", "1")
