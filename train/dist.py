@@ -79,6 +79,14 @@ class Runtime:
         dist.all_reduce(tensor, group=self.hosts)
         return [float(x) for x in tensor]
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """The number of this machine, this rank's number on it, and how many ranks it has, as torchrun says."""
+        if self.world == 1:
+            return 0, 0, 1
+        node, local = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+        return node, local, int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world > 1:
@@ -97,6 +105,22 @@ class Runtime:
         if self.world > 1:
             dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
+
+    def share_here(self, function: Callable[[int, int], dict[Any, Any]]) -> dict[Any, Any]:
+        """Call a function in every rank, with its number on its machine and how many those are; return what all found.
+
+        Of a machine: each rank gets what the ranks of its own have found.  Raises: what it raised in any, in all.
+        """
+        node, local, ranks_here = self.place
+        answer: list[Any] = [node, {}, None]
+        try:
+            answer[1] = function(local, ranks_here)
+        except Exception as error:  # whatever it is, the others must not wait for it
+            answer[2] = error
+        everyone = self.gather(answer)
+        if failed := [raised for _, _, raised in everyone if raised is not None]:
+            raise failed[0]
+        return {name: value for its, found, _ in everyone if its == node for name, value in found.items()}
 
     def first(self, function: Callable[[], Any]) -> Any:
         """Call a function in the first rank alone; return its result, or raise its error, in every rank."""

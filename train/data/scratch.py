@@ -1,4 +1,7 @@
-"""A folder for what must be unpacked before it can be read at any place; it is deleted when the process ends."""
+"""A folder for what must be unpacked before it can be read at any place; it is deleted when the process ends.
+
+Of a run's ranks one unpacks for those of its machine: all end together, behind a barrier.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ def folder() -> Path:
 
 
 def fresh(suffix: str) -> Path:
-    """Name a new file in the folder."""
-    return folder() / f"{len(list(folder().iterdir()))}{suffix}"
+    """Make a new, empty file in the folder."""
+    handle, name = tempfile.mkstemp(suffix, "", folder())
+    os.close(handle)
+    return Path(name)
 
 
 def unpacked(path: Path) -> Path:

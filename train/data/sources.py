@@ -42,7 +42,7 @@ def open_source(
     """Open a folder of shards, one shard, or records in a JSON or parquet file (or a folder of parquet files).
 
     digest: identify the images of records too, which looks at every one of them.  runtime: of a run whose ranks all
-    open it, and look at a share of the shards each.
+    open it; they share what must be read and unpacked first.
     Raises: UsageError that says what was found instead.
     """
     path = Path(data)
@@ -61,7 +61,12 @@ def open_source(
         folder = Path(images) if images else home / "images" if (home / "images").is_dir() else home
         if not folder.is_dir():
             raise UsageError(f"--images {folder}: no such folder")
-        source = RecordSource(path, TableRows(tables) if tables else JsonRows(path), folder, digest=digest)
+
+        def read(local: int, _ranks_here: int) -> dict[str, JsonRows | TableRows]:
+            return {} if local else {"rows": TableRows(tables) if tables else JsonRows(path)}
+
+        rows = (read(0, 1) if runtime is None else runtime.share_here(read))["rows"]
+        source = RecordSource(path, rows, folder, digest=digest)
     elif path.is_dir():
         seen = ", ".join([*passed, *sorted(p.name for p in path.iterdir())][:5]) or "nothing"
         raise UsageError(f"--data {data}: no *.tar in that folder; it holds {seen}")

@@ -36,9 +36,9 @@ class TarSource:
     images_digest = ""  # images lie in the shards
 
     def __init__(self, shards: Sequence[Path], passed: Sequence[str] = (), runtime: Runtime | None = None) -> None:
-        """Look at every shard; of a run's ranks each at its share, and all know what all have found (a collective)."""
+        """Unpack and look at every shard; of a run's ranks each does its share, for all of them (a collective)."""
         self.files, self.shards, self.notes = Files(), list(shards), list(passed)
-        self.plain = [str(scratch.unpacked(path)) for path in shards]
+        self.plain = _unpacked(shards, runtime)
         first, every = (0, 1) if runtime is None else (runtime.rank, runtime.world)
         own = {n: _scan_tar(Path(self.plain[n]), shards[n].name) for n in range(first, len(shards), every)}
         found = own if runtime is None else {n: scan for part in runtime.gather(own) for n, scan in part.items()}
@@ -94,6 +94,16 @@ class TarSource:
     def image_bytes(self, location: Any) -> bytes:
         """Read an image member."""
         return self.files.read(*location)
+
+
+def _unpacked(shards: Sequence[Path], runtime: Runtime | None) -> list[str]:
+    """Return where each shard can be read; the ranks of one machine share the unpacking, and what it writes."""
+
+    def own(first: int, every: int) -> dict[int, str]:
+        return {n: str(scratch.unpacked(shards[n])) for n in range(first, len(shards), every)}
+
+    found = own(0, 1) if runtime is None else runtime.share_here(own)
+    return [found[n] for n in range(len(shards))]
 
 
 @dataclass

@@ -73,7 +73,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-_packed: ContextVar[Documents | None] = ContextVar("packed", default=None)
+# The documents of the one row; (): rows of a document each, padded on the right; None: whatever transformers is given.
+_packed: ContextVar[Documents | tuple[()] | None] = ContextVar("packed", default=None)
 
 
 @contextmanager
@@ -82,10 +83,10 @@ def packed_documents(
 ) -> Iterator[Documents | None]:
     """Within this context, a model that runs with `NAME` reads its one row as documents of these lengths.
 
-    Yields the documents; None without lengths: rows are then read as they are.
+    Yields the documents; None without lengths: rows are then read as they are, none of them padded on the left.
     """
     documents = Documents.of(lengths, device, learnt_s) if lengths else None
-    token = _packed.set(documents)
+    token = _packed.set(documents or ())
     try:
         yield documents
     finally:
@@ -109,7 +110,9 @@ def mask(local_size: int | None = None, **options: Any) -> Documents | Tensor | 
     from transformers.masking_utils import sdpa_mask
 
     found = _packed.get()
-    if found is None:
+    if not isinstance(found, Documents):
+        if found is not None:  # causal attention does not look to the right
+            options["attention_mask"] = None
         out: Tensor | None = sdpa_mask(local_size=local_size, **options)
         return out
     if local_size is not None and getattr(options.get("config"), "attention_chunk_size", None) == local_size:
@@ -121,7 +124,7 @@ def nothing_padded(language_model: Any, embeds_bld: Tensor) -> dict[str, Tensor]
     """Return what a language model must be given besides so that its masks are made without a look at the positions.
 
     transformers would read from the device whether positions restart, and wait for it. A mask of ones says that nothing
-    is padded, and `mask` does not read it. Recurrent layers (recurrent.py) see one document of the row, not the mask.
+    is padded, and `mask` does not read it. Recurrent layers (recurrent.py) would: to them none is given.
     """
     ours = language_model.config._attn_implementation == NAME
     if _packed.get() is None or not ours or getattr(language_model, "has_recurrent_layers", False):

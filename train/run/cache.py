@@ -51,7 +51,7 @@ class FeatureCache:
         self.at = {i: (int(end - plan.measured.images[i]), int(end)) for i, end in zip(samples, ends, strict=False)}
         width = composed.model.model.vision_tower.config.hidden_size
         self.table = _make_table((int(ends[-1]), composed.vision.tokens_per_image, width), runtime)
-        _, local_rank, local_world = _local(runtime)
+        _, local_rank, local_world = runtime.place
         own = chunks(samples, [self.at[i] for i in samples])[local_rank::local_world]
         loader = load(Images(collator), [i for chunk in own for i in chunk], stage.workers, False)
         broken: dict[int, str] = {}
@@ -100,27 +100,24 @@ def chunks(samples: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[lis
     return cut
 
 
-def _local(runtime: Runtime) -> tuple[int, int, int]:
-    """Return the number of this machine, this rank's number on it, and how many ranks it has, as torchrun says."""
-    node, local = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    return (node, local, int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))) if runtime.world > 1 else (0, 0, 1)
-
-
 def _make_table(shape: tuple[int, ...], runtime: Runtime) -> Tensor:
     """Make an empty table, which the ranks of a machine share."""
     numel, itemsize = math.prod(shape), runtime.dtype.itemsize
     if runtime.world == 1 or numel == 0:
         return torch.empty(shape, dtype=runtime.dtype)
-    node, local, _ = _local(runtime)
-    name = ""
-    if local == 0:
+
+    def make(local: int, _ranks_here: int) -> dict[str, str]:
+        if local:
+            return {}
         handle, name = tempfile.mkstemp(prefix="train-features-")
         os.truncate(handle, numel * itemsize)
         os.close(handle)
-    name = next(there for its, rank, there in runtime.gather((node, local, name)) if (its, rank) == (node, 0))
+        return {"table": name}
+
+    name = runtime.share_here(make)["table"]
     table = torch.from_file(name, shared=True, size=numel, dtype=runtime.dtype).view(shape)
     runtime.barrier()
-    if local == 0:
+    if runtime.place[1] == 0:
         os.unlink(name)
     return table
 

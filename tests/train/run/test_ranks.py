@@ -124,6 +124,47 @@ def test_each_rank_looks_at_its_share_of_the_shards_and_knows_all(world, tmp_pat
     on_two_ranks(work)
 
 
+def test_what_must_be_unpacked_is_unpacked_once_a_machine(tmp_path, monkeypatch):
+    import gzip
+    import tempfile
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from train.data import scratch
+    from train.data.sources import open_source
+
+    data = write_captions(tmp_path / "pool", 12, shards=3)
+    alone = open_source(str(data))
+    expected = [alone.record(index).key for index in range(12)], alone.image_bytes(alone.record(0).images[0])
+    for number in (0, 1):
+        plain = data / f"{number:06d}.tar"
+        (data / f"{plain.name}.gz").write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    records = [{"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}] * 9
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "records.parquet")
+    (tmp_path / "torn").mkdir()
+    for number in (0, 1):
+        (tmp_path / "torn" / f"{number}.tgz").write_bytes(gzip.compress(b"x" * 9999)[: -9 * number or None])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    scratch.folder.cache_clear()
+    fresh = scratch.fresh
+
+    def work(rank):
+        made = []
+        monkeypatch.setattr(scratch, "fresh", lambda suffix: made.append(suffix) or fresh(suffix))
+        runtime = Runtime.detect("fp32", 0)
+        source = open_source(str(data), runtime=runtime)
+        found = [source.record(index).key for index in range(12)], source.image_bytes(source.record(0).images[0])
+        assert found == expected
+        assert len(open_source(str(tmp_path / "records.parquet"), runtime=runtime).record(8).conversations) == 2
+        assert made == ([".tar", ".arrow"], [".tar"])[rank]
+        runtime.barrier()
+        open_source(str(tmp_path / "torn"), runtime=runtime)
+
+    on_two_ranks(work, codes=(2, 2))
+
+
 def test_chunks_of_images_do_not_depend_on_the_ranks():
     from train.run.cache import FEATURE_CHUNK, chunks
 

@@ -32,6 +32,7 @@ class Waits(TorchDispatchMode):
     "settings",
     [
         ("finetune.micro_tokens=70",),
+        ("finetune.packing=false",),
         ("finetune.loss_norm=microbatch", "finetune.losses=true"),
         ("finetune.tune=full", "finetune.cache_features_mb=10", "model.gradient_checkpointing=true"),
     ],
