@@ -14,6 +14,7 @@ TEXT ?=
 REAL_MODELS ?=
 MAKE_MODELS := ../shared/tools/real_models.py
 PY := .venv/bin/python
+OLDEST := out/oldest
 READY := .venv/.ready
 QUICK := tests/test_laws.py tests/test_options.py tests/storage tests/vectors tests/select/test_steps.py tests/select/test_coverage.py \
 	tests/mix/test_text_overlap.py tests/train/test_config.py
@@ -21,7 +22,7 @@ NUMERICS := tests/vectors tests/select/test_coverage.py tests/train/model/test_a
 RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install coreset train eval real check test test-real test-numerics lint format ablation bench picture clean
+.PHONY: help install coreset train eval real check test test-oldest test-real test-numerics lint format ablation bench picture clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -53,6 +54,12 @@ eval: $(READY) ## score the trained model again
 
 test: $(READY) ## run the tests: offline, on the processor alone
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+
+test-oldest: ## run the trainer's tests with the oldest versions that pyproject.toml allows (another 6 GB)
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	sed -nE 's/^    "([A-Za-z0-9_-]+)>=([0-9.]+)(;[^"]*)?",$$/\1==\2/p' pyproject.toml > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c $(OLDEST)/constraints.txt -e . pytest hypothesis
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/train
 
 test-numerics: $(READY) ## the numeric tests as two older processors compute them
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(NUMERICS)

@@ -71,6 +71,14 @@ def test_the_constraints_pin_every_direct_dependency():
         assert name in pinned or "faiss-cpu" in name, name
 
 
+def test_the_makefile_finds_the_lower_bound_of_every_dependency():
+    [rule] = re.findall(r"sed -nE '(.+)' pyproject.toml > \$\(OLDEST\)", (ROOT / "Makefile").read_text())
+    words = ["sed", "-nE", rule.replace("$$", "$"), "pyproject.toml"]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split()
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert found == [line.split(";")[0].replace(">=", "==") for line in wanted]
+
+
 def test_the_shipped_models_stay_small():
     for folder in ("clip", "tower", "lm"):
         size_bytes = sum(path.stat().st_size for path in (ROOT / "pipelines" / "demo" / folder).glob("*"))
