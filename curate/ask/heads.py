@@ -23,7 +23,7 @@ import numpy as np
 
 from curate.errors import UsageError
 from curate.storage import paths
-from curate.vectors.narrow import parts
+from curate.vectors.narrow import parts, product
 
 ACTIVATIONS = ("none", "relu", "gelu")
 OUTPUTS = ("none", "sigmoid", "softmax")
@@ -46,19 +46,21 @@ class Head:
     def apply(self, x_nd: np.ndarray) -> np.ndarray:
         """Score unit vectors, f16 [n, d]. Returns f32 [n, k]."""
         scores = np.empty((len(x_nd), len(self.layers[-1][1])), np.float32)
-        for part, wide in parts(x_nd):
-            scores[part] = self._apply(wide)
+        for rows, part in parts(x_nd):
+            scores[rows] = self._apply(part)
         return scores
 
-    def _apply(self, x: Any) -> np.ndarray:
+    def _apply(self, part: Any) -> np.ndarray:
         import torch
 
         functions = {"none": lambda y: y, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
         functions |= {"sigmoid": torch.sigmoid, "softmax": lambda y: torch.softmax(y, dim=1)}
-        for number, (weight, bias) in enumerate(self.layers, 1):
+        (weight, bias), *others = self.layers
+        x = torch.from_numpy(product(part, weight).T + bias)
+        for weight, bias in others:
+            x = functions[self.activation](x)
             x = torch.nn.functional.linear(x, torch.from_numpy(weight), torch.from_numpy(bias))
-            x = functions[self.output if number == len(self.layers) else self.activation](x)
-        return np.asarray(x)
+        return np.asarray(functions[self.output](x))
 
 
 def read_head(location: str, dim: int) -> Head:
