@@ -6,6 +6,7 @@
     [ablation.axes.recipe.random.select]   recipe = "random"
     [ablation.axes.align.without]          align = false
     [[ablation.bars]]      claim, where, better, than, measure, by, alpha
+    [ablation.shares]      sources, total, points, goal: a sweep over a mixture, an axis of its own (shares.py)
 
 Each value of an axis is tables laid over the pipeline's own (`false` takes a table away); an arm is one value per axis,
 all combinations. A seed goes into every stage that draws, but clustering, so that arms of one seed share pool, tests,
@@ -23,7 +24,7 @@ from typing import Any
 
 import pipelines
 from curate import engine, options
-from curate.ablation import statistics
+from curate.ablation import shares, statistics
 from curate.ablation.trials import LEVELS, MEASURES, Trial, Work
 from curate.engine import Job
 from curate.errors import UsageError, unknown
@@ -81,12 +82,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Options:
-    """The `[ablation]` table. lead: the measure that the terminal's table is about. take: values to take of an axis."""
+    """The `[ablation]` table. lead: the measure that the terminal's table is about. take: values to take of an axis.
+
+    reference: what the others are compared with, without it the first value.
+    """
 
     seeds: list[int]
     compare: str
-    reference: str
-    axes: dict[str, Any]
+    reference: str = ""
+    axes: dict[str, Any] = field(default_factory=dict)
+    shares: dict[str, Any] | None = None
     take: dict[str, Any] = field(default_factory=dict)
     lead: str = "caption"
     bars: list[Any] = field(default_factory=list)
@@ -107,6 +112,9 @@ class Ablation:
 def parse(plan: Pipeline) -> Ablation:
     """Check the table and write out every trial. Raises: UsageError."""
     chosen = options.build(Options, plan.tables["ablation"], "ablation")
+    if chosen.shares:
+        points = shares.values(options.build(shares.Shares, chosen.shares, "ablation.shares"), plan.tables.get("mix"))
+        chosen = replace(chosen, axes={**chosen.axes, shares.AXIS: points})
     for axis, taken in chosen.take.items():
         known = chosen.axes.get(axis, {})
         for name in taken:
@@ -124,6 +132,7 @@ def parse(plan: Pipeline) -> Ablation:
     if not chosen.seeds or len(set(chosen.seeds)) < len(chosen.seeds):
         raise UsageError(f"ablation.seeds = {chosen.seeds}: expected at least one, each once.")
     names = chosen.axes[chosen.compare]
+    chosen = replace(chosen, reference=chosen.reference or next(iter(names), ""))
     if chosen.reference not in names:
         raise unknown(f"value of {chosen.compare} in ablation.reference", chosen.reference, names)
     bars = [options.build(Bar, bar, f"ablation.bars #{number}") for number, bar in enumerate(chosen.bars, 1)]
@@ -162,7 +171,7 @@ def _trial(plan: Pipeline, chosen: Options, arm: Mapping[str, str], seed: int) -
         stage: paths.join(home, pipeline.PLACES[stage]) for level, home in homes.items() for stage in LEVELS[level]
     }
     request = digest([tables, seed])
-    tables = pipelines.fill(tables, {"{out}/demo": places["demo"], "{out}": out})
+    tables = pipelines.fill(tables, {"{out}/demo": places["demo"], "{out}/coreset": places["emit"], "{out}": out})
     own = Pipeline(plan.path, out, tables, [*plan.settings, *_settings(plan.tables, tables)], places)
     for stage in pipeline.CORESET:
         if stage in tables:
@@ -250,6 +259,8 @@ def run(plan: Pipeline, job: Job, echo: Echo = print) -> dict[str, Any]:
     _write(ablation, result)
     for line in statistics.table(result, ablation.options.lead, list(result["measures"])):
         echo(line)
+    for line in shares.lines(result) if ablation.options.shares else ():
+        echo(line)
     return result
 
 
@@ -282,7 +293,18 @@ def gather(ablation: Ablation, failed: Mapping[int, str]) -> dict[str, Any]:
         "failed": missing,
         "summary": statistics.summarise(done, ablation.arms, chosen.compare, chosen.reference, names),
         "bars": statistics.judge(done, bars, chosen.compare),
+        **_mixtures(chosen, done),
     }
+
+
+def _mixtures(chosen: Options, done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Fit the response over the shares, where the ablation has them."""
+    if not chosen.shares:
+        return {}
+    table = options.build(shares.Shares, chosen.shares, "ablation.shares")
+    goal = {name: weight for name, weight in table.goal.items() if weight}
+    goal = goal or {chosen.lead: -1.0 if _meaning(chosen.lead)[1] == "lower" else 1.0}
+    return {"mixtures": shares.responses(done, table, chosen.axes[shares.AXIS], goal)}
 
 
 def _meaning(name: str) -> tuple[str, str, str]:
@@ -335,17 +357,23 @@ def lines(plan: Pipeline) -> Iterator[str]:
 
 
 def _changes(first: Pipeline, other: Pipeline) -> Iterator[str]:
-    """Name what another arm has else than the first."""
+    """Name what another arm has else than the first, but for where its own directories lie."""
+    own = paths.parent(paths.parent(other.out))
     for name in dict.fromkeys([*first.tables, *other.tables]):
         ours, theirs = first.tables.get(name), other.tables.get(name)
         if theirs is None:
             yield f"no {name}"
         elif isinstance(theirs, dict) and name != "data":
-            old = ours if isinstance(ours, dict) else {}
-            for key, value in theirs.items():
-                if old.get(key) != value and not isinstance(value, dict):
-                    yield f"{name}.{key}={json.dumps(value, ensure_ascii=False)}"
-            yield from (f"{name}.{key} as it is by default" for key in old if key not in theirs)
+            yield from _settled(name, ours if isinstance(ours, dict) else {}, theirs, own)
+
+
+def _settled(where: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], own: str) -> Iterator[str]:
+    for key, value in theirs.items():
+        if isinstance(value, dict):
+            yield from _settled(f"{where}.{key}", ours.get(key, {}), value, own)
+        elif ours.get(key) != value and not str(value).startswith(own):
+            yield f"{where}.{key}={json.dumps(value, ensure_ascii=False)}"
+    yield from (f"{where}.{key} as it is by default" for key in ours if key not in theirs)
 
 
 def _cost(ablation: Ablation, cost: Cost) -> Iterator[str]:

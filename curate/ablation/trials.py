@@ -105,6 +105,8 @@ class Work:
             else:
                 job = Job(workers=1, quiet=True, overwrite=self.overwrite)
                 stages.run(trial.plan, job, stage, echo=lambda _: None)
+                if stage == "mix":
+                    refuse_short(trial.plan)
         if self.level == "pools":
             return {"rows": sum(manifest.open_input(trial.plan.place("embed"), "embed", "import").rows.values())}
         if self.level == "coresets":
@@ -125,6 +127,14 @@ class Work:
         if answer["exit"]:
             raise ShardError(f"{stage}: {answer['error']}")
         return dict(json.loads(answer["said"].strip().splitlines()[-1]))
+
+
+def refuse_short(plan: Pipeline) -> None:
+    """Refuse a mix that has fewer records of a source than its arm says. Raises: ShardError."""
+    for name, source in manifest.open_input(plan.place("mix"), "mix").manifest["sources"].items():
+        if short := source.get("short_of_count"):
+            counts = f"{source['usable']:,} records, {short:,} fewer than this arm asks for"
+            raise ShardError(f"mix: {name} has {counts}; lower its count, or ablation.shares.total")
 
 
 class Trainer:

@@ -34,6 +34,7 @@ def section(location: str) -> dict[str, Any]:
         "seeds": len(ablation["seeds"]),
         "trials": len(ablation["trials"]),
         "bars": [{**bar, **_measure(ablation, bar["measure"])} for bar in ablation.get("bars", [])],
+        "mixtures": [_mixture(each) for each in ablation.get("mixtures", [])],
         "measures": every,
         "glance": list(_glance(every)),
         "failed": ablation.get("failed", [])[:MAX_FAILED],
@@ -52,6 +53,19 @@ def _settings(axes: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
                     [f"{table}.{key}={_written(v)}" for key, v in pairs.items()] if pairs is not False else [away]
                 )
             yield axis, value, settings
+
+
+def _mixture(fitted: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay out a response over a mixture: a chart of each source's share, and where the best mixture lies."""
+    drawn = []
+    for source, line in zip(fitted["sources"], fitted["along"], strict=True):
+        xs = [100 * share for share in line["shares"]]
+        kinds = (("fit", "mean", "c0"), ("95 % interval", "low", "c5"), ("95 % interval", "high", "c5"))
+        curves = [charts.Line(label, xs, [each[key] for each in line["values"]], kind) for label, key, kind in kinds]
+        drawn.append((source, charts.curves(curves, f"the goal by the share of {source}")))
+    spans = zip(fitted["sources"], fitted["best"]["from"], fitted["best"]["to"], strict=True)
+    likely = [(source, 100 * low, 100 * high) for source, low, high in spans]
+    return {**fitted, "name": _others(fitted["arm"], ""), "likely": likely, "charts": drawn}
 
 
 def _written(value: Any) -> str:

@@ -311,6 +311,8 @@ def _ablation(directory: str) -> Iterator[str]:
         yield from _arm_lines(group, ablation["measures"])
     if len(ablation["glance"]) > 3:
         yield f"  … and {len(ablation['glance']) - 3} more such tables"
+    for mix in ablation["mixtures"]:
+        yield f"  best mixture by the fit: {mix['best']['name']}; next to try: {mix['next']['name']}"
     if ablation["num_failed"]:
         yield f"  {ablation['num_failed']:,} trials FAILED: run the same command again"
     yield f"  all of it: {paths.join(directory, ablation_tables.FILE)}, or `curate report {directory} report.html`"
