@@ -10,15 +10,17 @@ import contextlib
 import logging
 import os
 import time
-import traceback
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from curate import faults, processes
-from curate.errors import CurateError, RunError, UsageError, unknown
+from curate.attempts import Around, Grouped, attempt, failure
+from curate.attempts import Report as Report
+from curate.attempts import Task as Task
+from curate.errors import RunError, UsageError, unknown
 from curate.processes import TRIES, Processes
 from curate.progress import Progress
 
@@ -26,33 +28,6 @@ log = logging.getLogger("curate")
 ENGINES = ("local", "ray")
 RAY_LOOK_S = 2.0  # between two looks at what Ray's actors are at
 Note = Callable[[Any, int], None]  # (item, rows done of it)
-
-
-class Task(Protocol):
-    """Work on one kind of item."""
-
-    def setup(self) -> None:
-        """Prepare a worker: load the model, open the index. Called once per process."""
-
-    def __call__(self, item: Any, /) -> dict[str, Any]:
-        """Work one item. Returns counts for the report (`rows`, `bad`) and whatever the driver needs."""
-        ...
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of one item. Exactly one of value and error is set.
-
-    passes: the error may be gone when the item is tried again. ends: no other item can be done either. trace: the
-    traceback of an error.
-    """
-
-    item: Any
-    value: dict[str, Any] | None = None
-    error: str | None = None
-    passes: bool = False
-    ends: bool = False
-    trace: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,28 +136,28 @@ def run(
         yield from _run_pool(task, items, min(workers, len(items)), gpus, note)
 
 
-def _attempt(task: Task, item: Any) -> Report:
-    try:
-        return Report(item, value=task(item))
-    except Exception as error:
-        return _failure(item, error)
-
-
 def _attempt_heard(task: Task, item: Any, hear: Callable[[int], None]) -> Report:
     """Attempt an item in this process. hear: is told of its rows as they are done."""
     _here.append(hear)
     try:
-        return _attempt(task, item)
+        return attempt(task, item)
     finally:
         _here.pop()
 
 
-def _failure(item: Any, error: Exception) -> Report:
-    """Say what an exception means for its item and for the others."""
-    told = str(error) if isinstance(error, CurateError) else faults.in_words(error)
-    passes = isinstance(error, OSError | MemoryError | processes.WorkerDied) and not isinstance(error, faults.LASTING)
-    trace = "".join(traceback.format_exception(error))
-    return Report(item, error=told, passes=passes, ends=faults.ends_all(error), trace=trace)
+def _run_grouped(
+    task: Task, items: Sequence[Any], size: int, around: Around, note: Note, **how: Any
+) -> Generator[Report, None, None]:
+    """Run small items in groups of a size. What a group could not end is worked item by item."""
+    groups = [tuple(items[first : first + size]) for first in range(0, len(items), size)]
+    left: list[Any] = []
+    for report in run(Grouped(task, around), groups, note=lambda group, rows: note(group[0], rows), **how):
+        if report.value is None:
+            left += report.item
+        else:
+            yield from report.value["reports"]
+    if left:
+        yield from run(task, left, note=note, **how)
 
 
 _task: Task | None = None
@@ -200,7 +175,7 @@ def _start_worker(task: Task, device: str | None, workers: int) -> None:
 
 def _work(item: Any) -> Report:
     assert _task is not None
-    return _attempt(_task, item)
+    return attempt(_task, item)
 
 
 def helpers(count: int, start: Callable[..., None], arguments: tuple[Any, ...]) -> Processes:
@@ -240,7 +215,7 @@ def _drain(pool: Processes, items: Sequence[Any], workers: int, note: Note) -> I
             try:
                 report = future.result()
             except Exception as error:  # of its worker's setup, or its worker died
-                report = _failure(item, error)
+                report = failure(item, error)
             yield report
 
 
@@ -310,7 +285,7 @@ def _actor(ray: Any, task: Task, gpu: float, workers: int) -> Any:
 
         def work(self, item: Any) -> Report:
             self.done = 0
-            return _failure(item, self.trouble) if self.trouble else _attempt_heard(task, item, self.advance)
+            return failure(item, self.trouble) if self.trouble else _attempt_heard(task, item, self.advance)
 
         def advance(self, rows: int) -> None:
             self.done += rows
@@ -361,11 +336,14 @@ def run_stage(
     unit: str = "shards",
     gpu: float = 0,
     places: Sequence[str] = (),
+    group: int = 1,
+    around: Around = contextlib.nullcontext,
 ) -> Outcome:
     """Run a task over the items, telling its progress on stderr, and collect what became of them.
 
     workers: overrides the job's number where the stage knows better. gpu: the share of a GPU that a worker takes.
-    places: the directories that all items rest on; one that is gone ends the stage.
+    places: the directories that all items rest on; one that is gone ends the stage. group: so many small items are
+    worked at a time, within `around`.
 
     Raises: RunError at the first error that no other item could escape.
     """
@@ -373,7 +351,8 @@ def run_stage(
     num_gpus = gpus(job) if gpu else 0
     count = workers if workers is not None else job.workers or (int(num_gpus / gpu) if gpu else 0) or cores()
     line, standing = Progress(label, len(items), unit=unit, quiet=job.quiet), faults.Standing(places)
-    reports = run(task, items, engine=job.engine, workers=count, gpus=num_gpus, share=gpu, note=line.within)
+    how: dict[str, Any] = {"engine": job.engine, "workers": count, "gpus": num_gpus, "share": gpu, "note": line.within}
+    reports = run(task, items, **how) if group == 1 else _run_grouped(task, items, group, around, **how)
     with contextlib.closing(line), contextlib.closing(reports):
         for report in reports:
             line.end(report.item)

@@ -54,7 +54,7 @@ def test_cluster_reads_each_embedding_at_most_three_times(home):
     vectors = column_bytes(f"{url}/emb", ["image_embedding", "text_embedding"])
     around = column_bytes(f"{url}/emb", ["status", "phash", "status", "status"])
     spent = sum(size for path, size in read.items() if "/emb/" in path)
-    scattered = sum(size for path, size in read.items() if "/.buckets/rows-" in path)
+    scattered = sum(size for path, size in read.items() if "/.buckets/part-" in path)
     assert spent <= 2 * vectors + 1.2 * around
     # In all: images for the fit and the sample, to assign, and as they were scattered.
     assert spent + scattered <= 3 * vectors

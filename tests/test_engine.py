@@ -1,9 +1,11 @@
+import errno
 import io
 import multiprocessing
 import os
 import random
 import signal
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +50,26 @@ def test_an_item_that_kills_its_workers_fails_by_name_and_costs_no_other():
     outcome = run_stage("square", Square(), [5, 0, 1, 2, 6, 7, 8, 9, 10], Job(quiet=True), workers=2)
     assert set(outcome.done) == {0, 1, 2, 6, 7, 8, 9, 10}
     assert "died 3 times" in outcome.failed[5] and outcome.passing == {5}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_small_items_worked_in_groups_fail_each_by_itself(workers):
+    items = [0, 1, 3, 4, 5, 6, 7, 8][: 8 if workers == 2 else 4]  # 5 kills its worker
+    outcome = run_stage("square", Square(), items, Job(quiet=True), workers=workers, group=3, around=nullcontext)
+    assert list(outcome.done) == [item for item in items if item not in (3, 4, 5)]
+    assert outcome.rows == sum(outcome.done) and set(outcome.failed) == set(items) - set(outcome.done)
+    assert outcome.failed[3] == "three is broken" and (workers == 1 or "died 3 times" in outcome.failed[5])
+
+
+@contextmanager
+def ends_full():
+    yield
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_group_that_cannot_be_ended_is_worked_item_by_item():
+    outcome = run_stage("square", Square(), [0, 1, 2], Job(quiet=True), workers=1, group=2, around=ends_full)
+    assert list(outcome.done) == [0, 1, 2]
 
 
 @dataclass

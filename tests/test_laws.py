@@ -16,6 +16,7 @@ FLOORS = """
 pipelines
 curate/errors curate/words curate/processes curate/progress
 curate/naming curate/faults
+curate/attempts
 curate/vectors
 curate/storage curate/engine curate/options
 curate/embed curate/cluster curate/emit

@@ -14,7 +14,7 @@ import pyarrow as pa
 from curate.cluster import scatter
 from curate.engine import advance
 from curate.errors import ContractError
-from curate.storage import paths, sidecar
+from curate.storage import paths, sidecar, whole_files
 from curate.storage.manifest import open_input
 from curate.storage.schema import CLUSTER_SCHEMA
 from curate.vectors import kmeans, on_device
@@ -66,14 +66,15 @@ class Assign:
         places = np.concatenate([places for places, _ in found], axis=1)
         vectors = np.concatenate([vectors for _, vectors, _ in shards])
         phash = pa.concat_arrays([phash for _, _, phash in shards])
-        where = scatter.location(self.out, part)
-        scatter.write(where, places, self.first_row[part], vectors, phash, self.buckets)
-        for stem, (_, table) in zip(self.parts[part], found, strict=True):
-            if stem in self.kept:
-                continue
-            good = table.num_rows - table["centroid_similarity"].null_count
-            facts = {"rows": table.num_rows, "ok": good, **self.facts}
-            sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), CLUSTER_SCHEMA, [table], facts)
+        with whole_files.together():
+            where = scatter.location(self.out, part)
+            scatter.write(where, places, self.first_row[part], vectors, phash, self.buckets)
+            for stem, (_, table) in zip(self.parts[part], found, strict=True):
+                if stem in self.kept:
+                    continue
+                good = table.num_rows - table["centroid_similarity"].null_count
+                facts = {"rows": table.num_rows, "ok": good, **self.facts}
+                sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), CLUSTER_SCHEMA, [table], facts)
         return {"rows": places.shape[1], "ok": int((places[0] >= 0).sum())}
 
     def _shard(self, stem: str, ok: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, pa.RecordBatch | pa.Table]:

@@ -6,7 +6,8 @@ each other) with one record batch for each bucket, which is cluster modulo the n
 lie by cluster, then members before rows that probe the cluster, then by row. A worker gathers a bucket by reading its
 batch from each file, one after another, so that nothing is held open.
 
-There are at most 8,192 files, however many shards: a pool of a quarter million shards is read in parts of some thirty.
+Tiny shards go together, in parts of about a thousand rows where there are many parts, and there are at most 8,192
+files: a pool of a quarter million large shards is read in parts of some thirty.
 Cost: the vectors once written, once read, and their size on disk for the time being. Memory: the vectors of one part.
 """
 
@@ -22,11 +23,13 @@ from curate.vectors.duplicate_forest import row_hashes
 
 BUCKETS = ".buckets"
 MAX_FILES = 8192
+PART_ROWS, MANY = 1024, 256  # a part has so many rows where there are so many parts
 
 
 def parts(rows: Mapping[str, int]) -> dict[str, list[str]]:
-    """Cut a pool's shards into at most MAX_FILES parts of about as many rows, each named by its first stem."""
-    least = -(-sum(rows.values()) // MAX_FILES)
+    """Cut a pool's shards into parts of about as many rows, each named by its first stem."""
+    total = sum(rows.values())
+    least = max(-(-total // MAX_FILES), min(PART_ROWS, total // MANY))
     found: dict[str, list[str]] = {}
     here: list[str] = []
     held = 0
@@ -41,18 +44,18 @@ def parts(rows: Mapping[str, int]) -> dict[str, list[str]]:
 
 def is_scratch(name: str) -> bool:
     """Say whether a file is one that this version puts into BUCKETS."""
-    return name.startswith(("rows-", "edges-", "giant-", "block-")) or name.endswith(".tmp")
+    return name.startswith(("part-", "edges-", "giant-", "block-")) or name.endswith(".tmp")
 
 
 def location(out: str, part: str) -> str:
     """Locate the scattered vectors of a part."""
-    return paths.join(out, BUCKETS, f"rows-{part}.arrow")
+    return paths.join(out, BUCKETS, f"part-{part}.arrow")
 
 
 def missing(out: str, named: Sequence[str]) -> list[str]:
     """List the parts whose vectors are not scattered yet. One listing."""
     present = set(paths.listdir(paths.join(out, BUCKETS)))
-    return [part for part in named if f"rows-{part}.arrow" not in present]
+    return [part for part in named if f"part-{part}.arrow" not in present]
 
 
 def schema(dim: int) -> pa.Schema:

@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from curate import engine
 from curate.emit.kept_samples import Coreset
-from curate.storage import manifest, paths, records, sidecar
+from curate.storage import manifest, paths, records, sidecar, whole_files
 from curate.storage.schema import UID, extra_columns, uid_pairs
 
+GROUP_ROWS, MANY = 4096, 64  # tiny shards are written together: about so many rows of them, where there are many
 FOLDERS = ("table", "img_emb", "text_emb", "metadata")
 EMBEDDED_COLUMNS = ("uid", "caption", "url", "width", "height", "status", "clip_score")
 
@@ -32,13 +33,15 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
     kind, stems = options["format"], coreset.selection.stems
     if kind == "datacomp":
         started = {"subset": _write_subset(coreset, output.path("subset.npy"))}
-        rows = sum(fact["rows"] for fact in started.values())
-        return output.finish(shards=started, counts=_account(coreset, output, rows, started["subset"]["no_uid"]))
+        kept = sum(len(rows) for _, rows in coreset.all_kept_rows())
+        return output.finish(shards=started, counts=_account(output, kept, *started["subset"].values()))
     number = {stem: f"{index:0{len(str(len(stems)))}d}" for index, stem in enumerate(stems)}
     task: _Write = {"keys": _WriteKeys, "parquet": _WriteParquet, "clip-retrieval": _WriteVectors}[kind](
         coreset, output.directory, number
     )
-    outcome = engine.run_stage("emit", task, output.pending(job.share(stems), task.name), job, places=(out,))
+    todo = output.pending(job.share(stems), task.name)
+    group = max(1, min(len(todo) // MANY, GROUP_ROWS * len(stems) // max(1, sum(coreset.selection.rows.values()))))
+    outcome = engine.run_stage("emit", task, todo, job, places=(out,), group=group, around=whole_files.together)
     output.log(stage="emit", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=job.workers)
     if output.overtaken():
         return output.manifest
@@ -47,18 +50,19 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
         return unfinished
     for folder in FOLDERS:
         paths.clear_temporaries(output.path(folder))
-    shards = {stem: {"rows": task.rows(stem)} for stem in stems if stem not in lost}
-    written = sum(shard["rows"] for shard in shards.values())
-    failed = sum(task.rows(stem) for stem in lost)
-    counts = _account(coreset, output, written, failed) if kind != "parquet" else {"rows": written + failed}
+    wanted = coreset.selection.rows if kind == "parquet" else {s: len(rows) for s, rows in coreset.all_kept_rows()}
+    shards = {stem: {"rows": rows} for stem, rows in wanted.items() if stem not in lost}
+    shards |= {stem: {"rows": int(made["rows"])} for stem, made in outcome.done.items()}
+    written, failed = sum(shard["rows"] for shard in shards.values()), sum(wanted[stem] for stem in lost)
+    counts = _account(output, sum(wanted.values()), written, failed)
+    counts = {"rows": counts["rows"]} if kind == "parquet" else counts
     return output.finish(shards=shards, counts=counts, **({"failed": lost} if lost else {}))
 
 
-def _account(coreset: Coreset, output: manifest.Output, written: int, missing: int) -> dict[str, int]:
-    """Reconcile what was written with what was kept."""
-    kept = sum(len(rows) for _, rows in coreset.all_kept_rows())
-    manifest.reconcile(output.directory, kept, {"written": written, "not written": missing})
-    return {"rows": kept, "written": written, **({"not_written": missing} if missing else {})}
+def _account(output: manifest.Output, wanted: int, written: int, missing: int) -> dict[str, int]:
+    """Reconcile what was written with what was to be."""
+    manifest.reconcile(output.directory, wanted, {"written": written, "not written": missing})
+    return {"rows": wanted, "written": written, **({"not_written": missing} if missing else {})}
 
 
 def _write_subset(coreset: Coreset, location: str) -> dict[str, int]:
@@ -103,17 +107,14 @@ class _Write:
         """Locate that file."""
         return paths.join(self.out, self.name(stem))
 
-    def rows(self, stem: str) -> int:
-        """Count a stem's rows in this format."""
-        return len(self.coreset.kept_rows(stem))
-
 
 class _WriteKeys(_Write):
     def name(self, stem: str) -> str:
         return f"{stem}.txt"
 
     def __call__(self, stem: str, /) -> dict[str, Any]:
-        keys = self.coreset.keys(stem, self.coreset.kept_rows(stem))
+        table = self.coreset.selection.table(stem, ["kept", "key"])
+        keys = table.filter(table["kept"])["key"].to_pylist()
         if keys and all(key.isdecimal() and key.isascii() and len(key) <= 18 for key in keys):
             sidecar.save_npy(paths.join(self.out, f"{stem}.npy"), np.array(keys, np.int64))
         with paths.atomic_write(self.place(stem)) as file:
@@ -131,9 +132,6 @@ class _WriteParquet(_Write):
 
     def name(self, stem: str) -> str:
         return f"table/{stem}.parquet"
-
-    def rows(self, stem: str) -> int:
-        return self.coreset.selection.rows[stem]
 
     def __call__(self, stem: str, /) -> dict[str, Any]:
         chosen, sidecars = self.coreset.selection.table(stem), self.coreset.embedded.sidecars

@@ -11,8 +11,7 @@ cannot do without: `exclude`, and `dedup` where an earlier step tore a component
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from curate.select import catalogue, cluster_shares, recipes, thresholds
 from curate.select.frame import Directory, Frame, reserve_size
 from curate.select.options import SelectOptions
 from curate.select.pool import Pool
-from curate.storage import paths, sidecar
+from curate.storage import paths, ranges, sidecar, whole_files
 from curate.storage.manifest import (
     Artefact,
     Output,
@@ -40,7 +39,6 @@ from curate.storage.schema import SELECTION_SCHEMA, STATUSES
 
 FUNNEL = "funnel.json"
 NUM_BINS = 60
-WRITERS = 16
 SCORES = ("clip_score", "centroid_similarity")
 
 
@@ -239,18 +237,15 @@ def _bin_edges(values: np.ndarray) -> np.ndarray:
 def _write(
     output: Output, pool: Pool, frame: Frame, codes: np.ndarray, names: Sequence[str]
 ) -> dict[str, dict[str, int]]:
-    """Write the sidecars, and say per stem how many rows there are and stay.
-
-    Several at a time: a file is synced to the disk before it gets its name, and a disk syncs many as fast as one.
-    """
+    """Write the sidecars, and say per stem how many rows there are and stay."""
     gone = frame.duplicates.kept >= 0
     dropped, similarities = frame.duplicates.rows[gone], frame.duplicates.similarity[gone]
     kept_keys = pool.keys(frame.duplicates.kept[gone])
     missing = set(output.missing(pool.emb.stems))
     keys = pool.emb.sidecars.tables(["key"], [stem for stem in pool.emb.stems if stem in missing])
-    shards = {}
-    pending: deque[Future[int]] = deque()
-    with ThreadPoolExecutor(WRITERS) as writers:
+    shards: dict[str, dict[str, int]] = {}
+
+    def made() -> Iterator[tuple[str, pa.RecordBatch]]:
         for stem, first, last in pool.extents():
             kept = codes[first:last] < 0
             shards[stem] = {"rows": last - first, "kept": int(kept.sum())}
@@ -269,11 +264,12 @@ def _write(
                 kept_keys.take(pa.array(place, mask=place < 0)).cast(pa.string()),
                 pa.array(similarity, mask=np.isnan(similarity)),
             ]
-            batch = pa.record_batch(columns, schema=SELECTION_SCHEMA)
-            where = output.path(f"{stem}.arrow")
-            pending.append(writers.submit(sidecar.write_table, where, SELECTION_SCHEMA, [batch], shards[stem]))
-            if len(pending) > WRITERS:  # no more in memory than are being written
-                pending.popleft().result()
-        for write in pending:
-            write.result()
+            yield stem, pa.record_batch(columns, schema=SELECTION_SCHEMA)
+
+    def write(each: tuple[str, pa.RecordBatch]) -> None:
+        stem, batch = each
+        sidecar.write_table(output.path(f"{stem}.arrow"), SELECTION_SCHEMA, [batch], shards[stem])
+
+    with whole_files.together():
+        deque(ranges.ahead(output.directory, write, made()), maxlen=0)
     return shards

@@ -10,10 +10,8 @@ import glob
 import logging
 import os
 import re
-import socket
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from curate.errors import UsageError
+from curate.storage import whole_files
 
 TRIES, FIRST_PAUSE_S = 5, 0.5  # 0.5 + 1 + 2 + 4 s
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -37,7 +36,7 @@ def is_remote(location: str) -> bool:
 
 def local(location: str) -> str:
     """Strip `file://` from a local location."""
-    return re.sub(r"^(file|local)://", "", location)
+    return location.removeprefix("file://").removeprefix("local://")
 
 
 def _remote(location: str) -> tuple[Any, str]:
@@ -230,7 +229,7 @@ def local_copy(location: str, suffix: str = "") -> Iterator[str]:
 
 @contextmanager
 def atomic_write(location: str) -> Iterator[IO[bytes]]:
-    """Open a file that appears under its name only when it is complete and on disk.
+    """Open a file that appears under its name only when it is complete and on disk; see also `whole_files.together`.
 
     On an error nothing appears, and what was there before stays.
     """
@@ -240,29 +239,8 @@ def atomic_write(location: str) -> Iterator[IO[bytes]]:
             copy.flush()
             with_retries(location, lambda fs, path: fs.put_file(copy.name, path))
         return
-    path = local(location)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    # Several machines may write the same file at once, and in containers every process has the number 1.
-    temporary = f"{path}.{socket.gethostname()[:16]}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_dir(os.path.dirname(path) or ".")
-
-
-def sync_dir(directory: str) -> None:
-    """Make renames in a local directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with whole_files.write(local(location)) as file:
+        yield file
 
 
 def clear_temporaries(directory: str, but: tuple[str, ...] = ()) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import ContractError
-from curate.storage import paths
+from curate.storage import paths, whole_files
 from curate.storage.json_files import digest, load_json, save_json
 
 MANIFEST, PLAN, LOG = "manifest.json", ".plan.json", "log.jsonl"
@@ -225,7 +225,7 @@ def _carry_out(home: str, where: str) -> None:
             paths.remove(paths.join(home, name))
         for name in (SEEN, MANIFEST):
             if not paths.is_remote(home):
-                paths.sync_dir(paths.local(home))
+                whole_files.sync_dir(paths.local(home))
             paths.move(paths.join(folder, name), paths.join(home, name))
     paths.remove(folder)
     paths.remove(where)

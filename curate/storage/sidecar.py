@@ -42,13 +42,20 @@ Place: TypeAlias = str | Opened  # where a sidecar is, or one that is open
 @contextmanager
 def _readable(place: Place) -> Iterator[None]:
     """Say in one line what is no sidecar. Raises: ContractError."""
-    location = place if isinstance(place, str) else getattr(place, "location", "a sidecar")
     try:
         yield
-    except FileNotFoundError:
-        raise ContractError(f"{location} does not exist") from None
-    except (pa.ArrowInvalid, OSError, struct.error) as error:
-        raise ContractError(f"{location} is no readable Arrow file: {str(error).splitlines()[0]}") from None
+    except UNREADABLE as error:
+        raise _unreadable(place, error) from None
+
+
+UNREADABLE = (pa.ArrowInvalid, OSError, struct.error)
+
+
+def _unreadable(place: Place, error: Exception) -> ContractError:
+    location = place if isinstance(place, str) else getattr(place, "location", "a sidecar")
+    if isinstance(error, FileNotFoundError):
+        return ContractError(f"{location} does not exist")
+    return ContractError(f"{location} is no readable Arrow file: {str(error).splitlines()[0]}")
 
 
 def opened(place: Place) -> Opened:
@@ -58,16 +65,18 @@ def opened(place: Place) -> Opened:
     """
     if not isinstance(place, str):
         return place
-    with _readable(place):
+    try:
         if paths.is_remote(place):
             return RemoteFile(place)
         small = _read_small(place)
         return pa.ipc.open_file(pa.memory_map(paths.local(place)) if small is None else small)
+    except UNREADABLE as error:
+        raise _unreadable(place, error) from None
 
 
 def _read_small(location: str) -> bytes | None:
     """Read a local file whole where it is small."""
-    with open(paths.local(location), "rb") as file:
+    with open(paths.local(location), "rb", buffering=0) as file:
         return file.read() if os.fstat(file.fileno()).st_size <= SMALL_BYTES else None
 
 

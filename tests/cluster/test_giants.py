@@ -96,6 +96,13 @@ def test_parts_follow_each_other_and_are_few(rows, limit):
     assert all(sum(rows[int(stem)] for stem in part) <= most + max(rows) for part in list(found.values())[:-1])
 
 
+def test_tiny_shards_are_read_and_scattered_together_and_large_ones_alone():
+    assert len(scatter.parts(dict.fromkeys(map(str, range(10_000)), 4))) == 257
+    assert len(scatter.parts(dict.fromkeys(map(str, range(250_000)), 4))) == 977
+    assert len(scatter.parts(dict.fromkeys(map(str, range(1000)), 10_000))) == 1000
+    assert len(scatter.parts(dict.fromkeys(map(str, range(50)), 100))) == 50
+
+
 def test_parts_of_several_shards_make_the_same_bytes(cloud, tmp_path, monkeypatch):
     cluster(cloud.path, str(tmp_path / "whole"), ClusterOptions(k=6), QUIET)
     monkeypatch.setattr(scatter, "MAX_FILES", 2)

@@ -1,8 +1,10 @@
+import errno
+
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from curate.storage import paths
+from curate.storage import paths, whole_files
 
 
 class Flaky(MemoryFileSystem):
@@ -91,3 +93,37 @@ def test_writers_of_one_file_at_once_never_collide(tmp_path, monkeypatch):
         one.write(b"one")
         two.write(b"two")
     assert (tmp_path / "plan.json").read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1
+
+
+def write_all(folder, names):
+    for name in names:
+        with paths.atomic_write(f"{folder}/{name}") as file:
+            file.write(name.encode())
+
+
+def test_files_written_together_appear_whole_at_the_end_and_none_on_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(ZeroDivisionError), whole_files.together():
+        write_all(tmp_path, ["a", "b"])
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "before"
+    monkeypatch.setattr(whole_files, "MOST_WAITING", 3)
+    with whole_files.together():
+        write_all(tmp_path, ["a", "b"])
+        assert (tmp_path / "a").read_text() == "before" and not (tmp_path / "b").exists()
+        with pytest.raises(ZeroDivisionError), paths.atomic_write(f"{tmp_path}/none"):
+            raise ZeroDivisionError
+        write_all(tmp_path, ["new/c", "d"])
+        assert {path.name for path in tmp_path.iterdir()} > {"a", "b", "new"} and not (tmp_path / "d").exists()
+    found = {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"a": "a", "b": "b", "c": "new/c", "d": "d"}
+
+
+def test_a_full_disk_at_the_end_names_nothing_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), whole_files.together():
+        write_all(tmp_path, ["a", "b"])
+        monkeypatch.setattr(whole_files.os, "fsync", full)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,94 @@
+"""Local files that appear under their names whole and on disk, one at a time or many together."""
+
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+MOST_WAITING, SYNCERS = 512, 16  # files that are synced together, and how many of them at once
+_group = threading.local()  # waiting: {temporary: path} of what this thread has written and not named yet
+
+
+@contextmanager
+def write(path: str) -> Iterator[IO[bytes]]:
+    """Open a file that gets its name when it is complete and on disk; within `together`, at the end of that.
+
+    On an error nothing appears, and what was there before stays.
+    """
+    # Several machines may write the same file at once, and in containers every process has the number 1.
+    temporary = f"{path}.{socket.gethostname()[:16]}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    mine: dict[str, str] = {}
+    waiting: dict[str, str] = getattr(_group, "waiting", mine)
+    try:
+        with _begun(temporary) as file:
+            yield file
+            file.flush()
+        waiting[temporary] = path
+        if waiting is mine or len(waiting) >= MOST_WAITING:
+            _name(waiting)
+    except BaseException:
+        waiting.pop(temporary, None)
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _begun(temporary: str) -> IO[bytes]:
+    """Open a new file, in a new folder where there is none."""
+    try:
+        return open(temporary, "wb")
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(temporary), exist_ok=True)
+        return open(temporary, "wb")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Give what this thread writes in here its names at the end, in the order of writing; on an error those never come.
+
+    A disk syncs many files in little more time than one. Not for what is read again in here.
+    """
+    waiting: dict[str, str] = {}
+    _group.waiting = waiting
+    try:
+        yield
+        _name(waiting)
+    finally:
+        del _group.waiting
+        for temporary in waiting:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _name(waiting: dict[str, str]) -> None:
+    """Sync files, at a time as many as a disk likes, and give them their names."""
+    written = list(waiting)
+    if len(written) == 1:
+        _sync(written)
+    else:
+        with ThreadPoolExecutor(SYNCERS) as syncers:
+            list(syncers.map(_sync, (written[first::SYNCERS] for first in range(min(SYNCERS, len(written))))))
+    folders = {os.path.dirname(path) or "." for path in waiting.values()}
+    for temporary, path in list(waiting.items()):
+        os.replace(temporary, path)
+        del waiting[temporary]
+    for folder in folders:
+        sync_dir(folder)
+
+
+def _sync(files: Sequence[str]) -> None:
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def sync_dir(directory: str) -> None:
+    """Make renames in a local directory durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
