@@ -62,8 +62,9 @@ class Pool:
         if self.clu is not None:
             manifest.check_aligned(self.emb, self.clu)
         self.bounds = np.cumsum([0, *self.emb.rows.values()])
-        for each in filter(None, (self.emb, self.clu)):
-            each.sidecars.keep()
+        self.emb.sidecars.keep(["status", "clip_score", "phash"])
+        if self.clu is not None:
+            self.clu.sidecars.keep(CLUSTER_SCHEMA.names)
 
     def extents(self) -> Iterator[tuple[str, int, int]]:
         """Yield each stem with its first row and the one after its last."""

@@ -18,6 +18,7 @@ from curate.storage import paths, ranges, sidecar
 from curate.storage.remote_arrow import RemoteFile
 
 MOST_OPENED = 4096
+TINY_ROWS, BLOCK = 64, 4096  # rows of a tiny sidecar, on average; sidecars that are copied together
 
 
 class Sidecars:
@@ -27,6 +28,8 @@ class Sidecars:
         self.directory, self.rows, self.mend = directory, rows, mend
         self._opened: dict[str, RemoteFile] = {}
         self._kept: _Kept | None = None
+        self._at_once: Sequence[str] = ()
+        self._held: pa.Table | None = None
 
     def __reduce__(self) -> tuple[type["Sidecars"], tuple[str, Mapping[str, int], str]]:
         return Sidecars, (self.directory, self.rows, self.mend)
@@ -46,10 +49,15 @@ class Sidecars:
         """Open a stem's sidecar, to read it in several ways."""
         return sidecar.opened(self._place(stem))
 
-    def keep(self) -> None:
-        """Keep the columns of remote sidecars that are read as tables in a temporary file, for the next time."""
+    def keep(self, at_once: Sequence[str] = ()) -> None:
+        """Keep the columns of remote sidecars that are read as tables in a temporary file, for the next time.
+
+        at_once: of local tiny ones these are read with the first of them, and kept in memory.
+        """
         if paths.is_remote(self.directory) and self._kept is None:
             self._kept = _Kept(self.rows)
+        elif not paths.is_remote(self.directory) and sum(self.rows.values()) < TINY_ROWS * len(self.rows):
+            self._at_once, self._held = at_once, None
 
     def schema(self, stem: str) -> pa.Schema:
         """Read the schema of a stem's sidecar."""
@@ -79,7 +87,22 @@ class Sidecars:
         def read(stem: str) -> tuple[str, pa.Table]:
             return stem, self.table(stem, columns)
 
+        if set(columns) <= set(self._at_once) and (stems is None or list(stems) == list(self.rows)):
+            return self._tables_held(columns)
         return ranges.ahead(self.directory, read, self.rows if stems is None else stems)
+
+    def _tables_held(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Yield each stem with its table, of columns that are read at once."""
+        if self._held is None:
+            stems, blocks = list(self.rows), []
+            for first in range(0, len(stems), BLOCK):
+                tables = [self.table(stem, self._at_once) for stem in stems[first : first + BLOCK]]
+                blocks.append(pa.concat_tables(tables).combine_chunks())
+            self._held = pa.concat_tables(blocks).combine_chunks()
+        chosen, first = self._held.select(list(columns)), 0
+        for stem, count in self.rows.items():
+            yield stem, chosen.slice(first, count)
+            first += count
 
     def batches(self, stem: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Yield the record batches of a stem's sidecar, or some columns of them."""

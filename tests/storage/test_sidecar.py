@@ -6,6 +6,7 @@ import pytest
 
 from curate.errors import ContractError
 from curate.storage import sidecar
+from curate.storage.sidecars import Sidecars
 
 
 @pytest.mark.parametrize("small_bytes", [0, 1 << 20])
@@ -36,3 +37,22 @@ def test_labels_are_read_as_places_in_any_list_of_names():
     assert sidecar.codes(column, ["ok", "b"]).tolist() == [0, -1, -1, 1, 1, 0]
     assert sidecar.codes(column.slice(1, 2), ["a"]).tolist() == [0, -1]
     assert sidecar.codes(pa.chunked_array([], column.type), names).tolist() == []
+
+
+def test_columns_of_tiny_sidecars_that_are_read_at_once_are_those_read_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("curate.storage.sidecars.BLOCK", 2)
+    names, rows = ("ok", "no_image", "bad"), {"a": 2, "b": 0, "c": 3, "d": 1, "e": 1}
+    for number, (stem, count) in enumerate(rows.items()):
+        status = sidecar.labels([names[(number + row) % 3] for row in range(count)], names[number % 3 :] + names)
+        score = pa.array([None if row else number + 0.5 for row in range(count)], pa.float32())
+        batch = pa.record_batch({"status": status, "score": score, "other": pa.array(range(count), pa.int64())})
+        sidecar.write_table(str(tmp_path / f"{stem}.arrow"), batch.schema, [batch], {"stem": stem})
+    once, each = (Sidecars(str(tmp_path), rows, "make it anew") for _ in range(2))
+    once.keep(["status", "score"])
+    for columns in (["status"], ["score"], ["score", "status"], ["score", "other"]):
+        found, expected = ({stem: table.to_pylist() for stem, table in of.tables(columns)} for of in (once, each))
+        assert found == expected and list(found) == list(rows)
+    monkeypatch.setattr(once, "rows", {**rows, "e": 2})
+    once.keep(["other"])
+    with pytest.raises(ContractError, match=r"e.arrow has 1 rows but the manifest says 2"):
+        list(once.tables(["other"]))
