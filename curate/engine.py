@@ -7,6 +7,7 @@ and worker count leaves the same files, since items are whole shards or buckets,
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -92,7 +93,8 @@ def ask(question: Callable[[], Any], job: Job) -> Any:
         os.chdir(here)  # a local model may be named as seen from here
         return question()
 
-    return ray.get(ray.remote(num_gpus=1 if gpus(job) else 0, num_cpus=1)(answer).remote())
+    with faults.ending("Ray is gone", ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError):
+        return ray.get(ray.remote(num_gpus=1 if gpus(job) else 0, num_cpus=1)(answer).remote())
 
 
 def advance(rows: int) -> None:
@@ -120,7 +122,8 @@ def run(
     an item are done while it is at work, maybe in another thread.
     """
     if engine == "ray":
-        yield from _run_ray(task, items, max(1, workers), share if gpus else 0, note)
+        with faults.ending("Ray is gone", _ray().exceptions.RayError):
+            yield from _run_ray(task, items, max(1, workers), share if gpus else 0, note)
     elif workers <= 1 or len(items) <= 1:
         task.setup()
         for item in items:
@@ -205,7 +208,7 @@ def _drain(pool: Processes, items: Sequence[Any], workers: int, note: Note) -> I
     waiting: dict[Future[Report], Any] = {}
     queue = iter(items)
     while True:
-        while len(waiting) < workers and (item := next(queue, _NONE)) is not _NONE:
+        for item in itertools.islice(queue, workers - len(waiting)):
             waiting[pool.submit_noted(partial(note, item), _work, item)] = item
         if not waiting:
             return
@@ -217,9 +220,6 @@ def _drain(pool: Processes, items: Sequence[Any], workers: int, note: Note) -> I
             except Exception as error:  # of its worker's setup, or its worker died
                 report = failure(item, error)
             yield report
-
-
-_NONE = object()
 
 
 def _run_ray(task: Task, items: Sequence[Any], workers: int, gpu: float, note: Note) -> Iterator[Report]:
@@ -258,13 +258,14 @@ def _run_ray(task: Task, items: Sequence[Any], workers: int, gpu: float, note: N
 
 
 def _ray() -> Any:
-    """Reach Ray's cluster, or begin one on this machine. Raises: UsageError when Ray is not installed."""
+    """Reach Ray's cluster, or begin one on this machine. Raises: UsageError without Ray, RunError if it does not."""
     try:
         import ray
     except ImportError:
         raise UsageError("--engine ray needs Ray", "pip install 'data-curate[ray]'") from None
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)
+        with faults.ending("Ray does not start", Exception):
+            ray.init(log_to_driver=False, include_dashboard=False)
     return ray
 
 
@@ -373,7 +374,6 @@ def run_stage(
             line.update(len(outcome.done) + len(outcome.failed), outcome.rows, len(outcome.failed))
     job.passing.update(outcome.passing)
     outcome.seconds = time.perf_counter() - started
-    order = {item: index for index, item in enumerate(items)}
-    outcome.done = dict(sorted(outcome.done.items(), key=lambda pair: order[pair[0]]))
-    outcome.failed = dict(sorted(outcome.failed.items(), key=lambda pair: order[pair[0]]))
+    outcome.done = {item: outcome.done[item] for item in items if item in outcome.done}
+    outcome.failed = {item: outcome.failed[item] for item in items if item in outcome.failed}
     return outcome

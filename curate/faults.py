@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from curate import processes
 from curate.errors import RunError
@@ -32,6 +33,15 @@ def ends_all(error: Exception) -> bool:
     folder = os.path.dirname(os.path.abspath(name))
     barred = error.errno in (errno.EACCES, errno.EPERM)  # from making a file, or from its folder
     return barred or not os.path.isdir(folder)
+
+
+@contextmanager
+def ending(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into a RunError in one line, after which a rerun may go on."""
+    try:
+        yield
+    except kinds as error:
+        raise RunError(f"{what}: {in_words(error)}", "run the same command again; it goes on from here") from error
 
 
 class Standing:

@@ -15,6 +15,7 @@ from curate.cluster.cluster import ClusterOptions, cluster
 from curate.embed.embed import EmbedOptions, embed
 from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job, ask, gpus, run_stage
+from curate.errors import RunError
 from curate.select.select import SelectOptions, select
 from house import ROOT, fingerprint
 
@@ -43,6 +44,26 @@ def test_actors_report_what_a_loop_reports(actors):
     assert {item: value["square"] for item, value in outcome.done.items()} == {0: 0, 1: 1, 2: 4, 6: 36}
     assert outcome.failed == {3: "three is broken", 4: "ValueError: four"}
     assert run_stage("unready", Unready(), [1, 2, 3], RAY).failed == dict.fromkeys([1, 2, 3], "the weights are gone")
+
+
+def test_a_ray_that_does_not_start_or_goes_away_ends_the_run_in_one_line(monkeypatch):
+    def refuse(**options):
+        raise Exception("The current node timed out during startup.\nThis could happen.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(
+        RunError, match="^Ray does not start: Exception: The current node timed out during startup. .*again"
+    ):
+        run_stage("square", Square(), [0, 1], RAY)
+
+    def gone(*given, **options):
+        raise ray.exceptions.RaySystemError("the raylet died")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr("curate.engine._actor", gone)
+    with pytest.raises(RunError, match="^Ray is gone: .*the raylet died"):
+        run_stage("square", Square(), [0, 1], RAY)
 
 
 def test_gpus_are_those_of_the_cluster_and_reserved_by_stages_that_use_them_alone():

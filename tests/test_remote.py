@@ -1,16 +1,14 @@
 """Pools and outputs on S3: a real S3 server on loopback (moto's), undisturbed and behind a proxy that breaks things."""
 
-import http.client
-import http.server
 import itertools
 import logging
 import threading
 import time
-from collections import Counter
 
 import pytest
 import tiny_clip
 from artefacts import write_pool
+from proxied import Proxy
 
 from curate.cluster.cluster import ClusterOptions, cluster
 from curate.embed.embed import EmbedOptions, embed
@@ -24,61 +22,6 @@ pytest.importorskip("s3fs", reason="needs an S3 driver: pip install 's3fs' 'moto
 pytest.importorskip("flask_cors", reason="needs an S3 server: pip install 's3fs' 'moto[s3]' flask flask-cors")
 moto = pytest.importorskip("moto.server", reason="needs an S3 server: pip install 's3fs' 'moto[s3]' flask flask-cors")
 QUIET = Job(workers=1, quiet=True)
-SILENCE_S = 1.5
-
-
-class Proxy(http.server.ThreadingHTTPServer):
-    """Forward to an S3 server. `faults(method, path)` names what befalls a request: 503, cut, slow, or None."""
-
-    daemon_threads = True
-
-    def __init__(self, target):
-        super().__init__(("127.0.0.1", 0), Forward)
-        self.target, self.faults, self.seen = target, lambda method, path: None, Counter()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        """A client that hung up is what this is about."""
-
-
-class Forward(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *words):
-        pass
-
-    def forward(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.server.faults(self.command, self.path)
-        self.server.seen[fault] += 1
-        if fault == "503":
-            told = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-            self.answer(503, [("Content-Type", "application/xml")], told)
-            return
-        if fault == "slow":
-            time.sleep(SILENCE_S)
-        link = http.client.HTTPConnection(*self.server.target)
-        link.request(self.command, self.path, body, dict(self.headers))
-        reply = link.getresponse()
-        content = reply.read()
-        head = [pair for pair in reply.getheaders() if pair[0].lower() not in ("connection", "transfer-encoding")]
-        if fault == "cut":
-            content = content[: len(content) // 2]
-            self.close_connection = True
-        self.answer(reply.status, head, content, length=len(content) if fault != "cut" else len(content) + 1)
-
-    def answer(self, status, head, content, length=None):
-        self.send_response_only(status)
-        for name, value in head:
-            if name.lower() != "content-length" or self.command == "HEAD":
-                self.send_header(name, value)
-        if self.command != "HEAD":
-            self.send_header("Content-Length", str(len(content) if length is None else length))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
 
 @pytest.fixture(scope="module")

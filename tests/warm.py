@@ -22,6 +22,8 @@ import threading
 import traceback
 from pathlib import Path
 
+import warm_workers
+
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("curate", "train")
 # What the commands import when they need it, beside all of both programs. None of it makes forking unsafe.
@@ -97,6 +99,8 @@ def serve():
                 raise
     one_worker()
     gc.freeze()
+    if folder := os.environ.get("WARM_WORKERS"):
+        warm_workers.begin(folder)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -109,13 +113,14 @@ def serve():
 class Command:
     """A command at work. pid: of its process, which leads a group; returncode: None until it is known to have ended."""
 
-    server = None
+    idle: list = []  # the servers that wait for a command: one, where none runs beside another
 
     def __init__(self, *words, cwd, env=None, limits=None):
         """words: the program, `curate` or `train` or a .py file, and its arguments. limits: of resources, by names."""
-        if Command.server is None:
+        if not self.idle:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            Command.server = subprocess.Popen([sys.executable, __file__], text=True, cwd=ROOT, **pipes)
+            self.idle.append(subprocess.Popen([sys.executable, __file__], text=True, cwd=ROOT, **pipes))
+        self.server = self.idle.pop()
         self.returncode, self.files = None, [tempfile.NamedTemporaryFile() for _ in range(2)]
         request = {"words": list(map(str, words)), "cwd": str(cwd), "env": dict(os.environ if env is None else env)}
         request |= {"limits": limits or {}, "to": [file.name for file in self.files]}
@@ -132,6 +137,7 @@ class Command:
         """Wait for the end; returns the exit code, below zero where a signal ended it."""
         if self.returncode is None:
             self.returncode = int(self.server.stdout.readline())
+            self.idle.append(self.server)
         return self.returncode
 
     def kill(self):
