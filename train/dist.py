@@ -22,6 +22,7 @@ from torch import Tensor
 
 WAIT = timedelta(hours=2)  # of objects and barriers: one rank may read millions of samples, or write to a slow disk
 STEP = timedelta(minutes=30)  # of numbers within a step: one rank may wait for its loader
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # where users say how torch takes a GPU's memory
 BUCKET = 1 << 26  # elements of gradients in one message
 
 
@@ -44,6 +45,9 @@ class Runtime:
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         if cuda:
+            # Passes differ in shape: blocks of fixed size would leave memory that none of the next fits into.
+            if not any(name in os.environ for name in ALLOCATOR):
+                os.environ[ALLOCATOR[0]] = "expandable_segments:True"  # read when the device is first used
             torch.cuda.set_device(device)
         if not cuda and "OMP_NUM_THREADS" not in os.environ:
             # A thread whose core is busy decoding holds up the whole matrix product: measured 4 times slower.

@@ -1,9 +1,11 @@
 """What several ranks share: the verbs of one process, answers, and the checkpoint that they go on from."""
 
 import json
+import os
 import shutil
 
 import pytest
+import torch
 from ranks import on_two_ranks
 from test_loop import losses, run, unfinish
 from toys import write_captions
@@ -25,6 +27,17 @@ def model(world, tmp_path_factory):
     on_two_ranks(lambda _: call("export", folder / "run", "--out", folder / "model"))
     assert (folder / "model" / "model.safetensors").is_file()
     return folder / "model"
+
+
+def test_a_gpus_memory_grows_in_segments_unless_the_environment_says_how(monkeypatch):
+    for name, told in (("is_available", True), ("set_device", None), ("is_bf16_supported", True)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, told=told, **given: told)
+    for given, name in ((None, "PYTORCH_CUDA_ALLOC_CONF"), ("backend:native", "PYTORCH_ALLOC_CONF")):
+        kept = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
+        monkeypatch.setattr(os, "environ", kept | ({name: given} if given else {}))
+        Runtime.detect("fp32", 0)
+        expected = {name: given or "expandable_segments:True"}
+        assert {key: value for key, value in os.environ.items() if "ALLOC_CONF" in key} == expected
 
 
 def test_two_ranks_answer_as_one(world, model, tmp_path):
