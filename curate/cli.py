@@ -23,6 +23,7 @@ from curate.ingest.options import ImportOptions, PackOptions
 from curate.report.options import ReportOptions
 from curate.select.options import SelectOptions
 from curate.storage import paths
+from pipelines import memory
 
 log = logging.getLogger("curate")
 app = typer.Typer(
@@ -51,6 +52,7 @@ def _about(
 
 def main() -> None:
     """Run the command line; errors for the user become one line and an exit code."""
+    memory.one_arena()
     try:
         log_to(verbose=False)
         app()

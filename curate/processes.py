@@ -20,6 +20,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
+from pipelines import memory
+
 TRIES = 3
 NOTE_INTERVAL_S = 0.5
 JOIN_S = 5.0  # for a process to end by itself once its pipe is closed
@@ -143,6 +145,7 @@ class _Seat:
 def _serve(pipe: Connection) -> None:
     """Do calls until the pipe ends."""
     global _teller
+    memory.one_arena()  # before the first thread
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides
     trouble: BaseException | None = None

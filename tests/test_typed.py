@@ -44,6 +44,7 @@ def test_embed(home, call, tmp_path):
     (tmp_path / "captions.tsv").write_text("a caption\thttp://x/0\n")
     words = ["embed", home / "pool", tmp_path / "emb", "--model", f"local-dir:{home / 'model'}", "--pretrained", ""]
     words = [*words, "--precision", "fp32", "--batch-size", 4, "--decoders", 1, "--columns", "score"]
+    words = [*words, "--decode", "fast"]
     words = [*words, "--captions", tmp_path / "captions.tsv", "--seed", 1, "--workers", 1, "--engine", "local"]
     code, out = call(*words, "--dry-run")
     assert code == 0 and "would write" in out and not (tmp_path / "emb").exists()

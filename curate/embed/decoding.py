@@ -9,9 +9,11 @@ has no such memory (not Linux), pixels go through the pipe. (One process on a bu
 second, and 40 % of the asking process' time.)
 """
 
+import dataclasses
 import itertools
 import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -106,7 +108,7 @@ def _lent(found: "reader.Rows | _Lent", memory: _Memory | None) -> reader.Rows:
     if isinstance(found, reader.Rows):
         return found
     assert memory is not None
-    return reader.Rows(found.rows.facts, memory.view[found.slot, : found.used], found.rows.tokens)
+    return dataclasses.replace(found.rows, pixels=memory.view[found.slot, : found.used])
 
 
 _reader: reader.Reader | None = None
@@ -116,6 +118,8 @@ _held: tuple[Board, np.ndarray] | None = None  # the board that this process wro
 def _start(make: Callable[[], reader.Reader]) -> None:
     global _reader
     _reader = make()
+    if "torch" in sys.modules:  # which may resize: there is a process for every core already
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _decode(path: str, asked: tuple[Sequence[tar.Sample], Board | None, int]) -> "reader.Rows | _Lent":
@@ -127,7 +131,7 @@ def _decode(path: str, asked: tuple[Sequence[tar.Sample], Board | None, int]) ->
         return rows
     pixels = rows.pixels
     _open(board)[slot, : len(pixels)] = pixels
-    return _Lent(reader.Rows(rows.facts, pixels[:0], rows.tokens), slot, len(pixels))
+    return _Lent(dataclasses.replace(rows, pixels=pixels[:0]), slot, len(pixels))
 
 
 def _open(board: Board) -> np.ndarray:

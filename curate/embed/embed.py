@@ -6,11 +6,9 @@ the number of threads nor on that of workers. On a CPU the same thread decodes a
 `decoders`, processes decode ahead of the model. Captions are sorted by length within their shard and run at it.
 """
 
-import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,24 +18,29 @@ import numpy as np
 import pyarrow as pa
 
 from curate import engine
-from curate.embed import encoder, reader, side_data, weights
+from curate.embed import encoder, makers, reader, side_data, weights
 from curate.embed.captions import Wanted
 from curate.embed.check_pool import check_members
 from curate.embed.contents import fingerprints
 from curate.embed.decoding import Decoders
 from curate.embed.options import EmbedOptions
+from curate.embed.spent import Spent, in_words, shares
 from curate.engine import Job
 from curate.errors import UsageError, unknown
 from curate.storage import faults, manifest, members, paths, sidecar, tar
 from curate.storage.ranges import map_ahead
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
+from pipelines import memory
 
 PICKS = ("first", "random")
+DECODES = ("full", "fast")
 CPU_BATCH, GPU_BATCH = 32, 256
+MOST_SHARED_BYTES = 2 << 30  # of weights in fp32, ViT-L's 1.7 GB among them, that a GPU holds twice
 TEXTS_PER_IMAGE = 2  # caption batches may be larger: captions are short
 
 
+@memory.kept()
 def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any]:
     """Embed every shard of a pool that is not embedded yet, and return the manifest.
 
@@ -45,6 +48,8 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     """
     if options.batch_size < 0 or options.decoders < 0 or options.max_pixels < 1:
         raise UsageError("batch_size and decoders cannot be negative, and max_pixels is at least 1.")
+    if options.decode not in DECODES:
+        raise unknown("decode", options.decode, DECODES)
     held = tar.survey_pool(pool)
     found = {shard.stem: shard for shard in held.shards}
     if options.captions:
@@ -73,6 +78,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         "max_pixels": options.max_pixels,
         **({"columns": dict(extras.columns)} if extras.columns else {}),
         **({"faithful": True} if options.faithful else {}),
+        **({"decode": options.decode} if options.decode != "full" else {}),
         **({"caption": ",".join(wanted.fields)} if wanted.fields else {}),
         **({"caption_pick": wanted.pick, "seed": wanted.seed} if wanted.pick != "first" else {}),
     }
@@ -85,7 +91,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     if output.complete:
         return output.manifest
     output.tell(quiet=job.quiet)
-    workers = max(1, min(job.workers or (engine.gpus(job) or 1 if device == "cuda" else 1), len(found)))
+    workers, share = _workers(job, device, source, len(found))
     if not job.quiet:
         apart = options.decoders or device == "cuda"
         number = options.decoders or max(1, node.cores // workers)
@@ -104,17 +110,30 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         found,
         extras,
         options.faithful,
+        options.decode == "fast",
     )
     try:
         todo = output.pending(job.share(list(found)))
         if not job.quiet:
-            _say_other_maker(output, todo, list(found), node.described)
+            makers.say_other_maker(output, todo, list(found), node.described)
         places = {out, *(paths.parent(shard.location) for shard in found.values())}
-        outcome = engine.run_stage("embed", task, todo, job, workers=workers, gpu=True, places=sorted(places))
+        outcome = engine.run_stage("embed", task, todo, job, workers=workers, gpu=share, places=sorted(places))
     finally:
         task.close()
     output.log(model=_absolute(options.model), pretrained=_absolute(options.pretrained))
     return _finish(output, list(found), outcome, node.described, workers, held.passed, quiet=job.quiet)
+
+
+def _workers(job: Job, device: str, source: weights.Source, shards: int) -> tuple[int, float]:
+    """Choose the number of workers, and the share of a GPU that one takes.
+
+    On a GPU there are two, unless the model is large: while one ends a shard, its last batch half empty, its texts and
+    its file to be written, the other's batches keep the card busy. What a shard's rows are does not depend on it.
+    """
+    cards = engine.gpus(job) or 1
+    each = 2 if source.size <= MOST_SHARED_BYTES else 1
+    workers = max(1, min(job.workers or (each * cards if device == "cuda" else 1), shards))
+    return workers, 1 / -(-workers // cards)
 
 
 def _wanted(options: EmbedOptions) -> Wanted:
@@ -153,7 +172,12 @@ def _finish(
     """Account for every row and write the manifest, unless other slices still have shards to do."""
     facts, counts = reader.account(output, stems)
     dim = next((fact["dim"] for fact in facts.values()), 0)
-    output.log(stage="embed", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=workers, dim=dim)
+    spent = shares(done["spent"] for done in outcome.done.values())
+    output.log(
+        stage="embed", rows=outcome.rows, seconds=round(outcome.seconds, 3), workers=workers, dim=dim, spent=spent
+    )
+    if spent and not quiet:
+        sys.stderr.write(f"embed: {in_words(spent)}\n")
     failed = output.failures(stems, outcome.failed)
     if unfinished := output.unfinished(stems, failed):
         return unfinished
@@ -171,33 +195,8 @@ def _finish(
         **({"downloads": dict(sorted(downloads.items()))} if downloads else {}),
         **({"faults": bad} if bad else {}),
         **({"failed": failed} if failed else {}),
-        **_makers(facts, device),
+        **makers.account(facts, device),
     )
-
-
-def _made_by(device: str) -> dict[str, Any]:
-    return {"device": device, "versions": manifest.versions("torch", "open_clip_torch", "pillow")}
-
-
-def _makers(facts: Mapping[str, Mapping[str, Any]], device: str) -> dict[str, Any]:
-    """Say what made the shards: one device with its versions, or `made_by`, which lists each with its shards."""
-    shards: dict[str, list[str]] = {}
-    for stem, fact in facts.items():
-        shards.setdefault(json.dumps(fact.get("made_by", _made_by(device)), sort_keys=True), []).append(stem)
-    makers = [{**json.loads(maker), "shards": stems} for maker, stems in shards.items()]
-    first = {name: makers[0][name] for name in ("versions", "device")} if makers else _made_by(device)
-    return {**first, **({"made_by": makers} if len(makers) > 1 else {})}
-
-
-def _say_other_maker(output: manifest.Output, todo: Sequence[str], stems: Sequence[str], device: str) -> None:
-    """Say that the shards that stand already were made by other versions or on another device."""
-    missing = set(output.missing(stems))  # other slices' shards, too
-    there = next((stem for stem in stems if stem not in missing), None) if todo else None
-    before = sidecar.facts(output.find(there)).get("made_by") if there is not None else None
-    now = _made_by(device)
-    if before is not None and before != now:
-        told = " and ".join(json.dumps(each, sort_keys=True) for each in (before, now))
-        sys.stderr.write(f"embed: goes on with shards that another machine made: {told}; the manifest lists which\n")
 
 
 @dataclass
@@ -215,14 +214,17 @@ class EmbedShard:
     found: dict[str, tar.Shard]
     extras: side_data.Extras = side_data.NO_EXTRAS
     faithful: bool = False
+    fast: bool = False
 
     def setup(self) -> None:
         """Load the model and start what decodes."""
+        memory.keep()
         self.num_threads = self.threads or engine.cores_each()
         self.num_decoders = self.decoders or (self.num_threads if self.device == "cuda" else 0)
         self.encoder = encoder.Encoder(self.source, self.precision, self.device)
         # Two threads keep a GPU fed: one waits for its batch while the other queues the next.
-        self.runners = ThreadPoolExecutor(2 if self.device == "cuda" else self.num_threads)
+        self.num_runners = 2 if self.device == "cuda" else self.num_threads
+        self.runners = ThreadPoolExecutor(self.num_runners)
         reading = partial(
             reader.Reader,
             self.source,
@@ -230,6 +232,7 @@ class EmbedShard:
             self.max_pixels,
             self.extras,
             faithful=self.faithful,
+            fast=self.fast,
         )
         size = encoder.pair(self.encoder.preprocess["size"])
         self.processes = Decoders(self.num_decoders, reading, size, self.batch_size) if self.num_decoders else None
@@ -248,8 +251,9 @@ class EmbedShard:
     def __call__(self, stem: str) -> dict[str, Any]:
         """Embed one shard. Returns its rows and how many of them are bad."""
         shard = self.found[stem]
+        self.spent, self.decoding = Spent(), Spent()
         with tar.local_tar(shard.location) as path, encoder.single_threaded():
-            with open(path, "rb") as file:
+            with self.spent.on("read"), open(path, "rb") as file:
                 index = tar.read_index(file)
             with ThreadPoolExecutor(1) as reading:
                 content = reading.submit(tar.content_digest, shard, path)
@@ -258,16 +262,21 @@ class EmbedShard:
         tar.refuse_changed(shard)
         beside = self._read_beside(shard, facts, index)
         schema = embedding_schema(self.encoder.dim, self.extras.fields)
-        columns = _columns(facts, image, text, members.column(index, shard.size), schema)
+        with self.spent.on("write"):
+            columns = _columns(facts, image, text, members.column(index, shard.size), schema)
         statuses = Counter(row["status"] for row in facts)
         bad = {"reasons": reader.reasons(facts), "faults": reader.row_faults(stem, facts)}
         beside |= {name: told for name, told in bad.items() if told}
         beside["digest"] = content.result()
-        beside["made_by"] = _made_by(encoder.describe_device(self.device))
+        beside["made_by"] = makers.made_by(encoder.describe_device(self.device))
         meta = {"statuses": dict(statuses), "notes": index.notes, "size": shard.size, "dim": self.encoder.dim, **beside}
         batch = pa.RecordBatch.from_arrays(columns, schema=schema)
-        sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], {"rows": len(facts), **meta})
-        return {"rows": len(facts), "bad": len(facts) - statuses["ok"]}
+        with self.spent.on("write"):
+            sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], {"rows": len(facts), **meta})
+        spent = {"threads": self.spent.account(self.num_runners)}
+        if self.processes is not None:
+            spent["decoders"] = self.decoding.account(self.num_decoders)
+        return {"rows": len(facts), "bad": len(facts) - statuses["ok"], "spent": spent}
 
     def _read_beside(self, shard: tar.Shard, facts: list[dict[str, Any]], index: tar.Index) -> dict[str, Any]:
         """Account for img2dataset's downloads, and fill columns that the samples' JSON lacks from its side table."""
@@ -311,9 +320,13 @@ class EmbedShard:
         return facts, vectors, np.concatenate([tokens for _, (_, tokens) in parts])
 
     def _encode(self, batch: reader.Rows) -> tuple[list[dict[str, Any]], tuple[np.ndarray, np.ndarray]]:
-        vectors = (
-            self.encoder.images(batch.pixels) if len(batch.pixels) else np.empty((0, self.encoder.dim), np.float32)
-        )
+        (self.spent if self.processes is None else self.decoding).add(batch.spent)
+        vectors = np.empty((0, self.encoder.dim), np.float32)
+        if len(batch.pixels):
+            with self.spent.on("copy"):
+                pixels = self.encoder.put(batch.pixels)
+            with self.spent.on("compute"):
+                vectors = self.encoder.images(pixels)
         return batch.facts, (vectors, batch.tokens)
 
     def _embed_texts(self, tokens_nl: np.ndarray) -> np.ndarray:
@@ -323,7 +336,12 @@ class EmbedShard:
         size = TEXTS_PER_IMAGE * self.batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         vectors = np.empty((len(order), self.encoder.dim), np.float32)
-        embedded = map_ahead(self.runners, lambda at: self.encoder.texts(tokens_nl[at]), batches, 2 * self.num_threads)
+
+        def encode(at: np.ndarray) -> np.ndarray:
+            with self.spent.on("compute"):
+                return self.encoder.texts(tokens_nl[at])
+
+        embedded = map_ahead(self.runners, encode, batches, 2 * self.num_threads)
         for at, part in zip(batches, embedded, strict=True):
             vectors[at] = part
         return vectors

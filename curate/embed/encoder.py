@@ -159,14 +159,19 @@ class Encoder:
         height, width = pair(self.preprocess["size"])
         self.dim = self.images(np.zeros((1, height, width, 3), np.uint8)).shape[1]
 
-    def images(self, pixels_nhwc: np.ndarray) -> np.ndarray:
+    def put(self, pixels_nhwc: np.ndarray) -> "torch.Tensor":
+        """Bring pixels, u8 [n, h, w, 3], to the device; a GPU copies them while it computes other batches."""
+        import torch
+
+        x = torch.from_numpy(pixels_nhwc)
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
+
+    def images(self, pixels_nhwc: "np.ndarray | torch.Tensor") -> np.ndarray:
         """Embed images. pixels: u8 [n, h, w, 3], as `images.transform` makes them. Returns unit rows f32 [n, d]."""
         import torch
 
         with torch.inference_mode(), self._autocast():
-            x = torch.from_numpy(pixels_nhwc)
-            if self.device.type == "cuda":
-                x = x.pin_memory().to(self.device, non_blocking=True)
+            x = self.put(pixels_nhwc) if isinstance(pixels_nhwc, np.ndarray) else pixels_nhwc
             x = x.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._layout)
             x = x.mul_(self._scale).add_(self._shift).to(self._input_dtype)
             return _unit(self.model.encode_image(x))

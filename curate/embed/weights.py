@@ -41,9 +41,14 @@ class Source:
     preprocess: dict[str, Any]
 
     @property
+    def size(self) -> int:
+        """Return the bytes of the weights' file."""
+        return os.path.getsize(self.checkpoint)
+
+    @property
     def is_small(self) -> bool:
         """Say whether the model is too small to gain from half precision on a CPU."""
-        return os.path.getsize(self.checkpoint) < SMALL_WEIGHTS_BYTES
+        return self.size < SMALL_WEIGHTS_BYTES
 
 
 def find(model: str, pretrained: str = "") -> Source:

@@ -2,10 +2,10 @@
 
     python tests/bench/embed.py [--pool POOL] [--model ViT-B-32] [--precision auto] [--shards N] [--peer PROGRAM]
 
-Weights are drawn at random: speed does not depend on them. Shard by shard, the bare forwards run on tensors ready in
-memory, each both ways (torch's own threads, and a thread per batch) of which the faster counts; then the task runs on
-the tar: reading, decoding, hashing, both towers, writing. Loading the model is left out of both. CPU seconds stand
-beside wall seconds: on a busy machine only they are steady.
+Weights are drawn at random (speed does not depend on them), unless the model is a folder. Shard by shard, the bare
+forwards run on tensors ready in memory, each both ways (torch's own threads, and a thread per batch) of which the
+faster counts; then the task runs on the tar: reading, decoding, hashing, both towers, writing. Loading the model is
+left out of both. CPU seconds stand beside wall seconds: on a busy machine only they are steady.
 
 `--peer` is the `clip-retrieval` program of an environment of its own (`pip install clip-retrieval`). In place of the
 bare forwards, its `inference` runs on the same tars with the same weights: at our batch size, where it is fastest, and
@@ -30,6 +30,7 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,6 +49,7 @@ from curate.embed.encoder import (  # noqa: E402
     choose_device,  # noqa: E402
     choose_precision,  # noqa: E402
     describe_device,  # noqa: E402
+    pair,  # noqa: E402
     single_threaded,  # noqa: E402
 )
 from curate.embed.images import MAX_PIXELS  # noqa: E402
@@ -60,6 +62,9 @@ from curate.storage.tar import (  # noqa: E402
     read_index,  # noqa: E402
     read_member,  # noqa: E402
 )
+from pipelines import memory  # noqa: E402
+
+memory.one_arena()  # as the command line does
 
 
 def random_weights(model, folder):
@@ -201,6 +206,9 @@ def beside_bare(task):
     measured, rows_done = {}, 0
     for stem, shard in task.found.items():
         count, bare = bare_forwards(task, shard)
+        if not measured:  # the first batch fetches memory for all
+            height, width = pair(task.encoder.preprocess["size"])
+            task.runners.submit(task.encoder.images, np.zeros((task.batch_size, height, width, 3), np.uint8)).result()
         rows_done += count
         for name, ways in {**bare, "embed": [partial(task, stem)]}.items():
             measured.setdefault(name, []).append(min(clock(way, task.device) for way in ways))
@@ -238,6 +246,8 @@ def main():
     parser.add_argument("--shards", type=int, default=0, help="only the first N")
     parser.add_argument("--rows", type=int, default=0, help="only the first N of each")
     parser.add_argument("--decoders", type=int, default=0, help="decode in this many processes")
+    parser.add_argument("--fast", action="store_true", help="resize by torch, as --decode fast")
+    parser.add_argument("--name", default="embed", help="of the file in results")
     parser.add_argument("--peer", help="the program clip-retrieval, to run beside")
     given = parser.parse_args()
     found = {shard.stem: shard for shard in list_pool(given.pool)[: given.shards or None]}
@@ -246,23 +256,25 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if given.rows:
             found = {stem: head(shard, folder, given.rows) for stem, shard in found.items()}
-        source = weights.find(given.model, random_weights(given.model, folder))
+        own_weights = given.model.startswith("local-dir:")
+        source = weights.find(given.model, "" if own_weights else random_weights(given.model, folder))
         precision, reason = choose_precision(given.precision, device, source)
         batch = GPU_BATCH if device == "cuda" else CPU_BATCH
         task = EmbedShard(source, precision, device, batch, MAX_PIXELS, threads, decoders, folder, found)
+        task.fast = given.fast
         hardware = f"{platform.machine()}, {threads} cores, {describe_device(device)}"
-        print(f"{given.model} {precision} ({reason}), {hardware}")
+        print(f"{Path(given.model).name} {precision} ({reason}), {hardware}")
         told = beside_peer(given.peer, task, folder) if given.peer else beside_bare(task)
     result = {
         "command": "python tests/bench/embed.py "
-        + " ".join("clip-retrieval" if "/" in word else word for word in sys.argv[1:]),
+        + " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:]),
         "date": str(date.today()),
         "hardware": hardware,
         "versions": manifest.versions("torch", "open_clip_torch", "pillow"),
         "precision": precision,
         **told,
     }
-    target = ROOT / "tests" / "bench" / "results" / ("embed_peer.json" if given.peer else "embed.json")
+    target = ROOT / "tests" / "bench" / "results" / f"{given.name}{'_peer' if given.peer else ''}.json"
     target.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ from test_encoder import FORMATS, cosines, reference
 
 from curate.embed.decoding import map_ahead
 from curate.embed.embed import EmbedOptions, embed
-from curate.engine import Job
+from curate.engine import Job, cores
 from curate.errors import ContractError, UsageError
 from curate.storage import sidecar
 from curate.storage.schema import STATUSES, embedding_schema
@@ -133,6 +133,8 @@ def test_bytes_do_not_depend_on_workers_or_on_who_decodes(tmp_path, model):
         embed(pool, str(tmp_path / name / "emb"), options, job)
         made.append(fingerprint(tmp_path / name / "emb"))
     assert made[0] == made[1] == made[2] and len(made[0]) == 4
+    logged = json.loads((tmp_path / "apart" / "emb" / "log.jsonl").read_text().splitlines()[-1])["spent"]
+    assert [account["count"] for account in (logged["threads"], logged["decoders"])] == [cores(), 1]
 
 
 def test_a_killed_run_is_finished_by_the_next_byte_for_byte(tmp_path, model):

@@ -353,6 +353,16 @@ def test_pixels_are_bit_for_bit_those_of_open_clips_transform(name):
         assert np.array_equal(pixels, np.rint(expected(Image.open(io.BytesIO(blob))).numpy().transpose(1, 2, 0) * 255))
 
 
+@pytest.mark.parametrize("size, mode", [(24, "shortest"), ((20, 30), "squash")])
+def test_resized_by_torch_pixels_are_off_by_two_at_most(size, mode):
+    config = {"size": size, "resize_mode": mode}
+    slow, fast = images.transform(config), images.transform(config, fast=True)
+    for name, make in FORMATS.items():
+        image = images.decode(make())
+        expected, found = slow(image).astype(int), fast(image).astype(int)
+        assert found.shape == expected.shape and np.abs(found - expected).max() <= 2, name
+
+
 @pytest.mark.parametrize(
     "data, status",
     [

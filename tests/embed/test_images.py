@@ -13,6 +13,7 @@ from test_encoder import FORMATS, photograph, saved
 
 from curate.embed import images
 from curate.embed.embed import EmbedOptions, embed
+from curate.errors import UsageError
 from curate.storage import sidecar
 from curate.storage.tar import IMAGE_SUFFIXES, suffix_of
 from house import curate, manifest
@@ -193,3 +194,10 @@ def test_every_suffix_and_every_depth_goes_through_embed(tmp_path):
     refused = curate("embed", pool, tmp_path / "emb", "--model", model, "--faithful", check=False)
     assert refused.returncode == 2 and "faithful" in refused.stderr
     embed(pool, str(tmp_path / "emb"), EmbedOptions(model), QUIET)
+
+    fast = embed(pool, str(tmp_path / "fast"), EmbedOptions(model, decode="fast"), QUIET)
+    assert fast["options"]["decode"] == "fast" and "decode" not in manifest(tmp_path / "emb")["options"]
+    quick = vectors_of(tmp_path / "fast", "00000", "image_embedding")[drawn]
+    assert (quick * made).sum(axis=1).min() > 0.999
+    with pytest.raises(UsageError, match="fast, full"):
+        embed(pool, str(tmp_path / "none"), EmbedOptions(model, decode="draft"), QUIET)
