@@ -12,6 +12,7 @@ has measured so far is in the JSON as soon as it is known, so that a run that is
     numerics   assign, near-duplicate pairs and the k-means fit, beside the card's products and FAISS on the same card
     published  the same training with the published scripts' semantics: padded rows, logits everywhere, recomputation
     switches   the finetune step with each of the trainer's switches turned
+    shards     ViT-B/32 over shards of 500 rows, by one worker and by two that share the card
 
 Needs torch with CUDA, and what the package itself needs; a part whose libraries are not there says so in a line.
 `--rehearse` does all of it at toy size on a processor, so that it cannot rot. gpu.md says how to run it on a bare
@@ -19,14 +20,12 @@ machine.
 """
 
 import argparse
-import io
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -47,6 +46,7 @@ LIMITS_S = {
     "numerics": 60,
     "published": 60,
     "switches": 60,
+    "shards": 75,
 }
 TOTAL_S = 480
 Found = Iterator[dict[str, Any]]
@@ -166,6 +166,7 @@ def switches(on: str, rehearse: bool) -> Found:
 
 def embedding(on: str, rehearse: bool) -> Found:
     """Embed drawn pictures with both models, beside the bare forwards; and decode them alone, on one core."""
+    from bench.drawn import drawn_pool  # type: ignore[import-not-found]
     from bench.embed import beside_bare, random_weights  # type: ignore[import-not-found]
 
     from curate import engine
@@ -208,39 +209,48 @@ def _small_clip(folder: Path) -> str:
     return str(tiny_clip.write(folder / "model"))
 
 
-def drawn_pool(folder: Path, shards: int, rows: int) -> Path:
-    """Write shards of JPEGs of 400 x 300, each drawn anew: soft colours with some noise, as photographs compress."""
-    import numpy as np
-    from PIL import Image
+def shards(on: str, rehearse: bool) -> Found:
+    """Embed small shards, whose last batch is half empty, by one and two workers; rows/s from the first shard's end."""
+    from bench.drawn import drawn_pool
+    from bench.embed import random_weights
 
-    rng = np.random.default_rng(0)
-    (folder / "pool").mkdir()
-    for shard in range(shards):
-        with tarfile.open(folder / "pool" / f"{shard:05d}.tar", "w") as tar:
-            for row in range(rows):
-                soft = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((400, 300))
-                noisy = np.asarray(soft, np.int16) + rng.integers(-12, 13, (300, 400, 3))
-                out = io.BytesIO()
-                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
-                caption = " ".join(f"word{n}" for n in rng.integers(0, 500, 10)).encode()
-                for name, data in ((f"{shard}-{row:05d}.jpg", out.getvalue()), (f"{shard}-{row:05d}.txt", caption)):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return folder / "pool"
+    from curate.embed.embed import EmbedOptions, embed
+    from curate.engine import Job
+
+    count, rows = (3, 4) if rehearse else (24, 500)
+    with tempfile.TemporaryDirectory() as folder:
+        pool = drawn_pool(Path(folder), 1, rows)
+        for number in range(1, count):
+            (pool / f"{number:05d}.tar").hardlink_to(pool / "00000.tar")
+        model = _small_clip(Path(folder)) if rehearse else "ViT-B-32"
+        weights = "" if rehearse else random_weights(model, folder)
+        for workers in (1, 2):
+            out = Path(folder) / str(workers)
+            embed(
+                str(pool),
+                str(out),
+                EmbedOptions(model, weights),
+                Job(workers=workers, gpus=int(on == "cuda"), quiet=True),
+            )
+            ends = sorted(path.stat().st_mtime for path in out.glob("*.arrow"))
+            log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+            spent = next(each["spent"] for each in log if "spent" in each)
+            rate = rows * (count - 1) / max(ends[-1] - ends[0], 1e-6)
+            yield {f"{workers} at work": {"shard_rows": rows, "rows_per_s": rate, "time_in_percent": spent}}
 
 
 def numerics(on: str, rehearse: bool) -> Found:
     """Assign, compare and fit, beside the card's products and FAISS on the same card."""
     import numpy as np
     import torch
+    from bench.drawn import unit_rows
 
     from curate.vectors import kmeans, on_device
     from curate.vectors.duplicate_forest import near_duplicate_forest
 
     dim = 64 if rehearse else 768
     rows, k, group = (4_000, 50, 500) if rehearse else (1_000_000, 10_000, 10_000)
-    x = _unit_rows(rows, dim, group, on)
+    x = unit_rows(rows, dim, group, on)
     side = torch.from_numpy(x[:8192]).to(on)
     ceiling = 2 * len(side) ** 2 * dim / clock(lambda: on_device.half_products(side, side), on)
     found: dict[str, Any] = {"rows": rows, "dim": dim, "product_tflops": ceiling / 1e12}
@@ -275,26 +285,13 @@ def numerics(on: str, rehearse: bool) -> Found:
         yield found
 
 
-def _unit_rows(rows: int, dim: int, group: int, on: str) -> Any:
-    """Draw unit rows f16 around a centre for every `group` of them; some are nearly copies."""
-    import torch
-
-    torch.manual_seed(0)
-    parts = []
-    for _ in range(0, rows, group):
-        near = torch.randn(dim, device=on) + 1.5 * torch.randn(group, dim, device=on)
-        near[1::50] = near[::50][: len(near[1::50])] + 0.1 * torch.randn(len(near[1::50]), dim, device=on)
-        parts.append(torch.nn.functional.normalize(near, dim=1).half().cpu())
-    return torch.cat(parts)[:rows].numpy()
-
-
 def _faiss_sees_a_gpu() -> bool:
     import faiss
 
     return bool(getattr(faiss, "get_num_gpus", int)() > 0)
 
 
-PARTS = {each.__name__: each for each in (tests, ceilings, training, embedding, numerics, published, switches)}
+PARTS = {each.__name__: each for each in (tests, ceilings, training, embedding, numerics, published, switches, shards)}
 
 
 def one_part(name: str, rehearse: bool) -> None:
