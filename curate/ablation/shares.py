@@ -9,10 +9,11 @@
     goal = {caption = 1, answer = 1}             # measures and their weights, below 0 where lower is better
 
 The goal is the weighted mean of measures. What a seed adds to all its arms is taken out; then a Gaussian process is
-fitted to the trials: a smooth function of the shares, its amplitude, its length and the trials' noise read off the
-data by their likelihood (scikit-learn). Its mean and its 95 % interval stand for every mixture on a lattice. Functions
-drawn from it say within which shares the best mixture lies, and the next to try is the untried one of the highest
-expected improvement on the best that was tried (Jones, Schonlau, Welch 1998).
+fitted to the trials: a smooth function of the shares, its amplitude and its length read off the data by their
+likelihood (scikit-learn), the trials' noise off what mixtures do under several seeds. Its mean and its 95 % interval
+stand for every mixture on a lattice. Functions drawn from it say within which shares the best mixture lies, and the
+next to try is the untried one of the highest expected improvement on the best that was tried (Jones, Schonlau, Welch
+1998).
 
 Shapes: k sources, p mixtures [p, k] whose rows sum to 1, n trials.
 """
@@ -113,20 +114,37 @@ def lattice(k: int) -> np.ndarray:
     return np.asarray((np.diff(cuts, axis=1) - 1) / parts)
 
 
-def fit(points_nk: np.ndarray, values_n: np.ndarray) -> Callable[[np.ndarray], Surface]:
-    """Fit a Gaussian process to noisy values, f64 [n], of mixtures. Returns what tells it at others, f64 [p, k]."""
+def noise_of(points_nk: np.ndarray, seeds: Sequence[int], settled_n: np.ndarray) -> float | None:
+    """Estimate the variance of trials of one mixture, without what seeds add; None where no mixture repeats."""
+    _, arm = np.unique(points_nk, axis=0, return_inverse=True)
+    free = len(settled_n) - len(np.unique(arm)) - len(set(seeds)) + 1
+    if free < 1:
+        return None
+    means = np.bincount(arm.ravel(), settled_n) / np.bincount(arm.ravel())
+    return float(((settled_n - means[arm.ravel()]) ** 2).sum() / free)
+
+
+def fit(points_nk: np.ndarray, values_n: np.ndarray, noise: float | None) -> Callable[[np.ndarray], Surface]:
+    """Fit a Gaussian process to values, f64 [n], of mixtures. Returns what tells it at others, f64 [p, k].
+
+    noise: the values' variance; None has it read off the fit, as a hundredth of the values' spread at least.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
     centre, scale = float(values_n.mean()), float(values_n.std()) or 1.0
     y = (values_n - centre) / scale
-    smooth = ConstantKernel(1.0, (0.05, 20.0)) * RBF(0.5, (0.25, 3.0))  # length: the simplex is 1.4 across
+    kernel = ConstantKernel(1.0, (0.05, 20.0)) * RBF(0.5, (0.25, 3.0))  # length: the simplex is 1.4 across
+    known = 1e-10 if noise is None else max(noise / scale**2, 1e-6)
+    if noise is None:
+        kernel += WhiteKernel(0.1, (1e-2, 2.0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a bound that is reached is an answer, too
-        noisy = smooth + WhiteKernel(0.1, (1e-4, 2.0))
-        learnt = GaussianProcessRegressor(noisy, n_restarts_optimizer=3, random_state=0).fit(points_nk, y).kernel_
-        plain = GaussianProcessRegressor(learnt.k1, alpha=learnt.k2.noise_level, optimizer=None).fit(points_nk, y)
+        learnt = GaussianProcessRegressor(kernel, alpha=known, n_restarts_optimizer=3, random_state=0).fit(points_nk, y)
+    smooth = learnt.kernel_ if noise is not None else learnt.kernel_.k1
+    known = known if noise is not None else learnt.kernel_.k2.noise_level
+    plain = GaussianProcessRegressor(smooth, alpha=known, optimizer=None).fit(points_nk, y)
 
     def told_at(at_pk: np.ndarray) -> Surface:
         mean, cov = plain.predict(at_pk, return_cov=True)
@@ -162,7 +180,8 @@ def respond(points_nk: np.ndarray, seeds: Sequence[int], values_n: np.ndarray) -
         return None
     settled = without_seeds(points_nk, seeds, values_n)
     grid = lattice(points_nk.shape[1])
-    told_at = fit(points_nk, settled)
+    noise = noise_of(points_nk, seeds, settled)
+    told_at = fit(points_nk, settled, noise)
     surface = told_at(np.vstack([grid, tried]))
     best = int(surface.mean[: len(grid)].argmax())
     rng = np.random.default_rng(0)
@@ -176,6 +195,7 @@ def respond(points_nk: np.ndarray, seeds: Sequence[int], values_n: np.ndarray) -
     told = [_told(surface, place) for place in range(len(surface.mean))]
     same = [np.abs(points_nk - point).max(axis=1) < 1e-9 for point in tried]
     return {
+        "noise": None if noise is None else math.sqrt(noise),
         "tried": [
             {"shares": point.tolist(), "n": int(own.sum()), "seen": float(settled[own].mean()), **told[len(grid) + i]}
             for i, (point, own) in enumerate(zip(tried, same, strict=True))
@@ -231,8 +251,10 @@ def responses(
         at, seeds, reached = zip(*own, strict=True)
         told = respond(np.array(at), seeds, np.array(reached))
         if told:
+            names = {tuple(point): name for name, point in points.items()}
             for each in (*told["tried"], told["best"], told["next"]):
-                each["name"] = label(shares.sources, each["shares"])
+                shares_k = each["shares"]
+                each["name"] = names.get(tuple(shares_k)) or label(shares.sources, shares_k)
             told["next"]["counts"] = whole(told["next"]["shares"], shares.total)
             about = {"arm": dict(rest), "sources": shares.sources, "total": shares.total, "goal": dict(goal)}
             found.append({**about, "trials": len(own), **told})
@@ -253,6 +275,8 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         for tried in each["tried"]:
             told = f"{tried['seen']:6.3f}  {tried['mean']:6.3f}  {_interval(tried)}  {tried['n']:>5}"
             yield f"  {tried['name']:<{width}}  {told}"
+        if each["noise"] is None:
+            yield "  no mixture was trained with two seeds: the noise is a guess, and the intervals are; add seeds"
         best, following = each["best"], each["next"]
         spans = zip(each["sources"], best["from"], best["to"], strict=True)
         likely = ", ".join(f"{name} {100 * low:.0f}–{100 * high:.0f} %" for name, low, high in spans)

@@ -63,11 +63,22 @@ def test_without_an_effect_nothing_is_told_apart():
     assert all(high - low > 0.5 for low, high in zip(found["best"]["from"], found["best"]["to"], strict=True))
 
 
+def test_the_noise_is_what_repeated_mixtures_say():
+    at, seeds, values = drawn(np.array([0.2, 0.3, 0.5]), list(range(40)), 0.02)
+    noise = shares.noise_of(at, seeds, shares.without_seeds(at, seeds, values))
+    assert noise is not None and math.isclose(math.sqrt(noise), 0.02, rel_tol=0.15)
+    once = seeds == 0
+    assert shares.noise_of(at[once], seeds[once], values[once]) is None
+    found = shares.respond(at[once], seeds[once], values[once])
+    assert found["noise"] is None and min(each["high"] - each["low"] for each in found["tried"]) > 0.002
+
+
 def test_the_next_mixture_has_the_highest_expected_improvement_and_was_not_tried():
     at, seeds, values = drawn(np.array([0.6, 0.3, 0.1]), [1, 2], 0.02)
     found = shares.respond(at, seeds, values)
     grid, tried = shares.lattice(3), np.unique(at, axis=0)
-    told_at = shares.fit(at, shares.without_seeds(at, seeds, values))
+    settled = shares.without_seeds(at, seeds, values)
+    told_at = shares.fit(at, settled, shares.noise_of(at, seeds, settled))
     over = told_at(tried).mean.max()
     rng, expected = np.random.default_rng(0), []
     surface = told_at(grid)
