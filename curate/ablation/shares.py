@@ -276,7 +276,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
             told = f"{tried['seen']:6.3f}  {tried['mean']:6.3f}  {_interval(tried)}  {tried['n']:>5}"
             yield f"  {tried['name']:<{width}}  {told}"
         if each["noise"] is None:
-            yield "  no mixture was trained with two seeds: the noise is a guess, and the intervals are; add seeds"
+            yield "  no mixture was trained with two seeds: the noise is a guess, and so are the intervals; add seeds"
         best, following = each["best"], each["next"]
         spans = zip(each["sources"], best["from"], best["to"], strict=True)
         likely = ", ".join(f"{name} {100 * low:.0f}–{100 * high:.0f} %" for name, low, high in spans)

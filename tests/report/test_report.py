@@ -268,7 +268,7 @@ def test_an_ablation_has_its_tables_intervals_and_claims(tmp_path):
 
 def test_a_sweep_of_budgets_is_drawn_over_its_scale(tmp_path):
     found = example_of_the_readme()
-    found["axes"] = {"n": ["1%", "10%", "50%"], "recipe": ["random", "balanced"]}
+    found["axes"], found["mixtures"] = {"n": ["1%", "10%", "50%"], "recipe": ["random", "balanced"]}, []
     found["summary"] = [
         {"arm": {"n": n, "recipe": recipe}, "measure": "caption", "n": 2, "mean": 0.1 * place, "sd": 0.01}
         for place, n in enumerate(found["axes"]["n"], 1)
