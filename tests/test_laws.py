@@ -141,6 +141,11 @@ def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
+def test_no_two_files_of_tests_have_one_name():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]  # pytest takes them for one module
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_the_project_names_no_machine_and_no_registry():
     words = ["/" + "work/", "pypi" + ".org", "/" + "opt/", "files.python" + "hosted"]
     for path in ROOT.rglob("*"):
