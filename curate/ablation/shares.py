@@ -239,22 +239,20 @@ def responses(
         name: [tables["mix"]["sources"][source]["count"] / shares.total for source in shares.sources]
         for name, tables in axis.items()
     }
+    names, of_all = {tuple(point): name for name, point in points.items()}, sum(map(abs, goal.values()))
     groups: dict[tuple[tuple[str, str], ...], list[tuple[list[float], int, float]]] = {}
     for trial in trials:
         if set(goal) <= set(trial["measures"]):
             value = sum(weight * trial["measures"][name] for name, weight in goal.items())
             rest = tuple((name, arm) for name, arm in trial["arm"].items() if name != AXIS)
-            of_all = sum(abs(weight) for weight in goal.values())
             groups.setdefault(rest, []).append((points[trial["arm"][AXIS]], trial["seed"], value / of_all))
     found = []
     for rest, own in groups.items():
         at, seeds, reached = zip(*own, strict=True)
         told = respond(np.array(at), seeds, np.array(reached))
         if told:
-            names = {tuple(point): name for name, point in points.items()}
             for each in (*told["tried"], told["best"], told["next"]):
-                shares_k = each["shares"]
-                each["name"] = names.get(tuple(shares_k)) or label(shares.sources, shares_k)
+                each["name"] = names.get(tuple(each["shares"])) or label(shares.sources, each["shares"])
             told["next"]["counts"] = whole(told["next"]["shares"], shares.total)
             about = {"arm": dict(rest), "sources": shares.sources, "total": shares.total, "goal": dict(goal)}
             found.append({**about, "trials": len(own), **told})

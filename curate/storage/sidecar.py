@@ -37,6 +37,7 @@ def write_table(
 SMALL_BYTES = 1 << 20  # a local file of at most so many is read whole: a map costs some five times as much to open
 Opened: TypeAlias = RemoteFile | pa.ipc.RecordBatchFileReader
 Place: TypeAlias = str | Opened  # where a sidecar is, or one that is open
+UNREADABLE = (pa.ArrowInvalid, OSError, struct.error)
 
 
 @contextmanager
@@ -46,9 +47,6 @@ def _readable(place: Place) -> Iterator[None]:
         yield
     except UNREADABLE as error:
         raise _unreadable(place, error) from None
-
-
-UNREADABLE = (pa.ArrowInvalid, OSError, struct.error)
 
 
 def _unreadable(place: Place, error: Exception) -> ContractError:
