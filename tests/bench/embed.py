@@ -267,7 +267,10 @@ def main():
         told = beside_peer(given.peer, task, folder) if given.peer else beside_bare(task)
     result = {
         "command": "python tests/bench/embed.py "
-        + " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:]),
+        + " ".join(
+            "local-dir:" * word.startswith("local-dir:") + Path(word).name if "/" in word else word
+            for word in sys.argv[1:]
+        ),
         "date": str(date.today()),
         "hardware": hardware,
         "versions": manifest.versions("torch", "open_clip_torch", "pillow"),
