@@ -176,7 +176,7 @@ def main():
         if not given.keep:
             shutil.rmtree(home.parent)
     sys.stdout.write("\n" + "\n".join(table(results)) + "\n")
-    command = " ".join(["python tests/bench/many_shards.py", *(word for word in sys.argv[1:] if "/" not in word)])
+    command = " ".join(["python tests/bench/many_shards.py", *(Path(word).name for word in sys.argv[1:])])
     facts = {"command": command, "date": date.today().isoformat(), "rows_a_shard": ROWS, "cores": os.cpu_count()}
     facts |= {"versions": versions("numpy", "pyarrow"), "results": results}
     Path(given.json).write_text(json.dumps(facts, indent=1) + "\n")
