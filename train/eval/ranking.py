@@ -9,6 +9,7 @@ Cost: the image once a picture, its keys and values shared by all candidates, an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from train.errors import UsageError
 from train.eval.generate import Speaker
 
 SEED = 0
+TOGETHER = 5  # texts; of 20 captions of 5 to 32 tokens, 16 % is filling, 49 % where all are read together
 
 
 def rank(speaker: Speaker, pairs: Sequence[tuple[str, Any, str]], candidates: int) -> dict[str, Any]:
@@ -75,22 +77,35 @@ def prompt(speaker: Speaker, image: Any | None) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def likelihoods(speaker: Speaker, image: Any | None, texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return the mean log-likelihood f64 [n] a token, end included, of texts behind an image (None: behind none)."""
+    """Return the mean log-likelihood f64 [n] a token, end included, of texts behind an image (None: behind none).
+
+    The picture is read once; texts of like lengths are read together, so that little of a batch is filling, and alike
+    texts once, so that they tie.
+    """
     tokenizer = speaker.processor.tokenizer
     end = tokenizer.eos_token_id
-    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in texts]
+    known = {text: tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in texts}
     first = prompt(speaker, image)
     out = speaker.model(**first, use_cache=True, logits_to_keep=1)
-    cache, length = out.past_key_values, first["input_ids"].shape[1]
-    cache.batch_repeat_interleave(len(rows))
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [end] * (longest - len(row)) for row in rows], device=speaker.device)
-    seen = [[1] * (length + len(row)) + [0] * (longest - len(row)) for row in rows]
-    mask = torch.tensor(seen, device=speaker.device)
-    behind = speaker.model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
-    logits = torch.cat([out.logits.expand(len(rows), -1, -1), behind[:, :-1]], 1).float()
-    said = torch.log_softmax(logits, -1).gather(2, ids[..., None])[..., 0]
-    return np.array([float(line[: len(row)].double().mean()) for line, row in zip(said, rows, strict=True)])
+    length = first["input_ids"].shape[1]
+    order = sorted(known, key=lambda text: len(known[text]))
+    means: dict[str, float] = {}
+    for at in range(0, len(order), TOGETHER):
+        some = [known[text] for text in order[at : at + TOGETHER]]
+        longest = len(some[-1])
+        ids = torch.tensor([row + [end] * (longest - len(row)) for row in some], device=speaker.device)
+        seen = [[1] * (length + len(row)) + [0] * (longest - len(row)) for row in some]
+        mask = torch.tensor(seen, device=speaker.device)
+        cache = copy.deepcopy(out.past_key_values)
+        cache.batch_repeat_interleave(len(some))
+        behind = speaker.model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        logits = torch.cat([out.logits.expand(len(some), -1, -1), behind[:, :-1]], 1).float()
+        said = torch.log_softmax(logits, -1).gather(2, ids[..., None])[..., 0]
+        means |= {
+            text: float(line[: len(row)].double().mean())
+            for text, line, row in zip(order[at:], said, some, strict=False)
+        }
+    return np.array([means[text] for text in texts])
 
 
 def _place(scores: NDArray[np.float64]) -> int:

@@ -41,7 +41,7 @@ def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, alig
     speaker, source = load_speaker(aligned, torch.device("cpu")), open_source(str(world / "captions"), None)
     pairs = pairs_of(source, collect(source)[0])
     assert len({image.tobytes() for _, image, _ in pairs}) == len(pairs)
-    texts = ["red", *(text for _, _, text in pairs[:4])]
+    texts = ["red", *(text for _, _, text in pairs[:4]), "red, and of a very long description", "a", "red", "b c d"]
     for image in (pairs[0][1], pairs[1][1], None):
         slow = [slow_likelihood(speaker, image, text) for text in texts]
         np.testing.assert_allclose(likelihoods(speaker, image, texts), slow, atol=1e-5)
