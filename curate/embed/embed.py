@@ -21,7 +21,7 @@ from curate import engine
 from curate.embed import encoder, makers, reader, side_data, weights
 from curate.embed.captions import Wanted
 from curate.embed.check_pool import check_members
-from curate.embed.contents import fingerprints
+from curate.embed.contents import reading
 from curate.embed.decoding import Decoders
 from curate.embed.options import EmbedOptions
 from curate.embed.spent import Spent, in_words, shares
@@ -86,11 +86,12 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     inputs = {"pool": {"path": pool, "digest": listing}}
     if options.captions:
         inputs["captions"] = {"path": options.captions, "digest": manifest.digest(paths.size(options.captions))}
-    parts = tar.parts_of(held.shards, fingerprints(found, job) if options.verify else None)
+    contents = reading(found, job, verify=options.verify)
+    parts = tar.parts_of(held.shards, contents, verify=options.verify)
     output = manifest.open_output(out, "embed", made, inputs, overwrite=job.overwrite, parts=parts)
+    output.tell(quiet=job.quiet)
     if output.complete:
         return output.manifest
-    output.tell(quiet=job.quiet)
     workers, share = _workers(job, device, source, len(found))
     if not job.quiet:
         apart = options.decoders or device == "cuda"

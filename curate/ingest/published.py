@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from curate import engine
 from curate.embed import reader
-from curate.embed.contents import fingerprints
+from curate.embed.contents import reading
 from curate.embed.side_data import Extras, column_name, table_kinds, to_column_value
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
@@ -60,14 +60,16 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
     named = {part.stem: part for part in parts}
     sources: dict[str, tar.Shard | Sequence[str]] = {}
     sources |= found if options.pool else {stem: part.files for stem, part in named.items()}
-    contents = fingerprints(sources, job) if options.verify else None
-    made_of = tar.parts_of(held.shards, contents, f"{inputs['source']['digest']} ")
+    contents = reading(sources, job, verify=options.verify)
+    made_of = tar.parts_of(held.shards, contents, f"{inputs['source']['digest']} ", verify=options.verify)
     if not options.pool:
-        made_of = Parts(("source",), layouts.seen(parts), paths.place(paths.parent(parts[0].image)), contents)
+        place = paths.place(paths.parent(parts[0].image))
+        made_of = Parts(("source",), layouts.seen(parts), place, contents, options.verify)
     output = manifest.open_output(
         out, "import", made, inputs, overwrite=job.overwrite, parts=replace(made_of, inputs=tuple(inputs))
     )
     if output.complete:
+        output.tell(quiet=job.quiet)
         return output.manifest
     if not options.pool:
         output.tell(quiet=job.quiet)

@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -300,11 +300,13 @@ def _renew(output: Output, recorded: dict[str, Any], anew: str) -> None:
         output.kept = change.kept
     else:
         since = paths.resolve(altered, output.home)
-        stands, output.why = not altered, f"{since} has changed since: {output.home} is made anew in place"
+        stands = not altered
+        output.why = f"{since} has changed since: {output.home} is made anew in place" if altered else ""
     if stands and recorded.get("options") == plan["options"]:
-        output.complete, output.manifest, output.why = not recorded.get("failed"), recorded, ""
-        if parts is not None and parts.contents is not None:  # read once, they need not be read again
-            output.save_seen(output.manifest)
+        output.complete, output.manifest = not recorded.get("failed"), recorded
+        if parts is not None and (parts.verify or output.why):  # read once, they need not be read again
+            with suppress(OSError):  # somebody else's directory
+                output.save_seen(output.manifest)
         return  # where shards failed, and no part is known of each, these alone are tried again, in place
     output.basis = digest(recorded)
     output.directory = renewal.next_folder(output.home, plan, output.basis)

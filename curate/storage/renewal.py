@@ -12,14 +12,14 @@ What a shard was made of is kept in `DIR/.seen.json`, which is no part of the ar
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from curate.errors import ContractError
-from curate.storage import paths, whole_files
+from curate.storage import paths, sidecar, whole_files
 from curate.storage.json_files import digest, load_json, save_json
 
 MANIFEST, PLAN, LOG = "manifest.json", ".plan.json", "log.jsonl"
@@ -33,33 +33,51 @@ class Parts:
 
     inputs: the inputs that the shards are parts of. seen: by stem the size of its file, the stamp (when it was written,
     or a store's ETag), and what else counts. place: stamps compare within one place alone, sizes always do. contents:
-    digests of the files' bytes, by stem, where these shall decide. adopted: whether files of an interrupted run, under
-    their stems, are those of any later run that sees the same parts.
+    reads digests of the files' bytes, by stem, which decide where the stamp alone is another; of all where `verify`.
+    adopted: whether an interrupted run's files, under their stems, are those of any later run that sees the same parts.
     """
 
     inputs: tuple[str, ...]
     seen: Mapping[str, Seen]
     place: str = ""
-    contents: Mapping[str, str] | None = None
+    contents: Callable[[Collection[str]], Mapping[str, str]] | None = None
+    verify: bool = False
     adopted: bool = True
 
     def record(self) -> dict[str, Any]:
         """Write down what was seen, for a later run to compare with."""
         return {"place": self.place, "parts": {stem: list(seen) for stem, seen in self.seen.items()}}
 
-    def same(self, before: Mapping[str, Any], stem: str) -> bool:
-        """Say whether a shard's part is what it was. before: an earlier `record`."""
+    def same(self, before: Mapping[str, Any], stem: str, *, stamped: bool = True) -> bool:
+        """Say whether a shard's part is what it was. before: an earlier `record`; stamped: whether stamps count."""
         old, new = before["parts"].get(stem), self.seen.get(stem)
         if old is None or new is None or old[0] != new[0] or old[2] not in (None, new[2]):
             return False
-        return not old[1] or old[1] == new[1] or before["place"] != self.place
+        return not stamped or not old[1] or old[1] == new[1] or before["place"] != self.place
+
+    def same_bytes(self, before: Mapping[str, Any], held: Mapping[str, str]) -> set[str]:
+        """Name the shards whose files must be read to know them, and have the digests `held`. before: as in `same`."""
+        if self.contents is None:
+            return set()
+        doubted = {
+            stem
+            for stem in held.keys() & self.seen.keys()
+            if (self.verify and stem not in before["parts"])
+            or (self.same(before, stem, stamped=False) and (self.verify or not self.same(before, stem)))
+        }
+        found = self.contents(doubted) if doubted else {}
+        return {stem for stem in doubted if found.get(stem) == held[stem]}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a finished directory's shards. again: they failed before, and are what they were."""
+    """What became of a finished directory's shards. again: they failed before, and are what they were.
+
+    touched: those kept that were written again with the bytes that they had.
+    """
 
     kept: frozenset[str]
+    touched: int = 0
     new: int = 0
     changed: int = 0
     gone: int = 0
@@ -71,40 +89,37 @@ class Change:
     def __str__(self) -> str:
         counts = {"new": self.new, "changed": self.changed, "gone": self.gone, "tried again": self.again}
         told = [f"{count:,} {what}" for what, count in counts.items() if count]
-        return ", ".join([*told, f"{len(self.kept):,} kept"])
+        touched = f"{self.touched:,} touched, same content" if self.touched else ""
+        if not told:
+            return touched
+        return ", ".join([*told, f"{len(self.kept):,} kept"]) + (f" ({touched})" if touched else "")
 
 
 def compare(home: str, recorded: Mapping[str, Any], plan: Mapping[str, Any], parts: Parts) -> Change:
     """Compare the parts of a finished directory's shards with what they were. recorded: its manifest."""
     before = _seen(home, recorded)
+    found = before or {"place": "", "parts": {}}
     stood, failed = set(recorded.get("shards", {})), set(recorded.get("failed", {}))
     if before is None and all(
         recorded["inputs"].get(name, {}).get("digest") == plan["inputs"][name]["digest"] for name in parts.inputs
     ):
         same = stood | failed  # an older version wrote no more down
     else:
-        found = before or {"place": "", "parts": {}}
         same = {stem for stem in (stood | failed) & parts.seen.keys() if parts.same(found, stem)}
-    if parts.contents is not None:
-        same -= stood
-        same |= {stem for stem in stood & parts.seen.keys() if _same_content(recorded, before, parts, stem)}
+    held = {stem: str(shard["digest"]) for stem, shard in recorded.get("shards", {}).items() if shard.get("digest")}
+    alike = parts.same_bytes(found, held)
+    touched = len((alike - same) & found["parts"].keys())
+    same = (same - stood if parts.verify else same) | alike
     kept, there = same & stood & parts.seen.keys(), stood | failed
     again = len((failed & same & parts.seen.keys()) - stood)
     return Change(
         kept=frozenset(kept),
+        touched=touched,
         new=len(parts.seen.keys() - there),
         changed=len(there & parts.seen.keys()) - len(kept) - again,
         gone=len(there - parts.seen.keys()),
         again=again,
     )
-
-
-def _same_content(recorded: Mapping[str, Any], before: Mapping[str, Any] | None, parts: Parts, stem: str) -> bool:
-    """Say whether a shard's part has the bytes that it had; where nobody wrote these down, it has not."""
-    held = recorded["shards"][stem].get("digest")
-    old = (before or {"parts": {}})["parts"].get(stem)
-    beside = old is None or old[2] in (None, parts.seen[stem][2])
-    return bool(held) and beside and (parts.contents or {}).get(stem) == held
 
 
 def _seen(home: str, recorded: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -132,7 +147,7 @@ def adopt(home: str, folder: str, parts: Parts | None, kept: Iterable[str]) -> N
             continue
         if parts is not None and parts.adopted and paths.exists(paths.join(old, PLAN)):
             before = load_json(paths.join(old, PLAN)).get("seen") or {"place": "", "parts": {}}
-            same = {stem for stem in parts.seen.keys() - set(kept) if parts.same(before, stem)}
+            same = _as_they_were(old, before, parts) - set(kept)
             for file in belonging(paths.listdir(old), same):
                 paths.move(paths.join(old, file), paths.join(folder, file))
         paths.remove(old)
@@ -142,9 +157,20 @@ def drop_stale(directory: str, recorded: Mapping[str, Any], parts: Parts) -> Non
     """Delete what stands in an unfinished directory of parts that are no longer what they were."""
     before = recorded.get("seen") or {"place": "", "parts": {}}
     names = paths.listdir(directory)
-    stems = {stem for stem in before["parts"] if not parts.same(before, stem)}
+    stems = before["parts"].keys() - _as_they_were(directory, before, parts)
     for name in belonging(names, stems):
         paths.remove(paths.join(directory, name))
+
+
+def _as_they_were(directory: str, before: Mapping[str, Any], parts: Parts) -> set[str]:
+    """Name the shards whose part is what it was when files of a directory in the making were made of it."""
+    same = {stem for stem in before["parts"] if parts.same(before, stem)}
+    doubted = {stem for stem in before["parts"].keys() - same if parts.same(before, stem, stamped=False)}
+    if parts.contents is None or not doubted:
+        return same
+    made = doubted & {name.removesuffix(".arrow") for name in paths.listdir(directory) if name.endswith(".arrow")}
+    held = {stem: sidecar.facts(paths.join(directory, f"{stem}.arrow")).get("digest") for stem in made}
+    return same | parts.same_bytes(before, {stem: str(digest) for stem, digest in held.items() if digest})
 
 
 def belonging(names: Iterable[str], stems: set[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -160,10 +160,17 @@ def survey_pool(pool: str) -> Pool:
     return Pool(shards, passed)
 
 
-def parts_of(found: Sequence[Shard], contents: Mapping[str, str] | None = None, beside: str = "") -> Parts:
-    """Say what the sidecars of a pool's shards are made of. contents, beside: see `Parts`."""
+def parts_of(
+    found: Sequence[Shard],
+    contents: Callable[[Collection[str]], Mapping[str, str]] | None = None,
+    beside: str = "",
+    *,
+    verify: bool = False,
+) -> Parts:
+    """Say what the sidecars of a pool's shards are made of. contents, beside, verify: see `Parts`."""
     seen = {shard.stem: (shard.size, shard.stamp, f"{beside}{shard.beside}") for shard in found}
-    return Parts(("pool",), seen, paths.place(paths.parent(found[0].location)) if found else "", contents)
+    place = paths.place(paths.parent(found[0].location)) if found else ""
+    return Parts(("pool",), seen, place, contents, verify)
 
 
 def content_digest(shard: Shard, path: str) -> str:

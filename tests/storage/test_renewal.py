@@ -2,16 +2,20 @@
 
 import json
 
+import pyarrow as pa
 import pytest
 
 from curate.errors import ContractError
-from curate.storage import paths, renewal
+from curate.storage import paths, renewal, sidecar
 from curate.storage.manifest import open_input, open_output
 from curate.storage.renewal import Parts
 
 
-def parts_of(place="here", contents=None, **stamps):
-    return Parts(("pool",), {stem: (len(stem), stamp, "") for stem, stamp in stamps.items()}, place, contents)
+def parts_of(place="here", contents=None, verify=False, **stamps):
+    """What a listing shows; contents: the bytes of those files that may be read."""
+    seen = {stem: (len(stem), stamp, "") for stem, stamp in stamps.items()}
+    read = contents and (lambda stems: {stem: contents[stem] for stem in stems})
+    return Parts(("pool",), seen, place, read, verify)
 
 
 def begin(folder, parts, **more):
@@ -70,13 +74,32 @@ def test_what_is_new_or_changed_is_made_and_the_rest_kept(finished):
         (parts_of(**OLD), ""),
         (parts_of(**OLD | {"b": "2"}), "1 changed, 3 kept"),
         (parts_of("elsewhere", **dict.fromkeys(OLD, "9")), ""),  # a copy: the times are its own, the sizes the same
-        (parts_of(contents=OLD, **dict.fromkeys(OLD, "9")), ""),  # written again, with the same bytes
-        (parts_of(contents=OLD | {"b": "2"}, **OLD), "1 changed, 3 kept"),  # other bytes at the same time
+        (parts_of(contents={"b": "1", "c": "1"}, **OLD | {"b": "9", "c": "9"}), "2 touched, same content"),
+        (
+            parts_of(contents={"b": "2", "c": "1"}, **OLD | {"b": "9", "c": "9"}),
+            "1 changed, 3 kept (1 touched, same content)",
+        ),
+        (parts_of(contents=OLD | {"b": "2"}, verify=True, **OLD), "1 changed, 3 kept"),  # other bytes at the same time
     ],
 )
-def test_shards_are_compared_by_size_and_stamp_within_one_place_or_by_content(finished, now, told):
+def test_shards_are_compared_by_size_and_stamp_within_one_place_and_where_the_stamp_differs_by_content(
+    finished, now, told
+):
     output = begin(finished, now)
-    assert output.why == told and output.complete == (not told)
+    assert output.why == told and output.complete == ("changed" not in told)
+    if output.complete:  # what was read once need not be read again
+        assert begin(finished, Parts(now.inputs, now.seen, now.place)).complete
+
+
+def test_an_unfinished_directory_keeps_what_was_made_of_the_same_bytes(tmp_path):
+    begin(tmp_path, parts_of(**OLD))
+    for stem in OLD:
+        schema = pa.schema([])
+        sidecar.write_table(str(tmp_path / "out" / f"{stem}.arrow"), schema, [], {"digest": "1"})
+    now = OLD | {"b": "2", "c": "9"}
+    output = begin(tmp_path, parts_of(contents={"b": "2", "c": "1"}, **now))
+    assert output.missing(list(now)) == ["b"]
+    assert begin(tmp_path, parts_of(**now)).missing(list(now)) == ["b"], "their new time is written down"
 
 
 def test_a_mended_shard_is_taken_up_and_one_that_is_as_it_was_tried_again(tmp_path):
