@@ -82,6 +82,7 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
         sampled[:] = [_fit(source, rows_ok, options, output, job, kept)]
 
     _once(job, output.path(FIT_CLAIM), lambda: paths.exists(output.path(FIT)), fit)
+    renewed.tell_other_fit(load_json(output.path(FIT)), quiet=job.quiet)
     scattered = sum(rows_ok.values()) * options.neighbours
     buckets = min(MAX_BUCKETS, -(-scattered * dim * 2 // edges.BUCKET_BYTES)) or 1
     assigned = _assign(source, output, options.neighbours, buckets, job)
@@ -304,6 +305,7 @@ def _fit(
         found = kmeans.fit(images.pop(), options.k, options.iters, options.seed, backend=backend)
         centroids = found.centroids
         facts = {"fitted_rows": fitted_rows, "backend": backend, "empty": found.empty}
+        facts["versions"] = versions(*renewed.FIT_BY)
         facts["mean_similarity"] = found.mean_similarity
     rows = np.array([sum(rows_ok.values())])
     # Of the comparisons it is known only that they are at least those of equal clusters.

@@ -4,6 +4,7 @@ A shard of `CLU` stands where the embeddings of its rows are those that were ass
 is asked for; what came after they were fitted is marked shard by shard in the manifest (`later`), and counted.
 """
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +14,9 @@ from curate.cluster.assign import CENTROIDS
 from curate.cluster.options import ClusterOptions
 from curate.cluster.scatter import BUCKETS, is_scratch
 from curate.storage import paths, sidecar
-from curate.storage.manifest import MANIFEST, Artefact, Output, Parts, digest, load_json
+from curate.storage.manifest import MANIFEST, Artefact, Output, Parts, digest, load_json, versions
 
+FIT_BY = ("faiss-gpu", "faiss-cpu", "torch", "numpy")  # what a fit rests on
 LARGE_SHARE = 0.1  # of rows that came later: then a fit is advised
 
 
@@ -87,6 +89,15 @@ def tell_later(fit: Mapping[str, Any], rows: int, *, quiet: bool) -> None:
     advice = "--refit fits them anew" if share <= LARGE_SHARE else "that is much: --refit fits them anew"
     told = f"{fit['later_rows']:,} of {rows:,} rows ({share:.1%}) came after the centroids were fitted"
     sys.stderr.write(f"cluster: {told}; {advice}\n")
+
+
+def tell_other_fit(fit: Mapping[str, Any], *, quiet: bool) -> None:
+    """Say on stderr that other versions than those here fitted the centroids; the manifest's `fit` names them."""
+    here = versions(*FIT_BY)
+    there = fit.get("versions", here)
+    if there != here and not quiet:
+        told = " and ".join(json.dumps(each, sort_keys=True) for each in (there, here))
+        sys.stderr.write(f"cluster: goes on with centroids that other versions fitted: {told}\n")
 
 
 def drop_older(output: Output, stems: list[str], *, quiet: bool) -> None:

@@ -14,7 +14,7 @@ from curate.errors import UsageError
 from curate.report import ablation_tables, concepts, provenance
 from curate.report.provenance import is_finite
 from curate.storage import paths, tar
-from curate.storage.manifest import MANIFEST, PLAN, Artefact, load_json, open_input
+from curate.storage.manifest import FAILED, MANIFEST, PLAN, Artefact, load_json, open_input
 
 BAR, MOST, WIDTH = 24, 8, 110
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -88,9 +88,12 @@ def show(directory: str) -> Iterator[str]:
         yield from _artefact(open_input(directory))
     elif paths.exists(paths.join(directory, PLAN)):
         plan = load_json(paths.join(directory, PLAN))
-        done = sum(name.endswith(".arrow") for name in paths.listdir(directory))
+        names = paths.listdir(directory) + paths.listdir(paths.join(directory, "table"))
+        made = {name.rpartition(".")[0] for name in names if name.endswith((".arrow", ".tar", ".parquet", ".txt"))}
         yield f"{directory}: UNFINISHED, by `curate {plan.get('command')}`: the same command goes on"
-        yield f"  {_several(done, 'table')} of it stand already"
+        yield f"  {_several(len(made), 'shard')} of it stand already"
+        for name in paths.listdir(paths.join(directory, FAILED)):
+            yield f"  FAILED {name.removesuffix('.json')}: {load_json(paths.join(directory, FAILED, name))}"
     elif paths.exists(paths.join(directory, "train_manifest.json")):
         yield from _model(directory)
     else:

@@ -75,12 +75,20 @@ def test_what_nobody_made_is_refused(home, tmp_path):
     assert "a pool of 2 tars" in next(show.show(str(home / "pool" / "{a,b}.tar")))
 
 
-def test_a_directory_of_which_a_part_is_done_says_so(home, tmp_path):
+def test_a_directory_of_which_a_part_is_done_says_so_and_why_shards_failed(home, tmp_path):
     out = str(tmp_path / "parts")
     told = curate("emit", home / "selection", out, "--shard-size", 4, "--slice", "0/2").stdout
     assert "this part is done, others are not yet" in told
     told = list(show.show(out))
-    assert "UNFINISHED, by `curate emit`" in told[0] and "2 tables" in told[1]
+    assert "UNFINISHED, by `curate emit`" in told[0] and "2 shards" in told[1]
+    source = tmp_path / "npy"
+    source.mkdir()
+    for stem in "abc":
+        (source / f"{stem}.npy").write_bytes(b"no array")
+    ended = curate("import", source, tmp_path / "torn", "--layout", "npy", "--slice", "0/2", check=False)
+    assert ended.returncode == 1 and f"`curate show {tmp_path / 'torn'}` says why" in ended.stderr
+    told = list(show.show(str(tmp_path / "torn")))
+    assert [line.split(":")[0] for line in told[2:]] == ["  FAILED a", "  FAILED c"] and "0 shards" in told[1]
 
 
 def test_an_input_that_changed_is_warned_of(home, tmp_path):
