@@ -23,7 +23,7 @@ import numpy as np
 
 from curate.errors import UsageError
 from curate.storage import paths
-from curate.vectors.narrow import parts, product
+from curate.vectors.narrow import PART, products
 
 ACTIVATIONS = ("none", "relu", "gelu")
 OUTPUTS = ("none", "sigmoid", "softmax")
@@ -46,17 +46,18 @@ class Head:
     def apply(self, x_nd: np.ndarray) -> np.ndarray:
         """Score unit vectors, f16 [n, d]. Returns f32 [n, k]."""
         scores = np.empty((len(x_nd), len(self.layers[-1][1])), np.float32)
-        for rows, part in parts(x_nd):
-            scores[rows] = self._apply(part)
+        step = PART if len(self.layers) > 1 else max(1, len(x_nd))  # what lies between layers stays in the cache
+        for first in range(0, len(x_nd), step):
+            scores[first : first + step] = self._apply(x_nd[first : first + step])
         return scores
 
-    def _apply(self, part: Any) -> np.ndarray:
+    def _apply(self, x_nd: np.ndarray) -> np.ndarray:
         import torch
 
         functions = {"none": lambda y: y, "relu": torch.relu, "gelu": torch.nn.functional.gelu}
         functions |= {"sigmoid": torch.sigmoid, "softmax": lambda y: torch.softmax(y, dim=1)}
         (weight, bias), *others = self.layers
-        x = torch.from_numpy(product(part, weight).T + bias)
+        x = torch.from_numpy(products(x_nd, weight) + bias)
         for weight, bias in others:
             x = functions[self.activation](x)
             x = torch.nn.functional.linear(x, torch.from_numpy(weight), torch.from_numpy(bias))
