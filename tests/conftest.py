@@ -19,9 +19,9 @@ one_worker()
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "realdata" in item.keywords and not REAL_DATA.is_dir():
+        if item.get_closest_marker("realdata") and not REAL_DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"real data is not at {REAL_DATA}"))
-        if "gpu" in item.keywords and GPU == "cuda":
+        if item.get_closest_marker("gpu") and GPU == "cuda":
             import torch
 
             if not torch.cuda.is_available():

@@ -29,19 +29,20 @@ STROKE, MOST_THICK = 7, 0.3  # cells that no stroke covers squarely; the share o
 
 def describe(image: Image.Image) -> dict[str, Any]:
     """Compute the columns phash, detail and writing of a decoded image. Raises: BadImage `decode_error`."""
-    small = grey_cells(image, HASH_SIDE)
-    return {
-        "phash": hash_cells(small),
-        "detail": detail_hash(small),
-        "writing": is_writing(grey_cells(image, WRITING_SIDE)),
-    }
+    return describe_cells(grey_cells(image, HASH_SIDE), grey_cells(image, WRITING_SIDE))
+
+
+def describe_cells(small: np.ndarray, large: np.ndarray) -> dict[str, Any]:
+    """Compute the same of an image's grey cells, i64: 32 × 32 and 64 × 64 of them."""
+    return {"phash": hash_cells(small), "detail": detail_hash(small), "writing": is_writing(large)}
 
 
 @functools.cache
 def _waves() -> list[np.ndarray]:
-    """Return for each margin the waves of frequency 1 to 12 over the cells inside it, i64 [12, 32], times 4096.
+    """Return for each margin the waves of frequency 1 to 12 over the cells inside it, f64 [12, 32], times 4096.
 
-    A cell inside the margin is made of those that it covers, by the area of each. Whole numbers: see images.
+    A cell inside the margin is made of those that it covers, by the area of each. Whole numbers: see images; all sums
+    with them stay below 2 ** 53, so that f64 is exact, and three times as fast as i64.
     """
     frequency, position = np.arange(1, FREQUENCIES + 1)[:, None], np.arange(HASH_SIDE)
     waves = np.cos(np.pi * frequency * (2 * position + 1) / (2 * HASH_SIDE))
@@ -50,7 +51,7 @@ def _waves() -> list[np.ndarray]:
         edges = np.linspace(margin, 1 - margin, HASH_SIDE + 1) * HASH_SIDE
         covered = np.minimum(edges[1:, None], position + 1) - np.maximum(edges[:-1, None], position)
         covered = np.maximum(covered, 0)
-        made.append(np.rint(4096 * waves @ (covered / covered.sum(axis=1, keepdims=True))).astype(np.int64))
+        made.append(np.rint(4096 * waves @ (covered / covered.sum(axis=1, keepdims=True))))
     return made
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate import engine
-from curate.embed import encoder, makers, reader, side_data, weights
+from curate.embed import encoder, jpegs, makers, reader, side_data, weights
 from curate.embed.captions import Wanted
 from curate.embed.check_pool import check_members
 from curate.embed.contents import reading
@@ -34,7 +34,7 @@ from curate.vectors import exact
 from pipelines import memory
 
 PICKS = ("first", "random")
-DECODES = ("full", "fast")
+DECODES = ("full", "fast", "gpu")
 CPU_BATCH, GPU_BATCH = 32, 256
 MOST_SHARED_BYTES = 2 << 30  # of weights in fp32, ViT-L's 1.7 GB among them, that a GPU holds twice
 TEXTS_PER_IMAGE = 2  # caption batches may be larger: captions are short
@@ -61,6 +61,8 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     source = weights.find(options.model, options.pretrained)
     node: encoder.Node = engine.ask(partial(encoder.look, options.precision, source), job)
     device = node.device
+    if options.decode == "gpu" and (reason := engine.ask(partial(jpegs.reason_against, device), job)):
+        raise UsageError(f"no GPU decodes here ({reason}), as --decode gpu asks for.", "take --decode fast")
     recorded = {} if job.overwrite else manifest.recorded_options(out, "embed")
     precision, reason = options.precision, "as the directory was made with"
     if options.precision == "auto" and "precision" in recorded:
@@ -111,7 +113,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         found,
         extras,
         options.faithful,
-        options.decode == "fast",
+        options.decode,
     )
     try:
         todo = output.pending(job.share(list(found)))
@@ -197,6 +199,7 @@ def _finish(
         **({"faults": bad} if bad else {}),
         **({"failed": failed} if failed else {}),
         **makers.account(facts, device),
+        **jpegs.account(facts, quiet=quiet),
     )
 
 
@@ -215,7 +218,7 @@ class EmbedShard:
     found: dict[str, tar.Shard]
     extras: side_data.Extras = side_data.NO_EXTRAS
     faithful: bool = False
-    fast: bool = False
+    decode: str = "full"
 
     def setup(self) -> None:
         """Load the model and start what decodes."""
@@ -233,9 +236,11 @@ class EmbedShard:
             self.max_pixels,
             self.extras,
             faithful=self.faithful,
-            fast=self.fast,
         )
         size = encoder.pair(self.encoder.preprocess["size"])
+        self.jpegs = jpegs.Jpegs(self.device, self.encoder.preprocess, size) if self.decode == "gpu" else None
+        self.exact = reading() if self.jpegs else None
+        reading = partial(reading, decode=self.decode)
         self.processes = Decoders(self.num_decoders, reading, size, self.batch_size) if self.num_decoders else None
         self.reader = None if self.num_decoders else reading()
 
@@ -257,6 +262,7 @@ class EmbedShard:
             with self.spent.on("read"), open(path, "rb") as file:
                 index = tar.read_index(file)
             with ThreadPoolExecutor(1) as reading:
+                exact = reading.submit(self._embed_exactly, path, index.samples[: jpegs.COMPARED])
                 content = reading.submit(tar.content_digest, shard, path)
                 facts, image, tokens = self._embed_images(path, index.samples)
                 text = self._embed_texts(tokens)
@@ -268,6 +274,7 @@ class EmbedShard:
         statuses = Counter(row["status"] for row in facts)
         bad = {"reasons": reader.reasons(facts), "faults": reader.row_faults(stem, facts)}
         beside |= {name: told for name, told in bad.items() if told}
+        beside |= jpegs.compare(facts, image, *compared) if (compared := exact.result()) else {}
         beside["digest"] = content.result()
         beside["made_by"] = makers.made_by(encoder.describe_device(self.device))
         meta = {"statuses": dict(statuses), "notes": index.notes, "size": shard.size, "dim": self.encoder.dim, **beside}
@@ -320,12 +327,24 @@ class EmbedShard:
         vectors = np.concatenate([vectors for _, (vectors, _) in parts])
         return facts, vectors, np.concatenate([tokens for _, (_, tokens) in parts])
 
+    def _embed_exactly(self, path: str, samples: list[tar.Sample]) -> tuple[list[dict[str, Any]], np.ndarray] | None:
+        """Embed a shard's first samples as without a device that decodes: their facts, and f32 [m, d] of those ok."""
+        if self.exact is None:
+            return None
+        rows = self.exact(path, samples)
+        return rows.facts, self.encoder.images(rows.pixels) if len(rows.pixels) else np.empty((0, self.encoder.dim))
+
     def _encode(self, batch: reader.Rows) -> tuple[list[dict[str, Any]], tuple[np.ndarray, np.ndarray]]:
         (self.spent if self.processes is None else self.decoding).add(batch.spent)
         vectors = np.empty((0, self.encoder.dim), np.float32)
-        if len(batch.pixels):
+        pixels: Any = batch.pixels
+        if batch.coded and self.jpegs is not None and self.exact is not None:
+            with self.spent.on("decode"):
+                batch, pixels = self.jpegs.fill(batch, self.encoder.put, self.exact)
+        elif len(pixels):
             with self.spent.on("copy"):
-                pixels = self.encoder.put(batch.pixels)
+                pixels = self.encoder.put(pixels)
+        if len(pixels):
             with self.spent.on("compute"):
                 vectors = self.encoder.images(pixels)
         return batch.facts, (vectors, batch.tokens)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from curate.embed.options import MAX_PIXELS
+from curate.errors import UsageError
 from curate.storage.tar import suffix_of
 from pipelines import pictures
 
@@ -30,6 +31,8 @@ HASH_SIDE = 32
 LEAST_CONTRAST = 4  # of 255, between the darkest and the brightest of the 32 × 32 cells; JPEG noise is 1 to 2
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_NOTES = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")  # of no use here, and of any size
+SAMPLINGS = ((1, 1), (2, 1), (2, 2))  # of the brightness, of a JPEG: 4:4:4, 4:2:2, 4:2:0
+MOST_ON_DEVICE = 1 << 24  # pixels; one of these takes a GPU half a gigabyte
 NAMES = {"heic": "HEIC", "jxl": "JPEG XL", "avif": "AVIF"}
 
 Transform = Callable[[Image.Image], np.ndarray]
@@ -74,6 +77,25 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImage("too_large", _over(max_pixels))
     image.load()
     return image
+
+
+def plain_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """Return width and height of a JPEG that any decoder reads as Pillow does, from its header; None for all others.
+
+    Three components at the usual samplings, in Y'CbCr, in one pass, and whole: of what is cut off Pillow refuses the
+    picture, where others fill in grey. Progressive ones are decoded on a GPU one by one, partly by the processor.
+    """
+    if not data.startswith(b"\xff\xd8") or not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        return None
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            components = getattr(image, "layer", ())  # identifier, horizontal and vertical sampling, table of each
+            plain = image.format == "JPEG" and image.mode == "RGB" and "progressive" not in image.info
+            plain = plain and image.info.get("adobe_transform", 1) == 1 and bytes(c[0] for c in components) != b"RGB"
+            plain = plain and [c[1:3] for c in components] in [[most, (1, 1), (1, 1)] for most in SAMPLINGS]
+            return image.size if plain and image.width * image.height <= min(max_pixels, MOST_ON_DEVICE) else None
+    except Exception:  # whatever is wrong with it, `decode` says so
+        return None
 
 
 def _over(max_pixels: int) -> str:
@@ -121,11 +143,7 @@ def transform(preprocess: Mapping[str, Any], *, fast: bool = False) -> Transform
     a float tensor, normalise), which run on the device; with `fast` torch resizes what is in RGB. The function raises
     BadImage `decode_error` on what cannot be converted.
     """
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    known = {name: value for name, value in preprocess.items() if name in PreprocessCfg.__dataclass_fields__}
-    *steps, to_tensor, normalise = image_transform_v2(PreprocessCfg(**known), is_train=False).transforms
-    assert [type(to_tensor).__name__, type(normalise).__name__] == ["MaybeToTensor", "Normalize"]
+    steps = _steps(preprocess)
     if fast:
         steps = [_resized(step) if type(step).__name__ == "Resize" else step for step in steps]
 
@@ -139,6 +157,29 @@ def transform(preprocess: Mapping[str, Any], *, fast: bool = False) -> Transform
             raise BadImage("decode_error", _words(error)) from None
 
     return apply
+
+
+def _steps(preprocess: Mapping[str, Any]) -> list[Any]:
+    """Return open_clip's steps of a model's preprocess config, up to those that make a tensor and normalise it."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    known = {name: value for name, value in preprocess.items() if name in PreprocessCfg.__dataclass_fields__}
+    steps: list[Any]
+    *steps, to_tensor, normalise = image_transform_v2(PreprocessCfg(**known), is_train=False).transforms
+    assert [type(to_tensor).__name__, type(normalise).__name__] == ["MaybeToTensor", "Normalize"]
+    return steps
+
+
+def resizing(preprocess: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Build what `transform` does to pixels in RGB for tensors u8 [n, 3, h, w] on any device: antialiased, in f32.
+
+    Raises: UsageError for a transform that no steps of torchvision do.
+    """
+    steps = [step for step in _steps(preprocess) if type(step).__name__ != "MaybeConvertMode"]
+    others = [type(step).__name__ for step in steps if not type(step).__module__.startswith("torchvision.")]
+    if others:
+        raise UsageError(f"this model's transform has {others[0]}, which no GPU does.", "take --decode fast")
+    return lambda pixels: functools.reduce(lambda done, step: step(done), steps, pixels)
 
 
 def _resized(step: Any) -> Callable[[Image.Image], Image.Image]:

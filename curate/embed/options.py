@@ -17,7 +17,8 @@ class EmbedOptions:
 
     faithful: 16-bit and transparent images go to open_clip's transform as they are, not as `images.visible` makes them.
 
-    decode: fast lets torch resize, whose pixels are off by 1 of 255 here and there; full is open_clip's own transform.
+    decode: fast lets torch resize, whose pixels are off by 1 of 255 here and there; full is open_clip's own transform;
+    gpu has plain JPEGs decoded and resized by the GPU that embeds (`jpegs`), all else as full.
 
     decoders: processes that decode, per worker; it changes nothing in the output. 0: on a CPU the model's own threads
     decode, on a GPU there is a process for every core.
@@ -28,7 +29,7 @@ class EmbedOptions:
     precision: Annotated[str, "auto, bf16, fp16 or fp32."] = "auto"
     batch_size: Annotated[int, "Samples per forward pass (0: by device)."] = 0
     max_pixels: int = MAX_PIXELS
-    decode: Annotated[str, "full, or fast: resized by torch, within a cosine of 0.999."] = "full"
+    decode: Annotated[str, "full, fast (torch resizes) or gpu (it decodes JPEGs): near full."] = "full"
     decoders: Annotated[int, "Decoding processes per worker (0: by device)."] = 0
     columns: Annotated[tuple[str, ...], "Fields of the JSON or table beside to keep as columns."] = ()
     captions: Annotated[str, "A TSV of captions and urls, for samples without a caption."] = ""

@@ -33,12 +33,14 @@ class Rows:
     """Consecutive rows of a shard. pixels: u8 [m, h, w, 3] and tokens: i32 [m, context] of the m rows that are ok.
 
     spent: the seconds that it took to read and to decode them.
+    coded: where a device decodes (`jpegs`), for each row that is ok a JPEG, or None where `pixels` has it.
     """
 
     facts: list[dict[str, Any]]
     pixels: np.ndarray
     tokens: np.ndarray
     spent: dict[str, float] = field(default_factory=dict)
+    coded: list[bytes | None] = field(default_factory=list)
 
 
 def join(parts: Sequence[Rows]) -> Rows:
@@ -51,6 +53,7 @@ def join(parts: Sequence[Rows]) -> Rows:
         np.concatenate([part.pixels for part in parts]),
         np.concatenate([part.tokens for part in parts]),
         dict(spent),
+        [data for part in parts for data in part.coded],
     )
 
 
@@ -58,7 +61,8 @@ class Reader:
     """Reads samples into rows for one model; safe to call from several threads.
 
     preprocess: the model's image config; max_pixels: images of more are refused unseen; faithful: the model's transform
-    is given every image as it was decoded, as open_clip does, not as `images.visible` makes it; fast: torch resizes.
+    is given every image as it was decoded, as open_clip does, not as `images.visible` makes it; decode: as in
+    EmbedOptions.
     """
 
     def __init__(
@@ -69,10 +73,11 @@ class Reader:
         extras: Extras = NO_EXTRAS,
         *,
         faithful: bool = False,
-        fast: bool = False,
+        decode: str = "full",
     ) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files become statuses
-        self.transform = images.transform(preprocess, fast=fast)
+        self.transform = images.transform(preprocess, fast=decode == "fast")
+        self.leaves_jpegs = decode == "gpu"
         self.tokenize = encoder.Tokenizer(source)
         self.max_pixels = max_pixels
         self.faithful = faithful
@@ -83,19 +88,27 @@ class Reader:
     def __call__(self, path: str, samples: Sequence[tar.Sample]) -> Rows:
         """Read samples of the tar at a local path; one image is held in memory at a time."""
         facts, pixels, began = [], [], time.perf_counter()
+        coded: list[bytes | None] = []
         with TimedFile(path) as timed, io.BufferedReader(timed) as file:
             for sample in samples:
-                row, image = read_row(file, sample, self.max_pixels, self.extras, self.captions)
+                row, image = read_row(file, sample, self.max_pixels, self.extras, self.captions, self.leaves_jpegs)
                 facts.append(row)
                 if row["status"] == "ok" and image is not None:
                     try:
-                        pixels.append(self.transform(image if self.faithful else images.visible(image)))
+                        if isinstance(image, Image):
+                            pixels.append(self.pixels(image))
+                        coded.append(None if isinstance(image, Image) else image)
                     except images.BadImage as bad:
                         row["status"], row["reason"] = bad.status, bad.reason
         captions = [row["caption"] for row in facts if row["status"] == "ok"]
         rows = Rows(facts, np.stack(pixels) if pixels else self.no_pixels, self.tokenize(captions))
+        rows.coded = coded if self.leaves_jpegs else []
         rows.spent = {"read": timed.seconds, "decode": time.perf_counter() - began - timed.seconds}
         return rows
+
+    def pixels(self, image: Image) -> np.ndarray:
+        """Make of a decoded image what the model sees, u8 [h, w, 3].  Raises: BadImage."""
+        return self.transform(image if self.faithful else images.visible(image))
 
 
 def read_row(
@@ -104,10 +117,12 @@ def read_row(
     max_pixels: int,
     extras: Extras = NO_EXTRAS,
     captions: Captions | None = None,
-) -> tuple[dict[str, Any], Image | None]:
+    leaves_jpegs: bool = False,
+) -> tuple[dict[str, Any], Image | bytes | None]:
     """Read what a sample is, and its decoded image where there is one. The image's fault names the row.
 
     captions: where a sample without a caption finds one by its url.
+    leaves_jpegs: the bytes of a plain JPEG are returned as they are; what only pixels tell of it is not filled in.
     """
     row = begin_row(sample) | extras.values()
     if row["status"] != "ok":
@@ -120,9 +135,9 @@ def read_row(
         caption = Caption(captions.get(row["url"]), "no_caption", "its url is not in the table of captions")
     row["caption"] = caption.text
     status, reason = ("ok", "") if caption.text else (caption.status or "no_caption", caption.reason)
-    image = None
+    image: Image | bytes | None = None
     try:
-        image = _read_image(file, sample, row, max_pixels)
+        image = _read_image(file, sample, row, max_pixels, leaves_jpegs)
     except images.BadImage as bad:
         status, reason = bad.status, bad.reason
     row["status"], row["reason"] = status, reason
@@ -130,7 +145,9 @@ def read_row(
     return row, image
 
 
-def _read_image(file: IO[bytes], sample: tar.Sample, row: dict[str, Any], max_pixels: int) -> Image:
+def _read_image(
+    file: IO[bytes], sample: tar.Sample, row: dict[str, Any], max_pixels: int, leaves_jpegs: bool
+) -> Image | bytes:
     member = sample.image
     if member is None:
         dotted = [each for each in sample.members if each.suffix.rpartition(".")[2] in tar.IMAGE_SUFFIXES]
@@ -139,6 +156,9 @@ def _read_image(file: IO[bytes], sample: tar.Sample, row: dict[str, Any], max_pi
         raise images.BadImage("too_large", f"over the limit of {tar.MAX_MEMBER_BYTES:,} bytes")
     data = read_bytes(file, member) or b""
     row["uid"] = records.image_uid(data) if data else None
+    if leaves_jpegs and (size := images.plain_jpeg_size(data, max_pixels)) is not None:
+        row["width"], row["height"] = size
+        return data
     image = images.decode(data, max_pixels)
     row |= details.describe(images.visible(image))
     row["width"], row["height"] = image.size

@@ -101,7 +101,7 @@ def clock(work, device):
 def bare_forwards(task, shard):
     """Prepare the forwards of one shard on tensors in memory: a function per part."""
     encoder, size = task.encoder, task.batch_size
-    reader = task.reader or Reader(task.source, encoder.preprocess, MAX_PIXELS)
+    reader = Reader(task.source, encoder.preprocess, MAX_PIXELS)
     with open(shard.location, "rb") as file:
         samples = read_index(file).samples
     read = reader(shard.location, samples)
@@ -261,7 +261,7 @@ def main():
         precision, reason = choose_precision(given.precision, device, source)
         batch = GPU_BATCH if device == "cuda" else CPU_BATCH
         task = EmbedShard(source, precision, device, batch, MAX_PIXELS, threads, decoders, folder, found)
-        task.fast = given.fast
+        task.decode = "fast" if given.fast else "full"
         hardware = f"{platform.machine()}, {threads} cores, {describe_device(device)}"
         print(f"{Path(given.model).name} {precision} ({reason}), {hardware}")
         told = beside_peer(given.peer, task, folder) if given.peer else beside_bare(task)

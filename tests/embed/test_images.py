@@ -199,5 +199,5 @@ def test_every_suffix_and_every_depth_goes_through_embed(tmp_path):
     assert fast["options"]["decode"] == "fast" and "decode" not in manifest(tmp_path / "emb")["options"]
     quick = vectors_of(tmp_path / "fast", "00000", "image_embedding")[drawn]
     assert (quick * made).sum(axis=1).min() > 0.999
-    with pytest.raises(UsageError, match="fast, full"):
+    with pytest.raises(UsageError, match="fast, full, gpu"):
         embed(pool, str(tmp_path / "none"), EmbedOptions(model, decode="draft"), QUIET)
