@@ -84,7 +84,7 @@ class Stage:
     micro_tokens: int = 16384  # most tokens, padding included, in one pass; a GPU takes fewer of this default to fit
     micro_images: int = 64  # most images in one forward pass
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    workers: int = 1  # decoding processes per rank; 0: in the training process
+    workers: int | Literal["auto"] = "auto"  # decoding processes per rank (train/data/workers.py); 0: none apart
     cache_features_mb: int = 0  # keep the frozen tower's features in memory where they all fit
     shard: bool = False  # FSDP2: cut the model among the processes, for what one GPU cannot hold
     val: str = ""  # held-out data, or a share of --data (0.02) held out by picture; its loss chooses what is kept
@@ -100,6 +100,12 @@ class Stage:
     def lora_scale(self) -> float:
         """By what the product of LoRA's factors counts."""
         return self.lora_alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
+
+    @property
+    def num_workers(self) -> int:
+        """The decoding processes per rank, once `auto` has been resolved."""
+        assert self.workers != "auto"
+        return self.workers
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,7 @@ def _check(config: Config) -> None:
         )
         _hold(name, stage, positive, lambda value: value > 0, "be greater than 0")
         unsigned = "steps projector_lr weight_decay clip workers cache_features_mb peak_tflops"
-        _hold(name, stage, unsigned, lambda value: value >= 0, "not be negative")
+        _hold(name, stage, unsigned, lambda value: value == "auto" or value >= 0, "not be negative")
         _hold(name, stage, "warmup decay lora_dropout max_bad_share", lambda value: 0 <= value <= 1, "lie in [0, 1]")
         _hold(name, stage, "betas", lambda value: 0 <= value < 1, "lie in [0, 1)")
         if stage.quantize and (stage.tune != "lora" or stage.shard):

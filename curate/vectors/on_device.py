@@ -75,6 +75,38 @@ def _sums_halves_in_f32(on: str) -> bool:
         return False
 
 
+@cache
+def _sums_segments(on: str) -> bool:
+    """Say whether torch has `segment_reduce`, which it does not document, and sums by it on the device."""
+    import torch
+
+    rows, lengths = torch.ones((3, 2), device=on), torch.tensor([1, 0, 2], device=on)
+    try:
+        return torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True)[:, 0].tolist() == [1, 0, 2]
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+
+
+def _sums_of_segments(rows_nd: "Tensor", of_n: "Tensor", count: int) -> "Tensor":
+    """Sum rows f32 [n, d] that are sorted by their segment, i64 [n]; returns f32 [count, d], the same bytes each time.
+
+    By halving: rows at 1, 3, 5, … of a segment are added to those before them, until each segment has one. Each round
+    adds rows that no other addition of it touches, so that no order is left to chance.
+    """
+    import torch
+
+    while True:
+        place = torch.arange(len(of_n), device=of_n.device)
+        first = torch.searchsorted(of_n, of_n)  # where each row's segment begins
+        odd = (place - first) % 2 == 1
+        if not bool(odd.any()):
+            break
+        at = odd.nonzero().flatten()
+        rows_nd = rows_nd.index_copy(0, at - 1, rows_nd[at - 1] + rows_nd[at])
+        rows_nd, of_n = rows_nd[~odd], of_n[~odd]
+    return torch.zeros((count, rows_nd.shape[1]), device=rows_nd.device).index_copy(0, of_n, rows_nd)
+
+
 def half_products(left_pd: "Tensor", right_qd: "Tensor") -> "Tensor":
     """Multiply rows of halves, all with all, summed in f32: f32 [p, q] on their device."""
     import torch
@@ -214,8 +246,11 @@ class _Step:
 
         nearest = self.centroids.nearest_of_block(rows)[0][0]
         here = torch.zeros_like(self.counts).scatter_add_(0, nearest, torch.ones_like(nearest))
-        sorted_rows = rows[nearest.argsort(stable=True)].float()
-        self.sums += torch.segment_reduce(sorted_rows, "sum", lengths=here, unsafe=True)
+        order = nearest.argsort(stable=True)
+        if _sums_segments(rows.device.type):
+            self.sums += torch.segment_reduce(rows[order].float(), "sum", lengths=here, unsafe=True)
+        else:
+            self.sums += _sums_of_segments(rows[order].float(), nearest[order], len(here))
         self.counts += here
 
 

@@ -96,6 +96,41 @@ def test_a_fit_on_devices_repeats_itself_and_is_as_good_as_another(on, monkeypat
 
 
 @pytest.mark.parametrize("on", DEVICES)
+@given(st.lists(st.integers(0, 9), max_size=40))
+def test_rows_are_summed_by_segment_without_the_call_that_torch_does_not_document(on, sizes):
+    import torch
+
+    of = torch.tensor(np.repeat(np.arange(len(sizes)), sizes), dtype=torch.int64, device=on)
+    rows = torch.randn(len(of), 3, generator=torch.Generator().manual_seed(0)).to(on)
+    sums = on_device._sums_of_segments(rows, of, len(sizes))
+    expected = [rows[of == segment].double().sum(0) for segment in range(len(sizes))]
+    assert sums.shape == (len(sizes), 3)
+    assert all(torch.allclose(a.double(), b, atol=1e-5) for a, b in zip(sums, expected, strict=True))
+
+
+def test_without_torchs_private_calls_fits_and_products_go_on(monkeypatch):
+    import torch
+
+    from curate.vectors import products
+
+    monkeypatch.setattr(on_device, "device", lambda: "cpu")
+    monkeypatch.setattr(on_device, "devices", lambda: ["cpu"])
+    found, x = [], cluster_rows(600, dim=16)
+    for lacking in (("_int_mm", "segment_reduce"), ()):
+        for answer in (products.is_right, products.fastest_product, on_device._sums_segments):
+            answer.cache_clear()
+        with monkeypatch.context() as patch:
+            for name in lacking:
+                patch.delattr(torch, name)
+            assert on_device._sums_segments("cpu") != bool(lacking)
+            assert not lacking or (products.fastest_product(16) != "int8" and not products.is_right("int8", 16))
+            fits = [kmeans.fit(x, 20, 8, 0, backend="torch-gpu") for _ in range(2)]
+        assert fits[0].centroids.tobytes() == fits[1].centroids.tobytes()
+        found.append(fits[0].mean_similarity)
+    assert found[0] == pytest.approx(found[1], abs=0.01)
+
+
+@pytest.mark.parametrize("on", DEVICES)
 def test_a_pool_clustered_on_a_device_has_the_same_edges_and_says_where(on, tmp_path, monkeypatch):
     cloud = draw(tmp_path / "emb")
     np.save(tmp_path / "centroids.npy", unit(np.random.default_rng(0).normal(size=(5, cloud.image.shape[1]))))

@@ -36,6 +36,7 @@ from train.config import Config, Model, Stage
 from train.data.batches import Batch, Collator, Plan, Rows
 from train.data.measuring import measure
 from train.data.sources import open_source
+from train.data.workers import choose_workers
 from train.dist import Runtime
 from train.errors import UsageError
 from train.model import attention
@@ -181,7 +182,8 @@ def _run(
     """Run one kind, yielding after each step; note in the end what it measured."""
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (its import is nobody's step)
 
-    runtime = Runtime.detect(stage.precision, stage.workers)
+    stage = dataclasses.replace(stage, workers=choose_workers(stage.workers, gpu=torch.cuda.is_available()))
+    runtime = Runtime.detect(stage.precision, stage.num_workers)
     if kind == "reference":
         model = dataclasses.replace(model, attention="sdpa")
         stage = dataclasses.replace(stage, packing=False)

@@ -14,7 +14,8 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from train.config import Stage
 from train.data.batches import Collator, Images, Plan, load
 from train.data.sources import check_bad
 from train.dist import Runtime
-from train.model.attention import send
 from train.model.compose import Composed
 from train.model.forward import tower_features
 
@@ -46,6 +46,9 @@ class FeatureCache:
     ) -> None:
         """Compute the features of all images of the plan.  skipped: sample -> reason; broken images are added to it."""
         self.composed, self.runtime = composed, runtime
+        self._thread = ThreadPoolExecutor(1)
+        self._coming: Iterator[list[int]] = iter(())
+        self._ahead: tuple[list[int], Future[Tensor]] | None = None
         samples = [int(i) for i in plan.usable if plan.measured.images[i] and int(i) not in skipped]
         ends = np.cumsum(plan.measured.images[samples]) if samples else np.zeros(1, np.int64)
         self.at = {i: (int(end - plan.measured.images[i]), int(end)) for i, end in zip(samples, ends, strict=False)}
@@ -53,7 +56,7 @@ class FeatureCache:
         self.table = _make_table((int(ends[-1]), composed.vision.tokens_per_image, width), runtime)
         _, local_rank, local_world = runtime.place
         own = chunks(samples, [self.at[i] for i in samples])[local_rank::local_world]
-        loader = load(Images(collator), [i for chunk in own for i in chunk], stage.workers, False)
+        loader = load(Images(collator), [i for chunk in own for i in chunk], stage.num_workers, False)
         broken: dict[int, str] = {}
         for chunk in own:
             pixels = dict(zip(chunk, (next(loader) for _ in chunk), strict=True))
@@ -80,12 +83,31 @@ class FeatureCache:
 
         images: the sample index of each image; those of a sample stand side by side.
         """
+        ahead = self._ahead
+        if ahead is None or ahead[0] != images:
+            return self._gather(images).to(self.runtime.device, non_blocking=True)
+        self._gather_ahead()
+        return ahead[1].result().to(self.runtime.device, non_blocking=True)
+
+    def expect(self, coming: Iterable[list[int]]) -> None:
+        """Tell what `get` will be asked for, in its order: a thread gathers it, one micro-batch ahead."""
+        self._coming = iter(coming)
+        self._gather_ahead()
+
+    def _gather_ahead(self) -> None:
+        images = next(self._coming, None)
+        self._ahead = None if images is None else (images, self._thread.submit(self._gather, images))
+
+    def _gather(self, images: list[int]) -> Tensor:
+        """Collect the features of images, in pinned memory where a GPU takes them from there."""
         rows, seen = [], Counter[int]()
         for i in images:
             first, last = self.at[i]
             rows.append(first + seen[i] % (last - first))  # a sample may stand twice in a batch
             seen[i] += 1
-        return send(self.table[rows], self.runtime.device)
+        shape, pinned = (len(rows), *self.table.shape[1:]), self.runtime.device.type == "cuda"
+        out = torch.empty(shape, dtype=self.table.dtype, pin_memory=pinned)
+        return torch.index_select(self.table, 0, torch.tensor(rows), out=out)
 
 
 def chunks(samples: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -125,7 +125,7 @@ class Training:
 
     def _batches(self, start: int) -> Iterator[list[Batch]]:
         """Yield each step's micro-batches of this rank; says beforehand where shared memory may not hold them."""
-        runtime, workers = self.runtime, self.stage.workers
+        runtime, workers = self.runtime, self.stage.num_workers
         if workers and self.collator.decode and os.path.isdir("/dev/shm"):
             vision = self.composed.vision
             size, free = 3 * vision.image_size**2, shutil.disk_usage("/dev/shm").free
@@ -177,6 +177,8 @@ class Training:
         device, failed = self.runtime.device, ""
         shares = [torch.zeros((), dtype=torch.float64, device=device)]
         try:
+            if self.features is not None:
+                self.features.expect(batch.images for batch in micro_batches if batch.images and len(batch.targets_s))
             with out_of_memory(self.stage):
                 for i, batch in enumerate(micro_batches):
                     if len(batch.targets_s) or sharding.is_sharded(self.composed):

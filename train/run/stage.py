@@ -21,6 +21,7 @@ from train.data.own_template import OwnTemplate, read_own_template
 from train.data.prompts import OWN, Encoder, Rejected, Template, get_template, parse, to_messages
 from train.data.record_source import RecordSource
 from train.data.sources import Measured, Source, check_bad, losses, open_source
+from train.data.workers import choose_workers, resolve
 from train.dist import Runtime, leave_group
 from train.errors import DataError, UsageError
 from train.folder import (
@@ -72,7 +73,7 @@ def run_stage(
     Raises: TrainError and its kinds.
     """
     stage: Stage = getattr(config, stage_name)
-    runtime = Runtime.detect(stage.precision, stage.workers)
+    runtime = Runtime.detect(stage.precision, choose_workers(stage.workers, gpu=torch.cuda.is_available()))
     with ExitStack() as stack:
         stack.callback(leave_group)
         source = open_source(data, images, digest=runtime.rank == 0, runtime=runtime)
@@ -221,6 +222,8 @@ def _assemble(
     trainable = prepare(composed, stage)
     stage = dataclasses.replace(stage, micro_tokens=_size_pass(composed, config.model, stage, runtime))
     plan = Plan(measured, stage)
+    size = 3 * composed.vision.image_size**2
+    stage = resolve(stage, plan, size, runtime.world, gpu=runtime.device.type == "cuda")
     skip_unlabelled(composed.model.model.language_model)
     stay_half(composed.model)
     attention.avoid_cudnn()

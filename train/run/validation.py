@@ -34,7 +34,7 @@ class Validation:
         passes = Passes(self.plan, self.collator, runtime.rank, runtime.world)
         try:
             with torch.no_grad():
-                for batches in passes.steps(0, self.plan.steps, stage.workers, runtime.device.type == "cuda"):
+                for batches in passes.steps(0, self.plan.steps, stage.num_workers, runtime.device.type == "cuda"):
                     for batch in batches:
                         self._note(batch)
                         if len(batch.targets_s) or stage.shard:

@@ -1,6 +1,8 @@
 """The plan of steps: packing, grouping, order, and what a micro-batch holds."""
 
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from train.data.batches import (
 from train.data.measuring import measure
 from train.data.prompts import Encoder, get_template
 from train.data.sources import open_source
+from train.data.workers import resolve
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=40)
 
@@ -140,3 +143,25 @@ def test_too_little_shared_memory_is_said_beforehand(world):
     assert shared_memory_advice(plan, 2, 1, size, 2 * (PREFETCH + 1) * most * size) == ""
     assert "--shm-size" in shared_memory_advice(plan, 2, 1, size, size)
     assert shared_memory_advice(plan, 0, 1, size, 0) == ""
+
+
+@pytest.mark.parametrize(
+    "cores, ranks, gpu, free, expected",
+    [(16, 1, True, 1 << 40, 8), (16, 4, True, 1 << 40, 3), (2, 4, True, 1 << 40, 1), (16, 1, False, 1 << 40, 1)],
+)
+def test_auto_workers_go_by_cores_and_shared_memory(world, monkeypatch, caplog, cores, ranks, gpu, free, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr("os.path.isdir", lambda _: True)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    plan, _ = plan_of(world)
+    with caplog.at_level("INFO", "train"):
+        assert resolve(plan.stage, plan, 100, ranks, gpu=gpu).num_workers == expected
+        assert f"{expected} process(es) a rank decode (auto: " in caplog.text
+        most = max(sum(map(len, rows)) for rows in plan.micro_batches(0, ranks))
+        monkeypatch.setattr(
+            "shutil.disk_usage", lambda _: SimpleNamespace(free=2 * ranks * (PREFETCH + 1) * most * 100)
+        )
+        assert resolve(plan.stage, plan, 100, ranks, gpu=gpu).num_workers in (min(expected, 2), min(expected, 3))
+        asked = resolve(replace(plan.stage, workers=5), plan, 100, ranks, gpu=gpu)
+    assert asked.num_workers == 5 and "5 process(es) a rank decode (as asked)" in caplog.text
