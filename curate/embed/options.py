@@ -13,7 +13,7 @@ class EmbedOptions:
     columns: fields of the samples' JSON to keep as columns; captions: a TSV of captions by url, for samples without.
 
     caption: fields of the JSON or suffixes of members, with commas, whose first text is the caption.
-    verify: where embeddings stand, shards are compared with what they were made of by content.
+    verify: where embeddings stand, all shards are compared with what they were made of by content.
 
     faithful: 16-bit and transparent images go to open_clip's transform as they are, not as `images.visible` makes them.
 
@@ -36,7 +36,7 @@ class EmbedOptions:
     caption: Annotated[str, "Captions: fields of the JSON or suffixes, A,B,… in order [txt, caption]."] = ""
     caption_pick: Annotated[str, "Of a list of captions: first, or random (by --seed)."] = "first"
     seed: int = 0
-    verify: Annotated[bool, "Tell shards that have changed by their bytes, not by size and time.", "--verify"] = False
+    verify: Annotated[bool, "Read all shards, not only those of another time, to see what changed.", "--verify"] = False
     faithful: Annotated[bool, "Give 16-bit and transparent images to the model as open_clip does.", "--faithful"] = (
         False
     )

@@ -30,4 +30,4 @@ class ImportOptions:
     arch: Annotated[str, "Which of DataComp's two models: l14 or b32."] = "l14"
     max_pixels: int = MAX_PIXELS
     columns: Annotated[tuple[str, ...], "Fields of the JSON or table beside to keep as columns."] = ()
-    verify: Annotated[bool, "Tell what has changed by its bytes, not by size and time.", "--verify"] = False
+    verify: Annotated[bool, "Read all files, not only those of another time, to see what changed.", "--verify"] = False

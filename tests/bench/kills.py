@@ -262,6 +262,7 @@ def main():
     given = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "FSSPEC_S3": json.dumps(PATIENCE), "AWS_DEFAULT_REGION": "us-east-1"}
     os.environ |= dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "none")
+    os.environ["RAY_worker_niceness"] = "0"  # at Ray's own 15 actors do not start beside other work
     home, rng, met, rounds = Path(tempfile.mkdtemp()), random.Random(given.seed), [], Counter()
     ways = [way for way in given.ways.split(",") if all(map(importlib.util.find_spec, NEEDS.get(way, [])))]
     ways = [way for way in ways if way != "disk" or may_mount(home)]

@@ -6,7 +6,8 @@ Draws f16 embeddings from a mixture of 2,000 clouds with 15 % near-duplicates on
 cosine of 0.80, so the floor is above that: at 0.80 half of all pairs would be edges), then runs `curate cluster` and
 three selections, each in a process of its own. Memory is sampled: what the processes own (anonymous), and all that they
 map, of which the file pages can be dropped at any time. The bare products are timed in the same run on the same
-machine: the fit's (sample x k x iterations), the assignment's (rows x k) and the pairs' of every cluster.
+machine: the fit's (sample x k x iterations), the assignment's (rows x k) and the pairs' of every cluster. Both also in
+seconds of processors (`cpu_s`, `cpu_ratio`), which alone say something beside other work.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def memory(pid):
 
 
 def measured(words):
-    """Run curate in a process of its own: seconds and peak GiB, owned and mapped."""
+    """Run curate in a process of its own: seconds, those of processors, and peak GiB, owned and mapped."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "curate", *words], cwd=ROOT)
     peak, done = [0, 0], threading.Event()
@@ -131,29 +132,31 @@ def measured(words):
 
     thread = threading.Thread(target=watch)
     thread.start()
-    code = process.wait()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     done.set()
     thread.join()
-    assert code == 0, words
+    assert process.returncode == 0, words
     return {
         "seconds": round(time.perf_counter() - started, 2),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_own_gib": round(peak[0] / 2**20, 2),
         "peak_mapped_gib": round(peak[1] / 2**20, 2),
     }
 
 
 def product_rate(dim, width):
-    """Measure f32 products in GFLOP/s, [1024, dim] x [dim, width], as the stages form them."""
+    """Measure f32 products, [1024, dim] x [dim, width], as the stages form them: GFLOP a second, and a processor's."""
     rng = np.random.default_rng(0)
     x, y = rng.random((1024, dim), np.float32), rng.random((dim, width), np.float32)
     out = np.empty((1024, width), np.float32)
     np.matmul(x, y, out=out)
     times = []
-    for _ in range(7):
-        started = time.perf_counter()
+    for _ in range(15):
+        started = time.perf_counter(), time.process_time()
         np.matmul(x, y, out=out)
-        times.append(time.perf_counter() - started)
-    return 2e-9 * 1024 * dim * width / sorted(times)[len(times) // 2]
+        times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    return 2e-9 * 1024 * dim * width / np.median(times, axis=0)
 
 
 def main():
@@ -173,7 +176,9 @@ def main():
         shutil.rmtree(folder / name, ignore_errors=True)
     options = ["--k", str(chosen.k), "--floor", str(chosen.floor), "--workers", str(chosen.workers)]
     found = {name: getattr(chosen, name) for name in ("rows", "dim", "k", "floor", "workers")}
+    rates = [product_rate(chosen.dim, min(chosen.k, 4096))]
     found["cluster"] = measured(["cluster", str(emb), str(clu), *options])
+    rates.append(product_rate(chosen.dim, min(chosen.k, 4096)))
     bands = ["--step", "dedup(0.92)", "--step", "rank(clip_score, 0.40, 0.60)"]
     steps = (["--recipe", "balanced"], bands, ["--step", "dedup(0.95)", "--step", "sample(0.1)"])
     for index, words in enumerate(steps, 1):
@@ -189,11 +194,12 @@ def main():
         "assign": 2 * int(sizes.sum()) * options["k"] * chosen.dim,
         "pairs": int((sizes.astype(np.float64) ** 2).sum()) * chosen.dim,
     }
-    rate = product_rate(chosen.dim, min(options["k"], 4096))
+    rate, cpu_rate = np.mean(rates, axis=0).tolist()
     found["largest_cluster"], found["edges"] = int(sizes.max()), manifest["edges"]
-    found["product_gflops_per_s"] = round(rate, 1)
+    found["product_gflops_per_s"], found["product_gflops_per_cpu_s"] = round(rate, 1), round(cpu_rate, 1)
     found["products_s"] = {name: round(count * 1e-9 / rate, 2) for name, count in flops.items()}
     found["ratio"] = round(found["cluster"]["seconds"] / sum(found["products_s"].values()), 3)
+    found["cpu_ratio"] = round(found["cluster"]["cpu_s"] / (sum(flops.values()) * 1e-9 / cpu_rate), 3)
     found |= {
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
