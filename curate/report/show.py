@@ -349,7 +349,7 @@ def _pipeline(directory: str) -> Iterator[str]:
         return
     if not paths.is_dir(directory):
         raise UsageError(f"{directory} is no directory.", "give a stage's directory, a pool, or a pipeline's OUT")
-    lines, selection = [], None
+    lines, lost, selection = [], [], None
     names = paths.listdir(directory)
     for name in (name for name in names if not name.endswith(".tar")):
         place = paths.join(directory, name)
@@ -362,6 +362,8 @@ def _pipeline(directory: str) -> Iterator[str]:
         elif paths.exists(paths.join(place, MANIFEST)):
             artefact = open_input(place)
             lines.append(f"  {name:<20} {headline(artefact.command, artefact.manifest).strip()}")
+            failed = artefact.manifest.get("failed", {})
+            lost += [f"  FAILED {name}/{stem}: {why}" for stem, why in list(failed.items())[:MOST]]
             selection = (
                 artefact if name == "selection" or selection is None and artefact.command == "select" else selection
             )
@@ -374,7 +376,7 @@ def _pipeline(directory: str) -> Iterator[str]:
             "give a stage's directory, a pool, or a pipeline's OUT",
         )
     yield f"{directory}: {len(lines)} directories, each of which `curate show` describes"
-    yield from (line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines)
+    yield from (line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines + lost)
     if selection is not None:
         yield from funnel_lines(load_json(selection.path("funnel.json")))
 

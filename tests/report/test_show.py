@@ -89,6 +89,10 @@ def test_a_directory_of_which_a_part_is_done_says_so_and_why_shards_failed(home,
     assert ended.returncode == 1 and f"`curate show {tmp_path / 'torn'}` says why" in ended.stderr
     told = list(show.show(str(tmp_path / "torn")))
     assert [line.split(":")[0] for line in told[2:]] == ["  FAILED a", "  FAILED c"] and "0 shards" in told[1]
+    curate("import", source, tmp_path / "torn", "--layout", "npy", check=False)
+    assert [line.split(":")[0] for line in show.show(str(tmp_path)) if "FAILED" in line] == [
+        f"  FAILED torn/{stem}" for stem in "abc"
+    ]
 
 
 def test_an_input_that_changed_is_warned_of(home, tmp_path):
