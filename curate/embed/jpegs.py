@@ -29,6 +29,7 @@ from curate.embed import details, images
 from curate.embed.reader import Reader, Rows
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CHUNK_PIXELS = 1 << 25  # decoded at a time
@@ -79,18 +80,22 @@ class Jpegs:
         """
         import torch
 
-        sides = (images.HASH_SIDE, details.WRITING_SIDE)
-        cells = [np.empty((len(coded), side, side), np.int64) for side in sides]
+        places: list[int] = []
+        pixels: list[Tensor] = []
+        cells: dict[int, list[Tensor]] = {images.HASH_SIDE: [], details.WRITING_SIDE: []}
         with self._alone():
-            pixels = torch.empty((len(coded), *self.size, 3), dtype=torch.uint8, device=self.device)
             for at, stack in self._stacks(coded):
-                pixels[at] = self.resize(stack).permute(0, 2, 3, 1)
+                places += at
+                pixels.append(self.resize(stack).permute(0, 2, 3, 1))
                 grey = _grey(stack)
-                for into, side in zip(cells, sides, strict=True):
-                    into[at] = _boxed(grey, side).cpu().numpy()
+                for side, into in cells.items():
+                    into.append(_boxed(grey, side))
+            order = torch.tensor(places).argsort().to(self.device)
+            made = torch.cat(pixels)[order]
+            told = [torch.cat(each)[order].cpu().numpy() for each in cells.values()]
         if self._stream is not None:
-            pixels.record_stream(torch.cuda.current_stream(self.device))
-        return pixels, [details.describe_cells(*both) for both in zip(*cells, strict=True)]
+            made.record_stream(torch.cuda.current_stream(self.device))
+        return made, [details.describe_cells(*both) for both in zip(*told, strict=True)]
 
     def _stacks(self, coded: Sequence[bytes]) -> Iterator[tuple[list[int], "Tensor"]]:
         """Decode some pictures at a time, and yield those of one size, u8 [n, 3, h, w], with their places."""
@@ -170,19 +175,19 @@ def _grey(stack: "Tensor") -> "Tensor":
 
 def _boxed(grey: "Tensor", side: int) -> "Tensor":
     """Average grey values i32 [n, h, w] to i64 [n, side, side], within 1 of Pillow's BOX, which rounds twice."""
-    import torch
-
-    across, down = (grey.new_tensor(_shares(length, side), dtype=torch.float64) for length in grey.shape[:0:-1])
+    down, across = (_shares(length, side, grey.device) for length in grey.shape[1:])
     return (down @ grey.double() @ across.T).round().long()
 
 
-@functools.lru_cache(64)
-def _shares(length: int, side: int) -> np.ndarray:
+@functools.lru_cache(256)
+def _shares(length: int, side: int, device: "torch.device") -> "Tensor":
     """Return what each cell takes of each pixel, f64 [side, length]: of those whose middle lies in it, alike."""
-    middle = (np.arange(side)[:, None] + 0.5) * length / side
-    away = (np.arange(length) + 0.5 - middle) / max(length / side, 1)
-    inside = (away > -0.5) & (away <= 0.5)
-    return np.asarray(inside / inside.sum(axis=1, keepdims=True))
+    import torch
+
+    middle = (torch.arange(side, dtype=torch.float64)[:, None] + 0.5) * length / side
+    away = (torch.arange(length) + 0.5 - middle) / max(length / side, 1)
+    inside = ((away > -0.5) & (away <= 0.5)).double()
+    return (inside / inside.sum(dim=1, keepdim=True)).to(device)
 
 
 def compare(

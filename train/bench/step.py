@@ -32,11 +32,12 @@ import torch
 from torch import Tensor, nn
 
 from train.bench import workload
+from train.bench.quick_draws import quick_draws
 from train.config import Config, Model, Stage
 from train.data.batches import Batch, Collator, Plan, Rows
 from train.data.measuring import measure
 from train.data.sources import open_source
-from train.data.workers import choose_workers
+from train.data.workers import choose_workers, resolve
 from train.dist import Runtime
 from train.errors import UsageError
 from train.model import attention
@@ -44,10 +45,12 @@ from train.model.compose import Composed, blueprint, compose
 from train.model.forward import embeddings, tower_features
 from train.model.half import stay_half
 from train.model.learn import prepare, recompute
+from train.model.regional import compile_layers
 from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
 from train.run.flops import Cost, published
 from train.run.loop import Training, out_of_memory
+from train.run.memory import size_pass
 from train.run.stage import make_encoder
 
 MICRO_BATCH = 8  # per device in Bunny's scripts, in both stages
@@ -118,15 +121,22 @@ def bench(config: Config | None, steps: int, batch_size: int) -> dict[str, Any]:
 
 
 def one_stage(
-    config: Config | None, stage_name: str, kind: Kind, steps: int, batch_size: int
+    config: Config, stage_name: str, kind: Kind, steps: int, batch_size: int, *, small: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Run one stage one way, as `bench` does; after every step yield what was measured so far."""
+    """Run one stage one way, as `bench` does; after every step yield what was measured so far.
+
+    small: the small model takes the place of the given one, with its switches.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if small:
+            switches = {key: getattr(config.model, key) for key in ("attention", "gradient_checkpointing", "compile")}
+            config = dataclasses.replace(config, model=dataclasses.replace(small_model(folder), **switches))
         given, model = _fresh(config, folder)
-        stage = _shortened(given, stage_name, steps, batch_size, small=config is None)
-        for _ in _run(kind, model, stage, WRITERS[stage_name], folder / stage_name, {}):
-            yield summarise(_metrics(folder / stage_name / kind))
+        stage = _shortened(given, stage_name, steps, batch_size, small=small)
+        runs: dict[Kind, dict[str, Any]] = {}
+        for _ in _run(kind, model, stage, WRITERS[stage_name], folder / stage_name, runs):
+            yield {**summarise(_metrics(folder / stage_name / kind)), **runs[kind]}
 
 
 def _fresh(config: Config | None, folder: Path) -> tuple[Config, Model]:
@@ -182,12 +192,12 @@ def _run(
     """Run one kind, yielding after each step; note in the end what it measured."""
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (its import is nobody's step)
 
-    stage = dataclasses.replace(stage, workers=choose_workers(stage.workers, gpu=torch.cuda.is_available()))
-    runtime = Runtime.detect(stage.precision, stage.num_workers)
+    runtime = Runtime.detect(stage.precision, choose_workers(stage.workers, gpu=torch.cuda.is_available()))
     if kind == "reference":
         model = dataclasses.replace(model, attention="sdpa")
         stage = dataclasses.replace(stage, packing=False)
-    composed = compose(model, runtime.dtype)
+    with quick_draws():
+        composed = compose(model, runtime.dtype)
     encoder = make_encoder(composed, model, stage)
     rows, needed = composed.model.get_input_embeddings().num_embeddings, len(composed.tokenizer)
     if rows < needed:
@@ -202,17 +212,27 @@ def _run(
         # those that are not reentrant, the default since, stop before its last product.
         recompute(lm, reentrant=True)
     else:
+        how: dict[str, Any] = {"checkpointing": model.gradient_checkpointing}
+        tokens = size_pass(composed.model, stage, runtime.device, runtime.dtype, **how)
+        stage = dataclasses.replace(stage, micro_tokens=tokens)
         skip_unlabelled(lm)
         stay_half(composed.model)
         attention.avoid_cudnn()
+        if model.gradient_checkpointing:
+            recompute(lm)
     with out_of_memory(stage):
         composed.model.to(runtime.device)
+    if kind == "ours" and model.compile:
+        compile_layers(composed, runtime.device)
     collator = Collator(source, encoder, make_image_processor(composed.vision), model.max_length)
     plan = (Padded if kind == "reference" else Plan)(measured, stage)
+    size = 3 * composed.vision.image_size**2
+    stage = resolve(stage, plan, size, runtime.world, gpu=runtime.device.type == "cuda")
     out = folder / kind
     out.mkdir(parents=True)
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    runs[kind] = {"micro_tokens": stage.micro_tokens}
     work = Reference if kind == "reference" else Training
     steps = work(composed, stage, trainable, plan, collator, runtime, out, dict(measured.reasons)).steps()
     cpu_s: list[float] = []
@@ -222,6 +242,7 @@ def _run(
         yield
         began = time.process_time()
     runs[kind] = {
+        **runs[kind],
         **summarise(_metrics(out)),
         "cpu_s": sum(cpu_s[1:]),
         "lengths": [int(x) for x in np.quantile(measured.lengths[measured.usable], (0.05, 0.25, 0.5, 0.75, 0.95))],

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from train.bench import workload
+from train.bench import quick_draws, workload
 from train.bench.step import Padded, bench, table
 from train.config import Model, Stage
 from train.data.batches import Plan
@@ -47,3 +48,14 @@ def test_the_reference_pads_a_few_samples_at_a_time():
     groups = plan.micro_batches(0, 2)
     assert [len(group) for group in groups] == [8, 8, 4, 0]
     assert [i for group in groups for row in group for i in row] == Plan(measured, Stage(batch_size=20)).samples(0)
+
+
+def test_large_fresh_weights_repeat_what_was_drawn_and_small_ones_are_drawn(monkeypatch):
+    monkeypatch.setattr(quick_draws, "BLOCK", 50)
+    with quick_draws.quick_draws():
+        large, small = torch.nn.Linear(10, 12), torch.nn.Linear(5, 10)
+        torch.nn.init.normal_(large.weight, std=3.0)
+    flat = large.weight.detach().view(-1)
+    assert flat[:50].equal(flat[50:100]) and flat[:20].equal(flat[100:]) and 1.5 < float(flat.std()) < 6
+    for again in (small, torch.nn.Linear(10, 12)):
+        assert len(again.weight.detach().view(-1).unique()) == again.weight.numel()
