@@ -48,8 +48,9 @@ def test_compiled_layers_learn_the_same_and_are_compiled_once_a_kind(
     graphs.clear()
     run(world, tmp_path / "more", *compiled, "finetune.steps=3", "finetune.batch_size=11")
     assert len(graphs) <= few, "other rows, other documents: nothing is compiled for them"
-    # A probe; a layer before and behind its attention, the last layer likewise; the blocks of the tower.
-    assert few <= 8, few
+    # A probe; a layer before and behind its attention, the last layer likewise; the blocks of the tower. To torch 2.9
+    # the first layer, whose input is a view, is a kind of its own, before its attention and behind it.
+    assert few <= 10, few
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a processor")
