@@ -172,6 +172,21 @@ def pretended_gpu(counts: Any, documents: list[int]) -> Iterator[None]:
             counts.attend(out, 10, squares, q, q, q, k, k, v, v)
             return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
+    class Rms(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any) -> Any:
+            ctx.save_for_backward(x, weight)
+            out = torch.empty_like(x)
+            counts.add("other", [x, weight, out])
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, out: Any) -> Any:
+            x, weight = ctx.saved_tensors
+            found = torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+            counts.add("other", [x, weight, out, *(t for t in found if t is not None)])
+            return found
+
     def varlen(query: Any, key: Any, value: Any, *_: Any) -> Any:
         q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
         return Varlen.apply(q, k, v)
@@ -179,6 +194,7 @@ def pretended_gpu(counts: Any, documents: list[int]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(attention, "reason_against_varlen", lambda *_: None))
         stack.enter_context(mock.patch.object(attention, "_varlen", varlen))
+        stack.enter_context(mock.patch.object(torch.nn.functional, "rms_norm", lambda x, _, w, eps: Rms.apply(x, w)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(Cuda())
         yield
@@ -301,7 +317,7 @@ def main() -> None:
     parser.add_argument("configs", nargs="*", default=CONFIGS)
     parser.add_argument("--gpus", default=",".join(GPUS))
     parser.add_argument("--stages", default="align,finetune")
-    parser.add_argument("--without", choices=["", "half"], default="", help="half: norms and LoRA inputs in fp32")
+    parser.add_argument("--without", choices=["", "half"], default="", help="half: norms and LoRA inputs as they were")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     from train import config as configuration
@@ -314,10 +330,9 @@ def main() -> None:
             per = {k: {"kernels": round(v.kernels), "gb": round(v.bytes / 1e9, 1)} for k, v in kinds.items()}
             print(f"{Path(path).stem} {name}: a pass of {tokens:,} tokens: {json.dumps(per)}", flush=True)
             for gpu in given.gpus.split(","):
-                rows.append({"config": Path(path).stem, **expect(config, name, gpu, kinds, tokens), "a_pass": per})
-                print(
-                    "  " + ", ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("config", "stage", "a_pass"))
-                )
+                expected = expect(config, name, gpu, kinds, tokens)
+                rows.append({"config": Path(path).stem, "without": given.without, **expected, "a_pass": per})
+                print("  " + ", ".join(f"{key} {value}" for key, value in expected.items() if key != "stage"))
     if given.json:
         head = {"command": " ".join(["python tests/bench/roofline.py", *sys.argv[1:]]), "date": str(date.today())}
         assumed = {"products": PRODUCTS, "attention": ATTENTION, "memory": MEMORY, "gpus": GPUS}
