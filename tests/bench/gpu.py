@@ -365,10 +365,10 @@ def run_part(name: str, rehearse: bool, limit_s: float, keep: Callable[[dict[str
     command = [sys.executable, str(Path(__file__)), "--part", name, *["--rehearse"] * rehearse]
     began = time.perf_counter()
     found: dict[str, Any] = {}
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if rehearse else {})}
+    how: dict[str, Any] = {"cwd": ROOT, "env": environment, "text": True, "start_new_session": True}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, **how)
         assert process.stdout is not None
         alarm = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
         alarm.start()
