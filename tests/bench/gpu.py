@@ -20,6 +20,7 @@ machine.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -372,12 +373,16 @@ def run_part(name: str, rehearse: bool, limit_s: float, keep: Callable[[dict[str
         assert process.stdout is not None
         alarm = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
         alarm.start()
-        for line in process.stdout:
-            if line.startswith(RESULT):
-                found |= json.loads(line.removeprefix(RESULT))
-                keep({**found, "seconds": round(time.perf_counter() - began, 1)})
-        code = process.wait()
-        alarm.cancel()
+        try:
+            for line in process.stdout:
+                if line.startswith(RESULT):
+                    found |= json.loads(line.removeprefix(RESULT))
+                    keep({**found, "seconds": round(time.perf_counter() - began, 1)})
+            code = process.wait()
+        finally:  # what it has started, too, and whatever ends this script: nothing stays on the card
+            alarm.cancel()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         if code == -signal.SIGKILL and time.perf_counter() - began >= limit_s:
             found["cut"] = f"at its limit of {limit_s:.0f} s"
         elif code:
@@ -416,6 +421,7 @@ def main() -> None:
     if given.part:
         one_part(given.part, given.rehearse)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     import torch
 
     if not torch.cuda.is_available() and not given.rehearse:
