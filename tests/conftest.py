@@ -4,7 +4,7 @@ import os
 
 import hypothesis
 import pytest
-from warm import one_worker
+from warm import one_worker, warm_up
 
 from house import GPU, REAL_DATA
 
@@ -15,6 +15,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("wide", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 one_worker()
+warm_up()
 
 
 def pytest_collection_modifyitems(items):

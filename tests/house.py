@@ -7,7 +7,8 @@ import shlex
 import time
 from pathlib import Path
 
-from warm import Command
+from warm import HOME, Command
+from warm_workers import started
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -51,16 +52,18 @@ def fingerprint(*directories):
 
 
 def tree(pid):
-    """List the processes that a process has started, and that these have, and so on."""
-    parents = {}
+    """List the processes that a process has started, or had forked for it, and that these have, and so on."""
+    parents, noted = {}, started(HOME)
+    forker = next((child for child, parent in noted.items() if parent == 0), None)
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             name, _, rest = (folder / "stat").read_text().rpartition(")")
         except OSError:  # it has just ended
             continue
         state, parent, *_ = rest.split()
+        child, parent = int(folder.name), int(parent)
         if state != "Z":
-            parents.setdefault(int(parent), []).append(int(folder.name))
+            parents.setdefault(noted.get(child, parent) if parent == forker else parent, []).append(child)
     found, queue = [], [pid]
     while queue:
         children = parents.get(queue.pop(), [])

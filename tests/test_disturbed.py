@@ -107,12 +107,12 @@ def test_a_run_one_by_one_of_whose_processes_are_killed_ends_right(pool):
         return running.poll() is not None
 
     try:
-        until(strike, 0.2)
+        until(strike, 0.05)
         assert running.returncode == 0, running.stderr
     finally:
         running.kill()
     assert struck and fingerprint(pool / "killed" / "emb") == fingerprint(pool / "whole" / "emb")
-    assert not tree(running.pid)
+    until(lambda: not tree(running.pid))
 
 
 def test_a_disk_that_fills_ends_the_run_with_one_line_and_the_rerun_goes_on(pool):

@@ -7,15 +7,23 @@ import signal
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import context
 from pathlib import Path
 
 import pytest
+import warm_workers
 
 from curate import progress
 from curate.engine import Job, advance, cores, cores_each, helpers, run, run_stage
 from curate.errors import ShardError, UsageError
 from curate.processes import WorkerDied
 from curate.progress import Progress
+
+
+@pytest.fixture(autouse=True)
+def spawned(monkeypatch):
+    """Workers begin with nothing here, as they do for a user."""
+    monkeypatch.setitem(context._concrete_contexts, "spawn", warm_workers.SPAWN)
 
 
 @dataclass

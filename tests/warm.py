@@ -1,12 +1,14 @@
 """Commands as processes of their own that need not start from nothing: forked off one that has imported it all.
 
-As a program it reads requests from stdin, a JSON object a line, and answers each with the pid of its command and, once
-that has ended, with the exit code. What a command does is what `python -m PROGRAM …` or `python FILE …` does, but for
-the imports, and for the end of the interpreter, which would touch all of the memory that is shared.
+As a program it answers on a socket, for all workers of a test run, until none of them is there any more. On each link a
+request is a JSON object a line, answered by the pid of its command and, once that has ended, by the exit code. What a
+command does is what `python -m PROGRAM …` or `python FILE …` does, but for the imports, and for the end of the
+interpreter, which would touch all of the memory that is shared.
 """
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -14,7 +16,9 @@ import os
 import resource
 import runpy
 import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,12 +30,15 @@ import warm_workers
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("curate", "train")
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", "")[:12] or str(os.getpid())
+HOME = Path(sys.argv[1] if __name__ == "__main__" else Path(tempfile.gettempdir(), f"warm-{RUN}"))
+LOOK_S = 1.0  # between two looks at who is still there
 # What the commands import when they need it, beside all of both programs. None of it makes forking unsafe.
 LIBRARIES = "faiss jinja2 open_clip peft pyarrow.parquet scipy.sparse.csgraph sklearn.cluster transformers webdataset"
 
 
 def one_worker():
-    """Let verbs take one worker where none are asked for: each of several would import everything anew."""
+    """Let verbs take one worker where none are asked for: several would only compete with the other tests."""
     from curate import command
 
     job = command._job
@@ -84,11 +91,8 @@ def become(request):
     os._exit(code)
 
 
-def serve():
-    """Fork for each request, until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def import_all():
+    """Import both programs and what their commands import when they need it."""
     sys.path[0] = str(ROOT)  # as it stands, `train` would be the folder of that name beside this file
     parts = [path.relative_to(ROOT).with_suffix("").parts for name in PROGRAMS for path in (ROOT / name).rglob("*.py")]
     for name in (*LIBRARIES.split(), *(".".join(each) for each in parts if each[-1][:2] != "__")):
@@ -97,47 +101,123 @@ def serve():
         except ImportError as error:  # of what is not installed
             if (error.name or name).split(".")[0] in PROGRAMS:
                 raise
+
+
+def serve(listener, for_workers):
+    """Fork for each link that is asked for, until all have ended."""
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import_all()
     one_worker()
     gc.freeze()
-    if folder := os.environ.get("WARM_WORKERS"):
-        warm_workers.begin(folder)
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            become(json.loads(line))
-        print(pid, file=answers, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
+    warm_workers.begin(HOME, for_workers)
+    parent, links = os.getppid(), set()
+    while links or os.getppid() == parent:
+        if select.select([listener], [], [], LOOK_S)[0]:
+            link, _ = listener.accept()
+            pid = os.fork()
+            if pid == 0:
+                listener.close()
+                answer(link)
+            link.close()
+            links.add(pid)
+        links -= (ended := {pid for pid in links if os.waitpid(pid, os.WNOHANG)[0]})
+        if ended and not links:
+            with locked():  # nobody asks just now
+                if not select.select([listener], [], [], 0)[0]:
+                    shutil.rmtree(HOME, ignore_errors=True)
+                    os.unlink(f"{HOME}.lock")
+                    break
     os._exit(0)
+
+
+def answer(link):
+    """Fork for each request on a link, until it ends."""
+    with link.makefile("rwb", buffering=0) as talk:
+        while line := talk.readline():
+            pid = os.fork()
+            if pid == 0:
+                become(json.loads(line))
+            talk.write(b"%d\n" % pid)
+            talk.write(b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    os._exit(0)
+
+
+def listen(place):
+    """Take questions at a place from now on, be it that they are answered later."""
+    Path(place).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(place)
+    listener.listen()
+    return listener
+
+
+@contextlib.contextmanager
+def locked():
+    """Keep others from asking for a link."""
+    with open(f"{HOME}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def reach():
+    """Have a link to the process that has imported everything, which the first who asks starts: a file of bytes."""
+    place = str(HOME / "commands")
+    link = socket.socket(socket.AF_UNIX)
+    with locked():
+        HOME.mkdir(mode=0o700, exist_ok=True)
+        try:
+            link.connect(place)
+        except OSError:
+            (HOME / "started").unlink(missing_ok=True)
+            listeners = [listen(place), listen(warm_workers.address(HOME))]
+            files = [each.detach() for each in listeners]
+            words = [sys.executable, __file__, HOME, *map(str, files)]
+            begun.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=ROOT, pass_fds=files))
+            for file in files:
+                os.close(file)
+            link.connect(place)
+    return link.makefile("rwb", buffering=0)
+
+
+def warm_up():
+    """Have workers of this process forked, too."""
+
+    def there():
+        if not Command.idle:
+            Command.idle.append(reach())
+
+    warm_workers.use(HOME, os.open(os.devnull, os.O_RDONLY), there)
+
+
+begun: list = []  # the process, where this one has started it
 
 
 class Command:
     """A command at work. pid: of its process, which leads a group; returncode: None until it is known to have ended."""
 
-    idle: list = []  # the servers that wait for a command: one, where none runs beside another
+    idle: list = []  # the links that wait for a command: one, where none runs beside another
 
     def __init__(self, *words, cwd, env=None, limits=None):
         """words: the program, `curate` or `train` or a .py file, and its arguments. limits: of resources, by names."""
-        if not self.idle:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self.idle.append(subprocess.Popen([sys.executable, __file__], text=True, cwd=ROOT, **pipes))
-        self.server = self.idle.pop()
+        self.link = self.idle.pop() if self.idle else reach()
         self.returncode, self.files = None, [tempfile.NamedTemporaryFile() for _ in range(2)]
         request = {"words": list(map(str, words)), "cwd": str(cwd), "env": dict(os.environ if env is None else env)}
         request |= {"limits": limits or {}, "to": [file.name for file in self.files]}
-        print(json.dumps(request), file=self.server.stdin, flush=True)
-        self.pid = int(self.server.stdout.readline())
+        self.link.write(json.dumps(request).encode() + b"\n")
+        self.pid = int(self.link.readline())
 
     def poll(self):
         """Return the exit code of a command that has ended."""
-        if self.returncode is None and select.select([self.server.stdout], [], [], 0)[0]:
+        if self.returncode is None and select.select([self.link], [], [], 0)[0]:
             self.wait()
         return self.returncode
 
     def wait(self):
         """Wait for the end; returns the exit code, below zero where a signal ended it."""
         if self.returncode is None:
-            self.returncode = int(self.server.stdout.readline())
-            self.idle.append(self.server)
+            self.returncode = int(self.link.readline())
+            self.idle.append(self.link)
         return self.returncode
 
     def kill(self):
@@ -159,4 +239,4 @@ class Command:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(*(socket.socket(fileno=int(file)) for file in sys.argv[2:]))

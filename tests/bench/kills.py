@@ -13,8 +13,8 @@ starts from nothing and is disturbed in one way:
     net      pool and output lie on an S3 server that is out of reach for seconds at a time (needs s3fs and moto)
 Each verb is started again until it ends with 0, which it must within a bound, with no file left half and no process
 left over. Rounds go on, the ways in turn, until there were enough disturbances. Verbs and workers are forked off a
-process that has imported everything (tests/warm_workers.py), but those of Ray. The suite has a short version, whose
-workers are spawned (tests/test_disturbed.py). Writes results/kills.json.
+process that has imported everything (tests/warm_workers.py), but those of Ray. The suite has a short version
+(tests/test_disturbed.py). Writes results/kills.json.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from warm import Command  # noqa: E402
+from warm import HOME, Command  # noqa: E402
 from warm_workers import started  # noqa: E402
 
 from curate.demo.render import render  # noqa: E402
@@ -82,14 +82,11 @@ def finish(process):
 
 def family(first):
     """List the processes of a verb, the first among them, and what each is."""
-    noted, found, queue = started(os.environ["WARM_WORKERS"]), {first: "first"}, [first]
-    while queue:
-        parent = queue.pop()
-        forked = dict.fromkeys(noted.get(parent, []), "worker" if parent == first else "decoder")
-        for pid, role in {**{each: kind(each) for each in tree(parent)}, **forked}.items():
-            if pid not in found and born(pid) is not None:
-                found[pid] = role
-                queue.append(pid)
+    noted, found = started(HOME), {first: "first"}
+    for pid in tree(first):
+        role = kind(pid) if pid not in noted else "worker" if noted[pid] == first else "decoder"
+        if born(pid) is not None:
+            found[pid] = role
     return found
 
 
@@ -266,7 +263,7 @@ def main():
     home, rng, met, rounds = Path(tempfile.mkdtemp()), random.Random(given.seed), [], Counter()
     ways = [way for way in given.ways.split(",") if all(map(importlib.util.find_spec, NEEDS.get(way, [])))]
     ways = [way for way in ways if way != "disk" or may_mount(home)]
-    pool, os.environ["WARM_WORKERS"] = home / "demo" / "pool", str(home)
+    pool = home / "demo" / "pool"
     try:
         render(home / "demo", rows=given.rows, shards=given.shards, seed=11, dirt="dirty", instruct=0, tests=0)
         bucket = Bucket(pool) if "net" in ways else None
