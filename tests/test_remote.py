@@ -40,7 +40,7 @@ def bucket(proxy, monkeypatch):
     """An empty bucket behind the proxy, as a location; readers give up on a silent server after a second."""
     import s3fs
 
-    patience = {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 1}}}
+    patience = {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 0}}}
     monkeypatch.setattr("fsspec.config.conf", {"s3": patience})
     monkeypatch.setattr(paths, "FIRST_PAUSE_S", 0.05)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -117,7 +117,7 @@ def test_faults_on_the_way_are_outlived(here, bucket, proxy):
     """Of the requests that are made for the first time, many meet a 503, a cut connection or silence."""
     home, model = here
     upload(home, bucket)
-    turn, met = itertools.cycle([*["503", None, "cut", None] * 6, "slow"]), {}
+    turn, met = itertools.cycle(["slow", *["503", None, "cut", None] * 12]), {}
     lock = threading.Lock()
 
     def faults(method, path):
@@ -132,7 +132,8 @@ def test_faults_on_the_way_are_outlived(here, bucket, proxy):
     same_files(home, bucket)
 
 
-def test_a_server_that_stays_broken_is_given_up_in_one_line(here, bucket, proxy):
+def test_a_server_that_stays_broken_is_given_up_in_one_line(bucket, proxy, monkeypatch):
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 2)  # it waits between its own tries as well, and longer each time
     proxy.faults = lambda method, path: "503"
     before = time.monotonic()
     with pytest.raises(OSError, match="times over"):
