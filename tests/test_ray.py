@@ -17,18 +17,28 @@ from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job, ask, gpus, run_stage
 from curate.errors import RunError
 from curate.select.select import SelectOptions, select
-from house import ROOT, fingerprint
+from house import ROOT, fingerprint, until
 
 ray = pytest.importorskip("ray", reason="needs the extra: pip install 'data-curate[ray]'")
 RAY = Job(engine="ray", workers=2, quiet=True)
+LOOKS = {"initial_delay_ms": 500, "period_ms": 500, "failure_threshold": 3}
 SEEN = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}}
 
 
-@pytest.fixture
-def actors():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=SEEN)
-    yield
+@pytest.fixture(scope="module")
+def nodes():
+    """Two nodes of a core each. One that is gone is missed within seconds; one that is slow has half a minute."""
+    from ray.cluster_utils import Cluster
+
+    system = {f"health_check_{name}": value for name, value in LOOKS.items()}
+    system["worker_niceness"] = 0  # at 15, as it is else, they get next to nothing beside other tests
+    head = {"num_cpus": 1, "include_dashboard": False, "no_monitor": True, "_system_config": system}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env=SEEN)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
 
 
 def walk(home, pool, model, job):
@@ -39,7 +49,7 @@ def walk(home, pool, model, job):
     return fingerprint(*(Path(home) / name for name in ("emb", "clu", "sel", "out")))
 
 
-def test_actors_report_what_a_loop_reports(actors):
+def test_actors_report_what_a_loop_reports(nodes):
     outcome = run_stage("square", Square(), [0, 1, 2, 3, 4, 6], RAY)
     assert {item: value["square"] for item, value in outcome.done.items()} == {0: 0, 1: 1, 2: 4, 6: 36}
     assert outcome.failed == {3: "three is broken", 4: "ValueError: four"}
@@ -66,26 +76,28 @@ def test_a_ray_that_does_not_start_or_goes_away_ends_the_run_in_one_line(monkeyp
         run_stage("square", Square(), [0, 1], RAY)
 
 
-def test_gpus_are_those_of_the_cluster_and_reserved_by_stages_that_use_them_alone():
-    ray.init(num_cpus=3, num_gpus=2, include_dashboard=False, log_to_driver=False, runtime_env=SEEN)
+def test_gpus_are_those_of_the_cluster_and_reserved_by_stages_that_use_them_alone(nodes):
+    job = Job(engine="ray", quiet=True)
+    node = nodes.add_node(num_cpus=2, num_gpus=2)
     try:
-        job = Job(engine="ray", quiet=True)
-        assert gpus(job) == 2 and job.gpus == 0
+        until(lambda: gpus(job) == 2)
+        assert job.gpus == 0
         assert ask(lambda: ray.get_runtime_context().get_accelerator_ids()["GPU"], job)[0] in ("0", "1")
         used = run_stage("device", Device(), list(range(4)), job, gpu=True)
         assert {value["device"] for value in used.done.values()} <= {"0", "1"}
-        spared = run_stage("device", Device(), list(range(4)), RAY)
+        spared = run_stage("device", Device(), list(range(4)), RAY, workers=3)  # the other nodes have room for two
         assert not {value["device"] for value in spared.done.values()} & {"0", "1"}
     finally:
-        ray.shutdown()
+        nodes.remove_node(node)
+    until(lambda: gpus(job) == 0)
 
 
-def test_an_item_that_kills_its_actor_fails_by_name_and_the_others_go_on(actors):
+def test_an_item_that_kills_its_actor_fails_by_name_and_the_others_go_on(nodes):
     outcome = run_stage("square", Square(), [0, 5, 1, 2, 6, 7], RAY)
     assert set(outcome.done) == {0, 1, 2, 6, 7} and "died" in outcome.failed[5]
 
 
-def test_two_actors_leave_the_bytes_of_a_local_run(actors, tmp_path, monkeypatch):
+def test_two_actors_leave_the_bytes_of_a_local_run(nodes, tmp_path, monkeypatch):
     model = tiny_clip.write(tmp_path / "model")
     pool = write_pool(tmp_path / "pool", [f"{number:05d}" for number in range(4)], 9)
     (tmp_path / "local").mkdir()
@@ -97,7 +109,7 @@ def test_two_actors_leave_the_bytes_of_a_local_run(actors, tmp_path, monkeypatch
 
 @dataclass
 class Slow:
-    """Write a file a second or so."""
+    """Write a file, and take a while."""
 
     out: str
 
@@ -105,35 +117,25 @@ class Slow:
         """Nothing to prepare."""
 
     def __call__(self, item):
-        time.sleep(1)
+        time.sleep(0.4)
         node = ray.get_runtime_context().get_node_id()
         Path(self.out, f"{item}.{node}").write_text(str(item))
         return {"rows": 1}
 
 
-def test_a_node_that_dies_in_mid_stage_costs_no_item(tmp_path):
-    from ray.cluster_utils import Cluster
-
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+def test_a_node_that_dies_in_mid_stage_costs_no_item(nodes, tmp_path):
     doomed = nodes.add_node(num_cpus=2)
-    nodes.add_node(num_cpus=1)
-    ray.init(address=nodes.address, log_to_driver=False, runtime_env=SEEN)
-    try:
-        lost = doomed.node_id
+    lost = doomed.node_id
 
-        def strike():
-            while not list(tmp_path.glob(f"*.{lost}")):
-                time.sleep(0.05)
-            nodes.remove_node(doomed, allow_graceful=False)
+    def strike():
+        until(lambda: list(tmp_path.glob(f"*.{lost}")))
+        nodes.remove_node(doomed, allow_graceful=False)
 
-        striker = threading.Thread(target=strike)
-        striker.start()
-        outcome = run_stage("slow", Slow(str(tmp_path)), list(range(16)), Job(engine="ray", workers=4, quiet=True))
-        striker.join()
-        assert len(outcome.done) == 16 and not outcome.failed
-        used = {path.suffix for path in tmp_path.iterdir()}
-        assert f".{lost}" in used and len(used) == 3
-        assert {path.stem for path in tmp_path.iterdir()} == {str(item) for item in range(16)}
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
+    striker = threading.Thread(target=strike)
+    striker.start()
+    outcome = run_stage("slow", Slow(str(tmp_path)), list(range(16)), Job(engine="ray", workers=4, quiet=True))
+    striker.join()
+    assert len(outcome.done) == 16 and not outcome.failed
+    used = {path.suffix for path in tmp_path.iterdir()}
+    assert f".{lost}" in used and len(used) == 3
+    assert {path.stem for path in tmp_path.iterdir()} == {str(item) for item in range(16)}
