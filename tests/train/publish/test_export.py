@@ -188,42 +188,43 @@ def pixel_values(composed, pixels):
     return normalise_pixels(pixels, composed.vision, torch.float32)
 
 
-@pytest.mark.parametrize("source", ["run", "model"])
-def test_parts_load_by_themselves_and_make_the_whole(run, model, tmp_path, source):
+def test_parts_load_by_themselves_and_make_the_whole(run, model, tmp_path):
     """In a process that cannot import this project: plain classes of transformers, and a torch file."""
-    export(run if source == "run" else model, tmp_path / "parts", dtype="fp32", parts=True)
-    names = {file.name for file in (tmp_path / "parts").iterdir()}
-    assert names == {"language_model", "vision_tower", "llava.projector", "README.md", "train_manifest.json"}
+    for source, name in ((run, "of_run"), (model, "of_model")):
+        export(source, tmp_path / name, dtype="fp32", parts=True)
+        names = {file.name for file in (tmp_path / name).iterdir()}
+        assert names == {"language_model", "vision_tower", "llava.projector", "README.md", "train_manifest.json"}
     script = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor
 from transformers import CLIPVisionModel
-parts, whole = sys.argv[1:]
-lm, info = AutoModelForCausalLM.from_pretrained(parts + "/language_model", output_loading_info=True)
-assert not info["missing_keys"] and not info["unexpected_keys"], info
-tower, info = CLIPVisionModel.from_pretrained(parts + "/vision_tower", output_loading_info=True)
-assert not info["missing_keys"] and not info["unexpected_keys"], info
-projector = torch.load(parts + "/llava.projector", weights_only=True)
-assert sorted(projector) == [f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("bias", "weight")]
-tokenizer = AutoTokenizer.from_pretrained(parts + "/language_model")
-assert AutoImageProcessor.from_pretrained(parts + "/vision_tower").image_mean
-assert "train" not in sys.modules and tokenizer.chat_template
-image = tokenizer.convert_tokens_to_ids("<image>")
-ids = torch.tensor([[5, *[image] * 5, 6, 7]])
-pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
-    for i in (0, 2):
-        weight, bias = projector[f"model.mm_projector.{i}.weight"], projector[f"model.mm_projector.{i}.bias"]
-        hidden = torch.nn.functional.linear(hidden, weight, bias)
-        hidden = torch.nn.functional.gelu(hidden) if i == 0 else hidden
-    embeds = lm.get_input_embeddings()(ids)
-    embeds[0, 1:6] = hidden[0]
-    ours = lm(inputs_embeds=embeds).logits
-    served = AutoModelForImageTextToText.from_pretrained(whole)(input_ids=ids, pixel_values=pixels).logits
-torch.testing.assert_close(ours, served, rtol=0, atol=1e-5)
+whole = sys.argv[1]
+for parts in sys.argv[2:]:
+    lm, info = AutoModelForCausalLM.from_pretrained(parts + "/language_model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    tower, info = CLIPVisionModel.from_pretrained(parts + "/vision_tower", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    projector = torch.load(parts + "/llava.projector", weights_only=True)
+    assert sorted(projector) == [f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("bias", "weight")]
+    tokenizer = AutoTokenizer.from_pretrained(parts + "/language_model")
+    assert AutoImageProcessor.from_pretrained(parts + "/vision_tower").image_mean
+    assert "train" not in sys.modules and tokenizer.chat_template
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    ids = torch.tensor([[5, *[image] * 5, 6, 7]])
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
+        for i in (0, 2):
+            weight, bias = projector[f"model.mm_projector.{i}.weight"], projector[f"model.mm_projector.{i}.bias"]
+            hidden = torch.nn.functional.linear(hidden, weight, bias)
+            hidden = torch.nn.functional.gelu(hidden) if i == 0 else hidden
+        embeds = lm.get_input_embeddings()(ids)
+        embeds[0, 1:6] = hidden[0]
+        ours = lm(inputs_embeds=embeds).logits
+        served = AutoModelForImageTextToText.from_pretrained(whole)(input_ids=ids, pixel_values=pixels).logits
+    torch.testing.assert_close(ours, served, rtol=0, atol=1e-5)
 """
-    arguments = [sys.executable, "-c", script, str(tmp_path / "parts"), str(model)]
+    arguments = [sys.executable, "-c", script, str(model), str(tmp_path / "of_run"), str(tmp_path / "of_model")]
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env={"PATH": "/usr/bin"})
     assert done.returncode == 0, done.stderr
 

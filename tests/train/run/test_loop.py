@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_two_ranks
 from safetensors.torch import load_file
 from toys import add, picture, write_mixed
 
@@ -124,46 +124,23 @@ def test_cached_features_and_workers_change_nothing(world, tmp_path, plain):
     assert losses(tmp_path / "run") == pytest.approx(losses(plain), abs=1e-5)
 
 
-def command(world, out, *settings, processes=1, stage="finetune", data="mixed"):
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    base = [
-        "-m",
-        "train",
-        stage,
-        "--config",
-        str(world / "config.toml"),
-        "--data",
-        str(world / data),
-        "--out",
-        str(out),
-    ]
-    return start + base + [word for setting in settings for word in ("--set", setting)]
+def test_two_processes_equal_one(world, tmp_path, steady, caplog):
+    """Without torchrun, which test_signals.py starts."""
 
+    def work(rank):
+        with caplog.at_level("INFO", "train"):
+            run(world, tmp_path / "run", "finetune.lora_dropout=0.0")
+        assert "2 process(es)" in caplog.text
 
-def environment():
-    return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-
-
-def test_two_processes_equal_one(world, tmp_path, steady):
-    arguments = command(world, tmp_path / "run", "finetune.lora_dropout=0.0", processes=2)
-    done = subprocess.run(arguments, env=environment(), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stderr
+    on_two_ranks(work)
     assert losses(tmp_path / "run") == pytest.approx(losses(steady), abs=1e-5)
     assert_same_weights(tmp_path / "run", steady, atol=1e-4)
 
 
 def run_by_two(*arguments):
-    """What torchrun does, with forks of this process, which has paid for its imports."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Run on two ranks; each process holds half of every weight."""
 
     def work(rank):
-        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
         shard, cut = sharding.shard, []
         handed = rank > 0  # the others hold no weight before they are handed their part
 
@@ -175,15 +152,10 @@ def run_by_two(*arguments):
             return learnt
 
         sharding.shard = checked
-        main(lambda: run(*arguments))
-        assert cut and all(cut), "each process holds half of every weight"
+        run(*arguments)
+        assert cut and all(cut)
 
-    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    on_two_ranks(work)
 
 
 def test_a_sharded_model_goes_on_with_a_whole_one_and_back(world, tmp_path):

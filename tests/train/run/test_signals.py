@@ -6,10 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-from test_loop import LONG, assert_same_weights, command, environment, losses, run
+from test_loop import LONG, REPO, assert_same_weights, losses, run
 
 from train.__main__ import main
 from train.dist import StopSignal
@@ -60,10 +61,14 @@ def test_a_signal_to_the_group_saves_and_the_run_goes_on(world, tmp_path):
 def test_two_ranks_under_torchrun_save_when_it_is_told_to_stop(world, tmp_path):
     """torchrun signals each rank's group and kills what is left 30 seconds later."""
     out = tmp_path / "run"
-    words = command(world, out, "finetune.steps=400", "finetune.workers=1", "finetune.save_every=1000", processes=2)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
+    words += ["finetune", "--config", world / "config.toml", "--data", world / "mixed", "--out", out]
+    for setting in ("steps=400", "workers=1", "save_every=1000"):
+        words += ["--set", f"finetune.{setting}"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "said").open("wb") as said:
         process = subprocess.Popen(
-            words, env=environment(), cwd=tmp_path, stderr=said, stdout=said, start_new_session=True
+            words, env=environment, cwd=tmp_path, stderr=said, stdout=said, start_new_session=True
         )
         wait_for_steps(out / "metrics.jsonl", 5)
         os.killpg(process.pid, signal.SIGTERM)
