@@ -62,8 +62,9 @@ test-oldest: ## run the trainer's tests with the oldest versions that pyproject.
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/train
 
 test-numerics: $(READY) ## the numeric tests as two older processors compute them
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(NUMERICS)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(NUMERICS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --dist each \
+		--tx popen//env:ATEN_CPU_CAPABILITY=default//env:ONEDNN_MAX_CPU_ISA=SSE41 \
+		--tx popen//env:ATEN_CPU_CAPABILITY=avx2//env:ONEDNN_MAX_CPU_ISA=AVX2 $(NUMERICS)
 
 test-real: $(READY) ## run the tests that need real models, in REAL_MODELS=FOLDER
 	@test -n "$(REAL_MODELS)" -o -f $(MAKE_MODELS) || { echo "set REAL_MODELS to a folder with efficientnet/ (timm), smollm2-135m/ and gemma3-270m/ (transformers)"; exit 2; }
