@@ -134,7 +134,7 @@ def _trained(kind: str, rehearse: bool, settings: list[str], stages: tuple[str, 
     found: dict[str, Any] = {}
     for stage in stages:
         began = time.perf_counter()
-        size = {"steps": 2 if rehearse else steps, "batch_size": 8 if rehearse else 0, "small": rehearse}
+        size = {"steps": 2 if rehearse else steps, "batch_size": 2 if rehearse else 0, "small": rehearse}
         for summary in one_stage(config, stage, kind, **size):
             found[stage] = {**summary, "seconds_with_setting_up": round(time.perf_counter() - began, 1)}
             yield found
