@@ -279,6 +279,7 @@ def find(
     """
     from curate.ask.find import find as search
     from curate.report.found import page, verdict
+    from curate.report.show import printable
 
     embedded, found = search(directory, texts or [], image or [], without or [], n, model, pretrained)
     if out:
@@ -293,10 +294,10 @@ def find(
         typer.echo(json.dumps(rows, ensure_ascii=False))
         return
     for name, hits in found.items():
-        typer.echo(f"{name}")
+        typer.echo(printable(name))
         for hit in hits:
             told = " · ".join(filter(None, (verdict(hit), (hit.facts["caption"] or "")[:100].replace("\n", " "))))
-            typer.echo(f"  {hit.score:.4f}  {hit.facts['key']}  {told}")
+            typer.echo(printable(f"  {hit.score:.4f}  {hit.facts['key']}  {told}"))
 
 
 @app.command()

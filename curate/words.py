@@ -7,6 +7,7 @@ same ("t-shirt" is "t", "shirt"): for finding text again. Both fold case. How ma
 """
 
 import re
+import unicodedata
 
 WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 PIECE = re.compile(r"\w+")
@@ -15,6 +16,11 @@ PIECE = re.compile(r"\w+")
 def words(text: str) -> list[str]:
     """List the case-folded words of a text, in order."""
     return WORD.findall(text.casefold())
+
+
+def is_blank(text: str) -> bool:
+    """Say whether nothing of a text is to be seen: it has spaces, control and formatting characters at most."""
+    return all(unicodedata.category(letter)[0] in "ZC" for letter in text)
 
 
 def pieces(text: str) -> list[str]:

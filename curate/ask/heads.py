@@ -79,20 +79,33 @@ def read_head(location: str, dim: int) -> Head:
             raise UsageError(f"{location}: {name} has the shape {weight.shape}; expected a matrix with its bias.")
         layers.append((weight, bias))
     widths = [dim, *(len(weight) for weight, _ in layers)]
+    if not all(len(weight) and np.isfinite(weight).all() and np.isfinite(bias).all() for weight, bias in layers):
+        raise UsageError(f"{location} has an empty matrix, or one with NaN or infinite numbers.")
     if not layers or [weight.shape[1] for weight, _ in layers] != widths[:-1]:
         shapes = ", ".join(f"{weight.shape[0]} x {weight.shape[1]}" for weight, _ in layers) or "no matrix"
         raise UsageError(f"{location} has {shapes}; expected a first matrix of {dim} columns, as wide as the vectors.")
     activation, output = told.get("activation", "none"), told.get("output", "none")
     if activation not in ACTIVATIONS or output not in OUTPUTS:
         raise UsageError(f"{location} asks for {activation} and {output}; expected {ACTIVATIONS} and {OUTPUTS}.")
-    classes = tuple(map(str, json.loads(told.get("classes", "[]"))))
+    classes = _classes(location, told.get("classes", "[]"), widths[-1])
     mean, scale = tensors.get("mean", np.zeros(dim, np.float32)), tensors.get("scale", np.ones(dim, np.float32))
-    if mean.shape != (dim,) or scale.shape != (dim,) or (scale == 0).any():
-        raise UsageError(f"{location}: mean and scale have to be {dim} numbers each, and no scale 0.")
+    if mean.shape != (dim,) or scale.shape != (dim,) or not np.isfinite([mean, scale]).all() or not scale.all():
+        raise UsageError(f"{location}: mean and scale have to be {dim} finite numbers each, and no scale 0.")
     weight, bias = layers[0]  # W ((x - mean) / scale) + b is another W' x + b'
     wide = weight / scale.astype(np.float64)
     layers[0] = wide.astype(np.float32), (bias - wide @ mean).astype(np.float32)
     return Head(tuple(layers), activation, output, classes)
+
+
+def _classes(location: str, text: str, number: int) -> tuple[str, ...]:
+    """Read the names of the last layer's rows, all or none. Raises: UsageError."""
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = text
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) not in (0, number):
+        raise UsageError(f"{location} names its classes {text[:60]}; expected a JSON list of {number} names, or none.")
+    return tuple(names)
 
 
 def _order(name: str) -> list[int | str]:
@@ -103,11 +116,11 @@ def _order(name: str) -> list[int | str]:
 def _read(location: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read the tensors of a safetensors file as f32, and its metadata."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load
+    from safetensors.torch import load
 
     data = paths.read_bytes(location)
     try:
-        tensors = {name: np.asarray(value, np.float32) for name, value in load(data).items()}
+        tensors = {name: value.float().numpy() for name, value in load(data).items()}
         header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{location} is no readable safetensors file: {error}", CONVERT) from None

@@ -38,6 +38,10 @@ def probe(directory: str, labels: str, out: str, n: int = 20, seed: int = 0) -> 
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
 
+    if n < 0 or not 0 <= seed < 2**32:
+        raise UsageError(
+            f"n={n}, seed={seed}; expected 0 or more rows to label next, and a seed from 0 to 2 ** 32 - 1."
+        )
     if not out.endswith(".safetensors"):
         raise UsageError(f"{out} does not end in .safetensors; a head is such a file.")
     source = open_input(directory, "embed", "import", "cluster", "select")
@@ -76,7 +80,7 @@ def read_labels(location: str) -> dict[str, str]:
     """Read `key TAB label` lines. Raises: UsageError for a line of another form, or a key with two labels."""
     found: dict[str, str] = {}
     try:
-        lines = paths.read_text(location).splitlines()
+        lines = paths.read_text(location).removeprefix("\ufeff").splitlines()
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UsageError(f"{location} cannot be read as UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -87,6 +91,8 @@ def read_labels(location: str) -> dict[str, str]:
             raise UsageError(f"{location}:{number}: {line[:80]!r}; expected a key, a tab and a label.")
         if found.setdefault(key, label.strip()) != label.strip():
             raise UsageError(f"{location}:{number}: {key} is marked {label.strip()!r} and {found[key]!r}.")
+    if not found:
+        raise UsageError(f"{location} marks no key; expected a key, a tab and a label in each line.")
     if len(set(found.values())) > MAX_LABELS:
         raise UsageError(f"{location} has {len(set(found.values())):,} labels; expected at most {MAX_LABELS}.")
     return found

@@ -16,24 +16,32 @@ from curate.errors import UsageError
 from curate.storage import paths
 from curate.storage.manifest import LOG, Artefact
 from curate.vectors.narrow import products
+from curate.words import is_blank
 
 BATCH = 64
 SCALE = 100.0
+UNKNOWN = ("", "\ue000", "\U00012000")  # no text; a character that none uses, a cuneiform sign: two ways to be unknown
 WAY_OUT = "name the model that made them: --model NAME --pretrained TAG, as `curate embed` takes them"
 
 
-def embed_texts(embedded: Artefact, texts: Sequence[str], model: str = "", pretrained: str = "") -> np.ndarray:
+def embed_texts(
+    embedded: Artefact, texts: Sequence[str], model: str = "", pretrained: str = "", *, listed: bool = False
+) -> np.ndarray:
     """Embed texts by the text tower of the model that made the embeddings. Returns unit rows f32 [len(texts), d].
 
-    model, pretrained: where the manifest names none, or where it lies now. Raises: UsageError for a text that is empty
-    or too long, a model that cannot be had, or one with other weights than those that made the embeddings.
+    model, pretrained: where the manifest names none, or where it lies now. listed: the texts are a long list, of which
+    the model may read nothing here and there. Raises: UsageError for a text that is empty, too long, or of which the
+    model reads nothing, a model that cannot be had, or one with other weights than those that made the embeddings.
     """
     for text in texts:
-        if not text.strip():
+        if is_blank(text):
             raise UsageError("a prompt is empty; expected some words.")
+        if text != text.encode(errors="ignore").decode():
+            raise UsageError(f"{text[:60]!a} is no UTF-8 text; expected some words.")
     loaded, tokenize = _load(*_source_of(embedded, model, pretrained))
     tokens = tokenize(list(texts))
     _refuse_cut(texts, tokens, tokenize)
+    _refuse_unread(texts, tokens, tokenize, listed)
     parts = [loaded.texts(tokens[first : first + BATCH]) for first in range(0, len(texts), BATCH)]
     return np.concatenate(parts)
 
@@ -47,6 +55,14 @@ def _refuse_cut(texts: Sequence[str], tokens_nl: np.ndarray, tokenize: encoder.T
     for place in np.flatnonzero(cut).tolist():
         width = f"the {tokens_nl.shape[1]} tokens that the model reads"
         raise UsageError(f"{long[place][:60]!r}… is longer than {width}; expected fewer words.")
+
+
+def _refuse_unread(texts: Sequence[str], tokens_nl: np.ndarray, tokenize: encoder.Tokenizer, listed: bool) -> None:
+    """Refuse a text of which the model's tokenizer knows no word: its answer would be that of an empty text."""
+    unread = np.isin(tokens_nl, tokenize(list(UNKNOWN))).all(axis=1)
+    if unread.all() if listed else unread.any():
+        text = texts[int(unread.argmax())]
+        raise UsageError(f"the model that made the embeddings reads nothing of {text[:60]!r}; expected words it knows.")
 
 
 def other_weights(embedded: Artefact, model: str, pretrained: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from curate import naming
 from curate.errors import UsageError
+from curate.words import is_blank
 
 POOL, IMAGENET = "pool", ("imagenet-1k", "imagenet-12k", "imagenet-22k")
 BUILT_IN = (POOL, *IMAGENET)
@@ -66,7 +67,7 @@ def clean(lines: Sequence[str], name: str) -> tuple[tuple[str, ...], dict[str, i
     told = {"empty_lines": 0, "repeated": 0}
     for number, line in enumerate(lines, 1):
         concept = " ".join(unicodedata.normalize("NFC", line.removeprefix("\ufeff")).split())
-        if not concept:
+        if is_blank(concept):
             told["empty_lines"] += 1
             continue
         if any(unicodedata.category(letter) == "Cc" for letter in concept):

@@ -104,7 +104,7 @@ class Frame:
     recall: Mapping[str, Any] = field(default_factory=dict)  # of near pairs, as the clusters' manifest has it
     foreign: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]] = _nothing  # another EMB's vectors and uids
     lines: Callable[[str], list[str]] = _nothing  # of a text file
-    embed_texts: Callable[[Sequence[str]], np.ndarray] = _nothing  # prompts to unit rows f32 [m, d], by their model
+    embed_texts: Callable[..., np.ndarray] = _nothing  # prompts to unit rows f32 [m, d], by their model
     text_weights: dict[str, str] = field(default_factory=dict)  # their digest, where the embeddings do not say it
     stored: Callable[..., np.ndarray] = _compute  # what is made once: see ask/stored.py
     listed: Callable[[str], np.ndarray] = _nothing  # bool [n]: the rows whose uid a DataComp subset file has

@@ -93,7 +93,7 @@ def _read_besides(parsed: Sequence[catalogue.Step]) -> dict[str, Artefact | Mapp
         if kind is Directory:
             inputs[f"target-{number}"] = open_input(location, "embed", "import")
         elif not paths.exists(location):
-            raise UsageError(f"{location}, which a step reads, does not exist.")
+            raise UsageError(f"{location or repr(location)}, which a step reads, does not exist.")
         else:
             inputs[f"file-{number}"] = {"path": location, "digest": file_digest(location)}
     return inputs

@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import safetensors.torch
+import torch
 from artefacts import write_embeddings, write_pool
 from safetensors.numpy import save_file
 
@@ -160,6 +162,10 @@ def test_heads_in_the_layouts_people_have(tmp_path):
         expected = expected @ tensors[f"layers.{2 * number}.weight"].T + tensors[f"layers.{2 * number}.bias"]
     found = heads.read_head(str(tmp_path / "mlp.safetensors"), 6).apply(x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    halves = {name: torch.from_numpy(value).bfloat16() for name, value in tensors.items()}
+    safetensors.torch.save_file(halves, tmp_path / "halves.safetensors")
+    found = heads.read_head(str(tmp_path / "halves.safetensors"), 6).apply(x)
+    np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.1 * np.abs(expected).max())
     save_file({k: v for k, v in mlp(rng, [6, 2]).items()}, tmp_path / "two.safetensors", {"output": "softmax"})
     np.testing.assert_allclose(heads.read_head(str(tmp_path / "two.safetensors"), 6).apply(x).sum(1), 1, rtol=1e-5)
     told = {"activation": "relu", "output": "sigmoid"}
@@ -177,6 +183,11 @@ def test_what_is_no_head_is_refused_in_words(tmp_path):
     save_file(mlp(rng, [6, 1]), tmp_path / "six.safetensors")
     save_file({"weight": np.zeros((2, 2, 2), np.float32)}, tmp_path / "cube.safetensors")
     save_file(mlp(rng, [6, 1]), tmp_path / "odd.safetensors", {"activation": "swish"})
+    save_file({"weight": np.zeros((0, 8), np.float32)}, tmp_path / "none.safetensors")
+    save_file({"weight": np.full((1, 8), np.nan, np.float32)}, tmp_path / "nan.safetensors")
+    two = {"weight": np.zeros((2, 8), np.float32)}
+    for name, classes in (("words", "a, b"), ("number", "3"), ("few", '["a"]')):
+        save_file(two, tmp_path / f"{name}.safetensors", {"classes": classes})
     (tmp_path / "torn.safetensors").write_bytes(b"\xff" * 40)
     (tmp_path / "pickle.pth").write_bytes(b"\x80\x02")
     cases = {
@@ -185,7 +196,10 @@ def test_what_is_no_head_is_refused_in_words(tmp_path):
         "odd.safetensors": "swish",
         "torn.safetensors": "no readable safetensors",
         "pickle.pth": "convert it",
-        "none.safetensors": "does not exist",
+        "missing.safetensors": "does not exist",
+        "none.safetensors": "an empty matrix",
+        "nan.safetensors": "NaN",
+        **dict.fromkeys(("words.safetensors", "number.safetensors", "few.safetensors"), "a JSON list of 2 names"),
     }
     for name, words in cases.items():
         with pytest.raises(UsageError, match=words):
@@ -199,7 +213,7 @@ def test_questions_that_cannot_be_asked(home, tmp_path):
         (["find", home / "emb"], "nothing is asked for"),
         (["find", home / "emb", " "], "a prompt is empty"),
         (["find", home / "emb", "a huz and " * 99], "is longer than the"),
-        (["find", home / "emb", "x", "--n", 0], "expected 1 to"),
+        (["find", home / "emb", "a huz", "--n", 0], "expected 1 to"),
         (["find", home / "emb", "--image", home / "none.jpg"], "does not exist"),
         (["find", home / "emb", "x", "--model", "ViT-B-32", "--pretrained", "none"], "--model NAME"),
         (["find", home / "none", "x"], "does not exist"),
@@ -213,6 +227,31 @@ def test_questions_that_cannot_be_asked(home, tmp_path):
     ):
         ended = curate(*words, check=False)
         assert ended.returncode == 2 and told in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
+
+
+def test_a_text_of_which_the_model_reads_nothing_has_no_answer(home):
+    """What the demo's tokenizer does not know would be answered as an empty text is; of a long list a part may be."""
+    embedded = manifest.open_input(str(home / "emb"))
+    for text, told in (
+        ("\u200b\ufeff", "is empty"),
+        ("\0", "is empty"),
+        ("a huz\udcff", "no UTF-8"),
+        ("寺 🐶", "reads nothing"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            prompts.embed_texts(embedded, ["a large huz", text])
+    assert len(prompts.embed_texts(embedded, ["a large huz", "寺 🐶"], listed=True)) == 2
+    with pytest.raises(UsageError, match="reads nothing"):
+        prompts.embed_texts(embedded, ["寺", "🐶"], listed=True)
+
+
+def test_marks_that_are_none(home, tmp_path):
+    (tmp_path / "empty.tsv").write_text("\ufeff\n\n")
+    (tmp_path / "bom.tsv").write_text("\ufeffa\tx\n")
+    assert probe.read_labels(str(tmp_path / "bom.tsv")) == {"a": "x"}
+    for given, told in (({}, "marks no key"), ({"seed": -1}, "a seed from 0"), ({"n": -1}, "0 or more rows")):
+        with pytest.raises(UsageError, match=told):
+            probe.probe(str(home / "emb"), str(tmp_path / "empty.tsv"), str(tmp_path / "h.safetensors"), **given)
 
 
 def test_the_model_of_imported_vectors_is_named(home, tmp_path):

@@ -88,7 +88,7 @@ def find(frame: Frame, name: str, per_image: int) -> tuple[tuple[str, ...], np.n
 
     read = vocabularies.read(name, frame.lines, captions)
     listed = {"vocabulary": list(read.concepts)}
-    vectors = frame.stored(listed, lambda: frame.embed_texts(read.concepts), len(read.concepts))
+    vectors = frame.stored(listed, lambda: frame.embed_texts(read.concepts, listed=True), len(read.concepts))
     cut = matches.read_cut(frame.vectors, good, vectors)
 
     def make() -> np.ndarray:
