@@ -12,6 +12,7 @@ from test_loop import losses, run
 from curate.run import pipeline
 from train import config as configuration
 from train.config import Stage
+from train.console import describe_memory
 from train.model.compose import blueprint
 from train.model.forward import LOGIT_CHUNK
 from train.model.learn import prepare
@@ -41,6 +42,13 @@ def test_the_formula_agrees_with_full_size_simulations(name, tune, tokens, gigab
     fit = memory.tokens(80e9)
     assert fit % STEP == 0 and memory.bytes(fit) < 0.9 * 80e9 and memory.bytes(fit + 2 * STEP) > 0.9 * 80e9 - 3e9
     assert memory.tokens(1e9) == STEP
+
+
+def test_check_says_what_a_pass_takes(monkeypatch):
+    """In the README's words, of a card of 80 GB where there is none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = describe_memory(configuration.load(str(pipeline.find("bunny"))))["finetune_memory"]
+    assert told == "13,056 tokens: 70 GB of 80"
 
 
 def test_recomputing_keeps_little_of_a_layer():
