@@ -59,6 +59,7 @@ class Stage:
     tune: Literal["projector", "lora", "full"] = "projector"
     tune_tower: bool = False
     template: str = ""  # default: model.template
+    start: Literal["", "words"] = ""  # words: the projector in closed form (run/closed_form.py); "": as it was drawn
     steps: int = 0  # 0: `epochs` passes over the data
     epochs: float = 1.0
     batch_size: int = 256
@@ -150,7 +151,9 @@ class Config:
 
 
 # Options that manifests of 0.1.0 lack. A manifest leaves them out at their default, so that older runs still go on.
-ADDED = frozenset({"norm_samples", "lm_dropout", "schedule", "decay", "dora", "rslora", "val", "grid", "compile"})
+ADDED = frozenset(
+    {"norm_samples", "lm_dropout", "schedule", "decay", "dora", "rslora", "val", "grid", "compile", "start"}
+)
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
 NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
 
@@ -218,6 +221,8 @@ def _check(config: Config) -> None:
         _hold(name, stage, "val", lambda value: 0 <= share_of(value) < 1, "be less than 1, or a data set")
         if (stage.dora or stage.rslora) and stage.tune != "lora":
             raise UsageError(f'{name}.{"dora" if stage.dora else "rslora"} needs {name}.tune = "lora"')
+        if stage.start and stage.shard:
+            raise UsageError(f"{name}.start does not go with {name}.shard: it sets the whole projector at once")
         if stage.dora and stage.shard:
             raise UsageError(f"{name}.dora does not go with {name}.shard: it takes norms of whole weights")
         if model.compile and (stage.shard or stage.quantize):

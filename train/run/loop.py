@@ -84,7 +84,7 @@ class Training:
         )
         since: list[float] = []  # losses since the last checkpoint
         with StopSignal() as stop, recorder, checkpoint.Writer() as writer:
-            batches = self._batches(start)
+            batches = self.batches(start)
             for step in range(start, self.plan.steps):
                 began = time.perf_counter()
                 micro_batches = next(batches)
@@ -98,7 +98,7 @@ class Training:
                 if outcome is None:  # not in the handler, whose error holds on to the pass that failed
                     self._halve_passes(optimizer)
                     # The workers hold the plan as it was, and batches made by it.
-                    batches = self._batches(step)
+                    batches = self.batches(step)
                     outcome = self._step(step, next(batches), optimizer, stop)
                 row, stopping = outcome
                 seconds = time.perf_counter() - began
@@ -123,7 +123,7 @@ class Training:
                 yield done
             writer.wait()
 
-    def _batches(self, start: int) -> Iterator[list[Batch]]:
+    def batches(self, start: int) -> Iterator[list[Batch]]:
         """Yield each step's micro-batches of this rank; says beforehand where shared memory may not hold them."""
         runtime, workers = self.runtime, self.stage.num_workers
         if workers and self.collator.decode and os.path.isdir("/dev/shm"):
@@ -226,14 +226,18 @@ class Training:
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Return the loss f32 [s] of each supervised position."""
-        feats = None
-        if batch.pixels_nchw is not None:
-            feats = tower_features(self.composed, batch.pixels_nchw, tuned=self.stage.tune_tower)
-        elif self.features is not None and batch.images:
-            feats = self.features.get(batch.images)
+        feats = self.image_features(batch)
         row = batch.documents, batch.supervised_s, batch.shown_p
         hidden = hidden_states(self.composed, batch.ids_bl, batch.positions_bl, feats, *row)
         return token_losses(self.composed.model, hidden.flatten(0, 1)[batch.supervised_s], batch.targets_s)
+
+    def image_features(self, batch: Batch) -> Tensor | None:
+        """Return the tower's features [n, tokens, width] of a batch's images, computed or cached; None without any."""
+        if batch.pixels_nchw is not None:
+            return tower_features(self.composed, batch.pixels_nchw, tuned=self.stage.tune_tower)
+        if self.features is not None and batch.images:
+            return self.features.get(batch.images)
+        return None
 
     def _clip_gradients(self) -> Tensor:
         """Sum the gradients over the ranks and clip them; return their norm before that, on the device."""

@@ -46,6 +46,7 @@ from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
 from train.run import checkpoint, sharding
 from train.run.cache import cache_features
+from train.run.closed_form import start_from_words
 from train.run.loop import Training, out_of_memory
 from train.run.losses import SampleLosses
 from train.run.memory import size_pass
@@ -202,8 +203,13 @@ def _assemble(
         composed = sharding.compose_once(runtime, lambda: compose(config.model, runtime.dtype))
     else:
         composed = compose(config.model, runtime.dtype)
+    if align is not None and stage.start:
+        raise UsageError(
+            f'{stage_name}.start = "{stage.start}" and --align {align}: the projector starts from one alone'
+        )
+
     learnt_from = "" if align is None else _load_align(composed, config.model, align)
-    if stage_name == "finetune" and align is None:
+    if stage_name == "finetune" and align is None and not stage.start:
         log.info("without --align the projector starts from random weights")
     encoder = make_encoder(composed, config.model, stage)
     check_parity(source, encoder)
@@ -247,6 +253,8 @@ def _assemble(
         log.info("%d samples are held out; their loss is taken with each checkpoint", len(held.usable))
     with out_of_memory(stage):
         training.features = cache_features(composed, stage, plan, collator, runtime, training.skipped)
+        if stage.start and runtime.first(lambda: checkpoint.latest(out / "checkpoints") is None):
+            start_from_words(training)
     return training, learnt_from
 
 
