@@ -6,9 +6,11 @@ started it, and notes its death. A file of the folder, `started`, tells who star
 """
 
 import os
+import sys
 from multiprocessing import context, forkserver, popen_forkserver, resource_tracker, spawn
 from pathlib import Path
 
+KNOWN = sys.version_info < (3, 14)  # the insides of whose fork server are these; on others workers are spawned
 SPAWN = context._concrete_contexts["spawn"]
 
 
@@ -18,6 +20,9 @@ def address(folder):
 
 def begin(folder, listener):
     """Fork the process that forks workers, and have them asked of it from what is forked off here."""
+    if not KNOWN:
+        listener.close()
+        return
     alive, held = os.pipe()  # it ends when nobody holds that any more
     ready = spawn.prepare
 
@@ -44,6 +49,8 @@ def begin(folder, listener):
 
 def use(folder, held, before=lambda: None):
     """Have workers of this process, and of its forks, forked instead of spawned. before: is called ahead of each."""
+    if not KNOWN:
+        return
     launch, given = popen_forkserver.Popen._launch, spawn.get_preparation_data
 
     def launch_and_note(self, process):
