@@ -148,6 +148,11 @@ def test_t_is_where_rare_concepts_have_their_share_of_the_mentions():
     assert (by_one.keep == by_budget.keep).all()  # quotas of one row each fill concepts alike
 
 
+def test_concepts_that_the_model_cannot_tell_apart_are_counted():
+    vectors = np.array([[1, 0], [0, 1], [1, 0], [0.6, 0.8], [1, 0]], np.float16)
+    assert by_concept.count_alike(vectors) == 3 and by_concept.count_alike(vectors[:2]) == 0
+
+
 def test_a_list_is_read_as_people_write_it():
     lines = ["\ufeffdog", " Dog ", "", "\u200b", "wedding   dress", "caf\u0065\u0301", "café", "狗", "🐶", "a\tb"]
     concepts, told = vocabularies.clean(lines, "list.txt")

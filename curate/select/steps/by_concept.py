@@ -97,7 +97,14 @@ def find(frame: Frame, name: str, per_image: int) -> tuple[tuple[str, ...], np.n
         return spread
 
     found = frame.stored({"concepts": digest(listed), "per_image": per_image, "cut": cut}, make)
-    return read.concepts, found, read.told | {"chance_below": cut}
+    alike = {"share_a_vector": shared} if (shared := count_alike(vectors)) else {}
+    return read.concepts, found, read.told | {"chance_below": cut} | alike
+
+
+def count_alike(vectors_md: np.ndarray) -> int:
+    """Count the concepts whose very vector another has, too: words that the model does not know, as a rule."""
+    _, counts = np.unique(np.ascontiguousarray(vectors_md, np.float32), axis=0, return_counts=True)
+    return int(counts[counts > 1].sum())
 
 
 def least_shares(row_of: np.ndarray, position: np.ndarray, quota: np.ndarray | int, num_rows: int) -> np.ndarray:
