@@ -83,7 +83,7 @@ def held(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         taken = FileLock(out / LOCK, timeout=0).acquire()
     except Timeout:
-        holder = (out / LOCK).read_text(encoding="utf-8") or "another process"  # older filelocks empty the file
+        holder = (out / LOCK).read_text(encoding="utf-8")
         raise UsageError(f"--out {out} is being written by {holder}; let it end, or give another") from None
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
