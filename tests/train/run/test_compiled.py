@@ -50,7 +50,7 @@ def test_compiled_layers_learn_the_same_and_are_compiled_once_a_kind(
     assert len(graphs) <= few, "other rows, other documents: nothing is compiled for them"
     # A probe; a layer before and behind its attention, the last layer likewise; the blocks of the tower. To torch 2.9
     # the first layer, whose input is a view, is a kind of its own, before its attention and behind it.
-    assert few <= 10, few
+    assert few <= (10 if torch.__version__.startswith("2.9.") else 8), few
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a processor")
