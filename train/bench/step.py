@@ -226,8 +226,7 @@ def _run(
         compile_layers(composed, runtime.device)
     collator = Collator(source, encoder, make_image_processor(composed.vision), model.max_length)
     plan = (Padded if kind == "reference" else Plan)(measured, stage)
-    size = 3 * composed.vision.image_size**2
-    stage = resolve(stage, plan, size, runtime.world, gpu=runtime.device.type == "cuda")
+    stage = resolve(stage, plan, composed.vision.image_bytes, runtime.world, gpu=runtime.device.type == "cuda")
     out = folder / kind
     out.mkdir(parents=True)
     if runtime.device.type == "cuda":

@@ -63,6 +63,11 @@ class Vision:
     pad: bool
 
     @property
+    def image_bytes(self) -> int:
+        """How many bytes a decoded image takes."""
+        return 3 * self.image_size**2
+
+    @property
     def tokens_per_image(self) -> int:
         """How many positions of the language model one image fills."""
         first = self.has_class_token and self.strategy == "full"

@@ -127,8 +127,7 @@ class Training:
         """Yield each step's micro-batches of this rank; says beforehand where shared memory may not hold them."""
         runtime, workers = self.runtime, self.stage.num_workers
         if workers and self.collator.decode and os.path.isdir("/dev/shm"):
-            vision = self.composed.vision
-            size, free = 3 * vision.image_size**2, shutil.disk_usage("/dev/shm").free
+            size, free = self.composed.vision.image_bytes, shutil.disk_usage("/dev/shm").free
             if advice := shared_memory_advice(self.plan, workers, runtime.world, size, free):
                 log.warning("%s", advice)
         passes = Passes(self.plan, self.collator, runtime.rank, runtime.world)

@@ -199,15 +199,14 @@ def _assemble(
     align: Path | None,
     data_digest: str,
 ) -> tuple[Training, str]:
-    if stage.shard and runtime.world > 1:
-        composed = sharding.compose_once(runtime, lambda: compose(config.model, runtime.dtype))
-    else:
-        composed = compose(config.model, runtime.dtype)
     if align is not None and stage.start:
         raise UsageError(
             f'{stage_name}.start = "{stage.start}" and --align {align}: the projector starts from one alone'
         )
-
+    if stage.shard and runtime.world > 1:
+        composed = sharding.compose_once(runtime, lambda: compose(config.model, runtime.dtype))
+    else:
+        composed = compose(config.model, runtime.dtype)
     learnt_from = "" if align is None else _load_align(composed, config.model, align)
     if stage_name == "finetune" and align is None and not stage.start:
         log.info("without --align the projector starts from random weights")
@@ -228,8 +227,7 @@ def _assemble(
     trainable = prepare(composed, stage)
     stage = dataclasses.replace(stage, micro_tokens=_size_pass(composed, config.model, stage, runtime))
     plan = Plan(measured, stage)
-    size = 3 * composed.vision.image_size**2
-    stage = resolve(stage, plan, size, runtime.world, gpu=runtime.device.type == "cuda")
+    stage = resolve(stage, plan, composed.vision.image_bytes, runtime.world, gpu=runtime.device.type == "cuda")
     skip_unlabelled(composed.model.model.language_model)
     stay_half(composed.model)
     attention.avoid_cudnn()
