@@ -18,12 +18,8 @@ import numpy as np
 
 PART = 512  # rows widened at a time: 1 MiB at 512 dimensions
 FEW = 3  # columns up to which a scan for each is faster than one product of all
-LANES = (
-    8  # numbers that faiss takes at once, where the width is a multiple of it; else a product takes five times as long
-)
-_kept = (
-    threading.local()
-)  # each thread's buffer, as fetching its memory anew costs a third of the widening; its scanner
+LANES = 8  # numbers that faiss takes at once; at a width that is no multiple a product takes five times as long
+_kept = threading.local()  # a thread's scanner, and its buffer: fetching memory anew costs a third of the widening
 
 
 def products(x_nd: np.ndarray, columns_qd: np.ndarray) -> np.ndarray:
