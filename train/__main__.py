@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines import memory
 from train import config as configuration
 from train.console import describe_memory, describe_model, questions, quiet, say, show, show_answers, show_scores
 from train.errors import TrainError, UsageError
@@ -383,6 +384,7 @@ def work() -> None:
 
 def main(run: Callable[[], None] = app) -> None:
     """Run the command line and turn our errors, and the file system's, into one line and an exit code."""
+    memory.one_arena()
     quiet()
     try:
         run()

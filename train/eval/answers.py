@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import memory
 from train.config import Eval
 from train.data.prompts import Rejected, Turn
 from train.data.sources import decode_image
@@ -40,6 +41,7 @@ log = logging.getLogger("train")
 ANSWERS, SUBMISSION = "answers.jsonl", "submission"
 
 
+@memory.kept()
 def run_tasks(
     folder: Path, names: Sequence[str], root: Path, out: Path, options: Eval, *, overwrite: bool = False
 ) -> dict[str, Any]:

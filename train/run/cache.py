@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines import memory
 from train.config import Stage
 from train.data.batches import Collator, Images, Plan, load
 from train.data.sources import check_bad
@@ -58,10 +59,11 @@ class FeatureCache:
         own = chunks(samples, [self.at[i] for i in samples])[local_rank::local_world]
         loader = load(Images(collator), [i for chunk in own for i in chunk], stage.num_workers, False)
         broken: dict[int, str] = {}
-        for chunk in own:
-            pixels = dict(zip(chunk, (next(loader) for _ in chunk), strict=True))
-            broken |= {i: reason for i, (seen, reason) in pixels.items() if seen is None}
-            self._compute({i: seen for i, (seen, _) in pixels.items() if seen is not None})
+        with memory.kept():
+            for chunk in own:
+                pixels = dict(zip(chunk, (next(loader) for _ in chunk), strict=True))
+                broken |= {i: reason for i, (seen, reason) in pixels.items() if seen is None}
+                self._compute({i: seen for i, (seen, _) in pixels.items() if seen is not None})
         for part in runtime.gather(broken):
             skipped |= part
             collator.skip |= part
