@@ -78,9 +78,8 @@ def show_answers(summary: dict[str, Any], out: Path, num: int, as_json: bool) ->
     for task, score in {"all": summary, **summary["tasks"]}.items():
         say(f"{task:<12} {score['questions']:>6} questions   accuracy {score['accuracy']:.3f}")
     if "ranked" in summary:
-        told = (
-            f"own text first: {summary['ranked_first']:.3f}, by what the image adds {summary['gain_ranked_first']:.3f}"
-        )
+        own, gain, picture = (summary[f"{kind}ranked_first"] for kind in ("", "gain_", "picture_"))
+        told = f"own text first: {own:.3f}, by what the image adds {gain:.3f}; own image first: {picture:.3f}"
         say(f"{'ranked':<12} {summary['ranked']:>6} pictures    {told}")
 
 

@@ -46,8 +46,14 @@ MEASURES = {
         "share",
     ),
     "ranked_first": ("held-out pictures whose own text is the likeliest of `eval.candidates`", "higher", "share"),
+    "picture_ranked_first": (
+        "held-out texts that are likeliest behind their own picture, of `eval.candidates`",
+        "higher",
+        "share",
+    ),
     "gain_mean_rank": ("mean rank of a picture's own text by what the picture adds", "lower", "number"),
     "mean_rank": ("mean rank of a picture's own text by likelihood", "lower", "number"),
+    "picture_mean_rank": ("mean rank of a text's own picture by the text's likelihood", "lower", "number"),
     "text_accuracy": ("exact answers to held-out tasks without a picture", "higher", "share"),
     "text_perplexity": ("perplexity of the true answers to tasks without a picture", "lower", "number"),
     "right_share": ("share of the coreset whose caption is true of its picture", "higher", "share"),
@@ -199,5 +205,5 @@ def measure(plan: Pipeline, evaluated: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _of_records(evaluated: Mapping[str, Any]) -> dict[str, float]:
-    names = ("accuracy", "perplexity", "ranked_first", "gain_ranked_first", "mean_rank", "gain_mean_rank")
-    return {name: float(evaluated[name]) for name in names if name in evaluated}
+    ranked = [f"{kind}{name}" for kind in ("", "gain_", "picture_") for name in ("ranked_first", "mean_rank")]
+    return {name: float(evaluated[name]) for name in ("accuracy", "perplexity", *ranked) if name in evaluated}

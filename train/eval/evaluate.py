@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines import memory
 from train.config import Eval
 from train.data.prompts import Rejected, Turn, parse
 from train.data.sources import Source, decode_image, open_source
@@ -58,6 +59,7 @@ def concept_of(answer: str, concepts: set[str]) -> str:
     return next((word for word in re.findall(r"\w+", answer.lower()) if word in concepts), "")
 
 
+@memory.kept()
 def evaluate(
     folder: Path,
     data: str,

@@ -1,16 +1,25 @@
 """How well a model knows which text belongs to a picture: its own and those of others, ranked by likelihood.
 
-Of each picture, no two alike, its own text and those of `candidates - 1` other pictures, drawn by a fixed seed, are
-scored in the form of the plain stage: image, then text, then the end. Two scores: the mean log-likelihood a token, and
-what the image adds to it (less the text's own without the image), which no text gets for being common. A tie counts
-against the right one; chance is 1 / candidates.
-Cost: the image once a picture, its keys and values shared by all candidates, and each text once without an image.
+Pictures, no two alike, are shuffled by a fixed seed and dealt into groups of `candidates`; every text of a group is
+scored behind every picture of it, in the form of the plain stage: image, then text, then the end. With T[i, j] the
+log-likelihood of text j behind picture i, three questions are asked of each picture i. A tie counts against the right
+answer, and chance is 1 / candidates:
+
+likelihood  which text is the likeliest a token, T[i, j] / tokens of j? Common texts win behind any picture, the more so
+            the less a model sees.
+gain        which text gains most by the picture: T[i, j] - log mean exp T[., j] over the group's other pictures? What
+            makes a text common is in both and falls out; it is the pointwise mutual information of picture and text,
+            with the marginal taken over the group. Ranks as the probability of picture i given text j does, all
+            pictures of the group being as probable.
+picture     the other way round: behind which picture is text i the likeliest, max T[., i]?
+
+Cost: the image once a picture, its keys and values shared by all candidates.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,27 +37,47 @@ TOGETHER = 5  # texts; of 20 captions of 5 to 32 tokens, 16 % is filling, 49 % w
 def rank(speaker: Speaker, pairs: Sequence[tuple[str, Any, str]], candidates: int) -> dict[str, Any]:
     """Rank texts behind pictures.  pairs: key, PIL image, text; candidates: texts a picture, the right one among them.
 
-    Returns `ranked` (how many pictures), and as shares of them `ranked_first` by likelihood and `gain_ranked_first` by
-    what the image adds; `mean_rank` and `gain_mean_rank`, 1 being best.  Raises: UsageError.
+    Returns `ranked` (how many pictures), and as shares of them `ranked_first` by likelihood, `gain_ranked_first` by
+    what the image adds and `picture_ranked_first` of its text's pictures; `mean_rank`, `gain_mean_rank` and
+    `picture_mean_rank`, 1 being best.  Raises: UsageError.
     """
     if not 2 <= candidates <= len(pairs):
         raise UsageError(
             f"eval.candidates = {candidates}: expected 2 to {len(pairs)}, the held-out pictures that have a text"
         )
-    rng = np.random.default_rng(SEED)
-    texts = [text for _, _, text in pairs]
-    parts = [texts[at : at + candidates] for at in range(0, len(texts), candidates)]
-    alone = np.concatenate([likelihoods(speaker, None, part) for part in parts])
-    ranks = []
-    for number, (_, image, _) in enumerate(pairs):
-        others = rng.choice([i for i in range(len(pairs)) if i != number], candidates - 1, replace=False)
-        chosen = [number, *map(int, others)]
-        scores = likelihoods(speaker, image, [texts[i] for i in chosen])
-        ranks.append([_place(scores), _place(scores - alone[chosen])])
-    first, mean = (np.array(ranks) == 1).mean(0), np.array(ranks).mean(0)
-    told = {"ranked": len(pairs), "ranked_first": first[0], "gain_ranked_first": first[1]}
-    told |= {"mean_rank": mean[0], "gain_mean_rank": mean[1]}
-    return {name: round(float(value), 4) for name, value in told.items()} | {"ranked": len(pairs)}
+    ranks = np.zeros((len(pairs), 3))
+    for group, counted in deal(len(pairs), candidates):
+        texts = [pairs[i][2] for i in group]
+        scored = [likelihoods(speaker, pairs[i][1], texts) for i in group]
+        lengths = np.array([len(ids) for ids in _tokens(speaker, texts)])
+        ranks[group[:counted]] = places(np.stack(scored), lengths)[:counted]
+    told: dict[str, Any] = {"ranked": len(pairs)}
+    for column, kind in enumerate(("", "gain_", "picture_")):
+        told[f"{kind}ranked_first"] = round(float((ranks[:, column] == 1).mean()), 4)
+        told[f"{kind}mean_rank"] = round(float(ranks[:, column].mean()), 4)
+    return told
+
+
+def deal(count: int, size: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Deal pictures into groups of `size`, and say how many of each count: the last is filled up with earlier ones."""
+    order = np.random.default_rng(SEED).permutation(count)
+    for first in range(0, count, size):
+        group = order[first : first + size]
+        yield np.concatenate([group, order[: size - len(group)]]), len(group)
+
+
+def places(means: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the three places i64 [n, 3] of each picture of a group, 1 being best.
+
+    means: f64 [n, n], of text j behind picture i, a token.  lengths: i64 [n], tokens of each text.
+    """
+    totals = means * lengths
+    gains = np.empty_like(totals)
+    for i in range(len(totals)):
+        others = np.delete(totals, i, 0)
+        gains[i] = totals[i] - np.logaddexp.reduce(others, 0) + np.log(len(others))
+    place = [(scores >= np.diag(scores)[:, None]).sum(1) for scores in (means, gains, totals.T)]
+    return np.stack(place, 1)
 
 
 def pairs_of(source: Source, questions: Sequence[Any]) -> list[tuple[str, Any, str]]:
@@ -62,29 +91,24 @@ def pairs_of(source: Source, questions: Sequence[Any]) -> list[tuple[str, Any, s
     return list(found.values())
 
 
-def prompt(speaker: Speaker, image: Any | None) -> dict[str, torch.Tensor]:
-    """Return the ids (and pixels) that a text is scored behind: an image alone, or the first token of any text."""
+def prompt(speaker: Speaker, image: Any) -> dict[str, torch.Tensor]:
+    """Return the ids and pixels that a text is scored behind: an image alone."""
     processor = speaker.processor
-    tokenizer = processor.tokenizer
-    if image is None:
-        token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        return {"input_ids": torch.tensor([[token]], device=speaker.device)}
-    text = (tokenizer.bos_token or "") + processor.image_token
+    text = (processor.tokenizer.bos_token or "") + processor.image_token
     taken = processor(text=text, images=[image], return_tensors="pt", add_special_tokens=False)
     taken = taken.to(speaker.device, dtype=speaker.model.dtype)
     return {name: taken[name] for name in ("input_ids", "pixel_values")}
 
 
 @torch.inference_mode()
-def likelihoods(speaker: Speaker, image: Any | None, texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return the mean log-likelihood f64 [n] a token, end included, of texts behind an image (None: behind none).
+def likelihoods(speaker: Speaker, image: Any, texts: Sequence[str]) -> NDArray[np.float64]:
+    """Return the mean log-likelihood f64 [n] a token, end included, of texts behind an image.
 
     The picture is read once; texts of like lengths are read together, so that little of a batch is filling, and alike
     texts once, so that they tie.
     """
-    tokenizer = speaker.processor.tokenizer
-    end = tokenizer.eos_token_id
-    known = {text: tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in texts}
+    end = speaker.processor.tokenizer.eos_token_id
+    known = dict(zip(texts, _tokens(speaker, texts), strict=True))
     first = prompt(speaker, image)
     out = speaker.model(**first, use_cache=True, logits_to_keep=1)
     length = first["input_ids"].shape[1]
@@ -108,6 +132,7 @@ def likelihoods(speaker: Speaker, image: Any | None, texts: Sequence[str]) -> ND
     return np.array([means[text] for text in texts])
 
 
-def _place(scores: NDArray[np.float64]) -> int:
-    """Return how many candidates score at least as well as the first, itself among them; 1 is best."""
-    return int((scores >= scores[0]).sum())
+def _tokens(speaker: Speaker, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each text, its end among them."""
+    tokenizer = speaker.processor.tokenizer
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]

@@ -1,6 +1,7 @@
 """Texts ranked behind pictures: as one slow pass for each picture and text, and as `train eval` tells it."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from train.data.sources import open_source
 from train.errors import UsageError
 from train.eval.evaluate import collect, evaluate
 from train.eval.generate import load_speaker
-from train.eval.ranking import likelihoods, pairs_of, prompt, rank
+from train.eval.ranking import deal, likelihoods, pairs_of, places, prompt, rank
 from train.publish.export import export
 from train.run.stage import run_stage
 
@@ -37,17 +38,55 @@ def slow_likelihood(speaker, image, text):
     return float(told[range(len(ids)), ids].mean())
 
 
+def slow_ranks(speaker, pairs, candidates):
+    """The three places, of one pass for each picture and text, by loops."""
+    found = []
+    for group, counted in deal(len(pairs), candidates):
+        images, texts = [pairs[i][1] for i in group], [pairs[i][2] for i in group]
+        lengths = [len(speaker.processor.tokenizer(text)["input_ids"]) + 1 for text in texts]
+        mean = [[slow_likelihood(speaker, image, text) for text in texts] for image in images]
+        whole = [[value * n for value, n in zip(row, lengths, strict=True)] for row in mean]
+        for i in range(counted):
+            gains = []
+            for j in range(candidates):
+                others = [math.exp(whole[k][j]) for k in range(candidates) if k != i]
+                gains.append(whole[i][j] - math.log(sum(others) / len(others)))
+            own = [whole[k][i] for k in range(candidates)]
+            found.append([sum(x >= scores[i] - 1e-6 for x in scores) for scores in (mean[i], gains, own)])
+    told = {"ranked": len(found)}
+    for kind, ranks in zip(("", "gain_", "picture_"), zip(*found, strict=True), strict=True):
+        told[f"{kind}ranked_first"] = round(sum(place == 1 for place in ranks) / len(ranks), 4)
+        told[f"{kind}mean_rank"] = round(sum(ranks) / len(ranks), 4)
+    return told
+
+
+def test_every_picture_is_counted_once_in_a_whole_group():
+    for count, size in ((7, 3), (6, 3), (5, 5), (4, 3)):
+        dealt = list(deal(count, size))
+        assert all(len(set(group)) == size for group, _ in dealt)
+        assert sorted(i for group, counted in dealt for i in group[:counted]) == list(range(count))
+
+
+def test_a_common_text_wins_by_likelihood_and_not_by_gain():
+    rng = np.random.default_rng(0)
+    seen = rng.normal(0, 0.1, (6, 6)) + np.eye(6)  # each picture makes its own text likelier by one nat
+    common = np.array([9, 0, 0, 0, 0, 0])  # and one text is likely behind any picture
+    found = places(seen + common - 20, np.ones(6, int))
+    assert (found[:, 0] == 1).sum() == 1 and (found[:, 1:] == 1).all()
+    longer = places((seen + common - 20) / 4, np.full(6, 4))
+    assert (longer == found).all()
+
+
 def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, aligned):
     speaker, source = load_speaker(aligned, torch.device("cpu")), open_source(str(world / "captions"), None)
     pairs = pairs_of(source, collect(source)[0])
     assert len({image.tobytes() for _, image, _ in pairs}) == len(pairs)
     texts = ["red", *(text for _, _, text in pairs[:4]), "red, and of a very long description", "a", "red", "b c d"]
-    for image in (pairs[0][1], pairs[1][1], None):
+    for image in (pairs[0][1], pairs[1][1]):
         slow = [slow_likelihood(speaker, image, text) for text in texts]
         np.testing.assert_allclose(likelihoods(speaker, image, texts), slow, atol=1e-5)
     ranked = rank(speaker, pairs, 4)
-    assert ranked["ranked"] == len(pairs) and 1 <= ranked["mean_rank"] <= 4
-    assert 0 <= ranked["ranked_first"] <= 1 and 0 <= ranked["gain_ranked_first"] <= 1
+    assert ranked == slow_ranks(speaker, pairs, 4)
     alike = [(key, image, "one text") for key, image, _ in pairs[:5]]
     assert rank(speaker, alike, 5) | {"mean_rank": 5.0, "ranked_first": 0.0} == rank(speaker, alike, 5)  # ties lose
     with pytest.raises(UsageError, match="eval.candidates = 6: expected 2 to 5"):
@@ -58,6 +97,6 @@ def test_eval_tells_the_ranks_beside_the_answers(aligned, tmp_path):
     write_captions(tmp_path / "held", 8)
     options = configuration.load(None, ["eval.candidates=3", "eval.max_new_tokens=2"]).eval
     told = evaluate(aligned, str(tmp_path / "held"), tmp_path / "answers.jsonl", options=options)
-    assert told["ranked"] <= 8 and {"ranked_first", "gain_ranked_first", "mean_rank", "gain_mean_rank"} <= told.keys()
+    assert told["ranked"] <= 8 and {"ranked_first", "gain_mean_rank", "picture_mean_rank"} <= told.keys()
     record = json.loads((tmp_path / "answers.manifest.json").read_text())
     assert record["request"]["candidates"] == 3 and record["result"]["ranked_first"] == told["ranked_first"]
