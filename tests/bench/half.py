@@ -1,6 +1,8 @@
 """Steps whose norms and LoRA inputs stay in bf16 (train/model/half.py) beside steps without, by turns, in CPU seconds.
 
-    python tests/bench/half.py [STAGE …] [--steps 6] [--batch-size 2] [--out FILE]
+    python tests/bench/half.py [STAGE …] [--what half|lora] [--steps 6] [--batch-size 2] [--out FILE]
+
+`--what lora` turns on and off instead that LoRA's sums are made within its products (train/model/lora.py).
 
 The gain is a GPU's; roofline.py counts it. Here is shown what a processor in bf16 takes, that losses agree, and by
 torch's profiler over one step how many casts are left, on the small Phi of `train bench`.
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -28,28 +31,32 @@ from curate.storage import manifest  # noqa: E402
 from train.bench import step  # noqa: E402
 from train.folder import write_json  # noqa: E402
 
+WHAT = {"half": "train.bench.step.stay_half", "lora": "train.model.lora.fuse_lora"}
+
 
 def main() -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", default=list(step.WRITERS))
+    parser.add_argument("--what", choices=list(WHAT), default="half")
     parser.add_argument("--steps", type=int, default=6, help="timed ones; two stand before and behind them")
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "half.json")
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    rows = [compare(name, given.steps, given.batch_size) for name in given.stages]
+    out = given.out or Path(__file__).parent / "results" / f"{given.what}.json"
+    rows = [compare(name, given.what, given.steps, given.batch_size) for name in given.stages]
     head = {"command": " ".join(["python tests/bench/half.py", *sys.argv[1:]]), "date": date.today().isoformat()}
     head["hardware"] = f"{os.cpu_count()} cores, {processor()}"
-    write_json(given.out, {**head, "versions": manifest.versions("torch", "transformers", "peft"), "rows": rows})
+    write_json(out, {**head, "versions": manifest.versions("torch", "transformers", "peft"), "rows": rows})
 
 
-def compare(name: str, steps: int, batch_size: int) -> dict[str, object]:
+def compare(name: str, what: str, steps: int, batch_size: int) -> dict[str, object]:
     """Run a stage both ways by turns; return the median CPU seconds of a step, their ratio, casts and operations."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     torch.set_num_threads(1)
-    kinds = ("without", "half")
+    kinds = ("without", what)
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     found: dict[str, object] = {"stage": name, "steps": steps}
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +67,7 @@ def compare(name: str, steps: int, batch_size: int) -> dict[str, object]:
         runs = {}
         for kind in kinds:
             runs[kind] = step._run("ours", model, stage, step.WRITERS[name], out / kind, {})
-            with patch.object(step, "stay_half", step.stay_half if kind == "half" else lambda model: None):
+            with patch(WHAT[what], lambda model: None) if kind == "without" else nullcontext():
                 next(runs[kind])
         for _ in range(steps):
             for kind, run in runs.items():

@@ -1,6 +1,6 @@
 """What a training step should take on a GPU, counted kernel by kernel from a configuration; nothing is computed.
 
-    python tests/bench/roofline.py [CONFIG …] [--gpus H100,A100,4090] [--without half] [--json FILE]
+    python tests/bench/roofline.py [CONFIG …] [--gpus H100,A100,4090] [--without half|lora] [--json FILE]
 
 The step's own code (forward.py, on what stage.py prepares) runs on tensors without values, so that the kernels, their
 types and their shapes are those of a GPU under autocast. Layers cost alike, so models
@@ -134,6 +134,10 @@ def shallow(config: Any, stage: Any, depths: tuple[int, int], without: str) -> A
     skip_unlabelled(lm)
     if without != "half":
         stay_half(model)
+    if stage.tune == "lora" and without not in ("half", "lora"):
+        from train.model.lora import fuse_lora
+
+        fuse_lora(model)
     if config.model.gradient_checkpointing:
         recompute(lm)
     return composed
@@ -191,7 +195,11 @@ def pretended_gpu(counts: Any, documents: list[int]) -> Iterator[None]:
         q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
         return Varlen.apply(q, k, v)
 
+    def dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        return torch.native_dropout(x, p, True)[0] if training and p else x  # one kernel each way, as on a GPU
+
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.nn.functional, "dropout", dropout))
         stack.enter_context(mock.patch.object(attention, "reason_against_varlen", lambda *_: None))
         stack.enter_context(mock.patch.object(attention, "_varlen", varlen))
         stack.enter_context(mock.patch.object(torch.nn.functional, "rms_norm", lambda x, _, w, eps: Rms.apply(x, w)))
@@ -248,7 +256,8 @@ def counter() -> Any:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            name, formula = str(func), flop_registry.get(func._overloadpacket)
+            name, packet = str(func), func._overloadpacket
+            formula = flop_registry.get(torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet)
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
             if not tensors or func.is_view or "empty" in name or name.startswith(VIEWS):
                 return out
@@ -317,7 +326,8 @@ def main() -> None:
     parser.add_argument("configs", nargs="*", default=CONFIGS)
     parser.add_argument("--gpus", default=",".join(GPUS))
     parser.add_argument("--stages", default="align,finetune")
-    parser.add_argument("--without", choices=["", "half"], default="", help="half: norms and LoRA inputs as they were")
+    told = "lora: its sums as PEFT makes them; half: and norms and LoRA inputs as they were"
+    parser.add_argument("--without", choices=["", "half", "lora"], default="", help=told)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     from train import config as configuration

@@ -217,6 +217,10 @@ def _run(
         stage = dataclasses.replace(stage, micro_tokens=tokens)
         skip_unlabelled(lm)
         stay_half(composed.model)
+        if stage.tune == "lora":
+            from train.model.lora import fuse_lora
+
+            fuse_lora(composed.model)
         attention.avoid_cudnn()
         if model.gradient_checkpointing:
             recompute(lm)

@@ -230,6 +230,10 @@ def _assemble(
     stage = resolve(stage, plan, composed.vision.image_bytes, runtime.world, gpu=runtime.device.type == "cuda")
     skip_unlabelled(composed.model.model.language_model)
     stay_half(composed.model)
+    if stage.tune == "lora":
+        from train.model.lora import fuse_lora
+
+        fuse_lora(composed.model)
     attention.avoid_cudnn()
     _announce(measured, plan, trainable, composed, stage_name)
     if config.model.gradient_checkpointing:
