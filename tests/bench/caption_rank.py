@@ -34,7 +34,7 @@ def main():
     source = open_source(given.data, given.images)
     found = pairs_of(source, collect(source, 2 * given.photographs)[0])[: given.photographs]
     for key, image, caption in found[: given.show]:
-        asked = prompt(speaker, image)
+        asked = prompt(speaker, [image])
         made = speaker.model.generate(**asked, max_new_tokens=24, do_sample=False)
         text = speaker.processor.tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
         print(f"{key}\tsaid: {text.strip()}\tcaption: {caption}", flush=True)

@@ -13,7 +13,7 @@ from train.data.sources import open_source
 from train.errors import UsageError
 from train.eval.evaluate import collect, evaluate
 from train.eval.generate import load_speaker
-from train.eval.ranking import deal, likelihoods, pairs_of, places, prompt, rank
+from train.eval.ranking import TOGETHER, deal, likelihoods, pairs_of, places, prompt, rank
 from train.publish.export import export
 from train.run.stage import run_stage
 
@@ -30,7 +30,7 @@ def aligned(world, tmp_path_factory):
 
 
 def slow_likelihood(speaker, image, text):
-    first, tokenizer = prompt(speaker, image), speaker.processor.tokenizer
+    first, tokenizer = prompt(speaker, [image]), speaker.processor.tokenizer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     whole = {**first, "input_ids": torch.cat([first["input_ids"], torch.tensor([ids])], 1)}
     with torch.no_grad():
@@ -82,9 +82,11 @@ def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, alig
     pairs = pairs_of(source, collect(source)[0])
     assert len({image.tobytes() for _, image, _ in pairs}) == len(pairs)
     texts = ["red", *(text for _, _, text in pairs[:4]), "red, and of a very long description", "a", "red", "b c d"]
-    for image in (pairs[0][1], pairs[1][1]):
-        slow = [slow_likelihood(speaker, image, text) for text in texts]
-        np.testing.assert_allclose(likelihoods(speaker, image, texts), slow, atol=1e-5)
+    images = [image for _, image, _ in pairs[: TOGETHER + 2]]
+    found = likelihoods(speaker, images, texts)
+    slow = [[slow_likelihood(speaker, image, text) for text in texts] for image in images]
+    np.testing.assert_allclose(found, slow, atol=1e-5)
+    assert (found[:, 0] == found[:, texts.index("red", 1)]).all()
     ranked = rank(speaker, pairs, 4)
     assert ranked == slow_ranks(speaker, pairs, 4)
     alike = [(key, image, "one text") for key, image, _ in pairs[:5]]
