@@ -78,7 +78,7 @@ def evaluate(
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": digest_data(data)}
     request |= {"images": source.images_digest, "max_new_tokens": max_new_tokens, "limit": limit}
     request |= {} if options.perplexity else {"perplexity": False}
-    request |= {"candidates": options.candidates} if options.candidates else {}
+    request |= {"candidates": options.candidates, "ranked": "in groups"} if options.candidates else {}
     record = out.with_name(f"{out.stem}.manifest.json")
     if record.is_file() and out.is_file() and not overwrite:
         found = read_json(record)
