@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -31,7 +31,7 @@ from curate.storage import manifest  # noqa: E402
 from train.bench import step  # noqa: E402
 from train.folder import write_json  # noqa: E402
 
-WHAT = {"half": "train.bench.step.stay_half", "lora": "train.model.lora.fuse_lora"}
+WHAT = {"half": "train.bench.step.stay_half", "lora": "train.bench.step.fuse"}
 
 
 def main() -> None:
@@ -67,7 +67,10 @@ def compare(name: str, what: str, steps: int, batch_size: int) -> dict[str, obje
         runs = {}
         for kind in kinds:
             runs[kind] = step._run("ours", model, stage, step.WRITERS[name], out / kind, {})
-            with patch(WHAT[what], lambda model: None) if kind == "without" else nullcontext():
+            off = {what} if kind == "without" else set()
+            with ExitStack() as stack:
+                for switch in off | ({"lora"} if what == "half" else set()):  # LoRA as PEFT has it, on both sides
+                    stack.enter_context(patch(WHAT[switch], lambda model: None))
                 next(runs[kind])
         for _ in range(steps):
             for kind, run in runs.items():

@@ -112,7 +112,7 @@ def shallow(config: Any, stage: Any, depths: tuple[int, int], without: str) -> A
     from train.model import attention, compose
     from train.model.half import stay_half
     from train.model.layer import feature_layer_index
-    from train.model.learn import prepare, recompute
+    from train.model.learn import fuse, prepare, recompute
     from train.model.skip_unlabelled import skip_unlabelled
 
     described = compose._native_config
@@ -134,10 +134,8 @@ def shallow(config: Any, stage: Any, depths: tuple[int, int], without: str) -> A
     skip_unlabelled(lm)
     if without != "half":
         stay_half(model)
-    if stage.tune == "lora" and without not in ("half", "lora"):
-        from train.model.lora import fuse_lora
-
-        fuse_lora(model)
+    if without not in ("half", "lora"):
+        fuse(model)
     if config.model.gradient_checkpointing:
         recompute(lm)
     return composed

@@ -44,7 +44,7 @@ from train.model import attention
 from train.model.compose import Composed, blueprint, compose
 from train.model.forward import embeddings, tower_features
 from train.model.half import stay_half
-from train.model.learn import prepare, recompute
+from train.model.learn import fuse, prepare, recompute
 from train.model.regional import compile_layers
 from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
@@ -217,10 +217,7 @@ def _run(
         stage = dataclasses.replace(stage, micro_tokens=tokens)
         skip_unlabelled(lm)
         stay_half(composed.model)
-        if stage.tune == "lora":
-            from train.model.lora import fuse_lora
-
-            fuse_lora(composed.model)
+        fuse(composed.model)
         attention.avoid_cudnn()
         if model.gradient_checkpointing:
             recompute(lm)

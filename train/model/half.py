@@ -3,7 +3,8 @@
 Under autocast a layer norm turns its input and weights into fp32 and gives fp32, which the next linear layer turns into
 bf16 again: 2 casts and 8 bytes an element where 2 are read and 2 written. The kernel itself sums in fp32 whatever comes
 in, so that a norm on bf16 gives the same numbers, rounded once. PEFT turns the input of each LoRA into fp32, as its
-weights are; dropout then works on that, and autocast turns it into bf16 again for the product.
+weights are; dropout then works on that, and autocast turns it into bf16 again for the product. (Layers that lora.py
+takes never do; DoRA's and quantized ones would.)
 
 transformers writes an RMS norm as eight kernels, most of them on fp32, and their backward passes as more; torch has the
 same function as one each way on a GPU (`_fused_rms_norm`), which sums in fp32 and rounds once, where Llama's class

@@ -79,6 +79,14 @@ def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
     return trainable
 
 
+def fuse(model: Any) -> None:
+    """Let a prepared model's LoRA layers, if it has any, compute as one function each way (lora.py)."""
+    if hasattr(model, "peft_config"):  # importing PEFT takes seconds, and most stages have no use for it
+        from train.model.lora import fuse_lora
+
+        fuse_lora(model)
+
+
 def _set_dropout(language_model: Any, stage: Stage) -> None:
     """Turn the language model's own dropout on or off (`lm_dropout`); LoRA's is `lora_dropout`'s in any case.
 

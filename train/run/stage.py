@@ -40,7 +40,7 @@ from train.model import attention
 from train.model.compose import Composed, compose
 from train.model.half import stay_half
 from train.model.language import load_tokenizer
-from train.model.learn import prepare, recompute
+from train.model.learn import fuse, prepare, recompute
 from train.model.regional import compile_layers
 from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
@@ -230,10 +230,7 @@ def _assemble(
     stage = resolve(stage, plan, composed.vision.image_bytes, runtime.world, gpu=runtime.device.type == "cuda")
     skip_unlabelled(composed.model.model.language_model)
     stay_half(composed.model)
-    if stage.tune == "lora":
-        from train.model.lora import fuse_lora
-
-        fuse_lora(composed.model)
+    fuse(composed.model)
     attention.avoid_cudnn()
     _announce(measured, plan, trainable, composed, stage_name)
     if config.model.gradient_checkpointing:
