@@ -127,7 +127,9 @@ def test_a_torch_whose_kernel_lacks_an_argument_calls_sdpa_and_says_so(monkeypat
     monkeypatch.setattr(varlen, "varlen_attn", older)
     assert attention.reason_against_varlen(on_gpu, on_gpu).endswith("lacks enable_gqa, window_size")
     attention._varlen_lacks.cache_clear()
-    assert attention.describe(torch.device("cpu"), torch.float32).endswith("one SDPA call a document (no GPU)")
+    cpu = torch.device("cpu")
+    assert attention.describe(cpu, torch.float32).endswith("one SDPA call a document (no GPU)")
+    assert attention.describe(cpu, torch.bfloat16).endswith("those of up to 512 positions by the formula")
 
 
 def test_the_work_is_quadratic_in_documents_not_in_rows():
@@ -142,6 +144,28 @@ def test_the_work_is_quadratic_in_documents_not_in_rows():
             attend(module, q, k, v, Documents.of(lengths, q.device), scaling=1.0)
         counts.append(counter.get_total_flops())
     assert counts[0] == 4 * counts[1]
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_half_precision_on_a_processor_agrees_with_fp32(heads, window):
+    """Short documents by the formula, the longest by the kernel; values and gradients, heads shared or not."""
+    module, lengths = torch.nn.Module(), [300, 20, attention.SHORT + 1]
+    module.num_key_value_groups = 4 // heads
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(1, 4, sum(lengths), 16), (1, heads, sum(lengths), 16), (1, heads, sum(lengths), 16)]
+    drawn = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    wanted_lhd = torch.randn((1, sum(lengths), 4, 16), generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [tensor.to(dtype).requires_grad_() for tensor in drawn]
+        documents = Documents.of(lengths, torch.device("cpu"))
+        out, _ = attend(module, *given, documents, scaling=0.3, sliding_window=window)
+        out.backward(wanted_lhd.to(dtype))
+        found.append([out, *(tensor.grad for tensor in given)])
+    for exact, half in zip(*found, strict=True):
+        assert half.dtype == torch.bfloat16
+        assert (half.float() - exact).norm() < 0.01 * exact.norm()
 
 
 @OLDER
