@@ -54,6 +54,7 @@ MEASURES = {
     "gain_mean_rank": ("mean rank of a picture's own text by what the picture adds", "lower", "number"),
     "mean_rank": ("mean rank of a picture's own text by likelihood", "lower", "number"),
     "picture_mean_rank": ("mean rank of a text's own picture by the text's likelihood", "lower", "number"),
+    "information": ("how far a held-out text narrows down which picture is its own, in nats", "higher", "number"),
     "text_accuracy": ("exact answers to held-out tasks without a picture", "higher", "share"),
     "text_perplexity": ("perplexity of the true answers to tasks without a picture", "lower", "number"),
     "right_share": ("share of the coreset whose caption is true of its picture", "higher", "share"),
@@ -206,4 +207,5 @@ def measure(plan: Pipeline, evaluated: Mapping[str, Any]) -> dict[str, float]:
 
 def _of_records(evaluated: Mapping[str, Any]) -> dict[str, float]:
     ranked = [f"{kind}{name}" for kind in ("", "gain_", "picture_") for name in ("ranked_first", "mean_rank")]
-    return {name: float(evaluated[name]) for name in ("accuracy", "perplexity", *ranked) if name in evaluated}
+    wanted = ("accuracy", "perplexity", "information", *ranked)
+    return {name: float(evaluated[name]) for name in wanted if name in evaluated}

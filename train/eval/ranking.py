@@ -13,6 +13,11 @@ gain        which text gains most by the picture: T[i, j] - log mean exp T[., j]
             pictures of the group being as probable.
 picture     the other way round: behind which picture is text i the likeliest, max T[., i]?
 
+Ranks are coarse: of two models that put the same texts first one may be nearly sure and one nearly not. `information`
+says how sure: the mean of log (exp T[i, i] / mean exp T[., i]) over all pictures of the group, in nats. It is by how
+much a text narrows down which of the pictures is its own: at most log `candidates`, about 0 for a model that does not
+see, below 0 for one that is sure and wrong. Source: InfoNCE (arXiv 1807.03748), a lower bound on mutual information.
+
 Cost: each image once, and each text of a group once behind each picture of it; no position is filled up.
 """
 
@@ -39,19 +44,20 @@ def rank(speaker: Speaker, pairs: Sequence[tuple[str, Any, str]], candidates: in
 
     Returns `ranked` (how many pictures), and as shares of them `ranked_first` by likelihood, `gain_ranked_first` by
     what the image adds and `picture_ranked_first` of its text's pictures; `mean_rank`, `gain_mean_rank` and
-    `picture_mean_rank`, 1 being best.  Raises: UsageError.
+    `picture_mean_rank`, 1 being best; `information`, in nats.  Raises: UsageError.
     """
     if not 2 <= candidates <= len(pairs):
         raise UsageError(
             f"eval.candidates = {candidates}: expected 2 to {len(pairs)}, the held-out pictures that have a text"
         )
-    ranks = np.zeros((len(pairs), 3))
+    ranks, nats = np.zeros((len(pairs), 3)), np.zeros(len(pairs))
     for group, counted in deal(len(pairs), candidates):
         texts = [pairs[i][2] for i in group]
         lengths = np.array([len(ids) for ids in _tokens(speaker, texts)])
         means = likelihoods(speaker, [pairs[i][1] for i in group], texts)
         ranks[group[:counted]] = places(means, lengths)[:counted]
-    told: dict[str, Any] = {"ranked": len(pairs)}
+        nats[group[:counted]] = information(means * lengths)[:counted]
+    told: dict[str, Any] = {"ranked": len(pairs), "information": round(float(nats.mean()), 4)}
     for column, kind in enumerate(("", "gain_", "picture_")):
         told[f"{kind}ranked_first"] = round(float((ranks[:, column] == 1).mean()), 4)
         told[f"{kind}mean_rank"] = round(float(ranks[:, column].mean()), 4)
@@ -78,6 +84,15 @@ def places(means: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np
         gains[i] = totals[i] - np.logaddexp.reduce(others, 0) + np.log(len(others))
     place = [(scores >= np.diag(scores)[:, None]).sum(1) for scores in (means, gains, totals.T)]
     return np.stack(place, 1)
+
+
+def information(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return by how much each text tells its own picture from the group's, f64 [n], nats.
+
+    totals: f64 [n, n], the log-likelihood of text j behind picture i.
+    """
+    nats: NDArray[np.float64] = np.diag(totals) - np.logaddexp.reduce(totals, 0) + np.log(len(totals))
+    return nats
 
 
 def pairs_of(source: Source, questions: Sequence[Any]) -> list[tuple[str, Any, str]]:

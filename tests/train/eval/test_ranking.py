@@ -13,7 +13,7 @@ from train.data.sources import open_source
 from train.errors import UsageError
 from train.eval.evaluate import collect, evaluate
 from train.eval.generate import load_speaker
-from train.eval.ranking import TOGETHER, deal, likelihoods, pairs_of, places, prompt, rank
+from train.eval.ranking import TOGETHER, deal, information, likelihoods, pairs_of, places, prompt, rank
 from train.publish.export import export
 from train.run.stage import run_stage
 
@@ -39,8 +39,8 @@ def slow_likelihood(speaker, image, text):
 
 
 def slow_ranks(speaker, pairs, candidates):
-    """The three places, of one pass for each picture and text, by loops."""
-    found = []
+    """The three places and the information, of one pass for each picture and text, by loops."""
+    found, nats = [], []
     for group, counted in deal(len(pairs), candidates):
         images, texts = [pairs[i][1] for i in group], [pairs[i][2] for i in group]
         lengths = [len(speaker.processor.tokenizer(text)["input_ids"]) + 1 for text in texts]
@@ -52,8 +52,9 @@ def slow_ranks(speaker, pairs, candidates):
                 others = [math.exp(whole[k][j]) for k in range(candidates) if k != i]
                 gains.append(whole[i][j] - math.log(sum(others) / len(others)))
             own = [whole[k][i] for k in range(candidates)]
+            nats.append(own[i] - math.log(sum(map(math.exp, own)) / candidates))
             found.append([sum(x >= scores[i] - 1e-6 for x in scores) for scores in (mean[i], gains, own)])
-    told = {"ranked": len(found)}
+    told = {"ranked": len(found), "information": sum(nats) / len(nats)}
     for kind, ranks in zip(("", "gain_", "picture_"), zip(*found, strict=True), strict=True):
         told[f"{kind}ranked_first"] = round(sum(place == 1 for place in ranks) / len(ranks), 4)
         told[f"{kind}mean_rank"] = round(sum(ranks) / len(ranks), 4)
@@ -77,6 +78,17 @@ def test_a_common_text_wins_by_likelihood_and_not_by_gain():
     assert (longer == found).all()
 
 
+def test_information_is_what_a_text_tells_of_its_picture():
+    blind, sure = np.zeros((4, 4)) + [3, 1, 4, 1], np.zeros((4, 4)) + 50 * np.eye(4)
+    assert information(blind) == pytest.approx(0) and information(sure) == pytest.approx(np.log(4))
+    wrong = information(50 * np.roll(np.eye(4), 1, 0))
+    assert wrong == pytest.approx(np.log(4) - 50)
+    totals = np.random.default_rng(4).normal(0, 3, (5, 5))
+    slow = [np.log(np.exp(totals[i, i]) / np.exp(totals[:, i]).mean()) for i in range(5)]
+    assert information(totals) == pytest.approx(slow)
+    assert information(totals + np.arange(5)) == pytest.approx(slow)  # how common a text is falls out
+
+
 def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, aligned):
     speaker, source = load_speaker(aligned, torch.device("cpu")), open_source(str(world / "captions"), None)
     pairs = pairs_of(source, collect(source)[0])
@@ -88,7 +100,7 @@ def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, alig
     np.testing.assert_allclose(found, slow, atol=1e-5)
     assert (found[:, 0] == found[:, texts.index("red", 1)]).all()
     ranked = rank(speaker, pairs, 4)
-    assert ranked == slow_ranks(speaker, pairs, 4)
+    assert ranked == pytest.approx(slow_ranks(speaker, pairs, 4), abs=1e-4)
     alike = [(key, image, "one text") for key, image, _ in pairs[:5]]
     assert rank(speaker, alike, 5) | {"mean_rank": 5.0, "ranked_first": 0.0} == rank(speaker, alike, 5)  # ties lose
     with pytest.raises(UsageError, match="eval.candidates = 6: expected 2 to 5"):
@@ -99,6 +111,6 @@ def test_eval_tells_the_ranks_beside_the_answers(aligned, tmp_path):
     write_captions(tmp_path / "held", 8)
     options = configuration.load(None, ["eval.candidates=3", "eval.max_new_tokens=2"]).eval
     told = evaluate(aligned, str(tmp_path / "held"), tmp_path / "answers.jsonl", options=options)
-    assert told["ranked"] <= 8 and {"ranked_first", "gain_mean_rank", "picture_mean_rank"} <= told.keys()
+    assert told["ranked"] <= 8 and {"ranked_first", "gain_mean_rank", "picture_mean_rank", "information"} <= told.keys()
     record = json.loads((tmp_path / "answers.manifest.json").read_text())
     assert record["request"]["candidates"] == 3 and record["result"]["ranked_first"] == told["ranked_first"]
