@@ -308,7 +308,11 @@ def _mixtures(chosen: Options, done: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 
 def _meaning(name: str) -> tuple[str, str, str]:
-    return MEASURES.get(name, (f"{name.replace('_', ' ')}, as the benchmark scores it", "higher", "number"))
+    if name.endswith("_perplexity"):
+        return MEASURES.get(name, (f"{name.replace('_', ' ')} of the true answers", "lower", "number"))
+    return MEASURES.get(
+        name, (f"{name.replace('_', ' ')}, as the benchmark or its records score it", "higher", "number")
+    )
 
 
 def _write(ablation: Ablation, result: Mapping[str, Any]) -> None:

@@ -208,4 +208,8 @@ def measure(plan: Pipeline, evaluated: Mapping[str, Any]) -> dict[str, float]:
 def _of_records(evaluated: Mapping[str, Any]) -> dict[str, float]:
     ranked = [f"{kind}{name}" for kind in ("", "gain_", "picture_") for name in ("ranked_first", "mean_rank")]
     wanted = ("accuracy", "perplexity", "information", *ranked)
-    return {name: float(evaluated[name]) for name in wanted if name in evaluated}
+    measures = {name: float(evaluated[name]) for name in wanted if name in evaluated}
+    for task, found in evaluated.get("tasks", {}).items():
+        if task != "(none)":  # records that name no task
+            measures |= {f"{task}_{name}": float(found[name]) for name in wanted if name in found}
+    return measures

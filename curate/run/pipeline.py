@@ -220,8 +220,8 @@ def _trainer_settings(pipeline: Pipeline) -> list[str]:
 def _questions(pipeline: Pipeline, data: Mapping[str, str]) -> list[str]:
     """Write what `train eval` is to ask: benchmarks in the LLaVA evaluation layout, or a JSON of one's own."""
     place = pipeline.place
-    if "eval_tasks" in data:
-        if "eval_root" not in data:
+    if data.get("eval_tasks"):  # "" takes a base's away
+        if not data.get("eval_root"):
             raise UsageError("data.eval_tasks needs data.eval_root.", "--set data.eval_root=DIR")
         return [
             place("export"),
@@ -232,9 +232,9 @@ def _questions(pipeline: Pipeline, data: Mapping[str, str]) -> list[str]:
             "--out",
             place("eval"),
         ]
-    if "eval" not in data:
+    if not data.get("eval"):
         raise UsageError(f"{pipeline.path.name} has no evaluation data.", "--set data.eval=FILE.json")
-    images = ["--images", data["eval_images"]] if "eval_images" in data else []
+    images = ["--images", data["eval_images"]] if data.get("eval_images") else []
     return [place("export"), "--data", data["eval"], "--out", paths.join(place("eval"), "answers.jsonl"), *images]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from curate.ablation import run, statistics
+from curate.ablation import run, statistics, trials
 from curate.demo import oracle
 from curate.errors import UsageError
 from curate.run import pipeline
@@ -303,6 +303,20 @@ def test_a_model_is_trained_and_asked_by_the_trainer_itself(tmp_path):
     text_rows = [row for row in rows if row["task"] == "text"]
     loss = sum(row["truth_loss"] for row in text_rows) / sum(row["tokens"] for row in text_rows)
     assert math.isclose(measures["text_perplexity"], math.exp(loss), abs_tol=1e-4) and measures["kept"] == 40
+
+
+def test_records_that_name_their_task_are_measured_task_by_task():
+    told = {"accuracy": 0.5, "tasks": {"(none)": {"accuracy": 1.0}, "rooms": {"accuracy": 0.25, "perplexity": 3.0}}}
+    found = trials._of_records(told)
+    assert found == {"accuracy": 0.5, "rooms_accuracy": 0.25, "rooms_perplexity": 3.0}
+    assert [run._meaning(name)[1] for name in found] == ["higher", "higher", "lower"]
+
+
+def test_a_benchmark_of_the_base_can_be_taken_away():
+    words = ["run", "ablation_real_stages", "--pool", "nowhere", "--dry-run"]
+    assert "--set data.eval=FILE.json" in curate(*words, check=False).stderr
+    told = curate(*words, "--set", "data.eval=held.json", check=False).stdout
+    assert "--data held.json --out" in told and "daquar " not in told and "10 arms (2 lm × 5 recipe) × 3 seeds" in told
 
 
 def test_the_dry_run_tells_the_arms_and_the_cost():

@@ -172,10 +172,10 @@ def attend(
         unknown.append("is_causal = False")
     if unknown:
         raise UsageError(f"attention of {_kind(module)} takes {', '.join(unknown)}, unknown here; {_OTHERWISE}")
+    formula: Any = partial(_explicit, dropout=dropout, scaling=scaling, softcap=softcap, sinks_h=s_aux)
+    one = formula
     if softcap is None and s_aux is None:
         one = partial(sdpa_attention_forward, module, dropout=dropout, scaling=scaling, **options)
-    else:
-        one = partial(_explicit, dropout=dropout, scaling=scaling, softcap=softcap, sinks_h=s_aux)
     if documents is None:
         return one(query, key, value, attention_mask)[0], None
     window = documents.window if sliding_window is None else sliding_window
@@ -183,7 +183,6 @@ def attend(
         return _varlen(query, key, value, documents, window, scaling), None
     lengths = [b - a for a, b in pairwise(documents.edges)]
     parts = []
-    formula = partial(_explicit, dropout=dropout, scaling=scaling, softcap=softcap, sinks_h=s_aux)
     half_on_cpu = _half_on_cpu(query.device, value.dtype)
     for part in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):  # type: ignore[no-untyped-call]
         length = part[0].shape[2]
