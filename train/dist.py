@@ -26,6 +26,15 @@ ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # where users say
 BUCKET = 1 << 26  # elements of gradients in one message
 
 
+def _no_gpu(cuda: bool) -> str:
+    """Say why `auto` computes in fp32, and what a processor with bf16 instructions would gain."""
+    kinds = [kind for kind in ("amx_tile", "avx512_bf16") if getattr(torch.cpu, f"_is_{kind}_supported", bool)()]
+    if cuda or not kinds:
+        return "no GPU with bf16"
+    # SmolLM2-135M, LoRA, two cores with avx512_bf16: 392 tokens/s for 217 (pipelines/LOG.md, 2026-11-28).
+    return f"no GPU; with {kinds[0]}, a language model of 100M or more is nearly twice as fast by precision = bf16"
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Device, precision and rank of this process; frozen for the length of a run."""
@@ -56,7 +65,7 @@ class Runtime:
         # Older GPUs emulate bf16 and call it supported; that is many times slower than fp32.
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = precision == "bf16" or (precision == "auto" and native)
-        why = f"{precision} was asked for" if precision != "auto" else "the GPU has it" if bf16 else "no GPU with bf16"
+        why = f"{precision} was asked for" if precision != "auto" else "the GPU has it" if bf16 else _no_gpu(cuda)
         reason = f"{device}, {'bf16 with fp32 masters' if bf16 else 'fp32'} ({why}), {world} process(es)"
         return cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason, patient, hosts)
 

@@ -19,6 +19,7 @@ from toys import add, picture, write_mixed
 from train import config as configuration
 from train.__main__ import main
 from train.config import Stage
+from train.dist import Runtime
 from train.errors import CheckpointError, DataError, TrainError, UsageError
 from train.folder import held, open_run
 from train.run import sharding
@@ -555,3 +556,14 @@ def test_a_fused_optimizer_differs_by_rounding_and_resumes(world, tmp_path):
             optimizer.step()
         made[fused] = parameter.detach()
     torch.testing.assert_close(made[True], made[False], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU chooses otherwise")
+@pytest.mark.parametrize(("has", "told"), [((), "no GPU with bf16"), (("amx_tile", "avx512_bf16"), "no GPU; with amx")])
+def test_a_processor_that_has_bf16_says_what_it_would_gain(has, told, monkeypatch):
+    for kind in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{kind}_supported", lambda kind=kind: kind in has, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = Runtime.detect("auto", 0)
+    assert found.dtype == torch.float32 and f"fp32 ({told}" in found.reason
+    assert "(bf16 was asked for)" in Runtime.detect("bf16", 0).reason
