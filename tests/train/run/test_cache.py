@@ -24,3 +24,7 @@ def test_what_is_gathered_ahead_is_what_is_asked_for():
     assert cache.get([4]).equal(rows(4)) and cache.get([2, 2, 2]).equal(rows(2, 2, 2))
     assert cache._ahead is None
     cache._thread.shutdown()
+
+    cache._thread = None  # on a processor
+    cache.expect([[0, 0], [4]])
+    assert cache._ahead is None and cache.get([0, 0]).equal(rows(0, 0)) and cache.get([4]).equal(rows(4))
