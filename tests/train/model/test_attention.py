@@ -129,7 +129,7 @@ def test_a_torch_whose_kernel_lacks_an_argument_calls_sdpa_and_says_so(monkeypat
     attention._varlen_lacks.cache_clear()
     cpu = torch.device("cpu")
     assert attention.describe(cpu, torch.float32).endswith("one SDPA call a document (no GPU)")
-    assert attention.describe(cpu, torch.bfloat16).endswith("those of up to 512 positions by the formula")
+    assert attention.describe(cpu, torch.bfloat16).endswith("those of up to 1024 positions by the formula")
 
 
 def test_the_work_is_quadratic_in_documents_not_in_rows():
@@ -146,11 +146,22 @@ def test_the_work_is_quadratic_in_documents_not_in_rows():
     assert counts[0] == 4 * counts[1]
 
 
+@pytest.mark.parametrize("rows", [2 * attention.BLOCK, 2 * attention.BLOCK + 40])
+def test_blocks_of_queries_see_what_a_causal_mask_shows(rows):
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn((2, heads, 600, 8), generator=generator) for heads in (4, 2, 2))
+    options = {"dropout": 0.0, "scaling": 0.4, "softcap": 2.0, "sinks_h": torch.tensor([0.0, 1.0, -1.0, 2.0])}
+    causal = torch.ones(rows, 600, dtype=torch.bool).tril(600 - rows)[None, None]
+    found, _ = attention._explicit(q[:, :, -rows:], k, v, None, **options)
+    whole, _ = attention._explicit(q[:, :, -rows:], k, v, causal, **options)
+    torch.testing.assert_close(found, whole)
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("heads", [4, 2])
 def test_half_precision_on_a_processor_agrees_with_fp32(heads, window):
     """Short documents by the formula, the longest by the kernel; values and gradients, heads shared or not."""
-    module, lengths = torch.nn.Module(), [300, 20, attention.SHORT + 1]
+    module, lengths = torch.nn.Module(), [2 * attention.BLOCK + 9, 20, attention.SHORT + 1]
     module.num_key_value_groups = 4 // heads
     generator = torch.Generator().manual_seed(3)
     shapes = [(1, 4, sum(lengths), 16), (1, heads, sum(lengths), 16), (1, heads, sum(lengths), 16)]
