@@ -26,13 +26,19 @@ ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # where users say
 BUCKET = 1 << 26  # elements of gradients in one message
 
 
+def bf16_instructions() -> str:
+    """Name the instructions by which this processor multiplies in bf16, or nothing where it has none."""
+    kinds = ("amx_tile", "avx512_bf16")
+    return next((kind for kind in kinds if getattr(torch.cpu, f"_is_{kind}_supported", bool)()), "")
+
+
 def _no_gpu(cuda: bool) -> str:
     """Say why `auto` computes in fp32, and what a processor with bf16 instructions would gain."""
-    kinds = [kind for kind in ("amx_tile", "avx512_bf16") if getattr(torch.cpu, f"_is_{kind}_supported", bool)()]
-    if cuda or not kinds:
+    kind = bf16_instructions()
+    if cuda or not kind:
         return "no GPU with bf16"
     # SmolLM2-135M, LoRA, two cores with avx512_bf16: 392 tokens/s for 217 (pipelines/LOG.md, 2026-11-28).
-    return f"no GPU; with {kinds[0]}, a language model of 100M or more is nearly twice as fast by precision = bf16"
+    return f"no GPU; with {kind}, a language model of 100M or more is nearly twice as fast by precision = bf16"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 
 from train.data.prompts import PLACEHOLDER, Rejected, Turn, to_messages
 from train.data.sources import decode_image
+from train.dist import bf16_instructions
 from train.errors import UsageError
 from train.model.native import load_native
 
@@ -83,8 +84,9 @@ class Speaker:
 def load_speaker(folder: Path, device: torch.device | None = None) -> Speaker:
     """Load an exported folder, by default on the GPU where there is one.  Raises: UsageError."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # bf16 products are slow on most CPUs.
-    model, processor = load_native(folder, "auto" if device.type == "cuda" else torch.float32)
+    # The export's own precision where the device multiplies in it: other processors are slow in bf16.
+    own = device.type == "cuda" or bf16_instructions()
+    model, processor = load_native(folder, "auto" if own else torch.float32)
     processor.tokenizer.padding_side = "left"
     see_each_once(model.model.vision_tower)
     return Speaker(model.to(device).eval(), processor, device)

@@ -107,6 +107,15 @@ def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, alig
         rank(speaker, alike, 6)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies in the export's own precision")
+@pytest.mark.parametrize(("has", "dtype"), [("", torch.float32), ("amx_tile", torch.bfloat16)])
+def test_a_processor_answers_in_bf16_where_it_has_the_instructions(aligned, tmp_path, monkeypatch, has, dtype):
+    export(aligned.parent / "align", tmp_path / "half", dtype="bf16")
+    monkeypatch.setattr("train.eval.generate.bf16_instructions", lambda: has)
+    assert load_speaker(tmp_path / "half").model.dtype == dtype
+    assert load_speaker(aligned).model.dtype == torch.float32  # an export in fp32 stays what it is
+
+
 def test_eval_tells_the_ranks_beside_the_answers(aligned, tmp_path):
     write_captions(tmp_path / "held", 8)
     options = configuration.load(None, ["eval.candidates=3", "eval.max_new_tokens=2"]).eval
