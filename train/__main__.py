@@ -371,13 +371,16 @@ def check(config: ConfigOption = None, settings: SetOption = None, as_json: Json
 
 
 @app.command()
-def work() -> None:
+def work(
+    parent: Annotated[int, typer.Option("--parent", help="Id of the process that starts this one: end with it.")] = 0,
+) -> None:
     """Carry out commands from stdin, a JSON list of words a line, in one process.
 
     Example: `python -m train work` writes what those commands write, and a line of JSON for each.
     """
-    from train.work import answers
+    from train.work import answers, end_with
 
+    end_with(parent)
     for answer in answers(sys.stdin, lambda words: app(words, standalone_mode=False)):
         say(json.dumps(answer, ensure_ascii=False))
 

@@ -8,10 +8,26 @@ small model's training, and are paid once here; what a command leaves on disk is
 import contextlib
 import io
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from train.errors import Interrupted, TrainError
+
+
+def end_with(parent: int) -> None:
+    """Take SIGTERM, which saves what is under way, as soon as the process that started this one is gone; 0: never."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def answers(lines: Iterable[str], run: Callable[[list[str]], None]) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -148,7 +149,7 @@ class Trainer:
     """A `python -m train work` process: a command line in, its exit code and output out."""
 
     def __init__(self) -> None:
-        words = [sys.executable, "-m", "train", "work"]
+        words = [sys.executable, "-m", "train", "work", "--parent", str(os.getpid())]
         self.stderr = tempfile.TemporaryFile()  # a pipe that nobody reads would stop it
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr)
 

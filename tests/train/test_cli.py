@@ -1,6 +1,7 @@
 """The verbs as typed: exit codes, one-line errors, results on stdout alone."""
 
 import json
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from toys import picture
 
-from house import Command
+from house import PATIENCE_S, Command
 from train.__main__ import app, main
 
 REPO = Path(__file__).parents[2]
@@ -68,6 +69,20 @@ def test_one_process_carries_out_many_commands(world, tmp_path):
     assert json.loads(answers[0]["said"])["model"]["template"] == "qa"
     assert "did you mean 'lr'" in answers[1]["error"] and "no-such-verb" in answers[3]["error"]
     assert json.loads(answers[5]["said"])["align"]["template"] == "plain"
+
+
+def test_a_trainer_whose_parent_is_killed_ends_though_its_stdin_stays_open():
+    start = "import os, subprocess, sys; words = [sys.executable, '-m', 'train', 'work', '--parent', str(os.getpid())]"
+    start += "; own = subprocess.Popen(words); print(own.pid, flush=True); own.wait()"
+    parent = subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO)
+    trainer = int(parent.stdout.readline())
+    parent.stdin.write(json.dumps(["check", "--json"]).encode() + b"\n")
+    parent.stdin.flush()
+    assert json.loads(parent.stdout.readline())["exit"] == 0  # it is up, and waits for more
+    parent.kill()
+    ready, _, _ = select.select([parent.stdout], [], [], PATIENCE_S)
+    assert ready and parent.stdout.read() == b"", f"trainer {trainer} goes on"
+    parent.wait()
 
 
 def test_inspect_shows_what_is_learnt(world, capfd):
