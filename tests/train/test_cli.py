@@ -72,9 +72,10 @@ def test_one_process_carries_out_many_commands(world, tmp_path):
 
 
 def test_a_trainer_whose_parent_is_killed_ends_though_its_stdin_stays_open():
-    start = "import os, subprocess, sys; words = [sys.executable, '-m', 'train', 'work', '--parent', str(os.getpid())]"
-    start += "; own = subprocess.Popen(words); print(own.pid, flush=True); own.wait()"
-    parent = subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO)
+    start = "import os, subprocess, sys; own = subprocess.Popen([sys.executable, *sys.argv[1:], str(os.getpid())])"
+    start += "; print(own.pid, flush=True); own.wait()"
+    words = [sys.executable, "-c", start, *["-m", "train", "work", "--parent"]]
+    parent = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO)
     trainer = int(parent.stdout.readline())
     parent.stdin.write(json.dumps(["check", "--json"]).encode() + b"\n")
     parent.stdin.flush()
