@@ -20,16 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipelines.processor import bf16_instructions
+
 WAIT = timedelta(hours=2)  # of objects and barriers: one rank may read millions of samples, or write to a slow disk
 STEP = timedelta(minutes=30)  # of numbers within a step: one rank may wait for its loader
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # where users say how torch takes a GPU's memory
 BUCKET = 1 << 26  # elements of gradients in one message
-
-
-def bf16_instructions() -> str:
-    """Name the instructions by which this processor multiplies in bf16, or nothing where it has none."""
-    kinds = ("amx_tile", "avx512_bf16")
-    return next((kind for kind in kinds if getattr(torch.cpu, f"_is_{kind}_supported", bool)()), "")
 
 
 def _no_gpu(cuda: bool) -> str:
@@ -37,7 +33,7 @@ def _no_gpu(cuda: bool) -> str:
     kind = bf16_instructions()
     if cuda or not kind:
         return "no GPU with bf16"
-    # SmolLM2-135M, LoRA, two cores with avx512_bf16: 392 tokens/s for 217 (pipelines/LOG.md, 2026-11-28).
+    # SmolLM2-135M, LoRA, avx512_bf16, two steps: 357 and 392 tokens/s for 186 and 217 (pipelines/LOG.md, 2026-11-28).
     return f"no GPU; with {kind}, a language model of 100M or more is nearly twice as fast by precision = bf16"
 
 

@@ -308,11 +308,11 @@ def _mixtures(chosen: Options, done: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 
 def _meaning(name: str) -> tuple[str, str, str]:
+    words = name.replace("_", " ")
+    other = (f"{words}, as the benchmark or its records score it", "higher", "number")
     if name.endswith("_perplexity"):
-        return MEASURES.get(name, (f"{name.replace('_', ' ')} of the true answers", "lower", "number"))
-    return MEASURES.get(
-        name, (f"{name.replace('_', ' ')}, as the benchmark or its records score it", "higher", "number")
-    )
+        other = (f"{words} of the true answers", "lower", "number")
+    return MEASURES.get(name, other)
 
 
 def _write(ablation: Ablation, result: Mapping[str, Any]) -> None:

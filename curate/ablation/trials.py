@@ -197,13 +197,16 @@ def measure(plan: Pipeline, evaluated: Mapping[str, Any]) -> dict[str, float]:
     for task, result in evaluated.get("tasks", {}).items():
         if "scores" in result:  # a benchmark of the papers
             measures |= {f"{task}_{name}": float(value) for name, value in result["scores"].items()}
-    text = evaluated.get("tasks", {}).get("text", {})
-    measures |= {f"text_{name}": text[name] for name in ("accuracy", "perplexity") if name in text}
     if "answers" in evaluated:
-        with paths.open_read(evaluated["answers"]) as file:
-            rows = [json.loads(line) for line in file.read().splitlines()]
-        measures |= score_concepts(rows) if "demo" in plan.tables else _of_records(evaluated)
+        measures |= _of_demo(evaluated) if "demo" in plan.tables else _of_records(evaluated)
     return measures
+
+
+def _of_demo(evaluated: Mapping[str, Any]) -> dict[str, float]:
+    text = evaluated.get("tasks", {}).get("text", {})
+    with paths.open_read(evaluated["answers"]) as file:
+        scores = score_concepts([json.loads(line) for line in file.read().splitlines()])
+    return scores | {f"text_{name}": text[name] for name in ("accuracy", "perplexity") if name in text}
 
 
 def _of_records(evaluated: Mapping[str, Any]) -> dict[str, float]:

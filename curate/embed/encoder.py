@@ -19,6 +19,7 @@ import numpy as np
 from curate import engine
 from curate.embed.weights import Source
 from curate.errors import UsageError, unknown
+from pipelines.processor import bf16_instructions
 
 if TYPE_CHECKING:
     import torch
@@ -48,10 +49,8 @@ def choose_precision(asked: str, device: str, source: Source) -> tuple[str, str]
         return "fp16", "the GPU is older than bf16"
     if source.is_small:
         return "fp32", "a model this small gains nothing from bf16 on a CPU"
-    for kind in ("amx_tile", "avx512_bf16"):
-        supported = getattr(torch.cpu, f"_is_{kind}_supported", None)
-        if supported is not None and supported():
-            return "bf16", f"the processor has {kind}"
+    if kind := bf16_instructions():
+        return "bf16", f"the processor has {kind}"
     return "fp32", "the processor has no bf16 instructions"
 
 

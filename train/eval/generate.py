@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from pipelines.processor import bf16_instructions
 from train.data.prompts import PLACEHOLDER, Rejected, Turn, to_messages
 from train.data.sources import decode_image
-from train.dist import bf16_instructions
 from train.errors import UsageError
 from train.model.native import load_native
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from train.errors import UsageError
 
 NAME = "documents"
+HALF = (torch.bfloat16, torch.float16)
 SHORT = 1024  # positions up to which a processor computes the formula in half precision: 1 MB of shares a head is kept
 BLOCK = 256  # queries of one product of the formula, which need no keys behind the last of them
 # Options that attention functions are given and that change no result here; any other that is set is refused.
@@ -194,7 +195,7 @@ def attend(
 
 
 def _half_on_cpu(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cpu" and dtype in HALF
 
 
 def _kind(thing: Any) -> str:
@@ -269,7 +270,7 @@ def reason_against_varlen(query: Tensor, value: Tensor) -> str | None:
     """Return why the variable-length kernel cannot take tensors like these, or None where it can."""
     if not query.is_cuda:
         return "no GPU"
-    if value.dtype not in (torch.bfloat16, torch.float16):
+    if value.dtype not in HALF:
         return f"{value.dtype} is no half precision"
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
         return f"heads of {query.shape[-1]} and {value.shape[-1]} channels"
