@@ -24,7 +24,7 @@ from typing import Any
 
 import pipelines
 from curate import engine, options
-from curate.ablation import shares, statistics
+from curate.ablation import over_records, shares, statistics
 from curate.ablation.trials import LEVELS, MEASURES, Trial, Work
 from curate.engine import Job
 from curate.errors import UsageError, unknown
@@ -268,6 +268,7 @@ def gather(ablation: Ablation, failed: Mapping[int, str]) -> dict[str, Any]:
     """Read what the trials recorded and sum it up, in the form that curate/README.md describes."""
     chosen, plan = ablation.options, ablation.plan
     done, missing = [], []
+    answers = {}
     for number, trial in enumerate(ablation.trials):
         recorded = trial.finished()
         who = {"arm": dict(trial.arm), "seed": trial.seed}
@@ -275,11 +276,14 @@ def gather(ablation: Ablation, failed: Mapping[int, str]) -> dict[str, Any]:
             missing.append({**who, "error": failed.get(number, "not run")})
         else:
             done.append({**who, "measures": recorded["measures"]})
+            answers[tuple(trial.arm.values()), trial.seed] = over_records.values(trial.answers())
     reconcile("ablation", len(ablation.trials), {"done": len(done), "failed": len(missing)})
     there = {name for trial in done for name in trial["measures"]}
     names = [name for name in MEASURES if name in there] + sorted(there - set(MEASURES))
     described = {name: dict(zip(("about", "better", "unit"), _meaning(name), strict=True)) for name in names}
     bars = [{**vars(bar)} for bar in ablation.bars]
+    summary = statistics.summarise(done, ablation.arms, chosen.compare, chosen.reference, names)
+    over_records.add(summary, answers, chosen.compare)
     return {
         "format": 1,
         "name": plan.path.stem,
@@ -291,7 +295,7 @@ def gather(ablation: Ablation, failed: Mapping[int, str]) -> dict[str, Any]:
         "measures": described,
         "trials": done,
         "failed": missing,
-        "summary": statistics.summarise(done, ablation.arms, chosen.compare, chosen.reference, names),
+        "summary": summary,
         "bars": statistics.judge(done, bars, chosen.compare),
         **_mixtures(chosen, done),
     }

@@ -112,11 +112,14 @@ def table(result: Mapping[str, Any], lead: str, measures: Sequence[str]) -> Iter
     for rest, arms in blocks.items():
         yield ""
         yield " · ".join(f"{axis} {value}" for axis, value in rest) or str(result["name"])
-        heads = "".join(f"  {name:>7}" for name in shown)
+        held = any(_held(entries.get((arm, lead))) for arm in arms)
+        heads = f"{'on other records':>20}" if held else ""
+        heads += "".join(f"  {name:>7}" for name in shown)
         yield f"  {compare:<{width}}{lead:>16}{'d to ' + str(result['reference']):>28}{'n':>4}{heads}"
         for arm in arms:
             entry = entries.get((arm, lead))
             leading = _lead(entry) if entry else f"{'':48}"
+            leading += f"{_held(entry):>20}" if held else ""
             others = "".join(f"  {_mean(entries.get((arm, name))):>{max(7, len(name))}}" for name in shown)
             yield f"  {dict(arm)[compare]:<{width}}{leading}{others}"
     yield from _bars(result)
@@ -131,6 +134,11 @@ def _lead(entry: Mapping[str, Any]) -> str:
     if difference["low"] is not None:
         text += f" [{difference['low']:+.3f}, {difference['high']:+.3f}]"
     return f"{mean:>16}{text:>28}{difference['n']:>4}"
+
+
+def _held(entry: Mapping[str, Any] | None) -> str:
+    told = ((entry or {}).get("difference") or {}).get("records")
+    return f"[{told['low']:+.3f}, {told['high']:+.3f}]" if told else ""
 
 
 def _mean(entry: Mapping[str, Any] | None) -> str:

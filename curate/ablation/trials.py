@@ -89,6 +89,11 @@ class Trial:
         recorded = manifest.load_json(location) if paths.exists(location) else {}
         return recorded if recorded.get("request") == self.request else None
 
+    def answers(self) -> list[dict[str, Any]]:
+        """Read what its model answered to records of one's own; nothing where it was asked none."""
+        location = paths.join(self.plan.place("eval"), "answers.jsonl")
+        return _lines(location) if paths.exists(location) else []
+
 
 @dataclass
 class Work:
@@ -202,10 +207,14 @@ def measure(plan: Pipeline, evaluated: Mapping[str, Any]) -> dict[str, float]:
     return measures
 
 
+def _lines(location: str) -> list[dict[str, Any]]:
+    with paths.open_read(location) as file:
+        return [json.loads(line) for line in file.read().splitlines()]
+
+
 def _of_demo(evaluated: Mapping[str, Any]) -> dict[str, float]:
     text = evaluated.get("tasks", {}).get("text", {})
-    with paths.open_read(evaluated["answers"]) as file:
-        scores = score_concepts([json.loads(line) for line in file.read().splitlines()])
+    scores = score_concepts(_lines(evaluated["answers"]))
     return scores | {f"text_{name}": text[name] for name in ("accuracy", "perplexity") if name in text}
 
 

@@ -83,7 +83,8 @@ def measures(ablation: Ablation) -> Iterator[dict[str, Any]]:
             rows = [_row(cell, ablation) for cell in cells if _others(cell["arm"], ablation["compare"]) == key]
             plots, scale = charts.forest([_interval(row) for row in rows])
             drawn = [row | {"plot": plot} for row, plot in zip(rows, plots, strict=True)]
-            groups.append({"name": key, "rows": drawn, "scale": scale})
+            held = max([row["records"]["n"] for row in rows if row["records"]], default=0)
+            groups.append({"name": key, "rows": drawn, "scale": scale, "records": held})
         if groups:
             yield {
                 "name": name,
@@ -119,12 +120,14 @@ def _row(cell: Mapping[str, Any], ablation: Ablation) -> dict[str, Any]:
         if up or difference["high"] < 0:
             verdict = "better" if up == (better == "higher") else "worse"
     scale = 100 if ablation["measures"].get(cell["measure"], {}).get("unit") == "share" else 1
+    held = (difference or {}).get("records")
     return {
         "value": str(cell["arm"].get(ablation["compare"], "")),
         "n": cell["n"],
         "mean": scale * cell["mean"],
         "sd": None if cell.get("sd") is None else scale * cell["sd"],
         "difference": {k: _scaled(v, scale, k) for k, v in difference.items()} if difference else None,
+        "records": {k: _scaled(v, scale, k) for k, v in held.items()} if held else None,
         "verdict": verdict,
     }
 

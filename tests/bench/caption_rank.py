@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from train.data.sources import open_source  # noqa: E402
 from train.eval.evaluate import collect  # noqa: E402
 from train.eval.generate import load_speaker  # noqa: E402
-from train.eval.ranking import pairs_of, prompt, rank  # noqa: E402
+from train.eval.ranking import pairs_of, prompt, rank, summary  # noqa: E402
 
 
 def main():
@@ -32,13 +32,15 @@ def main():
     given = parser.parse_args()
     speaker = load_speaker(given.model, torch.device("cpu"))
     source = open_source(given.data, given.images)
-    found = pairs_of(source, collect(source, 2 * given.photographs)[0])[: given.photographs]
-    for key, image, caption in found[: given.show]:
+    questions = collect(source, 2 * given.photographs)[0]
+    found = pairs_of(source, questions)[: given.photographs]
+    for place, image, caption in found[: given.show]:
         asked = prompt(speaker, [image])
         made = speaker.model.generate(**asked, max_new_tokens=24, do_sample=False)
         text = speaker.processor.tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-        print(f"{key}\tsaid: {text.strip()}\tcaption: {caption}", flush=True)
-    print(json.dumps({"candidates": given.candidates, **rank(speaker, found, given.candidates)}))
+        print(f"{questions[place].key}\tsaid: {text.strip()}\tcaption: {caption}", flush=True)
+    ranks = rank(speaker, [(image, caption) for _, image, caption in found], given.candidates)
+    print(json.dumps({"candidates": given.candidates, **summary(ranks)}))
 
 
 if __name__ == "__main__":

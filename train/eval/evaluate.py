@@ -5,13 +5,17 @@ it. Output: one JSON line a question, and accuracies. Two rules: exact match aft
 records with `task` "caption" and a `concept` word, that the first word of the answer which is any record's concept is
 this record's (source of the rule: a caption may say more than its concept, and only the concept is judged).
 Beside accuracy stands, unless it is not wanted, the perplexity of the true answers, each token given those before it;
-and, where it is wanted, how often a picture's own text is the likeliest of several (ranking.py).
+and, where it is wanted, the rank of a picture's own text among several (ranking.py).
 
     OUT.jsonl           the answers            OUT.manifest.json   the request and the result, written last
+
+A line says by `pictures`, digests of their bytes, which questions are about one photograph: these are no independent
+observations.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -30,7 +34,7 @@ from train.data.sources import Source, decode_image, open_source
 from train.dist import Runtime
 from train.errors import UsageError
 from train.eval.generate import Speaker, load_speaker
-from train.eval.ranking import pairs_of, rank
+from train.eval.ranking import pairs_of, rank, summary
 from train.folder import FORMAT, digest_data, digest_weights, read_json, whole_file, write_json
 
 DEFAULTS = Eval()
@@ -47,6 +51,7 @@ class Question:
     turns: tuple[Turn, ...]
     images: tuple[Any, ...]  # locations
     truth: str
+    pictures: tuple[str, ...] = ()  # digests of their bytes
 
 
 def normalise(text: str) -> str:
@@ -78,7 +83,7 @@ def evaluate(
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": digest_data(data)}
     request |= {"images": source.images_digest, "max_new_tokens": max_new_tokens, "limit": limit}
     request |= {} if options.perplexity else {"perplexity": False}
-    request |= {"candidates": options.candidates, "ranked": "in groups"} if options.candidates else {}
+    request |= {"candidates": options.candidates, "ranked": "in groups, each"} if options.candidates else {}
     record = out.with_name(f"{out.stem}.manifest.json")
     if record.is_file() and out.is_file() and not overwrite:
         found = read_json(record)
@@ -105,7 +110,11 @@ def evaluate(
     if runtime.rank > 0:
         return {**result, "answers": str(out)}
     if options.candidates:
-        result |= rank(speaker, pairs_of(source, questions), options.candidates)
+        pairs = pairs_of(source, questions)
+        ranks = rank(speaker, [(image, text) for _, image, text in pairs], options.candidates)
+        for (place, _, _), found in zip(pairs, ranks, strict=True):
+            rows[place] |= found
+        result |= summary(ranks)
     record.unlink(missing_ok=True)
     with whole_file(out) as file:
         file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
@@ -123,16 +132,18 @@ def collect(source: Source, limit: int = 0) -> tuple[list[Question], int]:
         try:
             record = source.record(index)
             turns = parse(record.conversations, len(record.images))
-            for location in record.images:
-                decode_image(source.image_bytes(location))
+            contents = [source.image_bytes(location) for location in record.images]
+            for content in contents:
+                decode_image(content)
         except Rejected:
             skipped += 1
             continue
+        pictures = tuple(hashlib.blake2b(content, digest_size=8).hexdigest() for content in contents)
         task, concept = str(record.fields.get("task") or ""), str(record.fields.get("concept") or "").lower()
         for i, turn in enumerate(turns):
             if turn.role == "assistant":
                 before = tuple(turns[:i])
-                questions.append(Question(record.key, task, concept, before, record.images, turn.text))
+                questions.append(Question(record.key, task, concept, before, record.images, turn.text, pictures))
     return questions[:limit] if limit else questions, skipped
 
 
@@ -167,6 +178,7 @@ def _answer(
         asked = question.turns[-1].text
         row = {"key": question.key, "task": question.task, "question": asked, "answer": answer}
         row |= {"concept": question.concept} if question.concept else {}
+        row |= {"pictures": question.pictures} if question.pictures else {}
         rows.append({**row, "truth": question.truth, "right": right})
         if told is not None:
             rows[-1] |= {"truth_loss": round(told[0], 5), "tokens": told[1]}

@@ -24,7 +24,7 @@ Cost: each image once, and each text of a group once behind each picture of it; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,31 +36,41 @@ from train.errors import UsageError
 from train.eval.generate import Speaker
 
 SEED = 0
+RANKS = ("rank", "gain_rank", "picture_rank")
 TOGETHER = 10  # pictures that a text is read behind at a time; their keys and values are held twice
 
 
-def rank(speaker: Speaker, pairs: Sequence[tuple[str, Any, str]], candidates: int) -> dict[str, Any]:
-    """Rank texts behind pictures.  pairs: key, PIL image, text; candidates: texts a picture, the right one among them.
+def rank(speaker: Speaker, pairs: Sequence[tuple[Any, str]], candidates: int) -> list[dict[str, float]]:
+    """Rank texts behind pictures.  pairs: PIL image, text; candidates: texts a picture, the right one among them.
 
-    Returns `ranked` (how many pictures), and as shares of them `ranked_first` by likelihood, `gain_ranked_first` by
-    what the image adds and `picture_ranked_first` of its text's pictures; `mean_rank`, `gain_mean_rank` and
-    `picture_mean_rank`, 1 being best; `information`, in nats.  Raises: UsageError.
+    Returns for each pair its `rank` by likelihood, 1 being best, its `gain_rank` by what the image adds, the
+    `picture_rank` of its image among its text's, and its `information` in nats.  Raises: UsageError.
     """
     if not 2 <= candidates <= len(pairs):
         raise UsageError(
             f"eval.candidates = {candidates}: expected 2 to {len(pairs)}, the held-out pictures that have a text"
         )
-    ranks, nats = np.zeros((len(pairs), 3)), np.zeros(len(pairs))
+    found: list[dict[str, float]] = [{} for _ in pairs]
     for group, counted in deal(len(pairs), candidates):
-        texts = [pairs[i][2] for i in group]
+        texts = [pairs[i][1] for i in group]
         lengths = np.array([len(ids) for ids in _tokens(speaker, texts)])
-        means = likelihoods(speaker, [pairs[i][1] for i in group], texts)
-        ranks[group[:counted]] = places(means, lengths)[:counted]
-        nats[group[:counted]] = information(means * lengths)[:counted]
-    told: dict[str, Any] = {"ranked": len(pairs), "information": round(float(nats.mean()), 4)}
-    for column, kind in enumerate(("", "gain_", "picture_")):
-        told[f"{kind}ranked_first"] = round(float((ranks[:, column] == 1).mean()), 4)
-        told[f"{kind}mean_rank"] = round(float(ranks[:, column].mean()), 4)
+        means = likelihoods(speaker, [pairs[i][0] for i in group], texts)
+        nats = information(means * lengths).round(4)
+        for i, ranks, own in zip(group[:counted], places(means, lengths).tolist(), nats.tolist(), strict=False):
+            found[i] = {**dict(zip(RANKS, ranks, strict=True)), "information": own}
+    return found
+
+
+def summary(ranks: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Sum up what `rank` returns: how many are `ranked`, the mean `information`, and for each kind of rank the share
+    that comes first and the mean: `ranked_first`, `mean_rank`; `gain_ranked_first`; …
+    """
+    told: dict[str, Any] = {"ranked": len(ranks)}
+    told["information"] = round(float(np.mean([own["information"] for own in ranks])), 4)
+    for name in RANKS:
+        own = np.array([found[name] for found in ranks])
+        kind = name.removesuffix("rank")
+        told |= {f"{kind}ranked_first": round(float((own == 1).mean()), 4), f"{kind}mean_rank": round(own.mean(), 4)}
     return told
 
 
@@ -95,15 +105,14 @@ def information(totals: NDArray[np.float64]) -> NDArray[np.float64]:
     return nats
 
 
-def pairs_of(source: Source, questions: Sequence[Any]) -> list[tuple[str, Any, str]]:
-    """Return key, image and text of the questions about one image; a picture once, known by its bytes."""
-    found: dict[bytes, tuple[str, Any, str]] = {}
-    for question in questions:
+def pairs_of(source: Source, questions: Sequence[Any]) -> list[tuple[int, Any, str]]:
+    """Return place, image and text of the questions about one image; a picture once, known by its bytes."""
+    first: dict[str, int] = {}
+    for place, question in enumerate(questions):
         if len(question.images) == 1:
-            content = source.image_bytes(question.images[0])
-            if content not in found:
-                found[content] = (question.key, decode_image(content), question.truth.strip())
-    return list(found.values())
+            first.setdefault(question.pictures[0], place)
+    found = ((place, questions[place]) for place in first.values())
+    return [(place, decode_image(source.image_bytes(own.images[0])), own.truth.strip()) for place, own in found]
 
 
 def prompt(speaker: Speaker, images: Sequence[Any]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from train.data.sources import open_source
 from train.errors import UsageError
 from train.eval.evaluate import collect, evaluate
 from train.eval.generate import load_speaker
-from train.eval.ranking import TOGETHER, deal, information, likelihoods, pairs_of, places, prompt, rank
+from train.eval.ranking import TOGETHER, deal, information, likelihoods, pairs_of, places, prompt, rank, summary
 from train.publish.export import export
 from train.run.stage import run_stage
 
@@ -42,7 +42,7 @@ def slow_ranks(speaker, pairs, candidates):
     """The three places and the information, of one pass for each picture and text, by loops."""
     found, nats = [], []
     for group, counted in deal(len(pairs), candidates):
-        images, texts = [pairs[i][1] for i in group], [pairs[i][2] for i in group]
+        images, texts = [pairs[i][0] for i in group], [pairs[i][1] for i in group]
         lengths = [len(speaker.processor.tokenizer(text)["input_ids"]) + 1 for text in texts]
         mean = [[slow_likelihood(speaker, image, text) for text in texts] for image in images]
         whole = [[value * n for value, n in zip(row, lengths, strict=True)] for row in mean]
@@ -91,19 +91,19 @@ def test_information_is_what_a_text_tells_of_its_picture():
 
 def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, aligned):
     speaker, source = load_speaker(aligned, torch.device("cpu")), open_source(str(world / "captions"), None)
-    pairs = pairs_of(source, collect(source)[0])
-    assert len({image.tobytes() for _, image, _ in pairs}) == len(pairs)
-    texts = ["red", *(text for _, _, text in pairs[:4]), "red, and of a very long description", "a", "red", "b c d"]
-    images = [image for _, image, _ in pairs[: TOGETHER + 2]]
+    pairs = [(image, text) for _, image, text in pairs_of(source, collect(source)[0])]
+    assert len({image.tobytes() for image, _ in pairs}) == len(pairs)
+    texts = ["red", *(text for _, text in pairs[:4]), "red, and of a very long description", "a", "red", "b c d"]
+    images = [image for image, _ in pairs[: TOGETHER + 2]]
     found = likelihoods(speaker, images, texts)
     slow = [[slow_likelihood(speaker, image, text) for text in texts] for image in images]
     np.testing.assert_allclose(found, slow, atol=1e-5)
     assert (found[:, 0] == found[:, texts.index("red", 1)]).all()
-    ranked, slowly = rank(speaker, pairs, 4), slow_ranks(speaker, pairs, 4)
+    ranked, slowly = summary(rank(speaker, pairs, 4)), slow_ranks(speaker, pairs, 4)
     assert ranked.pop("information") == pytest.approx(slowly.pop("information"), abs=1e-4)  # rounded to four places
     assert ranked == slowly
-    alike = [(key, image, "one text") for key, image, _ in pairs[:5]]
-    assert rank(speaker, alike, 5) | {"mean_rank": 5.0, "ranked_first": 0.0} == rank(speaker, alike, 5)  # ties lose
+    alike = [(image, "one text") for image, _ in pairs[:5]]
+    assert [found["rank"] for found in rank(speaker, alike, 5)] == [5] * 5  # ties lose
     with pytest.raises(UsageError, match="eval.candidates = 6: expected 2 to 5"):
         rank(speaker, alike, 6)
 
@@ -123,4 +123,8 @@ def test_eval_tells_the_ranks_beside_the_answers(aligned, tmp_path):
     told = evaluate(aligned, str(tmp_path / "held"), tmp_path / "answers.jsonl", options=options)
     assert told["ranked"] <= 8 and {"ranked_first", "gain_mean_rank", "picture_mean_rank", "information"} <= told.keys()
     record = json.loads((tmp_path / "answers.manifest.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    ranked = [row for row in rows if "gain_rank" in row]  # the first question about each picture
+    assert len(ranked) == told["ranked"] == len({row["pictures"][0] for row in rows})
+    assert summary(ranked) == {name: told[name] for name in summary(ranked)}
     assert record["request"]["candidates"] == 3 and record["result"]["ranked_first"] == told["ranked_first"]
