@@ -42,13 +42,18 @@ Status = Literal["new", "unfinished", "finished"]
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file atomically: under a temporary name, synced, then renamed."""
+    """Write a file atomically: under a temporary name, synced, then renamed. An error names the file itself."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        if error.filename == str(partial):
+            error.filename = str(path)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

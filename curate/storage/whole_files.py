@@ -1,12 +1,13 @@
 """Local files that appear under their names whole and on disk, one at a time or many together."""
 
+import errno
 import os
 import socket
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,8 +19,10 @@ _group = threading.local()  # waiting: {temporary: path} of what this thread has
 def write(path: str) -> Iterator[IO[bytes]]:
     """Open a file that gets its name when it is complete and on disk; within `together`, at the end of that.
 
-    On an error nothing appears, and what was there before stays.
+    On an error nothing appears, and what was there before stays. Raises: IsADirectoryError.
     """
+    if path.endswith("/") or os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "expected the name of a file, got a folder", path)
     # Several machines may write the same file at once, and in containers every process has the number 1.
     temporary = f"{path}.{socket.gethostname()[:16]}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     mine: dict[str, str] = {}
@@ -31,9 +34,12 @@ def write(path: str) -> Iterator[IO[bytes]]:
         waiting[temporary] = path
         if waiting is mine or len(waiting) >= MOST_WAITING:
             _name(waiting)
-    except BaseException:
+    except BaseException as error:
         waiting.pop(temporary, None)
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename == temporary:
+            error.filename = path  # the name that somebody gave
         raise
 
 

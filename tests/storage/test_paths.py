@@ -127,3 +127,12 @@ def test_a_full_disk_at_the_end_names_nothing_and_leaves_nothing(tmp_path, monke
         write_all(tmp_path, ["a", "b"])
         monkeypatch.setattr(whole_files.os, "fsync", full)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_told_by_the_name_that_was_given(tmp_path):
+    (tmp_path / "file").touch()
+    for target in (tmp_path, f"{tmp_path}/new/", f"{tmp_path}/file/under", "/proc/none"):
+        with pytest.raises(OSError) as caught, paths.atomic_write(str(target)) as file:
+            file.write(b"x")
+        assert caught.value.filename == str(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -101,11 +101,12 @@ def evaluate(
     concepts = {q.concept for q in questions if q.concept}
     parts = list(batches(questions, options.batch_size))
     own = [
-        _answer(speaker, source, batch, concepts, max_new_tokens, options.perplexity)
+        _answer(speaker, source, [questions[place] for place in batch], concepts, max_new_tokens, options.perplexity)
         for batch in parts[runtime.rank :: runtime.world]
     ]
     everyone = runtime.gather(own)
-    rows = [row for n in range(len(parts)) for row in everyone[n % runtime.world][n // runtime.world]]
+    answered = (row for n in range(len(parts)) for row in everyone[n % runtime.world][n // runtime.world])
+    rows = [row for _, row in sorted(zip(itertools.chain(*parts), answered, strict=True), key=lambda pair: pair[0])]
     result = {**summarise(rows), "skipped": skipped}
     if runtime.rank > 0:
         return {**result, "answers": str(out)}
@@ -147,11 +148,27 @@ def collect(source: Source, limit: int = 0) -> tuple[list[Question], int]:
     return questions[:limit] if limit else questions, skipped
 
 
-def batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
-    """Cut questions into batches in order; those with pictures and those without do not share one."""
-    for _, alike in itertools.groupby(questions, key=lambda question: bool(question.images)):
-        own = list(alike)
-        yield from (own[start : start + size] for start in range(0, len(own), size))
+def batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[int]]:
+    """Cut questions into batches, given by their places; those with pictures and those without do not share one.
+
+    Pictures stay in their order, as one that is asked about again is seen once. Text goes by its length, the longest
+    first and none beside what is more than twice as long: what is filled up is computed too.
+    """
+    pictures = [place for place, question in enumerate(questions) if question.images]
+    yield from (pictures[start : start + size] for start in range(0, len(pictures), size))
+    lengths = {place: _length(question) for place, question in enumerate(questions) if not question.images}
+    batch: list[int] = []
+    for place in sorted(lengths, key=lambda place: -lengths[place]):
+        if batch and (len(batch) == size or 2 * lengths[place] < lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _length(question: Question) -> int:
+    return len(question.truth) + sum(len(part or "") for turn in question.turns for part in turn.parts)
 
 
 def _answer(

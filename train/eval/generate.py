@@ -50,12 +50,15 @@ class Speaker:
         inputs = self._encode([self._write(c, open_ended=False) for c in answered], images)
         ids = inputs["input_ids"]
         sizes = [int(n) for n in inputs["attention_mask"].sum(1) - asked]  # padded on the left: answers end together
+        told = []
         with torch.inference_mode():
-            logits = self.model(**inputs, logits_to_keep=max(sizes) + 1).logits.float()
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), ids[:, -max(sizes) :].flatten(), reduction="none"
-        ).view(len(ids), -1)
-        return [(float(row[len(row) - size :].sum()), size) for row, size in zip(losses, sizes, strict=True)]
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=max(sizes) + 1).logits
+            for said, row, size in zip(
+                logits, ids, sizes, strict=True
+            ):  # a row at a time: a vocabulary in fp32 is large
+                loss = torch.nn.functional.cross_entropy(said[-size - 1 : -1].float(), row[-size:], reduction="sum")
+                told.append((float(loss), size))
+        return told
 
     def _write(self, turns: Sequence[Turn], *, open_ended: bool) -> str:
         """Write a conversation in the model's template, to where the next answer begins if it is open-ended.

@@ -301,9 +301,10 @@ def test_text_that_imitates_a_picture_stays_text(model):
         assert speaker.truth_losses([turns], [shown], ["an <image>"])[0][1] > 2
 
 
-def test_pictures_and_text_do_not_share_a_batch():
-    kinds = [Question("", "", "", (), images, "") for images in ((1,), (1,), (1,), (), (), (1,))]
-    assert [[len(q.images) for q in batch] for batch in batches(kinds, 2)] == [[1, 1], [1], [0, 0], [1]]
+def test_pictures_and_text_do_not_share_a_batch_and_text_goes_by_length():
+    asked = [((1,), "a"), ((), "of"), ((1,), "long " * 9), ((), "a good deal"), ((1,), "b"), ((), "any"), ((), "many")]
+    kinds = [Question("", "", "", (Turn("user", (words,)),), images, "") for images, words in asked]
+    assert [list(batch) for batch in batches(kinds, 2)] == [[0, 2], [4], [3], [6, 5], [1]]
 
 
 def test_a_conversation_goes_on(model, tmp_path):
