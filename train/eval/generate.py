@@ -53,9 +53,7 @@ class Speaker:
         told = []
         with torch.inference_mode():
             logits = self.model(**inputs, use_cache=False, logits_to_keep=max(sizes) + 1).logits
-            for said, row, size in zip(
-                logits, ids, sizes, strict=True
-            ):  # a row at a time: a vocabulary in fp32 is large
+            for said, row, size in zip(logits, ids, sizes, strict=True):  # one by one: a vocabulary in fp32 is large
                 loss = torch.nn.functional.cross_entropy(said[-size - 1 : -1].float(), row[-size:], reduction="sum")
                 told.append((float(loss), size))
         return told
