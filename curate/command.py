@@ -106,6 +106,7 @@ def log_to(verbose: bool) -> None:
     screen = logging.StreamHandler()
     screen.setLevel(logging.DEBUG if verbose else logging.WARNING)
     logger.handlers[:] = [screen]
+    logger.propagate = False  # a library that logs at the root has a handler there, which would say all of it again
     if file:
         kept = logging.FileHandler(file, encoding="utf-8")
         kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

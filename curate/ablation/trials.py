@@ -34,6 +34,11 @@ LEVELS = {
     "models": ("mix", "finetune", "export", "eval"),
 }
 TRIAL = "trial.json"
+KEEP = {
+    "all": "everything",
+    "models": "its models, not the checkpoints that a killed run would go on from",
+    "answers": "what it answered, not its mix and models",
+}
 MEASURES = {
     "caption": ("captions that name the right concept, mean over concepts", "higher", "share"),
     "caption_weighted": ("the same, concepts weighted by their frequency", "higher", "share"),
@@ -102,6 +107,7 @@ class Work:
     trials: Sequence[Trial]
     level: str
     overwrite: bool
+    keep: str
 
     def setup(self) -> None:
         """Have nothing to prepare: the trainer starts when it is first needed."""
@@ -123,10 +129,12 @@ class Work:
         if self.level == "pools":
             return {"rows": sum(manifest.open_input(trial.plan.place("embed"), "embed", "import").rows.values())}
         if self.level == "coresets":
+            tidy(trial, self.level, self.keep)
             return {"rows": manifest.open_input(trial.plan.place("select"), "select").manifest["counts"]["kept"]}
         record = {"request": trial.request, "measures": measure(trial.plan, results.get("eval", {}))}
         paths.make_dir(trial.plan.out)
         manifest.save_json(paths.join(trial.plan.out, TRIAL), {"arm": dict(trial.arm), "seed": trial.seed, **record})
+        tidy(trial, self.level, self.keep)  # now, not at the end: the next trial needs the room
         return record
 
     def _oracle(self, plan: Pipeline) -> None:
@@ -140,6 +148,16 @@ class Work:
         if answer["exit"]:
             raise ShardError(f"{stage}: {answer['error']}")
         return dict(json.loads(answer["said"].strip().splitlines()[-1]))
+
+
+def tidy(trial: Trial, level: str, keep: str) -> None:
+    """Delete what a trial's finished level need not keep, as `KEEP` says; what trials share keeps its model."""
+    for stage in trial.stages(level):
+        place = trial.plan.place(stage)
+        if stage in ("align", "finetune") and keep != "all":
+            paths.remove(paths.join(place, "checkpoints"))
+        if level == "models" and stage != "eval" and keep == "answers":
+            paths.remove(place)
 
 
 def refuse_short(plan: Pipeline) -> None:

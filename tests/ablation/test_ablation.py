@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from curate.ablation import run, statistics, trials
+from curate.ablation import arms, run, statistics, trials
 from curate.demo import oracle
 from curate.errors import UsageError
 from curate.run import pipeline
@@ -151,7 +151,7 @@ def test_answers_are_scored_as_means_over_concepts():
 
 def test_arms_share_what_they_can_and_seeds_go_where_draws_are_made(tmp_path):
     text = SMALL + "[ablation.axes.model.small]\n[ablation.axes.model.fast.align]\nlr = 2e-2\n"
-    found = run.parse(plan_of(tmp_path, text))
+    found = arms.parse(plan_of(tmp_path, text))
     assert len(found.arms) == 6 and len(found.trials) == 12
     assert len({trial.keys["pools"] for trial in found.trials}) == 2  # a pool a seed
     assert (
@@ -174,7 +174,7 @@ def test_a_table_may_be_taken_away_and_the_coreset_is_still_shared(tmp_path):
         SMALL.replace("[align]", '[mix.sources.x]\npath = "x.json"\n[finetune]\n[align]') + "[ablation.axes.tune.yes]\n"
     )
     text += "[ablation.axes.tune.no]\nfinetune = false\nmix = false\n"
-    found = run.parse(plan_of(tmp_path, text))
+    found = arms.parse(plan_of(tmp_path, text))
     with_it, without = found.trials[0], found.trials[1]
     assert with_it.stages("models") == ["mix", "finetune", "export", "eval"]
     assert without.stages("models") == ["export", "eval"] and with_it.keys["coresets"] == without.keys["coresets"]
@@ -192,7 +192,7 @@ def test_a_table_may_be_taken_away_and_the_coreset_is_still_shared(tmp_path):
 def test_a_wrong_table_is_refused_before_anything_runs(tmp_path, more, word):
     text = SMALL.replace("bars = []\n", "") if "bars" in more else SMALL
     with pytest.raises(UsageError, match=word) as caught:
-        run.parse(plan_of(tmp_path, text + more))
+        arms.parse(plan_of(tmp_path, text + more))
     assert "\n" not in str(caught.value)
 
 
@@ -204,17 +204,18 @@ def test_a_wrong_table_is_refused_before_anything_runs(tmp_path, more, word):
         ("ablation.seeds=[1, 1]", "each once"),
         ('ablation.take={pool = ["dirt"]}', "did you mean 'dirty'"),
         ("ablation.seed=1", "did you mean 'seeds'"),
+        ("ablation.keep=model", "did you mean 'models'"),
     ],
 )
 def test_a_wrong_setting_is_refused(tmp_path, setting, word):
     with pytest.raises(UsageError, match=word):
-        run.parse(plan_of(tmp_path, SMALL, setting))
+        arms.parse(plan_of(tmp_path, SMALL, setting))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("ablation_*.toml")), ids=lambda path: path.stem)
 def test_the_shipped_ablations_are_whole(path):
     plan = pipeline.load(str(path), "there")
-    found = run.parse(plan)
+    found = arms.parse(plan)
     assert len(found.trials) == len(found.arms) * len(found.options.seeds)
 
 
@@ -244,7 +245,7 @@ def test_selections_are_compared_without_a_model(chosen):
 
 
 def test_the_oracle_takes_one_right_pair_of_each_source(chosen):
-    found = run.parse(pipeline.load(str(chosen / "plan.toml"), str(chosen / "out")))
+    found = arms.parse(pipeline.load(str(chosen / "plan.toml"), str(chosen / "out")))
     trial = next(trial for trial in found.trials if trial.arm["recipe"] == "oracle")
     selection = manifest.open_input(trial.plan.place("select"), "select")
     rows = [row for stem in selection.stems for row in selection.table(stem).to_pylist()]
@@ -303,6 +304,33 @@ def test_a_model_is_trained_and_asked_by_the_trainer_itself(tmp_path):
     text_rows = [row for row in rows if row["task"] == "text"]
     loss = sum(row["truth_loss"] for row in text_rows) / sum(row["tokens"] for row in text_rows)
     assert math.isclose(measures["text_perplexity"], math.exp(loss), abs_tol=1e-4) and measures["kept"] == 40
+
+
+def test_a_trial_leaves_what_keep_says_and_is_judged_again_from_it(tmp_path):
+    text = SMALL.replace('["random", "ours", "oracle"]', '["random"]').replace("[5, 6]", "[5]")
+    mix = '[mix.sources.x]\npath = "{out}/demo/instruct/instruct.json"\nimages = "{out}/demo/instruct/images"\n'
+    (tmp_path / "plan.toml").write_text(text.replace("[align]", f"{mix}[finetune]\nsteps = 2\nbatch_size = 4\n[align]"))
+    out = tmp_path / "out"
+
+    def ran(*settings):
+        words = [word for setting in settings for word in ("--set", setting)]
+        return curate("run", tmp_path / "plan.toml", "--out", out, "--workers", 1, *words).stdout
+
+    def there(pattern):
+        return {path.name: path.stat().st_mtime_ns for path in out.glob(pattern)}
+
+    def asked():
+        return len(next(out.glob("models/*/eval/answers.jsonl")).read_text().splitlines())
+
+    assert "its models, not the checkpoints" in ran("eval.limit=4")
+    trained = there("models/*/finetune/*")
+    assert "adapter" in trained and there("models/*/model/model.safetensors") and not there("*/*/*/checkpoints")
+    ran("eval.limit=8")  # of the model that stands
+    assert there("models/*/finetune/*") == trained and asked() == 8
+    ran("eval.limit=8", "ablation.keep=answers")  # takes away what is no longer wanted
+    assert not {"mix", "finetune", "model"} & set(there("models/*/*")) and asked() == 8
+    ran("eval.limit=9", "ablation.keep=all")  # trained anew, since the model is gone
+    assert there("models/*/finetune/checkpoints/*") and asked() == 9
 
 
 def test_records_that_name_their_task_are_measured_task_by_task():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from curate.ablation import run, shares, trials
+from curate.ablation import arms, run, shares, trials
 from curate.engine import Job
 from curate.errors import ShardError, UsageError
 from curate.mix import mix
@@ -111,7 +111,7 @@ def test_shares_become_whole_counts_and_lattices_are_the_compositions():
 
 
 def test_points_become_arms_whose_counts_differ(tmp_path):
-    found = run.parse(plan_of(tmp_path, 'base = "ablation_mix.toml"\n' + TABLE))
+    found = arms.parse(plan_of(tmp_path, 'base = "ablation_mix.toml"\n' + TABLE))
     names = [arm["shares"] for arm in found.arms]
     assert len(found.trials) == 14 and names[0] == "100% instruct" == found.options.reference
     last = found.trials[6].plan.tables["mix"]["sources"]
@@ -136,7 +136,7 @@ def test_points_become_arms_whose_counts_differ(tmp_path):
 )
 def test_a_wrong_mixture_is_refused_in_words(tmp_path, setting, word):
     with pytest.raises(UsageError, match=word) as caught:
-        run.parse(plan_of(tmp_path, 'base = "ablation_mix.toml"\n' + TABLE, setting))
+        arms.parse(plan_of(tmp_path, 'base = "ablation_mix.toml"\n' + TABLE, setting))
     assert "\n" not in str(caught.value)
 
 
@@ -145,7 +145,7 @@ def test_a_sweep_says_what_to_try_next(tmp_path, capsys):
     plan = plan_of(
         tmp_path, 'base = "ablation_mix.toml"\n' + TABLE + "goal = {answer = 1, text_accuracy = 3, caption = 0}\n"
     )
-    for trial in run.parse(plan).trials:
+    for trial in arms.parse(plan).trials:
         counts = [trial.plan.tables["mix"]["sources"][name]["count"] for name in ("instruct", "captions", "text")]
         value = 1 - 0.3 * ((np.array(counts) / 70 - (0.6, 0.3, 0.1)) ** 2).sum() + 0.01 * trial.seed
         measures = {"answer": value - 0.3, "text_accuracy": value + 0.1, "kept": 9}
@@ -164,7 +164,7 @@ def test_a_sweep_says_what_to_try_next(tmp_path, capsys):
 
 
 def test_a_mix_that_is_short_of_an_arms_count_is_refused(tmp_path):
-    trial = run.parse(plan_of(tmp_path, 'base = "ablation_mix.toml"\n' + TABLE)).trials[0]
+    trial = arms.parse(plan_of(tmp_path, 'base = "ablation_mix.toml"\n' + TABLE)).trials[0]
     turns = [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]
     (tmp_path / "few.json").write_text(json.dumps([{"id": str(n), "conversations": turns} for n in range(3)]))
     mix.mix({"sources": {"text": {"path": str(tmp_path / "few.json"), "count": 5}}}, trial.plan.place("mix"), Job())
