@@ -20,6 +20,7 @@ from train.errors import UsageError
 from train.model.native import load_native
 
 log = logging.getLogger("train")
+LOGITS = 256  # positions at a time: a vocabulary of 262,144 in fp32 is 1 MiB for each
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,15 @@ class Speaker:
         inputs = self._encode([self._write(c, open_ended=False) for c in answered], images)
         ids = inputs["input_ids"]
         sizes = [int(n) for n in inputs["attention_mask"].sum(1) - asked]  # padded on the left: answers end together
-        told = []
         with torch.inference_mode():
-            logits = self.model(**inputs, use_cache=False, logits_to_keep=max(sizes) + 1).logits
-            for said, row, size in zip(logits, ids, sizes, strict=True):  # one by one: a vocabulary in fp32 is large
-                loss = torch.nn.functional.cross_entropy(said[-size - 1 : -1].float(), row[-size:], reduction="sum")
-                told.append((float(loss), size))
-        return told
+            hidden_btd = self.model.model(**inputs, use_cache=False).last_hidden_state
+            before = torch.cat([own[-size - 1 : -1] for own, size in zip(hidden_btd, sizes, strict=True)])
+            right = torch.cat([row[-size:] for row, size in zip(ids, sizes, strict=True)])
+            losses = [
+                torch.nn.functional.cross_entropy(self.model.lm_head(part).float(), truth, reduction="none").double()
+                for part, truth in zip(torch.split(before, LOGITS), torch.split(right, LOGITS), strict=True)
+            ]
+        return [(float(own.sum()), len(own)) for own in torch.split(torch.cat(losses), sizes)]
 
     def _write(self, turns: Sequence[Turn], *, open_ended: bool) -> str:
         """Write a conversation in the model's template, to where the next answer begins if it is open-ended.

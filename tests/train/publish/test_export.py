@@ -15,6 +15,7 @@ from train import config as configuration
 from train.data.prompts import Turn, pieces, to_messages
 from train.data.sources import decode_image, open_source
 from train.errors import TrainError, UsageError
+from train.eval import generate
 from train.eval.evaluate import Question, batches, collect, concept_of, evaluate, normalise
 from train.eval.generate import chat, load_speaker
 from train.model.compose import compose
@@ -266,8 +267,9 @@ def test_a_picture_asked_several_times_is_seen_once(model):
     assert together == [speaker.answers([q], [[c]], 4)[0] for q, c in zip(asked, colours, strict=True)]
 
 
-def test_the_loss_of_a_true_answer_is_that_of_a_plain_forward(world, model):
-    """Two by themselves, unpadded, the answer's tokens found by encoding it alone."""
+def test_the_loss_of_a_true_answer_is_that_of_a_plain_forward(world, model, monkeypatch):
+    """Two by themselves, unpadded, the answer's tokens found by encoding it alone; logits three positions at a time."""
+    monkeypatch.setattr(generate, "LOGITS", 3)
     speaker = load_speaker(model)
     asked = [
         [Turn("user", (None, "what colour is it ?"))],
