@@ -190,7 +190,8 @@ class Trainer:
             self.stderr.seek(0)
             last = self.stderr.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
             trainer.cache_clear()
-            raise CurateError(f"the trainer ended with exit code {code} at {' '.join(words[:2])}: {last[0]}")
+            why = f": {last[0]}" if code >= 0 else ""  # what it said last is not what it was killed for
+            raise CurateError(f"the trainer {stages.how_it_ended(code)} at {' '.join(words[:2])}{why}")
         return dict(json.loads(line))
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ A stage that stands finished for the same request is not run again; one that a k
 The trainer's stages are carried out by `python -m train`, in a process of its own.
 """
 
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -70,7 +71,15 @@ def _train(pipeline: Pipeline, stage: str, job: Job) -> None:
         ended = subprocess.run([*words, "--overwrite"], check=False).returncode
     if ended:
         hint = "mend what it says above and run again; it resumes (with --overwrite, what other data made is made anew)"
-        raise CurateError(f"{stage} ended with exit code {ended}", hint)
+        raise CurateError(f"{stage} {how_it_ended(ended)}", hint)
+
+
+def how_it_ended(code: int) -> str:
+    """Say how a process ended, by its exit code; one that is killed cannot say why itself."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"was killed ({name}; out of memory?)" if name == "SIGKILL" else f"was ended by {name}"
 
 
 def _tell_funnel(selection: str, echo: Echo) -> None:

@@ -12,8 +12,8 @@ from scipy import stats
 
 from curate.ablation import arms, run, statistics, trials
 from curate.demo import oracle
-from curate.errors import UsageError
-from curate.run import pipeline
+from curate.errors import CurateError, UsageError
+from curate.run import pipeline, stages
 from curate.storage import manifest, sidecar
 from house import ROOT, Command, curate, fingerprint, until
 
@@ -331,6 +331,15 @@ def test_a_trial_leaves_what_keep_says_and_is_judged_again_from_it(tmp_path):
     assert not {"mix", "finetune", "model"} & set(there("models/*/*")) and asked() == 8
     ran("eval.limit=9", "ablation.keep=all")  # trained anew, since the model is gone
     assert there("models/*/finetune/checkpoints/*") and asked() == 9
+
+
+def test_a_trainer_that_is_killed_is_said_to_be():
+    made = trials.Trainer()
+    made.process.kill()
+    made.process.wait()
+    with pytest.raises(CurateError, match=r"^the trainer was killed \(SIGKILL; out of memory\?\) at eval model$"):
+        made.ask(["eval", "model", "--json"])
+    assert stages.how_it_ended(3) == "ended with exit code 3" and stages.how_it_ended(-15) == "was ended by SIGTERM"
 
 
 def test_records_that_name_their_task_are_measured_task_by_task():
