@@ -25,8 +25,9 @@ RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL
 .PHONY: help install coreset train eval real check test test-oldest test-real test-numerics lint format ablation bench picture clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
 	@echo "  variables: PIPELINE=$(PIPELINE) POOL=… OUT=$(OUT) RECIPE=… SET='table.key=value …' OVERWRITE=1"
+	@echo "             ABLATION=NAME (ablation)  MODELS=… DAQUAR=… TEXT=… (real)  REAL_MODELS=… (test-real)"
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
@@ -86,7 +87,7 @@ format: $(READY) ## rewrite the code in the house's format
 ablation: $(READY) ## train on what recipes keep and compare; ABLATION=ablation_smoke is small, ablation_bar the default's bar
 	$(foreach name,$(ABLATION),OMP_NUM_THREADS=1 .venv/bin/curate run $(name) $(if $(POOL),--pool '$(POOL)') $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite) &&) true
 
-bench: $(READY) ## measure every stage against its floor in one run
+bench: $(READY) ## measure stages against their floors, where no data is needed
 	$(PY) -m tests.bench
 
 picture: $(READY) ## take the README's picture of the demo's report anew (needs chromium and chromedriver)

@@ -100,7 +100,7 @@ def embed(
 ) -> None:
     """Embed images and captions with CLIP, shard by shard, and score how well they match.
 
-    Example: `curate embed shards/ emb/ --model ViT-L-14 --pretrained openai` writes `emb/{shard}.arrow`.
+    Example: `curate embed shards/ emb/ --model ViT-L-14-quickgelu --pretrained openai` writes `emb/{shard}.arrow`.
     """
     from curate.embed.embed import embed as stage
 

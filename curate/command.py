@@ -24,7 +24,7 @@ from curate.engine import Job
 from curate.errors import UsageError
 from curate.storage import paths
 
-Workers = Annotated[int, typer.Option(help="Processes (0: one per GPU, else one per core).")]
+Workers = Annotated[int, typer.Option(help="Processes (0: what the stage can use).")]
 Engine = Annotated[str, typer.Option(help="local or ray.")]
 SLICE = typer.Option("--slice", metavar="RANK/WORLD", help="Do only this part of the shards, under any scheduler.")
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]

@@ -58,6 +58,14 @@ def test_the_map_names_places_that_exist():
     assert not [room for room in rooms if room not in text and f"`{room.split('/')[1]}/`" not in text]
 
 
+def test_files_that_pages_name_are_there():
+    pages = [*DOCS, *(f"{room}/README.md" for room in ("curate", "train", "pipelines")), "tests/bench/gpu.md"]
+    for page in pages:
+        text = (ROOT / page).read_text()
+        for path in re.findall(r"(?<![\w/.])(?:curate|train|tests)/[\w/]+\.(?:py|json|md)\b", text):
+            assert "NAME" in path or (ROOT / path).exists(), f"{page}: {path}"
+
+
 def test_links_lead_somewhere():
     for name in DOCS:
         for target in re.findall(r"\]\(([^)#h][^)#]*)", (ROOT / name).read_text()):

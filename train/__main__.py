@@ -207,7 +207,7 @@ def evaluate(
     """Answer held-out questions, or those of benchmarks, and score the answers.
 
     Example: `python -m train eval run/model --tasks pope,gqa --eval-root playground/data/eval --out run/eval` writes
-    `run/eval/{task}/answers.jsonl` and `manifest.json`; with `--data test.json --out answers.jsonl`, that file alone.
+    `run/eval/{task}/answers.jsonl` and `manifest.json`; with `--data test.json --out answers.jsonl`, that file.
     """
     given = {"limit": limit, "show": show}
     settings = [*(settings or ()), *(f"eval.{key}={value}" for key, value in given.items() if value is not None)]

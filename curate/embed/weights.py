@@ -115,6 +115,14 @@ def _find_config(path: str, given: str) -> Source:
     return _source(os.path.basename(path)[: -len(".json")], given, config=path)
 
 
+def _same_activation(name: str, tag: str) -> bool:
+    """Say whether weights were trained with the activation of the model that they are to be loaded into."""
+    import open_clip
+
+    own, model = open_clip.get_pretrained_cfg(name, tag), open_clip.get_model_config(name) or {}
+    return bool(own.get("quick_gelu", False) == model.get("quick_gelu", False))
+
+
 def _find_named(model: str, pretrained: str) -> Source:
     """Resolve a model that open_clip lists, with a tag or a file."""
     import open_clip
@@ -128,16 +136,17 @@ def _find_named(model: str, pretrained: str) -> Source:
     if os.path.isfile(given):
         return _source(name, given)
     tags = open_clip.list_pretrained_tags_by_model(name)
+    twin = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
     if not pretrained:
-        raise UsageError(f"{name} needs weights: --pretrained TAG or PATH; tags: {', '.join(tags) or 'none'}.")
+        fit = [tag for tag in tags if _same_activation(name, tag)]
+        others = f" ({', '.join(tag for tag in tags if tag not in fit)}: {twin})" if len(fit) < len(tags) else ""
+        raise UsageError(f"{name} needs weights; there are: {', '.join(fit) or 'none'}{others}.", "--pretrained TAG")
     if not open_clip.is_pretrained_cfg(name, pretrained):
         if os.sep in pretrained or pretrained.endswith(WEIGHT_SUFFIXES):
             raise UsageError(f"the weights {pretrained} do not exist.")
         raise unknown(f"pretrained tag of {name}", pretrained, tags)
     tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if tag.get("quick_gelu", False) != (open_clip.get_model_config(name) or {}).get("quick_gelu", False):
-        # open_clip only warns, and every embedding is then slightly wrong.
-        twin = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+    if not _same_activation(name, pretrained):  # open_clip only warns, and every embedding is then slightly wrong
         raise UsageError(f"the weights {pretrained} were trained with another activation than {name}.", f"use {twin}")
     return _source(
         name,

@@ -86,7 +86,7 @@ class Pipeline:
             return paths.join(self.place("demo"), "pool")
         where = self.tables.get("pool", {}).get("path")
         if not where:
-            raise UsageError(f"{self.path.name} names no pool.", "give one: --pool DIR, or `make coreset POOL=DIR`")
+            raise UsageError(f"{self.path.name} names no pool.", "give one: --pool DIR (with make: POOL=DIR)")
         return str(where)
 
     def stages(self, only: str | None = None) -> list[str]:

@@ -7,12 +7,13 @@ A stage that stands finished for the same request is not run again; one that a k
 The trainer's stages are carried out by `python -m train`, in a process of its own.
 """
 
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from curate.engine import Job
 from curate.errors import ContractError, CurateError, UsageError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from curate.storage.manifest import Artefact
 
 Echo = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = print) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
         if stage in TRAINER:
             _train(pipeline, stage, job)
             continue
-        for label, manifest in _curation(pipeline, stage, job):
+        for label, manifest in _hinting(stage, _curation(pipeline, stage, job)):
             made[label] = manifest
             echo(headline(stage, manifest))
             if stage == "select":
@@ -61,6 +63,16 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
         made.update(_curation(pipeline, "report", job))  # once more, now with the mix and the loss curves
         echo(f"\nThe page to look at is {pipeline.place('report')}")
     return made
+
+
+def _hinting(stage: str, steps: Iterator[Result]) -> Iterator[Result]:
+    """Carry out a stage; where it advises an option of its verb, advise the setting that a pipeline has for it."""
+    try:
+        yield from steps
+    except UsageError as error:
+        if advised := re.fullmatch(r"--([a-z-]+) (\S+)", error.hint or ""):
+            raise UsageError(error.message, f"--set {stage}.{advised[1].replace('-', '_')}={advised[2]}") from None
+        raise
 
 
 def _train(pipeline: Pipeline, stage: str, job: Job) -> None:

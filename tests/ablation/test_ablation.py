@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 
 import numpy as np
@@ -217,6 +218,14 @@ def test_the_shipped_ablations_are_whole(path):
     plan = pipeline.load(str(path), "there")
     found = arms.parse(plan)
     assert len(found.trials) == len(found.arms) * len(found.options.seeds)
+
+
+def test_the_ablations_of_the_page_can_be_planned(tmp_path):
+    page = (ROOT / "pipelines" / "README.md").read_text()
+    shown = [block for block in re.findall(r"^```toml\n(.*?)^```", page, flags=re.S | re.M) if "[ablation" in block]
+    planned = [arms.parse(plan_of(tmp_path, block)) for block in shown]
+    assert [len(found.trials) for found in planned] == [6, 4]
+    assert all("finetune" in trial.plan.tables for trial in planned[1].trials)
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------

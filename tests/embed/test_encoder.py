@@ -301,6 +301,7 @@ def test_a_torch_checkpoint_loads_and_a_pickle_does_not(folder, tmp_path):
     [
         ("ViT-B-33", "x", ["unknown model 'ViT-B-33'", "ViT-B-32"]),
         ("ViT-B-32", "", ["--pretrained", "laion2b_s34b_b79k"]),
+        ("ViT-L-14", "", [" laion400m_e32", "(openai", ": ViT-L-14-quickgelu)"]),
         ("ViT-B-32", "laion2b_s34b_b79q", ["unknown pretrained tag", "did you mean 'laion2b_s34b_b79k'"]),
         ("ViT-B-32", "laion2b_s34b_b79k", ["cannot be had", "--pretrained PATH"]),
         ("ViT-B-32", "openai", ["another activation", "ViT-B-32-quickgelu"]),

@@ -7,7 +7,7 @@ import pytest
 from artefacts import write_embeddings, write_pool
 
 from curate.errors import UsageError
-from curate.run import dry_run, pipeline
+from curate.run import dry_run, pipeline, stages
 from house import CLIP, ROOT, curate, fingerprint
 
 TABLES = f"""
@@ -138,6 +138,18 @@ def test_benchmarks_are_asked_where_they_are_named():
         "o/eval",
     ]
     assert "eval" not in pipeline.load("bunny", "o").stages("train")
+
+
+def test_what_a_verb_advises_is_written_as_a_setting():
+    def refused(message, hint):
+        raise UsageError(message, hint)
+        yield
+
+    for hint, told in (("--k 9", "--set cluster.k=9"), ("--caption-pick first", "--set cluster.caption_pick=first")):
+        with pytest.raises(UsageError, match=f"^few rows.  hint: {told}$"):
+            list(stages._hinting("cluster", refused("few rows.", hint)))
+    with pytest.raises(UsageError, match="hint: --k 9 or so$"):
+        list(stages._hinting("cluster", refused("few rows.", "--k 9 or so")))
 
 
 def test_the_listing_names_every_shipped_pipeline():
