@@ -19,7 +19,7 @@ import typer
 
 from pipelines import memory
 from train import config as configuration
-from train.console import describe_memory, describe_model, questions, quiet, say, show, show_answers, show_scores
+from train.console import describe_memory, describe_model, end, questions, quiet, say, show, show_answers, show_scores
 from train.errors import TrainError, UsageError
 
 app = typer.Typer(
@@ -393,7 +393,7 @@ def main(run: Callable[[], None] = app) -> None:
         run()
     except (TrainError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code if isinstance(error, TrainError) else TrainError.exit_code)
+        end(error.exit_code if isinstance(error, TrainError) else TrainError.exit_code)
 
 
 if __name__ == "__main__":

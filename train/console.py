@@ -47,6 +47,22 @@ def quiet() -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     log.setLevel(level)
+    sys.excepthook = _last_words
+
+
+def end(code: int) -> None:
+    """End the process; at once where it still belongs to a group on GPUs, whose other ranks it must not wait for."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _last_words(*raised: Any) -> None:
+    sys.__excepthook__(*raised)
+    end(1)
 
 
 def show_scores(results: dict[str, Any], options: configuration.Eval, as_json: bool) -> None:

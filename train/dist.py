@@ -161,6 +161,15 @@ def _join(device: torch.device) -> tuple[Any, Any]:
     return dist.new_group(backend="gloo", timeout=WAIT), dist.new_group(backend="gloo", timeout=STEP)
 
 
+def leave_unless_failed(failed: type[BaseException] | None, *_: object) -> None:
+    """Leave the groups as a block ends; not where this rank fails on NCCL, whose communicators only end together.
+
+    It would wait there for the others, which wait for it, and what went wrong would never be said.
+    """
+    if failed is None or (dist.is_initialized() and dist.get_backend() != "nccl"):
+        leave_group()
+
+
 def leave_group() -> None:
     """Leave the groups that this process joined, if it did."""
     if dist.is_initialized():

@@ -272,7 +272,7 @@ def reason_against_varlen(query: Tensor, value: Tensor) -> str | None:
         return "no GPU"
     if value.dtype not in HALF:
         return f"{value.dtype} is no half precision"
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
         return f"heads of {query.shape[-1]} and {value.shape[-1]} channels"
     return _varlen_lacks() or None
 

@@ -155,6 +155,16 @@ def latest(folder: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
+def pass_size(folder: Path) -> int:
+    """Return the tokens of a pass at the newest checkpoint; 0 where there is none, or an older one that does not say.
+
+    With dropout a step depends on how it is split, so that a run goes on in passes of the same size.
+    """
+    newest = latest(folder)
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8")) if newest else {}
+    return int(state.get("micro_tokens", 0))
+
+
 def restore_best(folder: Path, trainable: Mapping[str, Tensor]) -> tuple[int, float]:
     """Load the weights of the checkpoint of the lowest loss; return its step and that loss."""
     best = min(_steps(folder), key=lambda path: (_loss(path), path))

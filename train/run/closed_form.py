@@ -49,7 +49,8 @@ def start_from_words(training: Training) -> None:
         raise UsageError(f'start = "words": {len(texts)} samples have one image and a text; expected {FEWEST} or more')
     inner, scale = training.composed.model.model, training.composed.feature_scale
     projector = inner.multi_modal_projector
-    words = inner.language_model.get_input_embeddings().weight
+    table = inner.language_model.get_input_embeddings()
+    words = table(torch.arange(len(table.weight), device=table.weight.device))  # as they are read: Gemma scales them
     map_wd, centre_w, kept = fit(means, *bags(texts, words))
     offset_d = words.float().mean(0) / scale
     place(projector.linear_1, projector.linear_2, map_wd / scale, centre_w, offset_d)

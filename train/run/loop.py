@@ -157,8 +157,11 @@ class Training:
         factor = schedule(step, self.plan.steps, self.stage)
         for parameter_group in optimizer.param_groups:
             parameter_group["lr"] = parameter_group["peak_lr"] * factor
-        with out_of_memory(self.stage):
-            optimizer.step()
+        try:
+            with out_of_memory(self.stage):
+                optimizer.step()
+        except OutOfMemory as error:  # some weights may have moved, and the other ranks have gone on: no second try
+            raise TrainError(str(error)) from None
         optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "loss": loss, "lr": self.stage.lr * factor, "grad_norm": norm}
         row |= {"tokens": int(tokens), "supervised": int(supervised), "padding": 1 - tokens / max(1.0, padded)}
@@ -204,7 +207,8 @@ class Training:
         batch = batch.to(device)
         with self.runtime.autocast():
             losses, objective = sharding.run_gathered(self.composed, self._losses, batch, weights_s)
-        (objective / normaliser).backward()  # type: ignore[no-untyped-call]
+        if objective.requires_grad:  # text alone teaches the projector nothing
+            (objective / normaliser).backward()  # type: ignore[no-untyped-call]
         if self.sample_losses is not None:
             self.sample_losses.note(step, batch.owners_s, losses)
         return (losses if weights_s is None else losses * weights_s).sum().double() / normaliser
@@ -316,6 +320,7 @@ class Training:
         self, step: int, optimizer: torch.optim.Optimizer, losses: dict[str, float], writer: checkpoint.Writer
     ) -> None:
         state = {"skipped": {str(i): r for i, r in sorted(self.skipped.items())}, **losses}
+        state["micro_tokens"] = self.stage.micro_tokens
         writer.wait()
         self.runtime.barrier()  # the first rank may have waited for a slow disk, for longer than NCCL would
         extra = self.sample_losses.gather(self.runtime) if self.sample_losses is not None else {}

@@ -21,6 +21,7 @@ size, with the figures of tests/train/run/test_memory.py, the formula is right w
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ from torch import nn
 
 from train.config import Stage
 from train.model.forward import LOGIT_CHUNK
+from train.model.tower import blocks_of
 
 SHARE, RESERVE = 0.9, 2e9  # of the free memory; bytes for the context, fragments and the tower's pass
 QUANTISED = 0.52  # bytes a weight: 4 bits, and a quantised constant for each 64
@@ -58,6 +60,7 @@ class Memory:
             fixed = _sharded(model, fixed, itemsize, world)
         kept = [_layer(layer, model.config.text_config, stage, itemsize) for layer in layers]
         per_token = itemsize * width * len(kept) + max(kept) if checkpointing else sum(kept)
+        per_token += _tower(model, itemsize) if stage.tune_tower else 0.0
         return cls(fixed + 3 * 4.0 * LOGIT_CHUNK, per_token + 4.0 * width)
 
     def bytes(self, tokens: int) -> float:
@@ -118,12 +121,26 @@ def _layer(layer: nn.Module, config: Any, stage: Stage, itemsize: int) -> float:
     return float(kept)
 
 
+def _tower(model: Any, itemsize: int) -> float:
+    """Return what a pass keeps of a tower that learns, for each position of an image; nothing recomputes it."""
+    tower = model.model.vision_tower
+    if not len(blocks_of(tower)):  # a network of timm: unlike in form, and left to `RESERVE` and to halving
+        return 0.0
+    one = getattr(tower.config, "tower_config", tower.config)
+    width, inner = one.hidden_size, getattr(one, "intermediate_size", 4 * one.hidden_size)
+    places = (one.image_size // one.patch_size) ** 2 * getattr(tower.config, "num_tiles", 1)
+    kept = len(blocks_of(tower)) * places * (12 * width + itemsize * (6 * width + 2 * inner))
+    return float(kept / model.config.image_seq_length)
+
+
 def size_pass(
     model: Any, stage: Stage, device: torch.device, dtype: torch.dtype, *, checkpointing: bool, world: int = 1
 ) -> int:
     """Return the `micro_tokens` of a run: on a GPU the default is lowered to what its free memory holds."""
     if device.type != "cuda" or stage.micro_tokens != Stage.micro_tokens:
         return stage.micro_tokens
+    gc.collect()  # an earlier run of this process: compiled layers are cycles
+    torch.cuda.empty_cache()  # what it has let go of is torch's still, and not free
     free = float(torch.cuda.mem_get_info(device)[0])
     memory = Memory.of(model, stage, dtype.itemsize, checkpointing=checkpointing, world=world)
     return min(stage.micro_tokens, memory.tokens(free))

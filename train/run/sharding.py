@@ -16,6 +16,7 @@ every weight that learns gets a gradient. A rank without samples runs `placehold
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -86,7 +87,9 @@ def shard(composed: Composed, stage: Stage, runtime: Runtime) -> dict[str, nn.Pa
     for layer in model.model.language_model.layers:
         fully_shard(layer, **options)
     uncut = set() if stage.tune_tower else set(model.model.vision_tower.parameters())
-    fully_shard(model, ignored_params=uncut, **options)
+    # What is given to `run_gathered` stays as it is: weights of tokens would lose all but 8 bits.
+    policy = dataclasses.replace(policy, cast_forward_inputs=False)
+    fully_shard(model, ignored_params=uncut, **{**options, "mp_policy": policy})
     _hand_out(model, full, runtime)
     model.run_gathered = types.MethodType(lambda _model, function, *given: function(*given), model)
     register_fsdp_forward_method(model, "run_gathered")

@@ -22,7 +22,7 @@ from train.data.prompts import OWN, Encoder, Rejected, Template, get_template, p
 from train.data.record_source import RecordSource
 from train.data.sources import Measured, Source, check_bad, losses, open_source
 from train.data.workers import choose_workers, resolve
-from train.dist import Runtime, leave_group
+from train.dist import Runtime, leave_unless_failed
 from train.errors import DataError, UsageError
 from train.folder import (
     MANIFEST,
@@ -76,7 +76,7 @@ def run_stage(
     stage: Stage = getattr(config, stage_name)
     runtime = Runtime.detect(stage.precision, choose_workers(stage.workers, gpu=torch.cuda.is_available()))
     with ExitStack() as stack:
-        stack.callback(leave_group)
+        stack.push(leave_unless_failed)
         source = open_source(data, images, digest=runtime.rank == 0, runtime=runtime)
         if not config.model.template:  # the manifest says which it was
             name = template_name(config.model, load_tokenizer(config.model))
@@ -225,7 +225,7 @@ def _assemble(
     if stage.packing and config.model.attention == attention.NAME:
         log.info("%s", attention.describe(runtime.device, runtime.dtype))
     trainable = prepare(composed, stage)
-    stage = dataclasses.replace(stage, micro_tokens=_size_pass(composed, config.model, stage, runtime))
+    stage = dataclasses.replace(stage, micro_tokens=_size_pass(composed, config.model, stage, runtime, out))
     plan = Plan(measured, stage)
     stage = resolve(stage, plan, composed.vision.image_bytes, runtime.world, gpu=runtime.device.type == "cuda")
     skip_unlabelled(composed.model.model.language_model)
@@ -279,8 +279,11 @@ def _keep_best(training: Training) -> dict[str, Any]:
     return {"best_step": step, "val_loss": loss}
 
 
-def _size_pass(composed: Composed, model: Model, stage: Stage, runtime: Runtime) -> int:
+def _size_pass(composed: Composed, model: Model, stage: Stage, runtime: Runtime, out: Path) -> int:
     """Choose the tokens of a pass, the fewest that any rank can take, and say so where the default does not fit."""
+    if stage.micro_tokens == Stage.micro_tokens:
+        if size := int(runtime.first(lambda: checkpoint.pass_size(out / "checkpoints"))):
+            return size
     how: dict[str, Any] = {"checkpointing": model.gradient_checkpointing, "world": runtime.world}
     size = size_pass(composed.model, stage, runtime.device, runtime.dtype, **how)
     size = int(min(runtime.gather(size)))

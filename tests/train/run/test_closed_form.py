@@ -1,15 +1,18 @@
 """The projector in closed form: ridge regression by the book, two layers that hold it exactly, a run that starts so."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 from train import config as configuration
 from train.errors import UsageError
+from train.run import closed_form
 from train.run.closed_form import SHARES, bags, fit, place
 from train.run.loop import Training
 from train.run.stage import run_stage
@@ -98,3 +101,21 @@ def test_where_it_does_not_fit_it_says_so(world, tmp_path):
     options = configuration.load(str(world / "config.toml"), ["finetune.start=words"])
     with pytest.raises(UsageError, match="the projector starts from one alone"):
         run_stage("finetune", options, str(world / "mixed"), tmp_path / "out", align=tmp_path / "align")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gemma3_text"])
+def test_features_start_as_large_as_words_are_read(kind, monkeypatch):
+    """Gemma's table multiplies by the square root of the width as it is read, and image features are not."""
+    sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+    lm = AutoModel.from_config(AutoConfig.for_model(kind, num_attention_heads=2, num_key_value_heads=1, **sizes))
+    projector = SimpleNamespace(linear_1=nn.Linear(16, 128), linear_2=nn.Linear(128, 64))
+    inner = SimpleNamespace(language_model=lm, multi_modal_projector=projector)
+    means, texts = torch.randn(60, 16), [torch.randint(3, 200, (6,)).tolist() for _ in range(60)]
+    monkeypatch.setattr(closed_form, "_collect", lambda _: (means, texts))
+    composed = SimpleNamespace(model=SimpleNamespace(model=inner), feature_scale=1.0)
+    closed_form.start_from_words(SimpleNamespace(composed=composed))
+    with torch.no_grad():
+        read = lm.get_input_embeddings()(torch.arange(200))
+        shown = projector.linear_2(nn.functional.gelu(projector.linear_1(means)))
+    norms = [float((x - read.mean(0)).norm(dim=1).mean()) for x in (shown, read)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.1)

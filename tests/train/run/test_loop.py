@@ -181,6 +181,11 @@ def test_a_sharded_model_goes_on_with_a_whole_one_and_back(world, tmp_path):
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
+def test_passes_of_text_alone_teach_the_projector_nothing(world, tmp_path):
+    run(world, tmp_path / "run", "align.steps=5", "align.micro_tokens=8", stage="align", data="mixed")
+    assert len(losses(tmp_path / "run")) == 5
+
+
 LONG = ("finetune.steps=50", "finetune.save_every=7")
 
 

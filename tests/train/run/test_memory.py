@@ -1,5 +1,6 @@
 """The size of a pass: the formula against full-size simulations, and what a step does that runs out of memory."""
 
+import shutil
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import on_two_ranks
-from test_loop import losses, run
+from test_loop import losses, run, unfinish
 
 from curate.run import pipeline
 from train import config as configuration
@@ -146,3 +147,58 @@ def test_a_quantised_and_a_sharded_model_hold_what_the_formula_says():
     logits = 3 * 4 * LOGIT_CHUNK
     assert one.fixed == pytest.approx(20 * (everything - seen) + 2 * seen + logits)
     assert eight.fixed == pytest.approx(20 * (everything - seen) / 8 + 2 * seen + 6 * root + 8 * layer + logits)
+
+
+def test_what_an_earlier_run_let_go_of_counts_as_free(monkeypatch):
+    model, _ = blueprint(configuration.load(str(pipeline.find("bunny"))).model)
+    prepare(SimpleNamespace(model=model), stage := Stage(tune="lora"))
+    free = [10e9]  # 68 GB lie in torch's cache
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(79e9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[-1], 80e9))
+    assert size_pass(model, stage, torch.device("cuda"), torch.bfloat16, checkpointing=False) > 12_000
+
+
+def test_a_tower_that_learns_takes_memory_for_each_image():
+    """SigLIP-SO400M keeps 33 MB a layer and image (saved tensors, counted); S2 sees 14 tiles."""
+    for name, tiles in (("bunny_v1_0_4b_second", 1), ("bunny_v1_1_4b_second", 14)):
+        config = configuration.load(str(pipeline.find(name)))
+        model, vision = blueprint(config.model)
+        prepare(SimpleNamespace(model=model), config.finetune)
+        one, frozen = (
+            Memory.of(model, replace(config.finetune, tune_tower=learns), 2, checkpointing=False).per_token
+            for learns in (True, False)
+        )
+        assert (one - frozen) * vision.tokens_per_image == pytest.approx(tiles * 26 * 33e6, rel=0.12)
+
+
+def test_out_of_memory_in_the_optimiser_is_not_tried_again(world, tmp_path, monkeypatch):
+    """Some weights may have moved, and the other rank has gone on."""
+    step = torch.optim.AdamW.step
+
+    def work(rank):
+        seen = []
+
+        def limited(self, *args, **options):
+            seen.append(1)
+            if rank == 1 and len(seen) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return step(self, *args, **options)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", limited)
+        run(world, tmp_path / "run")
+
+    on_two_ranks(work, codes=(1, 1))
+
+
+def test_a_run_goes_on_in_passes_of_the_size_that_it_began_with(world, tmp_path, monkeypatch):
+    """With dropout a step depends on how it is split; the memory that is free is not the same every day."""
+    monkeypatch.setattr("train.run.stage.size_pass", lambda *_, **__: 120)
+    settings = ("finetune.lora_dropout=0.3", "finetune.save_every=2")
+    run(world, tmp_path / "whole", *settings)
+    unfinish(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+    monkeypatch.setattr("train.run.stage.size_pass", lambda *_, **__: 64)
+    run(world, tmp_path / "run", *settings)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    run(world, tmp_path / "other", *settings)
+    assert losses(tmp_path / "other") != losses(tmp_path / "whole")

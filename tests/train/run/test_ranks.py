@@ -3,16 +3,20 @@
 import json
 import os
 import shutil
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_two_ranks
 from test_loop import losses, run, unfinish
 from toys import write_captions
 
 from train.__main__ import app
 from train.dist import Runtime
+from train.errors import TrainError
 from train.run import checkpoint
+from train.run.loop import Training
 
 
 def call(*words):
@@ -240,3 +244,45 @@ def test_a_model_that_came_from_another_process_gives_its_hidden_states(world, m
     tower, size = composed.model.model.vision_tower, composed.vision.image_size
     assert next(tower.parameters()).is_meta
     assert features(tower, torch.empty(1, 3, size, size, device="meta"), 1, "full").shape[0] == 1
+
+
+def test_a_rank_that_fails_alone_says_so_and_ends(world, tmp_path, monkeypatch, capfd):
+    """NCCL's communicators end together: to destroy one is to wait for ranks that wait for this one."""
+    step = Training._step
+
+    def work(rank):
+        def fails(self, number, *rest):
+            if number == 2 and rank == 1:
+                raise TrainError("the disk is full")
+            return step(self, number, *rest)
+
+        monkeypatch.setattr(Training, "_step", fails)
+        monkeypatch.setattr(dist, "get_backend", lambda *_: "nccl")
+        monkeypatch.setattr(dist, "destroy_process_group", lambda *_: time.sleep(90))
+        run(world, tmp_path / "run")
+
+    began = time.monotonic()
+    on_two_ranks(work, codes=(1, 1))
+    assert time.monotonic() - began < 80
+    assert "error: the disk is full" in capfd.readouterr().err
+
+
+def test_a_sharded_pass_is_given_its_tokens_weights_as_they_are(world, tmp_path, monkeypatch):
+    """FSDP casts what a module is given to the run's precision, which would leave weights eight bits."""
+    seen, inner = [], Training._losses
+
+    def noted(self, batch, weights_s):
+        seen.append(str(weights_s.dtype))
+        return inner(self, batch, weights_s)
+
+    def work(rank):
+        monkeypatch.setattr(Training, "_losses", noted)
+        run(
+            world,
+            tmp_path / "run",
+            *(f"finetune.{key}" for key in ("shard=true", "loss_norm=microbatch", "precision=bf16", "steps=1")),
+        )
+        (tmp_path / f"seen-{rank}").write_text(" ".join(set(seen)))
+
+    on_two_ranks(work)
+    assert [(tmp_path / f"seen-{rank}").read_text() for rank in range(2)] == ["torch.float32"] * 2
