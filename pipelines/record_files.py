@@ -69,7 +69,10 @@ def read_items(file: IO[bytes], where: str, chunk_bytes: int | None = None) -> I
     Raises: Broken when a list, or a table of records, breaks off or holds what is not JSON.
     """
     file.seek(0)
-    codec, mark = encoding_of(file.read(64))
+    head = file.read(64)
+    if head.startswith(b"\x1f\x8b"):
+        raise Broken(f"{where} is packed by gzip: unpack it first (gunzip)")
+    codec, mark = encoding_of(head)
     text = _Text(file, where, codec, mark, chunk_bytes or CHUNK_BYTES)
     opened = text.peek()
     if opened == "[" and (not where.endswith(".jsonl") or _begins_whole(text)):

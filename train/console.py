@@ -85,7 +85,7 @@ def show_answers(summary: dict[str, Any], out: Path, num: int, as_json: bool) ->
     if as_json:
         show(summary, True)
         return
-    lines = out.read_text(encoding="utf-8").splitlines()
+    lines = out.read_bytes().splitlines()  # of a text, U+2028 and its like end lines too
     shown = min(num, len(lines))
     for line in (lines[(2 * i + 1) * len(lines) // (2 * shown)] for i in range(shown)):  # spread over the questions
         row = json.loads(line)
@@ -93,6 +93,8 @@ def show_answers(summary: dict[str, Any], out: Path, num: int, as_json: bool) ->
         say(f"{mark} {row['key']}  {asked[:60]!r}\n    answer  {row['answer']}\n    truth   {row['truth']}")
     for task, score in {"all": summary, **summary["tasks"]}.items():
         say(f"{task:<12} {score['questions']:>6} questions   accuracy {score['accuracy']:.3f}")
+    for told in summary.get("left_out", ()):
+        say(f"left out: {told}")
     if "ranked" in summary:
         own, gain, picture = (summary[f"{kind}ranked_first"] for kind in ("", "gain_", "picture_"))
         told = f"own text first: {own:.3f}, by what the image adds {gain:.3f}; own image first: {picture:.3f}"

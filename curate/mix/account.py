@@ -168,7 +168,7 @@ def describe(
         asked = sources[name].count
         if asked is not None and asked > entry["usable"]:
             entry["short_of_count"] = asked - entry["usable"]
-        told = ("folders", "faults", "ruled_out", "listed", "notes", "duplicate_ids", "listed_ids", "reshaped")
+        told = ("cut", "folders", "faults", "ruled_out", "listed", "notes", "duplicate_ids", "listed_ids", "reshaped")
         described[name] = entry | {key: fact[key] for key in told if fact.get(key)}
     whole = measure(_join(drawn))
     counts = {"rows": whole.pop("samples"), **whole}
@@ -202,6 +202,13 @@ def losses(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 example = f" (the first: {_shown(first[why])})" if why in first else ""
                 advice = next((f"; {told}" for part, told in ADVICE.items() if part in why), "")
                 lines.append(f"{name}: {count:,} of {fact['read']:,} records {kind}: {why}{example}{advice}")
+        if cut := fact.get("cut"):
+            lines.append(
+                f"{name}: max_tokens took {cut['rounds']:,} rounds out of {cut['records']:,} records that stay"
+                '; overflow = "split" makes records of what fits by itself'
+            )
+        if short := fact.get("short_of_count"):
+            lines.append(f"{name}: count asks for {short:,} more records than the {fact['usable']:,} usable ones")
         if fact.get("duplicate_ids"):
             example = _shown(fact["listed_ids"][0]) if fact.get("listed_ids") else ""
             lines.append(

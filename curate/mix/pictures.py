@@ -14,6 +14,7 @@ from curate.storage import paths
 from curate.storage.tar import (
     GZIP_MAGIC,
     IMAGE_SUFFIXES,
+    TAR_SUFFIXES,
     Shard,
     TarWriter,
     is_safe,
@@ -56,7 +57,7 @@ def read_picture(picture: Picture) -> bytes:
 
 def is_tars(root: str) -> bool:
     """Say whether images lie in tars, rather than as files under a folder."""
-    return not paths.is_dir(root) or any(name.endswith(".tar") for name in paths.listdir(root))
+    return not paths.is_dir(root) or any(name.lower().endswith(TAR_SUFFIXES) for name in paths.listdir(root))
 
 
 def plain_tar(shard: Shard, scratch: str) -> str:

@@ -70,7 +70,8 @@ class ReadSource:
         location, faults, ruled_out = paths.join(self.place, f"{name}.arrow"), Faults(), Faults()
         found = _CountedRecords(entries(name, self.sources[name], faults, paths.join(self.place, name)))
         reshaped: dict[str, int] = {}
-        shaped = self._shape(found, self.sources[name], ruled_out, reshaped)
+        cut: dict[str, int] = {}
+        shaped = self._shape(found, self.sources[name], ruled_out, reshaped, cut)
 
         def batches() -> Iterator[pa.RecordBatch]:
             usable = 0
@@ -82,6 +83,7 @@ class ReadSource:
             manifest.reconcile(name, read + sum(reshaped.values()), {"usable": usable, **faults.counts, **rules_took})
             facts = {"read": read, "faults": faults.counts, "ruled_out": rules_took, "reshaped": reshaped}
             facts |= {"listed": faults.listed + ruled_out.listed, "notes": faults.notes, "folders": faults.folders}
+            facts |= {"cut": cut} if cut else {}
             facts |= {"duplicate_ids": found.repeated, "listed_ids": found.listed}
             manifest.save_json(
                 facts_location(self.place, name), facts
@@ -90,9 +92,17 @@ class ReadSource:
         return {"rows": sidecar.write_table(location, SCRATCH_SCHEMA, batches())}
 
     def _shape(
-        self, found: Iterable[Entry], source: SourceOptions, ruled_out: Faults, reshaped: dict[str, int]
+        self,
+        found: Iterable[Entry],
+        source: SourceOptions,
+        ruled_out: Faults,
+        reshaped: dict[str, int],
+        cut: dict[str, int],
     ) -> Iterator[Entry]:
-        """Apply the source's rules. reshaped: filled with how many records each rule added (or took away)."""
+        """Apply the source's rules. reshaped: filled with how many records each rule added (or took away).
+
+        cut: filled with the records that max_tokens shortened, and the rounds that they lost.
+        """
 
         def fit(record: dict[str, Any]) -> list[dict[str, Any]]:
             most = source.max_tokens or 1
@@ -109,6 +119,10 @@ class ReadSource:
                 if source.max_tokens is not None:
                     fitted = _reshaped(part, fit)
                     reshaped["max_tokens"] = reshaped.get("max_tokens", 0) + max(0, len(fitted) - 1)
+                    gone = _rounds([part]) - _rounds(fitted)
+                    if fitted and gone:
+                        cut["records"] = cut.get("records", 0) + 1
+                        cut["rounds"] = cut.get("rounds", 0) + gone
                 if not fitted:
                     ruled_out.note("over max_tokens", part.record.get("id"))
                 yield from fitted
@@ -243,6 +257,10 @@ def _reshaped(entry: Entry, rule: Callable[[dict[str, Any]], list[dict[str, Any]
             record["image"] = names[numbers[0]] if len(numbers) == 1 else [names[number] for number in numbers]
         parts.append(Entry(record, tuple(entry.pictures[number] for number in numbers)))
     return parts
+
+
+def _rounds(parts: Iterable[Entry]) -> int:
+    return sum(len(reshape.rounds(part.record["conversations"])) for part in parts)
 
 
 def facts_location(place: str, name: str) -> str:

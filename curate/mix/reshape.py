@@ -33,11 +33,8 @@ def merge_by_image(records: Iterable[tuple[Record, Any]]) -> Iterator[tuple[Reco
 
 
 def _without_mark(turn: Mapping[str, Any]) -> dict[str, Any]:
-    return (
-        {**turn, "value": turn["value"].replace(IMAGE_MARK, "").strip("\n")}
-        if IMAGE_MARK in turn["value"]
-        else dict(turn)
-    )
+    shows = turn["from"] in HUMAN and IMAGE_MARK in turn["value"]  # in an answer the mark is text
+    return {**turn, "value": turn["value"].replace(IMAGE_MARK, "").strip("\n")} if shows else dict(turn)
 
 
 def invalid(record: Record, images: int) -> str:
@@ -52,7 +49,7 @@ def invalid(record: Record, images: int) -> str:
         return "turns do not alternate"
     if any(not turn["value"].replace(IMAGE_MARK, "").strip() for turn in body):
         return "an empty turn"
-    marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns)
+    marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns if turn["from"] in HUMAN)
     if marks != images:
         return f"{marks} image marks for {int(images)} images"
     return ""

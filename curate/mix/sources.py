@@ -17,6 +17,7 @@ from curate.storage import manifest, paths, records
 from curate.storage.tar import (
     CAPTION_SUFFIX,
     JSON_SUFFIX,
+    TAR_SUFFIXES,
     Sample,
     read_index,
     read_json,
@@ -28,6 +29,7 @@ from pipelines.records import MISSING, Reading, read
 from pipelines.samples import from_sample
 
 MAX_LISTED = 100
+KINDS = ((".json", "json"), (".jsonl", "json"), (".parquet", "parquet"))
 TEXT, ELSEWHERE = "text", "elsewhere"  # beside the folders of `expect`
 
 
@@ -136,8 +138,8 @@ def kind_of(source: SourceOptions) -> str:
     """Tell how a source is to be read. Raises: UsageError when it is not there."""
     if source.kind != "auto":
         return source.kind
-    for suffix, kind in ((".json", "json"), (".jsonl", "json"), (".parquet", "parquet"), (".tar", "shards")):
-        if source.path.endswith(suffix):
+    for suffix, kind in (*KINDS, *dict.fromkeys(TAR_SUFFIXES, "shards").items()):
+        if source.path.lower().endswith(suffix):
             return kind
     if not any(mark in source.path for mark in "*?[{") and not paths.exists(source.path):
         raise UsageError(f"the mix source {source.path} does not exist.")
@@ -146,7 +148,10 @@ def kind_of(source: SourceOptions) -> str:
         if made.command == "select":
             return "selection"
         return "json" if made.manifest["options"].get("format") in ("llava", "messages") else "shards"
-    return "shards" if any(name.endswith(".tar") for name in paths.listdir(source.path)) else "json"
+    inside = [name.lower() for name in paths.listdir(source.path)] if paths.is_dir(source.path) else []
+    if any(name.endswith(TAR_SUFFIXES) for name in inside):
+        return "shards"
+    return "parquet" if any(name.endswith(".parquet") for name in inside) else "json"
 
 
 def files_of(source: SourceOptions, kind: str) -> list[str]:

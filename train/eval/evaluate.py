@@ -30,11 +30,11 @@ from typing import Any
 from pipelines import memory
 from train.config import Eval
 from train.data.prompts import Rejected, Turn, parse
-from train.data.sources import Source, decode_image, open_source
+from train.data.sources import Source, decode_image, losses, open_source
 from train.dist import Runtime
 from train.errors import UsageError
 from train.eval.generate import Speaker, load_speaker
-from train.eval.ranking import pairs_of, rank, summary
+from train.eval.ranking import check_candidates, pairs_of, rank, summary
 from train.folder import FORMAT, digest_data, digest_weights, read_json, whole_file, write_json
 
 DEFAULTS = Eval()
@@ -93,8 +93,12 @@ def evaluate(
     if out.is_dir() or (out.exists() and not record.is_file() and not overwrite):
         raise UsageError(f"--out {out} is there already, and no answers of eval's; give another, or --overwrite")
     questions, skipped = collect(source, limit)
+    left_out = losses(source, skipped)
     if not questions:
-        raise UsageError(f"--data {data}: no question with an answer in it")
+        told = f": {'; '.join(left_out)}" if left_out else ""
+        raise UsageError(f"--data {data}: no question with an answer can be used{told}")
+    if options.candidates:
+        check_candidates(options.candidates, len({q.pictures[0] for q in questions if len(q.images) == 1}))
     runtime = Runtime.for_inference()  # under torchrun each rank answers its share of the batches
     out.parent.mkdir(parents=True, exist_ok=True)
     speaker = load_speaker(folder, runtime.device)
@@ -107,7 +111,7 @@ def evaluate(
     everyone = runtime.gather(own)
     answered = (row for n in range(len(parts)) for row in everyone[n % runtime.world][n // runtime.world])
     rows = [row for _, row in sorted(zip(itertools.chain(*parts), answered, strict=True), key=lambda pair: pair[0])]
-    result = {**summarise(rows), "skipped": skipped}
+    result = {**summarise(rows), "skipped": len(skipped), "left_out": left_out}
     if runtime.rank > 0:
         return {**result, "answers": str(out)}
     if options.candidates:
@@ -123,10 +127,10 @@ def evaluate(
     return {**result, "answers": str(out)}
 
 
-def collect(source: Source, limit: int = 0) -> tuple[list[Question], int]:
-    """Gather the questions of a source in order, and count the samples that cannot be used."""
+def collect(source: Source, limit: int = 0) -> tuple[list[Question], dict[int, str]]:
+    """Gather the questions of a source in order, and say of each sample that cannot be used why."""
     questions: list[Question] = []
-    skipped = 0
+    skipped: dict[int, str] = {}
     for index in range(len(source)):
         if limit and len(questions) >= limit:
             break
@@ -136,8 +140,8 @@ def collect(source: Source, limit: int = 0) -> tuple[list[Question], int]:
             contents = [source.image_bytes(location) for location in record.images]
             for content in contents:
                 decode_image(content)
-        except Rejected:
-            skipped += 1
+        except Rejected as reason:
+            skipped[index] = str(reason)
             continue
         pictures = tuple(hashlib.blake2b(content, digest_size=8).hexdigest() for content in contents)
         task, concept = str(record.fields.get("task") or ""), str(record.fields.get("concept") or "").lower()

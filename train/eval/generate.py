@@ -51,15 +51,20 @@ class Speaker:
         inputs = self._encode([self._write(c, open_ended=False) for c in answered], images)
         ids = inputs["input_ids"]
         sizes = [int(n) for n in inputs["attention_mask"].sum(1) - asked]  # padded on the left: answers end together
+        # ChatML and its like write a newline behind the end, which no label asks for.
+        end = self.processor.tokenizer.eos_token_id
+        found = [(row[-size:] == end).nonzero() for row, size in zip(ids, sizes, strict=True)]
+        stops = [int(at[-1]) + 1 if len(at) else size for at, size in zip(found, sizes, strict=True)]
+        spans = list(zip(sizes, stops, strict=True))
         with torch.inference_mode():
             hidden_btd = self.model.model(**inputs, use_cache=False).last_hidden_state
-            before = torch.cat([own[-size - 1 : -1] for own, size in zip(hidden_btd, sizes, strict=True)])
-            right = torch.cat([row[-size:] for row, size in zip(ids, sizes, strict=True)])
+            before = torch.cat([own[-n - 1 : -1][:stop] for own, (n, stop) in zip(hidden_btd, spans, strict=True)])
+            right = torch.cat([row[-n:][:stop] for row, (n, stop) in zip(ids, spans, strict=True)])
             losses = [
                 torch.nn.functional.cross_entropy(self.model.lm_head(part).float(), truth, reduction="none").double()
                 for part, truth in zip(torch.split(before, LOGITS), torch.split(right, LOGITS), strict=True)
             ]
-        return [(float(own.sum()), len(own)) for own in torch.split(torch.cat(losses), sizes)]
+        return [(float(own.sum()), len(own)) for own in torch.split(torch.cat(losses), stops)]
 
     def _write(self, turns: Sequence[Turn], *, open_ended: bool) -> str:
         """Write a conversation in the model's template, to where the next answer begins if it is open-ended.

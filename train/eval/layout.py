@@ -33,7 +33,7 @@ class Layout:
     def lines(self, *names: str) -> list[dict[str, Any]]:
         """Read the first of these JSON-lines files."""
         path = self.find(*names)
-        return [parse_json(path, line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [parse_json(path, line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
     def json(self, *names: str) -> Any:
         """Read the first of these JSON files."""

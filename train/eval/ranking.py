@@ -46,10 +46,7 @@ def rank(speaker: Speaker, pairs: Sequence[tuple[Any, str]], candidates: int) ->
     Returns for each pair its `rank` by likelihood, 1 being best, its `gain_rank` by what the image adds, the
     `picture_rank` of its image among its text's, and its `information` in nats.  Raises: UsageError.
     """
-    if not 2 <= candidates <= len(pairs):
-        raise UsageError(
-            f"eval.candidates = {candidates}: expected 2 to {len(pairs)}, the held-out pictures that have a text"
-        )
+    check_candidates(candidates, len(pairs))
     found: list[dict[str, float]] = [{} for _ in pairs]
     for group, counted in deal(len(pairs), candidates):
         texts = [pairs[i][1] for i in group]
@@ -59,6 +56,14 @@ def rank(speaker: Speaker, pairs: Sequence[tuple[Any, str]], candidates: int) ->
         for i, ranks, own in zip(group[:counted], places(means, lengths).tolist(), nats.tolist(), strict=False):
             found[i] = {**dict(zip(RANKS, ranks, strict=True)), "information": own}
     return found
+
+
+def check_candidates(candidates: int, pictures: int) -> None:
+    """Refuse more candidates than there are pictures.  Raises: UsageError."""
+    if not 2 <= candidates <= pictures:
+        raise UsageError(
+            f"eval.candidates = {candidates}: expected 2 to {pictures}, the held-out pictures that have a text"
+        )
 
 
 def summary(ranks: Sequence[Mapping[str, float]]) -> dict[str, Any]:

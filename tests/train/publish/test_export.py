@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 from toys import assert_serves_the_ids_of_training, conversation, picture, sample, write_captions, write_mixed
 
 from train import config as configuration
+from train.config import Eval
+from train.console import show_answers
 from train.data.prompts import Turn, pieces, to_messages
 from train.data.sources import decode_image, open_source
 from train.errors import TrainError, UsageError
 from train.eval import generate
 from train.eval.evaluate import Question, batches, collect, concept_of, evaluate, normalise
 from train.eval.generate import chat, load_speaker
+from train.eval.layout import Layout
 from train.model.compose import compose
 from train.model.forward import hidden_states, tower_features
 from train.model.learn import prepare
@@ -356,7 +359,34 @@ def test_every_answer_turn_is_a_question(tmp_path):
         ("v0", "big", 3),
         ("t4", "tuesday", 1),
     ]
-    assert skipped == 1 and len(collect(open_source(str(tmp_path / "d.json")), limit=1)[0]) == 1
+    assert len(skipped) == 1 and len(collect(open_source(str(tmp_path / "d.json")), limit=1)[0]) == 1
+
+
+def test_records_that_cannot_be_asked_are_told_with_their_reasons(model, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "000000.jpg").write_bytes(picture("red", True, 0))
+    (tmp_path / "d.json").write_text(json.dumps([conversation(0), conversation(1), conversation(4)]))
+    told = evaluate(model, str(tmp_path / "d.json"), tmp_path / "a.jsonl")
+    assert told["skipped"] == 1 and told["left_out"] == ["1 × missing_image (e.g. d.json/v1)"]
+    show_answers(told, tmp_path / "a.jsonl", 1, False)
+    assert "left out: 1 × missing_image" in capsys.readouterr().out
+    (tmp_path / "d.json").write_text(json.dumps([conversation(1)]))
+    with pytest.raises(UsageError, match="can be used: 1 × missing_image"):
+        evaluate(model, str(tmp_path / "d.json"), tmp_path / "b.jsonl")
+
+
+def test_a_line_separator_in_an_answer_ends_no_line(tmp_path, capsys):
+    row = {"key": "a", "question": "one\u2028two", "answer": "yes\x85", "truth": "yes", "right": False}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    show_answers({"questions": 1, "accuracy": 0.0, "tasks": {}}, tmp_path / "a.jsonl", 8, False)
+    assert "yes" in capsys.readouterr().out
+    (tmp_path / "x.jsonl").write_text('{"text": "one\u2028two"}\n{"text": "b"}\n')
+    assert [each["text"] for each in Layout(tmp_path, "gqa").lines("x.jsonl")] == ["one\u2028two", "b"]
+
+
+def test_too_many_candidates_are_refused_before_anything_is_answered(world, tmp_path):
+    with pytest.raises(UsageError, match="expected 2 to"):
+        evaluate(world / "lm", str(world / "llava" / "data.json"), tmp_path / "a.jsonl", options=Eval(candidates=999))
 
 
 def test_merge_is_the_weighted_average(model, tmp_path):

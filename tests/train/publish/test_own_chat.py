@@ -15,7 +15,7 @@ from train.publish.export import export
 from train.run.stage import make_encoder, run_stage
 
 TEMPLATE = """\
-{%- for m in messages %}{{ m.role + ' : ' + m.content + ('<eos>' if m.role == 'assistant' else ' ') }}{% endfor %}
+{%- for m in messages %}{{ m.role + ' : ' + m.content + ('<eos>\\n' if m.role == 'assistant' else ' ') }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"""
 
 
@@ -59,7 +59,7 @@ def test_the_export_answers_and_its_truths_have_losses(made, world):
     images = [decode_image(source.image_bytes(location)) for location in record.images]
     assert len(speaker.answers([turns[:1]], [images], 4)) == 1
     [(loss, tokens)] = speaker.truth_losses([turns[:1]], [images], [turns[1].text])
-    assert tokens == 2 and loss > 0, "the answer's one word and the token that ends it"
+    assert tokens == 2 and loss > 0, "the answer's one word and the token that ends it, not the newline behind it"
 
 
 def test_without_a_template_of_its_own_it_is_vicunas_or_refused(world):
