@@ -119,7 +119,8 @@ class ImageFinder:
             if suffix not in IMAGE_SUFFIXES:
                 return None, "unsafe or foreign image name"
             picture = self.members.get(image.removeprefix("./"))
-            return (picture, "") if picture is not None else (None, "missing image")
+            if picture is not None or not paths.is_dir(self.root):
+                return (picture, "") if picture is not None else (None, "missing image")
         location = paths.join(self.root, image)
         try:
             if suffix not in IMAGE_SUFFIXES and paths.exists(location) and not paths.is_dir(location):

@@ -167,6 +167,22 @@ def files_of(source: SourceOptions, kind: str) -> list[str]:
     return found
 
 
+def _passed_over(source: SourceOptions, kind: str) -> list[str]:
+    """Note the records of the other kind that lie in a source's folder; beside shards they tell of the shards."""
+    if kind not in ("json", "parquet") or not paths.is_dir(source.path):
+        return []
+    if paths.exists(paths.join(source.path, manifest.MANIFEST)):
+        return []
+    other = "parquet" if kind == "json" else "json"
+    beside = [name for name in paths.listdir(source.path) if name.endswith(_suffixes(other))]
+    told = (
+        f"{len(beside)} files of {other} beside those of {kind} are not read (e.g. {beside[0]}); name them by a pattern"
+        if beside
+        else ""
+    )
+    return [told] if told else []
+
+
 def _suffixes(kind: str) -> tuple[str, ...]:
     return (".json", ".jsonl") if kind == "json" else (".parquet",)
 
@@ -177,6 +193,7 @@ def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> I
     scratch: path prefix for a temporary tar of the pictures that lie inside a table (parquet).
     """
     kind = kind_of(source)
+    faults.notes += _passed_over(source, kind)
     if kind == "shards":
         found = _from_shards(source, faults, scratch)
     elif kind == "selection":

@@ -4,6 +4,8 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from artefacts import picture, write_embeddings, write_pool, write_selection
 from hypothesis import given, settings
@@ -15,8 +17,8 @@ from curate.embed.embed import EmbedOptions, embed
 from curate.emit.emit import emit
 from curate.emit.options import EmitOptions
 from curate.engine import Job
-from curate.errors import UsageError
-from curate.mix import sampling
+from curate.errors import CurateError, UsageError
+from curate.mix import account, reshape, sampling
 from curate.mix.mix import mix
 from curate.select.select import SelectOptions, select
 from curate.storage.tar import TarWriter
@@ -358,3 +360,61 @@ def test_shards_and_image_tars_packed_by_gzip_are_read_and_other_archives_said(t
     source = {"path": write(tmp_path / "a.json", asked), "images": str(tmp_path / "tars")}
     mix({"sources": {"a": source}}, str(tmp_path / "named"), QUIET)
     assert {image for _, image in mixed(tmp_path / "named")} == {image for _, image in mixed(tmp_path / "plain")}
+
+
+def test_what_max_tokens_and_count_leave_out_is_said(tmp_path):
+    asked = [{"id": n, "conversations": turns(*["five words of a question", "and an answer"] * 5)} for n in range(10)]
+    source = {"path": write(tmp_path / "a.json", asked), "max_tokens": 12, "count": 12}
+    made = mix({"sources": {"s": source}}, str(tmp_path / "out"), QUIET)
+    assert made["sources"]["s"]["cut"] == {"records": 10, "rounds": 40} and made["counts"]["rows"] == 10
+    told = " ".join(account.losses(made["sources"]))
+    assert "max_tokens took 40 rounds out of 10 records that stay" in told and "count asks for 2 more records" in told
+
+
+def test_a_mark_in_an_answer_is_text(tmp_path):
+    asked = [{"id": n, "image": "x.jpg", "conversations": turns("q", "an <image> tag", image=True)} for n in range(2)]
+    (tmp_path / "x.jpg").write_bytes(picture(1))
+    assert reshape.invalid(asked[0], 1) == ""
+    source = {"path": write(tmp_path / "a.json", asked), "images": str(tmp_path), "merge": True, "drop_invalid": True}
+    mix({"sources": {"s": source}}, str(tmp_path / "out"), QUIET)
+    [(record, _)] = mixed(tmp_path / "out")
+    assert [turn["value"] for turn in record["conversations"][1::2]] == ["an <image> tag"] * 2
+
+
+def test_folders_of_each_kind_are_known_and_files_of_another_are_told(tmp_path):
+    asked = [{"id": n, "conversations": turns("q", f"answer {n}")} for n in range(3)]
+    (tmp_path / "tables").mkdir()
+    pq.write_table(pa.Table.from_pylist(asked), tmp_path / "tables" / "a.parquet")
+    made = mix({"sources": {"s": {"path": str(tmp_path / "tables")}}}, str(tmp_path / "one"), QUIET)
+    assert made["counts"]["rows"] == 3
+    write(tmp_path / "tables" / "more.json", asked)
+    made = mix({"sources": {"s": {"path": str(tmp_path / "tables")}}}, str(tmp_path / "two"), QUIET)
+    assert "1 files of json beside those of parquet are not read (e.g. more.json)" in account.losses(made["sources"])[0]
+    (tmp_path / "zipped").mkdir()
+    (tmp_path / "zipped" / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "one" / "000000.tar").read_bytes()))
+    for path in (tmp_path / "zipped", tmp_path / "zipped" / "a.tar.gz"):
+        made = mix({"sources": {"s": {"path": str(path)}}}, str(tmp_path / f"from-{path.name}"), QUIET)
+        assert made["counts"]["rows"] == 3
+    (tmp_path / "a.json").write_bytes(gzip.compress(b"[]"))
+    with pytest.raises(CurateError, match="packed by gzip"):
+        mix({"sources": {"s": {"path": str(tmp_path / "a.json")}}}, str(tmp_path / "no"), QUIET)
+
+
+def test_files_beside_a_tar_of_pictures_are_found_too(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(picture(ord(name[0])))
+    with open(tmp_path / "images" / "x.tar", "wb") as file, TarWriter(file) as tar:
+        tar.add("b.jpg", picture(7))
+    asked = [{"id": n, "image": n, "conversations": turns("q", "a", image=True)} for n in ("a.jpg", "b.jpg")]
+    source = {"path": write(tmp_path / "a.json", asked), "images": str(tmp_path / "images")}
+    made = mix({"sources": {"s": source}, "shuffle": False}, str(tmp_path / "out"), QUIET)
+    assert made["counts"]["rows"] == 2 and mixed(tmp_path / "out")[1][1] == picture(7)
+
+
+def test_a_weighted_source_without_a_record_is_no_share_for_the_others(tmp_path):
+    asked = [{"id": n, "conversations": turns("q", "a")} for n in range(6)]
+    sources = {"a": {"path": write(tmp_path / "a.json", asked), "weight": 1}}
+    sources["b"] = {"path": write(tmp_path / "b.json", [{"id": 0, "conversations": []}]), "weight": 1}
+    with pytest.raises(UsageError, match="source b has a weight and no usable record. b: 1 of 1 records lost"):
+        mix({"sources": sources, "total": 6}, str(tmp_path / "out"), QUIET)

@@ -24,12 +24,12 @@ import torch
 from pipelines import records
 from train.data.batches import load
 from train.data.prompts import Encoder, Rejected
-from train.data.sources import Measured, Source, encode
+from train.data.sources import Measured, Source, encode, loses_turns
 from train.dist import Runtime
 from train.folder import whole_file
 
 KEPT = 8  # files of lengths beside the runs
-COUNTS = ("num_truncated", "num_thinking", "num_shortened")
+COUNTS = ("num_truncated", "num_thinking", "num_shortened", "num_unread")
 SPAN = 2048  # samples that a worker measures at a time
 log = logging.getLogger("train")
 
@@ -49,7 +49,7 @@ class Spans(torch.utils.data.Dataset[Measured]):
         out = Measured(np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32), 0, {})
         for i in range(n):
             try:
-                _, encoded = encode(self.source, self.encoder, first + i, self.max_length)
+                record, encoded = encode(self.source, self.encoder, first + i, self.max_length)
             except Rejected as reason:
                 out.reasons[first + i] = str(reason)
                 continue
@@ -58,6 +58,7 @@ class Spans(torch.utils.data.Dataset[Measured]):
             out.num_truncated += encoded.truncated
             out.num_thinking += encoded.thinks
             out.num_shortened += encoded.shortened
+            out.num_unread += loses_turns(record)
         return out
 
 
@@ -70,8 +71,8 @@ def measure(
         np.concatenate([getattr(part, name) for part in parts]) for name in ("lengths", "supervised", "images")
     )
     reasons = {index: reason for part in parts for index, reason in part.reasons.items()}
-    truncated, thinking, shortened = (sum(getattr(part, name) for part in parts) for name in COUNTS)
-    return Measured(lengths, supervised, images, truncated, reasons, thinking, shortened)
+    truncated, *others = (sum(getattr(part, name) for part in parts) for name in COUNTS)
+    return Measured(lengths, supervised, images, truncated, reasons, *others)
 
 
 def spread(spans: Any, workers: int, runtime: Runtime | None) -> list[Any]:
@@ -142,8 +143,8 @@ def _read(path: Path, num: int) -> Measured | None:
             found = {name: file[name] for name in file.files}
         reasons = dict(zip(found["rejected"].tolist(), found["reasons"].tolist(), strict=True))
         lengths, supervised, images = (found[name] for name in ("lengths", "supervised", "images"))
-        truncated, thinking, shortened = (int(found[name]) for name in COUNTS)
-        measured = Measured(lengths, supervised, images, truncated, reasons, thinking, shortened)
+        truncated, *others = (int(found[name]) for name in COUNTS)
+        measured = Measured(lengths, supervised, images, truncated, reasons, *others)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     return measured if len(measured.lengths) == num else None

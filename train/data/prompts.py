@@ -136,7 +136,7 @@ def parse(conversations: Any, num_images: int) -> list[Turn]:
         raise Rejected("no_conversation")
     turns: list[Turn] = []
     for entry in conversations:
-        role, parts = _parse_turn(entry, num_images > 0)
+        role, parts = parse_turn(entry, num_images > 0)
         if role == "system":
             if not turns and any(parts):
                 turns.append(Turn("system", parts))
@@ -157,7 +157,8 @@ def parse(conversations: Any, num_images: int) -> list[Turn]:
     return turns
 
 
-def _parse_turn(entry: Any, has_images: bool) -> tuple[str, tuple[str | None, ...]]:
+def parse_turn(entry: Any, has_images: bool) -> tuple[str, tuple[str | None, ...]]:
+    """Read the role and the parts of one turn.  Raises: Rejected."""
     if not isinstance(entry, dict):
         raise Rejected("bad_turn")
     speaker = str(entry.get("from", entry.get("role"))).lower()

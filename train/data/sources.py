@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.pictures import visible
-from train.data.prompts import Encoded, Encoder, Rejected, parse
+from train.data.prompts import Encoded, Encoder, Rejected, parse, parse_turn
 from train.data.reading import Record
 from train.data.record_source import JsonRows, RecordSource, TableRows
 from train.data.tar_source import TarSource
@@ -50,7 +50,7 @@ def open_source(
         raise UsageError(f"--data {data}: no such file or folder")
     shards, passed = shards_in(path)
     tables = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
-    is_json = path.suffix in (".json", ".jsonl")
+    is_json = path.is_file() and not shards and not tables  # whatever it is called
     if images and (shards or not (tables or is_json)):
         raise UsageError(f"--images {images} goes with a JSON or parquet; shards hold theirs (--data {data})")
     source: Source
@@ -67,11 +67,9 @@ def open_source(
 
         rows = (read(0, 1) if runtime is None else runtime.share_here(read))["rows"]
         source = RecordSource(path, rows, folder, digest=digest)
-    elif path.is_dir():
+    else:
         seen = ", ".join([*passed, *sorted(p.name for p in path.iterdir())][:5]) or "nothing"
         raise UsageError(f"--data {data}: no *.tar in that folder; it holds {seen}")
-    else:
-        raise UsageError(f"--data {data}: expected a folder of .tar shards, a .tar, a .json, a .jsonl or a .parquet")
     if not len(source):
         raise UsageError(f"--data {data}: no samples in it")
     for note in passed:
@@ -108,6 +106,15 @@ def encode(source: Source, encoder: Encoder, index: int, max_length: int) -> tup
     return record, encoder.encode(turns, max_length)
 
 
+def loses_turns(record: Record) -> bool:
+    """Whether `parse` drops a text: an answer before any question, a question without an answer, a late system text."""
+    given = (parse_turn(entry, len(record.images) > 0)[1] for entry in record.conversations)
+    kept = (turn.parts for turn in parse(record.conversations, len(record.images)))
+    return sum(len(part or "") for parts in given for part in parts) > sum(
+        len(p or "") for parts in kept for p in parts
+    )
+
+
 @dataclass
 class Measured:
     """What each sample costs and why some cannot be used."""
@@ -119,6 +126,13 @@ class Measured:
     reasons: dict[int, str]  # sample index -> why it is skipped
     num_thinking: int = 0  # samples whose last answer begins with thinking that the template knows
     num_shortened: int = 0  # samples of which the template leaves a text out
+    num_unread: int = 0  # samples that lose a turn (`loses_turns`)
+
+    @property
+    def lost_turns(self) -> list[str]:
+        """Say how many samples lose turns, in a line; none where none does."""
+        what = "an answer before any question, a question without an answer, or a system text in mid-conversation"
+        return [f"turns of {self.num_unread:,} samples: {what}"] if self.num_unread else []
 
     @property
     def usable(self) -> NDArray[np.int64]:

@@ -99,7 +99,7 @@ def run_stage(
             result = _result(training, learnt_from) | chosen
             adapter = training.composed.model.peft_config["default"] if stage.tune == "lora" else None
             checkpoint.save_trained(out, trained, adapter)
-            told = losses(source, training.skipped)
+            told = losses(source, training.skipped) + training.plan.measured.lost_turns
             result |= {"left_out": told} if told else {}
             _write_skipped(out, source, training.skipped)
             if training.sample_losses is not None:

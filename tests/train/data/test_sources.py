@@ -187,7 +187,6 @@ def test_half_of_the_images_missing_stops_with_examples(tmp_path, encoder):
     [
         (lambda p: p / "none", "no such file"),
         (lambda p: p, "no \\*.tar in that folder; it holds a.txt"),
-        (lambda p: p / "a.txt", "expected a folder"),
         (lambda p: p / "e.json", "no samples"),
         (lambda p: p / "d.json", "expected a JSON list"),
         (lambda p: p / "b.json", "not valid JSON"),
@@ -330,3 +329,20 @@ def test_deep_and_transparent_pictures_are_not_black_or_white_all_over():
         shown.save(out, "PNG")
         seen = np.asarray(decode_image(out.getvalue()))
         assert (seen.min(), seen.max()) == (0, 255)
+
+
+def test_turns_that_are_dropped_are_counted(tmp_path, encoder):
+    odd = [("gpt", "hello"), ("human", "how big is it ?"), ("gpt", "big"), ("system", "be rude"), ("human", "and ?")]
+    even = [("system", "be kind"), ("human", "how big"), ("human", "is it ?"), ("gpt", "big")]
+    for name, lines, unread in (
+        ("odd", odd, 3),
+        ("even", even, 0),
+        ("late", odd[1:4], 3),
+        ("asked", odd[1:3] + odd[4:], 3),
+    ):
+        record = {"conversations": [{"from": who, "value": text} for who, text in lines]}
+        (tmp_path / name).write_text(json.dumps([{**record, "id": n} for n in range(3)]))
+        source = open_source(str(tmp_path / name))  # JSON, whatever it is called
+        found = measure(source, encoder, 64)
+        assert len(found.usable) == 3 and found.num_unread == unread, name
+        assert bool(found.lost_turns) == bool(unread)
