@@ -26,6 +26,7 @@ from pipelines import pictures
 # JPEGs (MPO) have no entry of their own: Pillow's JPEG reader turns into theirs.
 WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 Image.init()
+Image.MAX_IMAGE_PIXELS = None  # `_load` has a limit of its own, which may be larger than Pillow's
 FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
 HASH_SIDE = 32
 LEAST_CONTRAST = 4  # of 255, between the darkest and the brightest of the 32 × 32 cells; JPEG noise is 1 to 2
@@ -33,6 +34,7 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_NOTES = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")  # of no use here, and of any size
 SAMPLINGS = ((1, 1), (2, 1), (2, 2))  # of the brightness, of a JPEG: 4:4:4, 4:2:2, 4:2:0
 MOST_ON_DEVICE = 1 << 24  # pixels; one of these takes a GPU half a gigabyte
+MOST_OBLONG = 256  # times as long as wide; the ends of longer pictures are cut off where a crop in the middle follows
 NAMES = {"heic": "HEIC", "jxl": "JPEG XL", "avif": "AVIF"}
 
 Transform = Callable[[Image.Image], np.ndarray]
@@ -144,11 +146,13 @@ def transform(preprocess: Mapping[str, Any], *, fast: bool = False) -> Transform
     BadImage `decode_error` on what cannot be converted.
     """
     steps = _steps(preprocess)
+    cut = any(type(step).__name__ == "CenterCrop" for step in steps)
     if fast:
         steps = [_resized(step) if type(step).__name__ == "Resize" else step for step in steps]
 
     def apply(image: Image.Image) -> np.ndarray:
         try:
+            image = _middle(image) if cut else image
             for step in steps:
                 image = step(image)
             pixels: np.ndarray = np.array(image, np.uint8)
@@ -157,6 +161,19 @@ def transform(preprocess: Mapping[str, Any], *, fast: bool = False) -> Transform
             raise BadImage("decode_error", _words(error)) from None
 
     return apply
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Cut off a picture's long ends that no crop in the middle shows, before it is enlarged to that crop's height.
+
+    1 × 60,000 pixels would be made 224 × 13,440,000. An even number of pixels goes, so that the middle stays in place.
+    """
+    long, short = max(image.size), min(image.size)
+    end = (long - MOST_OBLONG * short) // 2
+    if end <= 0:
+        return image
+    wide = image.width == long
+    return image.crop((end, 0, long - end, short) if wide else (0, end, short, long - end))
 
 
 def _steps(preprocess: Mapping[str, Any]) -> list[Any]:

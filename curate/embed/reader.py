@@ -127,7 +127,7 @@ def read_row(
     row = begin_row(sample) | extras.values()
     if row["status"] != "ok":
         return row, None
-    described = tar.describe(file, sample)
+    described, row["unread"] = tar.try_describe(file, sample)
     row |= extras.values(described)
     row["url"] = records.usable_text(described.get("url"))
     caption = read_caption(file, sample, described, extras.wanted)
@@ -135,6 +135,8 @@ def read_row(
         caption = Caption(captions.get(row["url"]), "no_caption", "its url is not in the table of captions")
     row["caption"] = caption.text
     status, reason = ("ok", "") if caption.text else (caption.status or "no_caption", caption.reason)
+    if status == "no_caption" and row["unread"] and not reason:
+        reason = f"and its JSON is not read: {row['unread']}"
     image: Image | bytes | None = None
     try:
         image = _read_image(file, sample, row, max_pixels, leaves_jpegs)
@@ -195,7 +197,9 @@ def row_faults(stem: str, facts: Sequence[dict[str, Any]]) -> Faults:
         example = f"{stem}: {row['key']}"
         if row["status"] != "ok":
             faults.add(found, f"{row['status']}: {row.get('reason') or STATUSES[row['status']]}", example)
-        elif row.get("pictures", 1) > 1:
+        if row.get("unread"):
+            faults.add(found, f"JSON that is not read, whose fields are left out: {row['unread']}", example)
+        if row["status"] == "ok" and row.get("pictures", 1) > 1:
             faults.add(found, "ok: samples of several pictures, of which the first alone is embedded", example)
     return found
 

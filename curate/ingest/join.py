@@ -6,26 +6,29 @@ matches so by the file's name, and then as whole numbers.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from curate.errors import ShardError, UsageError
 from curate.ingest import layouts
-from curate.storage import tar
+from curate.storage import faults, sidecar, tar
+from curate.storage.faults import Faults
 
 JOINS = ("key", "url", "sha256", "uid")
 ROW_BITS = 40  # a place in the source is part << ROW_BITS | row
 EXACT, NAME, NUMBER = "they are", "file names without folder and suffix", "whole numbers"
 FORMS = (EXACT, NAME, NUMBER)
 MOST_DIGITS = 19
+AMBIGUOUS = "rows of the source whose key another one has: it matches nothing, try --join url or sha256"
+TAKEN_TWICE = "rows of the pool by whose key an earlier row has the same vectors: try --join url or sha256"
 
 
 def build_join(parts: Sequence[layouts.Part], join: str, folder: str, form: str = EXACT) -> dict[str, Any]:
     """Index the source by a column: sorted 64-bit hashes and the places they stand for, as two files in `folder`.
 
-    A value that comes again keeps its first place. Returns how many rows there are, how many came again, and one value.
+    A value that comes again keeps its first place, a key then has none. Returns rows, repeats, and the first of them.
     Raises: UsageError when a part lacks the column, ShardError when it cannot be read.
     """
     hashes, places, example = [], [], ""
@@ -44,12 +47,17 @@ def build_join(parts: Sequence[layouts.Part], join: str, folder: str, form: str 
     if not len(every):
         raise UsageError("the source has no rows.")
     unique, first, counts = np.unique(every, return_index=True, return_counts=True)  # the first of equals
-    alone = (
-        counts == 1 if form != EXACT else np.ones(len(unique), bool)
-    )  # parts of a key that several rows share say nothing
+    # A key that several rows share says nothing of which is meant; a url or a checksum says that they are one picture.
+    alone = counts == 1 if join == "key" else np.ones(len(unique), bool)
+    if form == EXACT and not alone.any():
+        raise UsageError(
+            f"each key of the source is that of several rows (e.g. {example!r}), and does not say which is meant.",
+            "--join url or --join sha256",
+        )
     np.save(f"{folder}/hashes.npy", unique[alone])
     np.save(f"{folder}/places.npy", np.concatenate(places)[first[alone]])
-    return {"source_rows": len(every), "repeated": len(every) - len(unique), "source_example": example}
+    repeated = int(counts[unique > 0].sum() - (unique > 0).sum())
+    return {"source_rows": len(every), "repeated": repeated, "source_example": example}
 
 
 def choose_form(
@@ -89,6 +97,33 @@ def join_hash(value: Any, join: str, form: str = EXACT) -> int | None:
     if not text:
         return None
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") | 1
+
+
+def unclear_keys(joined: Mapping[str, Any], sidecars: Mapping[str, str]) -> Faults:
+    """Count what keys that are not alone leave unclear, in the source and in the pool, where two rows took one vector.
+
+    joined: what `build_join` found. sidecars: of the imported shards, by stem. Memory: 16 bytes a row of the pool.
+    """
+    form = joined.get("form", EXACT)
+
+    def keys(stem: str) -> list[str]:
+        table = sidecar.table(sidecars[stem], ("key", "status"))
+        rows = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
+        return [key for key, status in rows if status == "ok"]
+
+    hashes = [np.array([join_hash(key, "key", form) or 0 for key in keys(stem)], np.uint64) for stem in sidecars]
+    every = np.concatenate([np.zeros(0, np.uint64), *hashes])
+    order = np.argsort(every, kind="stable")
+    again = order[1:][(every[order[1:]] == every[order[:-1]]) & (every[order[1:]] > 0)]
+    found: Faults = {}
+    if joined["repeated"]:
+        faults.add(found, AMBIGUOUS, "", joined["repeated"])
+    if len(again):
+        first, starts = int(again.min()), np.cumsum([0, *map(len, hashes)])
+        number = int(np.searchsorted(starts, first, side="right")) - 1
+        stem = list(sidecars)[number]
+        faults.add(found, TAKEN_TWICE, f"{stem}: {keys(stem)[first - starts[number]]}", len(again))
+    return found
 
 
 def key_form(key: str, form: str) -> str:

@@ -23,7 +23,8 @@ import pyarrow as pa
 
 from curate.embed.captions import clean
 from curate.errors import ShardError, UsageError, unknown
-from curate.storage import paths, records
+from curate.storage import faults, paths, records
+from curate.storage.faults import Faults
 from curate.storage.renewal import Seen
 
 # What each project calls the columns that a sidecar keeps, or that a pool is joined by.
@@ -94,6 +95,18 @@ def seen(parts: Sequence[Part]) -> dict[str, Seen]:
         lacks = [there and not own for own, there in zip((part.text, part.table), others, strict=True)]
         stamps = " ".join(each.stamp for each in files)
         found[part.stem] = (sum(each.size for each in files), stamps, f"{sizes} {lacks}")
+    return found
+
+
+def left_over(parts: Sequence[Part]) -> Faults:
+    """Count the tables and vectors of texts that belong to no part: their file of image vectors is not there."""
+    used = {file for part in parts for file in part.files}
+    folders = {paths.parent(file) for part in parts for file in part.files}
+    found: Faults = {}
+    for folder in sorted(folders):
+        for name in paths.listdir(folder):
+            if name.endswith((".npy", ".npz", ".parquet")) and paths.join(folder, name) not in used:
+                faults.add(found, "files left out: no file of image vectors belongs to them", name)
     return found
 
 

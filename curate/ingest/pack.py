@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ from curate import engine
 from curate.embed.captions import clean
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
-from curate.ingest.beside import CAPTIONS, TABLES, Beside, File, Samples, has_pictures, seen_of, to_json
+from curate.ingest.beside import TABLES, Beside, File, Samples, has_pictures, seen_of, to_json
+from curate.ingest.layouts import name_of, text_of
 from curate.ingest.options import PackOptions
+from curate.ingest.table_columns import caption_column, holds_images, image_column
 from curate.storage import faults, manifest, paths
 from curate.storage.faults import Faults
 from curate.storage.renewal import Parts, Seen
@@ -40,7 +42,6 @@ from curate.storage.tar import (
 )
 
 LAYOUTS = ("auto", "files", "parquet")
-IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
 KEYS = ("key", "__key__", "image_id", "id", "uid")
 PACKED = (*IMAGE_SUFFIXES, CAPTION_SUFFIX, JSON_SUFFIX)
 ROWS = 64  # of parquet, in memory at a time
@@ -84,7 +85,7 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
     if options.layout != "parquet" and not source.endswith(".parquet"):
         parts = _folders(source, options, passed, told)
     if not parts and options.layout != "files":
-        parts = _tables(source, options)
+        parts = _tables(source, options, told)
     if not parts:
         held = ", ".join(paths.listdir(source)[:6]) or "nothing"
         raise UsageError(
@@ -138,6 +139,9 @@ def _folders(source: str, options: PackOptions, passed: dict[str, int], told: Fa
     tree = dict(_walk(source, ""))
     if not any(map(has_pictures, tree.values())):
         return parts
+    for folder in tree:
+        for name in paths.linked(paths.join(source, folder) if folder else source):
+            faults.add(told, "links to folders, which are not followed", f"{folder}/{name}" if folder else name)
     beside = Beside(source, tree, options.caption, told)
     beside.read_tables()
     listed: dict[str, dict[str, paths.Found]] = {}
@@ -219,8 +223,11 @@ def _cut(stem: str, rows: int, shard_size: int) -> Iterator[tuple[str, int, int]
         yield name, index * shard_size, min(rows, (index + 1) * shard_size)
 
 
-def _tables(source: str, options: PackOptions) -> dict[str, Part]:
-    """Find parquet files with an image column; one without is refused, since it would be left out unseen."""
+def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
+    """Find parquet files with an image column; one without is refused, since it would be left out unseen.
+
+    told: takes the other columns of bytes, which no JSON holds.
+    """
     import pyarrow.parquet as pq
 
     parts: dict[str, Part] = {}
@@ -231,50 +238,19 @@ def _tables(source: str, options: PackOptions) -> dict[str, Part]:
                 schema, rows = held.schema_arrow, held.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
             raise UsageError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
-        image = _column(schema, options.image, IMAGES, _holds_images, location, "image")
-        caption = _caption_column(schema, options.caption, location)
+        image = image_column(schema, options.image, location)
+        caption = caption_column(schema, options.caption, location)
         if not image:
-            told = ", ".join(f"{field.name} ({field.type})" for field in schema)
-            raise UsageError(f"{location} has no column of images: it has {told}.", "name it: --image COLUMN")
+            there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            raise UsageError(f"{location} has no column of images: it has {there}.", "name it: --image COLUMN")
+        for field in schema:
+            if field.name not in (image, caption) and holds_images(field.type):
+                faults.add(told, f"values left out: the column {field.name} holds bytes, too", location, rows)
         stem = paths.name(location).removesuffix(".parquet").replace(".", "_")
         for name, start, stop in _cut(stem, rows, options.shard_size):
             seen = (listed.size, listed.stamp, f"{start} {stop} {image} {caption}")
             _add_part(parts, name, Part(location, stop - start, (), start, image, caption, seen=seen))
     return parts
-
-
-def _column(
-    schema: pa.Schema, asked: str, names: Sequence[str], fits: Callable[[pa.DataType], bool], where: str, what: str
-) -> str:
-    """Choose a column by its name, among those of a fitting type; "" where there is none."""
-    if asked:
-        if asked not in schema.names:
-            raise unknown(f"column of {where}", asked, schema.names)
-        if not fits(schema.field(asked).type):
-            raise UsageError(f"{where}: the column {asked} is {schema.field(asked).type}, which holds no {what}.")
-        return asked
-    fitting = [field.name for field in schema if fits(field.type)]
-    named = [name for name in names if name in fitting]
-    return named[0] if named else fitting[0] if fitting and what == "image" else ""
-
-
-def _caption_column(schema: pa.Schema, asked: str, where: str) -> str:
-    """Choose the column of captions: the first of those asked for that is there, else by its name."""
-    names = [name.strip() for name in asked.split(",") if name.strip()]
-    there = next((name for name in names if name in schema.names), names[0] if names else "")
-    return _column(schema, there, CAPTIONS, _holds_text, where, "caption")
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _holds_text(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _holds_text(kind.value_type)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 @dataclass
@@ -324,7 +300,9 @@ def _read_rows(stem: str, part: Part, table: "_Rows") -> Iterator[tuple[str, byt
             row[f"{part.image}_path"] = path
         engine.advance(1)
         given = row.get(part.caption) if part.caption else None
-        caption = next((each for each in (given if isinstance(given, list) else [given]) if clean(each)), None)
+        several = given if isinstance(given, list) else [given]
+        texts = [text_of(each) if isinstance(each, bytes) else each for each in (several)]
+        caption = next((each for each in texts if clean(each)), None)
         if caption:
             yield f"{key}.{CAPTION_SUFFIX}", caption.encode("utf-8", "replace")
         plain = {name: value for name, value in row.items() if not isinstance(value, bytes)}
@@ -382,8 +360,8 @@ class _Rows:
 
 def _key(row: dict[str, Any], fallback: str, seen: set[str]) -> str:
     """Name a row by its own key where it has a safe one that no earlier row has; a key ends at its first dot."""
-    given = next((row[name] for name in KEYS if isinstance(row.get(name), str | int)), None)
-    key = "" if given is None else re.sub(r"[./\\]", "_", str(given).strip())
+    given = next((named for name in KEYS if (named := name_of(row.get(name))) is not None), "")
+    key = re.sub(r"[./\\:]", "_", given)
     if not key or not is_safe(key) or key in seen:
         key = fallback
     seen.add(key)

@@ -24,7 +24,7 @@ from curate.embed.side_data import Extras, column_name, table_kinds, to_column_v
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.ingest import layouts
-from curate.ingest.join import EXACT, JOINS, ROW_BITS, choose_form, join_hash
+from curate.ingest.join import EXACT, JOINS, ROW_BITS, choose_form, join_hash, unclear_keys
 from curate.ingest.options import ImportOptions
 from curate.storage import faults, manifest, members, paths, records, sidecar, tar
 from curate.storage.json_files import file_digest
@@ -46,6 +46,8 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
     if options.join and options.join not in JOINS:
         raise unknown("join", options.join, JOINS)
     parts = layouts.list_parts(source, options.layout, options.arch)
+    whole = options.layout != "nemo" and not source.endswith(".npy")  # of one file that is named nothing is left out
+    passed = layouts.left_over(parts) if whole else {}
     files = [[part.stem, *map(paths.size, filter(None, (part.image, part.text, part.table)))] for part in parts]
     inputs: dict[str, Any] = {"source": {"path": source, "digest": manifest.digest(files)}}
     held = tar.survey_pool(options.pool) if options.pool else tar.Pool([], {})
@@ -76,7 +78,7 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         todo = output.pending(job.share(list(named)))
         task_of_parts = ImportPart(named, output.directory, extra)
         outcome = engine.run_stage("import", task_of_parts, todo, job, places=(out,))
-        return _finish(output, list(named), outcome, {}, {}, quiet=job.quiet)
+        return _finish(output, list(named), outcome, {}, passed, quiet=job.quiet)
     shared = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
     with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
         form, joined = choose_form(parts, options.join, folder, held.shards)
@@ -86,7 +88,7 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         output.tell(quiet=job.quiet)
         task = ImportShard(parts, found, folder, options.join, form, options.max_pixels, output.directory, extra)
         outcome = engine.run_stage("import", task, output.pending(job.share(list(found))), job, places=(out,))
-    return _finish(output, list(found), outcome, joined, held.passed, quiet=job.quiet)
+    return _finish(output, list(found), outcome, joined, faults.total([passed, held.passed]), quiet=job.quiet)
 
 
 def _keep_of_form(output: manifest.Output, form: str) -> None:
@@ -137,6 +139,8 @@ def _finish(
             rate = f"{joined['matched']:,} of {total:,} rows of the pool matched ({joined['matched'] / total:.1%})"
             form = f", keys taken as {joined['form']}" if "form" in joined else ""
             sys.stderr.write(f"import: {rate}{form}; the source has {joined['source_rows']:,} rows\n")
+    if joined and output.plan["options"]["join"] == "key":
+        passed = faults.total([passed, unclear_keys(joined, {stem: output.find(stem) for stem in facts})])
     bad = reader.all_faults(facts, passed)
     faults.write("import", bad, quiet=quiet)
     return output.finish(

@@ -11,7 +11,7 @@ from curate.storage import paths
 def digest(value: Any) -> str:
     """Fingerprint a JSON value: blake2b-128 in hex over its canonical text."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
 
 
 def file_digest(*locations: str) -> str:
@@ -27,7 +27,8 @@ def file_digest(*locations: str) -> str:
 def save_json(location: str, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     with paths.atomic_write(location) as file:
-        file.write((json.dumps(value, indent=1, sort_keys=False, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(value, indent=1, sort_keys=False, ensure_ascii=False) + "\n"
+        file.write(text.encode("utf-8", "backslashreplace"))  # of file names that are no UTF-8; an escape in JSON
 
 
 def load_json(location: str) -> Any:

@@ -164,6 +164,14 @@ def entries(directory: str) -> tuple[list[str], list[str]]:
     return sorted(each for each, _, file in listed if file), sorted(each for each, folder, _ in listed if folder)
 
 
+def linked(directory: str) -> list[str]:
+    """List the links to folders in a directory, sorted; object stores have none."""
+    if is_remote(directory):
+        return []
+    with os.scandir(local(directory)) as found:
+        return sorted(each.name for each in found if each.is_symlink() and each.is_dir())
+
+
 def make_dir(directory: str) -> None:
     """Create a directory and its parents."""
     if not is_remote(directory):
@@ -320,11 +328,19 @@ def files(directory: str) -> dict[str, Found]:
     """List the files in a directory with their sizes and stamps; none where it does not exist."""
     if is_remote(directory):
         held = (each for each in _list(directory) if each["type"] != "directory")
-        return {name(each["name"]): _described(each) for each in held}
+        return {name(each["name"]): _measured(join(directory, name(each["name"])), each) for each in held}
     if not os.path.isdir(local(directory)):
         return {}
     with os.scandir(local(directory)) as listed:
-        return {each.name: _stated(each.stat()) for each in listed if not each.is_dir()}
+        return {each.name: _stated(_stat(each)) for each in listed if not each.is_dir()}
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result:
+    """Look at a file; of a link that leads nowhere at the link itself: whoever opens it fails by its name."""
+    try:
+        return entry.stat()
+    except FileNotFoundError:
+        return entry.stat(follow_symlinks=False)
 
 
 def look(location: str) -> Found:
@@ -365,9 +381,15 @@ def _described(info: Any) -> Found:
     return Found(int(info.get("size") or 0), str(stamp).strip('"'))
 
 
+def _measured(location: str, info: Any) -> Found:
+    """Read a listing's description of a file; a web server's has no size, and a change of it would never be seen."""
+    return look(location) if info.get("size") is None else _described(info)
+
+
 def _glob(pattern: str) -> dict[str, Found]:
     if not is_remote(pattern):
         return {path: look(path) for path in glob.glob(local(pattern), recursive=True)}
     scheme = pattern.split("://", 1)[0]
     matches = with_retries(pattern, lambda fs, path: fs.glob(path, detail=True))
-    return {f"{scheme}://{path}": _described(each) for path, each in matches.items()}
+    named = {path if is_remote(path) else f"{scheme}://{path}": each for path, each in matches.items()}
+    return {location: _measured(location, each) for location, each in named.items()}

@@ -313,13 +313,21 @@ def read_json(data: bytes) -> dict[str, Any] | None:
 
 def describe(file: IO[bytes], sample: Sample) -> dict[str, Any]:
     """Read a sample's JSON member; empty where there is none that can be read."""
+    return try_describe(file, sample)[0]
+
+
+def try_describe(file: IO[bytes], sample: Sample) -> tuple[dict[str, Any], str]:
+    """Read a sample's JSON member, and say why where there is one that cannot be read."""
     member = sample.member(JSON_SUFFIX)
-    if member is None or member.size > MAX_TEXT_BYTES:
-        return {}
+    if member is None:
+        return {}, ""
+    if member.size > MAX_TEXT_BYTES:
+        return {}, f"over the limit of {MAX_TEXT_BYTES:,} bytes"
     try:
-        return read_json(read_member(file, member)) or {}
+        found = read_json(read_member(file, member))
     except ShardError:
-        return {}
+        return {}, "the shard breaks off within it"
+    return found or {}, "" if found is not None else "not a JSON object in UTF-8"
 
 
 def _tar_info(name: str, size: int) -> bytes:

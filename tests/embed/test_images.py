@@ -201,3 +201,14 @@ def test_every_suffix_and_every_depth_goes_through_embed(tmp_path):
     assert (quick * made).sum(axis=1).min() > 0.999
     with pytest.raises(UsageError, match="fast, full, gpu"):
         embed(pool, str(tmp_path / "none"), EmbedOptions(model, decode="draft"), QUIET)
+
+
+def test_a_picture_far_longer_than_wide_is_cut_before_it_is_enlarged():
+    look = {"size": (224, 224), "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
+    stripes = np.random.default_rng(0).integers(0, 256, (2001, 7, 3), dtype=np.uint8)
+    made = images.transform(look)(Image.fromarray(stripes))
+    image = Image.fromarray(stripes)
+    for step in images._steps(look):
+        image = step(image)
+    assert np.array_equal(made, image)
+    assert images.transform(look)(Image.new("RGB", (1, 60_000))).shape == (224, 224, 3)

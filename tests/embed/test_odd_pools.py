@@ -1,6 +1,7 @@
 """Pools as they come out of broken downloads, other tools and other systems: nothing is lost without a word."""
 
 import gzip
+import os
 import random
 
 import pytest
@@ -65,3 +66,20 @@ def test_an_empty_pool_goes_through_every_stage(tmp_path, model):
     (tmp_path / "pool" / "0.tar").write_bytes(bytes(10240))
     curate("embed", tmp_path / "pool", tmp_path / "emb", "--model", model)
     assert manifest(tmp_path / "emb")["shards"]["0"]["rows"] == 0
+
+
+def test_names_that_are_no_utf_8_and_links_that_lead_nowhere_stop_nothing(tmp_path, model):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    make_tar(pool / "a.tar", [("a.jpg", picture(1)), ("a.txt", b"words")])
+    (tmp_path / "files").mkdir()
+    for folder in (pool, tmp_path / "files"):
+        with open(os.path.join(os.fsencode(folder), b"caf\xe9.zip"), "wb") as file:
+            file.write(b"x")
+    (tmp_path / "files" / "a.jpg").write_bytes(picture(1))
+    (pool / "lock").symlink_to("nowhere")
+    (tmp_path / "files" / "lock").symlink_to("nowhere")
+    for words in (("embed", pool, tmp_path / "emb", "--model", model), ("pack", tmp_path / "files", tmp_path / "made")):
+        ended = curate(*words)
+        assert "Traceback" not in ended.stderr and "caf\\udce9.zip" in ended.stderr
+        assert any("caf" in fault["example"] for fault in manifest(words[2])["faults"].values())

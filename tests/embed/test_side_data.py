@@ -10,6 +10,7 @@ import tiny_clip
 from artefacts import members, picture, write_pool, write_selection
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_embed import make_tar
 from test_layouts import QUIET, write_source
 
 from curate.embed import reader
@@ -21,7 +22,7 @@ from curate.ingest.published import ImportOptions, import_layout
 from curate.storage import sidecar
 from curate.storage.schema import STATUSES
 from curate.storage.tar import TarWriter, read_index
-from house import REAL_DATA, curate
+from house import REAL_DATA, curate, manifest
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +201,20 @@ def test_a_picture_behind_a_second_dot_is_pointed_at():
         f"no_image: {reader.DOTTED}",
         "no_image: no image member",
     ]
+
+
+def test_a_samples_json_that_is_not_read_is_told_with_the_reason(tmp_path, model):
+    (tmp_path / "pool").mkdir()
+    broken = {
+        "torn": b'{"url": "http://x/1',
+        "list": b"[1]",
+        "large": b'{"caption": "a", "exif": "' + b"x" * 2**20 + b'"}',
+    }
+    held = [
+        (f"{key}.{end}", data) for key, data in broken.items() for end, data in (("jpg", picture(1)), ("json", data))
+    ]
+    make_tar(tmp_path / "pool" / "0.tar", [*held, ("torn.txt", b"words")])
+    ended = curate("embed", tmp_path / "pool", tmp_path / "emb", "--model", model)
+    told = {kind: fault["count"] for kind, fault in manifest(tmp_path / "emb")["faults"].items() if "JSON that" in kind}
+    assert sorted(told.values()) == [1, 2] and all(kind in ended.stderr for kind in told)
+    assert "no_caption: and its JSON is not read" in ended.stderr

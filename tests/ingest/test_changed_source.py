@@ -71,7 +71,7 @@ def test_what_a_part_lacks_beside_others_is_seen_when_these_come(tmp_path, call)
 
 def test_a_changed_pool_is_joined_shard_by_shard_and_a_changed_source_altogether(tmp_path, call):
     source, pool, out = tmp_path / "source", tmp_path / "pool", tmp_path / "emb"
-    write_source(source, "npy", [6, 6], key=[f"{row:09d}" for row in range(6)])
+    write_source(source, "npy", [6, 6], key=lambda rows: [f"{row:09d}" for row in rows])
     write_pool(pool, ["a", "b", "c"], 2)
     words = ["import", source, out, "--layout", "npy", "--pool", pool, "--join", "key"]
     call(*words)
@@ -81,7 +81,7 @@ def test_a_changed_pool_is_joined_shard_by_shard_and_a_changed_source_altogether
     assert manifest(out)["joined"]["matched"] == 6
     call("import", source, tmp_path / "whole", "--layout", "npy", "--pool", pool, "--join", "key")
     assert contents(out) == contents(tmp_path / "whole")
-    write_source(source, "npy", [6, 6, 6], key=[f"{row:09d}" for row in range(6)])
+    write_source(source, "npy", [6, 6, 6], key=lambda rows: [f"{row:09d}" for row in rows])
     assert "3 changed, 0 kept" in call(*words)[1]
 
 

@@ -40,11 +40,15 @@ def records(rows, first=0):
 
 
 def write_source(folder, layout, sizes, **changes):
-    """Write a source of several parts in a layout; returns all image and text vectors."""
+    """Write a source of several parts in a layout; returns all image and text vectors.
+
+    changes: other columns, each a list or a function of the part's rows.
+    """
     image, text = vectors(sum(sizes), 1), vectors(sum(sizes), 2)
     first = 0
     for number, size in enumerate(sizes):
         part, told = slice(first, first + size), records(size, first) | changes
+        told = {name: each(range(first, first + size)) if callable(each) else each for name, each in told.items()}
         if layout == "clip-retrieval":
             for name in ("img_emb", "text_emb", "metadata"):
                 (folder / name).mkdir(parents=True, exist_ok=True)

@@ -373,3 +373,42 @@ def test_metadata_tables_and_folders_of_texts_are_captions(tmp_path):
     }
     (source / "csv" / "metadata.csv").write_bytes(b"\xff\xfe\xfa")
     assert "cannot be read" in curate("pack", source, tmp_path / "bad", check=False).stderr
+
+
+def structs(pictures):
+    return [{"bytes": data, "path": None} for data in pictures]
+
+
+def test_a_table_with_several_columns_of_bytes_is_read_by_the_one_of_pictures(tmp_path):
+    pictures = [picture(row) for row in range(3)]
+    (tmp_path / "in").mkdir()
+    table = {"md5": [b"0" * 16] * 3, "picture": structs(pictures), "id": [b"a", b"b", b"c"], "text": [b"x", b"y", b"z"]}
+    pq.write_table(pa.table(table), tmp_path / "in" / "0.parquet")
+    curate("pack", tmp_path / "in", tmp_path / "pool")
+    held = dict(members(tmp_path / "pool" / "0.tar"))
+    assert [held[f"{key}.jpg"] if f"{key}.jpg" in held else held[f"{key}.png"] for key in "abc"] == pictures
+    assert [held[f"{key}.txt"] for key in "abc"] == [b"x", b"y", b"z"]
+    assert any("md5" in kind for kind in manifest(tmp_path / "pool")["faults"])
+    pq.write_table(pa.table({"before": structs(pictures), "after": structs(pictures)}), tmp_path / "in" / "0.parquet")
+    ended = curate("pack", tmp_path / "in", tmp_path / "two", check=False)
+    assert ended.returncode == 2 and "before, after" in ended.stderr and "--image COLUMN" in ended.stderr
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.jpg").write_bytes(pictures[0])
+    (tmp_path / "files" / "more").symlink_to(tmp_path / "in")
+    ended = curate("pack", tmp_path / "files", tmp_path / "made")
+    assert "links to folders, which are not followed (e.g. more)" in ended.stderr
+
+
+@pytest.mark.parametrize("kind", [pa.binary_view(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())])
+def test_bytes_of_every_type_of_arrow_are_pictures(tmp_path, kind):
+    (tmp_path / "in").mkdir()
+    pictures, texts = [picture(0), picture(1)], pa.array(["a", "b"], pa.string_view())
+    image = (
+        pa.array(pictures, pa.binary()).dictionary_encode()
+        if pa.types.is_dictionary(kind)
+        else pa.array(pictures, kind)
+    )
+    pq.write_table(pa.table({"image": image, "text": texts}), tmp_path / "in" / "0.parquet")
+    curate("pack", tmp_path / "in", tmp_path / "pool")
+    held = dict(members(tmp_path / "pool" / "0.tar"))
+    assert sorted(held.values())[:2] and held["0_000000001.txt"] == b"b"

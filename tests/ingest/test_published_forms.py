@@ -7,6 +7,7 @@ import pytest
 from artefacts import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_embed import make_tar
 from test_layouts import DIM, QUIET, table_of, unit, vectors
 
 from curate.errors import UsageError
@@ -182,3 +183,32 @@ def test_any_value_names_a_row_as_text_or_not_at_all(value):
         number = join.join_hash(value, "key", form)
         assert number is None or 0 < number < 2**64
     assert DIM
+
+
+def write_part(folder, number, keys):
+    for name in ("img_emb", "text_emb", "metadata"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    np.save(folder / "img_emb" / f"img_emb_{number}.npy", np.eye(4, dtype=np.float32)[: len(keys)])
+    pq.write_table(pa.table({"image_path": keys}), folder / "metadata" / f"metadata_{number}.parquet")
+
+
+def test_keys_that_several_rows_share_say_nothing_and_files_without_vectors_are_told(tmp_path):
+    for shard in "01":
+        make_tar(
+            tmp_path / f"{shard}.tar",
+            [(f"{key}.{end}", data) for key in "ab" for end, data in (("jpg", picture(int(shard))), ("txt", b"w"))],
+        )
+    words = ("--layout", "clip-retrieval", "--pool", tmp_path, "--join", "key")
+    write_part(tmp_path / "in", 0, ["a", "b"])
+    ended = curate("import", tmp_path / "in", tmp_path / "half", *words)
+    assert "2 × rows of the pool by whose key" in ended.stderr
+    write_part(tmp_path / "in", 1, ["a", "b"])
+    ended = curate("import", tmp_path / "in", tmp_path / "emb", *words, check=False)
+    assert ended.returncode == 2 and "is that of several rows (e.g. 'a')" in ended.stderr
+    write_part(tmp_path / "in", 1, ["b", "c"])
+    ended = curate("import", tmp_path / "in", tmp_path / "emb", *words)
+    assert [row["status"] for row in table_of(tmp_path / "emb")][:2] == ["ok", "unmatched"]
+    assert "1 × rows of the source whose key another one has" in ended.stderr
+    (tmp_path / "in" / "img_emb" / "img_emb_1.npy").unlink()
+    ended = curate("import", tmp_path / "in", tmp_path / "part", "--layout", "clip-retrieval")
+    assert "1 × files left out" in ended.stderr and "metadata_1.parquet" in ended.stderr

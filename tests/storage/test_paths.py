@@ -1,4 +1,7 @@
 import errno
+import functools
+import http.server
+import threading
 
 import fsspec
 import pytest
@@ -136,3 +139,16 @@ def test_what_cannot_be_written_is_told_by_the_name_that_was_given(tmp_path):
             file.write(b"x")
         assert caught.value.filename == str(target)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_web_servers_files_have_their_own_addresses_and_sizes(tmp_path):
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.tar").write_bytes(b"x" * (5 + int(name)))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        wanted = {f"{url}/{name}.tar": (tmp_path / f"{name}.tar").stat().st_size for name in ("0", "1")}
+        for pattern in (f"{url}/*.tar", f"{url}/{{0..1}}.tar", url):
+            assert {place: held.size for place, held in paths.find(pattern, ".tar").items()} == wanted, pattern
+        server.shutdown()
