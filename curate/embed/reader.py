@@ -17,7 +17,7 @@ import numpy as np
 from PIL.Image import Image
 
 from curate.embed import details, encoder, images, weights
-from curate.embed.captions import Caption, read_caption
+from curate.embed.captions import read_caption
 from curate.embed.side_data import NO_EXTRAS, Captions, Extras
 from curate.embed.spent import TimedFile
 from curate.errors import ShardError
@@ -132,7 +132,7 @@ def read_row(
     row["url"] = records.usable_text(described.get("url"))
     caption = read_caption(file, sample, described, extras.wanted)
     if caption.status == "no_caption" and captions is not None and row["url"]:
-        caption = Caption(captions.get(row["url"]), "no_caption", "its url is not in the table of captions")
+        caption = captions.get(row["url"])
     row["caption"] = caption.text
     status, reason = ("ok", "") if caption.text else (caption.status or "no_caption", caption.reason)
     if status == "no_caption" and row["unread"] and not reason:

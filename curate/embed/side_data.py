@@ -5,6 +5,7 @@ it was given, downloaded or not), and a headerless TSV of captions and urls, as 
 the embeddings, how many downloads ended how, and captions for samples that have none.
 """
 
+import codecs
 import io
 import math
 import threading
@@ -17,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from curate.embed.captions import USUAL, Wanted, clean
+from curate.embed.captions import USUAL, Caption, Wanted, clean
 from curate.errors import ShardError, UsageError, unknown
 from curate.storage import paths, records
 from curate.storage.schema import DERIVED, embedding_schema
@@ -181,12 +182,12 @@ class Captions:
         self._places = np.frombuffer(places, np.uint64)[order]
 
     def _split(self, line: bytes) -> tuple[bytes, bytes]:
-        parts = line.rstrip(b"\r\n").split(b"\t")
+        parts = line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n").split(b"\t")
         whole = len(parts) > max(self._url, self._caption)
         return (parts[self._url], parts[self._caption]) if whole else (b"", b"")
 
-    def get(self, url: str) -> str | None:
-        """Find a url's caption."""
+    def get(self, url: str) -> Caption:
+        """Find a url's caption, or say why there is none."""
         wanted = url.encode()
         at = int(np.searchsorted(self._hashes, np.uint64(_hash(wanted))))
         while at < len(self._hashes) and int(self._hashes[at]) == _hash(wanted):
@@ -194,9 +195,12 @@ class Captions:
                 self._file.seek(int(self._places[at]))
                 found, caption = self._split(self._file.readline())
             if found == wanted:
-                return clean(caption.decode("utf-8", "replace"))
+                try:
+                    return Caption(clean(caption.decode()), "no_caption", "empty in the table of captions")
+                except UnicodeDecodeError:
+                    return Caption(None, "bad_caption", "the table of captions is not UTF-8: convert it, with iconv")
             at += 1
-        return None
+        return Caption(None, "no_caption", "its url is not in the table of captions")
 
 
 def caption_places(location: str) -> tuple[int, int]:
@@ -204,7 +208,7 @@ def caption_places(location: str) -> tuple[int, int]:
     if not paths.exists(location):
         raise UsageError(f"{location} does not exist")
     with paths.open_read(location) as file:
-        first = file.readline(MAX_TEXT_BYTES).rstrip(b"\r\n").split(b"\t")
+        first = file.readline(MAX_TEXT_BYTES).removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n").split(b"\t")
     url = next((place for place, text in enumerate(first) if text.startswith((b"http://", b"https://"))), -1)
     if len(first) < 2 or url < 0:
         raise UsageError(f"{location} is not a table of captions and urls: `caption TAB url`, without a header.")

@@ -276,6 +276,8 @@ def _vectors(location: str, entry: str) -> np.ndarray:
         raise ShardError(
             f"{location} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from None
+    if not isinstance(found, np.ndarray):
+        raise ShardError(f"{location} is a zip of arrays (.npz), whatever its name; rename it, or name one .npy a part")
     if found.ndim != 2 or found.dtype.kind != "f" or not found.shape[1]:
         raise ShardError(f"{location} holds {found.dtype} {found.shape}, not vectors of numbers [n, d]")
     return np.asarray(found)

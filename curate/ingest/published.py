@@ -157,8 +157,8 @@ def _finish(
 
 def unit_rows(x_nd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Normalise rows to f16 [n, d]; says which are sound (finite, not zero), the others are zero."""
-    x = np.asarray(x_nd, np.float32)
     with np.errstate(all="ignore"):
+        x = np.asarray(x_nd, np.float32)
         norms = np.linalg.norm(x, axis=1, keepdims=True)
         sound = np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)
         return np.where(sound[:, None], x / norms, 0).astype(np.float16), sound

@@ -77,6 +77,17 @@ def test_a_table_without_urls_is_refused_before_any_model_is_loaded(tmp_path, co
         embed(pool, str(tmp_path / "emb"), EmbedOptions("ViT-B-32", captions=str(tmp_path / "cc.tsv")), QUIET)
 
 
+def test_a_table_with_a_mark_in_front_is_read_and_one_that_is_not_utf_8_says_so(tmp_path):
+    (tmp_path / "cc.tsv").write_bytes(
+        "\ufeffhttp://x/0\tcafé\n".encode() + "http://x/1\tcafé\nhttp://x/2\t \n".encode("latin-1")
+    )
+    captions = Captions(str(tmp_path / "cc.tsv"))
+    found = [captions.get(f"http://x/{number}") for number in range(4)]
+    assert [each.text for each in found] == ["café", None, None, None]
+    assert [each.status for each in found[1:]] == ["bad_caption", "no_caption", "no_caption"]
+    assert "not UTF-8" in found[1].reason and "empty" in found[2].reason
+
+
 @pytest.mark.realdata
 def test_cc3m_as_it_is_published_finds_every_caption():
     location = REAL_DATA / "text" / "cc3m_validation.tsv"
@@ -86,8 +97,8 @@ def test_cc3m_as_it_is_published_finds_every_caption():
     for caption, url in rows:
         first.setdefault(url, caption.strip())
     assert len(rows) == 15_833 or len(rows) == 15_840
-    assert {url: captions.get(url) for url in first} == first
-    assert captions.get("http://nowhere/none.jpg") is None
+    assert {url: captions.get(url).text for url in first} == first
+    assert captions.get("http://nowhere/none.jpg").text is None
 
 
 def test_columns_of_a_source_are_kept_alone_and_joined(tmp_path):
