@@ -141,12 +141,18 @@ def survey_pool(pool: str) -> Pool:
             found[location] = held
         elif lower.endswith(OTHER_SUFFIXES):
             faults.add(passed, "archives passed over: only .tar, .tar.gz and .tgz are read, unpack the others", name)
+    deeper = _folders_of_tars(pool)
     if not found:
         inside = paths.listdir(pool) if paths.is_dir(pool) else []
         seen = f"; it holds {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
-        raise UsageError(
-            f"no .tar shards match {pool}{seen}.", "a pool is a directory of webdataset tars: POOL/00000.tar …"
-        )
+        hint = "a pool is a directory of webdataset tars: POOL/00000.tar …"
+        if deeper:
+            hint = f"give '{paths.join(pool, '*', '*.tar')}'"
+        elif any(name.lower().endswith((".parquet", *(f".{kind}" for kind in IMAGE_SUFFIXES))) for name in inside):
+            hint = f"make one of it: curate pack {pool} SHARDS"
+        raise UsageError(f"no .tar shards match {pool}{seen}.", hint)
+    for name in deeper:
+        faults.add(passed, f"folders of tars passed over: to have them, give '{paths.join(pool, '**', '*.tar')}'", name)
     stems = [paths.name(without_suffix(location)) for location in found]
     if len(set(stems)) < len(stems):
         stems = [f"{paths.name(paths.parent(location))}__{stem}" for location, stem in zip(found, stems, strict=True)]
@@ -158,6 +164,18 @@ def survey_pool(pool: str) -> Pool:
         beside = listed.get(f"{without_suffix(location)}.parquet")
         shards.append(Shard(stem, location, held.size, held.stamp, beside.size if beside else -1))
     return Pool(shards, passed)
+
+
+def _folders_of_tars(pool: str) -> list[str]:
+    """List the folders right below a local pool that hold tars."""
+    if paths.is_remote(pool) or not paths.is_dir(pool):
+        return []
+    folders = paths.entries(pool)[1]
+    return [
+        name
+        for name in folders
+        if any(each.lower().endswith(TAR_SUFFIXES) for each in paths.listdir(paths.join(pool, name)))
+    ]
 
 
 def parts_of(

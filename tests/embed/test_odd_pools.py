@@ -83,3 +83,19 @@ def test_names_that_are_no_utf_8_and_links_that_lead_nowhere_stop_nothing(tmp_pa
         ended = curate(*words)
         assert "Traceback" not in ended.stderr and "caf\\udce9.zip" in ended.stderr
         assert any("caf" in fault["example"] for fault in manifest(words[2])["faults"].values())
+
+
+def test_tars_in_a_folder_below_and_what_is_no_pool_are_told(tmp_path, model):
+    (tmp_path / "pool" / "more").mkdir(parents=True)
+    make_tar(tmp_path / "pool" / "more" / "b.tar", [("b.jpg", picture(2)), ("b.txt", b"words")])
+    refused = curate("embed", tmp_path / "pool", tmp_path / "no", "--model", model, check=False)
+    assert f"give '{tmp_path}/pool/*/*.tar'" in refused.stderr and refused.returncode == 2
+    make_tar(tmp_path / "pool" / "a.tar", [("a.jpg", picture(1)), ("a.txt", b"words")])
+    ended = curate("embed", tmp_path / "pool", tmp_path / "emb", "--model", model)
+    assert f"1 × folders of tars passed over: to have them, give '{tmp_path}/pool/**/*.tar' (e.g. more)" in ended.stderr
+    curate("embed", f"{tmp_path}/pool/**/*.tar", tmp_path / "both", "--model", model)
+    assert [row["key"] for stem in ("a", "b") for row in table_of(tmp_path / "both", stem)] == ["a", "b"]
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "a.JPG").write_bytes(picture(1))
+    refused = curate("embed", tmp_path / "loose", tmp_path / "no", "--model", model, check=False)
+    assert f"curate pack {tmp_path}/loose SHARDS" in refused.stderr
