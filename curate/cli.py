@@ -318,10 +318,10 @@ def probe(
 
     told = fit(directory, labels, head, n, seed)
     if as_json:
-        typer.echo(json.dumps(told, ensure_ascii=False))
-        return
+        return typer.echo(json.dumps(told, ensure_ascii=False))
     counts = " · ".join(f"{count:,} {name}" for name, count in told["labelled"].items())
-    typer.echo(f"{counts} · {told['unknown_keys']:,} keys are not here → {head}")
+    unclear = f" · {told['repeated_keys']:,} left out, each of several rows" * bool(told["repeated_keys"])
+    typer.echo(f"{counts} · {told['unknown_keys']:,} keys are not here{unclear} → {head}")
     typer.echo(
         f"held out: {told['accuracy']:.1%} right ({told['commonest']:.1%} for one label alone), "
         f"calibration error {told['calibration_error']:.3f}"

@@ -47,10 +47,14 @@ def probe(directory: str, labels: str, out: str, n: int = 20, seed: int = 0) -> 
     source = open_input(directory, "embed", "import", "cluster", "select")
     embedded = source.source("embed", "import")
     marked = read_labels(labels)
-    x_nd, names = _vectors_of(embedded, marked)
+    x_nd, keys = _vectors_of(embedded, marked)
+    uses = Counter(keys)
+    once = np.array([uses[key] == 1 for key in keys], bool)  # of several pictures none is known to be the marked one
+    x_nd, names = x_nd[once], [marked[key] for key in keys if uses[key] == 1]
     counts = Counter(names)
     if len(counts) < 2 or min(counts.values()) < LEAST:
         told = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"
+        told += f" ({len(uses) - len(names):,} keys left out, each of several rows)" if len(uses) > len(names) else ""
         raise UsageError(
             f"{labels}: {told} of {len(marked)} marked keys are here; expected two labels, {LEAST} rows each."
         )
@@ -69,7 +73,8 @@ def probe(directory: str, labels: str, out: str, n: int = 20, seed: int = 0) -> 
     head = read_head(out, x_nd.shape[1])
     return {
         "labelled": dict(sorted(counts.items())),
-        "unknown_keys": len(marked) - len(names),
+        "unknown_keys": len(marked) - len(uses),
+        "repeated_keys": len(uses) - len(names),
         **_judge(held_out, y),
         "strength": float(fitted.C),
         "next": _least_sure(source, embedded, head, set(marked), n),
@@ -99,7 +104,7 @@ def read_labels(location: str) -> dict[str, str]:
 
 
 def _vectors_of(embedded: Artefact, marked: Mapping[str, str]) -> tuple[np.ndarray, list[str]]:
-    """Look up the vectors f32 [m, d] of the marked keys that are here and have one, and their labels."""
+    """Look up the vectors f32 [m, d] of the marked keys that are here and have one, and their keys."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -110,7 +115,7 @@ def _vectors_of(embedded: Artefact, marked: Mapping[str, str]) -> tuple[np.ndarr
             vectors = embedded.sidecars.take_vectors(stem, "image_embedding", rows)
             there = vectors.any(axis=1)
             parts.append(vectors[there])
-            names += [marked[key] for key in table["key"].take(rows[there]).to_pylist()]
+            names += table["key"].take(rows[there]).to_pylist()
     return (widen(np.concatenate(parts)) if parts else np.empty((0, 1), np.float32)), names
 
 

@@ -46,6 +46,7 @@ MAX_BUCKETS = 1024
 SMALL_SAMPLE = 1 << 16  # rows by which shuffled scores and the recall are estimated
 GPU_SHARE = 0.25  # of a GPU that a worker takes: what it does beside, reading and scattering, is the longer part
 FIT = "fit.json"
+LEAST_LENGTH = 1e-15  # of a given centroid, and the inverse of the greatest: its square is a number of f32
 FIT_CLAIM, FINISH_CLAIM = ".fit.claim", ".finish.claim"
 
 
@@ -268,8 +269,16 @@ def _load_centroids(location: str, dim: int) -> np.ndarray:
         found = sidecar.load_npy(location)
     except (OSError, ValueError) as error:
         raise UsageError(f"{location} is no readable .npy array: {error}") from None
-    if found.ndim != 2 or found.shape[1] != dim or found.dtype.kind != "f" or not np.isfinite(found).all():
-        raise UsageError(f"{location} holds {found.dtype} {list(found.shape)}; expected finite numbers [k, {dim}].")
+    if found.ndim != 2 or found.shape[1] != dim or found.dtype.kind != "f" or not len(found):
+        raise UsageError(
+            f"{location} holds {found.dtype} {list(found.shape)}; expected floats [k, {dim}], k at least 1."
+        )
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(found.astype(np.float64), axis=1)
+    bad = np.flatnonzero(~((lengths > LEAST_LENGTH) & (lengths < 1 / LEAST_LENGTH)))  # NaN among them
+    if len(bad):
+        told = f"{len(bad):,} of {len(found):,} rows of no direction, the first row {bad[0]}"
+        raise UsageError(f"{location} has {told}: zeros, or numbers that are not finite.", "leave these centroids out")
     return np.asarray(found, np.float32)
 
 

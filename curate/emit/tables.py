@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from curate import engine
 from curate.emit.kept_samples import Coreset
+from curate.errors import UsageError
 from curate.storage import manifest, paths, records, sidecar, whole_files
 from curate.storage.schema import UID, extra_columns, uid_pairs
 
@@ -34,6 +35,10 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
     if kind == "datacomp":
         started = {"subset": _write_subset(coreset, output.path("subset.npy"))}
         kept = sum(len(rows) for _, rows in coreset.all_kept_rows())
+        if kept and not started["subset"]["rows"]:
+            paths.remove(output.directory)
+            told = f"none of the {kept:,} kept rows has a uid, of which DataComp's subset files are made"
+            raise UsageError(f"{told}.", "--format keys, or import with --pool")
         return output.finish(shards=started, counts=_account(output, kept, *started["subset"].values()))
     number = {stem: f"{index:0{len(str(len(stems)))}d}" for index, stem in enumerate(stems)}
     task: _Write = {"keys": _WriteKeys, "parquet": _WriteParquet, "clip-retrieval": _WriteVectors}[kind](
@@ -148,19 +153,27 @@ class _WriteParquet(_Write):
 
 
 class _WriteVectors(_Write):
+    scored = True  # whether any caption was embedded
+
+    def setup(self) -> None:
+        """Ask whether there are captions' vectors to write: zeros in their place would pass for vectors."""
+        scores = self.coreset.embedded.sidecars.tables(["clip_score"])
+        self.scored = any(table["clip_score"].null_count < table.num_rows for _, table in scores)
+
     def name(self, stem: str) -> str:
         return f"metadata/metadata_{self.number[stem]}.parquet"
 
     def __call__(self, stem: str, /) -> dict[str, Any]:
         rows, number = self.coreset.kept_rows(stem), self.number[stem]
-        for column, name in (("image_embedding", "img_emb"), ("text_embedding", "text_emb")):
+        columns = (("image_embedding", "img_emb"), ("text_embedding", "text_emb"))
+        for column, name in columns if self.scored else columns[:1]:
             vectors = self.coreset.embedded.sidecars.take_vectors(stem, column, rows)
             sidecar.save_npy(paths.join(self.out, name, f"{name}_{number}.npy"), vectors)
         engine.advance(len(rows))
         table = self.coreset.embedded.table(stem, ["key", *EMBEDDED_COLUMNS]).take(rows)
         names = {"key": "image_path", "clip_score": "similarity"}
-        columns = {names.get(name, name): table[name] for name in table.column_names if name not in ("uid", "status")}
-        _save_parquet(self.place(stem), pa.table(columns).replace_schema_metadata(None))
+        told = {names.get(name, name): table[name] for name in table.column_names if name not in ("uid", "status")}
+        _save_parquet(self.place(stem), pa.table(told).replace_schema_metadata(None))
         return {"rows": len(rows)}
 
 

@@ -33,6 +33,7 @@ LOST = "not in the pool any more"
 TROUBLES = {"shard_missing": LOST, "gone": LOST, "changed": "another image by now"}
 
 Place = tuple[str, int]
+Twin = tuple[str, int | None]  # key and component: shards may use a key again
 Item = TypeVar("Item")
 
 
@@ -180,13 +181,13 @@ class Gallery:
         similar = self.columns["similarity"]
         there = np.flatnonzero(~np.isnan(similar))
         nearest_last = there[np.argsort(similar[there], kind="stable")].tolist()
-        pairs: list[tuple[Place, str]] = []
+        pairs: list[tuple[Place, Twin]] = []
         for i in _spread(nearest_last, 8 * number):
             stem, row = self.stems[self.columns["stem"][i]], int(self.columns["row"][i])
-            [twin] = self.selection.table(stem, ["twin"])["twin"].slice(row, 1).to_pylist()
-            pairs.append(((stem, row), twin))
-        places = self._find({twin for _, twin in pairs if twin is not None})
-        shown: list[tuple[Place, str]] = []
+            [told] = self.selection.table(stem, ["twin", "component"]).slice(row, 1).to_pylist()
+            pairs.append(((stem, row), (told["twin"], told["component"])))
+        places = self._find(self.selection, {twin for _, twin in pairs if twin[0] is not None})
+        shown: list[tuple[Place, Twin]] = []
         for place, twin in pairs:
             if twin in places and sum(twin == other for _, other in shown) < MAX_SAME_TWIN:
                 shown.append((place, twin))
@@ -208,15 +209,20 @@ class Gallery:
         [vector] = self.embedded.sidecars.take_vectors(stem, "image_embedding", np.array([row]))
         return np.asarray(vector, np.float32)
 
-    def _find(self, keys: set[str]) -> dict[str, Place]:
-        """Find rows by key in the sampled shards."""
-        wanted = pa.array(sorted(keys), pa.string())
-        places: dict[str, Place] = {}
+    def _find(self, selection: manifest.Artefact, twins: set[Twin]) -> dict[Twin, Place]:
+        """Find rows of the sampled shards by key and component, or by a key that one row alone has."""
+        wanted = pa.array(sorted({key for key, _ in twins}), pa.string())
+        places: dict[str, dict[Place, int | None]] = {}
         for stem in self.stems:
-            column = self.embedded.table(stem, ["key"])["key"]
-            for row in pc.indices_nonzero(pc.is_in(column, value_set=wanted)).to_pylist():
-                places.setdefault(column[row].as_py(), (stem, row))
-        return places
+            table = selection.table(stem, ["key", "component"])
+            for row in pc.indices_nonzero(pc.is_in(table["key"], value_set=wanted)).to_pylist():
+                places.setdefault(table["key"][row].as_py(), {})[stem, row] = table["component"][row].as_py()
+        found: dict[Twin, Place] = {}
+        for key, component in twins:
+            there = places.get(key, {})
+            same = [place for place, its in there.items() if its == component] or [*there] * (len(there) == 1)
+            found |= {(key, component): same[0]} if same else {}
+        return found
 
     def fill(self) -> int:
         """Read the text, the verdict and the picture of every card. Returns the bytes of the pictures."""

@@ -131,12 +131,20 @@ def _verdict(
     yield f"  twin       {verdict['twin']} was kept in its place" + (
         f", linked at {linked:.4f}" if linked is not None else ""
     )
-    for other in find(embedded, verdict["twin"]):
+    for other in _twins(embedded, selection, verdict):
         cosine = float(_vector(embedded, place) @ _vector(embedded, other))
         fate = _row(selection, other)
         later = "and is in the selection" if fate["kept"] else f"and was dropped later by {fate['dropped_by']}"
         yield f"             row {other[1]:,} of {other[0]}: cosine {cosine:.4f}, {later}"
         yield f"             caption {_row(embedded, other)['caption']}"
+
+
+def _twins(embedded: manifest.Artefact, selection: manifest.Artefact, verdict: Mapping[str, Any]) -> list[Place]:
+    """Find the twin by its key; of rows of several shards that use this key those of the sample's own component."""
+    found = list(find(embedded, verdict["twin"]))
+    if len(found) < 2:
+        return found
+    return [place for place in found if _row(selection, place)["component"] == verdict["component"]] or found
 
 
 def _vector(embedded: manifest.Artefact, place: Place) -> np.ndarray:

@@ -150,11 +150,16 @@ def _check_tables(name: str, tables: Mapping[str, Any]) -> None:
     for key in tables.get("data", {}):
         if key not in DATA_KEYS:
             raise unknown("key of [data]", key, DATA_KEYS)
+        if not isinstance(tables["data"][key], str):
+            raise UsageError(f"data.{key}={tables['data'][key]!r} is not a string.")
     if "source" not in tables.get("import", {"source": ""}):
         raise UsageError("[import] needs source.", "--set import.source=DIR")
     for table, key in (("select", "compare"), ("emit", "also")):
-        if not isinstance(several := tables.get(table, {}).get(key, []), list):
+        several = tables.get(table, {}).get(key, [])
+        if not isinstance(several, list):
             raise UsageError(f"{table}.{key}={several!r} is not a list.", f"{table}.{key} = [{several!r}]")
+        if not all(isinstance(each, str) for each in several):
+            raise UsageError(f"{table}.{key}={several!r} is not a list of strings.")
 
 
 def _check_choices(pipeline: Pipeline) -> None:
@@ -254,6 +259,16 @@ def emit_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
         yield f"-{kind}", replace(chosen, format=kind)
 
 
+def _flags(key: str, value: Any) -> list[str]:
+    """Write a key of a stage's table as it is typed."""
+    name = f"--{key.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [name] if value else []
+    if key == "steps":
+        return [f"--step={step}" for step in value]
+    return [f"{name}={','.join(value) if isinstance(value, list) else value}"]
+
+
 def shown_command(pipeline: Pipeline, stage: str) -> str:
     """Write a stage as a command to read."""
     if stage in TRAINER:
@@ -273,9 +288,9 @@ def shown_command(pipeline: Pipeline, stage: str) -> str:
         flags = [f"--set={setting}" for setting in pipeline.settings if setting.startswith("mix.")]
         return shlex.join(["curate", "mix", between, place(stage), *flags])
     flags = [
-        f"--{key.replace('_', '-')}={value}"
+        flag
         for key, value in pipeline.tables[stage].items()
-        if not isinstance(value, dict | list)
+        if key not in BESIDE.get(stage, ())
+        for flag in _flags(key, value)
     ]
-    flags += [f"--step={step}" for step in pipeline.tables[stage].get("steps", [])] if stage == "select" else []
     return shlex.join(["curate", stage, *([between] if between else []), place(stage), *flags])

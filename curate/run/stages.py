@@ -182,7 +182,15 @@ def _emissions(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, An
 
     for suffix, chosen in emit_options(pipeline):
         target = pipeline.place("emit") + suffix
-        yield paths.name(target), _fresh(job, partial(emit, pipeline.place("select"), target, chosen))
+        make = partial(emit, pipeline.place("select"), target, chosen, pool=_pool(pipeline))
+        yield paths.name(target), _fresh(job, make)
+
+
+def _pool(pipeline: Pipeline) -> str | None:
+    """Say where the pool lies now: it may have moved since it was embedded. None: where it lay then, if anywhere."""
+    if "embed" in pipeline.tables:
+        return pipeline.pool
+    return str(pipeline.tables["import"].get("pool", "")) or None if "import" in pipeline.tables else None
 
 
 def _fresh(job: Job, stage: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:

@@ -105,18 +105,18 @@ class Pool:
         return np.asarray(codes == names.index(status))
 
     def numbers(self, name: str) -> np.ndarray:
-        """Read a column as f32 [n] (clusters: i32); a null is NaN."""
+        """Read a column as f32 [n] (clusters: i32, the pool's own numbers: f64); a null is NaN."""
         if name in CAPTION:
             return self._gather("caption", np.float32, partial(_caption_length, words=name == "caption_words"))
         if name in SIZES:
             low, high = np.sort([self.numbers("width"), self.numbers("height")], axis=0)
             return np.asarray(low if name == "min_side" else high / low)
-        if name == "nearest_similarity":
-            return self._nearest()
-        if name == LOSS:
-            return self._loss()
+        if name in ("nearest_similarity", LOSS):
+            return self._nearest() if name != LOSS else self._loss()
         if name == "cluster":
             return self._gather(name, np.int32, lambda column: column.to_numpy())
+        if name in extra_columns(self._schema):  # dates, ids and counts: f32 would round them from 2 ** 24 on
+            return self._gather(name, np.float64, lambda column: column.to_numpy())
         return self._gather(name, np.float32, lambda column: column.cast(pa.float32(), safe=False).to_numpy())
 
     def _loss(self) -> np.ndarray:

@@ -16,6 +16,7 @@ from curate.errors import UsageError, unknown
 from curate.select.frame import AUTO, Column, Count, Directory, File, Group, Keep, Levels, Share, Texts, Threshold
 
 PERCENT = re.compile(r"(?<=[\s(,=])(\d[\d_.]*%)(?=\s*[,)])")  # 2%, which Python cannot read
+THOUSANDS = re.compile(r"[(,=]\s*\d{1,3}(,\d{3})*,000\s*[,)](?=[^\"']*$)")  # sample(1,000): one row, and a seed of 0
 Table = Mapping[str, Callable[..., Any]]
 RENAMED = {("balance", "wary"): "contradicting_last"}  # arguments by what they were called once
 log = logging.getLogger("curate")
@@ -27,6 +28,8 @@ def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[st
     noun, like: what it is, and an example. hidden: parameters of the functions that are not written.
     Raises: UsageError naming the text, what is wrong with it and what there is.
     """
+    if THOUSANDS.search(text):
+        raise UsageError(f"the {noun} {text!r}: a comma begins another argument.", "write 1_000 for a thousand")
     call = _parse(text) or _parse(PERCENT.sub(r'"\1"', text))
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise UsageError(f"the {noun} {text!r} is not a call like {like}.")

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from curate.errors import UsageError
+
 MOST_WAITING, SYNCERS = 512, 16  # files that are synced together, and how many of them at once
 _group = threading.local()  # waiting: {temporary: path} of what this thread has written and not named yet
 
@@ -23,6 +25,8 @@ def write(path: str) -> Iterator[IO[bytes]]:
     """
     if path.endswith("/") or os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "expected the name of a file, got a folder", path)
+    if os.path.exists(path) and not os.path.isfile(path):  # a rename would put a file in the place of /dev/stdout
+        raise UsageError(f"{path} is no plain file, but a device or a pipe.", "name a file that is to be written")
     # Several machines may write the same file at once, and in containers every process has the number 1.
     temporary = f"{path}.{socket.gethostname()[:16]}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     mine: dict[str, str] = {}

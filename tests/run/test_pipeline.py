@@ -1,6 +1,7 @@
 """Pipelines: what is checked before anything runs, what is told beforehand, and that a second run does nothing."""
 
 import re
+import shutil
 import tomllib
 
 import pytest
@@ -67,6 +68,9 @@ def test_settings_and_tables_are_checked_before_anything_runs(plan, tmp_path):
         ("select.compare=['bunni']", "did you mean 'bunny'"),
         ("emit.also=['key']", "did you mean 'keys'"),
         ("import.layout=npy", "[import] needs source"),
+        ("emit.also=[1]", "is not a list of strings"),
+        ("select.compare=[1]", "is not a list of strings"),
+        ("data.align=5", "data.align=5 is not a string"),
     ]:
         with pytest.raises(UsageError, match=re.escape(word)):
             pipeline.load(str(plan), None, settings=[setting])
@@ -138,6 +142,30 @@ def test_benchmarks_are_asked_where_they_are_named():
         "o/eval",
     ]
     assert "eval" not in pipeline.load("bunny", "o").stages("train")
+
+
+def test_shown_commands_are_typed_as_they_are(plan):
+    made = pipeline.load(
+        str(plan), None, settings=["embed.faithful=true", "embed.verify=false", "embed.columns=['a', 'b']"]
+    )
+    shown = pipeline.shown_command(made, "embed")
+    assert shown.endswith(" --faithful --columns=a,b")
+    assert "compare" not in pipeline.shown_command(made, "select")
+
+
+def test_a_pool_that_moved_is_emitted_from_where_it_is(tmp_path):
+    write_pool(tmp_path / "pool", ["0"], 12)
+    words = ["run", tmp_path / "mine.toml", "--out", tmp_path / "out", "--workers", 1]
+    (tmp_path / "mine.toml").write_text(
+        TABLES.replace("POOL", str(tmp_path / "pool")).replace("n = 100", "n = 3").replace("k = 12", "k = 1")
+    )
+    curate(*words)
+    tars = {path.name: path.read_bytes() for path in (tmp_path / "out" / "coreset").glob("*.tar")}
+    (tmp_path / "pool").rename(tmp_path / "moved")
+    curate(*words, "--pool", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "out" / "coreset")
+    curate(*words, "--pool", tmp_path / "moved")
+    assert tars and {path.name: path.read_bytes() for path in (tmp_path / "out" / "coreset").glob("*.tar")} == tars
 
 
 def test_what_a_verb_advises_is_written_as_a_setting():

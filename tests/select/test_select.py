@@ -271,7 +271,7 @@ def test_a_shard_without_rows_goes_through_every_stage(tmp_path):
     assert cluster(emb, clu, ClusterOptions(k=2), QUIET)["counts"] == {"clustered": 10, "bad": 0}
     steps = ("dedup(0.99)", "cap(uid, 1)", "balance(cluster, 6)", "top(redundancy, 5)")
     assert select(clu, sel, SelectOptions(steps=steps), QUIET)["counts"]["kept"] == 5
-    for kind in ("keys", "parquet", "clip-retrieval", "datacomp"):
+    for kind in ("keys", "parquet", "clip-retrieval"):
         emit(sel, str(tmp_path / kind), EmitOptions(format=kind), QUIET)
     assert np.load(tmp_path / "clip-retrieval" / "img_emb" / "img_emb_1.npy").shape == (0, 8)
 

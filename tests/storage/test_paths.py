@@ -1,12 +1,15 @@
 import errno
 import functools
 import http.server
+import os
+import stat
 import threading
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from curate.errors import UsageError
 from curate.storage import paths, whole_files
 
 
@@ -152,3 +155,13 @@ def test_a_web_servers_files_have_their_own_addresses_and_sizes(tmp_path):
         for pattern in (f"{url}/*.tar", f"{url}/{{0..1}}.tar", url):
             assert {place: held.size for place, held in paths.find(pattern, ".tar").items()} == wanted, pattern
         server.shutdown()
+
+
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (
+        pytest.raises(UsageError, match="no plain file, but a device or a pipe"),
+        paths.atomic_write(str(tmp_path / "pipe")),
+    ):
+        pass
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

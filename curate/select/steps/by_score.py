@@ -34,7 +34,7 @@ def above(frame: Frame, number: int, column: Column, x: float) -> Verdict:
 
 def at_least(frame: Frame, number: int, column: Column, x: float) -> Verdict:
     """Keep the rows whose value is x or greater."""
-    return Verdict(frame.column(column) >= np.float32(x))
+    return Verdict(frame.column(column) >= x)
 
 
 def below(frame: Frame, number: int, column: Column, x: float) -> Verdict:
@@ -44,7 +44,7 @@ def below(frame: Frame, number: int, column: Column, x: float) -> Verdict:
 
 def at_most(frame: Frame, number: int, column: Column, x: float) -> Verdict:
     """Keep the rows whose value is x or less."""
-    return Verdict(frame.column(column) <= np.float32(x))
+    return Verdict(frame.column(column) <= x)
 
 
 def top(frame: Frame, number: int, column: Column, n: Count) -> Verdict:
