@@ -279,12 +279,12 @@ def find(
     """
     from curate.ask.find import find as search
     from curate.report.found import page, verdict
+    from curate.report.report import write_page
     from curate.report.show import printable
 
     embedded, found = search(directory, texts or [], image or [], without or [], n, model, pretrained)
     if out:
-        with paths.atomic_write(out) as file:
-            file.write(page(embedded, found, directory, without or []))
+        write_page(out, page(embedded, found, directory, without or []))
     if as_json:
         rows = [
             {"for": name, "score": h.score, "stem": h.stem, "row": h.row, **h.facts}

@@ -238,6 +238,8 @@ def _resolve(
         raise UsageError(f"neighbours={options.neighbours} is neither 1 nor 2 clusters.", "--neighbours 2")
     if not -1 < options.floor < 1:
         raise UsageError(f"floor={options.floor} is no cosine; it must lie between -1 and 1.", "--floor 0.80")
+    if options.centroids and (options.k or options.refit):
+        raise UsageError("--centroids gives the clusters: --k and --refit fit others.", "leave either out")
     if options.centroids:
         given = _load_centroids(options.centroids, dim)
         inputs["centroids"] = {"path": options.centroids, "digest": digest(given)}

@@ -22,7 +22,7 @@ from curate.errors import UsageError
 from curate.report import ablation_tables, cluster_map, concepts, duplicates, provenance, sections, threshold_sliders
 from curate.report.gallery import Gallery, open_samples
 from curate.report.options import ReportOptions
-from curate.storage import manifest, paths
+from curate.storage import manifest, paths, whole_files
 from curate.storage.schema import STATUSES
 
 KEPT, DROPPED, TWINS, BAD, CLUSTER_CARDS, CLUSTER_KEPT = 28, 14, 12, 7, 7, 3
@@ -98,8 +98,7 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
         context["sizes"] = cluster_map.section(artefacts.clusters, artefacts.selection)
     pictures = _choose_cards(context, gallery, artefacts)
     page = render(context)
-    with paths.atomic_write(out) as file:
-        file.write(page)
+    write_page(out, page)
     facts = {"bytes": len(page), "samples_shown": len(gallery.cards) if gallery else 0, "picture_bytes": pictures}
     return {"command": "report", "counts": facts, "shards": {}}
 
@@ -298,3 +297,10 @@ def _script_json(value: Any) -> Markup:
     """Write JSON that cannot end the element it stands in."""
     text = json.dumps(value)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def write_page(out: str, page: bytes) -> None:
+    """Write a page whole, and over no file of data. Raises: UsageError."""
+    whole_files.refuse_data(out)
+    with paths.atomic_write(out) as file:
+        file.write(page)

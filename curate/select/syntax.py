@@ -9,6 +9,7 @@ import ast
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from curate.select.frame import AUTO, Column, Count, Directory, File, Group, Kee
 PERCENT = re.compile(r"(?<=[\s(,=])(\d[\d_.]*%)(?=\s*[,)])")  # 2%, which Python cannot read
 THOUSANDS = re.compile(r"[(,=]\s*\d{1,3}(,\d{3})*,000\s*[,)](?=[^\"']*$)")  # sample(1,000): one row, and a seed of 0
 Table = Mapping[str, Callable[..., Any]]
+LARGEST = sys.float_info.max
 RENAMED = {("balance", "wary"): "contradicting_last"}  # arguments by what they were called once
 log = logging.getLogger("curate")
 
@@ -95,7 +97,7 @@ def _convert(node: ast.expr, kind: Any, where: str) -> Any:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         hint = "put it in quotes" if isinstance(node, ast.Name | ast.BinOp | ast.Attribute) else None
         raise UsageError(f"{where}: {ast.unparse(node)} is no literal.", hint) from None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = _is_number(value, where)
     if kind in (Threshold, Share) and value == "auto":
         return AUTO
     if kind is Count:
@@ -119,6 +121,13 @@ def _convert(node: ast.expr, kind: Any, where: str) -> Any:
     if kind is float and not number:
         raise UsageError(f"{where}: expected a number, not {value!r}.")
     return value
+
+
+def _is_number(value: Any, where: str) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and not -LARGEST <= value <= LARGEST:
+        raise UsageError(f"{where}: a number of this size is none to compare with.")
+    return number
 
 
 def _column(node: ast.expr, kind: Any, where: str) -> str:

@@ -13,6 +13,7 @@ from typing import IO
 
 from curate.errors import UsageError
 
+DATA = (".arrow", ".json", ".jsonl", ".tar", ".gz", ".parquet", ".npy", ".npz", ".toml", ".tsv", ".csv", ".txt", ".jpg")
 MOST_WAITING, SYNCERS = 512, 16  # files that are synced together, and how many of them at once
 _group = threading.local()  # waiting: {temporary: path} of what this thread has written and not named yet
 
@@ -54,6 +55,12 @@ def _begun(temporary: str) -> IO[bytes]:
     except FileNotFoundError:
         os.makedirs(os.path.dirname(temporary), exist_ok=True)
         return open(temporary, "wb")
+
+
+def refuse_data(path: str) -> None:
+    """Refuse to write a page or a head over a file of data, an input typed in its place. Raises: UsageError."""
+    if path.lower().endswith(DATA) and os.path.exists(path):
+        raise UsageError(f"{path} is there already, and holds data.", "name the file that is to be written")
 
 
 @contextmanager

@@ -82,3 +82,18 @@ def test_a_thousand_is_not_written_with_a_comma():
             parse([step])
     for step in ("rank(clip_score, 0, 0.000)", "sample(1_000)", 'metaclip(t=20000, entries="a,000,b")'):
         assert parse([step])
+
+
+def test_numbers_without_sense_are_refused(tmp_path):
+    emb = imported(tmp_path, "emb", 9)
+    for step, word in [
+        ("mismatch(0.3, factor=1e999)", "a number of this size"),
+        (f"above(clip_score, {'9' * 400})", "a number of this size"),
+        ("mismatch(0.3, factor=-1)", "expected 0 or more"),
+        (f"exclude('{emb}', 95)", "a cosine below 1"),
+    ]:
+        with pytest.raises(UsageError, match=word):
+            select(emb, str(tmp_path / "sel"), SelectOptions(steps=(step,)), QUIET)
+    np.save(tmp_path / "given.npy", np.eye(3, 8, dtype=np.float32))
+    with pytest.raises(UsageError, match="--k and --refit fit others"):
+        cluster(emb, str(tmp_path / "clu"), ClusterOptions(k=3, centroids=str(tmp_path / "given.npy")), QUIET)

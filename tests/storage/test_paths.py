@@ -4,12 +4,14 @@ import http.server
 import os
 import stat
 import threading
+from contextlib import nullcontext
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from curate.errors import UsageError
+from curate.report.report import write_page
 from curate.storage import paths, whole_files
 
 
@@ -69,8 +71,6 @@ def test_what_goes_on_failing_is_given_up_and_what_is_final_is_not_tried_again(p
 
 
 def test_two_processes_delete_one_directory(tmp_path):
-    import threading
-
     for turn in range(20):
         folder = tmp_path / str(turn)
         for number in range(200):
@@ -165,3 +165,17 @@ def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
     ):
         pass
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_page_is_written_over_a_page_and_over_no_data(tmp_path):
+    for name, word in (
+        ("page.html", None),
+        ("new.json", None),
+        ("manifest.json", "holds data"),
+        ("a.tar", "holds data"),
+    ):
+        if name != "new.json":
+            (tmp_path / name).write_bytes(b"before")
+        with pytest.raises(UsageError, match=word) if word else nullcontext():
+            write_page(str(tmp_path / name), b"page")
+        assert (tmp_path / name).read_bytes() == (b"before" if word else b"page")

@@ -85,6 +85,8 @@ def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 3.0
     at most max(2 p N, N - 1.5 B) and never more than N - B of them, so that those steps still have a choice. Where
     nothing looks mismatched, nothing goes. The numbers were chosen on toy pools (pipelines/LOG.md). O(N log N) time.
     """
+    if factor < 0:
+        raise UsageError(f"mismatch(factor={factor}): expected 0 or more.")
     scores = frame.column("clip_score")
     facts: dict[str, Any] = {}
     if share == AUTO:

@@ -13,6 +13,8 @@ from curate.vectors import kmeans
 
 def exclude(frame: Frame, number: int, directory: Directory, threshold: float = 0.95) -> Verdict:
     """Drop the rows whose image has cosine > threshold to an image of another EMB, or the same bytes (its uid)."""
+    if not -1 < threshold < 1:
+        raise UsageError(f"exclude({directory!r}, {threshold}): expected a cosine below 1, such as 0.95.")
     rows = np.flatnonzero(frame.alive)
     uids: list[np.ndarray] = [np.empty(0, np.int64)]
 
