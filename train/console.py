@@ -51,18 +51,23 @@ def quiet() -> None:
 
 
 def end(code: int) -> None:
-    """End the process; at once where it still belongs to a group on GPUs, whose other ranks it must not wait for."""
+    """End the process, having said why."""
+    _end_at_once(code)
+    sys.exit(code)
+
+
+def _end_at_once(code: int) -> None:
+    """End the process here where it still belongs to a group on GPUs, whose other ranks it must not wait for."""
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
 
 
 def _last_words(*raised: Any) -> None:
     sys.__excepthook__(*raised)
-    end(1)
+    _end_at_once(1)
 
 
 def show_scores(results: dict[str, Any], options: configuration.Eval, as_json: bool) -> None:
