@@ -20,7 +20,7 @@ import typer
 from pipelines import memory
 from train import config as configuration
 from train.console import describe_memory, describe_model, end, questions, quiet, say, show, show_answers, show_scores
-from train.errors import TrainError, UsageError
+from train.errors import UsageError
 
 app = typer.Typer(
     help="Train small vision-language models from shards; each verb also under `torchrun --nproc-per-node N -m train`.",
@@ -386,14 +386,13 @@ def work(
 
 
 def main(run: Callable[[], None] = app) -> None:
-    """Run the command line and turn our errors, and the file system's, into one line and an exit code."""
+    """Run the command line and turn what goes wrong into an exit code, our errors and the file system's into a line."""
     memory.one_arena()
     quiet()
     try:
         run()
-    except (TrainError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        end(error.exit_code if isinstance(error, TrainError) else TrainError.exit_code)
+    except Exception as error:  # typer takes sys.excepthook for itself
+        end(error)
 
 
 if __name__ == "__main__":

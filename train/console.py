@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from train import config as configuration
-from train.errors import UsageError
+from train.errors import TrainError, UsageError
 
 log = logging.getLogger("train")
 
@@ -47,27 +47,26 @@ def quiet() -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     log.setLevel(level)
-    sys.excepthook = _last_words
 
 
-def end(code: int) -> None:
-    """End the process, having said why."""
-    _end_at_once(code)
-    sys.exit(code)
+def end(error: Exception) -> NoReturn:
+    """Say what went wrong, in a line where it is one of ours or the file system's, and end the process.
 
-
-def _end_at_once(code: int) -> None:
-    """End the process here where it still belongs to a group on GPUs, whose other ranks it must not wait for."""
+    It ends here and now where it still belongs to a group on GPUs, whose other ranks it must not wait for.
+    """
+    code = error.exit_code if isinstance(error, TrainError) else TrainError.exit_code
+    if isinstance(error, TrainError | OSError):
+        sys.stderr.write(f"error: {error}\n")
+    else:
+        sys.__excepthook__(type(error), error, error.__traceback__)
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
         sys.stdout.flush()
         sys.stderr.flush()
+        if (scratch := sys.modules.get("train.data.scratch")) is not None:
+            scratch.clear()
         os._exit(code)
-
-
-def _last_words(*raised: Any) -> None:
-    sys.__excepthook__(*raised)
-    _end_at_once(1)
+    sys.exit(code)
 
 
 def show_scores(results: dict[str, Any], options: configuration.Eval, as_json: bool) -> None:

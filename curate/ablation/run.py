@@ -73,7 +73,8 @@ def run(plan: Pipeline, job: Job, echo: Echo = print) -> dict[str, Any]:
                 failed[number] = broken[key]
     for trial in trials:
         if trial.finished() is not None:
-            tidy(trial, "models", ablation.options.keep)
+            for level in ("coresets", "models"):
+                tidy(trial, level, ablation.options.keep)
     result = gather(ablation, failed)
     _write(ablation, result)
     for line in statistics.table(result, ablation.options.lead, list(result["measures"])):

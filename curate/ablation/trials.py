@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -190,7 +191,8 @@ class Trainer:
             self.stderr.seek(0)
             last = self.stderr.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
             trainer.cache_clear()
-            why = f": {last[0]}" if code >= 0 else ""  # what it said last is not what it was killed for
+            killed = code in (-signal.SIGKILL, -signal.SIGTERM)  # what it said last is not what it was killed for
+            why = "" if killed else f": {last[0]}"
             raise CurateError(f"the trainer {stages.how_it_ended(code)} at {' '.join(words[:2])}{why}")
         return dict(json.loads(line))
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from curate.errors import UsageError
-from curate.storage import paths, whole_files
+from curate.storage import paths
 from curate.vectors.narrow import PART, products
 
 ACTIVATIONS = ("none", "relu", "gelu")
@@ -133,6 +133,5 @@ def write_head(location: str, weight: np.ndarray, bias: np.ndarray, about: Mappi
 
     told = {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in about.items()}
     tensors = {"weight": np.ascontiguousarray(weight, np.float32), "bias": np.ascontiguousarray(bias, np.float32)}
-    whole_files.refuse_data(location)
     with paths.atomic_write(location) as file:
         file.write(save(tensors, told))

@@ -239,7 +239,9 @@ def _resolve(
     if not -1 < options.floor < 1:
         raise UsageError(f"floor={options.floor} is no cosine; it must lie between -1 and 1.", "--floor 0.80")
     if options.centroids and (options.k or options.refit):
-        raise UsageError("--centroids gives the clusters: --k and --refit fit others.", "leave either out")
+        raise UsageError(
+            "--centroids gives the clusters: --k and --refit fit others.", "leave either out (in a pipeline: k = 0)"
+        )
     if options.centroids:
         given = _load_centroids(options.centroids, dim)
         inputs["centroids"] = {"path": options.centroids, "digest": digest(given)}

@@ -65,8 +65,6 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             return _load(_without_notes(data), max_pixels)
     except BadImage:
         raise
-    except Image.DecompressionBombError:
-        raise BadImage("too_large", _over(max_pixels)) from None
     except UnidentifiedImageError:
         raise _unidentified(data) from None
     except Exception as error:  # decoders answer hostile bytes with nearly every exception there is

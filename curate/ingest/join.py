@@ -49,7 +49,7 @@ def build_join(parts: Sequence[layouts.Part], join: str, folder: str, form: str 
     unique, first, counts = np.unique(every, return_index=True, return_counts=True)  # the first of equals
     # A key that several rows share says nothing of which is meant; a url or a checksum says that they are one picture.
     alone = counts == 1 if join == "key" else np.ones(len(unique), bool)
-    if form == EXACT and not alone.any():
+    if form == EXACT and example and not alone.any():
         raise UsageError(
             f"each key of the source is that of several rows (e.g. {example!r}), and does not say which is meant.",
             "--join url or --join sha256",
@@ -57,7 +57,9 @@ def build_join(parts: Sequence[layouts.Part], join: str, folder: str, form: str 
     np.save(f"{folder}/hashes.npy", unique[alone])
     np.save(f"{folder}/places.npy", np.concatenate(places)[first[alone]])
     repeated = int(counts[unique > 0].sum() - (unique > 0).sum())
-    return {"source_rows": len(every), "repeated": repeated, "source_example": example}
+    told: dict[str, Any] = {"source_rows": len(every), "repeated": repeated, "source_example": example}
+    shared = int(counts[(unique > 0) & ~alone].sum())
+    return told | ({"shared": shared} if shared else {})
 
 
 def choose_form(
@@ -102,7 +104,7 @@ def join_hash(value: Any, join: str, form: str = EXACT) -> int | None:
 def unclear_keys(joined: Mapping[str, Any], sidecars: Mapping[str, str]) -> Faults:
     """Count what keys that are not alone leave unclear, in the source and in the pool, where two rows took one vector.
 
-    joined: what `build_join` found. sidecars: of the imported shards, by stem. Memory: 16 bytes a row of the pool.
+    joined: what `build_join` found. sidecars: of the imported shards, by stem. Memory: some 40 bytes a row of the pool.
     """
     form = joined.get("form", EXACT)
 
@@ -116,8 +118,8 @@ def unclear_keys(joined: Mapping[str, Any], sidecars: Mapping[str, str]) -> Faul
     order = np.argsort(every, kind="stable")
     again = order[1:][(every[order[1:]] == every[order[:-1]]) & (every[order[1:]] > 0)]
     found: Faults = {}
-    if joined["repeated"]:
-        faults.add(found, AMBIGUOUS, "", joined["repeated"])
+    if joined.get("shared"):
+        faults.add(found, AMBIGUOUS, "", joined["shared"])
     if len(again):
         first, starts = int(again.min()), np.cumsum([0, *map(len, hashes)])
         number = int(np.searchsorted(starts, first, side="right")) - 1

@@ -244,7 +244,7 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
             there = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise UsageError(f"{location} has no column of images: it has {there}.", "name it: --image COLUMN")
         for field in schema:
-            if field.name not in (image, caption) and holds_images(field.type):
+            if field.name not in (image, caption, *KEYS) and holds_images(field.type):
                 faults.add(told, f"values left out: the column {field.name} holds bytes, too", location, rows)
         stem = paths.name(location).removesuffix(".parquet").replace(".", "_")
         for name, start, stop in _cut(stem, rows, options.shard_size):

@@ -57,7 +57,14 @@ def read_picture(picture: Picture) -> bytes:
 
 def is_tars(root: str) -> bool:
     """Say whether images lie in tars, rather than as files under a folder."""
-    return not paths.is_dir(root) or any(name.lower().endswith(TAR_SUFFIXES) for name in paths.listdir(root))
+    if not paths.is_dir(root):
+        return True
+    files, folders = paths.entries(root)
+    names = [name.lower() for name in files]
+    if any(name.endswith(".tar") for name in names):
+        return True
+    loose = folders or any(name.endswith(tuple(f".{kind}" for kind in IMAGE_SUFFIXES)) for name in names)
+    return not loose and any(name.endswith(TAR_SUFFIXES) for name in names)  # beside pictures: what they came in
 
 
 def plain_tar(shard: Shard, scratch: str) -> str:

@@ -29,6 +29,7 @@ from pipelines.records import MISSING, Reading, read
 from pipelines.samples import from_sample
 
 MAX_LISTED = 100
+ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")  # what Hugging Face writes beside tables
 KINDS = ((".json", "json"), (".jsonl", "json"), (".parquet", "parquet"))
 TEXT, ELSEWHERE = "text", "elsewhere"  # beside the folders of `expect`
 
@@ -151,7 +152,8 @@ def kind_of(source: SourceOptions) -> str:
     inside = [name.lower() for name in paths.listdir(source.path)] if paths.is_dir(source.path) else []
     if any(name.endswith(TAR_SUFFIXES) for name in inside):
         return "shards"
-    return "parquet" if any(name.endswith(".parquet") for name in inside) else "json"
+    own = [name for name in inside if name.endswith(_suffixes("json")) and name not in ABOUT]
+    return "parquet" if not own and any(name.endswith(".parquet") for name in inside) else "json"
 
 
 def files_of(source: SourceOptions, kind: str) -> list[str]:
@@ -174,7 +176,7 @@ def _passed_over(source: SourceOptions, kind: str) -> list[str]:
     if paths.exists(paths.join(source.path, manifest.MANIFEST)):
         return []
     other = "parquet" if kind == "json" else "json"
-    beside = [name for name in paths.listdir(source.path) if name.endswith(_suffixes(other))]
+    beside = [name for name in paths.listdir(source.path) if name.endswith(_suffixes(other)) and name not in ABOUT]
     told = (
         f"{len(beside)} files of {other} beside those of {kind} are not read (e.g. {beside[0]}); name them by a pattern"
         if beside

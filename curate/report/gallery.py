@@ -214,8 +214,9 @@ class Gallery:
         wanted = pa.array(sorted({key for key, _ in twins}), pa.string())
         places: dict[str, dict[Place, int | None]] = {}
         for stem in self.stems:
-            table = selection.table(stem, ["key", "component"])
-            for row in pc.indices_nonzero(pc.is_in(table["key"], value_set=wanted)).to_pylist():
+            table = selection.table(stem, ["key", "component", "twin"])
+            stayed = pc.and_(pc.is_in(table["key"], value_set=wanted), pc.is_null(table["twin"]))
+            for row in pc.indices_nonzero(stayed).to_pylist():
                 places.setdefault(table["key"][row].as_py(), {})[stem, row] = table["component"][row].as_py()
         found: dict[Twin, Place] = {}
         for key, component in twins:

@@ -144,7 +144,9 @@ def _twins(embedded: manifest.Artefact, selection: manifest.Artefact, verdict: M
     found = list(find(embedded, verdict["twin"]))
     if len(found) < 2:
         return found
-    return [place for place in found if _row(selection, place)["component"] == verdict["component"]] or found
+    told = {place: _row(selection, place) for place in found}
+    stayed = [place for place in found if told[place]["twin"] is None]
+    return [place for place in stayed if told[place]["component"] == verdict["component"]] or stayed
 
 
 def _vector(embedded: manifest.Artefact, place: Place) -> np.ndarray:

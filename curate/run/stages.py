@@ -189,8 +189,9 @@ def _emissions(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, An
 def _pool(pipeline: Pipeline) -> str | None:
     """Say where the pool lies now: it may have moved since it was embedded. None: where it lay then, if anywhere."""
     if "embed" in pipeline.tables:
-        return pipeline.pool
-    return str(pipeline.tables["import"].get("pool", "")) or None if "import" in pipeline.tables else None
+        return pipeline.pool if {"demo", "pool"} & set(pipeline.tables) else None
+    given = pipeline.tables.get("pool", {}).get("path") or pipeline.tables.get("import", {}).get("pool")
+    return str(given) if given else None
 
 
 def _fresh(job: Job, stage: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,8 +328,8 @@ def find(pattern: str, suffix: str = "") -> dict[str, Found]:
 def files(directory: str) -> dict[str, Found]:
     """List the files in a directory with their sizes and stamps; none where it does not exist."""
     if is_remote(directory):
-        held = (each for each in _list(directory) if each["type"] != "directory")
-        return {name(each["name"]): _measured(join(directory, name(each["name"])), each) for each in held}
+        held = {join(directory, name(each["name"])): each for each in _list(directory) if each["type"] != "directory"}
+        return {name(place): found for place, found in _measured(held).items()}
     if not os.path.isdir(local(directory)):
         return {}
     with os.scandir(local(directory)) as listed:
@@ -337,10 +338,9 @@ def files(directory: str) -> dict[str, Found]:
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result:
     """Look at a file; of a link that leads nowhere at the link itself: whoever opens it fails by its name."""
-    try:
+    with suppress(FileNotFoundError):
         return entry.stat()
-    except FileNotFoundError:
-        return entry.stat(follow_symlinks=False)
+    return entry.stat(follow_symlinks=False)
 
 
 def look(location: str) -> Found:
@@ -354,8 +354,7 @@ def place(folder: str) -> str:
     """Tell a folder from another one that took its name, or a copy of it: modification times compare within one."""
     if is_remote(folder):
         return folder.rstrip("/")
-    path = local(folder)
-    return f"inode {os.stat(path).st_ino}" if os.path.exists(path) else ""
+    return f"inode {os.stat(local(folder)).st_ino}" if os.path.exists(local(folder)) else ""
 
 
 def move(source: str, target: str) -> bool:
@@ -381,9 +380,16 @@ def _described(info: Any) -> Found:
     return Found(int(info.get("size") or 0), str(stamp).strip('"'))
 
 
-def _measured(location: str, info: Any) -> Found:
-    """Read a listing's description of a file; a web server's has no size, and a change of it would never be seen."""
-    return look(location) if info.get("size") is None else _described(info)
+def _measured(held: Mapping[str, Any]) -> dict[str, Found]:
+    """Read a listing; a web server's has no sizes, by which a change is seen: its files are asked, some at a time."""
+
+    def measure(location: str) -> Found:
+        with suppress(FileNotFoundError):  # a link that leads nowhere: whoever opens it fails by its name
+            return look(location) if held[location].get("size") is None else _described(held[location])
+        return _described(held[location])
+
+    with ThreadPoolExecutor(16) as threads:
+        return dict(zip(held, threads.map(measure, held), strict=True))
 
 
 def _glob(pattern: str) -> dict[str, Found]:
@@ -391,5 +397,4 @@ def _glob(pattern: str) -> dict[str, Found]:
         return {path: look(path) for path in glob.glob(local(pattern), recursive=True)}
     scheme = pattern.split("://", 1)[0]
     matches = with_retries(pattern, lambda fs, path: fs.glob(path, detail=True))
-    named = {path if is_remote(path) else f"{scheme}://{path}": each for path, each in matches.items()}
-    return {location: _measured(location, each) for location, each in named.items()}
+    return _measured({path if is_remote(path) else f"{scheme}://{path}": each for path, each in matches.items()})

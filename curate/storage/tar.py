@@ -11,6 +11,7 @@ unpickled; none is extracted to disk, and links and devices are never followed.
 """
 
 import json
+import os
 import re
 import tarfile
 import tempfile
@@ -147,12 +148,14 @@ def survey_pool(pool: str) -> Pool:
         seen = f"; it holds {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
         hint = "a pool is a directory of webdataset tars: POOL/00000.tar …"
         if deeper:
-            hint = f"give '{paths.join(pool, '*', '*.tar')}'"
+            hint = f"give '{paths.join(pool, '*', '*.tar*')}'"
         elif any(name.lower().endswith((".parquet", *(f".{kind}" for kind in IMAGE_SUFFIXES))) for name in inside):
             hint = f"make one of it: curate pack {pool} SHARDS"
         raise UsageError(f"no .tar shards match {pool}{seen}.", hint)
     for name in deeper:
-        faults.add(passed, f"folders of tars passed over: to have them, give '{paths.join(pool, '**', '*.tar')}'", name)
+        faults.add(
+            passed, f"folders of tars passed over: to have them, give '{paths.join(pool, '**', '*.tar*')}'", name
+        )
     stems = [paths.name(without_suffix(location)) for location in found]
     if len(set(stems)) < len(stems):
         stems = [f"{paths.name(paths.parent(location))}__{stem}" for location, stem in zip(found, stems, strict=True)]
@@ -170,12 +173,12 @@ def _folders_of_tars(pool: str) -> list[str]:
     """List the folders right below a local pool that hold tars."""
     if paths.is_remote(pool) or not paths.is_dir(pool):
         return []
-    folders = paths.entries(pool)[1]
-    return [
-        name
-        for name in folders
-        if any(each.lower().endswith(TAR_SUFFIXES) for each in paths.listdir(paths.join(pool, name)))
-    ]
+    found = []
+    for name in paths.entries(pool)[1]:
+        with suppress(OSError), os.scandir(paths.local(paths.join(pool, name))) as inside:  # lost+found and its like
+            if any(each.name.lower().endswith(TAR_SUFFIXES) for each in inside):
+                found.append(name)
+    return found
 
 
 def parts_of(

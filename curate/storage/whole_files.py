@@ -58,7 +58,7 @@ def _begun(temporary: str) -> IO[bytes]:
 
 
 def refuse_data(path: str) -> None:
-    """Refuse to write a page or a head over a file of data, an input typed in its place. Raises: UsageError."""
+    """Refuse to write a page over a file of data, an input typed in its place. Raises: UsageError."""
     if path.lower().endswith(DATA) and os.path.exists(path):
         raise UsageError(f"{path} is there already, and holds data.", "name the file that is to be written")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import signal
 import subprocess
 
 import numpy as np
@@ -347,6 +348,12 @@ def test_a_trainer_that_is_killed_is_said_to_be():
     made.process.kill()
     made.process.wait()
     with pytest.raises(CurateError, match=r"^the trainer was killed \(SIGKILL; out of memory\?\) at eval model$"):
+        made.ask(["eval", "model", "--json"])
+    made = trials.Trainer()
+    made.stderr.write(b"terminate called: no card\n")
+    made.process.send_signal(signal.SIGABRT)
+    made.process.wait()
+    with pytest.raises(CurateError, match="was ended by SIGABRT at eval model: .*no card"):
         made.ask(["eval", "model", "--json"])
     assert stages.how_it_ended(3) == "ended with exit code 3" and stages.how_it_ended(-15) == "was ended by SIGTERM"
 

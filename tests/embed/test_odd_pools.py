@@ -9,6 +9,7 @@ import tiny_clip
 from artefacts import picture
 from test_embed import make_tar, table_of
 
+from curate.storage.tar import survey_pool
 from house import curate, manifest
 
 
@@ -89,13 +90,29 @@ def test_tars_in_a_folder_below_and_what_is_no_pool_are_told(tmp_path, model):
     (tmp_path / "pool" / "more").mkdir(parents=True)
     make_tar(tmp_path / "pool" / "more" / "b.tar", [("b.jpg", picture(2)), ("b.txt", b"words")])
     refused = curate("embed", tmp_path / "pool", tmp_path / "no", "--model", model, check=False)
-    assert f"give '{tmp_path}/pool/*/*.tar'" in refused.stderr and refused.returncode == 2
+    assert f"give '{tmp_path}/pool/*/*.tar*'" in refused.stderr and refused.returncode == 2
     make_tar(tmp_path / "pool" / "a.tar", [("a.jpg", picture(1)), ("a.txt", b"words")])
     ended = curate("embed", tmp_path / "pool", tmp_path / "emb", "--model", model)
-    assert f"1 × folders of tars passed over: to have them, give '{tmp_path}/pool/**/*.tar' (e.g. more)" in ended.stderr
+    assert (
+        f"1 × folders of tars passed over: to have them, give '{tmp_path}/pool/**/*.tar*' (e.g. more)" in ended.stderr
+    )
     curate("embed", f"{tmp_path}/pool/**/*.tar", tmp_path / "both", "--model", model)
     assert [row["key"] for stem in ("a", "b") for row in table_of(tmp_path / "both", stem)] == ["a", "b"]
     (tmp_path / "loose").mkdir()
     (tmp_path / "loose" / "a.JPG").write_bytes(picture(1))
     refused = curate("embed", tmp_path / "loose", tmp_path / "no", "--model", model, check=False)
     assert f"curate pack {tmp_path}/loose SHARDS" in refused.stderr
+
+
+def test_a_folder_that_cannot_be_listed_stops_no_pool(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    make_tar(tmp_path / "a.tar", [("a.jpg", picture(1))])
+    scandir = os.scandir
+
+    def refuse(place):
+        if str(place).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [shard.stem for shard in survey_pool(str(tmp_path)).shards] == ["a"]

@@ -208,7 +208,7 @@ def test_keys_that_several_rows_share_say_nothing_and_files_without_vectors_are_
     write_part(tmp_path / "in", 1, ["b", "c"])
     ended = curate("import", tmp_path / "in", tmp_path / "emb", *words)
     assert [row["status"] for row in table_of(tmp_path / "emb")][:2] == ["ok", "unmatched"]
-    assert "1 × rows of the source whose key another one has" in ended.stderr
+    assert "2 × rows of the source whose key another one has" in ended.stderr
     (tmp_path / "in" / "img_emb" / "img_emb_1.npy").unlink()
     ended = curate("import", tmp_path / "in", tmp_path / "part", "--layout", "clip-retrieval")
     assert "1 × files left out" in ended.stderr and "metadata_1.parquet" in ended.stderr

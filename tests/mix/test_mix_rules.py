@@ -387,9 +387,15 @@ def test_folders_of_each_kind_are_known_and_files_of_another_are_told(tmp_path):
     pq.write_table(pa.Table.from_pylist(asked), tmp_path / "tables" / "a.parquet")
     made = mix({"sources": {"s": {"path": str(tmp_path / "tables")}}}, str(tmp_path / "one"), QUIET)
     assert made["counts"]["rows"] == 3
+    write(tmp_path / "tables" / "dataset_infos.json", {})  # as Hugging Face has it
+    assert (
+        mix({"sources": {"s": {"path": str(tmp_path / "tables")}}}, str(tmp_path / "hub"), QUIET)["counts"]["rows"] == 3
+    )
     write(tmp_path / "tables" / "more.json", asked)
-    made = mix({"sources": {"s": {"path": str(tmp_path / "tables")}}}, str(tmp_path / "two"), QUIET)
-    assert "1 files of json beside those of parquet are not read (e.g. more.json)" in account.losses(made["sources"])[0]
+    made = mix({"sources": {"s": {"path": str(tmp_path / "tables"), "only": "text"}}}, str(tmp_path / "two"), QUIET)
+    assert "1 files of parquet beside those of json are not read (e.g. a.parquet)" in " ".join(
+        account.losses(made["sources"])
+    )
     (tmp_path / "zipped").mkdir()
     (tmp_path / "zipped" / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "one" / "000000.tar").read_bytes()))
     for path in (tmp_path / "zipped", tmp_path / "zipped" / "a.tar.gz"):
@@ -418,3 +424,13 @@ def test_a_weighted_source_without_a_record_is_no_share_for_the_others(tmp_path)
     sources["b"] = {"path": write(tmp_path / "b.json", [{"id": 0, "conversations": []}]), "weight": 1}
     with pytest.raises(UsageError, match="source b has a weight and no usable record. b: 1 of 1 records lost"):
         mix({"sources": sources, "total": 6}, str(tmp_path / "out"), QUIET)
+
+
+def test_the_archive_that_pictures_came_in_is_left_alone(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "images" / "all.tar.gz").write_bytes(b"torn")
+    asked = [{"id": 0, "image": "a.jpg", "conversations": turns("q", "a", image=True)}]
+    source = {"path": write(tmp_path / "a.json", asked), "images": str(tmp_path / "images")}
+    mix({"sources": {"s": source}}, str(tmp_path / "out"), QUIET)
+    assert [data for _, data in mixed(tmp_path / "out")] == [picture(1)]

@@ -152,6 +152,7 @@ def test_a_web_servers_files_have_their_own_addresses_and_sizes(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         wanted = {f"{url}/{name}.tar": (tmp_path / f"{name}.tar").stat().st_size for name in ("0", "1")}
+        (tmp_path / "dead").symlink_to("nowhere")
         for pattern in (f"{url}/*.tar", f"{url}/{{0..1}}.tar", url):
             assert {place: held.size for place, held in paths.find(pattern, ".tar").items()} == wanted, pattern
         server.shutdown()

@@ -27,6 +27,12 @@ def folder() -> Path:
     return Path(place)
 
 
+def clear() -> None:
+    """Delete the folder now, for a process that ends without what it has registered for its end."""
+    if folder.cache_info().currsize:
+        shutil.rmtree(folder(), ignore_errors=True)
+
+
 def fresh(suffix: str) -> Path:
     """Make a new, empty file in the folder."""
     handle, name = tempfile.mkstemp(suffix, "", folder())

@@ -68,6 +68,8 @@ def open_source(
         rows = (read(0, 1) if runtime is None else runtime.share_here(read))["rows"]
         source = RecordSource(path, rows, folder, digest=digest)
     else:
+        if not path.is_dir():
+            raise UsageError(f"--data {data}: expected a folder of .tar shards, a .tar, a JSON or a .parquet")
         seen = ", ".join([*passed, *sorted(p.name for p in path.iterdir())][:5]) or "nothing"
         raise UsageError(f"--data {data}: no *.tar in that folder; it holds {seen}")
     if not len(source):

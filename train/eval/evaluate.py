@@ -82,7 +82,7 @@ def evaluate(
     source = open_source(data, images, digest=True)
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": digest_data(data)}
     request |= {"images": source.images_digest, "max_new_tokens": max_new_tokens, "limit": limit}
-    request |= {} if options.perplexity else {"perplexity": False}
+    request |= {"perplexity": "to the end token" if options.perplexity else False}
     request |= {"candidates": options.candidates, "ranked": "in groups, each"} if options.candidates else {}
     record = out.with_name(f"{out.stem}.manifest.json")
     if record.is_file() and out.is_file() and not overwrite:

@@ -161,8 +161,10 @@ def pass_size(folder: Path) -> int:
     With dropout a step depends on how it is split, so that a run goes on in passes of the same size.
     """
     newest = latest(folder)
-    state = json.loads((newest / "state.json").read_text(encoding="utf-8")) if newest else {}
-    return int(state.get("micro_tokens", 0))
+    try:
+        return int(json.loads((newest / "state.json").read_text(encoding="utf-8"))["micro_tokens"]) if newest else 0
+    except (OSError, ValueError, KeyError):  # `restore` says what is wrong with it
+        return 0
 
 
 def restore_best(folder: Path, trainable: Mapping[str, Tensor]) -> tuple[int, float]:

@@ -281,12 +281,14 @@ def _keep_best(training: Training) -> dict[str, Any]:
 
 def _size_pass(composed: Composed, model: Model, stage: Stage, runtime: Runtime, out: Path) -> int:
     """Choose the tokens of a pass, the fewest that any rank can take, and say so where the default does not fit."""
-    if stage.micro_tokens == Stage.micro_tokens:
-        if size := int(runtime.first(lambda: checkpoint.pass_size(out / "checkpoints"))):
-            return size
+    automatic = stage.micro_tokens == Stage.micro_tokens
+    known = int(runtime.first(lambda: checkpoint.pass_size(out / "checkpoints"))) if automatic else 0
     how: dict[str, Any] = {"checkpointing": model.gradient_checkpointing, "world": runtime.world}
     size = size_pass(composed.model, stage, runtime.device, runtime.dtype, **how)
     size = int(min(runtime.gather(size)))
+    if known and known != size and known < 2 * size:  # a larger one a step would not find by halving once
+        log.info("passes of at most %s tokens, as those before the checkpoint", f"{known:,}")
+        return known
     if size < stage.micro_tokens:
         log.info("passes of at most %s tokens: what the GPU's free memory holds (micro_tokens)", f"{size:,}")
     return size
