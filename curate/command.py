@@ -202,6 +202,10 @@ def _job(workers: int = 0, engine: str = "local", part: str = "", overwrite: boo
     rank, _, world = part.partition("/")
     if part and not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UsageError(f"--slice {part!r} is not RANK/WORLD with RANK < WORLD, e.g. --slice 0/8")
+    if part and overwrite:
+        raise UsageError(
+            "--overwrite would delete what the other slices have made.", "delete the directory, then start the slices"
+        )
     shares = (int(rank), int(world)) if part else None
     return Job(workers=workers, engine=engine, gpus=_gpus(), overwrite=overwrite, part=shares)
 

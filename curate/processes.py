@@ -83,6 +83,7 @@ class _Seat:
         self.ending = False
 
     def call(self, note: Note | None, work: Callable[..., Any], arguments: Any, named: Any) -> Any:
+        why = "killed, or out of memory?"
         for _ in range(TRIES):
             if self.ending:
                 break
@@ -98,13 +99,15 @@ class _Seat:
                     if note is not None:
                         note(value)
                     kind, value = self.pipe.recv()
-            except (EOFError, OSError):  # the other end is closed
+            except (EOFError, OSError) as error:  # the other end is closed, or no process could be started
+                if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+                    why = str(error)
                 self.close()
                 continue
             if kind == "raised":
                 raise value
             return value
-        raise WorkerDied(f"its worker process died {TRIES} times (killed, or out of memory?)")
+        raise WorkerDied(f"its worker process died {TRIES} times ({why})")
 
     def _begin(self) -> None:
         import multiprocessing

@@ -127,6 +127,7 @@ def test_show_tells_the_life_of_a_sample(undisturbed):
         (["demo", "{}/d", "--rows", "5"], "holds 10 to 9,999"),
         (["embed", "{}/pool", "{}/e", "--model", CLIP, "--captions", "{}/empty"], "Is a directory"),
         (["demo", "{}/d", "--workers", "-1"], "workers=-1 is negative"),
+        (["emit", "{}/sel", "{}/e", "--slice", "0/2", "--overwrite"], "would delete what the other slices have made"),
         (["embed", "{}/pool", "{}/e", "--model", "no/such/model"], "a local model is a folder with open_clip_config"),
         (["select", "{}/emb", "{}/s", "--losses", "{}/emb"], "made by `python -m train … --losses`"),
         (["select", "{}/clu", "{}/s", "--step", "placeholders(2, threshold=0.5)"], "under the floor"),

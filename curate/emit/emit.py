@@ -25,7 +25,7 @@ from curate.emit.kept_samples import Coreset, Fetched, open_coreset, unique_keys
 from curate.emit.options import TABLES, EmitOptions
 from curate.errors import UsageError
 from curate.storage import paths, records, sidecar
-from curate.storage.manifest import Artefact, Output, load_json, open_output, reconcile, versions
+from curate.storage.manifest import Artefact, Output, digest, load_json, open_output, reconcile, versions
 from curate.storage.tar import CAPTION_SUFFIX, JSON_SUFFIX, TarWriter, read_json
 from pipelines.samples import caption_turns
 
@@ -57,7 +57,7 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     recorded = coreset.embedded.manifest["inputs"].get("pool", {}).get("digest", "")
     inputs: dict[str, Artefact | Mapping[str, Any]] = {
         "selection": coreset.selection,
-        "pool": {"path": coreset.pool, "digest": recorded},
+        "pool": {"path": coreset.pool, "digest": _pool_digest(coreset, recorded)},
     }
     output = open_output(out, "emit", resolved, inputs, overwrite=job.overwrite)
     if output.complete:
@@ -90,6 +90,14 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     return manifest
 
 
+def _pool_digest(coreset: Coreset, recorded: str) -> str:
+    """Fingerprint the pool: as it was embedded, or where shards are gone or have other sizes now, with those."""
+    embedded = {stem: shard.get("size") for stem, shard in coreset.embedded.manifest["shards"].items()}
+    now = {stem: coreset.tars[stem].size if stem in coreset.tars else None for stem in embedded}
+    other = {stem: size for stem, size in now.items() if size is None or embedded[stem] not in (None, 0, size)}
+    return digest([recorded, other]) if other else recorded
+
+
 def _replace_gone(task: "_WriteTar | _WriteImages", output: Output, suffix: str) -> str | None:
     """Write one more shard with the next in rank for what is gone, where the selection names them. Returns its name.
 
@@ -102,7 +110,15 @@ def _replace_gone(task: "_WriteTar | _WriteImages", output: Output, suffix: str)
         return None
     task.need, task.reserve = gone, [(str(stem), int(row)) for stem, row in reserve]
     coreset = task.coreset
-    more = ((stem, np.array([row]), coreset.keys(stem, np.array([row]))) for stem, row in task.reserve)
+    rows_of: dict[str, list[int]] = {}
+    for stem, row in task.reserve:
+        rows_of.setdefault(stem, []).append(row)
+    keys = {
+        (stem, row): key
+        for stem, rows in rows_of.items()
+        for row, key in zip(rows, coreset.keys(stem, np.array(rows)), strict=True)
+    }
+    more = ((stem, np.array([row]), [keys[stem, row]]) for stem, row in task.reserve)
     task.renamed = unique_keys(itertools.chain(coreset.all_kept_keys(), more), coreset.keys)
     if output.missing([name], suffix):
         task.setup()
@@ -251,11 +267,13 @@ class _WriteTar(_Write):
         with paths.atomic_write(paths.join(self.out, f"{name}.tar")) as file:
             with TarWriter(file) as tar:
                 for key, sample in self.samples(name):
-                    for member, _, data in sample.members:
-                        tar.add(key + member[len(sample.key) :], data)
-                    if not _has_text(sample) and (caption := self.caption(sample)):
+                    caption = "" if _has_text(sample) else self.caption(sample)
+                    for member, suffix, data in sample.members:
+                        blank = bool(caption) and suffix == CAPTION_SUFFIX
+                        tar.add(key + member[len(sample.key) :], caption.encode() if blank else data)
+                    if caption and sample.text(CAPTION_SUFFIX) is None:
                         tar.add(f"{key}.{CAPTION_SUFFIX}", caption.encode())
-                        self.captioned += 1
+                    self.captioned += bool(caption)
             return self.write_sidecar(name, EMITTED_SCHEMA, tar.offset)
 
 
@@ -263,7 +281,7 @@ def _has_text(sample: Fetched) -> bool:
     """Say whether a sample has a caption of its own, or a conversation: in its text member or its JSON."""
     described = read_json(sample.text(JSON_SUFFIX) or b"") or {}
     own = records.usable_text(described.get("caption")) or records.conversations_of(described)
-    return bool(own) or sample.text(CAPTION_SUFFIX) is not None
+    return bool(own) or bool((sample.text(CAPTION_SUFFIX) or b"").strip())
 
 
 class _WriteImages(_Write):

@@ -249,12 +249,15 @@ def unique_keys(
     bounds = np.cumsum([0, *map(len, hashes)])
     renamed: dict[str, dict[int, str]] = {}
     taken: set[int] = set()
+    held, olds = -1, [""]  # a chunk's keys, read once for all of its rows
     for position in repeated.tolist():
         chunk = int(np.searchsorted(bounds, position, side="right")) - 1
         stem, rows = places[chunk]
-        row = int(rows[position - bounds[chunk]])
-        [old] = keys_of(stem, np.array([row]))
-        for new in _other_keys(old, stem):
+        if chunk != held:
+            held, olds = chunk, keys_of(stem, rows)
+        at = int(position - bounds[chunk])
+        row = int(rows[at])
+        for new in _other_keys(olds[at], stem):
             value = _hash_key(new)
             place = int(np.searchsorted(ascending, np.uint64(value)))
             if value not in taken and (place == len(ascending) or int(ascending[place]) != value):

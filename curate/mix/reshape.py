@@ -75,7 +75,7 @@ def segment(record: Record, max_rounds: int) -> list[Record]:
     if len(all_rounds) <= max_rounds:
         return [record]
     parts = [all_rounds[start : start + max_rounds] for start in range(0, len(all_rounds), max_rounds)]
-    return _as_records(record, parts)
+    return _as_records(record, parts, all_rounds)
 
 
 def fit(record: Record, max_tokens: int, overflow: str, count: Callable[[str], int]) -> list[Record]:
@@ -92,7 +92,7 @@ def fit(record: Record, max_tokens: int, overflow: str, count: Callable[[str], i
     total = max_tokens
     for each, size in zip(all_rounds, sizes, strict=True):
         if size > max_tokens:
-            total = max_tokens  # what follows a gap begins a record of its own
+            total = max_tokens + 1  # what follows a gap begins a record of its own, be it empty
         elif total + size <= max_tokens and parts:
             parts[-1].append(each)
             total += size
@@ -103,27 +103,33 @@ def fit(record: Record, max_tokens: int, overflow: str, count: Callable[[str], i
             break
     if overflow == "drop":
         return []
-    return _as_records(record, parts[:1] if overflow == "truncate" else parts)
+    return _as_records(record, parts[:1] if overflow == "truncate" else parts, all_rounds)
 
 
-def _as_records(record: Record, parts: Sequence[Sequence[Turns]]) -> list[Record]:
+def _as_records(record: Record, parts: Sequence[Sequence[Turns]], all_rounds: Sequence[Turns]) -> list[Record]:
     """Make records of parts, further ones with an id of their own.
 
     A part without marks of its own shows the image if the record has one. Of several images (`image` is a list), each
-    part shows those of its own marks, and before them those that earlier parts have shown.
+    part shows those of its own marks, and before them those of all rounds before it, of rounds that are left out too.
     """
     seen = any(IMAGE_MARK in turn["value"] for turn in record["conversations"])
     several: list[Any] | None = record["image"] if isinstance(record.get("image"), list) else None
-    made, shown = [], 0
+    made, before, shown = [], {}, 0
+    for each in all_rounds:
+        before[id(each)] = shown
+        shown += _marks(each)
     for number, part in enumerate(parts):
         turns = [turn for each in part for turn in each]
-        marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns if turn["from"] in HUMAN)
+        marks, shown = _marks(turns), before[id(part[0])]
         lead = shown if several is not None else int(seen and not marks)
         first = next((place for place, turn in enumerate(turns) if turn["from"] in HUMAN), None)
         if lead and first is not None:
             turns[first] = {**turns[first], "value": f"{IMAGE_MARK}\n" * lead + turns[first]["value"]}
         names = {"id": f"{record['id']}_{number}"} if number and "id" in record else {}
-        shown += marks
-        images = {} if several is None else {"image": several[: shown if first is not None else 0]}
+        images = {} if several is None else {"image": several[: shown + marks if first is not None else 0]}
         made.append({**record, **names, **images, "conversations": turns})
     return made
+
+
+def _marks(turns: Turns) -> int:
+    return sum(turn["value"].count(IMAGE_MARK) for turn in turns if turn["from"] in HUMAN)

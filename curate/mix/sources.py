@@ -31,6 +31,7 @@ from pipelines.samples import from_sample
 MAX_LISTED = 100
 ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")  # what Hugging Face writes beside tables
 KINDS = ((".json", "json"), (".jsonl", "json"), (".parquet", "parquet"))
+BROKEN = ("truncated", "unreadable from")  # how a shard's notes begin that tell of lost records
 TEXT, ELSEWHERE = "text", "elsewhere"  # beside the folders of `expect`
 
 
@@ -213,10 +214,15 @@ def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> I
             yield entry
 
 
-def _from_json(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
+def images_of(source: SourceOptions) -> str:
+    """Locate the folder that a source's image names start from: the one that is named, or of emit and mix their own."""
     beside = paths.join(source.path, "images")
     made = paths.exists(paths.join(source.path, manifest.MANIFEST)) and paths.exists(beside)
-    finder = ImageFinder(source.images or (beside if made else ""), scratch)
+    return source.images or (beside if made else "")
+
+
+def _from_json(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
+    finder = ImageFinder(images_of(source), scratch)
     number = 0
     with PictureStore(f"{scratch}.tar") as store:
         for location in files_of(source, "json"):
@@ -261,8 +267,11 @@ def _from_shards(source: SourceOptions, faults: Faults, scratch: str) -> Iterato
                 index = read_index(file)
             except ShardError as error:
                 faults.notes.append(f"{shard.stem}: {error}")
+                faults.note("a shard that cannot be read", shard.stem)
                 continue
             faults.notes += [f"{shard.stem}: {note}" for note in index.notes]
+            if any(note.startswith(BROKEN) for note in index.notes):
+                faults.note("a shard that breaks off", shard.stem)
             for sample in index.samples:
                 texts: dict[str, bytes] = {}
                 for suffix in (JSON_SUFFIX, CAPTION_SUFFIX):

@@ -19,7 +19,7 @@ from typing import Any
 from curate.errors import UsageError
 from curate.mix.pictures import Picture, read_picture
 from curate.mix.sampling import Order
-from curate.mix.sources import SourceOptions
+from curate.mix.sources import SourceOptions, images_of
 from curate.storage import faults, paths, records
 from curate.storage.faults import Faults
 from curate.storage.manifest import Output, save_json
@@ -36,7 +36,7 @@ def write_json(output: Output, form: str, row: Row, order: Order, sources: Mappi
     Returns which records another trainer will not take, though all are written.
     """
     names = list(sources)
-    roots = {source.images for source in sources.values()} - {""}
+    roots = {images_of(source) for source in sources.values()} - {""}
     if form == "llava" and len(roots) > 1:
         raise UsageError(
             'format = "llava" copies no images, and the sources have several image folders.',

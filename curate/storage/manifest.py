@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from curate.errors import ContractError, CurateError, UsageError
+from curate.errors import ContractError, CurateError, RunError, UsageError
 from curate.storage import paths, renewal
 from curate.storage.artefact import FORMAT as FORMAT
 from curate.storage.artefact import Artefact as Artefact
@@ -204,6 +204,8 @@ class Output:
         """
         try:
             yield
+        except RunError:  # the place is out of order, not the request: a rerun goes on from here
+            raise
         except CurateError:
             if self.basis or all(name.startswith(".") or name == LOG for name in paths.listdir(self.directory)):
                 paths.remove(self.directory)

@@ -85,7 +85,7 @@ def read(location: str, size: int, wanted: Sequence[Sample]) -> Iterator[list[by
     extent = max(int(stops.max(initial=0)) for _, stops in spans) - min(
         int(starts.min(initial=size)) for starts, _ in spans
     )
-    waste = np.inf if held.sum() >= STREAMED * extent else ranges.WASTE
+    waste = 1 / STREAMED if held.sum() >= STREAMED * extent else ranges.WASTE  # of each window, so that it stays small
     windows = np.maximum(np.cumsum(held) // WINDOW_BYTES, np.arange(len(held)) // WINDOW_SAMPLES)
     cuts = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(windows)) + 1)
 

@@ -16,6 +16,7 @@ from curate.vectors.exact import exact_cosines
 from curate.vectors.forest import Edges, Forest
 from curate.vectors.near_pairs import MEDIUM, TILE, batches_of_groups, near_pairs, product_for
 
+MIXER = np.uint64(0xFF51AFD7ED558CCD)  # odd, of MurmurHash3's finalizer
 LARGE = 1024  # rows of a cluster from which equal rows are looked for first
 MEDIUM_ROWS = 1 << 15  # rows of small clusters whose forests are found together
 LARGE_ROWS = 1 << 11  # of larger ones; one of more rows has its own, so that all its rows can pass over pairs
@@ -100,6 +101,10 @@ def row_hashes(x_nd: np.ndarray) -> np.ndarray:
     hashes = np.empty(len(x_nd), np.uint64)
     for at in range(0, len(x_nd), TILE):
         values = np.ascontiguousarray(x_nd[at : at + TILE]).view(words).astype(np.uint64, copy=False)
+        values = (
+            values ^ (values >> np.uint64(33))
+        ) * MIXER  # else two turned signs, the words' top bits, would cancel
+        values ^= values >> np.uint64(29)
         hashes[at : at + TILE] = np.einsum("nw,w->n", values, weights[: values.shape[1]])
     return hashes
 

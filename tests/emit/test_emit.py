@@ -11,7 +11,7 @@ from curate.engine import Job
 from curate.errors import UsageError
 from curate.storage import sidecar
 from curate.storage import tar as tar_room
-from curate.storage.manifest import ContractError, load_json, open_input, save_json
+from curate.storage.manifest import Artefact, ContractError, load_json, open_input, save_json
 from curate.storage.tar import TarWriter
 from house import ROOT, Command, until
 
@@ -235,6 +235,27 @@ def test_a_pool_that_moved(tmp_path):
     manifest = emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET, pool=str(tmp_path / "moved"))
     assert manifest["counts"]["written"] == 12
     assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_a_shard_that_comes_back_is_looked_for_again(tmp_path):
+    sel = chain(tmp_path, kept=lambda stem, row, key: True)
+    (tmp_path / "pool" / "00001.tar").rename(tmp_path / "away.tar")
+    assert emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET)["counts"]["shard_missing"] == 10
+    (tmp_path / "away.tar").rename(tmp_path / "pool" / "00001.tar")
+    assert emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET)["counts"] == {"rows": 30, "written": 30}
+    emit(sel, str(tmp_path / "whole"), EmitOptions(), QUIET)
+    assert members(tmp_path / "out" / "000000.tar") == members(tmp_path / "whole" / "000000.tar")
+
+
+def test_keys_of_renamed_rows_are_read_once_a_shard(tmp_path, monkeypatch):
+    for stem in ("00000", "00001"):
+        write_pool(tmp_path / "pool", [stem], 40)  # the same keys
+    emb = write_embeddings(tmp_path / "emb", str(tmp_path / "pool"))
+    sel = write_selection(tmp_path / "sel", emb, lambda *_: True)
+    reads, table = [], Artefact.table
+    monkeypatch.setattr(Artefact, "table", lambda self, *words: reads.append(words) or table(self, *words))
+    assert emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET)["counts"]["written"] == 80
+    assert len(reads) < 20
 
 
 def test_a_pool_that_has_none_of_the_samples_is_refused(tmp_path):

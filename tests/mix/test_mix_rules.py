@@ -434,3 +434,60 @@ def test_the_archive_that_pictures_came_in_is_left_alone(tmp_path):
     source = {"path": write(tmp_path / "a.json", asked), "images": str(tmp_path / "images")}
     mix({"sources": {"s": source}}, str(tmp_path / "out"), QUIET)
     assert [data for _, data in mixed(tmp_path / "out")] == [picture(1)]
+
+
+def test_a_round_that_is_left_out_takes_its_own_picture_along(tmp_path):
+    """What follows it still asks about its own pictures, not about those that the lost round showed."""
+    pictures = {f"{name}.jpg": picture(number) for number, name in enumerate("ABC")}
+    for name, data in pictures.items():
+        (tmp_path / name).write_bytes(data)
+    long = "long " * 200
+    first = turns("<image>\nabout A", long, "<image>\nabout B", "it is B")
+    middle = turns("<image>\nabout A", "it is A", "<image>\nabout B", long, "<image>\nabout C", "it is C")
+    asked = [
+        {"id": "first", "image": ["A.jpg", "B.jpg"], "conversations": first},
+        {"id": "middle", "image": ["A.jpg", "B.jpg", "C.jpg"], "conversations": middle},
+    ]
+    source = {
+        "path": write(tmp_path / "r.json", asked),
+        "images": str(tmp_path),
+        "max_tokens": 100,
+        "overflow": "split",
+    }
+    mix({"sources": {"s": source}, "shuffle": False}, str(tmp_path / "out"), QUIET)
+    seen = [record for record, _ in mixed(tmp_path / "out")]
+    last = [record["image"] if isinstance(record["image"], str) else record["image"][-1] for record in seen]
+    assert last == ["B.jpg", "A.jpg", "C.jpg"]
+    for name, record in zip(last, seen, strict=True):
+        assert record["conversations"][-2]["value"].endswith(f"about {name[0]}")
+
+
+def test_strict_refuses_shards_that_lost_records(tmp_path):
+    write_pool(tmp_path / "pool", ["0", "1", "2"], 6)
+    whole = (tmp_path / "pool" / "1.tar").read_bytes()
+    (tmp_path / "pool" / "1.tar").write_bytes(whole[: len(whole) // 4])
+    (tmp_path / "pool" / "2.tar").write_bytes(b"<html>not found</html>" * 99)
+    table = {"sources": {"s": {"path": str(tmp_path / "pool")}}}
+    made = mix(table, str(tmp_path / "lax"), QUIET)
+    assert sum(made["sources"]["s"]["faults"].values()) >= 2
+    with pytest.raises(CurateError, match="strict is asked for"):
+        mix({**table, "strict": True}, str(tmp_path / "strict"), QUIET)
+
+
+def test_pictures_of_several_coresets_stay_apart(tmp_path):
+    for name, first in (("a", 0), ("b", 100)):  # the same keys, other pictures: as two downloads have
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "00000.tar", "wb") as file, TarWriter(file) as tar:
+            for row in range(3):
+                tar.add(f"{row:09d}.jpg", picture(first + row))
+                tar.add(f"{row:09d}.txt", f"caption of {name} {row}".encode())
+        emb = write_embeddings(tmp_path / f"emb_{name}", str(tmp_path / name))
+        chosen = write_selection(tmp_path / f"sel_{name}", emb, lambda *_: True)
+        emit(chosen, str(tmp_path / f"core_{name}"), EmitOptions(format="llava"), QUIET)
+    table = {"shuffle": False, "sources": {name: {"path": str(tmp_path / f"core_{name}")} for name in "ab"}}
+    mix({**table, "format": "messages"}, str(tmp_path / "out"), QUIET)
+    told = json.loads((tmp_path / "out" / "mix.json").read_text())
+    shown = [(tmp_path / "out" / "images" / record["images"][0]).read_bytes() for record in told]
+    assert shown == [picture(first + row) for first in (0, 100) for row in range(3)]
+    with pytest.raises(CurateError):
+        mix({**table, "format": "llava"}, str(tmp_path / "llava"), QUIET)

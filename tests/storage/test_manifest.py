@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from curate.errors import ContractError, CurateError, UsageError
+from curate.errors import ContractError, CurateError, RunError, UsageError
 from curate.storage import paths, sidecar
 from curate.storage.manifest import open_input, open_output, reconcile
 
@@ -49,6 +49,16 @@ def test_a_directory_resumes_completes_and_is_recognised(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.arrow", "manifest.json"]
     assert make(tmp_path).complete
     assert open_input(str(tmp_path / "out"), "embed").rows == {"a": 1}
+
+
+def test_what_is_made_anew_stays_where_the_disk_is_full_and_goes_where_the_request_is_wrong(tmp_path):
+    for error, stays in ((RunError("no space left"), True), (UsageError("wrong"), False)):
+        output = make(tmp_path)
+        output.basis = {"shards": {}}
+        (tmp_path / "out" / "a.arrow").write_bytes(b"")
+        with pytest.raises(type(error)), output.attempt():
+            raise error
+        assert (tmp_path / "out").exists() == stays
 
 
 def test_a_directory_with_failed_shards_is_taken_up_again(tmp_path):

@@ -14,7 +14,7 @@ from curate.select.frame import no_hashes
 from curate.select.steps import near_duplicates
 from curate.select.steps.linked_pairs import cosine_rule
 from curate.vectors import duplicate_forest, forest, near_pairs
-from curate.vectors.duplicate_forest import near_duplicate_forest
+from curate.vectors.duplicate_forest import near_duplicate_forest, row_hashes
 from curate.vectors.exact import exact_products
 from curate.vectors.products import PRODUCTS, is_right
 from curate.vectors.screen import Screen
@@ -376,3 +376,14 @@ def test_a_large_group_tells_how_far_it_is(monkeypatch, across):
     for _ in near_pairs.near_pairs(x, np.arange(700), [0, 700], 0.99, **how):
         pass
     assert len(heard) > 10 and 0.9 * members[0] < sum(heard) <= 700
+
+
+def test_rows_of_signs_have_hashes_of_their_own():
+    """Two turned signs, top bits of two words, would cancel in a sum of products by odd numbers."""
+    rng = np.random.default_rng(0)
+    base = np.where(rng.random((300, 64)) < 0.5, -0.125, 0.125).astype(np.float16)
+    other = base.copy()
+    for row in other:
+        row[rng.choice(np.arange(3, 64, 4), 2, replace=False)] *= -1
+    rows = np.concatenate([base, other, np.eye(64, dtype=np.float16)])
+    assert len(np.unique(row_hashes(rows))) == len(np.unique(rows, axis=0))
