@@ -69,7 +69,8 @@ def test_recomputed_full_and_tower_tuning_run(world, tmp_path, tune):
     assert len(losses(tmp_path / "run")) == 2
 
 
-def test_one_rank_under_torchrun_is_the_run_without_and_shards(world, plain, tmp_path):
+def under_torchrun(world, plain, out, number, *more):
+    """Repeat the plain run under torchrun, on so many ranks; its losses are the same."""
     words = [
         "finetune",
         "--config",
@@ -79,15 +80,23 @@ def test_one_rank_under_torchrun_is_the_run_without_and_shards(world, plain, tmp
         "--align",
         plain.parent / "align",
     ]
-    sets = [word for setting in STEADY for word in ("--set", setting)]
-    for name, more in (("one", []), ("sharded", ["--set", "finetune.shard=true"])):
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "train"]
-        command = [sys.executable, *command, *map(str, words), "--out", str(tmp_path / name), *sets, *more]
-        ran = subprocess.run(
-            command, cwd=REPO, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        assert ran.returncode == 0, ran.stderr[-2000:]
-        assert losses(tmp_path / name) == pytest.approx(losses(plain), abs=2e-2)
+    sets = [word for setting in (*STEADY, *more) for word in ("--set", setting)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m", "train"]
+    command = [sys.executable, *command, *map(str, words), "--out", str(out), *sets]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert losses(out) == pytest.approx(losses(plain), abs=2e-2)
+
+
+def test_one_rank_under_torchrun_is_the_run_without(world, plain, tmp_path):
+    under_torchrun(world, plain, tmp_path / "one", 1)
+
+
+def test_two_ranks_cut_the_model(world, plain, tmp_path):
+    if GPU != "cpu" and torch.cuda.device_count() < 2:
+        pytest.skip("cutting a model among ranks needs two GPUs")
+    under_torchrun(world, plain, tmp_path / "cut", 2, "finetune.shard=true")
 
 
 def test_it_exports_answers_and_scores(world, plain, tmp_path):
