@@ -59,8 +59,8 @@ def end(error: Exception) -> NoReturn:
         sys.stderr.write(f"error: {error}\n")
     else:
         sys.__excepthook__(type(error), error, error.__traceback__)
-    dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+    ranks = sys.modules.get("train.dist")  # which alone joins groups, and imports torch
+    if ranks is not None and ranks.in_nccl():
         sys.stdout.flush()
         sys.stderr.flush()
         if (scratch := sys.modules.get("train.data.scratch")) is not None:

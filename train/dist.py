@@ -166,8 +166,13 @@ def leave_unless_failed(failed: type[BaseException] | None, *_: object) -> None:
 
     It would wait there for the others, which wait for it, and what went wrong would never be said.
     """
-    if failed is None or (dist.is_initialized() and dist.get_backend() != "nccl"):
+    if failed is None or not in_nccl():
         leave_group()
+
+
+def in_nccl() -> bool:
+    """Return whether this process belongs to a group on GPUs."""
+    return bool(dist.is_initialized() and dist.get_backend() == "nccl")
 
 
 def leave_group() -> None:

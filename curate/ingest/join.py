@@ -28,7 +28,7 @@ TAKEN_TWICE = "rows of the pool by whose key an earlier row has the same vectors
 def build_join(parts: Sequence[layouts.Part], join: str, folder: str, form: str = EXACT) -> dict[str, Any]:
     """Index the source by a column: sorted 64-bit hashes and the places they stand for, as two files in `folder`.
 
-    A value that comes again keeps its first place, a key then has none. Returns rows, repeats, and the first of them.
+    A value that comes again keeps its first place, a key then has none. Returns the rows, the repeats and a value.
     Raises: UsageError when a part lacks the column, ShardError when it cannot be read.
     """
     hashes, places, example = [], [], ""

@@ -301,7 +301,7 @@ def _read_rows(stem: str, part: Part, table: "_Rows") -> Iterator[tuple[str, byt
         engine.advance(1)
         given = row.get(part.caption) if part.caption else None
         several = given if isinstance(given, list) else [given]
-        texts = [text_of(each) if isinstance(each, bytes) else each for each in (several)]
+        texts = [text_of(each) if isinstance(each, bytes) else each for each in several]
         caption = next((each for each in texts if clean(each)), None)
         if caption:
             yield f"{key}.{CAPTION_SUFFIX}", caption.encode("utf-8", "replace")

@@ -49,7 +49,7 @@ def invalid(record: Record, images: int) -> str:
         return "turns do not alternate"
     if any(not turn["value"].replace(IMAGE_MARK, "").strip() for turn in body):
         return "an empty turn"
-    marks = sum(turn["value"].count(IMAGE_MARK) for turn in turns if turn["from"] in HUMAN)
+    marks = _marks(turns)
     if marks != images:
         return f"{marks} image marks for {int(images)} images"
     return ""

@@ -111,12 +111,12 @@ class Pool:
         if name in SIZES:
             low, high = np.sort([self.numbers("width"), self.numbers("height")], axis=0)
             return np.asarray(low if name == "min_side" else high / low)
-        if name in ("nearest_similarity", LOSS):
-            return self._nearest() if name != LOSS else self._loss()
-        if name == "cluster":
-            return self._gather(name, np.int32, lambda column: column.to_numpy())
-        if name in extra_columns(self._schema):  # dates, ids and counts: f32 would round them from 2 ** 24 on
-            return self._gather(name, np.float64, lambda column: column.to_numpy())
+        if name == "nearest_similarity":
+            return self._nearest()
+        if name == LOSS:
+            return self._loss()
+        if name == "cluster" or name in extra_columns(self._schema):  # f32 would round ids and dates from 2 ** 24 on
+            return self._gather(name, np.int32 if name == "cluster" else np.float64, lambda column: column.to_numpy())
         return self._gather(name, np.float32, lambda column: column.cast(pa.float32(), safe=False).to_numpy())
 
     def _loss(self) -> np.ndarray:
