@@ -76,13 +76,13 @@ class Padded(Plan):
 class Reference(Training):
     """The published step: logits at every position."""
 
-    def token_losses(self, batch: Batch) -> Tensor:
+    def token_losses(self, batch: Batch, zero: Tensor | float = 0.0) -> Tensor:
         """Return the loss f32 [s] of each supervised position."""
         feats = None
         if batch.pixels_nchw is not None:
             feats = tower_features(self.composed, batch.pixels_nchw, tuned=self.stage.tune_tower)
         lengths = torch.tensor(batch.lengths, device=batch.ids_bl.device)
-        embeds = embeddings(self.composed, batch.ids_bl, feats)
+        embeds = embeddings(self.composed, batch.ids_bl, feats) + zero
         if not embeds.requires_grad:  # texts alone: what enable_input_require_grads is for
             embeds.requires_grad_()
         out = self.composed.model.model.language_model(

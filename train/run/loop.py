@@ -222,16 +222,16 @@ class Training:
         if not sharding.is_sharded(self.composed):
             losses = self.token_losses(batch)
             return losses.detach(), total(losses)
-        losses = self.token_losses(batch if len(batch.targets_s) else sharding.placeholder_batch(self.runtime.device))
+        given = batch if len(batch.targets_s) else sharding.placeholder_batch(self.runtime.device)
+        losses = self.token_losses(given, sharding.zero_for_unused(self.composed, given))
         weight = self.runtime.world if len(batch.targets_s) else 0  # the shards' gradients are averages
-        unused = sharding.zero_for_unused(self.composed, batch)
-        return losses.detach()[: len(batch.targets_s)], total(losses) * weight + unused
+        return losses.detach()[: len(batch.targets_s)], total(losses) * weight
 
-    def token_losses(self, batch: Batch) -> Tensor:
-        """Return the loss f32 [s] of each supervised position."""
+    def token_losses(self, batch: Batch, zero: Tensor | float = 0.0) -> Tensor:
+        """Return the loss f32 [s] of each supervised position; `zero` is added to what the language model reads."""
         feats = self.image_features(batch)
         row = batch.documents, batch.supervised_s, batch.shown_p
-        hidden = hidden_states(self.composed, batch.ids_bl, batch.positions_bl, feats, *row)
+        hidden = hidden_states(self.composed, batch.ids_bl, batch.positions_bl, feats, *row, zero=zero)
         return token_losses(self.composed.model, hidden.flatten(0, 1)[batch.supervised_s], batch.targets_s)
 
     def image_features(self, batch: Batch) -> Tensor | None:

@@ -10,7 +10,8 @@ memory, and from `shard` their part of each weight, one weight at a time. So one
 
 Invariant: gathers and reductions are collectives, so in every round of micro-batches each rank runs one pass, in which
 every weight that learns gets a gradient. A rank without samples runs `placeholder_batch`; a batch without images adds
-`zero_for_unused`.  Source: torch.distributed.fsdp.fully_shard (PyTorch's FSDP2).
+`zero_for_unused` to its words, so that the way back to the projector leads through every layer there, too, whose
+weights it gathers once more even where they are frozen.  Source: torch.distributed.fsdp.fully_shard (PyTorch's FSDP2).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_two_ranks
-from test_loop import losses, run, unfinish
+from test_loop import assert_same_weights, losses, run, unfinish
 from toys import write_captions
 
 from train.__main__ import app
@@ -287,3 +287,13 @@ def test_a_sharded_pass_is_given_its_tokens_weights_as_they_are(world, tmp_path,
 
     on_two_ranks(work)
     assert [(tmp_path / f"seen-{rank}").read_text() for rank in range(2)] == ["torch.float32"] * 2
+
+
+def test_a_cut_model_aligns_where_one_rank_sees_text_alone(world, tmp_path):
+    """A rank with images gathers each frozen layer again on its way back, so one without must do the same."""
+    settings = ("align.steps=5", "align.micro_tokens=8", "align.lr=1e-2")
+    run(world, tmp_path / "one", *settings, stage="align", data="mixed")
+    cut = (*settings, "align.shard=true")
+    on_two_ranks(lambda _: run(world, tmp_path / "two", *cut, stage="align", data="mixed"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert_same_weights(tmp_path / "two", tmp_path / "one", atol=1e-5)
