@@ -186,7 +186,7 @@ def fit(x_nd: np.ndarray, k: int, iters: int, seed: int, *, backend: str) -> Fit
         worst = np.argsort(similarity, kind="stable")[: len(empty)]
         if not len(empty) or similarity[worst[0]] > 1 - 1e-6:
             break  # there are fewer distinct rows than clusters: what is empty stays so
-        centroids[empty] = x_nd[worst]  # the rows that lie worst begin clusters of their own
+        centroids[empty] = unit_rows(x_nd[worst])  # the rows that lie worst begin clusters of their own
         clusters, similarity = finder(centroids, on=on)(x_nd)
     empty_count = int((np.bincount(clusters, minlength=k) == 0).sum())
     return Fit(centroids, backend, float(similarity.mean(dtype=np.float64)), empty_count)

@@ -166,3 +166,13 @@ def test_stored_centroids_are_taken_as_they_are_and_others_scaled():
         == kmeans.as_centroids(kmeans.as_centroids(rows)).tobytes()
     )
     assert np.array_equal(kmeans.as_centroids(3 * rows), kmeans.unit_rows(3 * rows))
+
+
+def test_clusters_that_rows_begin_anew_have_centroids_of_unit_length():
+    """Rows are stored as f16, whose lengths are off by up to a thousandth: such a centroid would lie too near."""
+    apart = unit(np.array([[1, 0.3], [-1, 0.2], [0.1, -1]])).astype(np.float16)
+    x = np.concatenate([np.repeat(apart[:1], 40, axis=0), apart[1:]])
+    fits = [kmeans.fit(x, 3, 1, seed, backend="kmeans") for seed in range(20)]
+    for centroids in (each.centroids for each in fits):
+        assert np.abs(np.linalg.norm(centroids.astype(np.float64), axis=1) - 1).max() < 1e-6
+        assert np.array_equal(kmeans.as_centroids(centroids), centroids)  # given back to --centroids they are the same
