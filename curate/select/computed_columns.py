@@ -118,7 +118,7 @@ def check(frame: Frame, text: str) -> None:
     name, arguments = _read(text)
     kinds = syntax.parameters(COLUMNS[name], HIDDEN)
     for key, value in arguments.items():
-        if kinds[key] is Group:
+        if kinds[key] is Group and value:
             frame.known(value, frame.groups)
     if name == "typicality":
         frame.known("cluster", frame.groups)

@@ -16,7 +16,9 @@ from typing import Any
 from curate.errors import UsageError, unknown
 from curate.select.frame import AUTO, Column, Count, Directory, File, Group, Keep, Levels, Share, Texts, Threshold
 
-PERCENT = re.compile(r"(?<=[\s(,=])(\d[\d_.]*%)(?=\s*[,)])")  # 2%, which Python cannot read
+QUOTED = r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+PERCENT = re.compile(QUOTED + r"|(?<=[\s(,=])(\d[\d_.]*%)(?=\s*[,)])")  # 2%, which Python cannot read; not in a text
+WITH_COMMAS = re.compile(r"[1-9]\d{0,2}(,\d{3})+")  # 2,000,000; but 0,5% is no count, and surely not 5 %
 THOUSANDS = re.compile(r"[(,=]\s*\d{1,3}(,\d{3})*,000\s*[,)](?=[^\"']*$)")  # sample(1,000): one row, and a seed of 0
 Table = Mapping[str, Callable[..., Any]]
 LARGEST = sys.float_info.max
@@ -32,7 +34,7 @@ def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[st
     """
     if THOUSANDS.search(text):
         raise UsageError(f"the {noun} {text!r}: a comma begins another argument.", "write 1_000 for a thousand")
-    call = _parse(text) or _parse(PERCENT.sub(r'"\1"', text))
+    call = _parse(text) or _parse(PERCENT.sub(lambda found: found[1] or f'"{found[2]}"', text))
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise UsageError(f"the {noun} {text!r} is not a call like {like}.")
     name = call.func.id
@@ -58,7 +60,7 @@ def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[st
     missing = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in given]
     if missing:
         raise UsageError(f"the {noun} {text!r} lacks {missing[0]}; it is written {usage}.")
-    return name, {key: _convert(node, known[key].annotation, f"{key} in {text}") for key, node in given.items()}
+    return name, {key: _read_argument(node, known[key], f"{key} in {text}") for key, node in given.items()}
 
 
 def _parse(text: str) -> ast.expr | None:
@@ -86,6 +88,13 @@ def _show(parameter: inspect.Parameter) -> str:
         return f"{parameter.name}, …"
     default = "auto" if parameter.default == AUTO else parameter.default
     return f"{parameter.name}={default!r}"
+
+
+def _read_argument(node: ast.expr, parameter: inspect.Parameter, where: str) -> Any:
+    """Read an argument. What stands for "nothing" where it is left out may be written, too: `among=0`, `seed=None`."""
+    if not parameter.default and ast.unparse(node) == repr(parameter.default):
+        return parameter.default
+    return _convert(node, parameter.annotation, where)
 
 
 def _convert(node: ast.expr, kind: Any, where: str) -> Any:
@@ -150,7 +159,8 @@ def _levels(value: Any, where: str) -> tuple[int, ...]:
 
 def parse_count(value: Any, where: str) -> float:
     """Read a count: a whole number of rows, a share like 0.02, or a text like "2%" or "2_000_000"."""
-    text = value.strip().replace("_", "").replace(",", "") if isinstance(value, str) else value
+    text = value.strip().replace("_", "") if isinstance(value, str) else value
+    text = text.replace(",", "") if isinstance(text, str) and WITH_COMMAS.fullmatch(text) else text
     percent = isinstance(text, str) and text.endswith("%")
     try:
         if isinstance(text, str):
