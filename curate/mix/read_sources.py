@@ -106,7 +106,7 @@ class ReadSource:
 
         def fit(record: dict[str, Any]) -> list[dict[str, Any]]:
             most = source.max_tokens or 1
-            return reshape.fit(record, most, source.overflow, lambda text: self.count([text])[0])
+            return reshape.fit(record, most, source.overflow, lambda text: self.count([text])[0], self.image_tokens)
 
         found = _RecordFilter(source, ruled_out).filter(found)
         for entry in _merge(found, reshaped) if source.merge else found:

@@ -6,6 +6,8 @@ questions of one image merged into one conversation, long dialogues cut into seg
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from pipelines.records import HUMAN, IMAGE_MARK, MODEL, Turns
@@ -78,28 +80,45 @@ def segment(record: Record, max_rounds: int) -> list[Record]:
     return _as_records(record, parts, all_rounds)
 
 
-def fit(record: Record, max_tokens: int, overflow: str, count: Callable[[str], int]) -> list[Record]:
-    """Bring a record to at most `max_tokens`, in whole rounds.
+def fit(
+    record: Record, max_tokens: int, overflow: str, count: Callable[[str], int], image_tokens: int = 0
+) -> list[Record]:
+    """Bring a record to at most `max_tokens`, in whole rounds, with the images that it shows.
 
     overflow: truncate keeps the leading rounds that fit; split makes further records of the rest; drop keeps nothing. A
-    round that is too long by itself is left out. Returns the records, none where nothing fits.
+    round that is too long by itself is left out. image_tokens: what an image counts for; its mark counts for nothing.
+    Returns the records, none where nothing fits.
     """
     all_rounds = rounds(record["conversations"])
-    sizes = [sum(count(turn["value"]) for turn in each) for each in all_rounds]
-    if sum(sizes) <= max_tokens:
+    text = [sum(count(turn["value"].replace(IMAGE_MARK, "")) for turn in each) for each in all_rounds]
+    texts, marks = ([0, *accumulate(each)] for each in (text, map(_marks, all_rounds)))
+
+    @cache
+    def lines(number: int, again: int) -> int:
+        """Count what the marks that `_as_records` puts before a round's question add to its text: line ends."""
+        asked = (turn["value"].replace(IMAGE_MARK, "") for turn in all_rounds[number] if turn["from"] in HUMAN)
+        return next((count("\n" * again + text) - count(text) for text in asked), 0) if again else 0
+
+    def size(first: int, end: int) -> int:
+        """Count some of the rounds as `_as_records` would make one of them."""
+        own = marks[end] - marks[first]
+        again = marks[first] if isinstance(record.get("image"), list) else 0 if own else min(1, marks[-1])
+        return texts[end] - texts[first] + image_tokens * (own + again) + lines(first, again)
+
+    if size(0, len(all_rounds)) <= max_tokens:
         return [record]
     parts: list[list[Turns]] = []
-    total = max_tokens
-    for each, size in zip(all_rounds, sizes, strict=True):
-        if size > max_tokens:
-            total = max_tokens + 1  # what follows a gap begins a record of its own, be it empty
-        elif total + size <= max_tokens and parts:
+    begun: int | None = None  # the round with which the last part begins, while rounds may be added to it
+    for number, each in enumerate(all_rounds):
+        fits = size(number, number + 1) <= max_tokens
+        if not fits:
+            begun = None  # what follows a gap begins a record of its own
+        elif begun is not None and size(begun, number + 1) <= max_tokens:
             parts[-1].append(each)
-            total += size
         else:
             parts.append([each])
-            total = size
-        if overflow == "truncate" and (size > max_tokens or len(parts) > 1):
+            begun = number
+        if overflow == "truncate" and (not fits or len(parts) > 1):
             break
     if overflow == "drop":
         return []
@@ -112,7 +131,7 @@ def _as_records(record: Record, parts: Sequence[Sequence[Turns]], all_rounds: Se
     A part without marks of its own shows the image if the record has one. Of several images (`image` is a list), each
     part shows those of its own marks, and before them those of all rounds before it, of rounds that are left out too.
     """
-    seen = any(IMAGE_MARK in turn["value"] for turn in record["conversations"])
+    seen = _marks(record["conversations"]) > 0  # in an answer the mark is text
     several: list[Any] | None = record["image"] if isinstance(record.get("image"), list) else None
     made, before, shown = [], {}, 0
     for each in all_rounds:

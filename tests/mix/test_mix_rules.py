@@ -491,3 +491,33 @@ def test_pictures_of_several_coresets_stay_apart(tmp_path):
     assert shown == [picture(first + row) for first in (0, 100) for row in range(3)]
     with pytest.raises(CurateError):
         mix({**table, "format": "llava"}, str(tmp_path / "llava"), QUIET)
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "split"])
+@pytest.mark.parametrize("several", [False, True])
+def test_no_record_is_longer_than_max_tokens_by_the_count_of_the_account(tmp_path, overflow, several):
+    names = ["x.jpg", "y.jpg", "z.jpg"] if several else ["x.jpg"]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(picture(number))
+    asked = [{"id": n, "image": names if several else names[0], "conversations": turns(*["q" * 3 * n, "a"] * 6)}
+             for n in range(1, 8)]  # fmt: skip
+    for record in asked:
+        for number in range(len(names)):
+            record["conversations"][4 * number]["value"] += "\n<image>"
+    source = {"path": write(tmp_path / "a.json", asked), "images": str(tmp_path), "max_tokens": 80 if several else 45}
+    chosen = {"sources": {"s": {**source, "overflow": overflow}}, "image_tokens": 25, "shard_size": 1}
+    made = mix(chosen, str(tmp_path / "out"), QUIET)
+    found = [record for record, _ in mixed(tmp_path / "out")]
+    sizes = []
+    for record in found:
+        said = [turn["value"] for turn in record["conversations"]]
+        shown = sum(value.count("<image>") for value in said)
+        assert shown == (len(record["image"]) if isinstance(record["image"], list) else 1)
+        sizes.append(25 * shown + sum(-(-len(value.replace("<image>", "")) // 4) for value in said))
+    assert max(sizes) <= source["max_tokens"] and sum(sizes) == made["sources"]["s"]["tokens"]
+
+
+def test_a_mark_in_an_answer_gives_parts_of_a_text_no_picture():
+    record = {"id": "r", "conversations": turns("How is it written?", "As <image>.", "Thanks", "Welcome")}
+    parts = [*reshape.segment(record, 1), *reshape.fit(record, 6, "split", lambda text: len(text) // 4)]
+    assert len(parts) == 4 and not any("<image>" in part["conversations"][0]["value"] for part in parts)
