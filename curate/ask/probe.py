@@ -138,7 +138,7 @@ def _least_sure(source: Artefact, embedded: Artefact, head: Head, marked: set[st
         clusters = source.source("cluster")
     except LookupError:
         clusters = None
-    waiting: list[tuple[float, str, int, int]] = []
+    waiting: list[tuple[float, str, int, int | None]] = []  # lead, stem, row, cluster
     keep = 50 * (n + len(marked))
     for block, scores in scored(embedded, head.apply):
         stem, first, good = block.stem, block.first, block.good
@@ -147,18 +147,18 @@ def _least_sure(source: Artefact, embedded: Artefact, head: Head, marked: set[st
         rows = np.argsort(lead, kind="stable")[:keep]
         own = clusters.table(stem, ["cluster"])["cluster"].to_numpy() if clusters else None
         waiting += [
-            (float(lead[row]), stem, int(first + row), int(own[first + row]) if own is not None else len(waiting) + i)
-            for i, row in enumerate(rows.tolist())
+            (float(lead[row]), stem, int(first + row), int(own[first + row]) if own is not None else None)
+            for row in rows.tolist()
             if good[row]
         ]
         waiting = sorted(waiting, key=lambda each: each[0])[:keep]
-    seen: set[int] = set()
+    seen: set[int] = set()  # clusters
     chosen: list[dict[str, Any]] = []
     for least, stem, row, cluster in waiting:
         if len(chosen) == n:
             break
         key = embedded.table(stem, ["key"])["key"][row].as_py() if cluster not in seen else None
         if key is not None and key not in marked:
-            seen.add(cluster)
+            seen |= {cluster} if cluster is not None else set()
             chosen.append({"key": key, "lead": round(least, 4)})
     return chosen

@@ -336,3 +336,20 @@ def test_five_marks_a_label_suffice(home, tmp_path):
     (tmp_path / "marks.tsv").write_text("".join(few))
     told = probe.probe(str(home / "emb"), str(tmp_path / "marks.tsv"), str(tmp_path / "h.safetensors"), 3)
     assert told["labelled"] == {"high": 5, "low": 5} and len(told["next"]) == 3
+
+
+def test_without_clusters_no_row_to_label_next_is_passed_over(tmp_path):
+    """Of many shards each has its least sure row; none of them stands in another's way."""
+    (tmp_path / "npy").mkdir()
+    x_nd = np.random.default_rng(0).normal(size=(5, 900, 4)).astype(np.float16)
+    for number, part in enumerate(x_nd):
+        np.save(tmp_path / "npy" / f"{number}.npy", part)
+    curate("import", tmp_path / "npy", tmp_path / "emb", "--layout", "npy")
+    x_nd, names, _ = vectors_of(tmp_path / "emb")
+    order = np.argsort(x_nd[:, 0])
+    marks = {names[i]: "low" for i in order[:5]} | {names[i]: "high" for i in order[-5:]}
+    (tmp_path / "marks.tsv").write_text("".join(f"{key}\t{label}\n" for key, label in marks.items()))
+    told = probe.probe(str(tmp_path / "emb"), str(tmp_path / "marks.tsv"), str(tmp_path / "h.safetensors"), 8)
+    shares = np.sort(heads.read_head(str(tmp_path / "h.safetensors"), 4).apply(x_nd), axis=1)
+    least = np.argsort(shares[:, -1] - shares[:, -2], kind="stable")
+    assert [each["key"] for each in told["next"]] == [names[i] for i in least if names[i] not in marks][:8]
