@@ -116,12 +116,19 @@ def lattice(k: int) -> np.ndarray:
 
 def noise_of(points_nk: np.ndarray, seeds: Sequence[int], settled_n: np.ndarray) -> float | None:
     """Estimate the variance of trials of one mixture, without what seeds add; None where no mixture repeats."""
-    _, arm = np.unique(points_nk, axis=0, return_inverse=True)
-    free = len(settled_n) - len(np.unique(arm)) - len(set(seeds)) + 1
+    design, arm = _design(points_nk, seeds)
+    free = len(settled_n) - int(np.linalg.matrix_rank(design))  # seeds that share no mixture say nothing of one another
     if free < 1:
         return None
-    means = np.bincount(arm.ravel(), settled_n) / np.bincount(arm.ravel())
-    return float(((settled_n - means[arm.ravel()]) ** 2).sum() / free)
+    means = np.bincount(arm, settled_n) / np.bincount(arm)
+    return float(((settled_n - means[arm]) ** 2).sum() / free)
+
+
+def _design(points_nk: np.ndarray, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Write each trial as its mixture and its seed, f64 [n, mixtures + seeds], and number the mixtures, i64 [n]."""
+    arm = np.unique(points_nk, axis=0, return_inverse=True)[1].ravel()
+    seed = np.unique(seeds, return_inverse=True)[1]
+    return np.hstack([np.eye(arm.max() + 1)[arm], np.eye(seed.max() + 1)[seed]]), arm
 
 
 def fit(points_nk: np.ndarray, values_n: np.ndarray, noise: float | None) -> Callable[[np.ndarray], Surface]:
@@ -163,11 +170,10 @@ def improvement(surface: Surface, over: float) -> np.ndarray:
 
 def without_seeds(points_nk: np.ndarray, seeds: Sequence[int], values_n: np.ndarray) -> np.ndarray:
     """Take out what a seed adds to all its trials: least squares on a mean for each mixture and each seed, f64 [n]."""
-    _, arm = np.unique(points_nk, axis=0, return_inverse=True)
-    _, seed = np.unique(seeds, return_inverse=True)
-    design = np.hstack([np.eye(arm.max() + 1)[arm.ravel()], np.eye(seed.max() + 1)[seed]])
-    effects = np.linalg.lstsq(design, values_n, rcond=None)[0][arm.max() + 1 :]
-    return np.asarray(values_n - (effects - effects.mean())[seed])
+    design, arm = _design(points_nk, seeds)
+    of_seeds = slice(arm.max() + 1, None)
+    effects = np.linalg.lstsq(design, values_n, rcond=None)[0][of_seeds]
+    return np.asarray(values_n - design[:, of_seeds] @ (effects - effects.mean()))
 
 
 def respond(points_nk: np.ndarray, seeds: Sequence[int], values_n: np.ndarray) -> dict[str, Any] | None:

@@ -170,3 +170,14 @@ def test_a_mix_that_is_short_of_an_arms_count_is_refused(tmp_path):
     mix.mix({"sources": {"text": {"path": str(tmp_path / "few.json"), "count": 5}}}, trial.plan.place("mix"), Job())
     with pytest.raises(ShardError, match="text has 3 records, 2 fewer than this arm asks for"):
         trials.refuse_short(trial.plan)
+
+
+def test_the_noise_is_that_of_trials_where_seeds_share_no_mixture():
+    rng = np.random.default_rng(0)
+    points = np.array([[0.1, 0.9], [0.2, 0.8], [0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6], [0.3, 0.7], [0.4, 0.6]])
+    seeds = [0, 0, 1, 1, 2, 2, 3, 3]
+    noises = []
+    for _ in range(400):
+        settled = shares.without_seeds(points, seeds, rng.normal(size=8) + np.array([0, 3, 7, 20])[seeds])
+        noises.append(shares.noise_of(points, seeds, settled))
+    assert abs(np.mean(noises) - 1) < 0.2
