@@ -60,9 +60,8 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
     if extra.columns:
         made["columns"] = dict(extra.columns)
     named = {part.stem: part for part in parts}
-    sources: dict[str, tar.Shard | Sequence[str]] = {}
-    sources |= found if options.pool else {stem: part.files for stem, part in named.items()}
-    contents = reading(sources, job, verify=options.verify)
+    given: dict[str, tar.Shard | Sequence[str]] = {**found} if options.pool else {s: p.files for s, p in named.items()}
+    contents = reading(given, job, verify=options.verify)
     made_of = tar.parts_of(held.shards, contents, f"{inputs['source']['digest']} ", verify=options.verify)
     if not options.pool:
         place = paths.place(paths.parent(parts[0].image))
@@ -158,10 +157,11 @@ def _finish(
 def unit_rows(x_nd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Normalise rows to f16 [n, d]; says which are sound (finite, not zero), the others are zero."""
     with np.errstate(all="ignore"):
-        x = np.asarray(x_nd, np.float32)
+        exponents = np.frexp(np.abs(x_nd).max(axis=1, keepdims=True, initial=0))[1]  # 1e20 squared is no number of f32
+        x = np.ldexp(np.asarray(x_nd, np.float32), -exponents)
         norms = np.linalg.norm(x, axis=1, keepdims=True)
-        sound = np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)
-        return np.where(sound[:, None], x / norms, 0).astype(np.float16), sound
+        sound = np.isfinite(norms) & (norms > 0)
+        return np.where(sound, x / norms, 0).astype(np.float16), sound[:, 0]
 
 
 def _vector_columns(image_nd: np.ndarray, text_nd: np.ndarray | None, ok: np.ndarray) -> dict[str, pa.Array]:

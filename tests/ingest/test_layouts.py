@@ -286,3 +286,13 @@ def test_damaged_headers_never_crash(tmp_path_factory, data):
         assert unit_rows(table.image)[0].shape == table.image.shape
     except ShardError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-25, 1e-37])
+def test_vectors_of_any_length_have_a_direction(tmp_path, scale):
+    """Their squares may be no numbers of f32, but they are neither infinite nor zero."""
+    plain = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    found, sound = unit_rows(plain * np.float32(scale))
+    assert sound.all() and np.abs(found.astype(np.float64) - unit_rows(plain)[0]).max() < 1e-3
+    mixed = np.array([[np.inf, 1, 0, 0], [np.nan, 0, 0, 0], [0, 0, 0, 0], [scale, 0, 0, 0]], np.float32)
+    assert unit_rows(mixed)[1].tolist() == [False, False, False, True]
