@@ -109,8 +109,9 @@ class Pool:
         if name in CAPTION:
             return self._gather("caption", np.float32, partial(_caption_length, words=name == "caption_words"))
         if name in SIZES:
-            low, high = np.sort([self.numbers("width"), self.numbers("height")], axis=0)
-            return np.asarray(low if name == "min_side" else high / low)
+            sides = self.numbers("width"), self.numbers("height")
+            low = np.minimum(*sides)  # of two sides one of which is unknown, neither is known to be the shorter
+            return np.asarray(low if name == "min_side" else np.maximum(*sides) / low)
         if name == "nearest_similarity":
             return self._nearest()
         if name == LOSS:

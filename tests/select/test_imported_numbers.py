@@ -97,3 +97,11 @@ def test_numbers_without_sense_are_refused(tmp_path):
     np.save(tmp_path / "given.npy", np.eye(3, 8, dtype=np.float32))
     with pytest.raises(UsageError, match="--k and --refit fit others"):
         cluster(emb, str(tmp_path / "clu"), ClusterOptions(k=3, centroids=str(tmp_path / "given.npy")), QUIET)
+
+
+def test_of_a_picture_with_one_known_side_the_shorter_is_unknown(tmp_path):
+    sizes = {"width": [1000, 1000, 300, None], "height": [800, None, None, 900]}
+    emb = imported(tmp_path, "emb", 4, key=list("abcd"), **sizes)
+    for step, kept in (("at_least(min_side, 100)", [1, 0, 0, 0]), ("at_most(aspect_ratio, 3)", [1, 0, 0, 0])):
+        select(emb, str(tmp_path / "sel"), SelectOptions(steps=(step,)), Job(workers=1, quiet=True, overwrite=True))
+        assert sidecar.table(str(tmp_path / "sel" / "00000.arrow"))["kept"].to_pylist() == [bool(k) for k in kept]
