@@ -13,7 +13,16 @@ from train.config import Model
 from train.data.prompts import TEMPLATES, is_token
 from train.errors import UsageError
 from train.model import attention
-from train.model.published import Words, cannot_load, check_named, known_words, locate, read_config
+from train.model.published import (
+    Words,
+    cannot_load,
+    check_named,
+    check_whole,
+    known_words,
+    load_published,
+    locate,
+    read_config,
+)
 
 FOLDED = "folded_logits_scaling"  # key of the configuration: by what the last norm's weight was divided
 log = logging.getLogger("train")
@@ -81,7 +90,8 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
         elif (whole := read_config(options.lm, "model.lm")).model_type != config.model_type:
             lm = _take_out(options.lm, whole, config, kind, dtype)
         else:
-            lm = kind.from_pretrained(**locate(options.lm), **how, dtype=dtype)
+            lm, missing = load_published(kind, options.lm, "model.lm", **how, dtype=dtype)
+            check_whole(missing, options.lm, "model.lm")
     except ImportError as error:
         raise UsageError(f"model.attention = {options.attention!r} cannot be used: {error}".splitlines()[0]) from None
     except (OSError, ValueError) as error:
@@ -94,12 +104,15 @@ def _take_out(source: str, whole: Any, config: Any, kind: Any, dtype: torch.dtyp
     """Load a checkpoint of several parts by its own class and keep its language model, as a causal one."""
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(**locate(source), config=whole, dtype=dtype)
+    model, missing = load_published(AutoModelForImageTextToText, source, "model.lm", whole, dtype=dtype)
     with torch.device("meta"):
         lm = kind(config)
     setattr(lm, lm.base_model_prefix, model.get_decoder())
     lm.set_output_embeddings(model.get_output_embeddings())
     words, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+    taken = {id(p) for p in lm.parameters()}
+    lost = [name for name, p in model.named_parameters() if name in missing and id(p) in taken]
+    check_whole(lost, source, "model.lm")
     lm.config = model.get_decoder().config
     lm.config.tie_word_embeddings = words is head
     log.info("%s: of its parts, the language model is taken (%s)", source, kind.__name__)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from train.errors import UsageError
 from train.model.own import register_own_classes
+from train.model.tower import needed
 
 
 def load_native(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
@@ -20,7 +21,9 @@ def load_native(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
         raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
     register_own_classes()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        model, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        if lacks := needed(found["missing_keys"]):  # transformers draws them, and tells so in its log alone
+            raise ValueError(f"its files lack {len(lacks)} weights, among them {lacks[0]}")
         return model, AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

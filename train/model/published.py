@@ -8,6 +8,7 @@ needs the hub. Weights always come with their own description. No code of a mode
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,25 @@ def granite_of_minicpm(values: dict[str, Any]) -> Any:
         attention_multiplier=(width // heads) ** -0.5,
         logits_scaling=width / values["dim_model_base"],
     )
+
+
+def load_published(kind: Any, source: str, option: str, config: Any, **how: Any) -> tuple[Any, list[str]]:
+    """Load a model by a class of transformers; return it, and the weights that are in none of its files.
+
+    transformers draws those, and tells so in its log alone.  Raises: UsageError.
+    """
+    try:
+        model, found = kind.from_pretrained(**locate(source), config=config, output_loading_info=True, **how)
+    except (OSError, ValueError) as error:
+        raise UsageError(cannot_load(source, option, error)) from None
+    return model, sorted(found["missing_keys"])
+
+
+def check_whole(missing: Sequence[str], source: str, option: str) -> None:
+    """Refuse a model whose files lack weights that are needed.  Raises: UsageError."""
+    if missing:
+        lacks = f"its files lack {len(missing)} weights, among them {missing[0]}"
+        raise UsageError(cannot_load(source, option, ValueError(lacks)))
 
 
 def cannot_load(source: str, option: str, error: Exception) -> str:

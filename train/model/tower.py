@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,15 @@ from train.model import plain_vit, timm_published
 from train.model.layer import feature_layer_index
 from train.model.own import register_own_classes
 from train.model.plain_vit import BICUBIC, CLIP_MEAN, CLIP_STD, OPENCLIP_PREFIX
-from train.model.published import cannot_load, locate, read_config, read_preprocess, shipped
+from train.model.published import (
+    cannot_load,
+    check_whole,
+    load_published,
+    locate,
+    read_config,
+    read_preprocess,
+    shipped,
+)
 from train.model.weights import read_tensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -187,6 +195,11 @@ def blocks_of(tower: Any) -> Any:
     return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
 
+def needed(names: Iterable[str]) -> list[str]:
+    """Return the names of weights, in order, without those of a tower that no feature layer is computed with."""
+    return [name for name in sorted(names) if not any(word in f"tower.{name}" for word in (*HEADS, ".mask_token"))]
+
+
 def make_image_processor(vision: Vision) -> Any:
     """Build the image processor that is used in training and written by the export."""
     from transformers import LlavaImageProcessorPil
@@ -204,13 +217,23 @@ def make_image_processor(vision: Vision) -> Any:
 
 
 def _pretrained(source: str, config: Any) -> Any:
+    """Load a tower from its own checkpoint, or out of one of a whole model: CLIP's, LLaVA's, PaliGemma's.
+
+    Of some of those the tower's class finds no weight by its name; their own class is asked then.  Raises: UsageError.
+    """
     from transformers import AutoModel
 
     kind = AutoModel._model_mapping[type(config)]
-    try:
-        return kind.from_pretrained(**locate(source), config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UsageError(cannot_load(source, "model.tower", error)) from None
+    tower, missing = load_published(kind, source, "model.tower", config, dtype=torch.float32)
+    whole = read_config(source, "model.tower")
+    if needed(missing) and hasattr(whole, "vision_config"):
+        model, missing = load_published(AutoModel, source, "model.tower", whole, dtype="auto")
+        inside = {name: part for name, part in model.named_modules() if type(part) is kind}
+        place = next(iter(inside), "")
+        tower = inside.get(place, tower).float()
+        missing = [name for name in missing if name.startswith(f"{place}.")] if inside else missing
+    check_whole(needed(missing), source, "model.tower")
+    return tower
 
 
 def _fresh(config: Any, seed: int) -> Any:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from test_attention import FEWER, SMALL, enlarge
 from test_recurrent import HYBRIDS
 from toys import word_tokenizer
@@ -53,6 +54,17 @@ def test_the_language_model_is_taken_out_of_a_composite(saved, family):
     text = composed.model.config.text_config
     assert composed.can_pack and text.architectures[0].endswith("ForCausalLM")
     assert blueprint(options)[0].config.text_config.model_type == text.model_type
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_language_model_whose_files_lack_weights_is_refused(saved, family, tmp_path):
+    kind = tf.AutoModelForCausalLM if family == "llama" else tf.AutoModelForImageTextToText
+    options = saved(kind.from_config(tf.LlamaConfig(**TEXT) if family == "llama" else COMPOSITES[family]))
+    file = tmp_path / "lm" / "model.safetensors"
+    state = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp.up_proj" not in name}
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"its files lack 1 weights, among them .*layers\.1\.mlp\.up_proj"):
+        compose(options)
 
 
 def test_minicpm3_divides_its_logits(saved):

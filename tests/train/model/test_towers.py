@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers as tf
+from safetensors.torch import load_file, save_file
 from toys import word_tokenizer
 
 from train.config import Model, Stage
@@ -125,6 +126,51 @@ def test_what_is_no_eva_is_refused(tmp_path):
         load_tower(Model(tower=str(tmp_path / "x.pt")), torch.float32)
 
 
+# ---- Towers inside of other models, and files that lack weights ------------------------------------------------------
+
+SEES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+SEES |= {"image_size": 28, "patch_size": 14}
+READS = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+READS |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+SIGLIP = {"model_type": "siglip_vision_model", **SEES}
+PLAIN = {**SEES, "vocab_size": 80}
+WHOLE = {  # published as one model, of which the tower is wanted
+    "clip": (tf.CLIPConfig, {"vision_config": SEES, "text_config": PLAIN}),
+    "siglip": (tf.SiglipConfig, {"vision_config": SEES, "text_config": PLAIN}),
+    "aimv2": (tf.Aimv2Config, {"vision_config": SEES, "text_config": PLAIN}),
+    "llava": (tf.LlavaConfig, {"vision_config": tf.CLIPVisionConfig(**SEES), "text_config": tf.LlamaConfig(**READS)}),
+    "paligemma": (tf.PaliGemmaConfig, {"vision_config": SIGLIP, "text_config": {"model_type": "gemma", **READS}}),
+    "gemma3": (tf.Gemma3Config, {"vision_config": SIGLIP, "text_config": READS, "mm_tokens_per_image": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_the_tower_is_taken_out_of_a_whole_model(kind, tmp_path):
+    make, parts = WHOLE[kind]
+    whole = tf.AutoModel.from_config(make(**parts)).eval()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    whole.save_pretrained(tmp_path)
+    tower, vision = load_tower(Model(tower=str(tmp_path)), torch.float32)
+    inside = next(part for part in whole.modules() if type(part) is type(tower))
+    pixels = torch.randn(2, 3, vision.image_size, vision.image_size)
+    with torch.no_grad():
+        ours, theirs = (part(pixels, output_hidden_states=True).hidden_states for part in (tower, inside))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_tower_whose_files_lack_weights_is_refused(tmp_path):
+    tf.SiglipVisionModel(tf.SiglipVisionConfig(**SEES)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    save_file({k: v for k, v in state.items() if ".head." not in k}, file, metadata={"format": "pt"})
+    load_tower(Model(tower=str(tmp_path)), torch.float32)  # no feature layer lies behind its head
+    save_file({k: v for k, v in state.items() if "layers.1.mlp.fc1" not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="its files lack 2 weights, among them encoder.layers.1.mlp.fc1.bias"):
+        load_tower(Model(tower=str(tmp_path)), torch.float32)
+
+
 # ---- S² --------------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +199,6 @@ def slow_s2(see, image_chw, scales, size):
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-    import transformers as tf
 
     root = tmp_path_factory.mktemp("towers")
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
