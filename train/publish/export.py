@@ -155,7 +155,7 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
     tied = model.config.tie_word_embeddings
     state = {
         llava_hf_name(name, vision_type): tensor.detach().to(dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in _as_published(model).items()
         if not (tied and name == "lm_head.weight")
     }
     if model.config.text_config.model_type == "phi":
@@ -176,6 +176,23 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
             "the image features by %.0f, which spoils its answers: read the folder with transformers 5.4 or later",
             math.sqrt(config.text_config.hidden_size),
         )
+
+
+def _as_published(model: Any) -> dict[str, Tensor]:
+    """Return a model's weights, those of the language model under the names and in the parts of its own checkpoints.
+
+    transformers 5 keeps the experts of a mixture in one tensor, and some weights under other names than their files;
+    what else reads such a folder knows the files' alone, and version 4 draws what it does not find.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    inside, decoder = "model.language_model.", model.model.language_model
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+    published = revert_weight_conversion(decoder, decoder.state_dict())
+    for name, tensor in published.items():  # an expert's part of one tensor is stored apart
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        state[f"{inside}{name}"] = tensor if whole else tensor.detach().clone()
+    return state
 
 
 def _set_ends(composed: Composed, encoder: Encoder) -> None:

@@ -8,6 +8,7 @@ plain fields stand beside the new ones, with the same values; version 5 reads ei
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from train.folder import read_json, write_json
 
 def write_for_older_readers(folder: Path) -> None:
     """Add to a saved model's config.json, tokenizer_config.json and image preparation what transformers 4 reads."""
-    config = read_json(folder / "config.json")
+    config, meant = read_json(folder / "config.json"), _read_rope(folder)
     for part in (config, config.get("text_config", {})):
         part.pop("_name_or_path", None)  # a place on this machine
+    plain = copy.deepcopy(config)
+    for part in (plain, plain.get("text_config", {})):
         part.update(_plain_rope(part.get("rope_parameters") or {}))
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", plain)
+    if _read_rope(folder) != meant:  # version 5 reads them before the table: of families that version 4 has not
+        write_json(folder / "config.json", config)
     values = read_json(folder / "tokenizer_config.json")
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -50,3 +55,14 @@ def _plain_rope(parameters: dict[str, Any]) -> dict[str, Any]:
     if rest.get("rope_type", "default") != "default":
         known["rope_scaling"] = rest
     return known
+
+
+def _read_rope(folder: Path) -> Any:
+    """Return the table as transformers reads it from a folder, or None where it cannot."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "rope_parameters", None)
+    except (KeyError, StrictDataclassError, TypeError, ValueError):
+        return None

@@ -40,6 +40,16 @@ CONFIGS = {  # none of them with its family's default share and base
     "granite": tf.GraniteConfig(**SIZES, logits_scaling=4.0),
     "gemma3": tf.Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 6}, head_dim=8, sliding_window=4),
 }
+FEWER = {**SIZES, "hidden_size": 32, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8}
+HALF = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+NEW = {  # whose angles version 4 has no fields for, or whose experts version 5 keeps in one tensor
+    "gemma4": tf.Gemma4TextConfig(**FEWER, hidden_size_per_layer_input=0, final_logit_softcapping=None),
+    "lfm3": tf.Lfm3Config(**FEWER),
+    "qwen3_moe": tf.Qwen3MoeConfig(**FEWER, **HALF, num_experts=4),
+    "mixtral": tf.MixtralConfig(**FEWER, num_experts_per_tok=2, num_local_experts=4),
+    "granitemoe": tf.GraniteMoeConfig(**FEWER, num_experts_per_tok=2, num_local_experts=4),
+    "laguna": tf.LagunaConfig(**FEWER, **HALF, num_experts=4, shared_expert_intermediate_size=16),
+}
 LOAD = """
 import sys, numpy, torch, transformers
 from PIL import Image
@@ -66,7 +76,7 @@ def exported(tmp_path_factory, world):
         lm, folder = root / f"{family}-lm", root / family
         if not folder.exists():
             torch.manual_seed(0)
-            model = tf.AutoModelForCausalLM.from_config(CONFIGS[family])
+            model = tf.AutoModelForCausalLM.from_config((CONFIGS | NEW)[family])
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -104,10 +114,24 @@ def test_the_plain_fields_stand_beside_the_new_ones(exported):
     assert images == json.loads((exported("phi") / "processor_config.json").read_text())["image_processor"]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", NEW)
+def test_the_language_models_weights_are_named_as_in_its_own_files(exported, family):
+    folder = exported(family)
+    inside = "language_model."
+    ours = {
+        n.removeprefix(inside): t for n, t in load_file(folder / "model.safetensors").items() if n.startswith(inside)
+    }
+    theirs = load_file(folder.with_name(f"{family}-lm") / "model.safetensors")
+    assert set(ours) - {"lm_head.weight"} == set(theirs) - {"lm_head.weight"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if "norm" not in name and "embed" not in name)
+    _, found = tf.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+
+
+@pytest.mark.parametrize("family", CONFIGS | NEW)
 def test_a_config_with_both_is_read_as_one_with_the_new_fields(exported, family):
     again = tf.AutoConfig.from_pretrained(exported(family)).text_config
-    assert again.rope_parameters == CONFIGS[family].rope_parameters
+    assert again.rope_parameters == (CONFIGS | NEW)[family].rope_parameters
     tokenizer = tf.AutoTokenizer.from_pretrained(exported(family))
     assert "<picture>" in tokenizer.all_special_tokens and 47 in tokenizer("a <picture>")["input_ids"]
 
