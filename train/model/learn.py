@@ -15,9 +15,14 @@ from train.model.tower import HEADS, trim
 
 
 def lora_targets(model: Any) -> list[str]:
-    """Return the full paths of the language model's linear layers; the head is not among them."""
+    """Return the full paths of the language model's linear layers; the head is not among them.
+
+    Nor are routers of experts that are called linear and give more than a tensor (Phi-3.5-MoE's).
+    """
     lm = model.model.language_model
-    return [f"model.language_model.{name}" for name, module in lm.named_modules() if isinstance(module, nn.Linear)]
+    found = ((name, part) for name, part in lm.named_modules() if isinstance(part, nn.Linear))
+    plain = (name for name, part in found if not type(part).__module__.startswith("transformers.models."))
+    return [f"model.language_model.{name}" for name in plain]
 
 
 def lora_config(stage: Stage, targets: list[str]) -> Any:

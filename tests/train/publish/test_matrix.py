@@ -36,6 +36,7 @@ PACKED = {
     "smollm3": tf.SmolLM3Config(**FEWER),
     "phi": tf.PhiConfig(**EQUAL),
     "phi3": tf.Phi3Config(**FEWER, **WINDOW),
+    "phimoe": tf.PhimoeConfig(**FEWER, num_local_experts=4, num_experts_per_tok=2),
     "stablelm": tf.StableLmConfig(**FEWER),
     "olmo2": tf.Olmo2Config(**FEWER),
     "olmo3": tf.Olmo3Config(**{**FEWER, **FOUR}, **WINDOW),
