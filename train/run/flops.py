@@ -4,8 +4,8 @@
 
 A product of [m, k] and [k, n] counts 2 m k n. Each operation that the mathematics needs counts once; recomputed
 activations, recomputed logits and padding count nothing. A linear layer with P weights costs 2 P a token forward, 2 P
-for the gradient of its input and 2 P for that of its weights. With T tokens, T_sup supervised ones, L layers of width
-d, V words:
+for the gradient of its input and 2 P for that of its weights; of a mixture P counts the experts that a token goes to.
+With T tokens, T_sup supervised ones, L layers of width d, V words:
 
     language model   4 P T frozen (forward, gradient of inputs), 6 P T where it learns; LoRA adds 6 P_lora T; those of
                      the last layer that only labelled positions need (skip_unlabelled.py): T_sup times
@@ -36,6 +36,7 @@ from train.model.compose import Composed
 from train.model.skip_unlabelled import last_parts
 from train.model.tower import HEADS
 
+CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")  # by family: experts a token goes to
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16, from NVIDIA's data sheets (SXM)
 
 
@@ -65,7 +66,8 @@ class Cost:
         forward = (getattr(one, "flops", 0) or forward) * getattr(tower, "num_tiles", 1)  # of timm's: counted by torch
 
         def words(module: nn.Module) -> float:
-            return learns * _weights(module, without=("lora_",)) + 6.0 * _weights(module, only="lora_")
+            read = _weights(module, without=("lora_",)) + _experts(module, config)
+            return learns * read + 6.0 * _weights(module, only="lora_")
 
         late = sum(map(words, last_parts(inner.language_model)))
         return cls(
@@ -100,7 +102,7 @@ def published(composed: Composed, stage: Stage) -> Cost:
     """Count a step of the published scripts: the language model runs forward once more, logits are everywhere."""
     cost, config, lm = Cost.of(composed, stage), composed.model.config.text_config, composed.model.model.language_model
     head = (6.0 if stage.tune == "full" else 4.0) * config.hidden_size * config.vocab_size
-    token = cost.token + (cost.target - head) + 2.0 * _weights(lm)
+    token = cost.token + (cost.target - head) + 2.0 * (_weights(lm) + _experts(lm, config))
     return replace(cost, token=token, square=cost.square * 8 / 6, target=head)
 
 
@@ -110,6 +112,14 @@ def _weights(module: Any, *, only: str = "", without: tuple[str, ...] = ()) -> i
         for name, part in module.named_modules(prefix="vision_tower")
         if isinstance(part, (nn.Linear, nn.Conv2d)) and only in name and not any(word in name for word in without)
     )
+
+
+def _experts(module: nn.Module, config: Any) -> float:
+    """Return the weights of a mixture's experts that one token passes through: tensors of [experts, in, out]."""
+    chosen = next((k for name in CHOSEN if (k := getattr(config, name, None))), 1)
+    mixtures = (part for part in module.modules() if not isinstance(part, nn.Conv1d))
+    tensors = (p for part in mixtures for p in part.parameters(recurse=False) if p.dim() == 3)
+    return float(sum(chosen * p.numel() / len(p) for p in tensors))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float) -> float | None:

@@ -5,15 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from toys import word_tokenizer
 
 from train import config as configuration
 from train.bench.step import Reference
 from train.config import Model, Stage
 from train.data.batches import Batch
 from train.data.sources import Measured
-from train.model.compose import compose
+from train.model.compose import Composed, blueprint, compose
 from train.model.forward import hidden_states, token_losses, tower_features
 from train.model.learn import prepare
 from train.model.skip_unlabelled import skip_unlabelled
@@ -55,6 +57,39 @@ def test_counts_what_torch_counts(world, tune):
     patch = composed.model.model.vision_tower.embeddings.patch_embedding.weight.numel()
     assert cost.tower - 2 * patch == tower  # the class token has no patch
     assert cost.flops(batch, cached=False) == cost.flops(batch, cached=True) + cost.tower
+
+
+@pytest.mark.parametrize("tune", ["projector", "lora", "full"])
+def test_a_mixture_counts_the_experts_that_a_token_goes_to(tune, tmp_path):
+    sizes = {"vocab_size": 80, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"num_hidden_layers": 2, "intermediate_size": 96}
+    kinds = {
+        "dense": tf.Qwen3Config(**sizes),
+        "qwen3_moe": tf.Qwen3MoeConfig(**sizes, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48),
+        "ernie4_5_moe": tf.Ernie4_5_MoeConfig(
+            **sizes,
+            moe_num_experts=8,
+            moe_k=2,
+            moe_intermediate_size=48,
+            moe_num_shared_experts=0,
+            moe_layer_start_index=0,
+        ),
+    }
+    word_tokenizer().save_pretrained(tmp_path / "words")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tf.SiglipVisionConfig(**small, image_size=28, patch_size=14).save_pretrained(tmp_path / "tower")
+    totals = {}
+    for name, config in kinds.items():
+        config.save_pretrained(tmp_path / name)
+        options = Model(tower=str(tmp_path / "tower"), lm=str(tmp_path / name), tokenizer=str(tmp_path / "words"))
+        model, vision = blueprint(options)
+        stage = Stage(tune=tune, lora_rank=1, lora_dropout=0.0)
+        composed = Composed(model, None, vision, options.image_token, "", 2)
+        prepare(composed, stage)
+        cost = Cost.of(composed, stage)
+        adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+        totals[name] = cost.token + cost.target - 6 * adapters
+    assert totals["qwen3_moe"] == totals["ernie4_5_moe"] == totals["dense"]
 
 
 @pytest.mark.parametrize("tune", ["projector", "lora"])
