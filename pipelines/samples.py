@@ -50,10 +50,9 @@ def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: s
         missing = (reading.fault == NO_PICTURE and named > len(names)) or len(reading.pictures) > len(names)
         return Reading(None, fault=MISSING) if missing else reading
     try:
-        said = fields.get("caption") if caption is None else caption.decode()
+        said = visible((caption or b"").decode()) or _first_text(fields.get("caption"))
     except UnicodeDecodeError:
         return Reading(None, fault=NOT_UTF8)
-    said = visible(said) if isinstance(said, str) else ""
     if not said or not names:
         return Reading(None, fault=MISSING if said else "no conversation and no caption")
     if len(names) > MAX_IMAGES:
@@ -61,6 +60,12 @@ def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: s
     image = names[0] if len(names) == 1 else list(names)
     turns = caption_turns(said, prompt, len(names))
     return Reading({"id": key, "image": image, "conversations": turns}, tuple(Picture(name) for name in names))
+
+
+def _first_text(value: Any) -> str:
+    """Return a text as it is read, or of a list the first that has something to read; "" where there is none."""
+    texts = (visible(each) for each in as_list(value) if isinstance(each, str))
+    return next(filter(None, texts), "")
 
 
 def caption_turns(caption: str, prompt: str, images: int = 1) -> Turns:

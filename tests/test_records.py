@@ -204,6 +204,13 @@ def test_a_sample_in_a_tar_needs_not_name_its_pictures():
         assert from_sample(None, nothing, ["k.jpg"], "k", "").fault == "no conversation and no caption"
 
 
+@pytest.mark.parametrize("text", [None, b"", b"\xef\xbb\xbf \n"])
+@pytest.mark.parametrize("caption", ["a blob", ["", "a blob", "another"], [None, "a blob"]])
+def test_a_caption_in_the_json_stands_behind_an_empty_text_as_it_does_for_embed(text, caption):
+    record = from_sample({"caption": caption}, text, ["k.jpg"], "k", "").record
+    assert record["conversations"][1]["value"] == "a blob"
+
+
 def test_pictures_of_a_sample_go_by_their_numbers():
     kinds = ("jpg", "png")
     assert ordered_pictures(["json", "10.jpg", "2.png", "0.jpg"], kinds) == ["0.jpg", "2.png", "10.jpg"]
