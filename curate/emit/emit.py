@@ -267,7 +267,7 @@ class _WriteTar(_Write):
         with paths.atomic_write(paths.join(self.out, f"{name}.tar")) as file:
             with TarWriter(file) as tar:
                 for key, sample in self.samples(name):
-                    caption = "" if _has_text(sample) else self.caption(sample)
+                    caption = "" if sample.has_text else self.caption(sample)
                     for member, suffix, data in sample.members:
                         blank = bool(caption) and suffix == CAPTION_SUFFIX
                         tar.add(key + member[len(sample.key) :], caption.encode() if blank else data)
@@ -275,13 +275,6 @@ class _WriteTar(_Write):
                         tar.add(f"{key}.{CAPTION_SUFFIX}", caption.encode())
                     self.captioned += bool(caption)
             return self.write_sidecar(name, EMITTED_SCHEMA, tar.offset)
-
-
-def _has_text(sample: Fetched) -> bool:
-    """Say whether a sample has a caption of its own, or a conversation: in its text member or its JSON."""
-    described = read_json(sample.text(JSON_SUFFIX) or b"") or {}
-    own = records.usable_text(described.get("caption")) or records.conversations_of(described)
-    return bool(own) or bool((sample.text(CAPTION_SUFFIX) or b"").strip())
 
 
 class _WriteImages(_Write):

@@ -52,6 +52,13 @@ class Fetched:
         """Return the content of the member with a suffix, if there is one."""
         return next((data for _, found, data in self.members if found == suffix), None)
 
+    @property
+    def has_text(self) -> bool:
+        """Say whether the sample has a caption of its own, or a conversation: in its text member or its JSON."""
+        described = tar.read_json(self.text(tar.JSON_SUFFIX) or b"") or {}
+        own = records.usable_text(described.get("caption")) or records.conversations_of(described)
+        return bool(own) or bool((self.text(tar.CAPTION_SUFFIX) or b"").strip())
+
 
 @dataclass(frozen=True)
 class Samples:

@@ -200,7 +200,7 @@ def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> I
     if kind == "shards":
         found = _from_shards(source, faults, scratch)
     elif kind == "selection":
-        found = _from_selection(source, faults)
+        found = _from_selection(source, faults, scratch)
     elif kind == "parquet":
         found = _from_parquet(name, source, faults, scratch)
     else:
@@ -281,15 +281,21 @@ def _from_shards(source: SourceOptions, faults: Faults, scratch: str) -> Iterato
                 yield from _from_sample(sample, texts, location, source.prompt, faults)
 
 
-def _from_selection(source: SourceOptions, faults: Faults) -> Iterator[Entry]:
+def _from_selection(source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
+    """Read the kept samples of a selection; one that has no text of its own is given the caption it was embedded by."""
     coreset = open_coreset(source.path)
-    for stem in coreset.selection.stems:
-        for fetched in coreset.fetch(stem, coreset.kept_rows(stem)):
+    for stem, rows in coreset.all_kept_rows():
+        location, captions = "", None
+        for fetched in coreset.fetch(stem, rows):
             if fetched.sample is None or fetched.gone:
                 faults.note(f"gone: {fetched.gone}", fetched.key)
                 continue
+            location = location or plain_tar(coreset.tars[stem], scratch)  # one that gzip packed has no places to read
             texts = {suffix: data for _, suffix, data in fetched.members}
-            yield from _from_sample(fetched.sample, texts, coreset.tars[stem].location, source.prompt, faults)
+            if not fetched.has_text:
+                captions = captions or coreset.embedded.table(stem, ["caption"])["caption"]
+                texts[CAPTION_SUFFIX] = (captions[fetched.row].as_py() or "").encode()
+            yield from _from_sample(fetched.sample, texts, location, source.prompt, faults)
 
 
 def _from_sample(

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -521,3 +523,23 @@ def test_a_mark_in_an_answer_gives_parts_of_a_text_no_picture():
     record = {"id": "r", "conversations": turns("How is it written?", "As <image>.", "Thanks", "Welcome")}
     parts = [*reshape.segment(record, 1), *reshape.fit(record, 6, "split", lambda text: len(text) // 4)]
     assert len(parts) == 4 and not any("<image>" in part["conversations"][0]["value"] for part in parts)
+
+
+def test_a_selection_of_a_packed_pool_without_captions_is_a_source_with_those_it_was_embedded_by(tmp_path):
+    for name in ("gzip", "plain"):
+        pool = Path(write_pool(tmp_path / name / "pool", ["a", "b"], 3))
+        emb = write_embeddings(tmp_path / name / "emb", str(pool))
+        for path in pool.glob("*.tar"):
+            with tarfile.open(path) as held:
+                found = [(each.name, held.extractfile(each).read()) for each in held if not each.name.endswith(".txt")]
+            path.unlink()
+            with gzip.open(f"{path}.gz", "wb") if name == "gzip" else open(path, "wb") as file, TarWriter(file) as tar:
+                for member, data in found:
+                    tar.add(member, data)
+        sel = write_selection(tmp_path / name / "sel", emb, lambda stem, row, key: row != 1 or "sample(9)")
+        table = {"sources": {"s": {"path": sel, "prompt": "Say."}}, "shuffle": False}
+        assert mix(table, str(tmp_path / name / "mix"), QUIET)["counts"]["images"] == 4
+        found = list(zip(*[iter(members(tmp_path / name / "mix" / "000000.tar"))] * 2, strict=True))
+        for number, (shown, record) in zip((0, 2, 3, 5), found, strict=True):
+            assert shown[1] == picture(number)
+            assert json.loads(record[1])["conversations"][1]["value"] == f"a caption {number}"
