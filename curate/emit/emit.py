@@ -27,6 +27,7 @@ from curate.errors import UsageError
 from curate.storage import paths, records, sidecar
 from curate.storage.manifest import Artefact, Output, digest, load_json, open_output, reconcile, versions
 from curate.storage.tar import CAPTION_SUFFIX, JSON_SUFFIX, TarWriter, read_json
+from pipelines.records import Turns, read
 from pipelines.samples import caption_turns
 
 EMITTED_SCHEMA = pa.schema(
@@ -291,13 +292,22 @@ class _WriteImages(_Write):
                 size += len(data)
             if images:
                 record["image"] = images[0] if len(images) == 1 else images
-            turns = records.conversations_of(read_json(sample.text(JSON_SUFFIX) or b""))
+            turns = _turns(read_json(sample.text(JSON_SUFFIX) or b""), images)
             turns = turns or caption_turns(self.caption(sample), self.prompt, max(1, len(images)))
             made = {**record, "conversations": turns}
             self.rows[-1]["record"] = records.dump(made).decode()
         if not paths.is_remote(self.out):
             os.sync()  # once a shard, before the sidecar says that its images are there
         return self.write_sidecar(name, LLAVA_SCHEMA, size)
+
+
+def _turns(described: dict[str, Any] | None, images: list[str]) -> Turns | None:
+    """Return a sample's conversation with a mark for each image, also where its form has none (`texts`), or as it is.
+
+    described: its JSON.
+    """
+    found = read(described, "", given=images).record
+    return found["conversations"] if found else records.conversations_of(described)
 
 
 def _write_plain(location: str, data: bytes) -> None:

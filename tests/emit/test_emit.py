@@ -227,6 +227,19 @@ def test_llava_json_with_images(tmp_path):
         assert (tmp_path / "out" / "images" / record["image"]).read_bytes() == picture(number)
 
 
+def test_llava_json_has_a_mark_for_each_image_whatever_the_form_of_the_record(tmp_path):
+    texts = [{"user": "What?", "assistant": "that"}, {"user": "And?", "assistant": "this"}]
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "that"}]
+    for stem, form in (("texts", {"texts": texts}), ("parts", {"messages": said})):
+        sel = chain(tmp_path / stem, kept=lambda stem, row, key: row == 0 or "sample(9)", extra=form)
+        emit(sel, str(tmp_path / stem / "out"), EmitOptions(format="llava"), QUIET)
+        for record in json.loads((tmp_path / stem / "out" / "coreset.json").read_text()):
+            assert record["conversations"][0]["value"] == "<image>\nWhat?"
+            rest = [turn["value"] for turn in record["conversations"][1:]]
+            assert rest == (["that", "And?", "this"] if stem == "texts" else ["that"])
+
+
 def test_a_pool_that_moved(tmp_path):
     sel = chain(tmp_path)
     (tmp_path / "pool").rename(tmp_path / "moved")
