@@ -1,11 +1,11 @@
 """Make a pool of what is not in tars yet: folders of files, or parquet files that hold images.
 
 In: a folder as img2dataset's `files` output leaves it (`00000/key.jpg`, `key.txt`, `key.json`; any folders of images
-will do), or parquet files with images in a column: Hugging Face's `Image` (a struct of bytes and path), or
-img2dataset's `parquet` output. Captions that lie beside pictures under other names are found by
-beside.py. Out: `POOL/{stem}.tar`, every image byte for byte, one tar per folder or parquet file,
-more where there are more than `shard_size` samples. Nothing is decoded. A row of parquet without an image keeps its
-place, with its JSON; img2dataset's table beside a folder is copied beside its tar.
+will do), or parquet files with images in a column, in a folder or in folders inside it: Hugging Face's `Image` (a
+struct of bytes and path), lists of those, which become `key.0.jpg`, `key.1.jpg`, …, or img2dataset's `parquet` output.
+Captions that lie beside pictures under other names are found by beside.py. Out: `POOL/{stem}.tar`, every image byte for
+byte, one tar per folder or parquet file, more where there are more than `shard_size` samples. Nothing is decoded. A row
+of parquet without an image keeps its place, with its JSON; a table named after a folder is copied beside its tar.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from curate.errors import ShardError, UsageError, unknown
 from curate.ingest.beside import TABLES, Beside, File, Samples, has_pictures, seen_of, to_json
 from curate.ingest.layouts import name_of, text_of
 from curate.ingest.options import PackOptions
-from curate.ingest.table_columns import caption_column, holds_images, image_column
+from curate.ingest.table_columns import caption_column, holds_images, image_column, no_images
 from curate.storage import faults, manifest, paths
 from curate.storage.faults import Faults
 from curate.storage.renewal import Parts, Seen
@@ -40,6 +40,7 @@ from curate.storage.tar import (
     is_safe,
     suffix_of,
 )
+from pipelines.records import as_list
 
 LAYOUTS = ("auto", "files", "parquet")
 KEYS = ("key", "__key__", "image_id", "id", "uid")
@@ -231,7 +232,7 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
     import pyarrow.parquet as pq
 
     parts: dict[str, Part] = {}
-    for location, listed in paths.find(source, ".parquet").items():
+    for location, listed in _parquet_files(source):
         try:
             with paths.open_read(location) as file:
                 held = pq.ParquetFile(file)
@@ -241,16 +242,28 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
         image = image_column(schema, options.image, location)
         caption = caption_column(schema, options.caption, location)
         if not image:
-            there = ", ".join(f"{field.name} ({field.type})" for field in schema)
-            raise UsageError(f"{location} has no column of images: it has {there}.", "name it: --image COLUMN")
+            raise no_images(schema, location)
         for field in schema:
             if field.name not in (image, caption, *KEYS) and holds_images(field.type):
                 faults.add(told, f"values left out: the column {field.name} holds bytes, too", location, rows)
-        stem = paths.name(location).removesuffix(".parquet").replace(".", "_")
+        stem = location.removeprefix(source).strip("/") if location != source else paths.name(location)
+        stem = stem.removesuffix(".parquet").replace(".", "_").replace("/", "__")
         for name, start, stop in _cut(stem, rows, options.shard_size):
             seen = (listed.size, listed.stamp, f"{start} {stop} {image} {caption}")
             _add_part(parts, name, Part(location, stop - start, (), start, image, caption, seen=seen))
     return parts
+
+
+def _parquet_files(source: str) -> Iterator[tuple[str, paths.Found]]:
+    """List a parquet file, or those of a folder and of the folders in it (`data/`, a subset each)."""
+    if not paths.is_dir(source):
+        yield source, paths.look(source)
+        return
+    for folder, _ in _walk(source, ""):
+        place = paths.join(source, folder) if folder else source.rstrip("/")
+        for name, found in sorted(paths.files(place).items()):
+            if name.endswith(".parquet"):
+                yield paths.join(place, name), found
 
 
 @dataclass
@@ -291,13 +304,14 @@ def _read_rows(stem: str, part: Part, table: "_Rows") -> Iterator[tuple[str, byt
     pictures = 0
     for number, row in enumerate(table.read(part), part.start):
         held = row.pop(part.image)
-        image, path = (held.get("bytes"), held.get("path")) if isinstance(held, dict) else (held, None)
+        listed = [each if isinstance(each, dict) else {"bytes": each} for each in as_list(held)]
+        images = [each["bytes"] for each in listed if each["bytes"]]
         key = _key(row, f"{stem}_{number:09d}", seen)
-        if image:
-            pictures += 1
-            yield f"{key}.{suffix_of(image)}", image
-        elif path:
-            row[f"{part.image}_path"] = path
+        for place, image in enumerate(images):
+            yield f"{key}.{f'{place}.' if len(images) > 1 else ''}{suffix_of(image)}", image
+        pictures += len(images)
+        if there := [each["path"] for each in listed if not each["bytes"] and each.get("path")]:
+            row[f"{part.image}_path"] = there if isinstance(held, list) else there[0]
         engine.advance(1)
         given = row.get(part.caption) if part.caption else None
         several = given if isinstance(given, list) else [given]

@@ -6,8 +6,10 @@ import pyarrow as pa
 
 from curate.errors import UsageError, unknown
 from curate.ingest.beside import CAPTIONS
+from curate.ingest.layouts import NAMES
+from pipelines.records import FORM_KEYS
 
-IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
+IMAGES = ("image", "images", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
 
 
 def _column(
@@ -43,8 +45,22 @@ def caption_column(schema: pa.Schema, asked: str, where: str) -> str:
     return _column(schema, there, CAPTIONS, holds_text, where, "caption")
 
 
+def no_images(schema: pa.Schema, where: str) -> UsageError:
+    """Refuse a table without pictures, saying what it has and what reads it."""
+    there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    url = next((name for name in NAMES["url"] if name in schema.names), "")
+    hint = None
+    if url:
+        hint = f"download its pictures first: img2dataset --input_format parquet --url_col {url} --url_list {where} …"
+    elif any(name in FORM_KEYS[:2] for name in schema.names):
+        hint = "records in which pictures are named are a source of `curate mix`"
+    return UsageError(f"{where} has no column of images: it has {there}.", hint)
+
+
 def holds_images(kind: pa.DataType) -> bool:
-    """Say whether values are bytes, or structs with `bytes` as Hugging Face's `Image` has them."""
+    """Say whether values are bytes, structs with `bytes` as Hugging Face's `Image` has them, or lists of either."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return holds_images(kind.value_type)
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and holds_images(kind.field("bytes").type)
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -210,7 +210,7 @@ def test_a_pool_is_no_source_and_paths_are_no_images(tmp_path):
     manifest = pack(str(tmp_path / "paths.parquet"), str(tmp_path / "out"), PackOptions(), QUIET)
     assert "no image bytes" in manifest["failed"]["paths"] and not list((tmp_path / "out").glob("*.tar"))
     pq.write_table(pa.table({"words": ["a"]}), tmp_path / "text.parquet")
-    with pytest.raises(UsageError, match="no column of images.*--image"):
+    with pytest.raises(UsageError, match=r"no column of images: it has words \(string\)\.$"):
         pack(str(tmp_path / "text.parquet"), str(tmp_path / "out2"), PackOptions(), QUIET)
 
 
@@ -412,3 +412,38 @@ def test_bytes_of_every_type_of_arrow_are_pictures(tmp_path, kind):
     curate("pack", tmp_path / "in", tmp_path / "pool")
     held = dict(members(tmp_path / "pool" / "0.tar"))
     assert all(each in held.values() for each in pictures) and held["0_000000001.txt"] == b"b"
+
+
+def test_tables_in_folders_and_rows_of_several_pictures_become_a_pool(tmp_path, model):
+    turns = [{"user": "What?", "assistant": "A blob."}]
+    shown = [[picture(0)], [picture(1, kind="PNG"), picture(2)], []]
+    rows = [{"images": [{"bytes": each, "path": None} for each in several], "texts": turns} for several in shown]
+    for name in ("README.md", "ai2d/train-0.parquet", "data/vqa/train-0.parquet"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("words")
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / name)
+    made = pack(f"{tmp_path}/in/", str(tmp_path / "pool"), PackOptions(), QUIET)
+    assert made["shards"] == {"ai2d__train-0": {"rows": 3}, "data__vqa__train-0": {"rows": 3}}
+    key = "data__vqa__train-0_00000000"
+    held = dict(members(tmp_path / "pool" / "data__vqa__train-0.tar"))
+    ends = ("0.jpg", "0.json", "1.0.png", "1.1.jpg", "1.json", "2.json")
+    assert list(held) == [f"{key}{end}" for end in ends]
+    assert [data for name, data in held.items() if not name.endswith("json")] == [each for row in shown for each in row]
+    embed(str(tmp_path / "pool"), str(tmp_path / "emb"), EmbedOptions(model=model), QUIET)
+    table = sidecar.table(str(tmp_path / "emb" / "ai2d__train-0.arrow"))
+    assert table["status"].to_pylist() == ["ok", "ok", "no_image"] and table["caption"][0].as_py() == "What?\nA blob."
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"URL": ["http://x"], "TEXT": ["a"]}, "img2dataset --input_format parquet --url_col URL --url_list"),
+        ({"image": ["a.jpg"], "conversations": [[{"from": "human"}]]}, "curate mix"),
+    ],
+)
+def test_a_table_without_pictures_is_refused_with_what_reads_it(tmp_path, table, words):
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match="no column of images") as refused:
+        pack(str(tmp_path / "x.parquet"), str(tmp_path / "pool"), PackOptions(), QUIET)
+    assert words in refused.value.hint
