@@ -64,6 +64,7 @@ def seen_of(files: Sequence[File], place: str, source: str, listed: dict[str, di
 
 
 Samples = dict[str, list[File]]
+Pattern = tuple[str, str]  # a path without one of its names: what stands before it, and after it
 Row = dict[str, Any]
 
 
@@ -79,16 +80,17 @@ class Beside:
     caption: str
     told: Faults
     rows: dict[str, tuple[list[str], Row]] = field(default_factory=dict)
-    covered: list[str] = field(default_factory=list)  # folders with a table
+    covered: set[str] = field(default_factory=set)  # folders with a table
     taken: set[str] = field(default_factory=set)  # texts that a picture of another folder has
     _texts: dict[str, set[str]] | None = None
+    _but_one: dict[Pattern, list[str]] = field(default_factory=dict)  # folders of texts by their path but for one name
 
     def read_tables(self) -> None:
         """Read every table of metadata in the tree. Raises: UsageError for one that cannot be read."""
         for folder, names in self.tree.items():
             for table in (name for name in TABLES if name in names):
                 place = f"{folder}/" if folder else ""
-                self.covered.append(place)
+                self.covered.add(place)
                 for number, row in enumerate(_rows(paths.join(self.source, place + table), place + table, self.told)):
                     named = [place + name.removeprefix("./") for name in _names(row)]
                     if not named:
@@ -103,6 +105,7 @@ class Beside:
         place = f"{folder}/" if folder else ""
         key_of = {place + each.name: each.key for files in samples.values() for each in files}
         others = self._text_folders(folder)
+        covered = any(f"{above}/" in self.covered for above in _above(folder)) or "" in self.covered
         for key in list(samples):
             pictures = [each for each in samples.get(key, ()) if each.suffix in IMAGE_SUFFIXES]
             if not pictures:
@@ -111,7 +114,7 @@ class Beside:
             if row:
                 self._join(samples, key, [key_of.get(name, "") for name in named[1:]])
                 self._add_row(samples[key], key, row)
-            elif any(place.startswith(each) for each in self.covered):
+            elif covered:
                 faults.add(self.told, "pictures without a row in the table of metadata", place + pictures[0].name)
             self._add_texts(samples[key], pictures[0], others)
 
@@ -168,16 +171,20 @@ class Beside:
 
     def _text_folders(self, folder: str) -> list[str]:
         """List the folders without pictures whose path differs from a folder's in one name alone, best first."""
-        parts = folder.split("/")
         found = []
-        for other in self.names:
-            theirs = other.split("/")
-            if len(theirs) == len(parts):
-                unlike = [b for a, b in zip(parts, theirs, strict=True) if a != b]
-                if len(unlike) == 1:
-                    rank = FOLDERS.index(unlike[0].lower()) if unlike[0].lower() in FOLDERS else len(FOLDERS)
-                    found.append((rank, other))
+        for (before, after), there in ((pattern, self._alike(pattern)) for pattern in _but_one(folder)):
+            for other in there:
+                name = other.removeprefix(before).removesuffix(after).lower()
+                found.append((FOLDERS.index(name) if name in FOLDERS else len(FOLDERS), other))
         return [other for _, other in sorted(found)]
+
+    def _alike(self, pattern: Pattern) -> list[str]:
+        """List the folders of texts with a path, whatever stands in the place of one name of it."""
+        if not self._but_one:
+            for folder in self.names:
+                for each in _but_one(folder):
+                    self._but_one.setdefault(each, []).append(folder)
+        return self._but_one.get(pattern, [])
 
     @property
     def names(self) -> dict[str, set[str]]:
@@ -189,6 +196,20 @@ class Beside:
                 if folder and not has_pictures(names) and any(name.endswith((".txt", ".json")) for name in names)
             }
         return self._texts
+
+
+def _above(folder: str) -> Iterator[str]:
+    """Yield a folder and those above it."""
+    while folder:
+        yield folder
+        folder = folder.rpartition("/")[0]
+
+
+def _but_one(folder: str) -> list[Pattern]:
+    """Take each name out of a path in turn: what stands before it and after it."""
+    parts = folder.split("/")
+    ends = [(parts[:place], parts[place + 1 :]) for place in range(len(parts))]
+    return [("".join(f"{name}/" for name in before), "".join(f"/{name}" for name in after)) for before, after in ends]
 
 
 def has_pictures(names: Sequence[str]) -> bool:

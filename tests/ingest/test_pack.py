@@ -1,5 +1,6 @@
 import io
 import json
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from artefacts import members, picture
 from curate.embed.embed import EmbedOptions, embed
 from curate.engine import Job
 from curate.errors import UsageError
+from curate.ingest.beside import FOLDERS, Beside, File
 from curate.ingest.pack import PackOptions, pack
 from curate.storage import sidecar
 from curate.storage.tar import TarWriter, list_pool, read_index, suffix_of
@@ -447,3 +449,25 @@ def test_a_table_without_pictures_is_refused_with_what_reads_it(tmp_path, table,
     with pytest.raises(UsageError, match="no column of images") as refused:
         pack(str(tmp_path / "x.parquet"), str(tmp_path / "pool"), PackOptions(), QUIET)
     assert words in refused.value.hint
+
+
+def test_folders_of_texts_are_found_as_by_comparing_all_with_all_in_time_that_grows_as_they_do():
+    def slow(tree, folder):
+        parts, found = folder.split("/"), []
+        for other in [each for each, names in tree.items() if each and names == ["1.txt"]]:
+            unlike = [b for a, b in zip(parts, other.split("/"), strict=False) if a != b]
+            if len(other.split("/")) == len(parts) and len(unlike) == 1:
+                found.append((FOLDERS.index(unlike[0]) if unlike[0] in FOLDERS else len(FOLDERS), other))
+        return [other for _, other in sorted(found)]
+
+    shown = ["", "a", "images", "images/0", "images/1", "x/images/0", "x/0/captions"]
+    told = ["captions", "texts/1", "captions/1", "captions/0", "a/0", "x/captions/0", "x/0/text", "x/images/1"]
+    tree = {**dict.fromkeys(shown, ["1.jpg"]), **dict.fromkeys(told, ["1.txt"])}
+    beside = Beside("", tree, "", {})
+    assert {each: beside._text_folders(each) for each in shown} == {each: slow(tree, each) for each in shown}
+    tree = {f"{kind}/{number}": [name] for number in range(4000) for kind, name in (("i", "1.jpg"), ("t", "1.txt"))}
+    began, beside = time.process_time(), Beside("", tree, "", {}, covered=set(tree))
+    samples = {folder: {"1": [File("1", "jpg", "1.jpg")]} for folder in tree if folder.startswith("i")}
+    for folder, held in samples.items():
+        beside.add_to(folder, held)
+    assert samples["i/7"]["1"][1].name == "t/7/1.txt" and time.process_time() - began < 3
