@@ -17,8 +17,9 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Turns = list[dict[str, Any]]
 IMAGE_MARK = "<image>"
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "chatgpt", "model", "bing", "bard")
@@ -51,13 +52,19 @@ class Picture:
 class Reading:
     """What a record is: in LLaVA's form with its pictures in the order of their marks, or why it cannot be used.
 
-    dropped: fields with bytes that are no picture of the record and that JSON cannot hold.
+    dropped: fields with bytes that are no picture of the record and that JSON cannot hold. order: which of the pictures
+    beside the record each one is, counted from 0.
     """
 
     record: dict[str, Any] | None
     pictures: tuple[Picture, ...] = ()
     fault: str = ""
     dropped: tuple[str, ...] = ()
+    order: tuple[int, ...] = ()
+
+    def arrange(self, beside: Sequence[T]) -> tuple[T, ...]:
+        """Put what lies beside the record, in the order of a tar, into that of the marks: parts may be numbered."""
+        return tuple(beside[number] for number in self.order or range(len(self.pictures)))
 
 
 Mark = Picture | int | None  # of its own, the n-th of those beside the turns, or the next of them
@@ -100,6 +107,8 @@ def _read(value: dict[str, Any], default_id: str, given: Sequence[str], suffix_o
     written, pictures = _place(turns, listed, first="texts" in form)
     if given and len(pictures) != len(given):
         raise _Unusable(NO_MARK if len(pictures) < len(given) else NO_PICTURE)
+    number_of = {id(picture): number for number, picture in enumerate(listed)}
+    order = tuple(number_of.get(id(picture), number) for number, picture in enumerate(pictures))
     fault = TOO_MANY if len(pictures) > MAX_IMAGES else conversation_fault(written)
     if fault:
         raise _Unusable(fault)
@@ -112,12 +121,15 @@ def _read(value: dict[str, Any], default_id: str, given: Sequence[str], suffix_o
     image = [] if not names else names[0] if len(names) == 1 else names
     same_images = place in (None, "image") and not unnamed and not dropped and as_list(value.get("image")) == names
     if form == ("conversations",) and written is value["conversations"] and same_images:
-        return Reading(value, tuple(pictures))
+        return Reading(value, tuple(pictures), order=order)
     gone = {*form, *dropped} | ({"images", place} - {"image"} if names else set())
     kept = {key: image if key == "image" else item for key, item in value.items() if key not in gone}
     added = {"image": image} if names else {}
     return Reading(
-        {"id": default_id, **kept, **added, "conversations": written}, tuple(pictures), dropped=tuple(dropped)
+        {"id": default_id, **kept, **added, "conversations": written},
+        tuple(pictures),
+        dropped=tuple(dropped),
+        order=order,
     )
 
 

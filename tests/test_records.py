@@ -204,6 +204,17 @@ def test_a_sample_in_a_tar_needs_not_name_its_pictures():
         assert from_sample(None, nothing, ["k.jpg"], "k", "").fault == "no conversation and no caption"
 
 
+def test_numbered_parts_take_their_pictures_out_of_a_tar():
+    parts = [{"type": "image", "index": 1}, {"type": "text", "text": "or"}, {"type": "image", "index": 0}]
+    stored = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "this"}]}
+    for named in ({}, {"images": ["x.jpg", "y.jpg"]}):
+        reading = from_sample({**stored, **named}, None, ["k.0.jpg", "k.1.jpg"], "k", "Say.")
+        assert reading.record["image"] == (["y.jpg", "x.jpg"] if named else ["k.1.jpg", "k.0.jpg"])
+        assert reading.arrange("ab") == ("b", "a")
+    plain = from_sample({"conversations": turns("<image> or <image>?")}, None, ["k.0.jpg", "k.1.jpg"], "k", "")
+    assert plain.arrange("ab") == ("a", "b") and from_sample(None, b"x", ["k.jpg"], "k", "").arrange("a") == ("a",)
+
+
 @pytest.mark.parametrize("text", [None, b"", b"\xef\xbb\xbf \n"])
 @pytest.mark.parametrize("caption", ["a blob", ["", "a blob", "another"], [None, "a blob"]])
 def test_a_caption_in_the_json_stands_behind_an_empty_text_as_it_does_for_embed(text, caption):

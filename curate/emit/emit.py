@@ -290,9 +290,9 @@ class _WriteImages(_Write):
                 images.append(f"{name}/{key}{member[len(sample.key) :]}")
                 _write_plain(paths.join(self.out, "images", images[-1]), data)
                 size += len(data)
+            turns, images = _turns(read_json(sample.text(JSON_SUFFIX) or b""), images)
             if images:
                 record["image"] = images[0] if len(images) == 1 else images
-            turns = _turns(read_json(sample.text(JSON_SUFFIX) or b""), images)
             turns = turns or caption_turns(self.caption(sample), self.prompt, max(1, len(images)))
             made = {**record, "conversations": turns}
             self.rows[-1]["record"] = records.dump(made).decode()
@@ -301,13 +301,15 @@ class _WriteImages(_Write):
         return self.write_sidecar(name, LLAVA_SCHEMA, size)
 
 
-def _turns(described: dict[str, Any] | None, images: list[str]) -> Turns | None:
-    """Return a sample's conversation with a mark for each image, also where its form has none (`texts`), or as it is.
+def _turns(described: dict[str, Any] | None, images: list[str]) -> tuple[Turns | None, list[str]]:
+    """Return a sample's conversation, with a mark for each image where its form has none (`texts`), and those in order.
 
     described: its JSON.
     """
-    found = read(described, "", given=images).record
-    return found["conversations"] if found else records.conversations_of(described)
+    reading = read(described, "", given=images)
+    if reading.record is None or len(reading.pictures) > len(images):
+        return records.conversations_of(described), images
+    return reading.record["conversations"], list(reading.arrange(images))
 
 
 def _write_plain(location: str, data: bytes) -> None:

@@ -309,7 +309,7 @@ def _from_sample(
     if reading.record is None:
         faults.note(reading.fault if reading.fault == MISSING else f"broken: {reading.fault}", sample.key)
     else:
-        yield Entry(reading.record, tuple(pictures[: len(reading.pictures)]))
+        yield Entry(reading.record, reading.arrange(pictures))
 
 
 def _from_parquet(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:

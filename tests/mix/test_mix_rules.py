@@ -543,3 +543,22 @@ def test_a_selection_of_a_packed_pool_without_captions_is_a_source_with_those_it
         for number, (shown, record) in zip((0, 2, 3, 5), found, strict=True):
             assert shown[1] == picture(number)
             assert json.loads(record[1])["conversations"][1]["value"] == f"a caption {number}"
+
+
+def test_numbered_parts_of_a_record_in_a_tar_get_the_pictures_of_their_numbers_in_mixes_and_emitted_records(tmp_path):
+    parts = [{"type": "image", "index": 1}, {"type": "text", "text": "or"}, {"type": "image", "index": 0}]
+    said = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "this"}]}
+    (tmp_path / "pool").mkdir()
+    with open(tmp_path / "pool" / "0.tar", "wb") as file, TarWriter(file) as tar:
+        for name, data in (("k.0.jpg", picture(0)), ("k.1.jpg", picture(1)), ("k.txt", b"this")):
+            tar.add(name, data)
+        tar.add("k.json", json.dumps(said).encode())
+    mix({"sources": {"s": {"path": str(tmp_path / "pool")}}}, str(tmp_path / "mix"), QUIET)
+    held = dict(members(tmp_path / "mix" / "000000.tar"))
+    assert [held[f"000000000.{number}.jpg"] for number in (0, 1)] == [picture(1), picture(0)]
+    emb = write_embeddings(tmp_path / "emb", str(tmp_path / "pool"))
+    sel = write_selection(tmp_path / "sel", emb, lambda stem, row, key: True)
+    emit(sel, str(tmp_path / "out"), EmitOptions(format="llava"), QUIET)
+    [record] = json.loads((tmp_path / "out" / "coreset.json").read_text())
+    shown = [(tmp_path / "out" / "images" / name).read_bytes() for name in record["image"]]
+    assert shown == [picture(1), picture(0)] and record["conversations"][0]["value"] == "<image>\nor\n<image>"

@@ -70,7 +70,7 @@ class TarSource:
         names = [f"{PurePosixPath(key).name}.{number}" for number in range(len(images))]
         reading = samples.from_sample(fields, caption, names, key, "")
         if reading.record is not None:
-            return Record(key, reading.record["conversations"], images, reading.record)
+            return Record(key, reading.record["conversations"], reading.arrange(images), reading.record)
         if stored is None and caption is None:
             raise Rejected("bad_json")
         if reading.fault == records.MISSING and fields.get("conversations") is None:
