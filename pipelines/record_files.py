@@ -62,6 +62,16 @@ def parse(data: bytes, codec: str) -> Any:
     return json.loads(text)
 
 
+# How files begin that are packed, by what, and how to unpack them.
+PACKERS = (
+    (b"\x1f\x8b", "gzip", "gunzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
+    (b"BZh", "bzip2", "bunzip2"),
+    (b"\xfd7zXZ\0", "xz", "unxz"),
+    (b"PK\x03\x04", "zip", "unzip"),
+)
+
+
 def read_items(file: IO[bytes], where: str, chunk_bytes: int | None = None) -> Iterator[Item]:
     """Yield the records of a file; of a line that is not JSON, its fault.
 
@@ -70,8 +80,9 @@ def read_items(file: IO[bytes], where: str, chunk_bytes: int | None = None) -> I
     """
     file.seek(0)
     head = file.read(64)
-    if head.startswith(b"\x1f\x8b"):
-        raise Broken(f"{where} is packed by gzip: unpack it first (gunzip)")
+    for begins, packer, unpack in PACKERS:
+        if head.startswith(begins):
+            raise Broken(f"{where} is packed by {packer}: unpack it first ({unpack})")
     codec, mark = encoding_of(head)
     text = _Text(file, where, codec, mark, chunk_bytes or CHUNK_BYTES)
     opened = text.peek()

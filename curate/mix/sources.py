@@ -166,7 +166,10 @@ def files_of(source: SourceOptions, kind: str) -> list[str]:
     found = [name for suffix in _suffixes(kind) for name in paths.expand(source.path, suffix)]
     found = sorted({name for name in found if name.endswith(_suffixes(kind)) or name == source.path})
     if not found:
-        raise UsageError(f"no {' or '.join(_suffixes(kind))} file matches the mix source {source.path}.")
+        inside = _suffixes("json") + _suffixes("parquet") if paths.is_dir(source.path) else ()
+        deeper = (f"{source.path.rstrip('/')}/**/*{suffix}" for suffix in inside)
+        hint = next((f"give path = '{each}'" for each in deeper if paths.expand(each, "")), None)
+        raise UsageError(f"no {' or '.join(_suffixes(kind))} file matches the mix source {source.path}.", hint)
     return found
 
 

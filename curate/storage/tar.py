@@ -147,6 +147,8 @@ def survey_pool(pool: str) -> Pool:
         inside = paths.listdir(pool) if paths.is_dir(pool) else []
         seen = f"; it holds {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
         hint = "a pool is a directory of webdataset tars: POOL/00000.tar …"
+        if any(name.lower().endswith(OTHER_SUFFIXES) for name in (*listed, *inside)):
+            hint = "unpack the archives first: only .tar, .tar.gz and .tgz are read as they are"
         if deeper:
             hint = f"give '{paths.join(pool, '*', '*.tar*')}'"
         elif any(name.lower().endswith((".parquet", *(f".{kind}" for kind in IMAGE_SUFFIXES))) for name in inside):

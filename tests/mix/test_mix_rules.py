@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -562,3 +563,27 @@ def test_numbered_parts_of_a_record_in_a_tar_get_the_pictures_of_their_numbers_i
     [record] = json.loads((tmp_path / "out" / "coreset.json").read_text())
     shown = [(tmp_path / "out" / "images" / name).read_bytes() for name in record["image"]]
     assert shown == [picture(1), picture(0)] and record["conversations"][0]["value"] == "<image>\nor\n<image>"
+
+
+@pytest.mark.parametrize(
+    ("head", "word"), [(b"\x28\xb5\x2f\xfd\x24", "unzstd"), (b"BZh9", "bunzip2"), (b"\xfd7zXZ\0", "unxz")]
+)
+def test_packed_records_are_refused_with_what_unpacks_them(tmp_path, head, word):
+    (tmp_path / "x.jsonl").write_bytes(head + b"\xff" * 40)
+    with pytest.raises(CurateError, match=rf"unpack it first \({word}\)"):
+        mix({"sources": {"x": {"path": str(tmp_path / "x.jsonl")}}}, str(tmp_path / "mix"), QUIET)
+
+
+def test_pictures_in_an_archive_and_records_in_deeper_folders_are_refused_with_what_to_type(tmp_path):
+    path, _, _ = write_vqa(tmp_path, 3)
+    (tmp_path / "images.zip").write_bytes(b"PK\3\4")
+    with pytest.raises(UsageError, match="images.zip") as refused:
+        source = {"path": path, "images": str(tmp_path / "images.zip")}
+        mix({"sources": {"x": source}}, str(tmp_path / "mix"), QUIET)
+    assert "unpack the archives first" in str(refused.value)
+    (tmp_path / "sets" / "a").mkdir(parents=True)
+    pq.write_table(pa.table({"instruction": ["say"], "output": ["so"]}), tmp_path / "sets" / "a" / "0.parquet")
+    with pytest.raises(UsageError, match="no .json or .jsonl file") as refused:
+        mix({"sources": {"x": {"path": str(tmp_path / "sets")}}}, str(tmp_path / "mix"), QUIET)
+    given = re.search("path = '(.*)'", refused.value.hint)[1]
+    assert mix({"sources": {"x": {"path": given}}}, str(tmp_path / "mix"), QUIET)["counts"]["rows"] == 1
