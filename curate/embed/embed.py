@@ -123,7 +123,7 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         outcome = engine.run_stage("embed", task, todo, job, workers=workers, gpu=share, places=sorted(places))
     finally:
         task.close()
-    output.log(model=_absolute(options.model), pretrained=_absolute(options.pretrained))
+    output.log(model=weights.whole_name(options.model), pretrained=weights.whole_name(options.pretrained))
     return _finish(output, list(found), outcome, node.described, workers, held.passed, quiet=job.quiet)
 
 
@@ -151,15 +151,8 @@ def _wanted(options: EmbedOptions) -> Wanted:
 
 def _portable_name(given: str) -> str:
     """Name a model or its weights without the place where they lie; their digest tells them apart."""
-    place = _absolute(given).removeprefix("local-dir:")
+    place = weights.whole_name(given).removeprefix("local-dir:")
     return os.path.basename(place) if os.path.exists(place) else given
-
-
-def _absolute(given: str) -> str:
-    """Write the place of a local model or of local weights in full; any other name stays as it is."""
-    kind = "local-dir:" if given.startswith("local-dir:") else ""
-    folder = os.path.expanduser(given.removeprefix(kind))
-    return kind + os.path.abspath(folder) if given and os.path.exists(folder) else given
 
 
 def _finish(

@@ -51,6 +51,13 @@ class Source:
         return self.size < SMALL_WEIGHTS_BYTES
 
 
+def whole_name(given: str) -> str:
+    """Write the place of a local model or of local weights in full; any other name stays as it is."""
+    kind = "local-dir:" if given.startswith("local-dir:") else ""
+    folder = os.path.expanduser(given.removeprefix(kind))
+    return kind + os.path.abspath(folder) if given and os.path.exists(folder) else given
+
+
 def find(model: str, pretrained: str = "") -> Source:
     """Resolve a model and its weights to local files, downloading what a tag names.
 

@@ -15,7 +15,9 @@ from typing import Any
 from curate.storage import paths, tar
 from curate.storage.manifest import LOG, MANIFEST, PLAN, Artefact, load_json
 
-WORKED_OUT = ("weights", "max_pixels", "recipe")
+WORKED_OUT = ("weights", "text_weights", "max_pixels", "recipe")
+OF_THE_FIT = ("k", "iters", "sample")  # where centroids are given, cluster works these out, too
+OPTIONAL_INPUTS = ("pool", "captions", "centroids", "losses")  # typed as options; a verb's first input is an argument
 
 
 def provenance(artefact: Artefact, out: str) -> dict[str, Any]:
@@ -26,11 +28,7 @@ def provenance(artefact: Artefact, out: str) -> dict[str, Any]:
         words = ["curate", "mix", "TABLE.toml", paths.relative(artefact.directory, here)]
     else:
         words = ["curate", artefact.command, *inputs[:1], paths.relative(artefact.directory, here)]
-        for key, value in (manifest.get("options", {}) | _places(artefact, here)).items():
-            if key == "steps":
-                words += [f"--step={step}" for step in value]
-            elif key not in WORKED_OUT and value not in ("", None) and not isinstance(value, list | dict):
-                words.append(f"--{key.replace('_', '-')}={value}")
+        words += _options(artefact, here)
     return {
         "command": shlex.join(words),
         "table": "\n".join(_table(artefact, here)) if artefact.command == "mix" else "",
@@ -42,8 +40,27 @@ def provenance(artefact: Artefact, out: str) -> dict[str, Any]:
     }
 
 
+def _options(artefact: Artefact, here: str) -> Iterator[str]:
+    """Write the options of the request, those of its inputs among them that are typed as options."""
+    manifest = artefact.manifest
+    options = dict(manifest.get("options", {})) | _places(artefact, here)
+    beside = [name for name in list(manifest["inputs"])[1:] if name in OPTIONAL_INPUTS]
+    options |= {name: paths.relative(artefact.input_path(name), here) for name in beside}
+    passed = {*WORKED_OUT, *(OF_THE_FIT if "centroids" in options else ())}
+    for key, value in options.items():
+        option = f"--{key.replace('_', '-')}"
+        if key == "steps":
+            yield from (f"--step={step}" for step in value)
+        elif key == "columns":
+            yield f"{option}={','.join(value)}"
+        elif value is True:
+            yield option
+        elif key not in passed and value not in ("", None) and value is not False:
+            yield f"{option}={value}"
+
+
 def _places(artefact: Artefact, here: str) -> dict[str, str]:
-    """Find where the local models lay that the manifest names without their place: the log has it."""
+    """Find the models that the manifest names without their place, or by their weights alone: the log has them."""
     places: dict[str, str] = {}
     for entry in entries(artefact.path(LOG)):
         for key in ("model", "pretrained"):
@@ -51,6 +68,8 @@ def _places(artefact: Artefact, here: str) -> dict[str, str]:
             place = name.removeprefix("local-dir:")
             if place.startswith("/"):
                 places[key] = name.removesuffix(place) + paths.relative(place, here)
+            elif name and "text_weights" in artefact.manifest.get("options", {}):
+                places[key] = name
     return places
 
 
@@ -90,8 +109,8 @@ def select_words(selection: Artefact, out: str) -> list[str]:
     here = paths.parent(out)
     words = ["curate", "select", paths.relative(selection.input_path(source), here)]
     words.append(paths.relative(selection.directory, here) + "-moved")
-    seed = selection.manifest["options"].get("seed")
-    return [shlex.quote(word) for word in (*words, *([f"--seed={seed}"] if seed else []))]
+    others = (word for word in _options(selection, here) if not word.startswith("--step=") and word != "--seed=0")
+    return [shlex.quote(word) for word in (*words, *others)]
 
 
 def training(runs: Mapping[str, str], out: str) -> Iterator[dict[str, str]]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from curate.embed.weights import whole_name
 from curate.engine import Job
 from curate.errors import UsageError
 from curate.progress import Progress
@@ -82,7 +83,9 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
         versions=versions("numpy", "scipy", "pyarrow"),
     )
     seconds = round(time.perf_counter() - started, 3)
-    output.log(stage="select", rows=funnel["rows"], seconds=seconds, steps=[step["text"] for step in funnel["steps"]])
+    asked = {name: whole_name(getattr(options, name)) for name in ("model", "pretrained") if frame.text_weights}
+    texts = [step["text"] for step in funnel["steps"]]
+    output.log(stage="select", rows=funnel["rows"], seconds=seconds, steps=texts, **asked)
     return manifest
 
 

@@ -1,9 +1,14 @@
 """`curate show` and `curate report` end in words on whatever a verb or the trainer leaves, with any options."""
 
+import html
 import json
 import random
+import re
+import shlex
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from artefacts import write_embeddings, write_pool
 from test_layouts import write_source
@@ -24,7 +29,7 @@ from curate.report.show import show
 from curate.report.show_sample import facts_of, show_key
 from curate.select.recipes import RECIPES
 from curate.select.select import SelectOptions, select
-from house import CLIP
+from house import CLIP, curate, fingerprint
 
 QUIET = Job(workers=1, quiet=True)
 STEPS = {
@@ -83,9 +88,36 @@ def home(tmp_path_factory):
     sources = {"a": {"path": place("emit webdataset")}, "b": {"path": place("emit llava")}}
     for name, table in {"mix": {"sources": sources}, "mix one": {"total": 3, "sources": {"a": sources["a"]}}}.items():
         mix(table, place(name), QUIET)
+    write_what_is_asked_with_more_inputs(home, pool)
     render_demo(place("demo"), DemoOptions(rows=40, shards=2, instruct=10), QUIET)
     write_what_the_trainer_leaves(home)
     return home
+
+
+def write_what_is_asked_with_more_inputs(home, pool):
+    """Requests of which an option names a file, a model or fields, or is a flag."""
+    from test_select import Trained
+
+    from train.run.losses import SampleLosses
+
+    (home / "published beside").mkdir()
+    vectors = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float16)
+    keys = [f"{row:09d}" for row in range(32)]
+    for name in ("x.npy", "x.text.npy"):
+        np.save(home / "published beside" / name, vectors)
+    pq.write_table(pa.table({"key": keys, "kind": ["photo"] * 32}), home / "published beside" / "x.parquet")
+    joined = ImportOptions("npy", pool=pool, join="key", columns=("kind",))
+    import_layout(str(home / "published beside"), str(home / "import joined"), joined, QUIET)
+    (home / "captions.tsv").write_text("a caption\thttp://x/1\n")
+    more = EmbedOptions(CLIP, faithful=True, captions=str(home / "captions.tsv"), caption="txt,url")
+    embed(pool, str(home / "embed more"), more, QUIET)
+    losses = SampleLosses(60)
+    losses.loss[:] = np.arange(60) / 10
+    losses.write(home / "losses", Trained([f"{row:09d}" for row in range(60)], [0, 30, 60], ("a", "b")))
+    by_loss = SelectOptions(steps=("below(loss, 2)", "sample(4)"), seed=3, losses=str(home / "losses"))
+    select(str(home / "cluster"), str(home / "select losses"), by_loss, QUIET)
+    by_words = SelectOptions(steps=('above(prompt("a cat"), -1)',), model=CLIP)
+    select(str(home / "import joined"), str(home / "select words"), by_words, QUIET)
 
 
 def write_what_the_trainer_leaves(home):
@@ -127,7 +159,16 @@ def refused(work):
     return ""
 
 
-REFUSED = {"not ours", "another format", "empty", "half a model", "one", "centroids.npy"}
+REFUSED = {
+    "not ours",
+    "another format",
+    "empty",
+    "half a model",
+    "one",
+    "centroids.npy",
+    "captions.tsv",
+    "import joined.columns",
+}
 
 
 def test_every_directory_is_shown_in_words(home):
@@ -171,3 +212,32 @@ def test_a_directory_with_a_part_missing_is_shown_or_refused_in_words(home, tmp_
         if files:
             rng.choice(files).unlink()
         refused(lambda name=name: list(show(str(tmp_path / name))))
+
+
+ASKED = {
+    "embed": ("embed", "--columns=key"),
+    "embed more": ("embed", "--faithful", "--caption=txt,url", "--captions=captions.tsv"),
+    "import joined": ("import", "--pool=pool", "--columns=kind"),
+    "cluster given": ("cluster", "--centroids=centroids.npy"),
+    "select losses": ("select", "--losses=losses"),
+    "select words": ("select", "--model=local-dir:"),
+    "emit llava": ("emit", "--format=llava"),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_command_on_a_page_is_the_very_request(home, name):
+    verb, *options = ASKED[name]
+    page = home / "page.html"
+    report(str(home / name), str(page), ReportOptions(), QUIET)
+    text = page.read_text()
+    page.unlink()
+    lines = [html.unescape(line) for line in re.findall(r"<pre>(curate .*?)</pre>", text, flags=re.S)]
+    [words] = [shlex.split(line) for line in lines if line.startswith(f"curate {verb} ")]
+    assert all(any(word.startswith(option) for word in words) for option in options), words
+    before = fingerprint(home / name)
+    assert curate(*words[1:], cwd=home).returncode == 0
+    assert fingerprint(home / name) == before
+    if verb == "select":  # so does the command that a slider begins with
+        cuts = json.loads(re.search(r'id="cuts-data">(.*?)</script>', text, flags=re.S)[1])
+        assert all(any(word.startswith(option) for word in cuts["select"]) for option in options)

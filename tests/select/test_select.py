@@ -326,14 +326,14 @@ def test_a_picture_under_many_captions_is_dropped_whole(tmp_path):
 class Trained:
     """The shards of a pool, as the trainer names them."""
 
-    def __init__(self, keys, edges):
-        self.keys, self.edges = keys, edges
+    def __init__(self, keys, edges, stems=STEMS):
+        self.keys, self.edges, self.stems = keys, edges, stems
 
     def key(self, row):
         return self.keys[row]
 
     def extents(self):
-        yield from zip(STEMS, self.edges[:-1], self.edges[1:], strict=True)
+        yield from zip(self.stems, self.edges[:-1], self.edges[1:], strict=True)
 
 
 def test_the_trainers_losses_are_a_column(pool, tmp_path):
