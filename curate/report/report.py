@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,7 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
     artefacts = discover(directory)
     gallery, troubles = _gallery(artefacts, options.seed)
     context: dict[str, Any] = {
-        "title": options.title or paths.name(paths.local(directory)),
+        "title": options.title or paths.name(paths.resolve(paths.local(directory), os.getcwd())),
         "troubles": troubles,
         "chain": [provenance.provenance(artefact, out) for artefact in artefacts.chain],
         "speeds": list(provenance.speeds(artefacts.chain)),

@@ -57,6 +57,8 @@ def funnel(funnel: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fact(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value) if not isinstance(value, list | dict) else f"{len(value)} values"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -227,7 +227,7 @@ def _is_short(value: Any) -> bool:
 def _number(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
 def _sources(manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -80,6 +80,8 @@ def _control(identity: str, table: Mapping[str, Any], texts: Sequence[str]) -> d
     kept = {name: table[name] for name in ("rows", "names", "values", "kept", "low", "high")}
     if kind == "band":
         kept["names"] = [_share(name, table["rows"]) for name in table["names"]]
+        if table["high"] is None and float(table["names"][-1]) == 0:  # `rank` refuses a band from 0 to 0
+            kept |= {name: kept[name][:-1] for name in ("names", "values", "kept")}
     return {
         "id": identity,
         "step": None if place is None else texts[place],
@@ -117,7 +119,8 @@ def _dedup_control(funnel: Funnel, texts: Sequence[str]) -> dict[str, Any] | Non
         chosen = float((step.get("estimates") or {}).get("threshold", values[-1]))
         start = min(sum(value < chosen for value in values), len(values) - 1)
     stay = curve["kept"][start]
-    why = "it met only the rows that the steps before it left" if place else "it asks for alike pixels, too"
+    fewer = step is not None and step["before"] < curve["rows"]
+    why = "it met only the rows that the steps before it left" if fewer else "it asks for alike pixels, too"
     return {
         "id": "dedup",
         "step": texts[place] if place is not None else None,

@@ -24,9 +24,11 @@ from curate.errors import CurateError
 from curate.ingest.pack import PackOptions, pack
 from curate.ingest.published import ImportOptions, import_layout
 from curate.mix.mix import mix
+from curate.report import sections, threshold_sliders
 from curate.report.report import ReportOptions, report
-from curate.report.show import show
+from curate.report.show import funnel_lines, show
 from curate.report.show_sample import facts_of, show_key
+from curate.select import thresholds
 from curate.select.recipes import RECIPES
 from curate.select.select import SelectOptions, select
 from house import CLIP, curate, fingerprint
@@ -241,3 +243,44 @@ def test_the_command_on_a_page_is_the_very_request(home, name):
     if verb == "select":  # so does the command that a slider begins with
         cuts = json.loads(re.search(r'id="cuts-data">(.*?)</script>', text, flags=re.S)[1])
         assert all(any(word.startswith(option) for word in cuts["select"]) for option in options)
+
+
+def test_a_page_about_the_folder_one_stands_in_has_its_name(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home / "select sample")
+    for typed in (".", "../select sample/", "./"):
+        report(typed, str(tmp_path / "page.html"), ReportOptions(), QUIET)
+        assert "<h1>select sample</h1>" in (tmp_path / "page.html").read_text()
+
+
+def test_what_a_step_could_not_estimate_is_a_dash():
+    funnel = {"rows": 3, "kept": 2, "steps": [{"text": "x", "before": 3, "kept": 2, "dropped": 1}]}
+    funnel["steps"][0]["estimates"] = {"mean_link": None}
+    assert any("mean link –" in line for line in funnel_lines(funnel))
+    assert sections.funnel(funnel)["bars"][-1]["facts"] == [("mean link", "–")]
+
+
+def test_the_pace_of_select_counts_the_rows_it_looked_at(home, tmp_path):
+    told = curate("select", home / "cluster", tmp_path / "sel", "--step", "sample(5)").stderr
+    assert re.search(r"1/1 steps  60 rows  [\d,]+ rows/s", told), told
+
+
+def test_every_place_of_a_slider_can_be_typed(home, tmp_path):
+    """A band that ends at the top alone would keep no row at its last place, which `rank` refuses."""
+    table = thresholds.cut("top", {}, np.linspace(0, 1, 60, dtype=np.float32), 12)
+    funnel = {"steps": [{"text": "top(clip_score, 12)"}], "cuts": [table | {"step": 0, "column": "clip_score"}]}
+    funnel["histograms"] = {"clip_score": {"edges": [0.0, 1.0], "all": [60], "kept": [12]}}
+    [cut] = [figure["control"] for figure in threshold_sliders.figures(funnel)]
+    assert len(cut["names"]) == len(cut["values"]) == len(cut["kept"]) == thresholds.PLACES
+    assert (cut["names"][cut["low"]], cut["kept"][cut["low"]]) == ("0.2", 12)
+    steps = (cut["head"] + cut["names"][-1] + cut["tail"],)
+    assert "selection is empty" in refused(
+        lambda: select(str(home / "cluster"), str(tmp_path / "x"), SelectOptions(steps), QUIET)
+    )
+
+
+@pytest.mark.parametrize("before, why", [(20, "alike pixels"), (15, "the steps before it left")])
+def test_why_dedup_kept_another_number_than_its_threshold(before, why):
+    steps = [{"text": "sample(15)", "kept": before}, {"text": 'dedup("auto")', "before": before, "kept": 9}]
+    curve = {"threshold": [0.8, 0.9], "kept": [5, 8], "rows": 20}
+    [figure] = threshold_sliders.figures({"steps": steps, "curves": {"dedup": curve}})
+    assert why in figure["control"]["note"]
