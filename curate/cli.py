@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from curate.cluster.options import ClusterOptions
-from curate.command import Json, Run, failures, log_to, verb
+from curate.command import Group, Json, Run, failures, log_to, verb
 from curate.demo.options import DemoOptions
 from curate.embed.options import EmbedOptions
 from curate.emit.options import EmitOptions
@@ -23,10 +23,11 @@ from curate.ingest.options import ImportOptions, PackOptions
 from curate.report.options import ReportOptions
 from curate.select.options import SelectOptions
 from curate.storage import paths
-from pipelines import memory
+from pipelines import memory, terminal
 
 log = logging.getLogger("curate")
 app = typer.Typer(
+    cls=Group,
     help="Condense image-text pools into coresets. A pool is a directory of tar shards; each verb makes one directory.",
     no_args_is_help=True,
     add_completion=False,
@@ -53,6 +54,7 @@ def _about(
 def main() -> None:
     """Run the command line; errors for the user become one line and an exit code."""
     memory.one_arena()
+    terminal.open_closed()
     try:
         log_to(verbose=False)
         app()
@@ -60,15 +62,13 @@ def main() -> None:
         log.debug("", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(0)
     except OSError as error:
         log.debug("", exc_info=True)
         told = f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         lasting = isinstance(error, paths.FINAL)
         sys.stderr.write(f"{told}\n" if lasting else f"{told}; run again to resume\n")
         sys.exit(UsageError.exit_code if lasting else 1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, terminal.Stopped):
         sys.stderr.write("stopped; run the same command again to resume\n")
         sys.exit(130)
 

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from curate.engine import Job
 from curate.errors import UsageError
 from curate.storage import paths
+from pipelines import terminal
 
 Workers = Annotated[int, typer.Option(help="Processes (0: what the stage can use).")]
 Engine = Annotated[str, typer.Option(help="local or ray.")]
@@ -45,6 +47,10 @@ COMMON: dict[str, tuple[Any, Any]] = {  # name: (declaration, default), in the o
 Made = dict[str, Any]
 EMBEDDING = ("embed", "import")  # the verbs that say of every row whether it is usable
 MOST_NAMED = 5
+
+
+class Group(terminal.Commands, TyperGroup):
+    """The verbs."""
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ class _Seat:
 
     def _begin(self) -> None:
         import multiprocessing
+        from multiprocessing import resource_tracker
 
         context = multiprocessing.get_context("spawn")  # forked children of a threaded process deadlock
         self.pipe, theirs = context.Pipe()
@@ -118,7 +119,12 @@ class _Seat:
         try:
             # What a process starts from must fit into a pipe's buffer, or else its death stops the starting thread for
             # ever. So the arguments, which may be large, take our own pipe.
-            self.process.start()
+            resource_tracker.ensure_running()  # its start would let Ctrl-C through again
+            signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))  # of this thread, and so the process's
+            try:
+                self.process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         finally:
             theirs.close()
         if self.ending:

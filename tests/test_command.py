@@ -1,6 +1,8 @@
 """What a verb says and how it ends when shards fail."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from warm import Command
 
 from curate.command import Run
 from curate.engine import Job
-from house import curate
+from house import ROOT, curate
 
 
 def source(folder, *, broken=("b",), good=("a",), vectors=None):
@@ -73,3 +75,60 @@ def test_commands_of_tests_start_with_both_programs_imported(tmp_path):
     (tmp_path / "look.py").write_text("import sys\nprint(*({'curate.command', 'train.data.prompts'} - {*sys.modules}))")
     looked = Command(tmp_path / "look.py", cwd=tmp_path)
     assert (looked.wait(), looked.stdout.split()) == (0, [])
+
+
+INTERRUPTED = """
+import sys
+from {program}
+from {module} import {place}
+def stop(*_, **__):
+    raise KeyboardInterrupt
+{place}.{function} = stop
+sys.argv = {argv}
+main()
+"""
+BEGINS = """
+import os, signal
+from curate.processes import Processes
+def held_back():
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+if __name__ == "__main__":
+    with Processes(os.getpid, [()]) as processes:
+        print(processes.submit(held_back).result(), held_back())
+"""
+
+
+@pytest.mark.parametrize(
+    "program, module, place, function, argv",
+    [
+        ("curate.cli import main", "curate.report", "show_steps", "step_lines", ["curate", "steps"]),
+        ("train.__main__ import main", "train", "config", "load", ["train", "check"]),
+        ("curate.cli import main", "typer.core", "TyperGroup", "make_context", ["curate", "steps"]),
+    ],
+)
+def test_ctrl_c_is_answered_in_one_line(program, module, place, function, argv):
+    code = INTERRUPTED.format(program=program, module=module, place=place, function=function, argv=argv)
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 130 and told.stderr.startswith("stopped") and told.stderr.count("\n") == 1, told.stderr
+
+
+def test_a_reader_that_has_gone_is_no_failure():
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = subprocess.run([sys.executable, "-m", "curate", "steps"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (told.returncode, told.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("program", ["curate", "train"])
+def test_closed_streams_are_no_failure(program, tmp_path):
+    verb = {"curate": f"select {tmp_path}/none {tmp_path}/x", "train": f"export {tmp_path}/none --out {tmp_path}/x"}
+    line = f"exec {sys.executable} -m {program} {verb[program]} >&- 2>&-"
+    assert subprocess.run(["sh", "-c", line], cwd=ROOT).returncode == 2  # the request was wrong, which nobody hears
+
+
+def test_ctrl_c_does_not_reach_a_process_that_is_about_to_start(tmp_path):
+    """It would end in a traceback of Python's own: what tells it to pay no heed is not imported yet."""
+    (tmp_path / "begins.py").write_text(BEGINS)
+    told = subprocess.run([sys.executable, "begins.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert told.stdout == "True False\n", told.stderr

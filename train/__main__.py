@@ -17,12 +17,14 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines import memory
+from pipelines import terminal
 from train import config as configuration
+from train import console
 from train.console import describe_memory, describe_model, end, questions, quiet, say, show, show_answers, show_scores
 from train.errors import UsageError
 
 app = typer.Typer(
+    cls=console.Group,
     help="Train small vision-language models from shards; each verb also under `torchrun --nproc-per-node N -m train`.",
     add_completion=False,
     no_args_is_help=True,
@@ -387,11 +389,10 @@ def work(
 
 def main(run: Callable[[], None] = app) -> None:
     """Run the command line and turn what goes wrong into an exit code, our errors and the file system's into a line."""
-    memory.one_arena()
     quiet()
     try:
         run()
-    except Exception as error:  # typer takes sys.excepthook for itself
+    except (Exception, terminal.Stopped) as error:  # typer takes sys.excepthook for itself
         end(error)
 
 

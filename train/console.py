@@ -12,6 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from typer.core import TyperGroup
+
+from pipelines import memory, terminal
 from train import config as configuration
 from train.errors import TrainError, UsageError
 
@@ -38,8 +41,14 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+class Group(terminal.Commands, TyperGroup):
+    """The verbs."""
+
+
 def quiet() -> None:
     """Keep stderr for our own lines, of the first rank; transformers prints whole configurations otherwise."""
+    memory.one_arena()  # before the first thread
+    terminal.open_closed()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of every fork
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -49,13 +58,16 @@ def quiet() -> None:
     log.setLevel(level)
 
 
-def end(error: Exception) -> NoReturn:
+def end(error: BaseException) -> NoReturn:
     """Say what went wrong, in a line where it is one of ours or the file system's, and end the process.
 
     It ends here and now where it still belongs to a group on GPUs, whose other ranks it must not wait for.
     """
     code = error.exit_code if isinstance(error, TrainError) else TrainError.exit_code
-    if isinstance(error, TrainError | OSError):
+    if isinstance(error, terminal.Stopped):
+        code = 130
+        sys.stderr.write("stopped\n")
+    elif isinstance(error, TrainError | OSError):
         sys.stderr.write(f"error: {error}\n")
     else:
         sys.__excepthook__(type(error), error, error.__traceback__)
