@@ -17,6 +17,7 @@ from curate.engine import Job, cores
 from curate.errors import CurateError
 from curate.run import calibration
 from curate.run.pipeline import TRAINER, Pipeline, check_trainer, shown_command, stage_options
+from curate.select import syntax
 from curate.storage import manifest, paths, sidecar
 from curate.storage.tar import Shard, TarWriter, list_pool, open_tar, read_index, read_member
 from curate.vectors import kmeans
@@ -132,9 +133,11 @@ def _cost(pipeline: Pipeline, stage: str, sizes: dict[str, int]) -> Cost | None:
         chains = 1 + len(pipeline.tables["select"].get("compare", []))
         seconds = 1 + chains * rows * SELECT_S_PER_ROW
         return Cost(rows, chains * rows * 40, seconds, "sorting")
-    kept = int(rows * 0.1)
+    budget = stage_options(pipeline, "select").n
+    asked = 0.1 if budget == "" else syntax.parse_count(budget, "n")
+    kept = min(asked, rows) if isinstance(asked, int) else round(rows * asked)
     size_bytes = kept * sizes.get("row_bytes", 0)
-    return Cost(kept, size_bytes, size_bytes / WRITE_BYTES_PER_S, "at 10 % kept")
+    return Cost(kept, size_bytes, size_bytes / WRITE_BYTES_PER_S, f"at {100 * kept / max(rows, 1):.3g} % kept")
 
 
 def _take_sizes(directory: str, sizes: dict[str, int]) -> None:

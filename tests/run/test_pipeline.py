@@ -196,3 +196,20 @@ def test_the_dry_run_reads_sizes_off_finished_embeddings_and_calibrates_what_fol
     assert told[1].strip().startswith("stands finished")
     assert "60 rows · " in told[3] and "k = 4 by kmeans, calibrated: fit " in told[3]
     assert "60 rows · " in told[5] and "6 rows · " in told[7] and "core-hours" in told[-1]
+
+
+@pytest.mark.parametrize(
+    "select, rows, share",
+    [
+        ("n = 45", 45, "75 %"),
+        ("n = '5%'", 3, "5 %"),
+        ("n = 256_000", 60, "100 %"),
+        ("steps = ['sample(9)']", 6, "10 %"),
+    ],
+)
+def test_the_dry_run_emits_as_many_rows_as_are_asked_for(tmp_path, select, rows, share):
+    write_embeddings(tmp_path / "embeddings", write_pool(tmp_path / "pool", ["a", "b"], 30))
+    (tmp_path / "p.toml").write_text(f"[embed]\nmodel = 'x'\n[cluster]\nk = 4\n[select]\n{select}\n[emit]\n")
+    plan = pipeline.load(str(tmp_path / "p.toml"), str(tmp_path), pool=str(tmp_path / "pool"))
+    told = list(dry_run.lines(plan, "coreset"))
+    assert told[7].strip().startswith(f"{rows} rows · ") and told[7].endswith(f"(at {share} kept)")
