@@ -74,7 +74,8 @@ def save(
     """Write the checkpoint of a step; delete all but the last `keep_last` and the one of the lowest loss.
 
     files: tensors by file and name, as `collect` returns them.
-    state: also holds `loss`, the mean since the checkpoint before, and `val_loss`, which counts in its place.
+    state: also holds `loss`, the mean since the checkpoint before, and `val_loss`, which counts in its place; without
+    either the checkpoint is never the one of the lowest loss.
     """
     path, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -107,12 +107,14 @@ class Training:
                 row["peak_memory_gb"] = peak_memory_gb(self.runtime.device)
                 since.append(row["loss"])
                 done = step + 1
-                saving = stopping or done == self.plan.steps or done % self.stage.save_every == 0
-                state = {"loss": sum(since) / len(since)}
-                if saving and self.validation is not None:
+                due = done == self.plan.steps or done % self.stage.save_every == 0
+                # A stop leaves no time to validate; and were its checkpoint ever the best, a run that was stopped
+                # would choose among other weights than one that was not.
+                state = {"loss": sum(since) / len(since)} if due else {}
+                if due and self.validation is not None:
                     row["val_loss"] = state["val_loss"] = self._validate()
                 recorder.write({**row, "data_wait_s": waited, "step_s": seconds})
-                if saving:
+                if due or stopping:
                     self._save(done, optimizer, state, writer)
                     since.clear()
                     self._tell_grace(seconds, writer)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -16,8 +18,9 @@ from train.data.holding_out import held_of, hold_out
 from train.data.measuring import measure
 from train.data.sources import open_source
 from train.dist import Runtime
-from train.errors import UsageError
+from train.errors import Interrupted, UsageError
 from train.model.compose import compose
+from train.run import loop
 from train.run.stage import make_encoder, run_stage
 
 
@@ -80,6 +83,37 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(run):
         load_file(run / name) for name in ("projector.safetensors", f"checkpoints/step-{best:06d}/weights.safetensors")
     )
     assert all(torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in kept.items())
+
+
+def test_a_run_that_was_stopped_chooses_among_the_same_weights(world, tmp_path, monkeypatch):
+    """At a stop there is no time to validate, and its weights are none that an undisturbed run would have compared."""
+    words = ["finetune", "--config", world / "config.toml", "--data", world / "mixed", "--val", "0.25"]
+    words += ["--set", "finetune.save_every=6", "--set", "finetune.lr=0.5", "--set", "finetune.warmup=1"]
+    words += ["--set", "finetune.clip=0"]
+
+    def go(out):
+        app([*map(str, words), "--out", str(tmp_path / out)], standalone_mode=False)
+        rows = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        return [row["step"] for row in rows if "val_loss" in row]
+
+    assert go("undisturbed") == [6]
+    step = loop.Training._step
+
+    def signalled(training, number, *rest):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(training, number, *rest)
+
+    monkeypatch.setattr(loop.Training, "_step", signalled)
+    with pytest.raises(Interrupted):
+        go("stopped")
+    monkeypatch.undo()
+    assert (tmp_path / "stopped" / "checkpoints" / "step-000002").is_dir() and go("stopped") == [6]
+    undisturbed, stopped = (
+        [(tmp_path / out / name).read_bytes() for name in ("manifest.json", "projector.safetensors")]
+        for out in ("undisturbed", "stopped")
+    )
+    assert undisturbed == stopped
 
 
 def test_it_is_the_mean_over_supervised_tokens(world, tmp_path):
