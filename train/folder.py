@@ -27,6 +27,7 @@ from train.errors import UsageError
 
 FORMAT = 1
 MANIFEST, PLAN, LOCK = "manifest.json", ".plan.json", ".lock"
+SWAP = ".swap.json"  # where `curate` was cut short between two states of a directory
 MEASURED = ".measured"  # beside runs: the lengths of the samples of their data
 # Options that change no result, or (how a step is cut into passes) only which dropout is drawn and the rounding.
 EXECUTION = frozenset({"workers", "save_every", "keep_last", "peak_tflops", "tracker", "shard"})
@@ -185,6 +186,20 @@ def digest_file(path: Path) -> str:
     """Digest a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def refuse_half(folder: Path) -> None:
+    """Refuse a folder of data that `curate` was cut short at: as it stands, a run would learn from a part of it.
+
+    Raises: UsageError naming the verb that goes on with it.
+    """
+    found = next((folder / name for name in (SWAP, MANIFEST, PLAN) if (folder / name).is_file()), None)
+    if found is None or found.name == MANIFEST:
+        return
+    plan = folder / (MANIFEST if found.name == SWAP else PLAN)
+    verb = read_json(plan).get("command", "…") if plan.is_file() else "…"
+    what = "between two states" if found.name == SWAP else "unfinished"
+    raise UsageError(f"--data {folder} is {what}; re-run the `curate {verb} …` that made it: it resumes")
 
 
 def shards_in(path: Path) -> tuple[list[Path], list[str]]:

@@ -112,10 +112,7 @@ def open_input(directory: str, *commands: str) -> Artefact:
     wanted = f"expected a directory made by {makers}" if commands else ""
     if not paths.exists(paths.join(directory, MANIFEST)):
         if paths.exists(paths.join(directory, PLAN)):
-            made_by = load_json(paths.join(directory, PLAN)).get("command")
-            raise ContractError(
-                f"{directory} is unfinished.", f"re-run the `curate {made_by} …` that made it; it resumes"
-            )
+            renewal.refuse_unfinished(directory)
         what = "does not exist" if not paths.exists(directory) else f"has no {MANIFEST}"
         raise UsageError(f"{directory} {what}; {wanted or 'expected a directory made by curate'}.")
     manifest = load_json(paths.join(directory, MANIFEST))

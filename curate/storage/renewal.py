@@ -223,6 +223,12 @@ def _decide(where: str, decided: Mapping[str, Any]) -> bool:
     return True
 
 
+def refuse_unfinished(directory: str) -> None:
+    """Refuse a directory that nobody has finished, by its plan. Raises: ContractError naming what goes on with it."""
+    made_by = load_json(paths.join(directory, PLAN)).get("command")
+    raise ContractError(f"{directory} is unfinished.", f"re-run the `curate {made_by} …` that made it; it resumes")
+
+
 def settle(home: str) -> None:
     """Carry out a swap that was decided, whoever decided it; several processes may do so at once.
 
@@ -238,6 +244,25 @@ def settle(home: str) -> None:
             f"{home} is between two states, and may not be written to from here: {error.strerror}.",
             "run the command that makes it again, where it may",
         ) from None
+
+
+def settle_listed(folders: Collection[str], listed: Collection[str]) -> bool:
+    """Finish the swaps that were decided in folders of tars; say whether there was any. listed: files that lie there.
+
+    A remote folder costs no request. Raises: ContractError where a verb has not finished what stands there.
+    """
+
+    def holds(folder: str, name: str) -> bool:
+        where = paths.join(folder, name)
+        return where in listed or (not paths.is_remote(where) and paths.exists(where))
+
+    between = [folder for folder in folders if holds(folder, SWAP)]
+    for folder in folders:
+        if not holds(folder, MANIFEST) and holds(folder, PLAN):
+            refuse_unfinished(folder)
+        if folder in between:
+            settle(folder)
+    return bool(between)
 
 
 def _carry_out(home: str, where: str) -> None:

@@ -26,7 +26,7 @@ from curate.errors import ShardError, UsageError
 from curate.storage import faults, paths
 from curate.storage.faults import Faults
 from curate.storage.json_files import file_digest
-from curate.storage.renewal import Parts
+from curate.storage.renewal import Parts, settle_listed
 from curate.storage.tar_headers import BLOCK, Headers
 from pipelines import samples
 
@@ -127,7 +127,8 @@ def survey_pool(pool: str) -> Pool:
     """List a pool's tars (directory, glob, brace pattern, fsspec URL) with unique stems, and what is passed over.
 
     A tar may be packed by gzip. Tars of one name in several directories get their directory into the stem
-    (`part1__00000`). Raises: UsageError when nothing matches, saying what was there instead.
+    (`part1__00000`). What a verb left between two states is finished first. Raises: UsageError when nothing matches,
+    saying what was there instead; ContractError when a verb has not finished what is there.
     """
     passed: Faults = {}
     found: dict[str, paths.Found] = {}
@@ -142,6 +143,8 @@ def survey_pool(pool: str) -> Pool:
             found[location] = held
         elif lower.endswith(OTHER_SUFFIXES):
             faults.add(passed, "archives passed over: only .tar, .tar.gz and .tgz are read, unpack the others", name)
+    if settle_listed({paths.parent(location) for location in found}, listed):
+        return survey_pool(pool)
     deeper = _folders_of_tars(pool)
     if not found:
         inside = paths.listdir(pool) if paths.is_dir(pool) else []

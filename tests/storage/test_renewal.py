@@ -7,8 +7,9 @@ import pytest
 
 from curate.errors import ContractError
 from curate.storage import paths, renewal, sidecar
-from curate.storage.manifest import open_input, open_output
+from curate.storage.manifest import digest, open_input, open_output
 from curate.storage.renewal import Parts
+from curate.storage.tar import list_pool
 
 
 def parts_of(place="here", contents=None, verify=False, **stamps):
@@ -281,3 +282,32 @@ def test_a_swap_works_where_names_cannot_be_linked_and_on_a_url(finished, monkey
         output.finish(shards={stem: {"rows": 1} for stem in stamps})
     assert {stem: paths.read_text(f"{place}/{stem}.arrow") for stem in NEW} == NEW
     assert paths.listdir(place) == [".seen.json", "a.arrow", "b.arrow", "c.arrow", "manifest.json", "new.arrow"]
+
+
+def test_a_pool_that_a_verb_was_cut_short_at_is_refused_or_finished_first(tmp_path):
+    """A coreset or mix of which half is there must not pass for a whole one."""
+    for name in ("0.tar", "1.tar"):
+        (tmp_path / name).touch()
+    (tmp_path / ".plan.json").write_text('{"command": "mix"}')
+    for pool in (tmp_path, tmp_path / "*.tar"):
+        with pytest.raises(ContractError, match="is unfinished") as refused:
+            list_pool(str(pool))
+        assert "re-run the `curate mix …` that made it" in str(refused.value)
+    (tmp_path / "manifest.json").write_text('{"state": 1}')
+    assert [shard.stem for shard in list_pool(str(tmp_path))] == ["0", "1"]
+    later = tmp_path / ".next-1"
+    later.mkdir()
+    (later / "2.tar").touch()
+    for name in ("manifest.json", ".seen.json"):
+        (later / name).write_text('{"state": 2}')
+    basis, target = (digest({"state": number}) for number in (1, 2))
+    decided = {"folder": ".next-1", "basis": basis, "target": target, "drop": ["1.tar"]}
+    (tmp_path / ".swap.json").write_text(json.dumps(decided))
+    assert [shard.stem for shard in list_pool(str(tmp_path))] == ["0", "2"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        ".plan.json",
+        ".seen.json",
+        "0.tar",
+        "2.tar",
+        "manifest.json",
+    ]

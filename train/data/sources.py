@@ -26,7 +26,7 @@ from train.data.record_source import JsonRows, RecordSource, TableRows
 from train.data.tar_source import TarSource
 from train.dist import Runtime
 from train.errors import DataError, UsageError
-from train.folder import shards_in
+from train.folder import refuse_half, shards_in
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO")  # Pillow's others run helpers (EPS) or fonts
 MAX_PIXELS = 89_478_485  # as in curate: a larger image is taken for a decompression bomb
@@ -48,6 +48,7 @@ def open_source(
     path = Path(data)
     if not path.exists():
         raise UsageError(f"--data {data}: no such file or folder")
+    refuse_half(path if path.is_dir() else path.parent)
     shards, passed = shards_in(path)
     tables = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
     is_json = path.is_file() and not shards and not tables  # whatever it is called

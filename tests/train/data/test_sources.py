@@ -212,6 +212,23 @@ def test_nothing_to_read_is_said(tmp_path, make, word):
         open_source(str(tmp_path), str(tmp_path))
 
 
+@pytest.mark.parametrize("inside", ["", "coreset.json"])
+def test_data_that_curate_was_cut_short_at_is_refused(tmp_path, inside):
+    """Half of a coreset, or old shards among new ones, must not be learnt from unsaid."""
+    (tmp_path / "0.tar").write_bytes(bytes(1024))
+    (tmp_path / "coreset.json").write_text('[{"id": "1", "conversations": []}]')
+    (tmp_path / ".plan.json").write_text('{"command": "emit"}')
+    with pytest.raises(UsageError, match=r"is unfinished; re-run the `curate emit …`"):
+        open_source(str(tmp_path / inside))
+    (tmp_path / "manifest.json").write_text('{"command": "mix"}')
+    (tmp_path / ".swap.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"is between two states; re-run the `curate mix …`"):
+        open_source(str(tmp_path / inside))
+    (tmp_path / ".swap.json").unlink()
+    if inside:
+        assert len(open_source(str(tmp_path / inside))) == 1
+
+
 def test_measuring_in_workers_is_measuring(world, encoder, monkeypatch, tmp_path):
     import torch
 
