@@ -172,7 +172,7 @@ class Output:
         self.save_seen(self.manifest)
         save_json(self.path(MANIFEST), self.manifest)
         if self.basis:
-            renewal.swap(self.home, self.directory, self.basis, self.kept)
+            renewal.swap(self.home, self.directory, self.basis, digest(self.manifest), self.kept)
         else:
             paths.remove(self.path(PLAN))
             paths.remove(self.path(FAILED))

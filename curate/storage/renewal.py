@@ -178,48 +178,55 @@ def belonging(names: Iterable[str], stems: set[str]) -> Iterator[str]:
     return (name for name in names if name.rpartition(".")[0] in stems and name not in (MANIFEST, LOG))
 
 
-def swap(home: str, folder: str, basis: str, kept: frozenset[str]) -> None:
-    """Make the finished folder the directory's state. kept: the shards whose files stay.
+def swap(home: str, folder: str, basis: str, target: str, kept: frozenset[str]) -> None:
+    """Make the finished folder the directory's state. target: its manifest's digest; kept: the shards whose files stay.
 
     Raises: ContractError when the directory is no longer what the folder was begun from.
     """
-    if not paths.exists(paths.join(folder, MANIFEST)):
-        settle(home)  # another run has finished the same
-        return
-    files = set(_files(folder))
-    old = set(load_json(paths.join(home, MANIFEST)).get("shards", {})) - kept
-    drop = [name for name in belonging(paths.listdir(home), old) if name not in files]
-    if not kept:
-        drop += [name for name in _files(home) if "/" in name and name not in files]
-    target = digest(load_json(paths.join(folder, MANIFEST)))
-    decided = {"folder": paths.name(folder), "basis": basis, "target": target, "drop": drop}
     while True:
         settle(home)
-        now = digest(load_json(paths.join(home, MANIFEST)))
+        recorded = load_json(paths.join(home, MANIFEST))
+        now = digest(recorded)
+        # The plan goes with the folder alone. Without it another run has finished the same and taken the folder away,
+        # and what this one wrote after that has made another of its name, in which next to nothing is.
+        whole = all(paths.exists(paths.join(folder, name)) for name in (PLAN, MANIFEST))
+        if not whole or now == target != basis:
+            paths.remove(folder)
+            return
         if now not in (basis, target):
             raise ContractError(f"{home} has become another while this run was at work.", "run the same command again")
-        if not paths.exists(paths.join(folder, MANIFEST)):
-            return
-        if _decide(paths.join(home, SWAP), decided):
+        files = set(_files(folder))
+        old = set(recorded.get("shards", {})) - kept
+        drop = [name for name in belonging(paths.listdir(home), old) if name not in files]
+        if not kept:
+            drop += [name for name in _files(home) if "/" in name and name not in files]
+        if _decide(home, folder, {"folder": paths.name(folder), "basis": basis, "target": target, "drop": drop}):
             settle(home)
             return
 
 
-def _decide(where: str, decided: Mapping[str, Any]) -> bool:
-    """Write the file that makes a swap happen, unless there is one; say whether it was written."""
+def _decide(home: str, folder: str, decided: Mapping[str, Any]) -> bool:
+    """Write the file that makes a swap happen, unless there is one; say whether it was written.
+
+    Nor is it written when another run has meanwhile swapped: the folder is away then, and must not be made again.
+    """
+    where = paths.join(home, SWAP)
     if paths.is_remote(where):
         save_json(where, decided)  # object stores know no such thing; equal runs write the same
         return True
-    written = f"{paths.local(where)}.{uuid.uuid4().hex}.tmp"
-    save_json(written, decided)
+    written = Path(paths.local(folder), f"{SWAP}.{uuid.uuid4().hex}.tmp")  # left by a kill, it goes with the folder
     try:
+        with written.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            json.dump(decided, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.link(written, paths.local(where))
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):
         return False
     except OSError:  # a file system without links
         os.replace(written, paths.local(where))
     finally:
-        Path(written).unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
     return True
 
 

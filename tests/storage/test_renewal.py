@@ -210,6 +210,24 @@ def test_two_runs_of_the_same_end_alike_and_of_others_one_is_refused(finished):
     assert state(finished) == NEW | {"d": "1"}
 
 
+@pytest.mark.parametrize("last", ["_refuse_meanwhile", "save_seen", "link"])
+def test_a_run_that_ends_just_after_another_of_the_same_takes_nothing_away(finished, monkeypatch, last):
+    """Slices of one embedding end together: the later one must not delete what the earlier has brought in place."""
+    late, fast = (begin(finished, parts_of(**NEW)) for _ in range(2))
+    place, name = (renewal.os, "link") if last == "link" else (late, last)
+    work = getattr(place, name)
+
+    def overtaken(*given):
+        monkeypatch.setattr(place, name, work)
+        finish(fast, parts_of(**NEW))
+        return work(*given)
+
+    monkeypatch.setattr(place, name, overtaken)
+    assert finish(late, parts_of(**NEW)) == fast.manifest
+    assert state(finished) == NEW and begin(finished, parts_of(**NEW)).complete
+    assert files(finished) == [".seen.json", "a.arrow", "b.arrow", "c.arrow", "manifest.json", "new.arrow"]
+
+
 def test_a_swap_that_was_decided_on_another_state_is_void(finished):
     output = begin(finished, parts_of(**NEW))
     decided = {"folder": paths.name(output.directory), "basis": "other", "target": "x", "drop": ["a.arrow"]}
