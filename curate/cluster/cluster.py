@@ -90,8 +90,8 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     if output.overtaken():
         return output.manifest
     made = {**output.plan, "shards": {}, "counts": {"assigned": assigned.rows}}
-    if left := output.missing(source.stems):
-        return {**made, "unfinished": left}
+    if left := _unassigned(source, output):
+        return output.manifest if output.overtaken() else {**made, "unfinished": left}
     sizes, assigned_on = _sizes(source, output, rows_ok)
     task = edges.FindEdges(
         emb, output.directory, options.floor, load_json(output.path(FIT)).get("screen", "f32"), giants.choose(sizes)
@@ -148,6 +148,14 @@ def _assign(source: Artefact, output: Output, neighbours: int, buckets: int, job
     assigned = run_stage("assign", task, todo, job, gpu=GPU_SHARE, places=(source.directory, output.home))
     _refuse_failures(assigned.failed)
     return assigned
+
+
+def _unassigned(source: Artefact, output: Output) -> list[str]:
+    """List the shards that other slices have to assign, or to scatter: those that are kept are scattered, too."""
+    parts = scatter.parts(source.rows)
+    unscattered = [stem for part in scatter.missing(output.directory, list(parts)) for stem in parts[part]]
+    left = {*output.missing(source.stems), *([] if _are_joined(output) else unscattered)}
+    return [stem for stem in source.stems if stem in left]
 
 
 @dataclass

@@ -136,6 +136,21 @@ def test_slices_share_it(states, home):
     assert made == whole and arrays(home / "sliced") == arrays(home / "clu")
 
 
+def test_a_slice_that_is_first_waits_for_what_others_scatter_of_shards_that_stand(states, home):
+    """Only a shard of the second slice is another: all sidecars are there while the first slice has yet to scatter."""
+    run(home)
+    found = manifest(home / "emb")
+    shutil.copy(states / "all" / "00007.arrow", home / "emb" / "00001.arrow")
+    found["shards"]["00001"] = manifest(states / "all")["shards"]["00007"] | {"digest": "00007"}
+    (home / "emb" / "manifest.json").write_text(json.dumps(found))
+    first, second = (Job(quiet=True, workers=1, part=(rank, 2)) for rank in (1, 0))
+    assert run(home, job=first)["unfinished"] == ["00000", "00002"]
+    made = run(home, job=second)
+    assert not made.get("unfinished") and made["shards"]["00001"]["later"]
+    run(home, "fresh", k=0, centroids=str(home / "clu" / "centroids.npy"))
+    assert arrays(home / "clu") == arrays(home / "fresh")
+
+
 def test_a_run_that_ends_before_the_swap_leaves_the_state_before_and_the_next_goes_on(states, home, monkeypatch):
     run(home)
     before = arrays(home / "clu")
