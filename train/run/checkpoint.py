@@ -78,7 +78,8 @@ def save(
     either the checkpoint is never the one of the lowest loss.
     """
     path, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for half in folder.glob(".step-*.partial"):  # of a run that was killed, perhaps at a step that is not saved again
+        shutil.rmtree(half, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, tensors in files.items():
         write_tensors(tensors, partial / name)
