@@ -31,7 +31,7 @@ from train.model.tower import make_image_processor
 from train.model.weights import write_shards, write_tensors
 from train.publish.card import CARD, write_card
 from train.publish.older_readers import write_for_older_readers
-from train.publish.parts import INFIX, write_parts
+from train.publish.parts import INFIX, as_published, write_parts
 from train.run import checkpoint
 from train.run.stage import load_options, make_encoder
 
@@ -155,7 +155,7 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
     tied = model.config.tie_word_embeddings
     state = {
         llava_hf_name(name, vision_type): tensor.detach().to(dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in _as_published(model).items()
+        for name, tensor in _state(model).items()
         if not (tied and name == "lm_head.weight")
     }
     if model.config.text_config.model_type == "phi":
@@ -178,20 +178,19 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
         )
 
 
-def _as_published(model: Any) -> dict[str, Tensor]:
-    """Return a model's weights, those of the language model under the names and in the parts of its own checkpoints.
+def _state(model: Any) -> dict[str, Tensor]:
+    """Return a composed model's weights, those of its language model and tower as in their own checkpoints."""
+    from transformers import PreTrainedModel
 
-    transformers 5 keeps the experts of a mixture in one tensor, and some weights under other names than their files;
-    what else reads such a folder knows the files' alone, and version 4 draws what it does not find.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    inside, decoder = "model.language_model.", model.model.language_model
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
-    published = revert_weight_conversion(decoder, decoder.state_dict())
-    for name, tensor in published.items():  # an expert's part of one tensor is stored apart
-        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-        state[f"{inside}{name}"] = tensor if whole else tensor.detach().clone()
+    inner = model.model
+    tower = getattr(inner.vision_tower, "tower", inner.vision_tower)
+    parts = {"language_model": inner.language_model}
+    if isinstance(tower, PreTrainedModel):
+        parts["vision_tower" if tower is inner.vision_tower else "vision_tower.tower"] = tower
+    places = tuple(f"model.{place}." for place in parts)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(places)}
+    for place, part in parts.items():
+        state |= {f"model.{place}.{name}": tensor for name, tensor in as_published(part).items()}
     return state
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from train.data.chat import own_source
 from train.errors import UsageError
@@ -84,11 +85,26 @@ def _language_model(model: Any, dtype: torch.dtype) -> Any:
     return lm.to(dtype)
 
 
+def as_published(part: Any) -> dict[str, Tensor]:
+    """Return the weights of a model of transformers under the names and in the tensors of its own checkpoints.
+
+    transformers 5 keeps the experts of a mixture in one tensor, and some weights under other names than their files;
+    what else reads such a folder knows the files' alone, and version 4 draws what it does not find. So does version 5
+    with DINOv3's scales of layers: it renames by a pattern that takes its own names for others.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = revert_weight_conversion(part, part.state_dict())
+    of_one = {name for name, tensor in state.items() if tensor.untyped_storage().nbytes() != tensor.nbytes}
+    # An expert's part of one tensor is stored apart.
+    return {name: tensor.detach().clone() if name in of_one else tensor for name, tensor in state.items()}
+
+
 def _write_tower(model: Any, image_processor: Any, out: Path, dtype: torch.dtype) -> None:
     tower = model.model.vision_tower
     prefix = "vision_model." if tower.config.model_type in INFIX else ""
     out.mkdir(parents=True)
-    state = {prefix + name: tensor.detach().to(dtype).contiguous() for name, tensor in tower.state_dict().items()}
+    state = {prefix + name: tensor.detach().to(dtype).contiguous() for name, tensor in as_published(tower).items()}
     write_shards(state, out)
     tower.config.architectures, tower.config.dtype = [type(tower).__name__], dtype
     # All values, defaults too: converters read the file without knowing the class. Unless told, they take layer -2.

@@ -3,12 +3,14 @@
 Or it is refused in words; there is no third outcome. train/README.md has the table.
 """
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import transformers as tf
 from promises import learns_and_returns, write_lm, write_timm
+from safetensors.torch import load_file
 
 from train.config import Model
 from train.errors import UsageError
@@ -78,6 +80,10 @@ def test_a_tower_of_transformers(tower, family, language_models, tmp_path):
     options = Model(tower=str(tmp_path / "tower"), tower_weights="fresh", lm=language_models[family], template="qa")
     assert bool(own_tower(described(options))) == (tower in WRAPPED)
     assert learns_and_returns(options, tmp_path / "out")
+    tf.AutoModel.from_config((NATIVE | WRAPPED)[tower]).save_pretrained(tmp_path / "whole")
+    theirs, names = load_file(tmp_path / "whole" / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    ours = {re.sub(r"^(tower|vision_model)\.", "", n.removeprefix("vision_tower.")) for n in names if "vision" in n}
+    assert ours <= {name.removeprefix("vision_model.") for name in theirs}, "as in the tower's own files"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
