@@ -147,20 +147,10 @@ def survey_pool(pool: str) -> Pool:
         return survey_pool(pool)
     deeper = _folders_of_tars(pool)
     if not found:
-        inside = paths.listdir(pool) if paths.is_dir(pool) else []
-        seen = f"; it holds {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
-        hint = "a pool is a directory of webdataset tars: POOL/00000.tar …"
-        if any(name.lower().endswith(OTHER_SUFFIXES) for name in (*listed, *inside)):
-            hint = "unpack the archives first: only .tar, .tar.gz and .tgz are read as they are"
-        if deeper:
-            hint = f"give '{paths.join(pool, '*', '*.tar*')}'"
-        elif any(name.lower().endswith((".parquet", *(f".{kind}" for kind in IMAGE_SUFFIXES))) for name in inside):
-            hint = f"make one of it: curate pack {pool} SHARDS"
-        raise UsageError(f"no .tar shards match {pool}{seen}.", hint)
+        raise _no_shards(pool, listed, deeper)
+    every = paths.join(pool, "**", "*.tar*")
     for name in deeper:
-        faults.add(
-            passed, f"folders of tars passed over: to have them, give '{paths.join(pool, '**', '*.tar*')}'", name
-        )
+        faults.add(passed, f"folders of tars passed over: to have them, give '{every}'", name)
     stems = [paths.name(without_suffix(location)) for location in found]
     if len(set(stems)) < len(stems):
         stems = [f"{paths.name(paths.parent(location))}__{stem}" for location, stem in zip(found, stems, strict=True)]
@@ -172,6 +162,20 @@ def survey_pool(pool: str) -> Pool:
         beside = listed.get(f"{without_suffix(location)}.parquet")
         shards.append(Shard(stem, location, held.size, held.stamp, beside.size if beside else -1))
     return Pool(shards, passed)
+
+
+def _no_shards(pool: str, listed: Collection[str], deeper: Sequence[str]) -> UsageError:
+    """Say that a pool has no tars, what it holds, and what makes a pool of that."""
+    inside = paths.listdir(pool) if paths.is_dir(pool) else []
+    seen = f"; it holds {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
+    hint = "a pool is a directory of webdataset tars: POOL/00000.tar …"
+    if any(name.lower().endswith(OTHER_SUFFIXES) for name in (*listed, *inside)):
+        hint = "unpack the archives first: only .tar, .tar.gz and .tgz are read as they are"
+    if deeper:
+        hint = f"give '{paths.join(pool, '*', '*.tar*')}'"
+    elif any(name.lower().endswith((".parquet", *(f".{kind}" for kind in IMAGE_SUFFIXES))) for name in inside):
+        hint = f"make one of it: curate pack {pool} SHARDS"
+    return UsageError(f"no .tar shards match {pool}{seen}.", hint)
 
 
 def _folders_of_tars(pool: str) -> list[str]:

@@ -116,10 +116,15 @@ def _weights(module: Any, *, only: str = "", without: tuple[str, ...] = ()) -> i
 
 def _experts(module: nn.Module, config: Any) -> float:
     """Return the weights of a mixture's experts that one token passes through: tensors of [experts, in, out]."""
-    chosen = next((k for name in CHOSEN if (k := getattr(config, name, None))), 1)
-    mixtures = (part for part in module.modules() if not isinstance(part, nn.Conv1d))
-    tensors = (p for part in mixtures for p in part.parameters(recurse=False) if p.dim() == 3)
+    chosen, tensors = mixture(module, config)
     return float(sum(chosen * p.numel() / len(p) for p in tensors))
+
+
+def mixture(module: nn.Module, config: Any) -> tuple[int, list[nn.Parameter]]:
+    """Return to how many experts a token goes, and their tensors [experts, in, out], none where there are none."""
+    chosen = next((k for name in CHOSEN if (k := getattr(config, name, None))), 1)
+    parts = (part for part in module.modules() if not isinstance(part, nn.Conv1d))
+    return chosen, [p for part in parts for p in part.parameters(recurse=False) if p.dim() == 3]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float) -> float | None:

@@ -7,8 +7,9 @@ fixed      weights at the run's precision; 20 bytes for each that learns (fp32 w
 per_token  what the backward pass keeps of each layer of the language model, with s bytes an element. A norm of width d:
            6 d. Attention of q query and kv key features: s (2 q + 4 kv), before and after rotation, and s q for its
            output. An MLP of width f: s f before its activation, 3 s f if it is gated. LoRA: s + 1 for each input of an
-           adapter (a copy and a dropout mask). Full tuning: s for each distinct input of a linear layer. With
-           checkpointing only s d a layer, and one whole layer while it is recomputed.
+           adapter (a copy and a dropout mask). Full tuning: s for each distinct input of a linear layer. Of a
+           mixture, for each expert that a token goes to: s for its tensors' inputs and outputs. With checkpointing
+           only s d a layer, and one whole layer while it is recomputed.
 
 QLoRA (`quantize`): a frozen linear layer of the language model takes QUANTISED bytes a weight, and the largest of them
 stands unpacked beside it. Sharded over n ranks (`shard`): all but a frozen tower is divided by n; beside it stand, in
@@ -31,6 +32,7 @@ from torch import nn
 from train.config import Stage
 from train.model.forward import LOGIT_CHUNK
 from train.model.tower import blocks_of
+from train.run.flops import mixture
 
 SHARE, RESERVE = 0.9, 2e9  # of the free memory; bytes for the context, fragments and the tower's pass
 QUANTISED = 0.52  # bytes a weight: 4 bits, and a quantised constant for each 64
@@ -109,6 +111,8 @@ def _layer(layer: nn.Module, config: Any, stage: Stage, itemsize: int) -> float:
     kv = head * (getattr(config, "num_key_value_heads", None) or heads)
     mlp = [m.out_features for n, m in linears.items() if "mlp" in n and m.out_features > config.hidden_size]
     inner = sum(mlp[:1]) * (3 if len(mlp) > 1 else 1)  # gate and up are two that widen
+    chosen, experts = mixture(layer, config)
+    inner += chosen * sum(p.shape[1] + p.shape[2] for p in experts)
     kept: float = 6.0 * norms + itemsize * (3 * q + 4 * kv + inner)
     if stage.tune == "lora":
         mask = 1 if stage.lora_dropout else 0
