@@ -1,7 +1,7 @@
 """Samples of tar shards as records: which members are pictures, in which order, and what is said of them."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.records import (
@@ -50,7 +50,7 @@ def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: s
         missing = (reading.fault == NO_PICTURE and named > len(names)) or len(reading.pictures) > len(names)
         return Reading(None, fault=MISSING) if missing else reading
     try:
-        said = visible((caption or b"").decode()) or _first_text(fields.get("caption"))
+        said = caption_of(fields, caption)
     except UnicodeDecodeError:
         return Reading(None, fault=NOT_UTF8)
     if not said or not names:
@@ -62,10 +62,13 @@ def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: s
     return Reading({"id": key, "image": image, "conversations": turns}, tuple(Picture(name) for name in names))
 
 
-def _first_text(value: Any) -> str:
-    """Return a text as it is read, or of a list the first that has something to read; "" where there is none."""
-    texts = (visible(each) for each in as_list(value) if isinstance(each, str))
-    return next(filter(None, texts), "")
+def caption_of(fields: Mapping[str, Any], caption: bytes | None) -> str:
+    """Return a sample's caption as it is read, "" without one: its text member, else its JSON's (of a list the first).
+
+    Raises: UnicodeDecodeError.
+    """
+    texts = (visible(each) for each in as_list(fields.get("caption")) if isinstance(each, str))
+    return visible((caption or b"").decode()) or next(filter(None, texts), "")
 
 
 def caption_turns(caption: str, prompt: str, images: int = 1) -> Turns:

@@ -88,6 +88,9 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     if lost and not job.quiet:
         told = f"{counts.get('replaced', 0):,} replaced by the next in rank, {counts['written']:,} written"
         sys.stderr.write(f"emit: {lost:,} of {counts['rows']:,} samples could not be had; {told}\n")
+    if (otherwise := manifest.get("other_captions")) and not job.quiet:
+        told = "as their own; --format llava writes the captions that `embed --caption` chose"
+        sys.stderr.write(f"emit: {otherwise:,} samples keep another text {told}\n")
     return manifest
 
 
@@ -170,6 +173,8 @@ def _finish(
     captioned = sum(fact["captioned"] for fact in made.values())
     if captioned:
         facts["captions_added"] = captioned
+    if otherwise := sum(fact.get("other_captions", 0) for fact in made.values()):
+        facts["other_captions"] = otherwise
     if gone:
         facts["gone"] = gone[:MAX_LISTED]
     if renamed:
@@ -222,6 +227,7 @@ class _Write:
     gone: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     captioned: int = 0
+    other_captions: int = 0  # samples that say another caption than the one that `embed --caption` chose
     held_captions: tuple[str, pa.ChunkedArray] | None = None
 
     def setup(self) -> None:
@@ -229,7 +235,7 @@ class _Write:
 
     def samples(self, name: str) -> Iterator[tuple[str, Fetched]]:
         """Yield (output key, sample) of an output shard, noting what is gone."""
-        self.gone, self.rows, self.captioned = [], [], 0
+        self.gone, self.rows, self.captioned, self.other_captions = [], [], 0, 0
         for sample in self._fetch(name):
             engine.advance(1)
             if sample.gone:
@@ -257,6 +263,7 @@ class _Write:
         """Write where each sample of an output shard came from. size: bytes of the samples."""
         batch = pa.RecordBatch.from_pylist(self.rows, schema)
         facts = {"rows": len(self.rows), "bytes": size, "gone": self.gone, "captioned": self.captioned}
+        facts["other_captions"] = self.other_captions
         sidecar.write_table(paths.join(self.out, f"{name}.arrow"), schema, [batch], facts)
         return {"rows": len(self.rows), "bad": len(self.gone)}
 
@@ -265,6 +272,7 @@ class _WriteTar(_Write):
     """Write one output tar. Its sidecar comes first, so that a tar under its name is a finished shard."""
 
     def __call__(self, name: str, /) -> dict[str, Any]:
+        chosen = self.coreset.embedded.manifest["options"].get("caption")
         with paths.atomic_write(paths.join(self.out, f"{name}.tar")) as file:
             with TarWriter(file) as tar:
                 for key, sample in self.samples(name):
@@ -275,6 +283,7 @@ class _WriteTar(_Write):
                     if caption and sample.text(CAPTION_SUFFIX) is None:
                         tar.add(f"{key}.{CAPTION_SUFFIX}", caption.encode())
                     self.captioned += bool(caption)
+                    self.other_captions += bool(chosen) and sample.says_other(self.caption(sample))
             return self.write_sidecar(name, EMITTED_SCHEMA, tar.offset)
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from curate.errors import ShardError, UsageError
 from curate.storage import manifest, members, records, tar
-from pipelines.samples import ordered_pictures
+from pipelines import samples
 
 MEMBERS = "members"
 Entry = tuple[int, str, bytes | None]  # row, key, uid
@@ -46,7 +46,7 @@ class Fetched:
     def images(self) -> list[tuple[str, str, bytes]]:
         """Return the image members in their order."""
         members = {member[1]: member for member in reversed(self.members)}
-        return [members[suffix] for suffix in ordered_pictures([suffix for _, suffix, _ in self.members])]
+        return [members[suffix] for suffix in samples.ordered_pictures([suffix for _, suffix, _ in self.members])]
 
     def text(self, suffix: str) -> bytes | None:
         """Return the content of the member with a suffix, if there is one."""
@@ -58,6 +58,16 @@ class Fetched:
         described = tar.read_json(self.text(tar.JSON_SUFFIX) or b"") or {}
         own = records.usable_text(described.get("caption")) or records.conversations_of(described)
         return bool(own) or bool((self.text(tar.CAPTION_SUFFIX) or b"").strip())
+
+    def says_other(self, caption: str) -> bool:
+        """Say whether who reads the sample finds another caption in it than the one by which it was scored."""
+        described = tar.read_json(self.text(tar.JSON_SUFFIX) or b"") or {}
+        if records.conversations_of(described):
+            return False
+        try:
+            return samples.caption_of(described, self.text(tar.CAPTION_SUFFIX)) not in ("", caption)
+        except UnicodeDecodeError:
+            return True
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from curate.embed import reader
 from curate.embed.embed import EmbedOptions, embed
 from curate.embed.side_data import NUMBER, TEXT, Captions, Extras, column_name
 from curate.emit.emit import EmitOptions, emit
+from curate.engine import Job
 from curate.errors import UsageError
 from curate.ingest.published import ImportOptions, import_layout
 from curate.storage import sidecar
@@ -54,6 +55,25 @@ def test_captions_come_by_url_from_a_headerless_table_and_are_emitted(tmp_path, 
     assert manifest["captions_added"] == 3
     held = dict(members(tmp_path / "out" / "000000.tar"))
     assert held["00004.txt"].decode() == "été" and held["00004.jpg"] == picture(4) and len(held) == 9
+
+
+def test_a_caption_that_was_chosen_is_not_what_the_tars_keep_and_that_is_said(tmp_path, model, capsys):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    with open(pool / "0.tar", "wb") as file, TarWriter(file) as tar:
+        for row, said in enumerate(["as the web has it", "told anew 1", ""]):
+            tar.add(f"{row}.jpg", picture(row))
+            tar.add(f"{row}.txt", said.encode())
+            tar.add(f"{row}.json", json.dumps({"recaption": f"told anew {row}"}).encode())
+    embed(str(pool), str(tmp_path / "emb"), EmbedOptions(model, caption="recaption"), QUIET)
+    sel = write_selection(tmp_path / "sel", str(tmp_path / "emb"), lambda stem, row, key: True)
+    manifest = emit(sel, str(tmp_path / "out"), EmitOptions(), Job())
+    assert (manifest["other_captions"], manifest["captions_added"]) == (1, 1)
+    assert "emit: 1 samples keep another text as their own; --format llava writes" in capsys.readouterr().err
+    assert dict(members(tmp_path / "out" / "000000.tar"))["0.txt"] == b"as the web has it"
+    emit(sel, str(tmp_path / "llava"), EmitOptions(format="llava"), QUIET)
+    records = json.loads((tmp_path / "llava" / "coreset.json").read_text())
+    assert [record["conversations"][1]["value"] for record in records] == [f"told anew {row}" for row in range(3)]
 
 
 def test_samples_that_say_something_themselves_are_emitted_as_they_are(tmp_path, model):
