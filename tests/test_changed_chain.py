@@ -1,12 +1,25 @@
 """A pool changes, and the same commands again bring every stage up to date, to what they would make from nothing."""
 
+import itertools
 import json
+import os
+import shutil
+import threading
 import time
+from functools import partial
 
+import pytest
 import tiny_clip
-from artefacts import members, write_pool
+from artefacts import members, write_embeddings, write_pool
 
 from curate.cli import app
+from curate.emit.emit import emit
+from curate.emit.options import EmitOptions
+from curate.engine import Job
+from curate.select.options import SelectOptions
+from curate.select.select import select
+from curate.storage import paths, whole_files
+from curate.storage.manifest import open_input
 from house import fingerprint
 
 
@@ -87,3 +100,63 @@ def test_a_run_takes_up_a_changed_pool_as_far_as_the_mix(tmp_path, capfd):
     kept = mixed()
     assert len(kept) == 9 and all(6 <= key < 12 or 100 <= key for key in kept)
     assert "anew" not in run() and not [*out.rglob(".next*")]
+
+
+@pytest.mark.parametrize("verb", ["select", "emit", "emit parquet"])
+def test_a_run_that_an_equal_one_overtakes_takes_up_what_that_has_finished(tmp_path, monkeypatch, capfd, verb):
+    place = {name: str(tmp_path / name) for name in ("pool", "emb", "sel", "out")}
+    stages = {
+        "select": partial(select, place["emb"], place["sel"], SelectOptions(steps=("sample(5)",))),
+        "emit": partial(emit, place["sel"], place["out"], EmitOptions(shard_size=2)),
+        "emit parquet": partial(emit, place["sel"], place["out"], EmitOptions(format="parquet")),
+    }
+    make, out, sync = (
+        partial(stages[verb], Job(workers=1, quiet=True)),
+        place["sel" if verb == "select" else "out"],
+        whole_files._sync,
+    )
+
+    def upstream(state):
+        shutil.rmtree(place["emb"], ignore_errors=True)
+        write_embeddings(place["emb"], write_pool(tmp_path / "pool", ["a", "b"], 4 + state % 2))
+        if verb != "select":
+            stages["select"](Job(workers=1, quiet=True))
+
+    upstream(0)
+    make()
+    for number in itertools.count(1):  # the other run is at work from its beginning to its end when this one syncs
+        upstream(number)
+        files = itertools.count(1)
+        other = []
+
+        def overtaken(written, files=files, other=other, number=number):
+            if threading.current_thread() is threading.main_thread() and next(files) == number:
+                thread = threading.Thread(target=lambda: other.append(make()))
+                thread.start()
+                thread.join()
+            sync(written)
+
+        monkeypatch.setattr(whole_files, "_sync", overtaken)
+        capfd.readouterr()
+        found = make()
+        monkeypatch.setattr(whole_files, "_sync", sync)
+        if not other:
+            break
+        assert found == other[0] == open_input(out, verb.split()[0]).manifest
+        assert capfd.readouterr().err.strip() in (f"another run has finished {out} meanwhile", "")
+        assert not [name for name in os.listdir(out) if name.startswith(".next")]
+    assert number > 3
+
+
+def test_a_folder_into_which_another_process_writes_goes_in_the_end(tmp_path, monkeypatch):
+    (tmp_path / "next" / "table").mkdir(parents=True)
+    late, rmdir = iter(["a", "b"]), os.rmdir
+
+    def filled(place, *more, **named):
+        if (name := next(late, "")) and os.path.exists(tmp_path / "next" / "table"):
+            (tmp_path / "next" / "table" / name).touch()
+        rmdir(place, *more, **named)
+
+    monkeypatch.setattr(os, "rmdir", filled)
+    paths.remove(str(tmp_path / "next"))
+    assert not (tmp_path / "next").exists()

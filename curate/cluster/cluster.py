@@ -37,7 +37,7 @@ from curate.storage.manifest import (
     save_json,
     versions,
 )
-from curate.storage.renewal import settle
+from curate.storage.renewal import settle, shared
 from curate.vectors import kmeans
 from curate.vectors.near_pairs import is_worth_rounding
 from curate.vectors.products import fastest_product
@@ -50,6 +50,7 @@ LEAST_LENGTH = 1e-15  # of a given centroid, and the inverse of the greatest: it
 FIT_CLAIM, FINISH_CLAIM = ".fit.claim", ".finish.claim"
 
 
+@shared
 def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, Any]:
     """Cluster the good rows of `emb` and find the near-duplicates in each cluster. Returns the manifest.
 

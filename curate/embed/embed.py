@@ -29,6 +29,7 @@ from curate.engine import Job
 from curate.errors import UsageError, unknown
 from curate.storage import faults, manifest, members, paths, sidecar, tar
 from curate.storage.ranges import map_ahead
+from curate.storage.renewal import shared
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
 from pipelines import memory
@@ -40,6 +41,7 @@ MOST_SHARED_BYTES = 2 << 30  # of weights in fp32, ViT-L's 1.7 GB among them, th
 TEXTS_PER_IMAGE = 2  # caption batches may be larger: captions are short
 
 
+@shared
 @memory.kept()
 def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any]:
     """Embed every shard of a pool that is not embedded yet, and return the manifest.

@@ -26,6 +26,7 @@ from curate.emit.options import TABLES, EmitOptions
 from curate.errors import UsageError
 from curate.storage import paths, records, sidecar
 from curate.storage.manifest import Artefact, Output, digest, load_json, open_output, reconcile, versions
+from curate.storage.renewal import shared
 from curate.storage.tar import CAPTION_SUFFIX, JSON_SUFFIX, TarWriter, read_json
 from pipelines.records import Turns, read
 from pipelines.samples import caption_turns
@@ -46,6 +47,7 @@ class Span:
     stop: int
 
 
+@shared
 def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | None = None) -> dict[str, Any]:
     """Write the kept samples of `sel` to `out` and return the manifest.
 

@@ -29,7 +29,7 @@ from curate.ingest.options import PackOptions
 from curate.ingest.table_columns import caption_column, holds_images, image_column, no_images
 from curate.storage import faults, manifest, paths
 from curate.storage.faults import Faults
-from curate.storage.renewal import Parts, Seen
+from curate.storage.renewal import Parts, Seen, shared
 from curate.storage.tar import (
     CAPTION_SUFFIX,
     IMAGE_SUFFIXES,
@@ -65,6 +65,7 @@ class Part:
     seen: Seen = (0, "", "")
 
 
+@shared
 def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any]:
     """Write the tars that are not there yet, and return the manifest.
 

@@ -28,14 +28,14 @@ from curate.ingest.join import EXACT, JOINS, ROW_BITS, choose_form, join_hash, u
 from curate.ingest.options import ImportOptions
 from curate.storage import faults, manifest, members, paths, records, sidecar, tar
 from curate.storage.json_files import file_digest
-from curate.storage.renewal import Parts
+from curate.storage.renewal import Parts, shared
 from curate.storage.schema import STATUSES, embedding_schema
 from curate.vectors import exact
 
-CHUNK_ROWS = 65_536
-OPEN_PARTS = 4
+CHUNK_ROWS, OPEN_PARTS = 65_536, 4
 
 
+@shared
 def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> dict[str, Any]:
     """Bring foreign embeddings into the form that `curate embed` writes, and return the manifest.
 
@@ -78,8 +78,8 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         task_of_parts = ImportPart(named, output.directory, extra)
         outcome = engine.run_stage("import", task_of_parts, todo, job, places=(out,))
         return _finish(output, list(named), outcome, {}, passed, quiet=job.quiet)
-    shared = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
-    with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=shared) as folder:
+    nodes = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
+    with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=nodes) as folder:
         form, joined = choose_form(parts, options.join, folder, held.shards)
         if form != EXACT:
             joined["form"] = form

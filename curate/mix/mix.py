@@ -29,6 +29,7 @@ from curate.mix.sources import ELSEWHERE, SourceOptions
 from curate.mix.write_json import write_json
 from curate.storage import faults, paths, records, sidecar
 from curate.storage.manifest import Output, load_json, open_output, versions
+from curate.storage.renewal import shared
 from curate.storage.tar import TarWriter, is_safe
 
 SCRATCH = ".spool"
@@ -66,6 +67,7 @@ def read_table(mix_toml: str) -> dict[str, Any]:
     return table
 
 
+@shared
 def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, Any]:
     """Mix the sources of a `[mix]` table (or of the TOML file that holds one) and return the manifest.
 

@@ -36,6 +36,7 @@ from curate.storage.manifest import (
     save_json,
     versions,
 )
+from curate.storage.renewal import shared
 from curate.storage.schema import SELECTION_SCHEMA, STATUSES
 
 FUNNEL = "funnel.json"
@@ -43,6 +44,7 @@ NUM_BINS = 60
 SCORES = ("clip_score", "centroid_similarity")
 
 
+@shared
 def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str, Any]:
     """Run the funnel over a clustered (or only embedded) pool and write what became of each row. Returns the manifest.
 

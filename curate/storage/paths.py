@@ -187,15 +187,7 @@ def remove(location: str) -> None:
     if is_remote(location):
         with_retries(location, lambda fs, path: fs.rm(path, recursive=True) if fs.exists(path) else None)
         return
-    path = local(location)
-    if os.path.isdir(path) and not os.path.islink(path):
-        import shutil
-
-        while os.path.lexists(path):
-            with suppress(FileNotFoundError):  # another process deletes it, too
-                shutil.rmtree(path)
-    else:
-        Path(path).unlink(missing_ok=True)
+    whole_files.delete(local(location))
 
 
 def open_read(location: str) -> IO[bytes]:

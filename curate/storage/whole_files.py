@@ -1,9 +1,10 @@
-"""Local files that appear under their names whole and on disk, one at a time or many together."""
+"""Local files that appear under their names whole and on disk, one at a time or many together, and go."""
 
 import errno
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from curate.errors import UsageError
 
 DATA = (".arrow", ".json", ".jsonl", ".tar", ".gz", ".parquet", ".npy", ".npz", ".toml", ".tsv", ".csv", ".txt", ".jpg")
 MOST_WAITING, SYNCERS = 512, 16  # files that are synced together, and how many of them at once
+EMPTYINGS, FIRST_PAUSE_S = 6, 0.05  # 0.05 + 0.1 + … + 0.8 s
 _group = threading.local()  # waiting: {temporary: path} of what this thread has written and not named yet
 
 
@@ -55,6 +57,26 @@ def _begun(temporary: str) -> IO[bytes]:
     except FileNotFoundError:
         os.makedirs(os.path.dirname(temporary), exist_ok=True)
         return open(temporary, "wb")
+
+
+def delete(path: str) -> None:
+    """Delete a file or a whole folder, if it is there, also while others delete from it or write into it."""
+    if not os.path.isdir(path) or os.path.islink(path):
+        Path(path).unlink(missing_ok=True)
+        return
+    import shutil
+
+    filled = 0
+    while os.path.lexists(path):
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:  # another process deletes it, too
+            continue
+        except OSError as error:
+            filled += 1
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or filled == EMPTYINGS:
+                raise
+            time.sleep(FIRST_PAUSE_S * 2 ** (filled - 1))  # another process has just written into it
 
 
 def refuse_data(path: str) -> None:
