@@ -6,6 +6,7 @@ content is complete. What fails in passing (a 503, a cut connection, a silent se
 s3fs does so for single requests, this room for whole reads and uploads, and for every driver.
 """
 
+import errno
 import glob
 import logging
 import os
@@ -68,6 +69,8 @@ def with_retries(location: str, work: Callable[[Any, str], Result]) -> Result:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if "Credentials" in type(error).__name__:
                 raise UsageError(f"cannot open {location}: {reason}", "see the driver's own settings") from None
+            if (status := _refused(error)) is not None:
+                raise PermissionError(errno.EACCES, f"the server answers {status}", location) from None
             if not _may_pass(error):
                 raise
             if attempt + 1 == TRIES:
@@ -75,6 +78,13 @@ def with_retries(location: str, work: Callable[[Any, str], Result]) -> Result:
             log.info("%s: %s; trying again", location, reason)
             time.sleep(FIRST_PAUSE_S * 2**attempt)
     raise AssertionError("unreachable")
+
+
+def _refused(error: Exception) -> int | None:
+    """Return the status by which a web server refuses for good: 403, an address that has expired, and the like."""
+    status = getattr(error, "status", None)
+    lasting = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
+    return status if lasting and not isinstance(error, OSError) else None
 
 
 def _may_pass(error: Exception) -> bool:

@@ -158,6 +158,28 @@ def test_a_web_servers_files_have_their_own_addresses_and_sizes(tmp_path):
         server.shutdown()
 
 
+@pytest.mark.parametrize("status, asked", [(401, 1), (403, 1), (410, 1), (429, 5), (503, 5)])
+def test_a_web_server_that_refuses_for_good_is_asked_once(monkeypatch, status, asked):
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        requests = 0
+
+        def do_GET(self):
+            Refusing.requests += 1
+            self.send_error(status)
+
+        def log_message(self, *told):
+            pass
+
+    monkeypatch.setattr(paths, "FIRST_PAUSE_S", 0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/pool/a.tar"
+        with pytest.raises(OSError, match=str(status)) as told, paths.local_copy(url):
+            pass
+        server.shutdown()
+    assert Refusing.requests == asked and isinstance(told.value, PermissionError) == (asked == 1)
+
+
 def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with (
