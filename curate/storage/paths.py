@@ -10,10 +10,9 @@ import errno
 import glob
 import logging
 import os
-import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import IO, Any, TypeVar, cast
 
 from curate.errors import UsageError
 from curate.storage import whole_files
+from curate.storage.braces import braces as braces
 
 TRIES, FIRST_PAUSE_S = 5, 0.5  # 0.5 + 1 + 2 + 4 s
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -262,27 +262,6 @@ def clear_temporaries(directory: str, but: tuple[str, ...] = ()) -> None:
                 remove(join(directory, entry))
 
 
-def braces(pattern: str) -> list[str]:
-    """Expand `{00000..00010}` and `{a,b}` as a shell would, keeping zero padding.
-
-    Bounded: more than 10,000,000 names are refused.
-    """
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    head, tail = pattern[: match.start()], braces(pattern[match.end() :])
-    if match[3] is not None:
-        middles: Sequence[str] = match[3].split(",")
-    else:
-        first, last = int(match[1]), int(match[2])
-        if (abs(last - first) + 1) * len(tail) > 10_000_000:
-            raise UsageError(f"the pattern {pattern} names more than 10,000,000 files")
-        step = 1 if last >= first else -1
-        width = len(match[1]) if match[1].startswith("0") or match[2].startswith("0") else 0
-        middles = [str(number).zfill(width) for number in range(first, last + step, step)]
-    return [head + middle + rest for middle in middles for rest in tail]
-
-
 def expand(pattern: str, suffix: str) -> list[str]:
     """List the files that `find` finds; of a directory those whose names end in `suffix`."""
     return list(find(pattern, suffix))
@@ -310,7 +289,9 @@ def find(pattern: str, suffix: str = "") -> dict[str, Found]:
         if remote and len(names) > 1 and not any(mark in location for mark in "*?["):  # one listing for all of a folder
             folder = parent(location)
             if folder not in listings:
-                listings[folder] = files(folder)
+                listings[folder] = {}
+                with suppress(PermissionError):  # of a listing alone: each file is asked for
+                    listings[folder] = files(folder)
             held = listings[folder].get(name(location))
             if held is not None:
                 found[location] = held

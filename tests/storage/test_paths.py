@@ -180,6 +180,29 @@ def test_a_web_server_that_refuses_for_good_is_asked_once(monkeypatch, status, a
     assert Refusing.requests == asked and isinstance(told.value, PermissionError) == (asked == 1)
 
 
+def test_files_that_are_named_are_found_where_no_listing_is_allowed(tmp_path):
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.tar").write_bytes(b"x" * (5 + int(name)))
+
+    class Unlisted(http.server.SimpleHTTPRequestHandler):
+        def list_directory(self, path):
+            self.send_error(403)
+
+        def log_message(self, *told):
+            pass
+
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Unlisted, directory=str(tmp_path))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        found = {place: held.size for place, held in paths.find(f"{url}/{{0,1}}.tar", ".tar").items()}
+        assert found == {f"{url}/0.tar": 5, f"{url}/1.tar": 6}
+        with pytest.raises(PermissionError, match="403"):
+            paths.find(url, ".tar")
+        server.shutdown()
+
+
 def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with (
