@@ -6,7 +6,8 @@ with two capacities; first-fit decreasing takes the longest sample first, each i
 capacity it needs at most 11/9 of the fewest bins + 6/9 (Dósa 2007); it takes O(n bins) time for n = `batch_size`
 samples. Then the capacity is lowered as far as the number of bins stays the same, so that ranks have equal work.
 
-Without packing, samples of similar length share a micro-batch of padded rows.
+Without packing, samples of similar length share a micro-batch of padded rows. Samples of more tokens than `far` share
+none with others: longrope (Phi-3.5, Phi-4) turns all that is in a pass by other angles once one of it is that long.
 
 Invariant: the loss is normalised over the whole step, so packing and the number of ranks change speed and not the
 result. The plan is a pure function of lengths, seed and step number: to resume at step n, only n is needed.
@@ -104,8 +105,9 @@ def split_for_ranks(groups: Groups, world: int) -> Groups:
 class Plan:
     """Which samples each step takes, and how they are packed."""
 
-    def __init__(self, measured: Measured, stage: Stage) -> None:
-        self.measured, self.stage = measured, stage
+    def __init__(self, measured: Measured, stage: Stage, far: int = 0) -> None:
+        """far: tokens above which a sample shares a micro-batch with none that has fewer; 0: any may share one."""
+        self.measured, self.stage, self.far = measured, stage, far
         self.usable = measured.usable
         self.num_samples = max(1, round(stage.epochs * len(self.usable)))
         self.steps = stage.steps or -(-self.num_samples // stage.batch_size)
@@ -128,7 +130,14 @@ class Plan:
 
     def micro_batches(self, step: int, world: int) -> list[Rows]:
         """Return the step's micro-batches, a multiple of `world`; rank r takes those at r, r + world, r + 2 world, …"""
-        samples, stage = self.samples(step), self.stage
+        samples = self.samples(step)
+        if not self.far:
+            return self._group(samples, world)
+        near, beyond = ([i for i in samples if (self.measured.lengths[i] > self.far) == far] for far in (False, True))
+        return self._group(near, world) + self._group(beyond, world)
+
+    def _group(self, samples: list[int], world: int) -> list[Rows]:
+        stage = self.stage
         lengths = [int(self.measured.lengths[i]) for i in samples]
         images = [int(self.measured.images[i]) for i in samples]
         if stage.packing:

@@ -39,7 +39,7 @@ from train.folder import (
 from train.model import attention
 from train.model.compose import Composed, compose
 from train.model.half import stay_half
-from train.model.language import load_tokenizer
+from train.model.language import load_tokenizer, turning_point
 from train.model.learn import fuse, prepare, recompute
 from train.model.regional import compile_layers
 from train.model.skip_unlabelled import skip_unlabelled
@@ -226,7 +226,9 @@ def _assemble(
         log.info("%s", attention.describe(runtime.device, runtime.dtype))
     trainable = prepare(composed, stage)
     stage = dataclasses.replace(stage, micro_tokens=_size_pass(composed, config.model, stage, runtime, out))
-    plan = Plan(measured, stage)
+    longest = max(int(part.lengths.max(initial=0)) for part in (measured, held) if part is not None)
+    far = turning_point(composed.model.config.text_config, longest)
+    plan = Plan(measured, stage, far)
     stage = resolve(stage, plan, composed.vision.image_bytes, runtime.world, gpu=runtime.device.type == "cuda")
     skip_unlabelled(composed.model.model.language_model)
     stay_half(composed.model)
@@ -248,7 +250,7 @@ def _assemble(
     if held is not None:
         once = dataclasses.replace(stage, steps=0, epochs=1.0, batch_size=BATCH)
         decoding = Collator(held_source, encoder, collator.image_processor, max_length)
-        training.validation = Validation(Plan(held, once), decoding, runtime)
+        training.validation = Validation(Plan(held, once, far), decoding, runtime)
         log.info("%d samples are held out; their loss is taken with each checkpoint", len(held.usable))
     with out_of_memory(stage):
         training.features = cache_features(composed, stage, plan, collator, runtime, training.skipped)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from promises import write_lm
 from ranks import on_two_ranks
 from safetensors.torch import load_file
 from toys import add, picture, write_mixed
@@ -268,6 +269,31 @@ def test_samples_beyond_the_language_models_positions_are_warned_of(world, tmp_p
     with caplog.at_level("WARNING", "train"):
         run(world, tmp_path / "run", "finetune.steps=1", f"model.lm={tmp_path / 'lm'}")
     assert "longer than the language model's 20 positions" in caplog.text and "model.max_length=20" in caplog.text
+
+
+def test_a_sample_that_turns_rotary_angles_changes_none_beside_it(world, tmp_path):
+    """Of 27 and 11 tokens: beyond `far` all angles are others, and those of a pass go by its longest sample."""
+    from transformers import LlamaConfig, Phi3Config
+
+    far = 20
+    sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    reach = {"max_position_embeddings": 4 * far, "original_max_position_embeddings": far}
+    angles = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0]}
+    write_lm(Phi3Config(**sizes, **reach, rope_parameters=angles), tmp_path / "long")
+    found = []
+    for n, arranged in enumerate(("micro_tokens=1", "micro_tokens=16384", "packing=false")):
+        settings = (f"model.lm={tmp_path / 'long'}", f"finetune.{arranged}", "finetune.lora_dropout=0.0")
+        run(world, tmp_path / str(n), "finetune.steps=2", "finetune.batch_size=20", *settings)
+        found.append(losses(tmp_path / str(n)))
+    assert found[1] == pytest.approx(found[0], rel=1e-6) and found[2] == pytest.approx(found[0], rel=1e-6)
+
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    write_lm(LlamaConfig(**sizes, max_position_embeddings=far, rope_parameters=dynamic), tmp_path / "dynamic")
+    lm = f"model.lm={tmp_path / 'dynamic'}"
+    with pytest.raises(UsageError, match=f"--set model.max_length={far} cuts such samples"):
+        run(world, tmp_path / "run", "finetune.steps=1", lm)
+    run(world, tmp_path / "run", "finetune.steps=1", lm, f"model.max_length={far}")
 
 
 def test_finished_is_finished_and_other_options_are_refused(world, plain, caplog):
