@@ -6,7 +6,7 @@ Trials that are done are not run again.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from curate import engine, options
@@ -100,7 +100,8 @@ def gather(ablation: Ablation, failed: Mapping[int, str]) -> dict[str, Any]:
     reconcile("ablation", len(ablation.trials), {"done": len(done), "failed": len(missing)})
     there = {name for trial in done for name in trial["measures"]}
     names = [name for name in MEASURES if name in there] + sorted(there - set(MEASURES))
-    described = {name: dict(zip(("about", "better", "unit"), _meaning(name), strict=True)) for name in names}
+    own = {name for told in answers.values() for name in told}
+    described = {name: dict(zip(("about", "better", "unit"), _meaning(name, own), strict=True)) for name in names}
     bars = [{**vars(bar)} for bar in ablation.bars]
     summary = statistics.summarise(done, ablation.arms, chosen.compare, chosen.reference, names)
     over_records.add(summary, answers, chosen.compare)
@@ -131,9 +132,12 @@ def _mixtures(chosen: Options, done: Sequence[Mapping[str, Any]]) -> dict[str, A
     return {"mixtures": shares.responses(done, table, chosen.axes[shares.AXIS], goal)}
 
 
-def _meaning(name: str) -> tuple[str, str, str]:
+def _meaning(name: str, own: Collection[str] = ()) -> tuple[str, str, str]:
+    """Say what a measure is, which way is better, and its unit.  own: the measures of data.eval's records."""
     words = name.replace("_", " ")
-    other = (f"{words}, as the benchmark or its records score it", "higher", "number")
+    other = (f"{words}, as the benchmark scores it: of 100, MME in points", "higher", "number")
+    if name in own and name.endswith("_accuracy"):
+        other = (f"exact answers to held-out records of the task {name.removesuffix('_accuracy')}", "higher", "share")
     if name.endswith("_perplexity"):
         other = (f"{words} of the true answers", "lower", "number")
     return MEASURES.get(name, other)

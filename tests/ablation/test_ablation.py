@@ -363,6 +363,9 @@ def test_records_that_name_their_task_are_measured_task_by_task():
     found = trials._of_records(told)
     assert found == {"accuracy": 0.5, "rooms_accuracy": 0.25, "rooms_perplexity": 3.0}
     assert [run._meaning(name)[1] for name in found] == ["higher", "higher", "lower"]
+    told = [run._meaning(name, found) for name in ("rooms_accuracy", "rooms_perplexity", "pope_accuracy")]
+    assert [unit for *_, unit in told] == ["share", "number", "number"], "0 to 1 here, 0 to 100 there"
+    assert "task rooms" in told[0][0] and "of 100" in told[2][0] and "benchmark" not in told[0][0]
 
 
 def test_a_benchmark_of_the_base_can_be_taken_away():
