@@ -170,7 +170,10 @@ class OwnTemplate:
         if [match[0] for match in asked] != [match[0] for match in earlier]:
             raise Rejected("prompt_changed_by_chat_template")
         tail = prompt[asked[0].end() if asked else 0 :]
-        start = after + len(os.path.commonprefix([text[after : shown[0]], tail]))
+        kept = os.path.commonprefix([text[after : shown[0]], tail])
+        if number == len(shape) - 1 and kept != tail:  # DeepSeek-R1: a prompt ends with <think>, and no answer has one
+            raise Rejected(f"answer_without_what_ends_the_prompt_in_chat_template: {tail[len(kept) :]!r}")
+        start = after + len(kept)
         last = _MARK.match(text, marks[-1])
         following = _MARK.search(text, last.end() if last else 0)
         end = re.compile(self.specials).search(text, last.end() if last else 0)

@@ -237,6 +237,10 @@ def test_tool_turns_are_counted_by_name():
         ("{{ raise_exception('no') }}", "refused_by_chat_template: no"),
         ("{% for m in messages %}{{ m.content.x.y }}{% endfor %}", "refused_by_chat_template"),
         ("{% for m in messages %}{{ m.content + ['</s>', '<s>'][loop.index0 // 2] }}{% endfor %}", "as given"),
+        (
+            CHATML.replace("|im_start|>assistant\\n", "|im_start|>assistant\\n<think>\\n"),
+            r"what_ends_the_prompt.*'<think>\\n'",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_in_words(source, reason):
