@@ -4,6 +4,7 @@ stages.py carries it out. The tables of the trainer are checked by `python -m tr
 """
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ import pipelines
 from curate import options
 from curate.errors import UsageError, unknown
 from curate.storage import paths
+from pipelines.options import parse_setting
 
 CORESET = ("demo", "import", "embed", "cluster", "select", "emit", "report")
 TRAIN = ("mix", "align", "finetune", "export", "eval")
@@ -269,6 +271,16 @@ def _flags(key: str, value: Any) -> list[str]:
     return [f"{name}={','.join(value) if isinstance(value, list) else value}"]
 
 
+def _changed(where: str, before: Any, after: Any) -> Iterator[str]:
+    """Write as settings what a table has else than its file: `--set`, `{out}` filled in, an ablation's arm and seed."""
+    if isinstance(after, dict) and after:
+        for key, value in after.items():
+            yield from _changed(f"{where}.{key}", before.get(key) if isinstance(before, dict) else None, value)
+    elif after != before:
+        plain = isinstance(after, str) and parse_setting(f"{where}={after}")[1] == after
+        yield f"{where}={after if plain else json.dumps(after, ensure_ascii=False)}"
+
+
 def shown_command(pipeline: Pipeline, stage: str) -> str:
     """Write a stage as a command to read."""
     if stage in TRAINER:
@@ -285,7 +297,10 @@ def shown_command(pipeline: Pipeline, stage: str) -> str:
         "mix": str(pipeline.path),
     }[stage]
     if stage == "mix":
-        flags = [f"--set={setting}" for setting in pipeline.settings if setting.startswith("mix.")]
+        flags = [
+            f"--set={setting}"
+            for setting in _changed("mix", pipelines.read(pipeline.path).get("mix"), pipeline.tables["mix"])
+        ]
         return shlex.join(["curate", "mix", between, place(stage), *flags])
     flags = [
         flag
