@@ -182,12 +182,18 @@ def lines(plan: Pipeline) -> Iterator[str]:
     yield from _about(ablation)
     first = ablation.trials[0]
     yield f"the first one, {' · '.join(first.arm.values())}, seed {first.seed}; the others differ in what the arms say:"
-    for line in stage_lines(first.plan, None):
-        yield f"  {line}"
+    refused = None
+    try:
+        for line in stage_lines(first.plan, None):
+            yield f"  {line}"
+    except UsageError as error:
+        refused = error  # what the arms are, and what their training costs, holds without a pool, too
     for trial in ablation.trials[: len(ablation.arms)]:
         yield f"  {' · '.join(trial.arm.values())}: {' '.join(_changes(first.plan, trial.plan)) or 'as above'}"
     if ablation.options.cost:
         yield from _cost(ablation, options.build(Cost, ablation.options.cost, "ablation.cost"))
+    if refused:
+        raise refused
 
 
 def _changes(first: Pipeline, other: Pipeline) -> Iterator[str]:

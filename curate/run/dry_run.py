@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from curate.engine import Job, cores
-from curate.errors import CurateError
+from curate.errors import CurateError, UsageError
 from curate.run import calibration
 from curate.run.pipeline import TRAINER, Pipeline, check_trainer, shown_command, stage_options
 from curate.select import syntax
@@ -73,6 +73,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
     total = hours = 0.0
     unknown = ""
     sizes: dict[str, int] = {"gpus": gpus}
+    missing = None
     for stage in pipeline.stages(only):
         yield f"▸ {shown_command(pipeline, stage)}"
         if any(paths.exists(paths.join(pipeline.place(stage), name)) for name in RECORDS):
@@ -86,7 +87,8 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
             continue
         cost = _cost(pipeline, stage, sizes)
         if cost is None or not cost.rows:
-            yield "    not known before the pool is there"
+            missing = missing or _missing(pipeline, stage, only)
+            yield f"    not known before {'what it imports' if 'import' in pipeline.tables else 'the pool'} is there"
             continue
         total += cost.seconds or 0.0
         if cost.seconds is None:
@@ -101,6 +103,21 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
         gpu = f", {hours:.2g} GPU-hours of it," if gpus else ""
         core = f"{total * cores() / 3600:.2g} core-hours"
         yield f"about {duration(total)} in all{unknown}{gpu} ({core}) on this machine, as it is now"
+    if missing:  # last, since the commands and an ablation's costs are asked before a pool is there, too
+        raise missing
+
+
+def _missing(pipeline: Pipeline, stage: str, only: str | None) -> UsageError | None:
+    """Return what a stage that reads from outside would end with, where that is not there and no stage makes it."""
+    if stage == "import":
+        source = str(pipeline.tables[stage]["source"])
+        return None if paths.exists(source) else UsageError(f"{source} does not exist", "--set import.source=DIR")
+    if stage == "embed" and "demo" not in pipeline.stages(only):
+        try:
+            list_pool(pipeline.pool)
+        except UsageError as error:
+            return error
+    return None
 
 
 def _sources(pipeline: Pipeline) -> Iterator[str]:
@@ -126,6 +143,8 @@ def _cost(pipeline: Pipeline, stage: str, sizes: dict[str, int]) -> Cost | None:
         return Cost(options.rows, options.rows * DEMO_ROW_BYTES, seconds, "1,500 rows/s a core")
     if stage == "embed":
         return _embed_cost(pipeline, sizes)
+    if stage == "import" or stage == "emit" and "select" not in pipeline.tables:
+        return None  # a published table tells its rows when it is read, a selection of another run what it kept
     rows, dim = sizes.get("rows", 0), sizes.get("dim", 512)
     if stage == "cluster":
         return _cluster_cost(pipeline, rows, dim, sizes["gpus"])

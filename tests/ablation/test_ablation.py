@@ -376,7 +376,9 @@ def test_a_benchmark_of_the_base_can_be_taken_away():
 
 
 def test_the_dry_run_tells_the_arms_and_the_cost():
-    told = curate("run", "ablation_bunny", "--pool", "nowhere", "--dry-run", check=False).stdout
+    ended = curate("run", "ablation_bunny", "--pool", "nowhere", "--dry-run", check=False)
+    told = ended.stdout
+    assert ended.returncode == 2 and ended.stderr.strip() == "error: nowhere does not exist"
     assert "6 arms (3 recipe × 2 text) × 2 seeds = 12 trials" in told and "they share 1 pool and 6 coresets" in told
     assert 'balanced · no text: mix.text_share=0.0 select.recipe="balanced"' in told
     align = 4 * 2.78e9 * 2e6 * 754 / 445e12 / 3600

@@ -1,13 +1,17 @@
 """Pipelines: what is checked before anything runs, what is told beforehand, and that a second run does nothing."""
 
 import re
+import shlex
 import shutil
 import tomllib
 
 import pytest
 from artefacts import write_embeddings, write_pool
 
+from curate import options
+from curate.ablation import arms
 from curate.errors import UsageError
+from curate.mix.mix import read_table
 from curate.run import dry_run, pipeline, stages
 from house import CLIP, ROOT, curate, fingerprint
 
@@ -196,6 +200,41 @@ def test_the_dry_run_reads_sizes_off_finished_embeddings_and_calibrates_what_fol
     assert told[1].strip().startswith("stands finished")
     assert "60 rows · " in told[3] and "k = 4 by kmeans, calibrated: fit " in told[3]
     assert "60 rows · " in told[5] and "6 rows · " in told[7] and "core-hours" in told[-1]
+
+
+@pytest.mark.parametrize("name", ["demo", "real", "bunny_695k", "ablation_mix", "ablation_stages"])
+def test_the_mix_that_is_printed_is_the_one_that_is_made(tmp_path, name):
+    settings = ["mix.text_share=0.25", "mix.sources.text.path=its own/2026"] if name == "real" else ["mix.seed=3"]
+    plan = pipeline.load(name, str(tmp_path / "an out"), pool="p" if name == "real" else None, settings=settings)
+    plans = [trial.plan for trial in arms.parse(plan).trials] if "ablation" in plan.tables else [plan]
+    for plan in plans:
+        curate_, verb, file, out, *flags = shlex.split(pipeline.shown_command(plan, "mix"))
+        typed = {"mix": read_table(file)}
+        for flag in flags:
+            options.assign(typed, flag.removeprefix("--set="))
+        assert (curate_, verb, out) == ("curate", "mix", plan.place("mix")) and typed["mix"] == plan.tables["mix"]
+
+
+def test_the_dry_run_of_a_pool_that_is_not_there_ends_as_the_run_does(tmp_path):
+    (tmp_path / "p.toml").write_text("[embed]\nmodel = 'x'\n[cluster]\n[select]\nsteps = ['sample(9)']\n[emit]\n")
+    words = ["run", tmp_path / "p.toml", "--pool", tmp_path / "typo", "--out", tmp_path / "out"]
+    told, ended = curate(*words, "--dry-run", check=False), curate(*words, check=False)
+    assert "▸ curate emit" in told.stdout and told.returncode == ended.returncode == 2
+    assert told.stderr == ended.stderr == f"error: {tmp_path}/typo does not exist\n"
+    made = ["run", "demo", "--out", tmp_path / "demo", "--only"]
+    assert curate(*made, "coreset", "--dry-run").stderr == ""  # its first stage makes the pool
+    assert "demo/pool does not exist" in curate(*made, "embed", "--dry-run", check=False).stderr
+
+
+@pytest.mark.parametrize("stages", ["[cluster]", "[select]\nrecipe = 'random'\n[emit]", "[emit]"])
+def test_the_dry_run_of_an_import_does_not_need_every_stage(tmp_path, stages):
+    (tmp_path / "p.toml").write_text(f"[import]\nsource = '{tmp_path}/npy'\nlayout = 'npy'\n{stages}\n")
+    plan = pipeline.load(str(tmp_path / "p.toml"), str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="npy does not exist"):
+        list(dry_run.lines(plan, None))
+    (tmp_path / "npy").mkdir()
+    told = list(dry_run.lines(plan, None))
+    assert told[1::2] == ["    not known before what it imports is there"] * (len(told) // 2)
 
 
 @pytest.mark.parametrize(
