@@ -79,8 +79,9 @@ def run(plan: Pipeline, job: Job, echo: Echo = print) -> dict[str, Any]:
     _write(ablation, result)
     for line in statistics.table(result, ablation.options.lead, list(result["measures"])):
         echo(line)
-    for line in shares.lines(result) if ablation.options.shares else ():
-        echo(line)
+    if ablation.options.shares:
+        for line in shares.lines(result, options.build(shares.Shares, ablation.options.shares, "ablation.shares")):
+            echo(line)
     return result
 
 

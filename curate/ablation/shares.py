@@ -265,7 +265,7 @@ def responses(
     return found
 
 
-def lines(result: Mapping[str, Any]) -> Iterator[str]:
+def lines(result: Mapping[str, Any], shares: Shares) -> Iterator[str]:
     """Yield the closing lines of a sweep: what was tried beside the fit, the best mixture, the next to try."""
     if not result["mixtures"]:
         asked = f"{FEWEST} mixtures that have the goal's measures"
@@ -286,9 +286,11 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         likely = ", ".join(f"{name} {100 * low:.0f}–{100 * high:.0f} %" for name, low, high in spans)
         yield f"  best by the fit: {best['name']}: {best['mean']:.3f} {_interval(best)}"
         yield f"  the best mixture lies, 95 of 100 times, within {likely}"
-        point = ", ".join(f"{share:g}" for share in following["shares"])
         gain = f"{following['gain']:.4f} expected above the best tried"
-        yield f"  next to try: {following['name']} ({gain}): add [{point}] to ablation.shares.points"
+        # All of them, since points that are given take the place of those that are there without.
+        points = [*(shares.points or equal_parts(len(shares.sources))), following["shares"]]
+        typed = ", ".join(f"[{', '.join(f'{share:.12g}' for share in point)}]" for point in points)
+        yield f"  next to try: {following['name']} ({gain}): --set 'ablation.shares.points=[{typed}]'"
 
 
 def _interval(told: Mapping[str, float]) -> str:

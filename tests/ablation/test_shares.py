@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,10 @@ def test_a_sweep_says_what_to_try_next(tmp_path, capsys):
     reached = [1 - 0.3 * ((np.array(each["shares"]) - (0.6, 0.3, 0.1)) ** 2).sum() for each in fitted["tried"]]
     assert np.allclose([each["seen"] for each in fitted["tried"]], np.array(reached) + 0.055, atol=1e-9)
     assert "Which mixture is best" in (tmp_path / "out" / "report.html").read_text()
+    [typed] = re.findall(r"--set '(.+)'$", told, re.MULTILINE)
+    again = arms.parse(plan_of(tmp_path, (tmp_path / "plan.toml").read_text(), typed)).trials
+    assert sum(trial.finished() is not None for trial in again) == 14  # what is done stays done
+    assert {trial.arm["shares"] for trial in again if trial.finished() is None} == {fitted["next"]["name"]}
 
 
 def test_a_mix_that_is_short_of_an_arms_count_is_refused(tmp_path):
