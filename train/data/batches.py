@@ -32,6 +32,7 @@ from torch import Tensor
 from train.config import Stage
 from train.data.prompts import Encoder, Rejected
 from train.data.sources import Measured, Source, decode_image, encode
+from train.errors import TrainError
 
 MAX_FILES = 1 << 16
 PREFETCH = 4  # items that each worker decodes ahead
@@ -337,7 +338,9 @@ class Images(torch.utils.data.Dataset[tuple[Tensor | None, str]]):
 
 def load(dataset: Any, order: Iterable[Any], workers: int, pin: bool) -> Any:
     """Iterate a dataset in order, decoding ahead in worker processes; the order does not depend on their number."""
-    if workers:  # each tensor on its way holds an open file, and the usual 1,024 are soon too few
+    if workers:
+        _refuse_without_semaphores()
+        # Each tensor on its way holds an open file, and the usual 1,024 are soon too few.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_FILES)), hard))
     loader = torch.utils.data.DataLoader(
@@ -356,6 +359,15 @@ def load(dataset: Any, order: Iterable[Any], workers: int, pin: bool) -> Any:
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _refuse_without_semaphores() -> None:
+    """Raise TrainError where worker processes cannot be spoken with; a loader that is half made ends in a traceback."""
+    try:
+        torch.multiprocessing.get_context("fork").Lock()
+    except OSError as error:
+        needs = "processes that decode need /dev/shm, with room and leave to write"
+        raise TrainError(f"{needs}: {error}; workers = 0 decodes without them") from None
 
 
 def _ignore_signals(_worker: int) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from toys import word_tokenizer
 
 from train.config import Stage
+from train.data import batches
 from train.data.batches import (
     PREFETCH,
     Collator,
@@ -25,6 +26,7 @@ from train.data.measuring import measure
 from train.data.prompts import Encoder, get_template
 from train.data.sources import open_source
 from train.data.workers import resolve
+from train.errors import TrainError
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=40)
 
@@ -165,3 +167,13 @@ def test_auto_workers_go_by_cores_and_shared_memory(world, monkeypatch, caplog, 
         assert resolve(plan.stage, plan, 100, ranks, gpu=gpu).num_workers in (min(expected, 2), min(expected, 3))
         asked = resolve(replace(plan.stage, workers=5), plan, 100, ranks, gpu=gpu)
     assert asked.num_workers == 5 and "5 process(es) a rank decode (as asked)" in caplog.text
+
+
+def test_decoding_processes_that_cannot_start_are_refused_in_one_line(monkeypatch):
+    def refuse(*_args, **_more):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("multiprocessing.synchronize.Lock.__init__", refuse)
+    with pytest.raises(TrainError, match="need /dev/shm.*Read-only file system; workers = 0"):
+        batches.load([1, 2], [0, 1], 1, pin=False)
+    assert list(batches.load([1, 2], [0, 1], 0, pin=False)) == [1, 2]
