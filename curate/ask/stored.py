@@ -9,8 +9,9 @@ that a column of other embeddings is never taken. The folder is a cache: it may 
 written the column is computed each time.
 """
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from curate.storage import paths, sidecar
 from curate.storage.manifest import Artefact, digest, load_json, save_json
 
 log = logging.getLogger("curate")
+OF_ALL, WIDTH = ("embeddings", "rows"), 90
 
 
 def stored_array(
@@ -52,6 +54,19 @@ def stored_array(
 def folder_of(embedded: Artefact) -> str:
     """Name the folder in which what belongs to embeddings is stored."""
     return embedded.directory.rstrip("/") + ".columns"
+
+
+def stored_lines(folder: str) -> Iterator[str]:
+    """Yield what `curate show` says of such a folder: what each column is; none of any other folder."""
+    names = sorted(paths.listdir(folder)) if folder.endswith(".columns") else []
+    told = [load_json(paths.join(folder, name)) for name in names if name.endswith(".json")]
+    told = [each for each in told if isinstance(each, dict) and "embeddings" in each]
+    if told:
+        what = f"{len(told)} stored array{'s' * (len(told) > 1)}"
+        yield f"{folder}: {what} for {folder.removesuffix('.columns')}; a cache, which may be deleted"
+    for each in told:
+        about = " · ".join(f"{key} {json.dumps(each[key], ensure_ascii=False)}" for key in each if key not in OF_ALL)
+        yield f"  {each['rows']:,} rows · {about if len(about) <= WIDTH else about[: WIDTH - 1] + '…'}"
 
 
 def vocabulary_of(embedded: Artefact) -> tuple[tuple[str, ...], np.ndarray] | None:

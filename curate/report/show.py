@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from curate.ask.stored import stored_lines
 from curate.errors import UsageError
 from curate.report import ablation_tables, concepts, provenance
 from curate.report.provenance import is_finite
@@ -349,8 +350,11 @@ def _pipeline(directory: str) -> Iterator[str]:
         return
     if not paths.is_dir(directory):
         raise UsageError(f"{directory} is no directory.", "give a stage's directory, a pool, or a pipeline's OUT")
-    lines, lost, selection = [], [], None
+    lost, selection = [], None
     names = paths.listdir(directory)
+    if lines := list(stored_lines(directory.rstrip("/"))):
+        yield from lines
+        return
     for name in (name for name in names if not name.endswith(".tar")):
         place = paths.join(directory, name)
         if any(

@@ -4,9 +4,11 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 from artefacts import write_embeddings, write_pool
 
+from curate.ask import stored
 from curate.cluster.cluster import ClusterOptions, cluster
 from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job
@@ -15,6 +17,7 @@ from curate.mix.mix import mix
 from curate.report import ablation_tables, show
 from curate.report.show_sample import show_key
 from curate.select.select import SelectOptions, select
+from curate.storage.manifest import open_input
 from house import ROOT, curate
 
 QUIET = Job(workers=1, quiet=True)
@@ -133,3 +136,13 @@ def test_a_caption_cannot_command_the_terminal(home):
 def test_blocks_keep_the_proportions():
     assert show.sparkline([0, 1, 8, 4]) == " ▁█▄" and show.sparkline([]) == "" and show.sparkline([0, 0]) == "  "
     assert len(show.sparkline(range(1000))) <= 30
+
+
+def test_columns_stored_beside_embeddings_are_described(tmp_path):
+    write_embeddings(tmp_path / "emb", write_pool(tmp_path / "pool", ["a"], 6))
+    stored.stored_array(open_input(str(tmp_path / "emb")), {"prompt": ["a ü"]}, lambda: np.zeros(6, np.float32))
+    first, line = show.show(str(tmp_path / "emb.columns") + "/")
+    assert "1 stored array " in first and line == '  6 rows · prompt ["a ü"]'
+    (tmp_path / "no.columns").mkdir()
+    with pytest.raises(UsageError, match="holds nothing"):
+        list(show.show(str(tmp_path / "no.columns")))
