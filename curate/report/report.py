@@ -29,6 +29,7 @@ from curate.storage.schema import STATUSES
 KEPT, DROPPED, TWINS, BAD, CLUSTER_CARDS, CLUSTER_KEPT = 28, 14, 12, 7, 7, 3
 MAX_STEPS_SHOWN = 14
 JUDGEMENT = "judgement.json"
+FORMULA = ("=", "@", "\t", "\r"), ("=", "@", "\t", "\r", "+", "-")  # what opens one: in any cell, in a caption
 COMMANDS = ("embed", "import", "cluster", "select", "emit", "mix")
 
 
@@ -245,9 +246,18 @@ def _choose_clusters(context: dict[str, Any], gallery: Gallery, *, selected: boo
 
 
 def _csv(rows: Iterable[Sequence[Any]]) -> str:
-    """Write a table as a link that downloads it."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    """Write a table as a link that downloads it. A ' stands before what a spreadsheet would take for a formula.
+
+    But before no key that begins with a sign, as one in 32 of base64's does: keys are looked up elsewhere.
+    """
+    text, signed = io.StringIO(), list[bool]()
+    for row in rows:
+        signed = signed or [name == "caption" for name in row]  # the first row names the columns
+        cells = (
+            f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA[signs]) else cell
+            for cell, signs in zip(row, signed, strict=True)
+        )
+        csv.writer(text, lineterminator="\n").writerow(cells)
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.getvalue().encode("utf-8", "replace")).decode()
 
 

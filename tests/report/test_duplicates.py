@@ -74,6 +74,24 @@ def test_every_group_is_listed_with_its_keys_the_largest_first(tmp_path, monkeyp
     assert [strip.count("<li>") for strip in strips] == [min(size, duplicates.MEMBERS) for size in sizes[: len(strips)]]
 
 
+def test_a_downloaded_table_holds_no_formula():
+    from curate.report.report import _csv
+
+    rows = [
+        ("key", "row", "caption"),
+        ("-dQw4", -3, "-2+3+cmd|' /C calc'!A0"),
+        ("=1+1", 2, "a = b, @home"),
+        ("a", 0.5, "+1"),
+    ]
+    text = base64.b64decode(_csv(rows).partition("base64,")[2]).decode()
+    assert list(csv.reader(io.StringIO(text))) == [
+        ["key", "row", "caption"],
+        ["-dQw4", "-3", "'-2+3+cmd|' /C calc'!A0"],
+        ["'=1+1", "2", "a = b, @home"],
+        ["a", "0.5", "'+1"],
+    ]
+
+
 def test_pictures_come_from_a_bounded_number_of_shards(tmp_path, monkeypatch):
     from curate.report import gallery
 
