@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from curate.errors import CurateError
 from curate.storage import paths, tar
 from curate.storage.manifest import LOG, MANIFEST, PLAN, Artefact, load_json
 
@@ -50,13 +51,29 @@ def _options(artefact: Artefact, here: str) -> Iterator[str]:
     for key, value in options.items():
         option = f"--{key.replace('_', '-')}"
         if key == "steps":
-            yield from (f"--step={step}" for step in value)
+            yield from (f"--step={step}" for step in _steps(artefact, value, here))
         elif key == "columns":
             yield f"{option}={','.join(value)}"
         elif value is True:
             yield option
         elif key not in passed and value not in ("", None) and value is not False:
             yield f"{option}={value}"
+
+
+def _steps(artefact: Artefact, texts: Sequence[str], here: str) -> list[str]:
+    """Write steps with the files and directories that they read as seen from the page, not as they were typed."""
+    from curate.select import catalogue
+
+    try:
+        read = dict.fromkeys(each for step in catalogue.parse(texts) for each in step.reads())
+    except CurateError:  # a step that this version does not have
+        return list(texts)
+    for number, (typed, _) in enumerate(read, 1):
+        for name in (f"file-{number}", f"target-{number}"):
+            if name in artefact.manifest["inputs"]:
+                place = json.dumps(paths.relative(artefact.input_path(name), here), ensure_ascii=False)
+                texts = [text.replace(f'"{typed}"', place).replace(f"'{typed}'", place) for text in texts]
+    return list(texts)
 
 
 def _places(artefact: Artefact, here: str) -> dict[str, str]:
@@ -147,7 +164,8 @@ def _from_page(value: Any, place: str, here: str) -> Any:
 def typed(chain: Sequence[Artefact]) -> list[str]:
     """List the command lines that were typed, in the order of the stages, each once."""
     lines = [entry.get("typed") for artefact in chain for entry in entries(artefact.path(LOG))]
-    return [line for line in dict.fromkeys(lines) if isinstance(line, str)][-12:]
+    told = [line for line in dict.fromkeys(lines) if isinstance(line, str)][-12:]
+    return [line.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for line in told]  # LC_ALL=C
 
 
 def speeds(chain: Sequence[Artefact]) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job
 from curate.errors import UsageError
 from curate.mix.mix import mix
-from curate.report import charts, cluster_map, concepts, gallery, show, threshold_sliders
+from curate.report import charts, cluster_map, concepts, gallery, provenance, show, threshold_sliders
 from curate.report.report import ReportOptions, discover, report
 from curate.select.select import SelectOptions, select
 from curate.storage import manifest, paths
@@ -170,6 +170,9 @@ def test_the_commands_on_the_page_are_commands(tmp_path):
     text, found = page(home, home / "r.html")
     lines = [html.unescape(line) for line in re.findall(r"<pre>((?:curate|python) .*?)</pre>", text, flags=re.S)]
     assert [parse(line)[0] for line in lines] == ["embed", "cluster", "select", "emit", "mix"]
+    log = home / "selection" / "log.jsonl"
+    assert "Ü" not in text and log.write_text(log.read_text().replace("sample(30)", "sample(30)\\udcc3\\udc9c"))
+    assert "sample(30)Ü" in page(home, home / "r2.html")[0]  # as LC_ALL=C without UTF-8 has an umlaut in what is typed
     typed = [html.unescape(line) for line in re.findall(r'<pre class="typed">(.*?)</pre>', text, flags=re.S)]
     assert typed == [f"curate select {home}/clusters {home}/selection --step 'sample(30)'"]
     [toml] = [html.unescape(t) for t in re.findall(r"TABLE.toml</summary><pre>(.*?)</pre>", text, flags=re.S)]
@@ -425,3 +428,14 @@ def test_what_is_looked_at_does_not_grow_with_the_number_of_shards(tmp_path, mon
     assert counts[0] == counts[1]
     artefact = manifest.open_input(str(home / "selection"))
     assert artefact.rows is artefact.rows and artefact.stems is artefact.stems  # asked for once per shard
+
+
+def test_what_a_step_reads_is_named_as_seen_from_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_embeddings(tmp_path / "emb", write_pool(tmp_path / "pool", ["a"], 9))
+    write_embeddings(tmp_path / "asked" / "b", write_pool(tmp_path / "pool_b", ["b"], 3))
+    select("emb", "sel", SelectOptions(steps=("exclude('asked/b', 0.999)", "sample(3)")), QUIET)
+    made = manifest.open_input("sel")
+    assert made.manifest["options"]["steps"][0] == "exclude('asked/b', 0.999)"  # the request is what was typed
+    command = provenance.provenance(made, "pages/p.html")["command"]
+    assert """'--step=exclude("../asked/b", 0.999)' '--step=sample(3)'""" in command
