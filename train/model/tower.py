@@ -49,6 +49,7 @@ COLOURS = {  # what each kind of tower was trained on, where no preprocessor_con
     "aimv2_vision_model": (CLIP_MEAN, CLIP_STD),
     EVA: (CLIP_MEAN, CLIP_STD),
 }
+COLOUR_KEYS = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor")  # of preprocessor_config.json
 PATCHES_ALONE = ("siglip_vision_model", "aimv2_vision_model", TIMM)  # towers that give no class token
 # The files that EVA02-CLIP is published in: open_clip's, timm's, the authors'.
 EVA_AUTHORS = "EVA02_CLIP_L_336_psz14_s6B.pt"
@@ -139,7 +140,7 @@ def _find(options: Model) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
     if config.model_type == NAFLEX:
         square = plain_vit.naflex_config(config)
         log.info("%s: images are shown as squares of %d px, in SigLIP's class", source, square.image_size)
-        preprocess = {name: preprocess[name] for name in ("image_mean", "image_std", "resample") if name in preprocess}
+        preprocess = {name: preprocess[name] for name in (*COLOUR_KEYS, "resample") if name in preprocess}
         return square, preprocess, lambda: plain_vit.convert_naflex(_pretrained(source, config), square)
     return config, preprocess, lambda: _download_eva(source) if eva else _pretrained(source, config)
 
@@ -151,7 +152,16 @@ def _adapt(config: Any, preprocess: dict[str, Any], options: Model) -> tuple[Any
         preprocess = {**preprocess, "size": None, "crop_size": None}
     if options.grid and config.model_type != TIMM:
         raise UsageError(f"model.grid = {options.grid} needs a network of timm; {options.tower!r} is none; give 0")
-    vision = _describe(config, preprocess, options)
+    try:
+        vision = _describe(config, preprocess, options)
+    except (AttributeError, TypeError, ValueError) as error:
+        found = {
+            name: preprocess[name] for name in (*COLOUR_KEYS, "resample", "size", "crop_size") if name in preprocess
+        }
+        raise UsageError(
+            f"model.tower {options.tower!r}: its preprocessor_config.json cannot be read ({error}): {found}; sizes are "
+            'numbers or {"height": …} or {"shortest_edge": …}, mean and deviation three numbers, resample one'
+        ) from None
     registers = getattr(config, "num_register_tokens", 0)
     if options.scales == 1 and not registers:
         return config, vision
@@ -256,7 +266,7 @@ def _shrunk(config: Any) -> Any:
 
 def _describe(config: Any, preprocess: dict[str, Any], options: Model) -> Vision:
     classed = config.model_type not in PATCHES_ALONE
-    mean, std = COLOURS.get(config.model_type, (CLIP_MEAN, CLIP_STD))
+    mean, std = _colours(preprocess, *COLOURS.get(config.model_type, (CLIP_MEAN, CLIP_STD)))
     size, crop = preprocess.get("size") or {}, preprocess.get("crop_size") or {}
     if isinstance(size, int):
         size = {"shortest_edge": size}
@@ -276,12 +286,32 @@ def _describe(config: Any, preprocess: dict[str, Any], options: Model) -> Vision
         patch_size=config.patch_size,
         has_class_token=classed,
         strategy=strategy,
-        mean=tuple(preprocess.get("image_mean") or mean),
-        std=tuple(preprocess.get("image_std") or std),
+        mean=mean,
+        std=std,
         resample=int(preprocess.get("resample", BICUBIC)),
         short_side=0 if direct else size.get("shortest_edge", image_size),
         pad=options.image == "pad",
     )
+
+
+def _colours(
+    preprocess: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of colours in [0, 1] that give what the tower's own preparation gives.
+
+    It computes (x * factor - mean) / std of x in 0 … 255, each half of which may be switched off; a factor other than
+    1/255 goes into mean and deviation: x f = (x / 255) (255 f). So the export needs no switches.
+    """
+    if preprocess.get("do_normalize") is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    else:
+        given = [preprocess.get(key) or ours for key, ours in (("image_mean", mean), ("image_std", std))]
+        mean, std = (tuple(map(float, v)) if isinstance(v, list | tuple) else (float(v),) * 3 for v in given)
+    scaled = preprocess.get("do_rescale") is not False
+    factor = 255 * float(preprocess.get("rescale_factor") or 1 / 255) if scaled else 255.0
+    if abs(factor - 1) < 1e-6:  # as almost everywhere: nothing is rounded
+        return mean, std
+    return tuple(m / factor for m in mean), tuple(s / factor for s in std)
 
 
 def _eva_files(source: str) -> list[Path]:

@@ -171,6 +171,57 @@ def test_a_tower_whose_files_lack_weights_is_refused(tmp_path):
         load_tower(Model(tower=str(tmp_path)), torch.float32)
 
 
+# ---- How a tower's own files say that images are prepared ----------------------------------------------------------
+
+COLOURS = {
+    "as CLIP": {},
+    "not normalised": {"do_normalize": False},
+    "not normalised nor scaled": {"do_normalize": False, "do_rescale": False},
+    "normalised alone": {"do_rescale": False, "image_mean": [120.0, 127.5, 130.0], "image_std": [60.0, 70.0, 80.0]},
+    "to -1 … 1": {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    "one number for all colours": {"image_mean": 0.5, "image_std": 0.25},
+}
+
+
+@pytest.mark.parametrize("scales", [1, 2])
+@pytest.mark.parametrize("how", COLOURS)
+def test_a_tower_sees_the_colours_that_its_own_processor_makes(how, scales, tmp_path):
+    from PIL import Image
+
+    tf.CLIPVisionConfig(**SEES).save_pretrained(tmp_path)
+    side = {"height": 28, "width": 28}
+    said = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 28},
+        "crop_size": side,
+        "resample": 3,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said | COLOURS[how]))
+    _, vision = describe_tower(Model(tower=str(tmp_path), tower_weights="fresh", scales=scales))
+    assert vision.image_size == 28 * scales
+    side = vision.image_size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (3, side, side), dtype=torch.uint8, generator=generator)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    own = tf.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    theirs = own(picture, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"][0].float()
+    close = {"rtol": 0, "atol": 1e-6 * float(theirs.abs().max() + 1)}
+    torch.testing.assert_close(normalise(pixels[None], vision, torch.float32)[0], theirs, **close)
+    exported = make_image_processor(vision)(picture, return_tensors="pt")["pixel_values"][0].float()
+    torch.testing.assert_close(exported, theirs, **close)
+
+
+@pytest.mark.parametrize("said", [{"size": [28, 28]}, {"resample": "bicubic"}, {"image_mean": [0.5, "x", 0.5]}])
+def test_a_preparation_that_cannot_be_read_is_told_in_a_line(said, tmp_path):
+    tf.CLIPVisionConfig(**SEES).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(
+        UsageError, match=r"its preprocessor_config.json cannot be read \(.*\): .*three numbers"
+    ) as error:
+        describe_tower(Model(tower=str(tmp_path), tower_weights="fresh"))
+    assert "\n" not in str(error.value)
+
+
 # ---- S² --------------------------------------------------------------------------------------------------------------
 
 
