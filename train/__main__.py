@@ -110,7 +110,7 @@ def _stage(
 
     manifest = run_stage(name, options, data, out, images=images, align=align, overwrite=overwrite)
     if int(os.environ.get("RANK", "0")) == 0:
-        result = {key: value for key, value in manifest["result"].items() if key != "trainable"}
+        result = {key: value for key, value in manifest["result"].items() if key not in ("trainable", "base")}
         show({"out": str(out), **result}, as_json)
 
 

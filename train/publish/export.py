@@ -24,7 +24,7 @@ from torch import Tensor
 from train.data.chat import chat_template
 from train.data.own_template import OwnTemplate
 from train.data.prompts import Encoder, Template
-from train.errors import TrainError, UsageError
+from train.errors import UsageError
 from train.folder import LOCK, held, read_json, relative, write_json
 from train.model.compose import Composed, compose, fold_feature_scale
 from train.model.tower import make_image_processor
@@ -33,6 +33,7 @@ from train.publish.card import CARD, write_card
 from train.publish.older_readers import write_for_older_readers
 from train.publish.parts import INFIX, as_published, write_parts
 from train.run import checkpoint
+from train.run.base import check_base, describe_base
 from train.run.stage import load_options, make_encoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,7 +48,7 @@ def export(
 
     scores: of `eval`, for the card; of a model that is exported already, the card alone is written anew.
     parts: write the parts instead (parts.py), of a run or of a model that is exported, imported or merged already.
-    Raises: UsageError, TrainError when the base weights are no longer those the run was trained on.
+    Raises: UsageError, TrainError when the base is no longer what the run was trained on.
     """
     if parts and (run / "config.json").is_file():
         return _split(run, out, dtype, overwrite)
@@ -63,11 +64,11 @@ def export(
         return {"out": str(out), "dtype": dtype}
     with writing(out, record, overwrite) as folder:
         composed = compose(model, torch.float32)
-        if composed.fingerprint != manifest["result"]["fingerprint"]:
-            raise TrainError(f"the weights of {model.tower} or {model.lm} have changed since {run} was trained")
+        encoder = make_encoder(composed, model, stage)
+        noted = {"weights": manifest["result"]["fingerprint"], **manifest["result"].get("base", {})}
+        check_base(noted, describe_base(composed, encoder), f"{model.tower} or {model.lm}", run)
         merge_trained(composed.model, checkpoint.load_trained(run), stage.lora_scale)
         fold_feature_scale(composed.model, composed.feature_scale)
-        encoder = make_encoder(composed, model, stage)
         if isinstance(encoder.template, OwnTemplate):
             thinks = 2 * manifest["result"].get("thinking", 0) > manifest["result"]["samples"]
             encoder.template = dataclasses.replace(encoder.template, thinks=thinks)

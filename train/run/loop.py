@@ -33,6 +33,7 @@ from train.model.attention import upload
 from train.model.compose import Composed
 from train.model.forward import hidden_states, token_losses, tower_features
 from train.run import checkpoint, sharding
+from train.run.base import check_base
 from train.run.cache import FeatureCache
 from train.run.flops import Cost, peak_flops, peak_memory_gb
 from train.run.losses import SampleLosses
@@ -58,6 +59,7 @@ class Training:
     features: FeatureCache | None = None
     sample_losses: SampleLosses | None = None
     validation: Validation | None = None
+    base: Mapping[str, object] = field(default_factory=dict)  # what the run stands on (base.py)
     cost: Cost = field(init=False)
     _told_grace: bool = field(init=False, default=False)
     _halved: bool = field(init=False, default=False)
@@ -303,6 +305,7 @@ class Training:
         if blind:
             raise CheckpointError(f"rank {blind[0]} does not see {path}; give an --out that every node can read")
         state = checkpoint.restore(path, self.trainable, optimizer)
+        self.runtime.first(lambda: check_base(state.get("base", {}), self.base, "the base", path))
         self.skipped |= {int(index): reason for index, reason in state["skipped"].items()}
         if self.sample_losses is not None:
             self.sample_losses.restore(path)
@@ -321,7 +324,7 @@ class Training:
     def _save(
         self, step: int, optimizer: torch.optim.Optimizer, losses: dict[str, float], writer: checkpoint.Writer
     ) -> None:
-        state = {"skipped": {str(i): r for i, r in sorted(self.skipped.items())}, **losses}
+        state = {"skipped": {str(i): r for i, r in sorted(self.skipped.items())}, "base": self.base, **losses}
         state["micro_tokens"] = self.stage.micro_tokens
         writer.wait()
         self.runtime.barrier()  # the first rank may have waited for a slow disk, for longer than NCCL would

@@ -45,6 +45,7 @@ from train.model.regional import compile_layers
 from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
 from train.run import checkpoint, sharding
+from train.run.base import describe_base
 from train.run.cache import cache_features
 from train.run.closed_form import start_from_words
 from train.run.loop import Training, out_of_memory
@@ -246,6 +247,7 @@ def _assemble(
         log.info("%d layers are compiled as they first run", compile_layers(composed, runtime.device))
     collator = Collator(source, encoder, make_image_processor(composed.vision), max_length)
     training = Training(composed, stage, trainable, plan, collator, runtime, out, dict(measured.reasons))
+    training.base = describe_base(composed, encoder)
     training.sample_losses = SampleLosses(len(source)) if stage.losses else None
     if held is not None:
         once = dataclasses.replace(stage, steps=0, epochs=1.0, batch_size=BATCH)
@@ -386,6 +388,7 @@ def _result(training: Training, learnt_from: str) -> dict[str, Any]:
         "tokens": sum(row["tokens"] for row in rows),
         "supervised": sum(row["supervised"] for row in rows),
         "fingerprint": training.composed.fingerprint,
+        "base": training.base,
         "trainable": sorted(training.trainable),
         "align_fingerprint": learnt_from,
     }

@@ -418,9 +418,65 @@ def test_a_changed_base_is_refused(world, tmp_path):
 
     weights = load_file(tmp_path / "lm" / "model.safetensors")
     save_file({k: v + 1 for k, v in weights.items()}, tmp_path / "lm" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TrainError, match="have changed since"):
+    with pytest.raises(TrainError, match="the weights of .* changed since"):
         export(tmp_path / "run", tmp_path / "model", dtype="fp32")
     assert not (tmp_path / "model").exists()
+
+
+def _another_template(lm, _tower):
+    lm.joinpath("chat_template.jinja").write_text(CHAT.replace("question", "which"))
+
+
+def _another_word(lm, _tower):
+    file = lm / "tokenizer.json"
+    words = json.loads(file.read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
+    file.write_text(json.dumps(words))
+
+
+def _other_colours(_lm, tower):
+    (tower / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3, "size": 32, "crop_size": 32}))
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} {% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+)
+CHAT += "{% if add_generation_prompt %}assistant : {% endif %}{# question #}"
+CHANGES = {
+    _another_template: "the chat template of",
+    _another_word: "the tokenizer of",
+    _other_colours: r"the preparation of images \(mean was \[0.48.*, is \[0.1, 0.1, 0.1\]\) of",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_run_read_beside_the_weights_is_noted_and_refused_when_it_changes(change, world, tmp_path, monkeypatch):
+    import shutil
+
+    import transformers as tf
+
+    shutil.copytree(world / "lm", lm := tmp_path / "lm")
+    (lm / "chat_template.jinja").write_text(CHAT)
+    sees = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tf.CLIPVisionModel(tf.CLIPVisionConfig(**sees, image_size=32, patch_size=16)).save_pretrained(tmp_path / "tower")
+    settings = [f"model.lm={lm}", f"model.tower={tmp_path}/tower", "model.template=chat", "finetune.steps=3"]
+    given = (world / "config.toml", write_mixed(tmp_path / "m", 10))
+    train(*given, tmp_path / "run", settings=settings)
+    (tmp_path / "stopped").mkdir()
+    for name in ("checkpoints", "metrics.jsonl"):
+        (shutil.copytree if name == "checkpoints" else shutil.copyfile)(
+            tmp_path / "run" / name, tmp_path / "stopped" / name
+        )
+    request = json.loads((tmp_path / "run" / "manifest.json").read_text())["request"]
+    (tmp_path / "stopped" / ".plan.json").write_text(json.dumps({"format": 1, "request": request}))
+    export(tmp_path / "run", tmp_path / "first", dtype="fp32")
+    change(lm, tmp_path / "tower")
+    with pytest.raises(TrainError, match=f"{CHANGES[change]} .* changed since .*run was trained"):
+        export(tmp_path / "run", tmp_path / "second", dtype="fp32")
+    assert not (tmp_path / "second").exists()
+    with pytest.raises(TrainError, match=f"{CHANGES[change]} the base changed since .*step-000003 was trained"):
+        train(*given, tmp_path / "stopped", settings=settings)
 
 
 def test_export_never_clears_a_foreign_folder(run, tmp_path):
