@@ -10,10 +10,15 @@ from train.errors import UsageError
 
 
 def feature_layer_index(layer: int, num_layers: int) -> int:
-    """Return how many blocks run before `hidden_states[layer]`.  Raises: UsageError when there is no such layer."""
+    """Return how many blocks run before `hidden_states[layer]`, one at least: the llava class takes 0 for "none".
+
+    Raises: UsageError when there is no such layer.
+    """
     index = layer if layer >= 0 else num_layers + 1 + layer
-    if not 0 <= index <= num_layers:
-        raise UsageError(f"model.feature_layer = {layer}: the tower has hidden states 0 to {num_layers}")
+    if not 1 <= index <= num_layers:
+        raise UsageError(
+            f"model.feature_layer = {layer}: the tower has hidden states 1 to {num_layers}, or -{num_layers} to -1"
+        )
     return index
 
 

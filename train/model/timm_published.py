@@ -185,10 +185,6 @@ def _own_config(
         maps = trunk.forward_intermediates(pixels, intermediates_only=True)
         end = trunk.forward_features(pixels)
     index = feature_layer_index(feature_layer, len(maps))
-    if index == 0:
-        raise UsageError(
-            f"model.feature_layer = {feature_layer}: {name} has no map before its first; it has {len(maps)}"
-        )
     if getattr(trunk, "output_fmt", "NCHW") == "NHWC" and isinstance(end, torch.Tensor) and end.ndim == 4:
         end = end.permute(0, 3, 1, 2)
     whole = index == len(maps) and isinstance(end, torch.Tensor) and end.ndim == 4 and end.shape != maps[-1].shape

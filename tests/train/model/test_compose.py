@@ -209,7 +209,9 @@ def test_packed_documents_do_not_see_each_other(hub, lm):
     [
         ({"tower": "nowhere/at-all"}, "model.tower"),
         ({"lm": ""}, "model.lm is not set"),
-        ({"feature_layer": 99}, "hidden states 0 to 2"),
+        ({"feature_layer": 99}, "hidden states 1 to 2"),
+        ({"feature_layer": 0}, "hidden states 1 to 2, or -2 to -1"),
+        ({"feature_layer": -3}, "hidden states 1 to 2, or -2 to -1"),
         ({"tower": "local-dir:/nowhere"}, "open_clip_config.json is missing"),
     ],
 )
@@ -229,4 +231,4 @@ def test_siglip_keeps_all_patches(hub):
 
 
 def test_feature_layers_count_from_both_ends():
-    assert [feature_layer_index(layer, 24) for layer in (-1, -2, 0, 24)] == [24, 23, 0, 24]
+    assert [feature_layer_index(layer, 24) for layer in (-1, -2, 1, 24)] == [24, 23, 1, 24]

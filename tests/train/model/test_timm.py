@@ -150,9 +150,9 @@ def test_the_tower_of_an_openclip_folder(name, tmp_path):
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path):
     folder = write_timm("test_resnet", {}, tmp_path / "tower")
-    with pytest.raises(UsageError, match="no map before its first"):
+    with pytest.raises(UsageError, match="hidden states 1 to 5, or -5 to -1"):
         describe_tower(Model(tower=folder, feature_layer=0))
-    with pytest.raises(UsageError, match="hidden states 0 to 5"):
+    with pytest.raises(UsageError, match="hidden states 1 to 5"):
         describe_tower(Model(tower=folder, feature_layer=-9))
     (tmp_path / "tower" / "model.safetensors").write_bytes(b"broken")
     config = tmp_path / "tower" / "config.json"
