@@ -176,6 +176,22 @@ def convert_naflex(tower: Any, config: Any) -> Any:
     return out.eval()
 
 
+def metaclip_config(config: Any) -> Any:
+    """Describe MetaCLIP 2's tower as CLIP's, the same network under another name."""
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
+
+
+def convert_metaclip(tower: Any, config: Any) -> Any:
+    """Return such a tower in CLIP's class."""
+    from transformers import CLIPVisionModel
+
+    out = CLIPVisionModel(config)
+    out.load_state_dict(tower.state_dict())
+    return out.eval()
+
+
 def load_openclip(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Convert the image tower of an open_clip folder to a CLIPVisionModel with the same pooled output."""
     from safetensors.torch import load_file

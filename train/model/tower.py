@@ -39,7 +39,7 @@ from train.model.weights import read_tensors
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HEADS = ("post_layernorm", ".layernorm.", ".head.", "tower.norm.", "tower.rms_norm.")  # behind every feature layer
 EVA, MULTISCALE, TIMM = "eva02_clip_vision_model", "multiscale_vision_model", "timm_vision_model"
-NAFLEX = "siglip2_vision_model"
+NAFLEX, METACLIP = "siglip2_vision_model", "metaclip_2_vision_model"
 COLOURS = {  # what each kind of tower was trained on, where no preprocessor_config.json says so
     "clip_vision_model": (CLIP_MEAN, CLIP_STD),
     "siglip_vision_model": ((0.5,) * 3, (0.5,) * 3),
@@ -131,8 +131,8 @@ def _find(options: Model) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
     eva = facts is not None and read_config(str(facts), "model.tower").model_type == EVA
     config = read_config(source, "model.tower", described=described or eva)
     config = getattr(config, "vision_config", config)
-    if config.model_type not in (*COLOURS, NAFLEX):
-        known = ", ".join((*COLOURS, NAFLEX))
+    if config.model_type not in (*COLOURS, NAFLEX, METACLIP):
+        known = ", ".join((*COLOURS, NAFLEX, METACLIP))
         raise UsageError(f"model.tower {source!r} is a {config.model_type!r}; expected {known}, or a network of timm")
     preprocess = read_preprocess(source, described=described or eva)
     if not preprocess:
@@ -142,6 +142,9 @@ def _find(options: Model) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
         log.info("%s: images are shown as squares of %d px, in SigLIP's class", source, square.image_size)
         preprocess = {name: preprocess[name] for name in (*COLOUR_KEYS, "resample") if name in preprocess}
         return square, preprocess, lambda: plain_vit.convert_naflex(_pretrained(source, config), square)
+    if config.model_type == METACLIP:
+        clip = plain_vit.metaclip_config(config)
+        return clip, preprocess, lambda: plain_vit.convert_metaclip(_pretrained(source, config), clip)
     return config, preprocess, lambda: _download_eva(source) if eva else _pretrained(source, config)
 
 
@@ -231,9 +234,10 @@ def _pretrained(source: str, config: Any) -> Any:
 
     Of some of those the tower's class finds no weight by its name; their own class is asked then.  Raises: UsageError.
     """
-    from transformers import AutoModel
+    from transformers import AutoModel, MetaClip2VisionModel
 
-    kind = AutoModel._model_mapping[type(config)]
+    # AutoModel knows MetaCLIP 2 whole alone.
+    kind = MetaClip2VisionModel if config.model_type == METACLIP else AutoModel._model_mapping[type(config)]
     tower, missing = load_published(kind, source, "model.tower", config, dtype=torch.float32)
     whole = read_config(source, "model.tower")
     if needed(missing) and hasattr(whole, "vision_config"):

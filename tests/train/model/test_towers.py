@@ -137,6 +137,7 @@ PLAIN = {**SEES, "vocab_size": 80}
 WHOLE = {  # published as one model, of which the tower is wanted
     "clip": (tf.CLIPConfig, {"vision_config": SEES, "text_config": PLAIN}),
     "siglip": (tf.SiglipConfig, {"vision_config": SEES, "text_config": PLAIN}),
+    "metaclip2": (tf.MetaClip2Config, {"vision_config": SEES, "text_config": PLAIN}),
     "aimv2": (tf.Aimv2Config, {"vision_config": SEES, "text_config": PLAIN}),
     "llava": (tf.LlavaConfig, {"vision_config": tf.CLIPVisionConfig(**SEES), "text_config": tf.LlamaConfig(**READS)}),
     "paligemma": (tf.PaliGemmaConfig, {"vision_config": SIGLIP, "text_config": {"model_type": "gemma", **READS}}),
@@ -153,7 +154,8 @@ def test_the_tower_is_taken_out_of_a_whole_model(kind, tmp_path):
             parameter.add_(0.1 * torch.randn_like(parameter))
     whole.save_pretrained(tmp_path)
     tower, vision = load_tower(Model(tower=str(tmp_path)), torch.float32)
-    inside = next(part for part in whole.modules() if type(part) is type(tower))
+    kinds = (type(tower), tf.MetaClip2VisionModel)  # the latter is taken as CLIP's
+    inside = next(part for part in whole.modules() if type(part) in kinds)
     pixels = torch.randn(2, 3, vision.image_size, vision.image_size)
     with torch.no_grad():
         ours, theirs = (part(pixels, output_hidden_states=True).hidden_states for part in (tower, inside))
