@@ -155,7 +155,8 @@ def write_json(folder: Path, num: int) -> Path:
 
 def assert_serves_the_ids_of_training(processor, data: Path, encoder, num: int, max_length: int = 64) -> None:
     """What an exported processor makes of the first samples, rendered by its own template, is what was learnt from."""
-    from train.data.prompts import parse, to_messages
+    from train.data.chat import to_messages
+    from train.data.prompts import parse
     from train.data.sources import decode_image, encode, open_source
 
     source = open_source(str(data))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from train.data.own_template import OwnTemplate
-from train.data.prompts import Encoder, Template
+from train.data.prompts import Encoder, Template, Turn
 
 OWN_FOLLOWS = "{#- What follows is the language model's own template. #}\n"
 _MACROS = """\
@@ -126,3 +128,14 @@ def own_source(text: str) -> str:
 
 def _settings(constants: dict[str, str]) -> str:
     return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in constants.items())
+
+
+def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Write turns as the messages that `apply_chat_template` takes."""
+    return [
+        {
+            "role": turn.role,
+            "content": [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts],
+        }
+        for turn in turns
+    ]

@@ -24,6 +24,7 @@ from train.errors import UsageError, did_you_mean
 
 IGNORED = -100  # the label of a position without a target
 OWN = "chat"  # the name of the language model's own template
+SHORT, MOST_KNOWN = 200, 20_000  # characters of a text whose ids are kept, and how many of them
 PLACEHOLDER = "<image>"  # how data marks an image, whatever the tokenizer's own image token is
 _ROLE_NAMES = {"human": "user", "gpt": "assistant", "system": "system"}
 TOOLS = frozenset("tool tools function function_call observation tool_call tool_response ipython environment".split())
@@ -306,6 +307,7 @@ class Encoder:
         self.image_id = int(tokenizer.convert_tokens_to_ids(image_token))
         self.image_token = image_token
         self.tokens_per_image = tokens_per_image
+        self._known: dict[str, list[int]] = {}
         needed = template.special_tokens if isinstance(template, Template) else [template.end]
         missing = [t for t in needed if not is_token(tokenizer, t)]
         if missing:
@@ -338,7 +340,13 @@ class Encoder:
         return self.template.pieces(turns)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        """Tokenise a text by itself; short ones are kept, most of which a template or a benchmark writes every time."""
+        ids = self._known.get(text)
+        if ids is None:
+            ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            if len(text) <= SHORT and len(self._known) < MOST_KNOWN:
+                self._known[text] = ids
+        return ids
 
     def text_ids(self, text: str, *, after_special: bool) -> list[int]:
         """Tokenise text that follows other text, or a special token (as at the start of a sequence)."""
@@ -385,14 +393,3 @@ def is_token(tokenizer: Any, token: str) -> bool:
     """Whether a tokenizer knows a token by itself."""
     found = tokenizer.convert_tokens_to_ids(token)
     return found is not None and (found != tokenizer.unk_token_id or token == tokenizer.unk_token)
-
-
-def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Write turns as the messages that `apply_chat_template` takes."""
-    return [
-        {
-            "role": turn.role,
-            "content": [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts],
-        }
-        for turn in turns
-    ]

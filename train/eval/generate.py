@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from pipelines.processor import bf16_instructions
-from train.data.prompts import PLACEHOLDER, Rejected, Turn, to_messages
+from train.data.chat import to_messages
+from train.data.prompts import PLACEHOLDER, Rejected, Turn
 from train.data.sources import decode_image
 from train.errors import UsageError
 from train.model.native import load_native

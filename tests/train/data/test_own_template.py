@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import word_tokenizer
 
-from train.data.chat import chat_template, own_source
+from train.data.chat import chat_template, own_source, to_messages
 from train.data.own_template import read_own_template
-from train.data.prompts import IGNORED, Encoder, Rejected, Turn, parse, to_messages
+from train.data.prompts import IGNORED, Encoder, Rejected, Turn, parse
 from train.errors import UsageError
 from train.run.inspection import paint
 

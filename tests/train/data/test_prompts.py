@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import word_tokenizer
 
-from train.data.chat import chat_template
-from train.data.prompts import IGNORED, TEMPLATES, Encoder, Rejected, get_template, parse, pieces, to_messages
+from train.data.chat import chat_template, to_messages
+from train.data.prompts import IGNORED, TEMPLATES, Encoder, Rejected, get_template, parse, pieces
 from train.errors import UsageError
 from train.run.inspection import paint
 

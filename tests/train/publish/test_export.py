@@ -14,7 +14,8 @@ from toys import assert_serves_the_ids_of_training, conversation, picture, sampl
 from train import config as configuration
 from train.config import Eval
 from train.console import show_answers
-from train.data.prompts import Turn, pieces, to_messages
+from train.data.chat import to_messages
+from train.data.prompts import Turn, pieces
 from train.data.sources import decode_image, open_source
 from train.errors import TrainError, UsageError
 from train.eval import generate
