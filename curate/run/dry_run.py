@@ -71,7 +71,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
     """Yield the plan of a pipeline, one stage after the other. gpus: those that the stages would share."""
     check_trainer(pipeline, only)
     total = hours = 0.0
-    unknown = ""
+    left_out: dict[str, None] = {}  # of the time in all, in words
     sizes: dict[str, int] = {"gpus": gpus}
     missing = None
     for stage in pipeline.stages(only):
@@ -84,6 +84,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
         if stage == "mix":
             yield from _sources(pipeline)
         if stage in TRAINER or stage in ("report", "mix"):
+            left_out |= {"training": None} if stage in TRAINER else {}
             continue
         cost = _cost(pipeline, stage, sizes)
         if cost is None or not cost.rows:
@@ -92,7 +93,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
             continue
         total += cost.seconds or 0.0
         if cost.seconds is None:
-            unknown = ", without what is not known"
+            left_out = {"what is not known": None, **left_out}
         spell = f"about {duration(cost.seconds)}" if cost.seconds is not None else "time not known"
         why = f" ({cost.why})" if cost.why else ""
         taken = (cost.seconds or 0.0) * cost.gpus / 3600
@@ -102,7 +103,8 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
     if total:
         gpu = f", {hours:.2g} GPU-hours of it," if gpus else ""
         core = f"{total * cores() / 3600:.2g} core-hours"
-        yield f"about {duration(total)} in all{unknown}{gpu} ({core}) on this machine, as it is now"
+        without = f", without {' and '.join(left_out)}" if left_out else ""
+        yield f"about {duration(total)} in all{without}{gpu} ({core}) on this machine, as it is now"
     if missing:  # last, since the commands and an ablation's costs are asked before a pool is there, too
         raise missing
 

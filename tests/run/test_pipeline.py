@@ -114,6 +114,13 @@ def test_the_dry_run_goes_on_where_a_model_is_not_there_yet(demo, tmp_path):
     assert "curate emit " in told and "in all, without what is not known" in told
 
 
+def test_the_time_in_all_says_that_training_is_not_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "check_trainer", lambda *_: None)
+    plan = pipeline.load("demo", str(tmp_path))
+    assert " and training (" in list(dry_run.lines(plan, None))[-1]
+    assert "training" not in list(dry_run.lines(plan, "coreset"))[-1]
+
+
 def test_the_dry_run_of_a_mix_says_what_it_expects_and_what_is_missing():
     told = list(dry_run.lines(pipeline.load("mix_665k", "o", settings=["mix.seed=3"]), None))
     assert told[0].startswith("▸ curate mix ") and told[0].endswith("mix_665k.toml o/mix --set=mix.seed=3")
