@@ -27,7 +27,7 @@ from curate.errors import UsageError
 from curate.storage import paths, records, sidecar
 from curate.storage.manifest import Artefact, Output, digest, load_json, open_output, reconcile, versions
 from curate.storage.renewal import shared
-from curate.storage.tar import CAPTION_SUFFIX, JSON_SUFFIX, TarWriter, read_json
+from curate.storage.tar import CAPTION_SUFFIX, TarWriter
 from pipelines.records import Turns, read
 from pipelines.samples import caption_turns
 
@@ -301,7 +301,7 @@ class _WriteImages(_Write):
                 images.append(f"{name}/{key}{member[len(sample.key) :]}")
                 _write_plain(paths.join(self.out, "images", images[-1]), data)
                 size += len(data)
-            turns, images = _turns(read_json(sample.text(JSON_SUFFIX) or b""), images)
+            turns, images = _turns(sample.described, images)
             if images:
                 record["image"] = images[0] if len(images) == 1 else images
             turns = turns or caption_turns(self.caption(sample), self.prompt, max(1, len(images)))
@@ -312,7 +312,7 @@ class _WriteImages(_Write):
         return self.write_sidecar(name, LLAVA_SCHEMA, size)
 
 
-def _turns(described: dict[str, Any] | None, images: list[str]) -> tuple[Turns | None, list[str]]:
+def _turns(described: dict[str, Any], images: list[str]) -> tuple[Turns | None, list[str]]:
     """Return a sample's conversation, with a mark for each image where its form has none (`texts`), and those in order.
 
     described: its JSON.

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,15 +53,20 @@ class Fetched:
         return next((data for _, found, data in self.members if found == suffix), None)
 
     @property
+    def described(self) -> dict[str, Any]:
+        """Return the sample's JSON, empty where it has none that can be read."""
+        return tar.read_json(self.text(tar.JSON_SUFFIX) or b"") or {}
+
+    @property
     def has_text(self) -> bool:
         """Say whether the sample has a caption of its own, or a conversation: in its text member or its JSON."""
-        described = tar.read_json(self.text(tar.JSON_SUFFIX) or b"") or {}
+        described = self.described
         own = records.usable_text(described.get("caption")) or records.conversations_of(described)
         return bool(own) or bool((self.text(tar.CAPTION_SUFFIX) or b"").strip())
 
     def says_other(self, caption: str) -> bool:
         """Say whether who reads the sample finds another caption in it than the one by which it was scored."""
-        described = tar.read_json(self.text(tar.JSON_SUFFIX) or b"") or {}
+        described = self.described
         if records.conversations_of(described):
             return False
         try:

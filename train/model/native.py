@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from train.errors import UsageError
 from train.model.own import register_own_classes
+from train.model.published import lacking
 from train.model.tower import needed
 
 
@@ -22,8 +23,8 @@ def load_native(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     register_own_classes()
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        if lacks := needed(found["missing_keys"]):  # transformers draws them, and tells so in its log alone
-            raise ValueError(f"its files lack {len(lacks)} weights, among them {lacks[0]}")
+        if missing := needed(found["missing_keys"]):
+            raise lacking(missing)
         return model, AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -126,8 +126,12 @@ def load_published(kind: Any, source: str, option: str, config: Any, **how: Any)
 def check_whole(missing: Sequence[str], source: str, option: str) -> None:
     """Refuse a model whose files lack weights that are needed.  Raises: UsageError."""
     if missing:
-        lacks = f"its files lack {len(missing)} weights, among them {missing[0]}"
-        raise UsageError(cannot_load(source, option, ValueError(lacks)))
+        raise UsageError(cannot_load(source, option, lacking(missing)))
+
+
+def lacking(missing: Sequence[str]) -> ValueError:
+    """Word the lack of weights, which transformers draws at random and tells of in its log alone."""
+    return ValueError(f"its files lack {len(missing)} weights, among them {missing[0]}")
 
 
 def cannot_load(source: str, option: str, error: Exception) -> str:
