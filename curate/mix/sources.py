@@ -285,8 +285,12 @@ def _from_shards(source: SourceOptions, faults: Faults, scratch: str) -> Iterato
 
 
 def _from_selection(source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
-    """Read the kept samples of a selection; one that has no text of its own is given the caption it was embedded by."""
+    """Read the kept samples of a selection, with the captions by which they were scored.
+
+    Those are the samples' own, but where there was none or `embed --caption` chose another. Turns of its JSON stay.
+    """
     coreset = open_coreset(source.path)
+    chosen = coreset.embedded.manifest["options"].get("caption")
     for stem, rows in coreset.all_kept_rows():
         location, captions = "", None
         for fetched in coreset.fetch(stem, rows):
@@ -295,9 +299,10 @@ def _from_selection(source: SourceOptions, faults: Faults, scratch: str) -> Iter
                 continue
             location = location or plain_tar(coreset.tars[stem], scratch)  # one that gzip packed has no places to read
             texts = {suffix: data for _, suffix, data in fetched.members}
-            if not fetched.has_text:
+            if chosen or not fetched.has_text:
                 captions = captions or coreset.embedded.table(stem, ["caption"])["caption"]
-                texts[CAPTION_SUFFIX] = (captions[fetched.row].as_py() or "").encode()
+                scored = captions[fetched.row].as_py() or ""
+                texts[CAPTION_SUFFIX] = scored.encode() or texts.get(CAPTION_SUFFIX, b"")
             yield from _from_sample(fetched.sample, texts, location, source.prompt, faults)
 
 

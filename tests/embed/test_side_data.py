@@ -20,6 +20,7 @@ from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job
 from curate.errors import UsageError
 from curate.ingest.published import ImportOptions, import_layout
+from curate.mix.mix import mix
 from curate.storage import sidecar
 from curate.storage.schema import STATUSES
 from curate.storage.tar import TarWriter, read_index
@@ -73,7 +74,10 @@ def test_a_caption_that_was_chosen_is_not_what_the_tars_keep_and_that_is_said(tm
     assert dict(members(tmp_path / "out" / "000000.tar"))["0.txt"] == b"as the web has it"
     emit(sel, str(tmp_path / "llava"), EmitOptions(format="llava"), QUIET)
     records = json.loads((tmp_path / "llava" / "coreset.json").read_text())
-    assert [record["conversations"][1]["value"] for record in records] == [f"told anew {row}" for row in range(3)]
+    mix({"sources": {"s": {"path": sel}}, "shuffle": False}, str(tmp_path / "mix"), QUIET)
+    drawn = [json.loads(data) for name, data in members(tmp_path / "mix" / "000000.tar") if name.endswith(".json")]
+    for made in (records, drawn):
+        assert [record["conversations"][1]["value"] for record in made] == [f"told anew {row}" for row in range(3)]
 
 
 def test_samples_that_say_something_themselves_are_emitted_as_they_are(tmp_path, model):
