@@ -245,7 +245,10 @@ def _explicit(
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if mask.dtype == torch.bool:  # added in place, so that nothing is filled a second time on the way back
+        scores = scores.add_(scores.new_zeros(mask.shape).masked_fill_(~mask, -math.inf))
+    else:
+        scores = scores + mask
     if sinks_h is not None:
         sinks = sinks_h.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)
