@@ -23,7 +23,7 @@ from curate.storage.tar import (
     read_index,
     suffix_of,
 )
-from curate.storage.tar_headers import BLOCK
+from pipelines.tar_headers import BLOCK
 
 SNIFFED_BYTES = 16
 

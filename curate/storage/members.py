@@ -12,7 +12,7 @@ import pyarrow as pa
 from curate.storage import ranges
 from curate.storage.schema import MEMBERS
 from curate.storage.tar import Index, Member, Sample
-from curate.storage.tar_headers import BLOCK, describes
+from pipelines.tar_headers import BLOCK, describes
 
 MOST_SUFFIXES = 1 << 15
 MOST_BYTES = (1 << 31) - 1

@@ -5,8 +5,8 @@ keys first appear, with the bytes' positions, so that any later stage can fetch 
 
 A thin reader of our own instead of webdataset's, because rows are the contract here: webdataset groups only adjacent
 members, drops incomplete samples, stops at a truncation without saying so, and its default decoders unpickle `.pyd`.
-Headers are parsed by ourselves (`tar_headers.py`): `tarfile` takes more than twice as long, hides where an archive
-broke, and reads whatever length an extension header claims. Members of any kind are copied as bytes and none is
+Headers are parsed by ourselves (`pipelines/tar_headers.py`): `tarfile` takes more than twice as long, hides where an
+archive broke, and reads whatever length an extension header claims. Members of any kind are copied as bytes and none is
 unpickled; none is extracted to disk, and links and devices are never followed.
 """
 
@@ -27,8 +27,8 @@ from curate.storage import faults, paths
 from curate.storage.faults import Faults
 from curate.storage.json_files import file_digest
 from curate.storage.renewal import Parts, settle_listed
-from curate.storage.tar_headers import BLOCK, Headers
 from pipelines import samples
+from pipelines.tar_headers import BLOCK, Headers
 
 IMAGE_SUFFIXES, is_macos = samples.IMAGE_SUFFIXES, samples.is_macos
 MAGIC = {

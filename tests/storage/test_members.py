@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from curate.storage import members, ranges
 from curate.storage.schema import MEMBERS
 from curate.storage.tar import TarWriter, read_index, read_member
-from curate.storage.tar_headers import describes
+from pipelines.tar_headers import describes
 
 LONG = "folder/" * 30 + "key"
 HELD = [

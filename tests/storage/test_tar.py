@@ -24,8 +24,8 @@ from curate.storage.tar import (
     split_name,
     survey_pool,
 )
-from curate.storage.tar_headers import Headers
 from house import REAL_DATA
+from pipelines.tar_headers import Headers
 
 
 def tar_of(members, kind=tarfile.GNU_FORMAT):

@@ -287,7 +287,7 @@ def test_shards_joined_packed_and_in_capitals_are_read_and_others_named(tmp_path
         "1.tar.gz is passed over: it lies there unpacked",
         "5.tar.zst is passed over",
         "._0.tar",
-        "4.tar: torn",
+        "4.tar: truncated",
         "0.tar: several archives",
     ):
         assert words in told and words in caplog.text, words

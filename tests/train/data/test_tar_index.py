@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import tracemalloc
 
 import pytest
 
@@ -33,24 +34,26 @@ def test_it_finds_what_tarfile_finds(tmp_path, form, names, mtime):
     path = write(tmp_path / "a.tar", names, form, mtime)
     found, fault = index_tar(path)
     assert (found, fault) == tar_index._index_any(path) and fault == ""
+    with tarfile.open(path) as tar:
+        assert found == [(each.name, each.offset_data, each.size) for each in tar if each.isreg()]
     assert [name for name, _, _ in found] == [name for name in names if not name.endswith("/")]
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_are_read_by_tarfile(tmp_path, form):
+def test_long_names_are_read_from_their_extensions(tmp_path, form):
     path = write(tmp_path / "a.tar", LONG, form)
     assert tar_index._index_plain(path) is None
     assert [name for name, _, _ in index_tar(path)[0]] == LONG
 
 
-def test_plain_tars_are_not_left_to_tarfile(tmp_path):
+def test_plain_tars_are_read_in_arrays(tmp_path):
     """Floating-point times give every member an extended header, as webdataset's writer leaves them."""
     assert tar_index._index_plain(write(tmp_path / "a.tar", NAMES)) is not None
     assert tar_index._index_plain(write(tmp_path / "b.tar", NAMES, tarfile.PAX_FORMAT, 1.5)) is not None
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_torn_and_rotten_tars_are_read_as_far_as_tarfile_does(tmp_path, seed):
+def test_torn_and_rotten_tars_are_read_as_far_as_they_are_whole(tmp_path, seed):
     import random
 
     rng = random.Random(seed)
@@ -66,6 +69,45 @@ def test_torn_and_rotten_tars_are_read_as_far_as_tarfile_does(tmp_path, seed):
         data[at : at + 1500] = bytes(1500)
     path.write_bytes(data)
     assert index_tar(path) == tar_index._index_any(path)
+
+
+def header(name, size, kind=b"0", digits=None):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    made = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    if digits:
+        made[124:136] = digits
+        made[148:156] = b" " * 8
+        made[148:156] = b"%06o\0 " % sum(made)
+    return bytes(made)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        header("a.jpg", 0, digits=b"-0000001000\0"),  # the next header would be this one
+        header("a.jpg", 0, digits=b"-0000002000\0"),
+        header("a.jpg", 0, digits=b"1_000_000_0\0"),
+        header("pax", 1 << 60, b"x"),
+        header("././@LongLink", 1 << 33, b"L"),
+    ],
+)
+def test_headers_that_lie_end_the_reading_and_cost_no_memory(tmp_path, bad):
+    path = tmp_path / "a.tar"
+    path.write_bytes(header("b.jpg", 512) + b"x" * 512 + bad + b"30 path=" * 100 + bytes(1024))
+    tracemalloc.start()
+    found, fault = index_tar(path)
+    assert found == [("b.jpg", 512, 512)] and ("truncated" in fault or "unreadable" in fault)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+def test_sparse_members_and_links_are_passed_over_and_counted(tmp_path):
+    link, sparse = header("l.jpg", 0, b"2"), header("s.jpg", 512, b"S") + b"x" * 512
+    (tmp_path / "a.tar").write_bytes(link + sparse + header("b.jpg", 512) + b"x" * 512 + bytes(1024))
+    found, fault = index_tar(tmp_path / "a.tar")
+    assert [name for name, _, _ in found] == ["b.jpg"]
+    assert fault == "passed over 1 member(s): link or device; passed over 1 member(s): sparse"
 
 
 def test_keys_are_a_sequence_of_strings():
