@@ -15,7 +15,6 @@ import os
 import re
 import tarfile
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from curate.storage import faults, paths
 from curate.storage.faults import Faults
 from curate.storage.json_files import file_digest
 from curate.storage.renewal import Parts, settle_listed
-from pipelines import samples
+from pipelines import gzipped, samples
 from pipelines.tar_headers import BLOCK, Headers
 
 IMAGE_SUFFIXES, is_macos = samples.IMAGE_SUFFIXES, samples.is_macos
@@ -225,7 +224,11 @@ def without_suffix(location: str) -> str:
 
 @contextmanager
 def local_tar(location: str) -> Iterator[str]:
-    """Have a shard as a plain tar on this machine: itself, or a copy (fetched, unpacked) that is deleted afterwards."""
+    """Have a shard as a plain tar on this machine: itself, or a copy (fetched, unpacked) that is deleted afterwards.
+
+    Where gzip's file breaks off, the tar in it is truncated, which its reader notes. Raises: ShardError for one that
+    unpacks to far more than its size.
+    """
     with paths.local_copy(location) as path:
         with open(path, "rb") as file:
             packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
@@ -233,7 +236,12 @@ def local_tar(location: str) -> Iterator[str]:
             yield path
             return
         with tempfile.NamedTemporaryFile(suffix=".tar") as plain:
-            _unpack(path, plain)
+            with open(path, "rb") as file:
+                try:
+                    gzipped.unpack(file, plain, location)
+                except gzipped.Oversized as error:
+                    raise ShardError(str(error)) from None
+            plain.flush()
             yield plain.name
 
 
@@ -242,19 +250,6 @@ def open_tar(location: str) -> Iterator[IO[bytes]]:
     """Open a shard for reading at any position: a remote one is copied, one packed by gzip unpacked."""
     with local_tar(location) as path, open(path, "rb") as file:
         yield file
-
-
-def _unpack(path: str, plain: IO[bytes]) -> None:
-    """Unpack a gzip file as far as it goes: where it breaks off, the tar in it is truncated, which its reader notes."""
-    with open(path, "rb") as packed, suppress(zlib.error):
-        unpacker = zlib.decompressobj(wbits=31)  # 31: with gzip's header and checksum
-        while part := packed.read(1 << 20):
-            while part:
-                plain.write(unpacker.decompress(part))
-                part = unpacker.unused_data
-                if unpacker.eof:  # gzip files may follow each other, as `cat` leaves them
-                    unpacker = zlib.decompressobj(wbits=31)
-    plain.flush()
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -25,7 +25,10 @@ from curate.storage.tar import (
     survey_pool,
 )
 from house import REAL_DATA
+from pipelines import gzipped
 from pipelines.tar_headers import Headers
+from train import errors as train_errors
+from train.data import scratch
 
 
 def tar_of(members, kind=tarfile.GNU_FORMAT):
@@ -225,6 +228,30 @@ def test_a_torn_gzip_gives_what_it_holds(tmp_path):
     with open_tar(str(tmp_path / "a.tar")) as file:
         index = read_index(file)
     assert [sample.key for sample in index.samples] == ["a"] and "truncated" in index.notes[0]
+
+
+def test_a_gzip_file_that_unpacks_to_far_more_than_its_size_is_refused_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(gzipped, "LEAST_BYTES", 32 << 20)
+    packed = gzip.compress(tar_of(TWO)) + gzip.compress(bytes(64 << 20))
+    (tmp_path / "a.tar.gz").write_bytes(packed)
+    tracemalloc.start()
+    with pytest.raises(ShardError, match="more than 33,554,432 bytes.*gunzip"), open_tar(str(tmp_path / "a.tar.gz")):
+        pass
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+    with pytest.raises(train_errors.UsageError, match="more than 33,554,432 bytes.*gunzip"):
+        scratch.unpacked(tmp_path / "a.tar.gz")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9, 20_000])
+def test_gzip_files_are_unpacked_as_far_as_they_go(cut):
+    """Joined, padded with zeros in between, and cut anywhere."""
+    noise, zeros = random.Random(0).randbytes(3_000_000), bytes(5_000_000)
+    packed = gzip.compress(noise) + bytes(700) + gzip.compress(zeros) + gzip.compress(noise)
+    plain = io.BytesIO()
+    assert gzipped.unpack(io.BytesIO(packed[: len(packed) - cut]), plain, "x") == (not cut)
+    whole = noise + zeros + noise
+    assert whole.startswith(plain.getvalue()) and len(whole) - len(plain.getvalue()) <= 40_000
 
 
 def header(name, size, kind=b"0", **fields):

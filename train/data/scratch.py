@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import atexit
 import functools
-import gzip
 import os
 import shutil
 import tempfile
-import zlib
 from pathlib import Path
 
+from pipelines import gzipped
 from train.errors import UsageError
 
 GZIP = b"\x1f\x8b"
@@ -41,14 +40,19 @@ def fresh(suffix: str) -> Path:
 
 
 def unpacked(path: Path) -> Path:
-    """Return an unpacked copy of what gzip packed, any other file as it is.  Raises: UsageError where it is torn."""
+    """Return an unpacked copy of what gzip packed, any other file as it is.
+
+    Raises: UsageError where it is torn, or unpacks to far more than its size.
+    """
     with path.open("rb") as file:
         if file.read(len(GZIP)) != GZIP:
             return path
     place = fresh(".tar")
     try:
-        with gzip.open(path) as packed, place.open("wb") as plain:
-            shutil.copyfileobj(packed, plain, 1 << 20)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise UsageError(f"{path} is torn: gzip cannot unpack it whole; fetch it again") from None
+        with path.open("rb") as packed, place.open("wb") as plain:
+            whole = gzipped.unpack(packed, plain, str(path))
+    except gzipped.Oversized as error:
+        raise UsageError(str(error)) from None
+    if not whole:
+        raise UsageError(f"{path} is torn: gzip cannot unpack it whole; fetch it again")
     return place

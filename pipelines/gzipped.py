@@ -1,0 +1,45 @@
+"""Tars that gzip packed, unpacked into a file, in bounded memory and onto bounded disk, for both programs.
+
+Pictures hardly shrink, and tars of short texts to a twentieth; a file that unpacks to hundreds of times its size is a
+mistake or a trap, for a megabyte of it can fill a disk. So more than `TIMES` the packed size is refused, from 1 GiB on.
+"""
+
+import io
+import zlib
+from typing import IO
+
+TIMES, LEAST_BYTES = 100, 1 << 30
+CHUNK = 1 << 20
+
+
+class Oversized(ValueError):
+    """A file unpacks to far more than its size."""
+
+
+def unpack(packed: IO[bytes], plain: IO[bytes], where: str) -> bool:
+    """Unpack a gzip file as far as it goes. Returns whether it is whole. where: its name for messages.
+
+    Files that were joined are read one after the other, as `cat` leaves them. Raises: Oversized.
+    """
+    limit = max(LEAST_BYTES, TIMES * packed.seek(0, io.SEEK_END))
+    packed.seek(0)
+    unpacker, begun, written = zlib.decompressobj(wbits=31), False, 0  # 31: with gzip's header and checksum
+    while part := packed.read(CHUNK):
+        while part := part if begun else part.lstrip(b"\0"):  # zeros may pad what stands between two
+            try:
+                data, begun = unpacker.decompress(part, CHUNK), True
+            except zlib.error:
+                return False
+            written += len(data)
+            if written > limit:
+                raise Oversized(
+                    f"{where} unpacks to more than {limit:,} bytes, {TIMES} times its size: "
+                    "if it is meant so, unpack it yourself (gunzip)"
+                )
+            plain.write(data)
+            part = unpacker.unconsumed_tail or unpacker.unused_data
+            if unpacker.eof:
+                unpacker, begun = zlib.decompressobj(wbits=31), False
+    plain.write(unpacker.flush())
+    plain.flush()
+    return not begun
