@@ -76,14 +76,13 @@ class Sample:
     @property
     def image(self) -> Member | None:
         """The first image member, whatever its format."""
-        images = self.images
-        return images[0] if images else None
+        return next(iter(self.images), None)
 
     @property
     def images(self) -> list[Member]:
         """The image members in their order: `key.jpg`, then `key.0.jpg`, `key.1.jpg`, … (or `key.img0.jpg`, …)."""
-        suffixes = samples.ordered_pictures([member.suffix for member in self.members])
-        return [member for suffix in suffixes for member in self.members if member.suffix == suffix]
+        held = {member.suffix: member for member in self.members}
+        return [held[suffix] for suffix in samples.ordered_pictures(held)]
 
 
 @dataclass(slots=True)
@@ -284,7 +283,8 @@ def read_index(file: IO[bytes]) -> Index:
     """
     headers = Headers(file)
     rows: list[Sample] = []
-    latest: dict[str, Sample] = {}
+    latest: dict[str, int] = {}  # key: its newest row
+    held: set[tuple[int, str]] = set()  # the suffixes of every row: a key may have any number of them
     passed: dict[str, int] = {}
     for name, offset, length, trouble in headers:
         key, suffix = split_name(name)
@@ -292,12 +292,12 @@ def read_index(file: IO[bytes]) -> Index:
         if trouble:
             passed[trouble] = passed.get(trouble, 0) + 1
             continue
-        sample = latest.get(key)
-        if sample is None or any(member.suffix == suffix for member in sample.members):
-            sample = Sample(key, repeated=sample is not None)
-            rows.append(sample)
-            latest[key] = sample
-        sample.members.append(Member(name, suffix, offset, length))
+        row = latest.get(key)
+        if row is None or (row, suffix) in held:
+            rows.append(Sample(key, repeated=row is not None))
+            row = latest[key] = len(rows) - 1
+        held.add((row, suffix))
+        rows[row].members.append(Member(name, suffix, offset, length))
     notes = headers.notes
     if not rows and headers.whole and not passed.keys() - {MACOS}:
         notes.append("holds no member")

@@ -2,6 +2,7 @@ import gzip
 import io
 import random
 import tarfile
+import time
 import tracemalloc
 
 import pytest
@@ -252,6 +253,16 @@ def test_gzip_files_are_unpacked_as_far_as_they_go(cut):
     assert gzipped.unpack(io.BytesIO(packed[: len(packed) - cut]), plain, "x") == (not cut)
     whole = noise + zeros + noise
     assert whole.startswith(plain.getvalue()) and len(whole) - len(plain.getvalue()) <= 40_000
+
+
+@pytest.mark.parametrize("suffix", ["{}.jpg", "{}.seg"])
+def test_any_number_of_members_under_one_key_is_read_in_linear_time(suffix):
+    names = [f"k.{suffix.format(number)}" for number in range(30_000)]
+    data = b"".join(_header(name, 0) for name in names) + bytes(1024)
+    began = time.process_time()
+    [sample] = index_of(data).samples
+    assert len(sample.members) == 30_000 and len(sample.images) == (30_000 if "jpg" in suffix else 0)
+    assert time.process_time() - began < 6  # all with all took minutes
 
 
 def header(name, size, kind=b"0", **fields):
