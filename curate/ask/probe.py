@@ -85,11 +85,11 @@ def read_labels(location: str) -> dict[str, str]:
     """Read `key TAB label` lines. Raises: UsageError for a line of another form, or a key with two labels."""
     found: dict[str, str] = {}
     try:
-        lines = paths.read_text(location).removeprefix("\ufeff").splitlines()
+        lines = paths.read_text(location).removeprefix("\ufeff").split("\n")  # other ends of lines may be in keys
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UsageError(f"{location} cannot be read as UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):
-        key, tab, label = line.partition("\t")
+        key, tab, label = line.removesuffix("\r").partition("\t")
         if not line.strip():
             continue
         if not tab or not label.strip() or not key:
