@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+NESTED = "it is nested too deeply to be read"
+
 
 def read(path: Path) -> dict[str, Any]:
     """Read a TOML file laid over its bases: tables merge key by key, any other value takes the base's place.
@@ -17,7 +19,10 @@ def read(path: Path) -> dict[str, Any]:
     in a string becomes the folder of the very file that says it.
     Raises: OSError for a file that is not there, ValueError for what is no TOML or a base that leads back to itself.
     """
-    return _read(path.resolve(), ())
+    try:
+        return _read(path.resolve(), ())
+    except RecursionError:  # tomllib's own, or of tables within tables
+        raise ValueError(NESTED) from None
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:

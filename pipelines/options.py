@@ -124,7 +124,7 @@ def parse_setting(setting: str) -> tuple[list[str], Any]:
         raise OptionError(f"--set {setting!r} is not of the form table.key=value.", "for example --set select.n=1000")
     try:
         return names, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return names, text.strip()
 
 

@@ -3,6 +3,7 @@ from typing import Literal
 
 import pytest
 
+import pipelines
 from curate.errors import UsageError
 from curate.options import assign, build
 from pipelines import options as shared
@@ -83,3 +84,15 @@ def test_both_programs_refuse_a_table_in_the_same_words(tmp_path):
     with pytest.raises(TrainerUsageError) as theirs:
         config.load(str(tmp_path / "p.toml"))
     assert str(theirs.value) == f"{ours.value.message} {ours.value.hint}"
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "x = " + "{a = " * 5_000, "a" + ".a" * 5_000 + " = 1"])
+def test_tables_within_tables_without_end_are_refused_in_a_line(tmp_path, text):
+    (tmp_path / "deep.toml").write_text(text)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        pipelines.read(tmp_path / "deep.toml")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000])
+def test_a_setting_that_no_toml_reader_takes_is_a_text(text):
+    assert shared.parse_setting(f"a.b={text}") == (["a", "b"], text)

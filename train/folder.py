@@ -59,8 +59,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a whole file of JSON."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     with whole_file(path) as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        file.write(text.encode("utf-8", "backslashreplace"))  # of names that are no UTF-8; an escape in JSON
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist: {path.parent} is not a finished run") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path} does not hold a JSON object")

@@ -101,7 +101,7 @@ def _classes(location: str, text: str, number: int) -> tuple[str, ...]:
     """Read the names of the last layer's rows, all or none. Raises: UsageError."""
     try:
         names = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         names = text
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) not in (0, number):
         raise UsageError(f"{location} names its classes {text[:60]}; expected a JSON list of {number} names, or none.")

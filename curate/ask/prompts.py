@@ -118,7 +118,10 @@ def _place_of(embedded: Artefact) -> tuple[str, str] | None:
     if not paths.exists(location):
         return None
     for line in reversed(paths.read_text(location).splitlines()):
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a run was killed while it wrote the line
+            continue
         folder = str(entry.get("model", "")).removeprefix("local-dir:")
         if "model" in entry:
             return (entry["model"], entry.get("pretrained", "")) if paths.exists(folder) else None

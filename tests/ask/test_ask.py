@@ -186,7 +186,7 @@ def test_what_is_no_head_is_refused_in_words(tmp_path):
     save_file({"weight": np.zeros((0, 8), np.float32)}, tmp_path / "none.safetensors")
     save_file({"weight": np.full((1, 8), np.nan, np.float32)}, tmp_path / "nan.safetensors")
     two = {"weight": np.zeros((2, 8), np.float32)}
-    for name, classes in (("words", "a, b"), ("number", "3"), ("few", '["a"]')):
+    for name, classes in (("words", "a, b"), ("number", "3"), ("few", '["a"]'), ("deep", "[" * 100_000)):
         save_file(two, tmp_path / f"{name}.safetensors", {"classes": classes})
     (tmp_path / "torn.safetensors").write_bytes(b"\xff" * 40)
     (tmp_path / "pickle.pth").write_bytes(b"\x80\x02")
@@ -199,7 +199,9 @@ def test_what_is_no_head_is_refused_in_words(tmp_path):
         "missing.safetensors": "does not exist",
         "none.safetensors": "an empty matrix",
         "nan.safetensors": "NaN",
-        **dict.fromkeys(("words.safetensors", "number.safetensors", "few.safetensors"), "a JSON list of 2 names"),
+        **dict.fromkeys(
+            [f"{name}.safetensors" for name in ("words", "number", "few", "deep")], "a JSON list of 2 names"
+        ),
     }
     for name, words in cases.items():
         with pytest.raises(UsageError, match=words):
@@ -249,6 +251,8 @@ def test_marks_that_are_none(home, tmp_path):
     (tmp_path / "empty.tsv").write_text("\ufeff\n\n")
     (tmp_path / "bom.tsv").write_text("\ufeffa\tx\n")
     assert probe.read_labels(str(tmp_path / "bom.tsv")) == {"a": "x"}
+    (tmp_path / "odd.tsv").write_bytes("a\u2028b\tx\r\nc\x85\x0cd\ty\n".encode())
+    assert probe.read_labels(str(tmp_path / "odd.tsv")) == {"a\u2028b": "x", "c\x85\x0cd": "y"}
     for given, told in (({}, "marks no key"), ({"seed": -1}, "a seed from 0"), ({"n": -1}, "0 or more rows")):
         with pytest.raises(UsageError, match=told):
             probe.probe(str(home / "emb"), str(tmp_path / "empty.tsv"), str(tmp_path / "h.safetensors"), **given)

@@ -161,7 +161,7 @@ def read_answers(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
 def _answer(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(row, dict) and "question_id" in row
     return row if whole and isinstance(row.get("text"), str) and isinstance(row.get("prompt"), str) else None
@@ -169,7 +169,8 @@ def _answer(line: bytes) -> dict[str, Any] | None:
 
 def append_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append answers as whole lines in one synced write."""
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    data = text.encode("utf-8", "backslashreplace")  # of halves of characters, which JSON may have, an escape
     with path.open("ab", buffering=0) as file:
         while data:
             data = data[file.write(data) :]

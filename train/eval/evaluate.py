@@ -122,7 +122,8 @@ def evaluate(
         result |= summary(ranks)
     record.unlink(missing_ok=True)
     with whole_file(out) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(line.encode("utf-8", "backslashreplace") for line in lines)
     write_json(record, {"format": FORMAT, "request": request, "result": result})
     return {**result, "answers": str(out)}
 

@@ -54,7 +54,7 @@ def parse_json(path: Path, text: str) -> Any:
     """Read JSON.  Raises: DataError naming the file."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
 
 

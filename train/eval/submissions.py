@@ -48,5 +48,5 @@ def submit_mmbench(layout: Layout, items: Sequence[Item], texts: Sequence[str], 
 
 def _write(stem: Path, value: Any) -> Path:
     path = stem.with_suffix(".json")
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8", errors="backslashreplace")
     return path

@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from train.errors import DataError, UsageError, did_you_mean
+from train.errors import DataError, TrainError, UsageError, did_you_mean
 from train.eval import scoring
 from train.eval.layout import Layout, parse_json, read_tsv
 from train.eval.scoring import Item, Scorer
@@ -303,7 +303,9 @@ def load(name: str, root: Path) -> list[Item]:
     task = get_task(name)
     try:
         items = task.load(Layout(root, name))
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except TrainError:
+        raise
+    except Exception as error:  # whatever csv, ast, base64 or parquet answer to what is not as published
         raise DataError(f"{name}: the files under {root} are not as published ({error!r:.300})") from None
     if not items:
         raise DataError(f"{name}: no question in the files under {root}")

@@ -147,7 +147,7 @@ def _loss(path: Path) -> float:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return float(state.get("val_loss", state["loss"]))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, RecursionError):
         return math.inf
 
 
@@ -165,7 +165,7 @@ def pass_size(folder: Path) -> int:
     newest = latest(folder)
     try:
         return int(json.loads((newest / "state.json").read_text(encoding="utf-8"))["micro_tokens"]) if newest else 0
-    except (OSError, ValueError, KeyError):  # `restore` says what is wrong with it
+    except (OSError, ValueError, KeyError, RecursionError):  # `restore` says what is wrong with it
         return 0
 
 
@@ -191,7 +191,7 @@ def restore(path: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.
         if broken:
             raise CheckpointError(f"{path}/{broken[0]} is corrupt (its digest differs); {advice}")
         weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from None
     if state["trainable"] != sorted(trainable):
         odd = sorted(set(state["trainable"]) ^ set(trainable))[0]

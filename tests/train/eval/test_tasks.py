@@ -174,6 +174,25 @@ def test_a_file_that_is_not_there_or_not_as_published(root):
     lines(root / "pope/llava_pope_test.jsonl", [{"question_id": 1}])
     with pytest.raises(DataError, match="not as published"):
         tasks.load("pope", root)
+    (root / "pope/llava_pope_test.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="pope_test.jsonl is not valid JSON"):
+        tasks.load("pope", root)
+    (root / "mmbench").mkdir(exist_ok=True)
+    (root / "mmbench/mmbench_dev_20230712.tsv").write_text('index\tquestion\timage\n1\tq\t"' + "x" * (1 << 20))
+    with pytest.raises(DataError, match="not as published"):
+        tasks.load("mmbench", root)
+
+
+@pytest.mark.parametrize("options", ["[", "(" * 300, "['a'", "3", ""])
+def test_options_of_mmmu_that_are_no_list_are_said(root, options):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    (root / "mmmu/MMMU/Art").mkdir(parents=True, exist_ok=True)
+    row = {"id": "a", "question": "q", "options": options, "answer": "A", "question_type": "multiple-choice"}
+    parquet.write_table(pa.Table.from_pylist([row]), root / "mmmu/MMMU/Art/validation-00000.parquet")
+    with pytest.raises(DataError, match="not as published"):
+        tasks.load("mmmu", root)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -193,6 +212,12 @@ def test_a_torn_tail_is_cut_off_and_asked_again(tmp_path):
     path.write_bytes(whole[:-5])
     with pytest.raises(DataError, match="line 3"):
         answers.read_answers(path)
+
+
+def test_answers_hold_any_text_that_json_may_have(tmp_path):
+    row = {"question_id": "\ud800", "prompt": "half a letter \udfff", "text": "\u2028 ok"}
+    answers.append_answers(tmp_path / "a.jsonl", [row, row])
+    assert answers.read_answers(tmp_path / "a.jsonl") == [row, row]
 
 
 def test_answers_are_found_by_id_and_prompt():
