@@ -24,6 +24,7 @@ from curate.report.options import ReportOptions
 from curate.select.options import SelectOptions
 from curate.storage import paths
 from pipelines import memory, terminal
+from pipelines.terminal import printable
 
 log = logging.getLogger("curate")
 app = typer.Typer(
@@ -60,11 +61,11 @@ def main() -> None:
         app()
     except CurateError as error:
         log.debug("", exc_info=True)
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {printable(str(error))}\n")
         sys.exit(error.exit_code)
     except OSError as error:
         log.debug("", exc_info=True)
-        told = f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        told = printable(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         lasting = isinstance(error, paths.FINAL)
         sys.stderr.write(f"{told}\n" if lasting else f"{told}; run again to resume\n")
         sys.exit(UsageError.exit_code if lasting else 1)
@@ -280,7 +281,6 @@ def find(
     from curate.ask.find import find as search
     from curate.report.found import page, verdict
     from curate.report.report import write_page
-    from curate.report.show import printable
 
     embedded, found = search(directory, texts or [], image or [], without or [], n, model, pretrained)
     if out:
@@ -321,14 +321,14 @@ def probe(
         return typer.echo(json.dumps(told, ensure_ascii=False))
     counts = " · ".join(f"{count:,} {name}" for name, count in told["labelled"].items())
     unclear = f" · {told['repeated_keys']:,} left out, each of several rows" * bool(told["repeated_keys"])
-    typer.echo(f"{counts} · {told['unknown_keys']:,} keys are not here{unclear} → {head}")
+    typer.echo(f"{printable(counts)} · {told['unknown_keys']:,} keys are not here{unclear} → {head}")
     typer.echo(
         f"held out: {told['accuracy']:.1%} right ({told['commonest']:.1%} for one label alone), "
         f"calibration error {told['calibration_error']:.3f}"
     )
     typer.echo("label next, least sure first:")
     for row in told["next"]:
-        typer.echo(f"  {row['key']}  lead {row['lead']:.3f}")
+        typer.echo(printable(f"  {row['key']}  lead {row['lead']:.3f}"))
 
 
 @app.command()
@@ -341,7 +341,6 @@ def show(
 
     Example: `curate show out/demo/selection --key 000000123` writes nothing: it prints one screen.
     """
-    from curate.report.show import printable
     from curate.report.show import show as describe
     from curate.report.show_sample import facts_of, show_key
     from curate.storage.manifest import open_input

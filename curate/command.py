@@ -80,9 +80,9 @@ class Run:
         else:
             from curate.report.show import headline
 
-            typer.echo(headline(self.verb, manifest).strip() + f" → {out}")
+            typer.echo(terminal.printable(headline(self.verb, manifest).strip() + f" → {out}"))
         if failed:
-            typer.echo(failures(failed, self.job.passing, out), err=True)
+            typer.echo(terminal.printable(failures(failed, self.job.passing, out)), err=True)
             raise typer.Exit(1)
         counts = manifest.get("counts", {}) if self.verb in EMBEDDING else {}
         if sum(counts.values()) and not counts.get("ok"):

@@ -5,6 +5,8 @@ import threading
 import time
 from typing import Any
 
+from pipelines.terminal import printable
+
 PLAIN_INTERVAL_S = 10.0
 
 
@@ -80,6 +82,7 @@ class Progress:
 
     def write(self, text: str) -> None:
         """Print a line of its own."""
+        text = printable(text)
         if self.bar is not None and not self.closed.is_set():
             self.bar.console.print(text, markup=False, soft_wrap=True)
         elif not self.quiet:

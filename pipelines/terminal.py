@@ -5,6 +5,7 @@ its group of commands in a class of both programs: Ctrl-C is raised on as `Stopp
 and where nobody reads any more (`| head`) the command is done.
 """
 
+import io
 import os
 import select
 import sys
@@ -55,7 +56,23 @@ def _is_read(number: int) -> bool:
 
 
 def open_closed() -> None:
-    """Give a program that was started with closed streams (`2>&-`) some that lead nowhere."""
+    """Give a program that was started with closed streams (`2>&-`) some that lead nowhere.
+
+    What is no UTF-8, as names of files may be, is printed escaped from then on.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
+
+
+def printable(text: str, but: str = "") -> str:
+    """Take out of a text what would command the terminal: captions, keys and names of files may hold escapes.
+
+    It becomes a line. but: what stays nevertheless, such as line breaks.
+    """
+    if text.isprintable():
+        return text
+    told = (letter if letter.isprintable() or letter in but else " " if letter.isspace() else "�" for letter in text)
+    return "".join(told)

@@ -132,3 +132,18 @@ def test_ctrl_c_does_not_reach_a_process_that_is_about_to_start(tmp_path):
     (tmp_path / "begins.py").write_text(BEGINS)
     told = subprocess.run([sys.executable, "begins.py"], cwd=tmp_path, capture_output=True, text=True)
     assert told.stdout == "True False\n", told.stderr
+
+
+def test_names_that_command_a_terminal_are_printed_without_their_commands(tmp_path):
+    """Escapes, an order of writing, and bytes that are no UTF-8: in lines of faults, of failures and of errors."""
+    folder = tmp_path / "in\x1b[31m\u202e"
+    folder.mkdir()
+    for name in ("a.jpg", "b\nc.jpg", "d\x1b]0;title\x07.md", "\x9b31m.md"):
+        (folder / name).write_bytes(b"x")
+    for out in ("pool\x1b[2J", "pool\udcff"):
+        told = curate("pack", folder, tmp_path / out)
+        assert told.returncode == 0 and "files passed over: .md" in told.stderr
+        refused = curate("pack", tmp_path / "none\x1b[1m", tmp_path / out, check=False)
+        assert refused.returncode == 2 and refused.stderr.startswith("error: ")
+        for text in (told.stdout, told.stderr, refused.stderr):
+            assert all(letter.isprintable() for line in text.split("\n") for letter in line)

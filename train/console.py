@@ -45,6 +45,13 @@ class Group(terminal.Commands, TyperGroup):
     """The verbs."""
 
 
+class _Plain(logging.Formatter):
+    """Log lines in which names of files and keys of samples command no terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal.printable(super().format(record), "\n\t")
+
+
 def quiet() -> None:
     """Keep stderr for our own lines, of the first rank; transformers prints whole configurations otherwise."""
     memory.one_arena()  # before the first thread
@@ -54,7 +61,9 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of each try to reach a hub that is not there
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setFormatter(_Plain("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[screen])
     log.setLevel(level)
 
 
@@ -68,7 +77,7 @@ def end(error: BaseException) -> NoReturn:
         code = 130
         sys.stderr.write("stopped\n")
     elif isinstance(error, TrainError | OSError):
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {terminal.printable(str(error))}\n")
     else:
         sys.__excepthook__(type(error), error, error.__traceback__)
     ranks = sys.modules.get("train.dist")  # which alone joins groups, and imports torch
@@ -106,11 +115,12 @@ def show_answers(summary: dict[str, Any], out: Path, num: int, as_json: bool) ->
     for line in (lines[(2 * i + 1) * len(lines) // (2 * shown)] for i in range(shown)):  # spread over the questions
         row = json.loads(line)
         mark, asked = "=" if row["right"] else "x", row["question"] or "(image)"
-        say(f"{mark} {row['key']}  {asked[:60]!r}\n    answer  {row['answer']}\n    truth   {row['truth']}")
+        told = f"{mark} {row['key']}  {asked[:60]!r}\n    answer  {row['answer']}\n    truth   {row['truth']}"
+        say(terminal.printable(told, "\n\t"))
     for task, score in {"all": summary, **summary["tasks"]}.items():
         say(f"{task:<12} {score['questions']:>6} questions   accuracy {score['accuracy']:.3f}")
     for told in summary.get("left_out", ()):
-        say(f"left out: {told}")
+        say(terminal.printable(f"left out: {told}"))
     if "ranked" in summary:
         own, gain, picture = (summary[f"{kind}ranked_first"] for kind in ("", "gain_", "picture_"))
         told = f"own text first: {own:.3f}, by what the image adds {gain:.3f}; own image first: {picture:.3f}"

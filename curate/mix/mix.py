@@ -31,6 +31,7 @@ from curate.storage import faults, paths, records, sidecar
 from curate.storage.manifest import Output, load_json, open_output, versions
 from curate.storage.renewal import shared
 from curate.storage.tar import TarWriter, is_safe
+from pipelines.terminal import printable
 
 SCRATCH = ".spool"
 
@@ -89,7 +90,7 @@ def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, 
         order = _draw(chosen, sources, tables, facts)
         manifest = _write(output, chosen, sources, order, describe(sources, tables, facts, order), job)
     if not job.quiet:
-        sys.stderr.writelines(f"mix: {line}\n" for line in accounts.losses(manifest.get("sources", {})))
+        sys.stderr.writelines(f"mix: {printable(line)}\n" for line in accounts.losses(manifest.get("sources", {})))
     return manifest
 
 

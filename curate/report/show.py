@@ -16,6 +16,7 @@ from curate.report import ablation_tables, concepts, provenance
 from curate.report.provenance import is_finite
 from curate.storage import paths, tar
 from curate.storage.manifest import FAILED, MANIFEST, PLAN, Artefact, load_json, open_input
+from pipelines.terminal import printable
 
 BAR, MOST, WIDTH = 24, 8, 110
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -59,11 +60,6 @@ def selection_lines(directory: str) -> Iterator[str]:
     """Yield what select prints of what it made: the funnel, and the clusters that it starved and favoured."""
     funnel = load_json(paths.join(directory, "funnel.json"))
     yield from map(printable, (*funnel_lines(funnel), *concepts.lines(funnel), *cluster_lines(funnel)))
-
-
-def printable(line: str) -> str:
-    """Take out of a line what would command the terminal: captions and keys may hold escapes."""
-    return "".join(letter if letter.isprintable() else "�" for letter in line)
 
 
 def _several(number: int, what: str) -> str:

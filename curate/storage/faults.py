@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from pipelines.terminal import printable
+
 Faults = dict[str, dict[str, Any]]  # kind: {"count": int, "example": str}
 MOST_SHOWN = 10
 
@@ -38,4 +40,4 @@ def lines(faults: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def write(stage: str, faults: Mapping[str, Mapping[str, Any]], *, quiet: bool = False) -> None:
     """Write the lines to stderr, each after the stage's name."""
     if not quiet:
-        sys.stderr.write("".join(f"{stage}: {line}\n" for line in lines(faults)))
+        sys.stderr.write("".join(f"{stage}: {printable(line)}\n" for line in lines(faults)))
