@@ -21,7 +21,7 @@ STATUSES = {
     "bad_caption": "the caption is not UTF-8, or over 1 MiB",
     "bad_embedding": "an embedding is NaN, infinite or zero",
     "duplicate_key": "the shard uses this key more than once",
-    "unsafe_key": "the key would write outside its folder",
+    "unsafe_key": "the key would write outside its folder, or holds control characters",
     "unmatched": "no row of the imported table belongs to this sample",
 }
 

@@ -48,6 +48,7 @@ MAX_MEMBER_BYTES = 256 << 20
 MAX_TEXT_BYTES = 1 << 20
 TAR_SUFFIXES, OTHER_SUFFIXES = samples.TAR_SUFFIXES, samples.OTHER_ARCHIVES
 GZIP_MAGIC = b"\x1f\x8b"
+UNSAFE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # end lines of lists, command terminals, are no UTF-8
 MACOS = "macOS's own (._name, __MACOSX)"
 
 
@@ -268,10 +269,10 @@ def suffix_of(image: bytes, otherwise: str = "jpg") -> str:
 
 
 def is_safe(key: str) -> bool:
-    """Say whether a key is UTF-8 and stays inside the folder it is written to."""
+    """Say whether a key is UTF-8 in one line and stays inside the folder it is written to."""
     parts = key.replace("\\", "/").split("/")
-    stays = ".." not in parts and not key.startswith(("/", "\\")) and ":" not in parts[0] and "\0" not in key
-    return bool(key) and stays and not any("\ud800" <= letter <= "\udfff" for letter in key)
+    stays = ".." not in parts and not key.startswith(("/", "\\")) and ":" not in parts[0]
+    return bool(key) and stays and not UNSAFE.search(key)
 
 
 def read_index(file: IO[bytes]) -> Index:

@@ -132,6 +132,9 @@ def test_links_devices_and_directories_are_passed_over_and_recorded():
         ("C:x", False),
         ("", False),
         ("a\0b", False),
+        ("a\nb", False),
+        ("a\x1b[31m", False),
+        ("a\u202eb", True),
         ("caf\udce9", False),
     ],
 )
