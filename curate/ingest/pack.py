@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,45 +23,27 @@ from curate.embed.captions import clean
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.ingest.beside import TABLES, Beside, File, Samples, has_pictures, seen_of, to_json
-from curate.ingest.layouts import name_of, text_of
+from curate.ingest.layouts import text_of
 from curate.ingest.options import PackOptions
+from curate.ingest.parquet_rows import KEYS, Part, Rows, count_keys, key_of
 from curate.ingest.table_columns import caption_column, holds_images, image_column, no_images
 from curate.storage import faults, manifest, paths
 from curate.storage.faults import Faults
-from curate.storage.renewal import Parts, Seen, shared
+from curate.storage.renewal import Parts, shared
 from curate.storage.tar import (
     CAPTION_SUFFIX,
     IMAGE_SUFFIXES,
     JSON_SUFFIX,
     MACOS,
+    UNSAFE,
     TarWriter,
     is_macos,
-    is_safe,
     suffix_of,
 )
 from pipelines.records import as_list
 
 LAYOUTS = ("auto", "files", "parquet")
-KEYS = ("key", "__key__", "image_id", "id", "uid")
 PACKED = (*IMAGE_SUFFIXES, CAPTION_SUFFIX, JSON_SUFFIX)
-ROWS = 64  # of parquet, in memory at a time
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one tar is made of: files by key and suffix under a folder, or rows start … stop of a parquet file.
-
-    seen: how large that is and when it was written.
-    """
-
-    source: str
-    rows: int
-    files: Sequence[File] = ()
-    start: int = 0
-    image: str = ""
-    caption: str = ""
-    root: str = ""  # from which files that lie beside are named
-    seen: Seen = (0, "", "")
 
 
 @shared
@@ -115,6 +96,7 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
     failed = output.failures(list(parts), outcome.failed, ".tar")
     if unfinished := output.unfinished(list(parts), failed, ".tar"):
         return unfinished
+    count_keys({stem: part for stem, part in parts.items() if stem not in failed}, told)
     faults.write("pack", told, quiet=job.quiet)
     rows = {stem: {"rows": part.rows} for stem, part in parts.items() if stem not in failed}
     return output.finish(
@@ -179,15 +161,17 @@ def _samples(folder: str, names: Sequence[str], passed: dict[str, int], told: Fa
             passed[suffix] = passed.get(suffix, 0) + 1
             faults.add(told, f"files passed over: {MACOS if is_macos(name) else f'.{suffix}'}", shown)
             continue
-        plain = base.replace(".", "_")
+        plain = UNSAFE.sub("_", base.replace(".", "_"))
         keys = (plain if number == 1 else f"{plain}__{number}" for number in itertools.count(1))
         key = next(
             each
             for each in keys
             if each not in samples or (base_of[each] == base and suffix not in [held.suffix for held in samples[each]])
         )
-        if plain != base:
+        if "." in base:
             faults.add(told, "names with dots: written with _, since a key ends at its first dot", shown)
+        if UNSAFE.search(base):
+            faults.add(told, "names with control characters, or that are no UTF-8: written with _ for them", shown)
         if key != plain:
             faults.add(told, "names that would be one key: the later ones have a number", shown)
         base_of[key] = base
@@ -210,11 +194,12 @@ def _add_part(parts: dict[str, Part], stem: str, part: Part) -> None:
 
 def _walk(source: str, folder: str) -> Iterator[tuple[str, list[str]]]:
     """Yield every folder under a source with the names in it, both sorted. Links to folders are not followed."""
-    place = paths.join(source, folder) if folder else source
-    names, folders = paths.entries(place)
-    yield folder, names
-    for name in folders:
-        yield from _walk(source, f"{folder}/{name}" if folder else name)
+    left = [folder]  # no recursion: folders may lie in folders as deep as a path is long
+    while left:
+        folder = left.pop()
+        names, folders = paths.entries(paths.join(source, folder) if folder else source)
+        yield folder, names
+        left += [f"{folder}/{name}" if folder else name for name in reversed(folders)]
 
 
 def _cut(stem: str, rows: int, shard_size: int) -> Iterator[tuple[str, int, int]]:
@@ -251,7 +236,8 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
         stem = stem.removesuffix(".parquet").replace(".", "_").replace("/", "__")
         for name, start, stop in _cut(stem, rows, options.shard_size):
             seen = (listed.size, listed.stamp, f"{start} {stop} {image} {caption}")
-            _add_part(parts, name, Part(location, stop - start, (), start, image, caption, seen=seen))
+            keyed = any(each in KEYS and each != image for each in schema.names)
+            _add_part(parts, name, Part(location, stop - start, (), start, image, caption, seen=seen, keyed=keyed))
     return parts
 
 
@@ -276,7 +262,7 @@ class PackShard:
 
     def setup(self) -> None:
         """Begin without an open parquet file."""
-        self.table = _Rows()
+        self.table = Rows()
 
     def __call__(self, stem: str) -> dict[str, Any]:
         """Write one tar."""
@@ -299,7 +285,7 @@ def _read_files(part: Part) -> Iterator[tuple[str, bytes]]:
         yield f"{file.key}.{file.suffix}", paths.read_bytes(place) if file.name else file.text.encode()
 
 
-def _read_rows(stem: str, part: Part, table: "_Rows") -> Iterator[tuple[str, bytes]]:
+def _read_rows(stem: str, part: Part, table: Rows) -> Iterator[tuple[str, bytes]]:
     """Yield the members of rows of a parquet file. Raises: ShardError when it holds paths in place of images."""
     seen: set[str] = set()
     pictures = 0
@@ -307,7 +293,7 @@ def _read_rows(stem: str, part: Part, table: "_Rows") -> Iterator[tuple[str, byt
         held = row.pop(part.image)
         listed = [each if isinstance(each, dict) else {"bytes": each} for each in as_list(held)]
         images = [each["bytes"] for each in listed if each["bytes"]]
-        key = _key(row, f"{stem}_{number:09d}", seen)
+        key, _ = key_of(row, f"{stem}_{number:09d}", seen)
         for place, image in enumerate(images):
             yield f"{key}.{f'{place}.' if len(images) > 1 else ''}{suffix_of(image)}", image
         pictures += len(images)
@@ -324,60 +310,3 @@ def _read_rows(stem: str, part: Part, table: "_Rows") -> Iterator[tuple[str, byt
         yield f"{key}.{JSON_SUFFIX}", json.dumps(to_json(plain), ensure_ascii=True, default=str).encode()
     if part.rows and not pictures:
         raise ShardError(f"{part.source} holds no image bytes in {part.image}: write it with the files embedded")
-
-
-class _Rows:
-    """Reads rows of parquet files, a few in memory at a time; parts that follow each other cost one reading.
-
-    A part is found by its row group. Where the next part of the same file lies further on, the reading goes on from
-    where it stands: a file that is one large row group is decoded once by each worker, however many tars it makes.
-    """
-
-    def __init__(self) -> None:
-        self.source, self.at = "", 0
-        self.batches: Iterator[pa.RecordBatch] = iter(())
-        self.rest: pa.RecordBatch | None = None
-
-    def read(self, part: Part) -> Iterator[dict[str, Any]]:
-        """Yield a part's rows. Raises: ShardError when the file cannot be read."""
-        stop = part.start + part.rows
-        try:
-            if part.source != self.source or part.start < self.at:
-                self._open(part)
-            while self.at < stop:
-                batch = self.rest if self.rest is not None else next(self.batches)
-                first, last = max(part.start - self.at, 0), min(stop - self.at, batch.num_rows)
-                self.rest = batch.slice(last) if last < batch.num_rows else None
-                self.at += last
-                if last > first:
-                    yield from batch.slice(first, last - first).to_pylist()
-        except StopIteration:
-            raise ShardError(
-                f"{part.source} ends after {self.at:,} rows, {part.start + part.rows:,} expected"
-            ) from None
-        except (pa.ArrowException, OSError) as error:
-            self.source = ""
-            raise ShardError(f"{part.source} cannot be read: {str(error).splitlines()[0]}") from None
-
-    def _open(self, part: Part) -> None:
-        """Open a part's file at the row group that holds its first row."""
-        import pyarrow.parquet as pq
-
-        held = pq.ParquetFile(paths.open_read(part.source))
-        sizes = [held.metadata.row_group(index).num_rows for index in range(held.metadata.num_row_groups)]
-        group, self.at = 0, 0
-        while group < len(sizes) and self.at + sizes[group] <= part.start:
-            self.at += sizes[group]
-            group += 1
-        self.source, self.rest = part.source, None
-        self.batches = held.iter_batches(ROWS, row_groups=list(range(group, len(sizes))))
-
-
-def _key(row: dict[str, Any], fallback: str, seen: set[str]) -> str:
-    """Name a row by its own key where it has a safe one that no earlier row has; a key ends at its first dot."""
-    given = next((named for name in KEYS if (named := name_of(row.get(name))) is not None), "")
-    key = re.sub(r"[./\\:]", "_", given)
-    if not key or not is_safe(key) or key in seen:
-        key = fallback
-    seen.add(key)
-    return key

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import time
 
 import numpy as np
@@ -158,6 +159,49 @@ def test_large_parquet_files_are_cut_and_keys_stay_unique(tmp_path):
     assert keys == ["a_b_c", "all_00000_000000001", "___x", "all_00001_000000003", "e"]
 
 
+@pytest.mark.parametrize("cut_short", [False, True])
+def test_rows_that_are_not_called_by_their_id_are_counted(tmp_path, capsys, cut_short):
+    names = ["a", "b", "a", "", None, "x\ny", "t_00000_000000002", "b", "a.a", "a/a"]
+    rows = [{"id": name, "jpg": picture(at)} for at, name in enumerate(names)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=4)
+    out = tmp_path / "pool"
+    if cut_short:  # the first tar is there already
+        pack(str(tmp_path / "t.parquet"), str(out), PackOptions(shard_size=7), Job(workers=1, quiet=True, part=(0, 2)))
+    manifest = pack(str(tmp_path / "t.parquet"), str(out), PackOptions(shard_size=7), Job(workers=1))
+    counted = {kind: fault["count"] for kind, fault in manifest["faults"].items()}
+    assert counted == {
+        "ids that an earlier row has: such rows are called by their number": 3,
+        "ids that no file may have: such rows are called by their number": 1,
+    }
+    assert "3 × ids that an earlier row has" in capsys.readouterr().err
+    for shard in list_pool(str(out)):
+        with open(shard.location, "rb") as file:
+            keys = [sample.key for sample in read_index(file).samples]
+        assert len(keys) == len(set(keys)) == manifest["shards"][shard.stem]["rows"]
+
+
+def test_folders_in_folders_without_end_and_names_with_control_characters(tmp_path):
+    place = tmp_path / "in"
+    place.mkdir()
+    here = os.open(place, os.O_RDONLY)
+    for _ in range(1_500):  # deeper than functions may call each other
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    for name in (b"a\nb.jpg", b"a\nb.txt", b"caf\xe9.jpg"):
+        with open(os.fsencode(place) + b"/" + name, "wb") as file:
+            file.write(b"x")
+    manifest = pack(str(place), str(tmp_path / "pool"), PackOptions(), QUIET)
+    [shard] = list_pool(str(tmp_path / "pool"))
+    assert [name for name, _ in members(shard.location)] == ["a_b.jpg", "a_b.txt", "caf_.jpg"]
+    [(kind, fault)] = manifest["faults"].items()
+    assert "control characters" in kind and fault["count"] == 3
+    for depth in range(1_500, 0, -1):  # pytest would call itself as often
+        os.rmdir(place / ("d/" * depth))
+
+
 def test_workers_interruptions_and_the_command_line_leave_the_same_bytes(tmp_path):
     source = write_files(tmp_path / "download", shards=3)
     for name in ("a", "b", "c"):
@@ -286,9 +330,9 @@ def test_a_parquet_file_is_decoded_once_however_many_tars_it_makes(tmp_path, mon
     found = [pair for tar in sorted((tmp_path / "pool").glob("*.tar")) for pair in members(tar)]
     assert [data for name, data in found if name.endswith(".jpg")] == [row["image"] for row in rows]
     assert sum(decoded) == 50
-    from curate.ingest.pack import Part, _Rows
+    from curate.ingest.parquet_rows import Part, Rows
 
-    table, place = _Rows(), str(tmp_path / "in" / "a.parquet")
+    table, place = Rows(), str(tmp_path / "in" / "a.parquet")
     for start, count in ((8, 4), (0, 5), (44, 6), (45, 1), (3, 40)):
         part = Part(place, count, (), start, "image", "text")
         assert [row["key"] for row in table.read(part)] == [f"{row:03d}" for row in range(start, start + count)]
