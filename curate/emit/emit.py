@@ -9,6 +9,7 @@ Which samples go to which output shard is computed once on the driver from the `
 independent map. A sample that the pool no longer has is counted by reason and listed; it leaves its shard one short.
 """
 
+import errno
 import itertools
 import os
 import sys
@@ -36,6 +37,8 @@ EMITTED_SCHEMA = pa.schema(
 )
 LLAVA_SCHEMA = EMITTED_SCHEMA.append(pa.field("record", pa.large_string()))
 MAX_LISTED = 1000
+# No file can have the name: it is too long, or another sample's picture lies where it needs a folder.
+NAMELESS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,10 +300,17 @@ class _WriteImages(_Write):
         for key, sample in self.samples(name):
             record: dict[str, Any] = {"id": key}
             images = []
-            for member, _, data in sample.images:
-                images.append(f"{name}/{key}{member[len(sample.key) :]}")
-                _write_plain(paths.join(self.out, "images", images[-1]), data)
-                size += len(data)
+            try:
+                for member, _, data in sample.images:
+                    images.append(f"{name}/{key}{member[len(sample.key) :]}")
+                    _write_plain(paths.join(self.out, "images", images[-1]), data)
+                    size += len(data)
+            except OSError as error:
+                if error.errno not in NAMELESS:
+                    raise
+                self.rows.pop()
+                self.gone.append({"stem": sample.stem, "row": sample.row, "key": sample.key, "why": "no_file_name"})
+                continue
             turns, images = _turns(sample.described, images)
             if images:
                 record["image"] = images[0] if len(images) == 1 else images

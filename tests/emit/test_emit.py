@@ -211,6 +211,19 @@ def test_a_hostile_member_is_never_written_outside(tmp_path):
     assert not list(tmp_path.rglob("evil*"))
 
 
+def test_a_sample_of_which_no_file_can_be_named_is_counted_and_the_others_are_written(tmp_path):
+    pool = write_pool(tmp_path / "pool", ["00000"], 1)
+    with open(tmp_path / "pool" / "00000.tar", "wb") as file, TarWriter(file) as tar:
+        for number, key in enumerate(("a", "long" * 100, "a.jpg/b", "c")):
+            tar.add(f"{key}.jpg", picture(number))
+            tar.add(f"{key}.txt", b"words")
+    sel = write_selection(tmp_path / "sel", write_embeddings(tmp_path / "emb", pool), lambda stem, row, key: True)
+    manifest = emit(sel, str(tmp_path / "llava"), EmitOptions(format="llava"), QUIET)
+    assert manifest["counts"] == {"rows": 4, "written": 2, "no_file_name": 2}
+    assert [each["id"] for each in load_json(str(tmp_path / "llava" / "coreset.json"))] == ["a", "c"]
+    assert emit(sel, str(tmp_path / "tars"), EmitOptions(), QUIET)["counts"] == {"rows": 4, "written": 4}
+
+
 def test_llava_json_with_images(tmp_path):
     turns = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "that"}]
     write_pool(tmp_path / "pool", ["x"], 2, extra={"conversations": turns}, first=100)
