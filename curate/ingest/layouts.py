@@ -12,11 +12,13 @@ A part is one file of vectors and what lies beside it; it becomes one sidecar, o
 Row order ties the files of a part together, and is checked. Arrays are mapped where they can be, never unpickled.
 """
 
+import io
 import re
 import uuid
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +28,7 @@ from curate.errors import ShardError, UsageError, unknown
 from curate.storage import faults, paths, records
 from curate.storage.faults import Faults
 from curate.storage.renewal import Seen
+from pipelines import gzipped
 
 # What each project calls the columns that a sidecar keeps, or that a pool is joined by.
 NAMES = {
@@ -264,6 +267,8 @@ def _vectors(location: str, entry: str) -> np.ndarray:
             return _parquet_vectors(location)
         if location.endswith(".npz") or paths.is_remote(location):
             with paths.open_read(location) as file:
+                if location.endswith(".npz"):
+                    _refuse_oversized(file, location)
                 held = np.load(file, allow_pickle=False)
                 found = held[entry] if location.endswith(".npz") else held
         else:
@@ -281,6 +286,16 @@ def _vectors(location: str, entry: str) -> np.ndarray:
     if found.ndim != 2 or found.dtype.kind != "f" or not found.shape[1]:
         raise ShardError(f"{location} holds {found.dtype} {found.shape}, not vectors of numbers [n, d]")
     return np.asarray(found)
+
+
+def _refuse_oversized(file: IO[bytes], location: str) -> None:
+    """Raise ShardError for an npz that unpacks to far more than its size: vectors hardly shrink."""
+    size = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as packed:
+        large = sum(each.file_size for each in packed.infolist())
+    if large > max(gzipped.LEAST_BYTES, gzipped.TIMES * size):
+        raise ShardError(f"{location} unpacks to {large:,} bytes, {large // size:,} times its size")
+    file.seek(0)
 
 
 def _parquet_vectors(location: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from curate.ingest.published import ImportOptions, import_layout, unit_rows
 from curate.storage import sidecar
 from curate.storage.tar import TarWriter
 from house import REAL_DATA, fingerprint
+from pipelines import gzipped
 
 QUIET = Job(quiet=True, workers=1)
 DIM = 6
@@ -243,6 +244,15 @@ def test_parts_that_cannot_be_read_fail_by_name_and_the_others_go_on(tmp_path):
     np.save(image / "img_emb_0001.npy", vectors(4))  # mended, and taken up
     manifest = import_layout(str(tmp_path / "source"), str(tmp_path / "emb"), ImportOptions("clip-retrieval"), QUIET)
     assert list(manifest["shards"]) == ["0000", "0001"] and list(manifest["failed"]) == ["0002", "0003", "0004"]
+
+
+def test_an_npz_that_unpacks_to_far_more_than_its_size_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(gzipped, "LEAST_BYTES", 1 << 20)
+    np.savez_compressed(tmp_path / "a.npz", l14_img=np.zeros((2_000, 512), np.float16))
+    with pytest.raises(ShardError, match="a.npz unpacks to 2,048,.* times its size"):
+        layouts._vectors(str(tmp_path / "a.npz"), "l14_img")
+    np.savez_compressed(tmp_path / "b.npz", l14_img=np.random.default_rng(0).normal(size=(2_000, 512)))
+    assert layouts._vectors(str(tmp_path / "b.npz"), "l14_img").shape == (2_000, 512)
 
 
 def test_rows_that_are_no_numbers_or_missing_are_recorded(tmp_path):
