@@ -7,6 +7,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_NOTES = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")  # of no use here, and of any size
+
+
+def without_notes(data: bytes) -> bytes:
+    """Copy a PNG without its colour profile and text chunks. A chunk: length, type, content, checksum.
+
+    Pillow refuses PNGs, with a ValueError, whose notes unpack to over 1 MiB each or 64 MiB in all. Any other file is
+    returned as it is.
+    """
+    if not data.startswith(PNG_MAGIC):
+        return data
+    kept, at = [PNG_MAGIC], len(PNG_MAGIC)
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in PNG_NOTES:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
 
 def visible(image: Image) -> Image:
     """Bring a picture that a plain conversion to RGB would make black or white into 8 bits without transparency.

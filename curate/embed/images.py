@@ -30,8 +30,6 @@ Image.MAX_IMAGE_PIXELS = None  # `_load` has a limit of its own, which may be la
 FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
 HASH_SIDE = 32
 LEAST_CONTRAST = 4  # of 255, between the darkest and the brightest of the 32 × 32 cells; JPEG noise is 1 to 2
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-PNG_NOTES = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")  # of no use here, and of any size
 SAMPLINGS = ((1, 1), (2, 1), (2, 2))  # of the brightness, of a JPEG: 4:4:4, 4:2:2, 4:2:0
 MOST_ON_DEVICE = 1 << 24  # pixels; one of these takes a GPU half a gigabyte
 MOST_OBLONG = 256  # times as long as wide; the ends of longer pictures are cut off where a crop in the middle follows
@@ -59,10 +57,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         try:
             return _load(data, max_pixels)
-        except ValueError:  # Pillow refuses PNGs whose notes unpack to over 1 MiB each or 64 MiB in all
-            if not data.startswith(PNG_MAGIC):
-                raise
-            return _load(_without_notes(data), max_pixels)
+        except ValueError:  # of notes that are too long, among others
+            return _load(pictures.without_notes(data), max_pixels)
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -115,17 +111,6 @@ def _unidentified(data: bytes) -> BadImage:
         return BadImage("no_decoder", f"{name} is not decoded here: convert it to JPEG, PNG or WebP")
     text = data[:256].lstrip()[:1] in (b"<", b"{", b"[")
     return BadImage("decode_error", "a web page or other text" if text else "not an image of a known format")
-
-
-def _without_notes(data: bytes) -> bytes:
-    """Copy a PNG without its colour profile and text chunks. A chunk: length, type, content, checksum."""
-    kept, at = [PNG_MAGIC], len(PNG_MAGIC)
-    while at + 8 <= len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] not in PNG_NOTES:
-            kept.append(data[at:end])
-        at = end
-    return b"".join(kept)
 
 
 def visible(image: Image.Image) -> Image.Image:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.pictures import visible
+from pipelines.pictures import visible, without_notes
 from train.data.prompts import Encoded, Encoder, Rejected, parse, parse_turn
 from train.data.reading import Record
 from train.data.record_source import JsonRows, RecordSource, TableRows
@@ -91,11 +91,17 @@ def decode_image(data: bytes) -> Any:
     """Decode to an RGB PIL image, deep and transparent ones made visible.  Raises: Rejected (bad_image, huge_image)."""
     from PIL import Image
 
-    try:
+    def decode(data: bytes) -> Any:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Rejected("huge_image")
             return visible(image).convert("RGB")
+
+    try:
+        try:
+            return decode(data)
+        except ValueError:  # of notes that are too long, among others
+            return decode(without_notes(data))
     except Rejected:
         raise
     except Exception:  # decoders answer hostile bytes with nearly every exception there is

@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from toys import add, picture, word_tokenizer, write_json, write_mixed
 
 from train.data.measuring import measure
@@ -162,6 +163,10 @@ def test_images_of_every_bad_kind():
     out = io.BytesIO()
     Image.fromarray(np.zeros((4, 4, 4), np.uint8), "RGBA").save(out, "PNG")
     assert decode_image(out.getvalue()).mode == "RGB"
+    notes, long = PngInfo(), io.BytesIO()  # as long as curate reads them
+    notes.add_itxt("note", "x" * (2 << 20), zip=True)
+    Image.new("RGB", (8, 8), "red").save(long, "PNG", pnginfo=notes)
+    assert decode_image(long.getvalue()).getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("image", ["../secret.jpg", "/etc/passwd", "a/../../secret.jpg", 3])
