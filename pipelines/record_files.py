@@ -16,6 +16,7 @@ from pipelines.records import FORM_KEYS, has_turns
 
 CHUNK_BYTES = 4 << 20
 MAX_RECORD_CHARS = 64 << 20
+MAX_LINE_BYTES = 4 * MAX_RECORD_CHARS
 _SPACE = " \t\r\n"
 UNCLOSED = "it ends within the list, which no ] closes"
 _DECODER = json.JSONDecoder()
@@ -270,7 +271,10 @@ def _is_lines(file: IO[bytes], codec: str, mark: int) -> bool:
 
 def _lines(file: IO[bytes], codec: str, mark: int) -> Iterator[Item]:
     """Yield the lines that are not empty, parsed or with their fault."""
-    for offset, line in _byte_lines(file, codec, mark):
+    for offset, line, size in _byte_lines(file, codec, mark):
+        if line is None:
+            yield Item(None, f"not JSON: a line of over {MAX_LINE_BYTES:,} bytes", offset, size)
+            continue
         if codec == "utf-8" and not line.strip():
             continue
         try:
@@ -283,28 +287,42 @@ def _lines(file: IO[bytes], codec: str, mark: int) -> Iterator[Item]:
             value, fault = json.loads(text), ""
         except (ValueError, RecursionError) as error:
             value, fault = None, f"not JSON: {str(error)[:80]}"
-        yield Item(value, fault, offset, len(line))
+        yield Item(value, fault, offset, size)
 
 
-def _byte_lines(file: IO[bytes], codec: str, mark: int) -> Iterator[tuple[int, bytes]]:
-    """Yield each line's place and bytes."""
+def _byte_lines(file: IO[bytes], codec: str, mark: int) -> Iterator[tuple[int, bytes | None, int]]:
+    """Yield each line's place, its bytes (None where they are too many for a record), and their number."""
     file.seek(mark)
-    offset = mark
+    start = mark
     if codec == "utf-8":
-        for line in file:
-            yield offset, line
-            offset += len(line)
+        while line := file.readline(MAX_LINE_BYTES):
+            size, ended = len(line), len(line) < MAX_LINE_BYTES or line.endswith(b"\n")
+            size += 0 if ended else _pass_line(file)
+            yield start, line if ended else None, size
+            start += size
         return
     end = "\n".encode(codec)
-    held = b""
+    held, over = b"", 0  # of a line: its bytes, and how many of them were too many and are forgotten
     while chunk := file.read(CHUNK_BYTES):  # an even number of bytes
-        held += chunk
-        at = 0
-        while (found := held.find(end, at)) >= 0:
+        held, look, at = held + chunk, len(held), 0
+        while (found := held.find(end, look)) >= 0:
+            look = found + 1
             if found % 2 == 0:  # else it is the halves of two characters
-                yield offset, held[: found + 2]
-                held, offset, at = held[found + 2 :], offset + found + 2, 0
-            else:
-                at = found + 1
-    if held:
-        yield offset, held
+                size = over + found + 2 - at
+                yield start, None if over else held[at : found + 2], size
+                start, over, at, look = start + size, 0, found + 2, found + 2
+        held = held[at:]
+        if len(held) > MAX_LINE_BYTES:
+            held, over = b"", over + len(held)
+    if held or over:
+        yield start, None if over else held, over + len(held)
+
+
+def _pass_line(file: IO[bytes]) -> int:
+    """Pass over the rest of a line. Returns its bytes."""
+    size = 0
+    while part := file.readline(CHUNK_BYTES):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size

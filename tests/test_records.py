@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import time
+import tracemalloc
 
 import pytest
 from artefacts import picture
@@ -183,6 +185,42 @@ def test_every_file_gives_its_records(tmp_path, monkeypatch, name, codec):
     assert [source.key(n) for n in range(4)] == ["r0", "r1", "r2", "r3"]
     assert [source.record(n).fields for n in range(4)] == RECORDS
     assert [value for value, _ in read_records(io.BytesIO(data), "x.json")] == RECORDS
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "utf-16-le"])
+def test_lines_too_long_for_a_record_are_faults_and_the_others_are_read(tmp_path, monkeypatch, codec):
+    monkeypatch.setattr(record_files, "MAX_LINE_BYTES", 1 << 12)
+    monkeypatch.setattr(record_files, "CHUNK_BYTES", 1 << 10)
+    lines = [json.dumps(each) for each in RECORDS]
+    text = "\n".join([lines[0], json.dumps({"id": "x" * 9_000}), *lines[1:], "\0" * 20_000])
+    data = text.encode(codec)
+    tracemalloc.start()
+    items = list(record_files.read_items(io.BytesIO(data), "x.jsonl"))
+    assert [item.value for item in items if not item.fault] == RECORDS
+    assert [item.fault for item in items if item.fault] == ["not JSON: a line of over 4,096 bytes"] * 2
+    assert [item.offset for item in items[1:]] == [item.offset + item.size for item in items[:-1]]
+    assert sum(item.size for item in items) == len(data)
+    path = tmp_path / "huge.jsonl"
+    with path.open("wb") as file:
+        file.write((lines[0] + "\n").encode())
+        file.truncate((1 << 28) + 1)  # takes no room on a disk
+    monkeypatch.setattr(record_files, "MAX_LINE_BYTES", 8 << 20)
+    monkeypatch.setattr(record_files, "CHUNK_BYTES", 1 << 20)
+    if codec == "utf-8":
+        tracemalloc.reset_peak()
+        source = open_source(str(path))
+        assert len(source) == 2 and source.record(0).fields == RECORDS[0]
+        with pytest.raises(Rejected, match="too_large"):
+            source.record(1)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    tracemalloc.stop()
+
+
+def test_lines_in_utf_16_are_read_in_linear_time():
+    data = b"".join(f'{{"id": {n}, "conversations": []}}\n'.encode("utf-16-le") for n in range(60_000))
+    began = time.process_time()
+    assert sum(1 for _ in record_files._byte_lines(io.BytesIO(data), "utf-16-le", 0)) == 60_000
+    assert time.process_time() - began < 2  # a copy of what is left for each line takes ten times as long
 
 
 def test_what_follows_a_list_is_not_lost_unsaid(tmp_path):

@@ -11,6 +11,7 @@ from pipelines import records
 from train.data.prompts import Rejected, parse
 
 MAX_OPEN_FILES = 64
+MAX_BYTES = 256 << 20  # of a member, a record or a picture, as in curate
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Files:
         self._open: dict[str, int] = {}
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Return exactly `size` bytes.  Raises: Rejected("unreadable")."""
+        """Return exactly `size` bytes.  Raises: Rejected("unreadable"), Rejected("too_large") over `MAX_BYTES`."""
+        if size > MAX_BYTES:  # a file may be said to hold far more than memory does
+            raise Rejected("too_large")
         try:
             if path not in self._open:
                 while len(self._open) >= MAX_OPEN_FILES:

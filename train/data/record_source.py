@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipelines import record_files, records
 from train.data import scratch
 from train.data.prompts import Rejected
-from train.data.reading import REASONS, Files, Record, rejection, text_of
+from train.data.reading import MAX_BYTES, REASONS, Files, Record, rejection, text_of
 from train.errors import UsageError
 
 ROWS = 64  # of parquet, in memory at a time
@@ -163,6 +163,8 @@ class RecordSource:
             return self._locate(image.replace("\\", "/"))
         if found is None:
             raise Rejected("missing_image")
+        if found[1] > MAX_BYTES:
+            raise Rejected("too_large")
         return found
 
     def _digest_images(self) -> str:
