@@ -14,6 +14,7 @@ from curate.storage import paths
 from curate.storage.tar import (
     GZIP_MAGIC,
     IMAGE_SUFFIXES,
+    MAX_MEMBER_BYTES,
     TAR_SUFFIXES,
     Shard,
     TarWriter,
@@ -126,6 +127,8 @@ class ImageFinder:
             if suffix not in IMAGE_SUFFIXES:
                 return None, "unsafe or foreign image name"
             picture = self.members.get(image.removeprefix("./"))
+            if picture is not None and picture.size > MAX_MEMBER_BYTES:
+                return None, f"image over the limit of {MAX_MEMBER_BYTES:,} bytes"
             if picture is not None or not paths.is_dir(self.root):
                 return (picture, "") if picture is not None else (None, "missing image")
         location = paths.join(self.root, image)
@@ -141,6 +144,8 @@ class ImageFinder:
             return None, "unsafe or foreign image name"
         if size < 0:
             return None, "missing image"
+        if size > MAX_MEMBER_BYTES:
+            return None, f"image over the limit of {MAX_MEMBER_BYTES:,} bytes"
         return (Picture(location, -1, size, suffix), "") if size else (None, "empty image")
 
 

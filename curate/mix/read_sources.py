@@ -82,7 +82,11 @@ class ReadSource:
             rules_took = {**({"left out": faults.left_out} if faults.left_out else {}), **ruled_out.counts}
             manifest.reconcile(name, read + sum(reshaped.values()), {"usable": usable, **faults.counts, **rules_took})
             facts = {"read": read, "faults": faults.counts, "ruled_out": rules_took, "reshaped": reshaped}
-            facts |= {"listed": faults.listed + ruled_out.listed, "notes": faults.notes, "folders": faults.folders}
+            facts |= {
+                "listed": faults.listed + ruled_out.listed,
+                "notes": ruled_out.notes + faults.notes,
+                "folders": faults.folders,
+            }
             facts |= {"cut": cut} if cut else {}
             facts |= {"duplicate_ids": found.repeated, "listed_ids": found.listed}
             manifest.save_json(
@@ -174,9 +178,7 @@ class _RecordFilter:
             self.kept = kept_pictures(source.selection)
         for pattern in source.exclude_text:
             for location in paths.expand(pattern, ".json") or [pattern]:
-                with paths.open_read(location) as file:
-                    for value, _ in records.read_records(file, location):
-                        self.benchmark.update(text_overlap.runs(value) if isinstance(value, dict) else ())
+                self._read_benchmark(location)
         if source.dedup_text is not None:
             self.remembered = text_overlap.Remembered(source.dedup_text)
         for entry in found:
@@ -185,6 +187,23 @@ class _RecordFilter:
                 self.ruled_out.note(why, entry.record.get("id"))
             else:  # from here on records may be held by the thousand, and their pictures' bytes must not
                 yield Entry(entry.record, tuple(replace(picture, data=None) for picture in entry.pictures))
+
+    def _read_benchmark(self, location: str) -> None:
+        """Take the questions of a file for what no record may say; note where it holds others than records, or none."""
+        read = unread = asked = 0
+        with paths.open_read(location) as file:
+            for value, _ in records.read_records(file, location):
+                found = isinstance(value, dict)
+                read, unread = read + 1, unread + (not found)
+                asked += found and any(text_overlap.questions(value))
+                self.benchmark.update(text_overlap.runs(value) if found else ())
+        told = {
+            f"{unread:,} of {read:,} lines are no JSON objects": unread,
+            "no line asks anything": read and not asked,
+        }
+        what = f"exclude_text: {paths.name(location)}: {', '.join(why for why, holds in told.items() if holds)}"
+        if any(told.values()):
+            self.ruled_out.notes.append(f"{what}; it is read as JSON with `text`, `question` or turns")
 
     def _judge(self, entry: Entry) -> str:
         record, pictures, source = entry.record, entry.pictures, self.source

@@ -17,6 +17,7 @@ from curate.storage import manifest, paths, records
 from curate.storage.tar import (
     CAPTION_SUFFIX,
     JSON_SUFFIX,
+    MAX_MEMBER_BYTES,
     TAR_SUFFIXES,
     Sample,
     read_index,
@@ -32,6 +33,7 @@ MAX_LISTED = 100
 ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")  # what Hugging Face writes beside tables
 KINDS = ((".json", "json"), (".jsonl", "json"), (".parquet", "parquet"))
 BROKEN = ("truncated", "unreadable from")  # how a shard's notes begin that tell of lost records
+OVER = f"over the limit of {MAX_MEMBER_BYTES:,} bytes for a file"
 TEXT, ELSEWHERE = "text", "elsewhere"  # beside the folders of `expect`
 
 
@@ -279,7 +281,7 @@ def _from_shards(source: SourceOptions, faults: Faults, scratch: str) -> Iterato
                 texts: dict[str, bytes] = {}
                 for suffix in (JSON_SUFFIX, CAPTION_SUFFIX):
                     member = sample.member(suffix)
-                    if member is not None:
+                    if member is not None and member.size <= MAX_MEMBER_BYTES:
                         texts[suffix] = read_member(file, member)
                 yield from _from_sample(sample, texts, location, source.prompt, faults)
 
@@ -310,6 +312,9 @@ def _from_sample(
     sample: Sample, texts: Mapping[str, bytes], location: str, prompt: str, faults: Faults
 ) -> Iterator[Entry]:
     """Make a record of a webdataset sample: its JSON where that is one, its conversation, or its caption."""
+    if any(each.size > MAX_MEMBER_BYTES for each in sample.members):
+        faults.note(OVER, sample.key)
+        return
     pictures = [Picture(location, each.offset, each.size, each.suffix.rpartition(".")[2]) for each in sample.images]
     names = [paths.name(member.name) for member in sample.images]
     stored = read_json(texts.get(JSON_SUFFIX, b""))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -70,11 +71,37 @@ def test_texts_near_each_other_or_to_a_benchmark_go(tmp_path):
     assert entry["ruled_out"] == {"near-duplicate text": 2, "benchmark text": 1} and "faults" not in entry
     assert {"why": "benchmark text", "what": 2} in entry["listed"]
     mix({"strict": True, "sources": {"x": source}}, str(tmp_path / "strict"), QUIET)  # rules are no faults
+    bench.write_text("index\tquestion\n0\tWhat?\n")  # a table of tabs, of which nothing is a record
+    told = mix({"sources": {"x": source}}, str(tmp_path / "table"), QUIET)["sources"]["x"]["notes"]
+    assert len(told) == 1 and "bench.jsonl: 2 of 2 lines are no JSON objects, no line asks anything" in told[0]
     bench.write_text("")
     again = mix({"sources": {"x": source}}, str(tmp_path / "mix"), QUIET)
     assert again["sources"]["x"]["ruled_out"] == {"near-duplicate text": 2}  # made anew in place
     with pytest.raises(UsageError, match="from 0.5 to 1"):
         mix({"sources": {"x": {**source, "dedup_text": 0.2}}}, str(tmp_path / "mix2"), QUIET)
+
+
+def test_files_that_no_memory_holds_are_counted_and_the_others_mixed(tmp_path):
+    """A sparse file takes no room on a disk, and a member of it says what it likes of its size."""
+    huge, pool = tarfile.TarInfo("huge.json"), tmp_path / "pool"
+    huge.size = 5 << 30
+    pool.mkdir()
+    with (pool / "0.tar").open("wb") as file, TarWriter(file) as tar:
+        for key in ("a", "b"):
+            tar.add(f"{key}.json", json.dumps({"id": key, "conversations": turns("what?", key)}).encode())
+        place = tar.offset
+    with (pool / "0.tar").open("r+b") as file:
+        file.seek(place)
+        file.write(huge.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(place + 512 + huge.size + 1024)
+    (tmp_path / "big.jpg").write_bytes(b"\xff\xd8")
+    os.truncate(tmp_path / "big.jpg", 5 << 30)
+    one = [{"id": 0, "image": "big.jpg", "conversations": turns("what?", "a", image=True)}]
+    table = {"a": {"path": str(pool)}, "b": {"path": write(tmp_path / "x.json", one), "images": str(tmp_path)}}
+    sources = mix({"sources": table}, str(tmp_path / "mix"), QUIET)["sources"]
+    assert len(mixed(tmp_path / "mix")) == 2
+    assert sources["a"]["faults"] == {"over the limit of 268,435,456 bytes for a file": 1}
+    assert sources["b"]["faults"] == {"image over the limit of 268,435,456 bytes": 1}
 
 
 def test_a_selection_of_the_pictures_decides_over_their_records(tmp_path):
