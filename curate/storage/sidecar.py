@@ -37,7 +37,7 @@ def write_table(
 SMALL_BYTES = 1 << 20  # a local file of at most so many is read whole: a map costs some five times as much to open
 Opened: TypeAlias = RemoteFile | pa.ipc.RecordBatchFileReader
 Place: TypeAlias = str | Opened  # where a sidecar is, or one that is open
-UNREADABLE = (pa.ArrowInvalid, OSError, struct.error)
+UNREADABLE = (pa.ArrowInvalid, OSError, struct.error, KeyError)  # KeyError: of a column that is not there
 
 
 @contextmanager
@@ -99,8 +99,10 @@ def batches(place: Place, columns: Sequence[str] | None = None) -> Iterator[pa.R
             yield from source.batches(columns)
         return
     for index in range(source.num_record_batches):
-        found = source.get_batch(index)
-        yield found if columns is None else found.select(list(columns))
+        with _readable(place):
+            found = source.get_batch(index)
+            found = found if columns is None else found.select(list(columns))
+        yield found
 
 
 def table(place: Place, columns: Sequence[str] | None = None) -> pa.Table:
@@ -110,8 +112,9 @@ def table(place: Place, columns: Sequence[str] | None = None) -> pa.Table:
         with _readable(place):
             kept = source.schema if columns is None else pa.schema([source.schema.field(name) for name in columns])
             return pa.Table.from_batches(source.batches(columns), kept.with_metadata(source.schema.metadata))
-    whole = source.read_all()
-    return whole if columns is None else whole.select(list(columns))
+    with _readable(place):
+        whole = source.read_all()
+        return whole if columns is None else whole.select(list(columns))
 
 
 def schema(place: Place) -> pa.Schema:
@@ -135,7 +138,8 @@ def num_rows(place: Place) -> int:
     if isinstance(source, RemoteFile):
         with _readable(place):
             return source.num_rows()
-    return sum(source.get_batch(index).num_rows for index in range(source.num_record_batches))
+    with _readable(place):
+        return sum(source.get_batch(index).num_rows for index in range(source.num_record_batches))
 
 
 def labels(values: Sequence[str | None] | np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
@@ -188,7 +192,8 @@ def take_vectors(place: Place, column: str, rows: np.ndarray) -> np.ndarray:
     if isinstance(source, RemoteFile):
         with _readable(place):
             return source.vectors(column, rows)
-    parts = [vectors(source.get_batch(index).column(column)) for index in range(source.num_record_batches)]
+    with _readable(place):
+        parts = [vectors(source.get_batch(index).column(column)) for index in range(source.num_record_batches)]
     bounds = np.cumsum([0, *map(len, parts)])
     found = np.empty((len(rows), source.schema.field(column).type.list_size), np.float16)
     ascending = bool((np.diff(rows) > 0).all())
@@ -204,7 +209,11 @@ def take_vectors(place: Place, column: str, rows: np.ndarray) -> np.ndarray:
 
 def load_npy(location: str) -> np.ndarray:
     """Read a .npy file whole, unpickling nothing. Raises: OSError, or ValueError for what is none."""
-    return np.asarray(np.load(io.BytesIO(paths.read_bytes(location)), allow_pickle=False))
+    data = io.BytesIO(paths.read_bytes(location))
+    try:
+        return np.asarray(np.load(data, allow_pickle=False))
+    except Exception as error:  # numpy parses headers as Python text: hostile ones raise nearly anything
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def save_npy(location: str, array: np.ndarray) -> None:

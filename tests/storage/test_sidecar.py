@@ -30,6 +30,55 @@ def test_a_sidecar_reads_alike_whether_it_is_small_or_not(tmp_path, monkeypatch,
             sidecar.table(where)
 
 
+@pytest.mark.parametrize("small_bytes", [0, 1 << 20])
+def test_a_sidecar_that_is_damaged_within_or_lacks_a_column_is_said_in_a_line(tmp_path, monkeypatch, small_bytes):
+    monkeypatch.setattr(sidecar, "SMALL_BYTES", small_bytes)
+    where, schema = str(tmp_path / "a.arrow"), pa.schema([("key", pa.string()), ("score", pa.float32())])
+    batch = pa.record_batch([pa.array(list("abc")), pa.array([1, 2, 3], pa.float32())], schema=schema)
+    sidecar.write_table(where, schema, [batch])
+    reads = {
+        "table": lambda: sidecar.table(where),
+        "batches": lambda: list(sidecar.batches(where)),
+        "rows": lambda: sidecar.num_rows(where),
+        "vectors": lambda: sidecar.take_vectors(where, "score", np.array([0])),
+    }
+    for columns in (["nothing"], ["score", "nothing"]):
+        for read in (sidecar.table, lambda *of: list(sidecar.batches(*of))):
+            with pytest.raises(ContractError, match=r"a\.arrow is no readable Arrow file.*nothing"):
+                read(where, columns)
+    data = bytearray((tmp_path / "a.arrow").read_bytes())
+    place = data.index(b"\xff\xff\xff\xff", data.index(b"\xff\xff\xff\xff") + 4)  # the message of the batch
+    data[place : place + 64] = b"\x13" * 64
+    (tmp_path / "a.arrow").write_bytes(data)
+    for read in reads.values():
+        with pytest.raises(ContractError, match=r"a\.arrow is no readable Arrow file"):
+            read()
+
+
+def npy_header(text):
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x93NUMPY",
+        b"PK\x03\x04",
+        b"\x80\x04N.",
+        npy_header(b"(" * 5_000 + b"\n"),
+        npy_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 512)}\n"),
+        npy_header(b"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}\n"),
+        npy_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}\n"),
+        npy_header(b"{\n"),
+    ],
+)
+def test_what_is_no_npy_is_one_kind_of_error_and_never_unpickled(tmp_path, data):
+    (tmp_path / "a.npy").write_bytes(data)
+    with pytest.raises(ValueError, match="."):
+        sidecar.load_npy(str(tmp_path / "a.npy"))
+
+
 def test_labels_are_read_as_places_in_any_list_of_names():
     names = ["ok", "a", "b"]
     coded = sidecar.label_codes(np.array([0, 1, -1, 2]), names)
