@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pipelines import records
 from train.data.prompts import Rejected, parse
 
 MAX_OPEN_FILES = 64
+FULL = (errno.EMFILE, errno.ENFILE)  # no further file may be opened (`ulimit -n`), which is no sample's fault
 MAX_BYTES = 256 << 20  # of a member, a record or a picture, as in curate
 
 
@@ -38,13 +40,25 @@ class Files:
             if path not in self._open:
                 while len(self._open) >= MAX_OPEN_FILES:
                     os.close(self._open.pop(next(iter(self._open))))
-                self._open[path] = os.open(path, os.O_RDONLY)
+                self._open[path] = self._opened(path)
             data = os.pread(self._open[path], size, offset)
-        except OSError:
+        except OSError as error:
+            if error.errno in FULL:
+                raise
             raise Rejected("unreadable") from None
         if len(data) != size:
             raise Rejected("unreadable")
         return data
+
+    def _opened(self, path: str) -> int:
+        """Open a file; where the process may open no further one, others are closed."""
+        while True:
+            try:
+                return os.open(path, os.O_RDONLY)
+            except OSError as error:
+                if error.errno not in FULL or not self._open:
+                    raise
+                os.close(self._open.pop(next(iter(self._open))))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_open": {}}

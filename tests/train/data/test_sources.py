@@ -4,7 +4,9 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import pickle
+import resource
 import tarfile
 
 import numpy as np
@@ -15,6 +17,7 @@ from toys import add, picture, word_tokenizer, write_json, write_mixed
 
 from train.data.measuring import measure
 from train.data.prompts import Encoder, Rejected, get_template
+from train.data.reading import Files
 from train.data.sources import check_bad, decode_image, encode, losses, open_source
 from train.errors import DataError, UsageError
 
@@ -368,3 +371,21 @@ def test_turns_that_are_dropped_are_counted(tmp_path, encoder):
         found = measure(source, encoder, 64)
         assert len(found.usable) == 3 and found.num_unread == unread, name
         assert bool(found.lost_turns) == bool(unread)
+
+
+def test_a_process_that_may_open_few_files_reads_all_samples(tmp_path):
+    """Or says that it may not: no sample is taken for unreadable."""
+    for number in range(40):
+        (tmp_path / f"{number}").write_bytes(b"x" * number)
+    files = Files()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = os.open(tmp_path / "0", os.O_RDONLY)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 4, before[1]))
+        assert [files.read(str(tmp_path / f"{n}"), 0, n) for n in range(40)] == [b"x" * n for n in range(40)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            Files().read(str(tmp_path / "1"), 0, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        os.close(highest)
