@@ -203,7 +203,7 @@ def test_lines_too_long_for_a_record_are_faults_and_the_others_are_read(tmp_path
     path = tmp_path / "huge.jsonl"
     with path.open("wb") as file:
         file.write((lines[0] + "\n").encode())
-        file.truncate((1 << 28) + 1)  # takes no room on a disk
+        file.truncate((1 << 28) + (1 << 20))  # takes no room on a disk
     monkeypatch.setattr(record_files, "MAX_LINE_BYTES", 8 << 20)
     monkeypatch.setattr(record_files, "CHUNK_BYTES", 1 << 20)
     if codec == "utf-8":

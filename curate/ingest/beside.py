@@ -153,10 +153,13 @@ class Beside:
         caption = next((text for name in wanted for text in texts_in(row.get(name))), "")
         if caption and CAPTION_SUFFIX not in there:
             files.append(File(key, CAPTION_SUFFIX, "", caption))
-        if JSON_SUFFIX not in there:
-            files.append(File(key, JSON_SUFFIX, "", json.dumps(to_json(row), default=str)))
-        else:
+        if JSON_SUFFIX in there:
             faults.add(self.told, "rows of metadata whose picture has a .json of its own, which stays alone", key)
+            return
+        try:
+            files.append(File(key, JSON_SUFFIX, "", json.dumps(to_json(row), default=str)))
+        except RecursionError:
+            faults.add(self.told, "rows of metadata that are nested too deep: their picture has no .json", key)
 
     def _add_texts(self, files: list[File], picture: File, others: Sequence[str]) -> None:
         base = picture.name.rpartition(".")[0]

@@ -180,6 +180,20 @@ def test_rows_that_are_not_called_by_their_id_are_counted(tmp_path, capsys, cut_
         assert len(keys) == len(set(keys)) == manifest["shards"][shard.stem]["rows"]
 
 
+def test_rows_of_metadata_nested_too_deep_are_counted(tmp_path):
+    (tmp_path / "in").mkdir()
+    rows = []
+    for name, depth in (("a", 3), ("b", 600), ("c", 900)):
+        (tmp_path / "in" / f"{name}.jpg").write_bytes(b"x")
+        rows.append(f'{{"file_name": "{name}.jpg", "text": "{name}", "x": {"[" * depth}{"]" * depth}}}')
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(rows))
+    manifest = pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(), QUIET)
+    [(kind, fault)] = manifest["faults"].items()
+    assert "nested too deep" in kind and fault == {"count": 2, "example": "b"}
+    held = dict(members(tmp_path / "pool" / "in.tar"))
+    assert sorted(held) == ["a.jpg", "a.json", "a.txt", "b.jpg", "b.txt", "c.jpg", "c.txt"]
+
+
 def test_folders_in_folders_without_end_and_names_with_control_characters(tmp_path):
     place = tmp_path / "in"
     place.mkdir()
