@@ -13,9 +13,10 @@ from typing import IO, Any
 
 from curate.errors import ShardError
 from curate.storage import records, tar
+from pipelines.samples import SPACES
 
 NOWHERE = ("\0", "\ufeff")  # no text has them on purpose: NUL, and the byte order mark that Windows puts first
-EDGES = "\u200b\u200c\u200d\u2060\u00ad"  # invisible: they join or part letters, and mean nothing at the ends
+EDGES = SPACES + "\u200b\u200c\u200d\u2060\u00ad"  # these join or part letters, and mean nothing at the ends
 # Fields that img2dataset and others put into a sample's JSON, and that hold text but no caption.
 NO_CAPTIONS = frozenset("key url status error_message exif md5 sha256 uid id image source license filename".split())
 MOST_NAMED = 3  # fields, in a reason
@@ -39,9 +40,7 @@ def clean(text: Any) -> str | None:
         return None
     for mark in NOWHERE:
         text = text.replace(mark, "")
-    text = text.strip()
-    while text and (text[0] in EDGES or text[-1] in EDGES):
-        text = text.strip(EDGES).strip()
+    text = text.strip(EDGES)
     if all(unicodedata.category(letter) == "Cf" for letter in text):
         return None
     return records.usable_text(text)

@@ -1,6 +1,7 @@
 """Captions wherever people keep them, and what is no caption though it has bytes."""
 
 import json
+import time
 
 import pytest
 import tiny_clip
@@ -12,6 +13,7 @@ from curate.embed.embed import EmbedOptions, embed
 from curate.errors import UsageError
 from curate.ingest.pack import PackOptions, pack
 from house import curate, manifest
+from pipelines.samples import SPACES, visible
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,16 @@ def model(tmp_path_factory):
 )
 def test_invisible_characters_are_no_caption_and_no_part_of_one(given, taken):
     assert clean(given) == taken
+
+
+def test_spaces_at_the_ends_and_within_cost_no_more_than_they_are_long():
+    """A search for what ends a text tries every space within it; stripping by turns copies the text at each turn."""
+    assert set(SPACES) == {chr(code) for code in range(0x110000) if chr(code).isspace()}
+    turns = "\u200b " * 200_000
+    began = time.process_time()
+    assert clean(f"{turns}a dog{turns[::-1]}") == "a dog"
+    assert visible(f"{turns}a{turns}dog{turns}") == f"a{turns}dog"
+    assert time.process_time() - began < 2
 
 
 POOL = {
