@@ -32,9 +32,22 @@ SHAPES = 4096  # layouts kept at a time
 Shape = tuple[tuple[str, str], ...]  # role and content of each message, with marks
 Layout = list[tuple[int | Piece, bool]]  # a mark's number or the template's own words; whether it is learnt
 _MARK = re.compile("\ue000(\\d+)\ue001")
-_THOUGHT = re.compile(r"(<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+_OPENED, _CLOSED = "<think>", "</think>"
 _CLOCK = re.compile(r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)""")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _thought(text: str) -> tuple[str, str, str, str] | None:
+    """Cut a text that begins with thinking: its opening, the thought, its end, and the answer; with the spaces between.
+
+    In linear time, which an expression with spaces around anything is not.
+    """
+    end = text.find(_CLOSED, len(_OPENED))
+    if not text.startswith(_OPENED) or end < 0:
+        return None
+    held, answer = text[len(_OPENED) : end].lstrip(), text[end + len(_CLOSED) :].lstrip()
+    thought, opened = held.rstrip(), text[: end - len(held)]
+    return opened, thought, text[len(opened) + len(thought) : len(text) - len(answer)], answer
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class OwnTemplate:
     def thinking(self, turns: Sequence[Turn]) -> bool:
         """Whether the last answer begins with thinking."""
         said = [turn.text for turn in turns if turn.role == "assistant"]
-        return self.knows_thinking and bool(said) and bool((found := _THOUGHT.match(said[-1])) and found[2])
+        return self.knows_thinking and bool(said) and bool((found := _thought(said[-1])) and found[1])
 
     def leaves_out(self, turns: Sequence[Turn]) -> bool:
         """Whether a text of the turns, such as the thinking of an earlier answer, does not stand in their rendering."""
@@ -89,7 +102,7 @@ class OwnTemplate:
         if not self.knows_thinking:
             return True
         answers = [turn.text for turn in turns if turn.role == "assistant"]
-        rest = [found[4] if (found := _THOUGHT.match(text)) else text for text in answers]
+        rest = [found[3] if (found := _thought(text)) else text for text in answers]
         rest += [turn.text for turn in turns if turn.role != "assistant"]
         return not any("think>" in text for text in rest)
 
@@ -116,10 +129,10 @@ class OwnTemplate:
         return tuple(shape), texts
 
     def _mark_answer(self, text: str, mark: Any) -> str:
-        found = _THOUGHT.match(text) if self.knows_thinking else None
+        found = _thought(text) if self.knows_thinking else None
         if found is None:
             return mark(text) if text else ""
-        opened, thought, closed, answer = found.groups()
+        opened, thought, closed, answer = found
         return opened + (mark(thought) if thought else "") + closed + (mark(answer) if answer else "")
 
     def _layout(self, shape: Shape, thinking: bool) -> Layout:

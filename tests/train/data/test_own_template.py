@@ -1,12 +1,15 @@
 """`template = "chat"`: language models' own chat templates, each written here in its family's manner, in few words."""
 
 import dataclasses
+import re
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import word_tokenizer
 
+from train.data import own_template
 from train.data.chat import chat_template, own_source, to_messages
 from train.data.own_template import read_own_template
 from train.data.prompts import IGNORED, Encoder, Rejected, Turn, parse
@@ -278,3 +281,20 @@ def test_any_text_is_learnt_as_itself(rounds, family):
 
 
 ENCODERS = {family: encoder(source) for family, source in FAMILIES.items()}
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.sampled_from(["<think>", "</think>", " ", "\n", "\u2003", "a", "think", "<"]), max_size=9).map("".join)
+)
+def test_thinking_is_cut_as_by_an_expression(text):
+    expression = re.compile(r"(<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+    for each in (text, f"<think>{text}", f"<think>{text}</think>{text}"):
+        found = expression.match(each)
+        assert own_template._thought(each) == (found.groups() if found else None)
+
+
+def test_thinking_that_nothing_ends_is_seen_in_linear_time():
+    began = time.process_time()
+    assert own_template._thought("<think>" + " " * 200_000 + "so" + " " * 200_000) is None
+    assert time.process_time() - began < 1  # the expression took the third power of the spaces
