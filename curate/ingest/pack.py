@@ -35,6 +35,7 @@ from curate.storage.tar import (
     IMAGE_SUFFIXES,
     JSON_SUFFIX,
     MACOS,
+    TAR_SUFFIXES,
     UNSAFE,
     TarWriter,
     is_macos,
@@ -60,7 +61,7 @@ def pack(source: str, out: str, options: PackOptions, job: Job) -> dict[str, Any
         raise UsageError(f"{source} does not exist")
     if not paths.is_dir(source) and not source.endswith(".parquet"):
         raise UsageError(f"{source} is a file; expected a folder, or a parquet file with images in a column.")
-    if any(name.endswith(".tar") for name in paths.listdir(source)):
+    if any(name.lower().endswith(TAR_SUFFIXES) for name in paths.listdir(source)):
         raise UsageError(f"{source} holds tars: it is a pool already.", f"curate embed {source} …")
     passed: dict[str, int] = {}
     told: Faults = {}

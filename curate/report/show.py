@@ -341,17 +341,17 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
 
 def _pipeline(directory: str) -> Iterator[str]:
     """Describe a pipeline's directory: a line for each stage, then the funnel. Raises: UsageError for any other."""
-    if directory.endswith(".tar"):
+    if directory.lower().endswith(tar.TAR_SUFFIXES):
         yield from _pool(directory)
         return
     if not paths.is_dir(directory):
         raise UsageError(f"{directory} is no directory.", "give a stage's directory, a pool, or a pipeline's OUT")
-    lost, selection = [], None
-    names = paths.listdir(directory)
+    lost, selection, names = [], None, paths.listdir(directory)
+    tars = {name for name in names if name.lower().endswith(tar.TAR_SUFFIXES)}
     if lines := list(stored_lines(directory.rstrip("/"))):
         yield from lines
         return
-    for name in (name for name in names if not name.endswith(".tar")):
+    for name in (name for name in names if name not in tars):
         place = paths.join(directory, name)
         if any(
             paths.exists(paths.join(place, file)) for file in ("metrics.jsonl", "answers.jsonl", "train_manifest.json")
@@ -367,7 +367,7 @@ def _pipeline(directory: str) -> Iterator[str]:
             selection = (
                 artefact if name == "selection" or selection is None and artefact.command == "select" else selection
             )
-    if not lines and any(name.endswith(".tar") for name in names):
+    if not lines and tars:
         yield from _pool(directory)
         return
     if not lines:

@@ -264,6 +264,10 @@ def test_folders_of_one_name_are_refused_and_the_folder_itself_has_its_name(tmp_
 def test_a_pool_is_no_source_and_paths_are_no_images(tmp_path):
     with pytest.raises(UsageError, match="a pool already"):
         pack(write_webdataset(tmp_path / "pool"), str(tmp_path / "again"), PackOptions(), QUIET)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "00000.tar.gz").write_bytes(b"")
+    with pytest.raises(UsageError, match="a pool already"):
+        pack(str(tmp_path / "packed"), str(tmp_path / "again"), PackOptions(), QUIET)
     table = {"image": [{"bytes": None, "path": "/etc/passwd"}], "text": ["a"]}
     kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("text", pa.string())])
     pq.write_table(pa.table(table, kinds), tmp_path / "paths.parquet")

@@ -1,5 +1,6 @@
 """What `curate show` tells: one screen for every kind of directory, and the story of one sample."""
 
+import gzip
 import json
 import os
 import re
@@ -76,6 +77,14 @@ def test_what_nobody_made_is_refused(home, tmp_path):
     with pytest.raises(UsageError, match="is no directory"):
         list(show.show(str(tmp_path / "typo")))
     assert "a pool of 2 tars" in next(show.show(str(home / "pool" / "{a,b}.tar")))
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".TAR"])
+def test_a_pool_is_shown_whatever_its_tars_end_in(home, tmp_path, suffix):
+    packed = (home / "pool" / "a.tar").read_bytes()
+    (tmp_path / f"a{suffix}").write_bytes(packed if suffix == ".TAR" else gzip.compress(packed))
+    for place in (tmp_path, tmp_path / f"a{suffix}"):
+        assert "a has 30 samples: 30 .jpg" in " ".join(show.show(str(place)))
 
 
 def test_a_directory_of_which_a_part_is_done_says_so_and_why_shards_failed(home, tmp_path):
