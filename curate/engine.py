@@ -24,6 +24,7 @@ from curate.attempts import Task as Task
 from curate.errors import RunError, UsageError, unknown
 from curate.processes import TRIES, Processes
 from curate.progress import Progress
+from pipelines.processor import cores as cores
 
 log = logging.getLogger("curate")
 ENGINES = ("local", "ray")
@@ -57,11 +58,6 @@ class Job:
     def share(self, items: Sequence[Any]) -> list[Any]:
         """Take the items of this slice: every WORLD-th from RANK on, or all."""
         return list(items) if self.part is None else list(items[self.part[0] :: self.part[1]])
-
-
-def cores() -> int:
-    """Count the processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _sharing = 1  # how many workers share this machine's cores

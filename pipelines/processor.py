@@ -1,6 +1,13 @@
-"""What this processor computes in, for both programs."""
+"""What this processor computes in, and how many cores of it there are, for both programs."""
 
 from __future__ import annotations
+
+import os
+
+
+def cores() -> int:
+    """Count the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bf16_instructions() -> str:

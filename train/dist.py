@@ -20,12 +20,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.processor import bf16_instructions
+from pipelines.processor import bf16_instructions, cores
 
 WAIT = timedelta(hours=2)  # of objects and barriers: one rank may read millions of samples, or write to a slow disk
 STEP = timedelta(minutes=30)  # of numbers within a step: one rank may wait for its loader
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # where users say how torch takes a GPU's memory
 BUCKET = 1 << 26  # elements of gradients in one message
+
+
+def ranks_here() -> int:
+    """Count the ranks of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def cores_of_a_rank() -> int:
+    """Count the cores that this process may use, shared with the other ranks of its machine."""
+    return max(1, cores() // ranks_here())
 
 
 def _no_gpu(cuda: bool) -> str:
@@ -62,7 +72,7 @@ class Runtime:
             torch.cuda.set_device(device)
         if not cuda and "OMP_NUM_THREADS" not in os.environ:
             # A thread whose core is busy decoding holds up the whole matrix product: measured 4 times slower.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - workers))
+            torch.set_num_threads(max(1, cores_of_a_rank() - workers))
         patient, hosts = _join(device) if world > 1 else (None, None)
         # Older GPUs emulate bf16 and call it supported; that is many times slower than fp32.
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -100,7 +110,7 @@ class Runtime:
         if self.world == 1:
             return 0, 0, 1
         node, local = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-        return node, local, int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        return node, local, ranks_here()
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -126,10 +136,10 @@ class Runtime:
 
         Of a machine: each rank gets what the ranks of its own have found.  Raises: what it raised in any, in all.
         """
-        node, local, ranks_here = self.place
+        node, local, count = self.place
         answer: list[Any] = [node, {}, None]
         try:
-            answer[1] = function(local, ranks_here)
+            answer[1] = function(local, count)
         except Exception as error:  # whatever it is, the others must not wait for it
             answer[2] = error
         everyone = self.gather(answer)

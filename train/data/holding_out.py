@@ -75,7 +75,7 @@ def hold_out(
 
     share: at most so many of them are held out.  Raises: UsageError where no group of samples is as small as that.
     """
-    parts = spread(Pictures(source), spare_workers(runtime), runtime)
+    parts = spread(Pictures(source), spare_workers(), runtime)
     pictures, usable = [own for part in parts for own in part], measured.usable
     held = held_of({int(index): pictures[int(index)] for index in usable}, share, seed)
     if not len(held):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from pipelines import records
 from train.data.batches import load
 from train.data.prompts import Encoder, Rejected
 from train.data.sources import Measured, Source, encode, loses_turns
-from train.dist import Runtime
+from train.dist import Runtime, cores_of_a_rank
 from train.folder import whole_file
 
 KEPT = 8  # files of lengths beside the runs
@@ -83,10 +82,9 @@ def spread(spans: Any, workers: int, runtime: Runtime | None) -> list[Any]:
     return [everyone[n % world][n // world] for n in range(len(spans))]
 
 
-def spare_workers(runtime: Runtime) -> int:
+def spare_workers() -> int:
     """Return how many worker processes this rank may start before training; 0 where there is one core for it."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world))
-    workers = min(16, (os.cpu_count() or 1) // ranks_here)
+    workers = min(16, cores_of_a_rank())
     return workers if workers > 1 else 0
 
 
@@ -100,7 +98,7 @@ def measure_once(
     path = folder / f"{_digest(encoder, max_length, runtime.broadcast(data_digest))}.npz"
     found: Measured | None = runtime.first(lambda: _read(path, len(source)))
     if found is None:
-        found = measure(source, encoder, max_length, spare_workers(runtime), runtime)
+        found = measure(source, encoder, max_length, spare_workers(), runtime)
         if runtime.rank == 0:
             _keep(found, path)
     return found

@@ -10,20 +10,10 @@ from typing import Literal
 
 from train.config import Stage
 from train.data.batches import Plan, shared_memory_advice
+from train.dist import cores_of_a_rank, ranks_here
 
 MOST_WORKERS = 8
 log = logging.getLogger("train")
-
-
-def cores_of_a_rank() -> int:
-    """Count the cores that this process may use, shared with the other ranks of its machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks_here())
-
-
-def ranks_here() -> int:
-    """Count the ranks of this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
 def choose_workers(asked: int | Literal["auto"], *, gpu: bool) -> int:

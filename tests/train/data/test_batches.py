@@ -22,10 +22,11 @@ from train.data.batches import (
     pack_evenly,
     shared_memory_advice,
 )
-from train.data.measuring import measure
+from train.data.measuring import measure, spare_workers
 from train.data.prompts import Encoder, get_template
 from train.data.sources import open_source
 from train.data.workers import resolve
+from train.dist import Runtime
 from train.errors import TrainError
 
 SAMPLES = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=40)
@@ -167,6 +168,17 @@ def test_auto_workers_go_by_cores_and_shared_memory(world, monkeypatch, caplog, 
         assert resolve(plan.stage, plan, 100, ranks, gpu=gpu).num_workers in (min(expected, 2), min(expected, 3))
         asked = resolve(replace(plan.stage, workers=5), plan, 100, ranks, gpu=gpu)
     assert asked.num_workers == 5 and "5 process(es) a rank decode (as asked)" in caplog.text
+
+
+def test_a_process_counts_the_cores_that_it_may_use_and_not_those_of_its_machine(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3}, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    threads = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    Runtime.detect("fp32", 0)
+    assert threads == [1] and spare_workers() == 0
 
 
 def test_decoding_processes_that_cannot_start_are_refused_in_one_line(monkeypatch):
