@@ -165,6 +165,12 @@ def test_braces_expand_as_in_a_shell(pattern, names):
     assert paths.braces(pattern) == names
 
 
+@pytest.mark.parametrize("pattern", ["{a,b}" * 64, "{0..9999}/{0..9999}.tar", "{0..99999999}"])
+def test_patterns_of_too_many_names_are_refused_at_once(pattern):
+    with pytest.raises(UsageError, match=r"names more than 10,000,000 files"):
+        paths.braces(pattern)
+
+
 def test_locations_on_a_remote_filesystem():
     with paths.atomic_write("memory://bucket/dir/a.txt") as file:
         file.write(b"hello")
