@@ -303,7 +303,7 @@ class _WriteImages(_Write):
             try:
                 for member, _, data in sample.images:
                     images.append(f"{name}/{key}{member[len(sample.key) :]}")
-                    _write_plain(paths.join(self.out, "images", images[-1]), data)
+                    paths.write_plain(paths.join(self.out, "images", images[-1]), data)
                     size += len(data)
             except OSError as error:
                 if error.errno not in NAMELESS:
@@ -331,18 +331,6 @@ def _turns(described: dict[str, Any], images: list[str]) -> tuple[Turns | None, 
     if reading.record is None or len(reading.pictures) > len(images):
         return records.conversations_of(described), images
     return reading.record["conversations"], list(reading.arrange(images))
-
-
-def _write_plain(location: str, data: bytes) -> None:
-    """Write a file of a shard that is not finished yet: a rerun writes it again."""
-    if paths.is_remote(location):
-        with paths.atomic_write(location) as file:
-            file.write(data)
-        return
-    path = paths.local(location)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(data)
 
 
 def _join_records(output: Output, names: list[str]) -> None:

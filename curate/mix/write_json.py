@@ -12,7 +12,6 @@ several folders) are copied byte for byte to `OUT/images/SOURCE/`, and the recor
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -104,20 +103,9 @@ def _records(
                 for n, picture in enumerate(pictures)
             ]
             for name, picture in zip(written, pictures, strict=True):
-                _write_plain(output.path(f"images/{name}"), read_picture(picture))
+                paths.write_plain(output.path(f"images/{name}"), read_picture(picture))
             line = records.dump({**json.loads(line), "image": written if several else written[0]})
         yield line
-
-
-def _write_plain(location: str, data: bytes) -> None:
-    """Write a picture of a mix that is not finished yet: a rerun writes it again."""
-    if paths.is_remote(location):
-        with paths.atomic_write(location) as file:
-            file.write(data)
-        return
-    os.makedirs(os.path.dirname(paths.local(location)), exist_ok=True)
-    with open(paths.local(location), "wb") as file:
-        file.write(data)
 
 
 def as_messages(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -254,6 +254,16 @@ def atomic_write(location: str) -> Iterator[IO[bytes]]:
         yield file
 
 
+def write_plain(location: str, data: bytes) -> None:
+    """Write a file of something that is not finished yet, without waiting for the disk: a rerun writes it again."""
+    if is_remote(location):
+        with atomic_write(location) as file:
+            file.write(data)
+        return
+    os.makedirs(os.path.dirname(local(location)), exist_ok=True)
+    Path(local(location)).write_bytes(data)
+
+
 def clear_temporaries(directory: str, but: tuple[str, ...] = ()) -> None:
     """Delete what killed runs left half written in a directory. but: how the names begin that stay."""
     if not is_remote(directory):
