@@ -14,6 +14,7 @@ from markupsafe import Markup
 from curate.report import charts
 from curate.report.show import recall_line
 from curate.select import cluster_shares
+from curate.select.steps.by_concept import even_number
 from curate.storage import manifest, paths
 
 MAX_ROWS, MAX_SPOTS = 200_000_000, 1500
@@ -42,7 +43,7 @@ def section(clusters: manifest.Artefact, selection: manifest.Artefact | None) ->
         "counted": (len(stems), len(clusters.stems)),
         "empty": int((before == 0).sum()),
         "without": int(((before > 0) & (after == 0)).sum()) if chosen is not None else None,
-        "effective": (effective(before), effective(after)),
+        "effective": (even_number(before), even_number(after)),
         "groups": _groups(order, before, after),
         **_extremes(before, after),
         "recall": recall_line(clusters.manifest["recall"]) if "recall" in clusters.manifest else "",
@@ -92,12 +93,6 @@ def _extremes(before: np.ndarray, after: np.ndarray) -> dict[str, list[dict[str,
         kind: [{"cluster": c, "before": int(before[c]), "after": int(after[c])} for c in chosen]
         for kind, chosen in kinds
     }
-
-
-def effective(sizes: np.ndarray) -> float:
-    """Compute the number of clusters that rows are as evenly spread over: the exponential of the entropy."""
-    shares = sizes[sizes > 0] / max(1, sizes.sum())
-    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
 def draw(clusters: manifest.Artefact, before: np.ndarray, after: np.ndarray | None, order: np.ndarray) -> Markup | None:

@@ -318,7 +318,7 @@ def test_the_map_shows_the_plane_of_greatest_variance():
     left, singular, _ = np.linalg.svd(centred, full_matrices=False)
     np.testing.assert_allclose(np.abs(where), np.abs(left * singular)[:, :2], rtol=1e-6, atol=1e-9)
     assert cluster_map.project(np.ones((4, 1)), np.ones(4)).shape == (4, 2)
-    assert cluster_map.effective(np.array([5, 5, 0])) == pytest.approx(2)
+    assert cluster_map.even_number(np.array([5, 5, 0])) == pytest.approx(2)
 
 
 def test_very_many_clusters_are_drawn_in_a_bounded_map(tmp_path, monkeypatch):

@@ -156,6 +156,6 @@ GOES = (("gained", 1), ("lost", -1))
 
 
 def even_number(counts: np.ndarray) -> float:
-    """Compute over how many concepts of equal counts mentions are as evenly spread: the exponential of the entropy."""
+    """Compute over how many equal counts (of concepts, of clusters) they are as evenly spread: exp of the entropy."""
     shares = counts[counts > 0] / max(1, counts.sum())
     return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
