@@ -118,8 +118,10 @@ def describe(source: Artefact, embedded: Artefact, found: Sequence[tuple[float, 
     tables: list[tuple[Artefact, tuple[str, ...]]] = [(embedded, ("key", "caption", "status", "clip_score"))]
     tables += [(each, names) for each, names in _above(source)]
     facts: dict[tuple[str, int], dict[str, Any]] = {(stem, row): {} for _, stem, row in found}
-    for stem in dict.fromkeys(stem for stem, _ in facts):
-        rows = [row for other, row in facts if other == stem]
+    rows_of: dict[str, list[int]] = {}
+    for stem, row in facts:
+        rows_of.setdefault(stem, []).append(row)
+    for stem, rows in rows_of.items():
         for artefact, names in tables:
             table = artefact.table(stem, names).take(rows)
             for name in names:

@@ -98,6 +98,29 @@ def test_ties_go_by_row_order_in_any_blocks(seed, tmp_path, monkeypatch):
         assert [(stem, row) for _, stem, row in found] == [("ab"[i // 40], i % 40) for i in expected]
 
 
+def test_what_was_found_is_looked_up_in_time_that_grows_with_it():
+    compared = []
+
+    class Stem(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    class Emb:
+        def source(self, *_commands):
+            raise LookupError
+
+        def table(self, stem, names):
+            return pa.table({name: [f"{stem} {name}"] * 3 for name in names})
+
+    found = [(0.5, Stem(f"{number:05d}"), row) for number in range(400) for row in (2, 0)]
+    hits = find.describe(Emb(), Emb(), found)
+    assert [(hit.score, hit.stem, hit.row) for hit in hits] == found
+    assert all(hit.facts["key"] == f"{hit.stem} key" for hit in hits) and len(compared) < 20 * len(found)
+
+
 def test_prompts_in_steps_are_stored_once(home, tmp_path):
     step = 'above(prompt("words on a plain background", "a large huz", "a photo"), 0.4)'
     curate("select", home / "clu", tmp_path / "one", "--step", step)
