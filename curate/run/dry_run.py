@@ -9,7 +9,7 @@ short calibration on this machine: a hundred samples really embedded, and the co
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -17,7 +17,8 @@ from curate.engine import Job, cores
 from curate.errors import CurateError, UsageError
 from curate.run import calibration
 from curate.run.pipeline import TRAINER, Pipeline, check_trainer, shown_command, stage_options
-from curate.select import syntax
+from curate.select import catalogue, syntax
+from curate.select.frame import Count
 from curate.storage import manifest, paths, sidecar
 from curate.storage.tar import Shard, TarWriter, list_pool, open_tar, read_index, read_member
 from curate.vectors import kmeans
@@ -154,11 +155,21 @@ def _cost(pipeline: Pipeline, stage: str, sizes: dict[str, int]) -> Cost | None:
         chains = 1 + len(pipeline.tables["select"].get("compare", []))
         seconds = 1 + chains * rows * SELECT_S_PER_ROW
         return Cost(rows, chains * rows * 40, seconds, "sorting")
-    budget = stage_options(pipeline, "select").n
-    asked = 0.1 if budget == "" else syntax.parse_count(budget, "n")
-    kept = min(asked, rows) if isinstance(asked, int) else round(rows * asked)
+    kept = _kept(stage_options(pipeline, "select").texts(), rows)
     size_bytes = kept * sizes.get("row_bytes", 0)
     return Cost(kept, size_bytes, size_bytes / WRITE_BYTES_PER_S, f"at {100 * kept / max(rows, 1):.3g} % kept")
+
+
+def _kept(steps: Sequence[str], rows: int) -> int:
+    """Estimate how many rows a selection keeps: by the shares of its bands and the budgets that its steps have."""
+    kept = float(rows)
+    for step in catalogue.parse(steps):
+        if step.name == "rank":
+            kept *= step.arguments["hi"] - step.arguments["lo"]
+        elif syntax.parameters(catalogue.STEPS[step.name], catalogue.HIDDEN).get("n") is Count:
+            n = step.arguments["n"]
+            kept = min(kept, n * rows if isinstance(n, float) else n)
+    return round(kept)
 
 
 def _take_sizes(directory: str, sizes: dict[str, int]) -> None:

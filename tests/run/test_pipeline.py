@@ -250,7 +250,11 @@ def test_the_dry_run_of_an_import_does_not_need_every_stage(tmp_path, stages):
         ("n = 45", 45, "75 %"),
         ("n = '5%'", 3, "5 %"),
         ("n = 256_000", 60, "100 %"),
-        ("steps = ['sample(9)']", 6, "10 %"),
+        ("steps = ['sample(9)']", 9, "15 %"),
+        ("steps = ['dedup(0.9)', 'rank(clip_score, 0.25, 0.75)', 'cap(cluster, 9)']", 30, "50 %"),
+        ("recipe = 'balanced'", 18, "30 %"),
+        ("recipe = 'typical'", 9, "15 %"),
+        ("recipe = 'bunny'", 2, "3.33 %"),
     ],
 )
 def test_the_dry_run_emits_as_many_rows_as_are_asked_for(tmp_path, select, rows, share):
