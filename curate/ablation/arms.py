@@ -139,7 +139,18 @@ def parse(plan: Pipeline) -> Ablation:
             if {**bar.where, chosen.compare: side} not in arms:
                 raise UsageError(f"the bar {bar.claim!r} names an arm that is not there: {side!r} where {bar.where}.")
     trials = [_trial(plan, chosen, arm, seed) for seed in chosen.seeds for arm in arms]
+    _refuse_shared_places(trials)
     return Ablation(plan, chosen, bars, arms, trials)
+
+
+def _refuse_shared_places(trials: Sequence[Trial]) -> None:
+    """Refuse arms whose names make one folder: only one of them would ever be run, and again and again."""
+    placed: dict[str, Trial] = {}
+    for trial in trials:
+        other = placed.setdefault(trial.plan.out, trial)
+        if other is not trial:
+            both = " and ".join(repr(" · ".join(each.arm.values())) for each in (other, trial))
+            raise UsageError(f"the arms {both} would both lie in {trial.plan.out}.", "name one of them otherwise")
 
 
 def _trial(plan: Pipeline, chosen: Options, arm: Mapping[str, str], seed: int) -> Trial:

@@ -187,6 +187,7 @@ def test_a_table_may_be_taken_away_and_the_coreset_is_still_shared(tmp_path):
     [
         ("[ablation.axes.x.y.slect]\nn = 1\n", "slect"),
         ("[ablation.axes.x.y.select]\nm = 1\n", "key of .select. 'm'"),
+        ('[ablation.axes.x."top 5"]\n[ablation.axes.x.top-5]\n', r"'.* top 5' and '.* top-5' would both lie in"),
         ("[ablation.axes.x]\ny = 1\n", r"write \[ablation.axes.x.NAME"),
         ('[[ablation.bars]]\nclaim = "c"\nbetter = "best"\nthan = "random"\nwhere = {pool = "dirty"}\n', "'best'"),
     ],
