@@ -176,9 +176,8 @@ class _RecordFilter:
         source = self.source
         if source.selection:
             self.kept = kept_pictures(source.selection)
-        for pattern in source.exclude_text:
-            for location in paths.expand(pattern, ".json") or [pattern]:
-                self._read_benchmark(location)
+        for location in source.exclude_text:
+            self._read_benchmark(location)
         if source.dedup_text is not None:
             self.remembered = text_overlap.Remembered(source.dedup_text)
         for entry in found:
