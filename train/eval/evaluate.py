@@ -90,7 +90,9 @@ def evaluate(
         if found.get("request") == request:
             log.info("%s stands already; nothing to do (--overwrite answers again)", out)
             return {**found["result"], "answers": str(out)}
-    if out.is_dir() or (out.exists() and not record.is_file() and not overwrite):
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; give a file for the answers, such as {out / 'answers.jsonl'}")
+    if out.exists() and not record.is_file() and not overwrite:
         raise UsageError(f"--out {out} is there already, and no answers of eval's; give another, or --overwrite")
     questions, skipped = collect(source, limit)
     left_out = losses(source, skipped)

@@ -520,9 +520,11 @@ def test_answers_replace_no_other_file(model, tmp_path):
     from train.eval.evaluate import evaluate
 
     (tmp_path / "data.json").write_text(json.dumps([conversation(4)]))
-    for out in (tmp_path, tmp_path / "data.json"):
-        with pytest.raises(UsageError, match="is there already, and no answers"):
-            evaluate(model, str(tmp_path / "data.json"), out)
+    with pytest.raises(UsageError, match="is there already, and no answers"):
+        evaluate(model, str(tmp_path / "data.json"), tmp_path / "data.json")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="is a folder; give a file for the answers, such as .*/answers.jsonl$"):
+            evaluate(model, str(tmp_path / "data.json"), tmp_path, overwrite=overwrite)
     assert json.loads((tmp_path / "data.json").read_text()) == [conversation(4)]
 
 
