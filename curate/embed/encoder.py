@@ -18,7 +18,7 @@ import numpy as np
 
 from curate import engine
 from curate.embed.weights import Source
-from curate.errors import UsageError, unknown
+from curate.errors import UsageError, first_line, unknown
 from pipelines.processor import bf16_instructions
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Tokenizer:
         try:
             self._tokenize = open_clip.get_tokenizer(source.model)
         except Exception as error:
-            raise UsageError(f"the tokenizer of {source.model} cannot be had: {_first_line(error)}") from None
+            raise UsageError(f"the tokenizer of {source.model} cannot be had: {first_line(error)[:300]}") from None
         self._lock = threading.Lock()  # Rust tokenizers refuse a second borrower
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
@@ -116,10 +116,6 @@ def _register(source: Source) -> None:
 
     if source.config:
         open_clip.add_model_config(source.config)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 class Encoder:
@@ -237,7 +233,7 @@ def _build(source: Source, precision: str, device: "torch.device") -> tuple[Any,
             force_preprocess_cfg=source.preprocess,
         )
     except Exception as error:
-        raise UsageError(f"the model {source.model} cannot be built: {_first_line(error)}") from None
+        raise UsageError(f"the model {source.model} cannot be built: {first_line(error)[:300]}") from None
     try:
         open_clip.load_checkpoint(model, source.checkpoint, weights_only=True)
     except pickle.UnpicklingError:
@@ -245,8 +241,8 @@ def _build(source: Source, precision: str, device: "torch.device") -> tuple[Any,
             f"{source.checkpoint} holds pickled objects, which are never loaded.", "convert it to safetensors"
         ) from None
     except Exception as error:
-        reason = _first_line(error)
-        raise UsageError(f"{source.checkpoint} does not fit the model {source.model}: {reason}") from None
+        told = f"{source.checkpoint} does not fit the model {source.model}: {first_line(error)[:300]}"
+        raise UsageError(told) from None
     return model.eval().requires_grad_(False), native
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from curate.embed.options import MAX_PIXELS
-from curate.errors import UsageError
+from curate.errors import UsageError, first_line
 from curate.storage.tar import suffix_of
 from pipelines import pictures
 
@@ -100,8 +100,7 @@ def _over(max_pixels: int) -> str:
 
 def _words(error: Exception) -> str:
     """Say what an error is, without numbers and addresses: the same words for the same kind of fault."""
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return re.sub(r"0x[0-9a-fA-F]+|\d+", "N", first)[:120]
+    return re.sub(r"0x[0-9a-fA-F]+|\d+", "N", first_line(error))[:120]
 
 
 def _unidentified(data: bytes) -> BadImage:

@@ -27,6 +27,7 @@ from PIL import Image
 
 from curate.embed import details, images
 from curate.embed.reader import Reader, Rows
+from curate.errors import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def reason_against(device: str) -> str:
     try:
         _decode([out.getvalue()], device)
     except Exception as error:  # torchvision is absent, or built without nvJPEG, or has no decoder any more
-        return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return first_line(error)[:200]
     return ""
 
 

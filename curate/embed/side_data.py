@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.embed.captions import USUAL, Caption, Wanted, clean
-from curate.errors import ShardError, UsageError, unknown
+from curate.errors import ShardError, UsageError, first_line, unknown
 from curate.storage import paths, records
 from curate.storage.schema import DERIVED, embedding_schema
 from curate.storage.tar import MAX_TEXT_BYTES, Shard, describe, open_tar, read_index, without_suffix
@@ -149,7 +149,7 @@ def read_side_table(tar: str, columns: Sequence[str]) -> SideTable | None:
     except FileNotFoundError:
         return None
     except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ShardError(f"{location} cannot be read: {first_line(error)}") from None
     counted = table["status"].value_counts().to_pylist()
     ended = {str(each["values"]): int(each["counts"]) for each in counted}
     rows = {row.pop("key"): row for row in table.drop_columns(["status"]).to_pylist()} if table.num_columns > 2 else {}

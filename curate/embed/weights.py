@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from curate.errors import UsageError, unknown
+from curate.errors import UsageError, first_line, unknown
 
 SMALL_WEIGHTS_BYTES = 64 << 20
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
@@ -173,9 +173,9 @@ def _download(what: str, fetch: Callable[[], str]) -> str:
         constants.HF_HUB_OFFLINE = offline or not _resolves(constants.ENDPOINT)
         return str(fetch())
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"the weights {what} cannot be had ({reason[:160]}).", "give local weights with --pretrained PATH"
+            f"the weights {what} cannot be had ({first_line(error)[:160]}).",
+            "give local weights with --pretrained PATH",
         ) from None
     finally:
         hub.setLevel(level)

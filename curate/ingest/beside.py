@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from curate.embed.captions import texts_in
-from curate.errors import ContractError, UsageError
+from curate.errors import ContractError, UsageError, first_line
 from curate.storage import faults, paths, records
 from curate.storage.faults import Faults
 from curate.storage.json_files import digest
@@ -250,7 +250,7 @@ def _rows(location: str, shown: str, told: Faults) -> Iterator[Row]:
                         why = "that are not JSON" if trouble else "that are no objects"
                         faults.add(told, f"lines of metadata {why}", f"{shown}: record {number}")
     except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError, ContractError) as error:
-        raise UsageError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{location} cannot be read: {first_line(error)}") from None
 
 
 def to_json(value: Any) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.embed.captions import clean
-from curate.errors import ShardError, UsageError, unknown
+from curate.errors import ShardError, UsageError, first_line, unknown
 from curate.storage import faults, paths, records
 from curate.storage.faults import Faults
 from curate.storage.renewal import Seen
@@ -216,7 +216,7 @@ def table_schema(part: Part) -> pa.Schema:
         with paths.open_read(part.table) as file:
             return pq.ParquetFile(file).schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{part.table} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ShardError(f"{part.table} cannot be read: {first_line(error)}") from None
 
 
 def read_columns(part: Part, wanted: tuple[str, ...]) -> dict[str, pa.Array]:
@@ -230,7 +230,7 @@ def read_columns(part: Part, wanted: tuple[str, ...]) -> dict[str, pa.Array]:
             chosen = {ours: next((name for name in NAMES.get(ours, (ours,)) if name in there), None) for ours in wanted}
             read = held.read(columns=sorted({name for name in chosen.values() if name}))
     except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{part.table} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ShardError(f"{part.table} cannot be read: {first_line(error)}") from None
     return {ours: read[name].combine_chunks() for ours, name in chosen.items() if name}
 
 
@@ -278,9 +278,7 @@ def _vectors(location: str, entry: str) -> np.ndarray:
     except ShardError:
         raise
     except Exception as error:  # numpy parses headers as Python text: hostile ones raise nearly anything
-        raise ShardError(
-            f"{location} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from None
+        raise ShardError(f"{location} cannot be read: {first_line(error)}") from None
     if not isinstance(found, np.ndarray):
         raise ShardError(f"{location} is a zip of arrays (.npz), whatever its name; rename it, or name one .npy a part")
     if found.ndim != 2 or found.dtype.kind != "f" or not found.shape[1]:
@@ -312,7 +310,7 @@ def _parquet_vectors(location: str) -> np.ndarray:
                 raise ShardError(f"{location} has no column {' or '.join(VECTORS)}; it has {', '.join(names)}")
             lists = held.read(columns=[column])[column].combine_chunks()
     except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ShardError(f"{location} cannot be read: {first_line(error)}") from None
     if not (
         pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type) or pa.types.is_fixed_size_list(lists.type)
     ):

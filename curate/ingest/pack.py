@@ -21,7 +21,7 @@ import pyarrow as pa
 from curate import engine
 from curate.embed.captions import clean
 from curate.engine import Job
-from curate.errors import ShardError, UsageError, unknown
+from curate.errors import ShardError, UsageError, first_line, unknown
 from curate.ingest.beside import TABLES, Beside, File, Samples, has_pictures, seen_of, to_json
 from curate.ingest.layouts import text_of
 from curate.ingest.options import PackOptions
@@ -225,7 +225,7 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
                 held = pq.ParquetFile(file)
                 schema, rows = held.schema_arrow, held.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"{location} cannot be read: {first_line(error)}") from None
         image = image_column(schema, options.image, location)
         caption = caption_column(schema, options.caption, location)
         if not image:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from curate.errors import ShardError
+from curate.errors import ShardError, first_line
 from curate.ingest.beside import File
 from curate.ingest.layouts import name_of
 from curate.storage import faults, paths
@@ -70,7 +70,7 @@ class Rows:
             ) from None
         except (pa.ArrowException, OSError) as error:
             self.source = ""
-            raise ShardError(f"{part.source} cannot be read: {str(error).splitlines()[0]}") from None
+            raise ShardError(f"{part.source} cannot be read: {first_line(error)}") from None
 
     def _open(self, part: Part) -> None:
         """Open a part's file at the row group that holds its first row."""

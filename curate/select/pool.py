@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from curate.ask import reading
 from curate.ask.prompts import embed_texts, other_weights
 from curate.ask.stored import stored_array
-from curate.errors import ContractError, UsageError
+from curate.errors import ContractError, UsageError, first_line
 from curate.select import computed_columns
 from curate.select.frame import UNKNOWN_BITS, Edges, Frame
 from curate.storage import manifest, paths, ranges, records, sidecar
@@ -301,7 +301,7 @@ class Pool:
         try:
             subset = sidecar.load_npy(location)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{location} cannot be read: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"{location} cannot be read: {first_line(error)}") from None
         if subset.dtype != UID or subset.ndim != 1:
             raise UsageError(f"{location} holds {subset.dtype} {subset.shape}, not a subset of uids, u8,u8 [n].")
         own = "source_uid" if "source_uid" in self._schema.names else "uid"

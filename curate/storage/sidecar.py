@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from curate.errors import ContractError
+from curate.errors import ContractError, first_line
 from curate.storage import paths
 from curate.storage.remote_arrow import RemoteFile
 
@@ -53,7 +53,7 @@ def _unreadable(place: Place, error: Exception) -> ContractError:
     location = place if isinstance(place, str) else getattr(place, "location", "a sidecar")
     if isinstance(error, FileNotFoundError):
         return ContractError(f"{location} does not exist")
-    return ContractError(f"{location} is no readable Arrow file: {str(error).splitlines()[0]}")
+    return ContractError(f"{location} is no readable Arrow file: {first_line(error)}")
 
 
 def opened(place: Place) -> Opened:

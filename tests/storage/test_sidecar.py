@@ -79,6 +79,15 @@ def test_what_is_no_npy_is_one_kind_of_error_and_never_unpickled(tmp_path, data)
         sidecar.load_npy(str(tmp_path / "a.npy"))
 
 
+def test_an_error_that_says_nothing_is_told_by_its_kind(tmp_path, monkeypatch):
+    def fail(_location):
+        raise OSError
+
+    monkeypatch.setattr(sidecar, "_read_small", fail)
+    with pytest.raises(ContractError, match=r"a\.arrow is no readable Arrow file: OSError$"):
+        sidecar.opened(str(tmp_path / "a.arrow"))
+
+
 def test_labels_are_read_as_places_in_any_list_of_names():
     names = ["ok", "a", "b"]
     coded = sidecar.label_codes(np.array([0, 1, -1, 2]), names)
