@@ -28,6 +28,7 @@ from train.errors import UsageError
 FORMAT = 1
 MANIFEST, PLAN, LOCK = "manifest.json", ".plan.json", ".lock"
 SWAP = ".swap.json"  # where `curate` was cut short between two states of a directory
+WORK = ("metrics.jsonl", "answers.jsonl")  # what an unfinished run has done: steps of a stage, answers to a benchmark
 MEASURED = ".measured"  # beside runs: the lengths of the samples of their data
 # Options that change no result, or (how a step is cut into passes) only which dropout is drawn and the rounding.
 EXECUTION = frozenset({"workers", "save_every", "keep_last", "peak_tflops", "tracker", "shard"})
@@ -108,12 +109,13 @@ def open_run(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> 
     """Start a request in a locked directory, or find the same request there, unfinished or finished.
 
     What was made of other data is neither gone on with nor taken for finished.
-    A run that ended before its first step, as one does whose data must be mended first, gives way to any request.
+    A run that ended before its first step or answer, as one does whose data must be mended first, gives way to any
+    request.
     Raises: UsageError naming the first option that differs, both values, and `--overwrite`.
     """
     found = next((out / name for name in (MANIFEST, PLAN) if (out / name).is_file()), None)
-    steps = out / "metrics.jsonl"
-    empty = found is not None and found.name == PLAN and not (steps.exists() and steps.stat().st_size)
+    done = any((out / name).is_file() and (out / name).stat().st_size for name in WORK)
+    empty = found is not None and found.name == PLAN and not done
     there = [path for path in out.iterdir() if path.name != LOCK]
     if found is not None and (overwrite or (empty and _difference(read_json(found).get("request", {}), request))):
         for path in there:

@@ -17,6 +17,7 @@ from train.eval import answers, scoring, tasks
 from train.eval.layout import Layout
 from train.eval.scoring import Item
 from train.eval.tasks import LETTER, SHORT
+from train.folder import held, open_run
 
 
 def lines(path, rows):
@@ -222,6 +223,18 @@ def test_answers_hold_any_text_that_json_may_have(tmp_path):
     row = {"question_id": "\ud800", "prompt": "half a letter \udfff", "text": "\u2028 ok"}
     answers.append_answers(tmp_path / "a.jsonl", [row, row])
     assert answers.read_answers(tmp_path / "a.jsonl") == [row, row]
+
+
+def test_answers_of_a_killed_evaluation_give_way_to_no_other_request(tmp_path):
+    out, row = tmp_path / "pope", {"question_id": 1, "prompt": "q", "text": "a"}
+    with held(out):
+        assert open_run(out, {"max_new_tokens": 128}) == "new"
+        assert open_run(out, {"max_new_tokens": 16}) == "new"  # nothing was answered
+        answers.append_answers(out / answers.ANSWERS, [row])
+        with pytest.raises(UsageError, match="was made with max_new_tokens = 16, not 128.* type --overwrite"):
+            open_run(out, {"max_new_tokens": 128})
+        assert open_run(out, {"max_new_tokens": 16}) == "unfinished"
+    assert answers.read_answers(out / answers.ANSWERS) == [row]
 
 
 def test_answers_are_found_by_id_and_prompt():
