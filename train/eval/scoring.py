@@ -149,6 +149,9 @@ def vqa(items: Sequence[Item], texts: Sequence[str]) -> Scores:
     return Scores({"accuracy": _percent(right)})
 
 
+FAILED = "FAILED"
+
+
 def science_letter(text: str) -> str:
     """Read an answer to ScienceQA: "B", "B. words", or one "The answer is B" and any character; else FAILED."""
     if text in tuple("ABCDE"):
@@ -156,7 +159,7 @@ def science_letter(text: str) -> str:
     if text[:1] in tuple("ABCDE") and text[1:3] == ". ":
         return text[0]
     found = re.findall(r"The answer is ([A-Z]).", text)
-    return found[0] if len(found) == 1 else "FAILED"
+    return found[0] if len(found) == 1 else FAILED
 
 
 def sqa(items: Sequence[Item], texts: Sequence[str]) -> Scores:

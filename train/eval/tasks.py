@@ -49,6 +49,12 @@ def _nothing(_: dict[str, Any]) -> None:
     return None
 
 
+def _of_ten(answers: list[str]) -> list[str]:
+    if not isinstance(answers, list) or [type(answer) for answer in answers] != [str] * 10:
+        raise ValueError(f"{answers!r:.80} are not the answers of ten people")
+    return answers
+
+
 def load_pope(layout: Layout) -> list[Item]:
     """Read POPE; labels by image and question from coco/coco_pope_{category}.json."""
     labels = {}
@@ -94,7 +100,7 @@ def load_vqav2(layout: Layout) -> list[Item]:
     """Read VQAv2 val, whose answers are public: a stand-in for the papers' test-dev."""
     asked = layout.json("vqav2/v2_OpenEnded_mscoco_val2014_questions.json")["questions"]
     notes = layout.json("vqav2/v2_mscoco_val2014_annotations.json")["annotations"]
-    truths = {note["question_id"]: [answer["answer"] for answer in note["answers"]] for note in notes}
+    truths = {note["question_id"]: _of_ten([answer["answer"] for answer in note["answers"]]) for note in notes}
     lines = [
         {
             "question_id": q["question_id"],
@@ -117,7 +123,7 @@ def load_vqav2_test(layout: Layout) -> list[Item]:
 def load_textvqa(layout: Layout) -> list[Item]:
     """Read TextVQA val with OCR tokens in the prompt, as LLaVA asks it; truths by image and question."""
     data = layout.json("textvqa/TextVQA_0.5.1_val.json")["data"]
-    truths = {(row["image_id"], row["question"].lower().strip()): row["answers"] for row in data}
+    truths = {(row["image_id"], row["question"].lower().strip()): _of_ten(row["answers"]) for row in data}
     name = "textvqa_val_v051_ocr.jsonl"
     questions = layout.lines(f"textvqa/llava_{name}", f"textvqa/bunny_{name}")
 
@@ -139,7 +145,8 @@ def load_sqa(layout: Layout) -> list[Item]:
         if row.get("image"):
             asked, answer = (turn["value"] for turn in row["conversations"][:2])
             prompt = f"{asked.replace('<image>', '').strip()}\n{LETTER}"
-            out.append(Item(row["id"], prompt, str(images / row["image"]), scoring.science_letter(answer)))
+            truth = scoring.science_letter(answer).replace(scoring.FAILED, "")
+            out.append(Item(row["id"], prompt, str(images / row["image"]), truth))
     return out
 
 
@@ -303,6 +310,8 @@ def load(name: str, root: Path) -> list[Item]:
     task = get_task(name)
     try:
         items = task.load(Layout(root, name))
+        for item in items:
+            _check(item, scored=task.score is not None)
     except TrainError:
         raise
     except Exception as error:  # whatever csv, ast, base64 or parquet answer to what is not as published
@@ -310,6 +319,15 @@ def load(name: str, root: Path) -> list[Item]:
     if not items:
         raise DataError(f"{name}: no question in the files under {root}")
     return items
+
+
+def _check(item: Item, *, scored: bool) -> None:
+    """Refuse what would stop the scorer once all is answered, or pass for right beside an answer that says nothing."""
+    truths = item.truth if isinstance(item.truth, list) else [item.truth or None]
+    if not (isinstance(item.id, int | str) and isinstance(item.prompt, str)):
+        raise ValueError(f"{item.id!r:.80} asks {item.prompt!r:.80}: expected a name or number, and a text")
+    if scored and not (truths and all(isinstance(truth, str) for truth in truths)):
+        raise ValueError(f"question {item.id} has no answer to be judged by: {item.truth!r:.80}")
 
 
 def check_published(published: dict[str, float]) -> None:

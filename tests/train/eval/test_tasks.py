@@ -200,6 +200,62 @@ def test_options_of_mmmu_that_are_no_list_are_said(root, options):
         tasks.load("mmmu", root)
 
 
+def _break_sqa(root):
+    turns = [{"from": "human", "value": "<image>\nWhich?\nA. x\nB. y"}, {"from": "gpt", "value": "y"}]
+    rows = [{"id": "5", "image": "5/image.png", "conversations": turns}]
+    (root / "scienceqa/llava_test_CQM-A.json").write_text(json.dumps(rows))
+
+
+def _break_mmbench(root):
+    (root / "mmbench").mkdir()
+    (root / "mmbench/mmbench_dev_20230712.tsv").write_text("index\tquestion\tA\tB\tanswer\timage\n3\tIs it?\tx\ty\n")
+
+
+def _break_mmvp(root):
+    (root / "MMVP/Questions.csv").write_text("Index,Question,Options,Correct Answer\n1,Which?,(a) x (b) y,Open\n")
+
+
+def _break_mmvp_quotes(root):
+    (root / "MMVP/Questions.csv").write_text('Index,Question,Options,Correct Answer\n1,"Which?' + "x" * 200_000)
+
+
+def _break_mmmu(root):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    row = {"id": "a", "question": "q", "options": "['x", "answer": "B", "question_type": "multiple-choice"}
+    (root / "mmmu/MMMU/Art").mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pylist([row]), root / "mmmu/MMMU/Art/validation-00000-of-00001.parquet")
+
+
+def _break_textvqa(root):
+    data = [{"image_id": "ab", "question": q, "answers": "Nikon D300"} for q in ("what brand?", "which year?")]
+    (root / "textvqa/TextVQA_0.5.1_val.json").write_text(json.dumps({"data": data}))
+
+
+def _break_daquar(root):
+    turns = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": 3}]
+    (root / "daquar_test.json").write_text(json.dumps([{"id": "1", "image": "1.jpg", "conversations": turns}]))
+
+
+@pytest.mark.parametrize(
+    ("task", "spoil", "told"),
+    [
+        ("sqa", _break_sqa, "question 5 has no answer to be judged by"),
+        ("mmbench", _break_mmbench, "question 3 has no answer to be judged by"),
+        ("mmvp", _break_mmvp, "question 1 has no answer to be judged by"),
+        ("mmvp", _break_mmvp_quotes, "not as published"),
+        ("mmmu", _break_mmmu, "SyntaxError"),
+        ("textvqa", _break_textvqa, "'Nikon D300' are not the answers of ten people"),
+        ("daquar", _break_daquar, "question 1/0 has no answer to be judged by: 3"),
+    ],
+)
+def test_what_no_scorer_could_judge_is_refused_before_it_is_asked(root, task, spoil, told):
+    spoil(root)
+    with pytest.raises(DataError, match=told):
+        tasks.load(task, root)
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
