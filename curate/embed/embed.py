@@ -65,7 +65,8 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     device = node.device
     if options.decode == "gpu" and (reason := engine.ask(partial(jpegs.reason_against, device), job)):
         raise UsageError(f"no GPU decodes here ({reason}), as --decode gpu asks for.", "take --decode fast")
-    recorded = {} if job.overwrite else manifest.recorded_options(out, "embed")
+    before = {} if job.overwrite else manifest.recorded(out, "embed")
+    recorded = before.get("options", {})
     precision, reason = options.precision, "as the directory was made with"
     if options.precision == "auto" and "precision" in recorded:
         precision = str(recorded["precision"])
@@ -89,7 +90,8 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     listing = manifest.digest([[shard.stem, shard.size] for shard in found.values()])
     inputs = {"pool": {"path": pool, "digest": listing}}
     if options.captions:
-        inputs["captions"] = {"path": options.captions, "digest": manifest.digest(paths.size(options.captions))}
+        known = before.get("inputs", {}).get("captions", {}).get("digest")
+        inputs["captions"] = {"path": options.captions, "digest": side_data.captions_digest(options.captions, known)}
     contents = reading(found, job, verify=options.verify)
     parts = tar.parts_of(held.shards, contents, verify=options.verify)
     output = manifest.open_output(out, "embed", made, inputs, overwrite=job.overwrite, parts=parts)

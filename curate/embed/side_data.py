@@ -21,6 +21,7 @@ import pyarrow as pa
 from curate.embed.captions import USUAL, Caption, Wanted, clean
 from curate.errors import ShardError, UsageError, first_line, unknown
 from curate.storage import paths, records
+from curate.storage.json_files import digest, file_digest
 from curate.storage.schema import DERIVED, embedding_schema
 from curate.storage.tar import MAX_TEXT_BYTES, Shard, describe, open_tar, read_index, without_suffix
 
@@ -201,6 +202,15 @@ class Captions:
                     return Caption(None, "bad_caption", "the table of captions is not UTF-8: convert it, with iconv")
             at += 1
         return Caption(None, "no_caption", "its url is not in the table of captions")
+
+
+def captions_digest(location: str, known: str | None) -> str:
+    """Fingerprint a table of captions by its bytes: a mended word leaves its size as it was.
+
+    known: what a directory recorded of it, which an older version told by the size alone.
+    """
+    by_size = digest(paths.size(location))
+    return by_size if known == by_size else file_digest(location)
 
 
 def caption_places(location: str) -> tuple[int, int]:

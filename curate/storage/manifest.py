@@ -332,13 +332,13 @@ def _other_run(home: str) -> ContractError:
     return ContractError(f"another run makes {home} of another state of its input.", "run the same command again")
 
 
-def recorded_options(directory: str, command: str) -> dict[str, Any]:
-    """Return the options that a directory was made with by a verb, finished or not; none where it was not."""
+def recorded(directory: str, command: str) -> dict[str, Any]:
+    """Return the request that a directory was made with by a verb, finished or not; nothing where it was not."""
     for name in (MANIFEST, PLAN):
         if paths.exists(paths.join(directory, name)):
             found = load_json(paths.join(directory, name))
             made_so = isinstance(found, dict) and found.get("command") == command
-            return dict(found.get("options", {})) if made_so else {}
+            return found if made_so else {}
     return {}
 
 

@@ -18,10 +18,11 @@ from curate.embed.embed import EmbedOptions, embed
 from curate.embed.side_data import NUMBER, TEXT, Captions, Extras, column_name
 from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job
-from curate.errors import UsageError
+from curate.errors import ContractError, UsageError
 from curate.ingest.published import ImportOptions, import_layout
 from curate.mix.mix import mix
 from curate.storage import sidecar
+from curate.storage.json_files import digest, save_json
 from curate.storage.schema import STATUSES
 from curate.storage.tar import TarWriter, read_index
 from house import REAL_DATA, curate, manifest
@@ -253,3 +254,19 @@ def test_a_samples_json_that_is_not_read_is_told_with_the_reason(tmp_path, model
     told = {kind: fault["count"] for kind, fault in manifest(tmp_path / "emb")["faults"].items() if "JSON that" in kind}
     assert sorted(told.values()) == [1, 2] and all(kind in ended.stderr for kind in told)
     assert "no_caption: and its JSON is not read" in ended.stderr
+
+
+def test_a_table_of_captions_that_is_mended_is_seen_at_an_equal_size_too(tmp_path, model):
+    pool = write_silent_pool(tmp_path / "pool", ["http://x/0"])
+    out, words = str(tmp_path / "emb"), EmbedOptions(model, captions=str(tmp_path / "cc.tsv"))
+    (tmp_path / "cc.tsv").write_text("a cat\thttp://x/0\n")
+    embed(pool, out, words, QUIET)
+    (tmp_path / "cc.tsv").write_text("a dog\thttp://x/0\n")
+    with pytest.raises(ContractError, match="another state of .*cc.tsv"):
+        embed(pool, out, words, QUIET)
+    embed(pool, out, words, Job(workers=1, quiet=True, overwrite=True))
+    assert sidecar.table(f"{out}/00000.arrow")["caption"].to_pylist() == ["a dog"]
+    older = manifest(out)
+    older["inputs"]["captions"]["digest"] = digest((tmp_path / "cc.tsv").stat().st_size)
+    save_json(f"{out}/manifest.json", older)
+    assert embed(pool, out, words, QUIET)["inputs"] == older["inputs"], "an older version knew the size alone"
