@@ -99,14 +99,14 @@ class Index:
 class Shard:
     """A tar of a pool. stem: its unique name, which every sidecar carries. stamp: by which a change of it is seen.
 
-    beside: the size of img2dataset's `{stem}.parquet` beside it, or -1 where there is none, or it is not known.
+    beside: img2dataset's `{stem}.parquet` beside it, None where there is none, or it is not known.
     """
 
     stem: str
     location: str
     size: int
     stamp: str = ""
-    beside: int = -1
+    beside: paths.Found | None = None
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,9 @@ def survey_pool(pool: str) -> Pool:
     if len(set(stems)) < len(stems):
         shared = next(stem for stem, count in Counter(stems).items() if count > 1)
         raise UsageError(f"{pool} matches several shards named {shared}.tar; embed them as separate pools")
-    shards = []
-    for stem, (location, held) in zip(stems, found.items(), strict=True):
-        beside = listed.get(f"{without_suffix(location)}.parquet")
-        shards.append(Shard(stem, location, held.size, held.stamp, beside.size if beside else -1))
-    return Pool(shards, passed)
+    tables = [listed.get(f"{without_suffix(location)}.parquet") for location in found]
+    made = zip(stems, found.items(), tables, strict=True)
+    return Pool([Shard(stem, place, held.size, held.stamp, table) for stem, (place, held), table in made], passed)
 
 
 def _no_shards(pool: str, listed: Collection[str], deeper: Sequence[str]) -> UsageError:
@@ -197,14 +195,16 @@ def parts_of(
     verify: bool = False,
 ) -> Parts:
     """Say what the sidecars of a pool's shards are made of. contents, beside, verify: see `Parts`."""
-    seen = {shard.stem: (shard.size, shard.stamp, f"{beside}{shard.beside}") for shard in found}
-    place = paths.place(paths.parent(found[0].location)) if found else ""
-    return Parts(("pool",), seen, place, contents, verify)
+    seen = {}
+    for shard in found:
+        size, stamp = (shard.beside.size, f" {shard.beside.stamp}") if shard.beside else (-1, "")
+        seen[shard.stem] = (shard.size, f"{shard.stamp}{stamp}", f"{beside}{size}")
+    return Parts(("pool",), seen, paths.place(paths.parent(found[0].location)) if found else "", contents, verify)
 
 
 def content_digest(shard: Shard, path: str) -> str:
     """Fingerprint a shard's bytes, and those of the side table that a listing showed. path: its plain tar, here."""
-    beside = [f"{without_suffix(shard.location)}.parquet"] if shard.beside >= 0 else []
+    beside = [f"{without_suffix(shard.location)}.parquet"] if shard.beside else []
     return file_digest(path, *beside)
 
 

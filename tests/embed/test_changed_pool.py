@@ -4,6 +4,8 @@ import os
 import shutil
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny_clip
 from artefacts import members, write_pool
@@ -193,3 +195,23 @@ def test_embeddings_of_format_1_get_new_shards(home, model, curate):
 def kept_keys(selection, stem):
     table = sidecar.table(str(selection / f"{stem}.arrow"))
     return table["key"].filter(table["kept"]).to_pylist()
+
+
+def test_a_table_beside_a_shard_that_is_mended_is_seen_at_an_equal_size_too(home, model, curate):
+    def write_table(*ended):
+        rows = {"key": [f"{key:09d}" for key in range(3)], "status": list(ended)}
+        pq.write_table(pa.table(rows), home / "pool" / "00000.parquet", compression="none", use_dictionary=False)
+        return (home / "pool" / "00000.parquet").stat().st_size
+
+    words, seen_at = ["embed", home / "pool", home / "emb", "--model", model], str(home / "emb" / ".seen.json")
+    size = write_table("success", "success", "success")
+    assert "1 changed, 3 kept" in curate(*words)[2]
+    seen = renewal.load_json(seen_at)
+    older = {stem: [tar, stamp.split()[0], table] for stem, (tar, stamp, table) in seen["parts"].items()}
+    renewal.save_json(seen_at, seen | {"parts": older})
+    assert "verify" not in curate(*words)[2], "an older version noted the tar's time alone"
+    renewal.save_json(seen_at, seen)
+    time.sleep(0.01)
+    assert write_table("success", "success", "failure") == size
+    assert "embed: 1 changed, 3 kept" in curate(*words)[2]
+    assert manifest(home / "emb")["downloads"] == {"failure": 1, "success": 2}
