@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from collections import defaultdict
@@ -42,6 +43,8 @@ from train.run.recorder import Recorder
 from train.run.validation import Validation
 
 log = logging.getLogger("train")
+# As the processor's allocator says it, and beside torch's own error drivers, NVIDIA's libraries and triton.
+NO_MEMORY = re.compile(r"allocate memory|out of memory|ALLOC_FAILED")
 
 
 @dataclass
@@ -143,10 +146,8 @@ class Training:
         own = [len(b.targets_s) for b in micro_batches]
         counts = [sum(own), sum(b.num_tokens for b in micro_batches), sum(b.ids_bl.numel() for b in micro_batches)]
         counts += [sum(len(b.skipped) for b in micro_batches)]
-        cached = self.features is not None
-        useful = sum(self.cost.flops(b, cached=cached) for b in micro_batches)
-        totals = self.runtime.sum_over_ranks([*map(float, counts), useful])
-        supervised, tokens, padded, skipped, flops = totals
+        useful = sum(self.cost.flops(b, cached=self.features is not None) for b in micro_batches)
+        supervised, tokens, padded, skipped, flops = self.runtime.sum_over_ranks([*map(float, counts), useful])
         left_out = self._note_skipped(micro_batches) if skipped else {}
         weights = None
         if self.stage.loss_norm == "microbatch":
@@ -369,8 +370,7 @@ def out_of_memory(stage: Stage) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not known:
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(str(error))):
             raise
         more = {
             "full": "shard = true (under torchrun)",

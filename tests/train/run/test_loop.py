@@ -410,6 +410,17 @@ def test_a_loss_that_is_no_number_stops_with_its_samples(world, tmp_path):
         ("lora", torch.OutOfMemoryError("CUDA out of memory"), "quantize"),
         ("full", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "shard = true"),
         ("projector", MemoryError(), "micro_images"),
+        (
+            "lora",
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "quantize",
+        ),
+        (
+            "lora",
+            torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+            "quantize",
+        ),
+        ("lora", RuntimeError("Triton Error [CUDA]: out of memory"), "quantize"),
     ],
 )
 def test_out_of_memory_names_what_to_change(tune, error, hint):
