@@ -134,7 +134,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float) ->
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    if "PCIe" in name or "NVL" in name:  # slower than the SXM boards of the same name
+    if any(other in name for other in ("PCIe", "NVL", "MIG")):  # slower than SXM boards of that name; a part of one
         return None
     return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
 

@@ -148,3 +148,18 @@ def test_metrics_hold_mfu_where_a_peak_is_known(world, tmp_path):
 def test_a_cpu_has_no_peak_unless_given():
     assert peak_flops(torch.device("cpu"), torch.bfloat16, 0.0) is None
     assert peak_flops(torch.device("cpu"), torch.float32, 1.5) == 1.5e12
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),  # a seventh of the card
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+    ],
+)
+def test_a_part_of_a_gpu_is_not_held_against_the_whole(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    found = peak_flops(torch.device("cuda"), torch.bfloat16, 0.0)
+    assert found == (tflops and tflops * 1e12)
