@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.processor import bf16_instructions, cores
+from train.errors import UsageError
 
 WAIT = timedelta(hours=2)  # of objects and barriers: one rank may read millions of samples, or write to a slow disk
 STEP = timedelta(minutes=30)  # of numbers within a step: one rank may wait for its loader
@@ -47,6 +48,18 @@ def _no_gpu(cuda: bool) -> str:
     return f"no GPU; with {kind}, a language model of 100M or more is nearly twice as fast by precision = bf16"
 
 
+def _own_device() -> torch.device:
+    """Return this rank's GPU, or the processor.  Raises: UsageError where the machine has more ranks than GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= seen:
+        raise UsageError(
+            f"rank {local} of this machine has no GPU: {seen} can be seen; type torchrun --nproc-per-node {seen}"
+        )
+    return torch.device("cuda", local)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Device, precision and rank of this process; frozen for the length of a run."""
@@ -61,10 +74,13 @@ class Runtime:
 
     @classmethod
     def detect(cls, precision: str, workers: int) -> Self:
-        """Choose device, precision and threads, and join the other processes where torchrun started several."""
+        """Choose device, precision and threads, and join the other processes where torchrun started several.
+
+        Raises: UsageError for a rank without a GPU where others have one.
+        """
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        device = _own_device()
+        cuda = device.type == "cuda"
         if cuda:
             # Passes differ in shape: blocks of fixed size would leave memory that none of the next fits into.
             if not any(name in os.environ for name in ALLOCATOR):
@@ -85,8 +101,7 @@ class Runtime:
     def for_inference(cls) -> Self:
         """Choose the device, and join the other ranks where torchrun started several; threads stay as they are."""
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        device = _own_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         groups = _join(device) if world > 1 else (None, None)

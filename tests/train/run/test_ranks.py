@@ -14,7 +14,7 @@ from toys import write_captions
 
 from train.__main__ import app
 from train.dist import Runtime
-from train.errors import TrainError
+from train.errors import TrainError, UsageError
 from train.run import checkpoint
 from train.run.loop import Training
 
@@ -33,9 +33,25 @@ def model(world, tmp_path_factory):
     return folder / "model"
 
 
-def test_a_gpus_memory_grows_in_segments_unless_the_environment_says_how(monkeypatch):
+def pretend_gpus(monkeypatch, number):
     for name, told in (("is_available", True), ("set_device", None), ("is_bf16_supported", True)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, told=told, **given: told)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+
+
+def test_a_rank_without_a_gpu_is_told_how_many_there_are(monkeypatch):
+    pretend_gpus(monkeypatch, 2)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    for begin in (lambda: Runtime.detect("auto", 0), Runtime.for_inference):
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert begin().device == torch.device("cuda", 1)
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(UsageError, match="rank 2 of this machine has no GPU: 2 .* --nproc-per-node 2$"):
+            begin()
+
+
+def test_a_gpus_memory_grows_in_segments_unless_the_environment_says_how(monkeypatch):
+    pretend_gpus(monkeypatch, 1)
     for given, name in ((None, "PYTORCH_CUDA_ALLOC_CONF"), ("backend:native", "PYTORCH_ALLOC_CONF")):
         kept = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
         monkeypatch.setattr(os, "environ", kept | ({name: given} if given else {}))
