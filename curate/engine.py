@@ -183,7 +183,8 @@ def helpers(count: int, start: Callable[..., None], arguments: tuple[Any, ...]) 
 
 
 def _run_pool(task: Task, items: Sequence[Any], workers: int, gpus: int, note: Note) -> Iterator[Report]:
-    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
+    # Names behind the first that is none, such as -1, count for nothing.
+    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")[: max(1, gpus)]
     devices = [names[index % len(names)] if gpus > 0 else None for index in range(workers)]
     saved = os.environ.get("OMP_NUM_THREADS")
     if saved is None:

@@ -262,6 +262,12 @@ def test_each_of_several_workers_sees_one_gpu_of_those_that_are_visible(monkeypa
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
+def test_names_behind_the_gpus_that_are_seen_are_given_to_no_worker(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,-1,7")  # of which torch counts two
+    outcome = run_stage("device", Device(), list(range(8)), Job(gpus=2, quiet=True), workers=4, gpu=0.5)
+    assert {value["device"] for value in outcome.done.values()} == {"5", "6"}
+
+
 def test_a_stage_that_uses_no_gpu_gets_a_worker_a_core_and_sees_all_of_them(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
     monkeypatch.setattr("curate.engine.cores", lambda: 3)
