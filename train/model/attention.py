@@ -37,6 +37,7 @@ from train.errors import UsageError
 
 NAME = "documents"
 HALF = (torch.bfloat16, torch.float16)
+FLASH = (8, 0)  # Ampere: FlashAttention refuses older GPUs
 SHORT = 1024  # positions up to which a processor computes the formula in half precision: 1 MB of shares a head is kept
 BLOCK = 256  # queries of one product of the formula, which need no keys behind the last of them
 # Options that attention functions are given and that change no result here; any other that is set is refused.
@@ -269,6 +270,14 @@ def _varlen_lacks() -> str:
     return f"varlen_attn of torch {torch.__version__} lacks {', '.join(sorted(lacks))}" if lacks else ""
 
 
+@cache
+def _too_old(device: torch.device) -> str:
+    """Return why a GPU cannot run the kernel, or ""; one that is only imagined (FakeTensorMode) can."""
+    if not torch.cuda.is_available() or (found := torch.cuda.get_device_capability(device)) >= FLASH:
+        return ""
+    return f"a GPU of compute capability {found[0]}.{found[1]}, older than the kernel's {FLASH[0]}.{FLASH[1]}"
+
+
 def reason_against_varlen(query: Tensor, value: Tensor) -> str | None:
     """Return why the variable-length kernel cannot take tensors like these, or None where it can."""
     if not query.is_cuda:
@@ -277,7 +286,7 @@ def reason_against_varlen(query: Tensor, value: Tensor) -> str | None:
         return f"{value.dtype} is no half precision"
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
         return f"heads of {query.shape[-1]} and {value.shape[-1]} channels"
-    return _varlen_lacks() or None
+    return _varlen_lacks() or _too_old(query.device) or None
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:

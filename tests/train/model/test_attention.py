@@ -112,6 +112,22 @@ def test_attention_in_chunks_is_refused():
         model(input_ids=torch.arange(3, 10)[None], use_cache=False)
 
 
+def test_a_gpu_older_than_the_kernel_calls_sdpa_and_says_so(monkeypatch):
+    """With `precision = "bf16"` such a GPU broke off in its first step; `auto` takes fp32 there."""
+    half = torch.empty(1, 2, 3, 8, dtype=torch.bfloat16)
+    for capability in ((7, 5), (8, 0)):
+        attention._too_old.cache_clear()
+        monkeypatch.setattr(attention, "_varlen_lacks", lambda: "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        on_gpu = type("", (), {"is_cuda": True, "shape": half.shape, "dtype": half.dtype, "device": "cuda"})()
+        against = attention.reason_against_varlen(on_gpu, on_gpu)
+        assert against == (
+            None if capability[0] == 8 else "a GPU of compute capability 7.5, older than the kernel's 8.0"
+        )
+    attention._too_old.cache_clear()
+
+
 def test_a_torch_whose_kernel_lacks_an_argument_calls_sdpa_and_says_so(monkeypatch):
     """An earlier varlen_attn had neither windows nor shared heads; torch 2.9 has none."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
@@ -120,7 +136,7 @@ def test_a_torch_whose_kernel_lacks_an_argument_calls_sdpa_and_says_so(monkeypat
         raise AssertionError
 
     half = torch.empty(1, 2, 3, 8, dtype=torch.bfloat16)
-    on_gpu = type("", (), {"is_cuda": True, "shape": half.shape, "dtype": half.dtype})()
+    on_gpu = type("", (), {"is_cuda": True, "shape": half.shape, "dtype": half.dtype, "device": "cuda"})()
     attention._varlen_lacks.cache_clear()
     assert attention.reason_against_varlen(on_gpu, on_gpu) == (attention._varlen_lacks() or None)
     attention._varlen_lacks.cache_clear()
