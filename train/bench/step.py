@@ -23,7 +23,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from train.bench import workload
 from train.bench.quick_draws import quick_draws
 from train.config import Config, Model, Stage
-from train.data.batches import Batch, Collator, Plan, Rows
+from train.data.batches import Batch, Collator, Passes, Plan, Rows
 from train.data.measuring import measure
 from train.data.sources import open_source
 from train.data.workers import choose_workers, resolve
@@ -53,6 +53,7 @@ from train.run.loop import Training, out_of_memory
 from train.run.memory import size_pass
 from train.run.stage import make_encoder
 
+LOADING_S = 5.0  # in which the loader's own pace is taken, at most
 MICRO_BATCH = 8  # per device in Bunny's scripts, in both stages
 LAYERS, WIDTH, HEADS, VOCABULARY = 24, 192, 3, 2816  # the head is 5 % of a forward pass, as Phi-2's
 TOWER_LAYERS, TOWER_WIDTH, TOWER_HEADS = 7, 144, 2  # 17 % of the language model's forward pass, as SigLIP's
@@ -136,7 +137,9 @@ def one_stage(
         stage = _shortened(given, stage_name, steps, batch_size, small=small)
         runs: dict[Kind, dict[str, Any]] = {}
         for _ in _run(kind, model, stage, WRITERS[stage_name], folder / stage_name, runs):
-            yield {**summarise(_metrics(folder / stage_name / kind)), **runs[kind]}
+            found = {**summarise(_metrics(folder / stage_name / kind)), **runs[kind]}
+            computing_s = sum(found["step_s"]) * (1 - found["data_wait"])
+            yield {**found, "taken_per_s": stage.batch_size * len(found["step_s"]) / computing_s}
 
 
 def _fresh(config: Config | None, folder: Path) -> tuple[Config, Model]:
@@ -232,7 +235,8 @@ def _run(
     out.mkdir(parents=True)
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    runs[kind] = {"micro_tokens": stage.micro_tokens}
+    pace = loading_pace(Passes(plan, collator, runtime.rank, runtime.world), plan.steps, stage.num_workers)
+    runs[kind] = {"micro_tokens": stage.micro_tokens, "loaded_per_s": pace}
     work = Reference if kind == "reference" else Training
     steps = work(composed, stage, trainable, plan, collator, runtime, out, dict(measured.reasons)).steps()
     cpu_s: list[float] = []
@@ -250,6 +254,24 @@ def _run(
         "operations": _operations(kind, composed, stage, plan),
     }
     log.info("%s: %.0f supervised tokens/s", kind, runs[kind]["supervised_per_s"])
+
+
+def loading_pace(passes: Passes, steps: int, workers: int) -> float:
+    """Return the samples a second that the loader gives where no step keeps it waiting.
+
+    `data_wait` of a few steps does not show it: while the first one starts up, the workers decode PREFETCH passes each
+    ahead, which may be all that follow, so that it reads 0 however slow they are. Not counted is a pass for each
+    worker, while they start.
+    """
+    coming = (batch for step in passes.steps(0, steps, workers, pin=False) for batch in step)
+    for _ in islice(coming, max(1, workers)):
+        pass
+    began, samples = time.perf_counter(), 0
+    for batch in coming:
+        samples += len(batch.lengths)
+        if time.perf_counter() - began > LOADING_S:
+            break
+    return samples / (time.perf_counter() - began)
 
 
 def _operations(kind: Kind, composed: Composed, stage: Stage, plan: Plan) -> dict[str, dict[str, float]]:

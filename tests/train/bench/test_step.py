@@ -1,15 +1,17 @@
 """The bench: both ways see the same samples and lose the same; the samples are as long as they are said to be."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from train.bench import quick_draws, workload
-from train.bench.step import Padded, bench, table
+from train.bench.step import Padded, bench, loading_pace, table
 from train.config import Model, Stage
-from train.data.batches import Plan
+from train.data.batches import Passes, Plan
 from train.data.measuring import measure
 from train.data.prompts import Encoder, get_template
 from train.data.sources import Measured, open_source
@@ -40,6 +42,24 @@ def test_the_mix_is_as_long_as_it_is_said_to_be(tmp_path):
     plain = Encoder(tokenizer, get_template("plain"), "<image>", workload.IMAGE_TOKENS)
     supervised = measure(captions, plain, 2048).supervised
     assert 11 < supervised.mean() < 16 and (np.quantile(supervised, 0.5) - 1) == pytest.approx(12, abs=2)
+
+
+def test_the_loaders_own_pace_is_told_where_few_steps_wait_for_nothing():
+    """Ten passes of .1 s, decoded while the first step starts up: the others find them ready."""
+
+    def decode(rows):
+        time.sleep(0.1)
+        return SimpleNamespace(lengths=[7] * len(rows[0]))
+
+    plan = SimpleNamespace(micro_batches=lambda step, world: [[[step, step, step]]])
+    coming, waits = Passes(plan, decode, 0, 1).steps(0, 5, 1, False), []
+    for step in range(5):
+        began = time.perf_counter()
+        next(coming)
+        waits.append(time.perf_counter() - began)
+        time.sleep(0.0 if step else 0.6)
+    assert max(waits[1:]) < 0.1 / 2
+    assert 1 < loading_pace(Passes(plan, decode, 0, 1), 10, 1) <= 3 / 0.1
 
 
 def test_the_reference_pads_a_few_samples_at_a_time():
