@@ -188,6 +188,8 @@ def fit(x_nd: np.ndarray, k: int, iters: int, seed: int, *, backend: str) -> Fit
             break  # there are fewer distinct rows than clusters: what is empty stays so
         centroids[empty] = unit_rows(x_nd[worst])  # the rows that lie worst begin clusters of their own
         clusters, similarity = finder(centroids, on=on)(x_nd)
+    if on:  # up to half of the card, which the workers that assign are about to share
+        on_device.let_go()
     empty_count = int((np.bincount(clusters, minlength=k) == 0).sum())
     return Fit(centroids, backend, float(similarity.mean(dtype=np.float64)), empty_count)
 

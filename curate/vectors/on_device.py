@@ -63,6 +63,13 @@ def devices() -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
+def let_go() -> None:
+    """Give the GPUs' memory that torch keeps for this process, and uses no more, to others: workers share a card."""
+    import torch
+
+    torch.cuda.empty_cache()
+
+
 @cache
 def _sums_halves_in_f32(on: str) -> bool:
     """Say whether the device gives products of halves as their f32 sums."""

@@ -108,6 +108,18 @@ def test_rows_are_summed_by_segment_without_the_call_that_torch_does_not_documen
     assert all(torch.allclose(a.double(), b, atol=1e-5) for a, b in zip(sums, expected, strict=True))
 
 
+def test_a_fit_leaves_no_memory_of_the_gpu_with_its_process(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(on_device, "device", lambda: "cpu")
+    monkeypatch.setattr(on_device, "devices", lambda: ["cpu"])
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+    kmeans.fit(cluster_rows(60, dim=8), 5, 2, 0, backend="torch-gpu")
+    kmeans.fit(cluster_rows(60, dim=8), 5, 2, 0, backend="kmeans")
+    assert given_back == [True]
+
+
 def test_without_torchs_private_calls_fits_and_products_go_on(monkeypatch):
     import torch
 
