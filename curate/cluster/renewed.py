@@ -64,7 +64,8 @@ def parts(source: Artefact) -> Parts:
     for stem, shard in found["shards"].items():
         maker = makers.get(stem, found)
         by = [maker.get("device"), maker.get("versions")]
-        seen[stem] = (int(shard["rows"]), "", digest([common, by, shard.get("digest") or source.digest]))
+        made_of = [shard.get("digest") or source.digest, *([shard["source"]] if "source" in shard else [])]
+        seen[stem] = (int(shard["rows"]), "", digest([common, by, *made_of]))
     return Parts(("embeddings",), seen, adopted=False)
 
 

@@ -63,9 +63,12 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
     given: dict[str, tar.Shard | Sequence[str]] = {**found} if options.pool else {s: p.files for s, p in named.items()}
     contents = reading(given, job, verify=options.verify)
     made_of = tar.parts_of(held.shards, contents, f"{inputs['source']['digest']} ", verify=options.verify)
+    stamps = layouts.seen(parts)  # of vectors made anew by another model the sizes are what they were
+    written = manifest.digest([stamps[stem][1] for stem in named])
+    made_of = replace(made_of, seen={stem: (*seen[:2], f"{seen[2]} {written}") for stem, seen in made_of.seen.items()})
     if not options.pool:
         place = paths.place(paths.parent(parts[0].image))
-        made_of = Parts(("source",), layouts.seen(parts), place, contents, options.verify)
+        made_of = Parts(("source",), stamps, place, contents, options.verify)
     output = manifest.open_output(
         out, "import", made, inputs, overwrite=job.overwrite, parts=replace(made_of, inputs=tuple(inputs))
     )
@@ -144,7 +147,7 @@ def _finish(
     faults.write("import", bad, quiet=quiet)
     return output.finish(
         shards={
-            stem: {"rows": fact["rows"], **({"digest": fact["digest"]} if "digest" in fact else {})}
+            stem: {name: fact[name] for name in ("rows", "digest", "source") if name in fact}
             for stem, fact in facts.items()
         },
         counts=counts,
@@ -318,18 +321,8 @@ class ImportShard:
         columns["status"] = sidecar.labels([fact["status"] for fact in facts], list(STATUSES))
         columns["members"] = members.column(index, shard.size)
         schema = embedding_schema(image.shape[1], self.extra.fields)
-        for name in (
-            "key",
-            "uid",
-            "phash",
-            "caption",
-            "width",
-            "height",
-            "url",
-            "detail",
-            "writing",
-            *self.extra.fields,
-        ):
+        scalars = ("key", "uid", "phash", "caption", "width", "height", "url", "detail", "writing")
+        for name in (*scalars, *self.extra.fields):
             columns[name] = pa.array([fact[name] for fact in facts], schema.field(name).type)
         statuses = dict(Counter(fact["status"] for fact in facts))
         meta = {
@@ -338,6 +331,7 @@ class ImportShard:
             "statuses": statuses,
             "dim": image.shape[1],
             "digest": content,
+            "source": self._fingerprint(facts, image, text),
             "matched": int(matched.sum()),
             "example": next((str(value) for value in given if value), ""),
             "notes": index.notes,
@@ -347,6 +341,12 @@ class ImportShard:
         batch = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
         sidecar.write_table(paths.join(self.out, f"{stem}.arrow"), schema, [batch], meta)
         return {"rows": len(facts), "bad": len(facts) - statuses.get("ok", 0)}
+
+    def _fingerprint(self, facts: list[dict[str, Any]], image: np.ndarray, text: np.ndarray | None) -> str:
+        """Fingerprint what a shard's rows have of the source, which may change while the tar does not."""
+        found = hashlib.blake2b(image.tobytes() + (b"" if text is None else text.tobytes()), digest_size=16)
+        values = [[fact[name] for name in ("caption", *self.extra.fields)] for fact in facts]
+        return manifest.digest([found.hexdigest(), values])
 
     def _value(self, file: IO[bytes], sample: tar.Sample) -> Any:
         """Find what a sample is joined by; a sha256 that its JSON lacks is that of the image's bytes."""

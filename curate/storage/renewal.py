@@ -56,10 +56,13 @@ class Parts:
     def same(self, before: Mapping[str, Any], stem: str, *, stamped: bool = True) -> bool:
         """Say whether a shard's part is what it was. before: an earlier `record`; stamped: whether stamps count."""
         old, new = before["parts"].get(stem), self.seen.get(stem)
-        if old is None or new is None or old[0] != new[0] or old[2] not in (None, new[2]):
+        if old is None or new is None or old[0] != new[0]:
             return False
-        alike = f"{new[1]} ".startswith(f"{old[1]} ")  # an older version noted the tar's stamp alone
-        return not stamped or not old[1] or alike or before["place"] != self.place
+        # Older versions noted less: the tar's stamp alone, of published tables the sizes alone.
+        stamps_alike, rest_alike = (f"{new[at]} ".startswith(f"{old[at]} ") for at in (1, 2))
+        if old[2] is not None and not rest_alike:
+            return False
+        return not stamped or not old[1] or stamps_alike or before["place"] != self.place
 
     def same_bytes(self, before: Mapping[str, Any], held: Mapping[str, str]) -> set[str]:
         """Name the shards whose files must be read to know them, and have the digests `held`. before: as in `same`."""

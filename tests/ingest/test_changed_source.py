@@ -1,5 +1,6 @@
 """`curate import` again on a source or a pool that has changed."""
 
+import json
 import os
 import time
 
@@ -83,6 +84,27 @@ def test_a_changed_pool_is_joined_shard_by_shard_and_a_changed_source_altogether
     assert contents(out) == contents(tmp_path / "whole")
     write_source(source, "npy", [6, 6, 6], key=lambda rows: [f"{row:09d}" for row in rows])
     assert "3 changed, 0 kept" in call(*words)[1]
+
+
+def test_vectors_that_are_made_anew_are_joined_to_a_pool_at_an_equal_size_too(tmp_path, call):
+    source, pool, out = tmp_path / "source", tmp_path / "pool", tmp_path / "emb"
+    write_source(source, "npy", [6, 6], key=lambda rows: [f"{row:09d}" for row in rows])
+    write_pool(pool, ["a", "b"], 2)
+    words = ["import", source, out, "--layout", "npy", "--pool", pool, "--join", "key"]
+    call(*words)
+    call("cluster", out, tmp_path / "clu", "--k", "2")
+    seen = json.loads((out / ".seen.json").read_text())
+    older = {stem: [size, stamp, rest.rpartition(" ")[0]] for stem, (size, stamp, rest) in seen["parts"].items()}
+    (out / ".seen.json").write_text(json.dumps(seen | {"parts": older}))
+    assert "kept" not in call(*words)[1], "an older version noted the sizes alone"
+    (out / ".seen.json").write_text(json.dumps(seen))
+    time.sleep(0.01)
+    for path in source.glob("*.npy"):
+        np.save(path, np.roll(np.load(path), 1, axis=1))
+    assert "2 changed, 0 kept" in call(*words)[1]
+    assert "2 changed, 0 kept" in call("cluster", out, tmp_path / "clu", "--k", "2")[1]
+    call("import", source, tmp_path / "whole", "--layout", "npy", "--pool", pool, "--join", "key")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_folders_that_are_new_or_changed_are_packed_and_the_rest_kept(tmp_path, call):
