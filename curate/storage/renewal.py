@@ -17,7 +17,7 @@ import sys
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -64,6 +64,13 @@ class Parts:
             return False
         return not stamped or not old[1] or stamps_alike or before["place"] != self.place
 
+    def copied(self, before: Mapping[str, Any], stems: Collection[str]) -> set[str]:
+        """Pick the shards of a copy that are known by their size alone, and whose files can be read. before: `same`."""
+        if self.contents is None or before["place"] == self.place or paths.is_remote(self.place):
+            return set()
+        here = replace(self, place=before["place"])
+        return {stem for stem in stems if self.same(before, stem) and not here.same(before, stem)}
+
     def same_bytes(self, before: Mapping[str, Any], held: Mapping[str, str]) -> set[str]:
         """Name the shards whose files must be read to know them, and have the digests `held`. before: as in `same`."""
         if self.contents is None:
@@ -73,7 +80,7 @@ class Parts:
             for stem in held.keys() & self.seen.keys()
             if (self.verify and stem not in before["parts"])
             or (self.same(before, stem, stamped=False) and (self.verify or not self.same(before, stem)))
-        }
+        } | self.copied(before, held.keys() & self.seen.keys())
         found = self.contents(doubted) if doubted else {}
         return {stem for stem in doubted if found.get(stem) == held[stem]}
 
@@ -117,6 +124,7 @@ def compare(home: str, recorded: Mapping[str, Any], plan: Mapping[str, Any], par
         same = {stem for stem in (stood | failed) & parts.seen.keys() if parts.same(found, stem)}
     held = {stem: str(shard["digest"]) for stem, shard in recorded.get("shards", {}).items() if shard.get("digest")}
     alike = parts.same_bytes(found, held)
+    same -= parts.copied(found, held)
     touched = len((alike - same) & found["parts"].keys())
     same = (same - stood if parts.verify else same) | alike
     kept, there = same & stood & parts.seen.keys(), stood | failed
@@ -174,6 +182,7 @@ def drop_stale(directory: str, recorded: Mapping[str, Any], parts: Parts) -> Non
 def _as_they_were(directory: str, before: Mapping[str, Any], parts: Parts) -> set[str]:
     """Name the shards whose part is what it was when files of a directory in the making were made of it."""
     same = {stem for stem in before["parts"] if parts.same(before, stem)}
+    same -= parts.copied(before, same)
     doubted = {stem for stem in before["parts"].keys() - same if parts.same(before, stem, stamped=False)}
     if parts.contents is None or not doubted:
         return same

@@ -116,6 +116,20 @@ def test_a_copied_pool_is_accepted_by_the_same_request(home, model, curate):
     assert "kept" not in told and "12 rows in 4 shards" in out
 
 
+def test_a_copy_of_which_a_shard_is_another_of_equal_size_is_read(home, model, curate):
+    shutil.copytree(home / "pool", home / "copy" / "pool", copy_function=shutil.copyfile)
+    shutil.copytree(home / "pool", home / "other")
+    write_pool(home / "other", STEMS, 3, first=90)
+    assert [*map(os.path.getsize, (home / "other").iterdir())] == [*map(os.path.getsize, (home / "pool").iterdir())]
+    code = Command("curate", "embed", home / "other", home / "emb", "--model", model, cwd=ROOT)
+    assert code.wait() == 2 and "has none of its shards as they were" in code.stderr
+    shutil.copy(home / "other" / "00002.tar", home / "copy" / "pool")
+    shutil.copytree(home / "emb", home / "copy" / "emb")
+    words = ["embed", home / "copy" / "pool", home / "copy" / "emb", "--model", model]
+    assert "embed: 1 changed, 3 kept (3 touched, same content)" in curate(*words)[2].splitlines()
+    assert "kept" not in (told := curate(*words)[2]) and "verify" not in told
+
+
 def test_a_repaired_shard_is_taken_up(home, model, curate):
     whole = (home / "pool" / "00001.tar").read_bytes()
     (home / "pool" / "00001.tar").write_bytes(b"\xff" * 5000)
