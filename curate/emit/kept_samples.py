@@ -60,17 +60,19 @@ class Fetched:
     @property
     def has_text(self) -> bool:
         """Say whether the sample has a caption of its own, or a conversation: in its text member or its JSON."""
-        described = self.described
-        own = records.usable_text(described.get("caption")) or records.conversations_of(described)
-        return bool(own) or bool((self.text(tar.CAPTION_SUFFIX) or b"").strip())
+        return self._says("", said=True)
 
     def says_other(self, caption: str) -> bool:
         """Say whether who reads the sample finds another caption in it than the one by which it was scored."""
+        return self._says("", caption, said=False)
+
+    def _says(self, *nothing: str, said: bool) -> bool:
+        """Say whether the sample's caption is none of these. said: the answer where a conversation stands for one."""
         described = self.described
         if records.conversations_of(described):
-            return False
+            return said
         try:
-            return samples.caption_of(described, self.text(tar.CAPTION_SUFFIX)) not in ("", caption)
+            return samples.caption_of(described, self.text(tar.CAPTION_SUFFIX)) not in nothing
         except UnicodeDecodeError:
             return True
 

@@ -81,11 +81,26 @@ def test_a_caption_that_was_chosen_is_not_what_the_tars_keep_and_that_is_said(tm
         assert [record["conversations"][1]["value"] for record in made] == [f"told anew {row}" for row in range(3)]
 
 
-def test_samples_that_say_something_themselves_are_emitted_as_they_are(tmp_path, model):
+@pytest.mark.parametrize("blank", [" ", "\ufeff", "\u200b\n"])
+def test_a_text_of_which_nothing_can_be_seen_gives_way_to_the_caption(tmp_path, model, blank):
+    (tmp_path / "pool").mkdir()
+    with open(tmp_path / "pool" / "0.tar", "wb") as file, TarWriter(file) as tar:
+        tar.add("x.jpg", picture(0))
+        tar.add("x.txt", blank.encode())
+        tar.add("x.json", b'{"url": "http://x/0"}')
+    (tmp_path / "cc.tsv").write_text("a red thing\thttp://x/0")
+    embed(str(tmp_path / "pool"), str(tmp_path / "emb"), EmbedOptions(model, captions=str(tmp_path / "cc.tsv")), QUIET)
+    sel = write_selection(tmp_path / "sel", str(tmp_path / "emb"), lambda stem, row, key: True)
+    assert emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET)["captions_added"] == 1
+    assert dict(members(tmp_path / "out" / "000000.tar"))["x.txt"] == b"a red thing"
+
+
+@pytest.mark.parametrize("caption", ["in the JSON", ["in a list", "twice"]])
+def test_samples_that_say_something_themselves_are_emitted_as_they_are(tmp_path, model, caption):
     pool = write_pool(tmp_path / "pool", ["a"], 3)
     with open(tmp_path / "pool" / "b.tar", "wb") as file, TarWriter(file) as tar:
         tar.add("x.jpg", picture(9))
-        tar.add("x.json", b'{"caption": "in the JSON"}')
+        tar.add("x.json", json.dumps({"caption": caption}).encode())
     embed(pool, str(tmp_path / "emb"), EmbedOptions(model), QUIET)
     sel = write_selection(tmp_path / "sel", str(tmp_path / "emb"), lambda stem, row, key: True)
     manifest = emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET)
