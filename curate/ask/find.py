@@ -51,7 +51,7 @@ def find(
     if not texts and not pictures:
         raise UsageError("nothing is asked for.", 'give a text, "a photo of a watermark", or --image FILE')
     source = open_input(directory, "embed", "import", "cluster", "select")
-    embedded = source.source("embed", "import")
+    embedded = source.embeddings()
     named = (model, pretrained)
     queries = [*(prompts.embed_texts(embedded, texts, *named) if texts else [])]
     queries += [prompts.embed_image(embedded, picture, *named) for picture in pictures]

@@ -45,7 +45,7 @@ def probe(directory: str, labels: str, out: str, n: int = 20, seed: int = 0) -> 
     if not out.endswith(".safetensors"):
         raise UsageError(f"{out} does not end in .safetensors; a head is such a file.")
     source = open_input(directory, "embed", "import", "cluster", "select")
-    embedded = source.source("embed", "import")
+    embedded = source.embeddings()
     marked = read_labels(labels)
     x_nd, keys = _vectors_of(embedded, marked)
     uses = Counter(keys)

@@ -51,7 +51,7 @@ def select_oracle(clustered: str, demo: str, out: str, options: Mapping[str, Any
     output = manifest.open_output(out, "select", request, {"clusters": clusters})
     if output.complete:
         return
-    embedded = clusters.source("embed", "import")
+    embedded = clusters.embeddings()
     tables = [embedded.table(stem, ["key", "status"]) for stem in embedded.stems]
     keys = [key for table in tables for key in table["key"].to_pylist()]
     good = np.array([status == "ok" for table in tables for status in table["status"].to_pylist()])

@@ -207,13 +207,7 @@ def open_coreset(directory: str, pool: str | None = None, *, members: bool = Tru
     Raises: UsageError when the embeddings or every shard of the pool are missing.
     """
     selection = manifest.open_input(directory, "select")
-    try:
-        embedded = selection.source("embed", "import")
-    except LookupError:
-        raise UsageError(
-            f"the embeddings that {directory} rests on are not where its manifest says.",
-            "put them back, or run `curate embed` and `curate select` again",
-        ) from None
+    embedded = selection.embeddings()
     manifest.check_aligned(embedded, selection)
     where, tars = _find_pool(embedded, pool) if members else ("", {})
     return Coreset(embedded, tars, selection, where)

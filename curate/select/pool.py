@@ -53,10 +53,7 @@ class Pool:
     def __init__(self, source: manifest.Artefact, losses: manifest.Artefact | None = None) -> None:
         self.losses = losses
         self.clu = source if source.command == "cluster" else None
-        try:
-            self.emb = source.source("embed", "import")
-        except LookupError:
-            raise UsageError(f"the embeddings under {source.directory} are not where its manifest says.") from None
+        self.emb = source.embeddings()
         if not self.emb.stems:
             raise UsageError(f"{self.emb.directory} has no shard to select from.", "embed again: it says what failed")
         if self.clu is not None:

@@ -76,7 +76,7 @@ class Artefact:
     def source(self, *commands: str) -> "Artefact":
         """Walk up to the nearest artefact, itself included, that one of the verbs made.
 
-        Raises: ContractError when an input has changed since, or there is none.
+        Raises: LookupError where there is none, ContractError when an input has changed since.
         """
         if self.command in commands:
             return self
@@ -95,6 +95,16 @@ class Artefact:
             except LookupError:
                 continue
         raise LookupError(f"{self.directory} does not rest on a directory made by `curate {' or '.join(commands)}`")
+
+    def embeddings(self) -> "Artefact":
+        """Walk up to the embeddings. Raises: UsageError where they are gone, ContractError as `source` does."""
+        try:
+            return self.source("embed", "import")
+        except LookupError:
+            raise UsageError(
+                f"the embeddings that {self.directory} rests on are not where its manifest says.",
+                "put them back, or make them and what follows again",
+            ) from None
 
 
 def is_readable(number: Any) -> bool:

@@ -9,12 +9,14 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
-from artefacts import write_embeddings, write_pool
+from artefacts import write_embeddings, write_pool, write_selection
 from safetensors.numpy import save_file
 
 from curate.ask import find, heads, probe, prompts, reading, stored
+from curate.emit.kept_samples import open_coreset
 from curate.errors import UsageError
 from curate.select import recipes
+from curate.select.pool import Pool
 from curate.storage import manifest, sidecar
 from curate.vectors.exact import widen
 from house import CLIP, curate
@@ -252,6 +254,22 @@ def test_questions_that_cannot_be_asked(home, tmp_path):
     ):
         ended = curate(*words, check=False)
         assert ended.returncode == 2 and told in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr
+
+
+def test_embeddings_that_are_gone_are_told_in_a_line(tmp_path):
+    (tmp_path / "marked.tsv").write_text("000000000\ta\n")
+    write_embeddings(tmp_path / "emb", write_pool(tmp_path / "pool", ["a"], 12))
+    sel = write_selection(tmp_path / "sel", str(tmp_path / "emb"), lambda stem, row, key: True)
+    (tmp_path / "emb").rename(tmp_path / "moved")
+    asked = [
+        lambda: find.find(sel, ["a cat"], [], [], 3),
+        lambda: probe.probe(sel, str(tmp_path / "marked.tsv"), str(tmp_path / "head.safetensors")),
+        lambda: open_coreset(sel, str(tmp_path / "pool")),
+        lambda: Pool(manifest.open_input(sel)),
+    ]
+    for ask in asked:
+        with pytest.raises(UsageError, match="sel rests on are not where its manifest says"):
+            ask()
 
 
 def test_a_text_of_which_the_model_reads_nothing_has_no_answer(home):
