@@ -28,7 +28,6 @@ MAX_PIXELS = 40_000_000
 MAX_CAPTION = 280
 MAX_BYTES = 12 << 20
 MAX_SAME_TWIN = 2
-GONE = "The pool is not where it was when it was embedded, so there are no pictures here."
 LOST = "not in the pool any more"
 TROUBLES = {"shard_missing": LOST, "gone": LOST, "changed": "another image by now"}
 
