@@ -42,6 +42,7 @@ SHARES = tuple(10.0**e for e in range(-5, 2))  # penalties, as shares of the lar
 def start_from_words(training: Training) -> None:
     """Set the projector by the first pictures that the run will see, `MOST` at most; a collective.
 
+    The first rank solves for all: a processor of another kind would round otherwise, and only gradients are summed.
     Raises: UsageError where fewer than FEWEST samples have one picture and a text to learn.
     """
     means, texts = _collect(training)
@@ -51,9 +52,16 @@ def start_from_words(training: Training) -> None:
     projector = inner.multi_modal_projector
     table = inner.language_model.get_input_embeddings()
     words = table(torch.arange(len(table.weight), device=table.weight.device))  # as they are read: Gemma scales them
-    map_wd, centre_w, kept = fit(means, *bags(texts, words))
-    offset_d = words.float().mean(0) / scale
-    place(projector.linear_1, projector.linear_2, map_wd / scale, centre_w, offset_d)
+
+    def solve() -> tuple[float, list[Tensor]]:
+        map_wd, centre_w, kept = fit(means, *bags(texts, words))
+        offset_d = words.float().mean(0) / scale
+        place(projector.linear_1, projector.linear_2, map_wd / scale, centre_w, offset_d)
+        return kept, [parameter.cpu() for parameter in projector.parameters()]
+
+    kept, solved = training.runtime.first(solve)
+    for parameter, found in zip(projector.parameters(), solved, strict=True):
+        parameter.copy_(found)
     log.info("the projector starts from the words of %d texts: %.1f %% of their variance", len(texts), 100 * kept)
 
 

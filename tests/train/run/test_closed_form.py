@@ -108,14 +108,25 @@ def test_features_start_as_large_as_words_are_read(kind, monkeypatch):
     """Gemma's table multiplies by the square root of the width as it is read, and image features are not."""
     sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
     lm = AutoModel.from_config(AutoConfig.for_model(kind, num_attention_heads=2, num_key_value_heads=1, **sizes))
-    projector = SimpleNamespace(linear_1=nn.Linear(16, 128), linear_2=nn.Linear(128, 64))
+    projector = nn.ModuleDict({"linear_1": nn.Linear(16, 128), "linear_2": nn.Linear(128, 64)})
+    projector.linear_1, projector.linear_2 = projector["linear_1"], projector["linear_2"]
     inner = SimpleNamespace(language_model=lm, multi_modal_projector=projector)
     means, texts = torch.randn(60, 16), [torch.randint(3, 200, (6,)).tolist() for _ in range(60)]
     monkeypatch.setattr(closed_form, "_collect", lambda _: (means, texts))
     composed = SimpleNamespace(model=SimpleNamespace(model=inner), feature_scale=1.0)
-    closed_form.start_from_words(SimpleNamespace(composed=composed))
+    closed_form.start_from_words(
+        SimpleNamespace(composed=composed, runtime=SimpleNamespace(first=lambda solve: solve()))
+    )
     with torch.no_grad():
         read = lm.get_input_embeddings()(torch.arange(200))
         shown = projector.linear_2(nn.functional.gelu(projector.linear_1(means)))
     norms = [float((x - read.mean(0)).norm(dim=1).mean()) for x in (shown, read)]
     assert norms[0] == pytest.approx(norms[1], rel=0.1)
+    another = (
+        0.0,
+        [torch.full_like(parameter, 7) for parameter in projector.parameters()],
+    )  # as the first rank solved it
+    closed_form.start_from_words(
+        SimpleNamespace(composed=composed, runtime=SimpleNamespace(first=lambda solve: another))
+    )
+    assert all(bool((parameter == 7).all()) for parameter in projector.parameters())
