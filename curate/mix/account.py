@@ -168,8 +168,8 @@ def describe(
         asked = sources[name].count
         if asked is not None and asked > entry["usable"]:
             entry["short_of_count"] = asked - entry["usable"]
-        told = ("cut", "folders", "faults", "ruled_out", "listed", "notes", "duplicate_ids", "listed_ids", "reshaped")
-        described[name] = entry | {key: fact[key] for key in told if fact.get(key)}
+        told = ("cut", "said_once", "folders", "faults", "ruled_out", "listed", "notes", "duplicate_ids", "listed_ids")
+        described[name] = entry | {key: fact[key] for key in (*told, "reshaped") if fact.get(key)}
     whole = measure(_join(drawn))
     counts = {"rows": whole.pop("samples"), **whole}
     lost: dict[str, int] = {}
@@ -206,6 +206,10 @@ def losses(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
             lines.append(
                 f"{name}: max_tokens took {cut['rounds']:,} rounds out of {cut['records']:,} records that stay"
                 '; overflow = "split" makes records of what fits by itself'
+            )
+        if questions := fact.get("said_once"):
+            lines.append(
+                f"{name}: {questions:,} questions no longer end in the line that the first of their record says"
             )
         if short := fact.get("short_of_count"):
             lines.append(f"{name}: count asks for {short:,} more records than the {fact['usable']:,} usable ones")

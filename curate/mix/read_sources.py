@@ -71,7 +71,10 @@ class ReadSource:
         found = _CountedRecords(entries(name, self.sources[name], faults, paths.join(self.place, name)))
         reshaped: dict[str, int] = {}
         cut: dict[str, int] = {}
+        said_once = {"questions": 0}
         shaped = self._shape(found, self.sources[name], ruled_out, reshaped, cut)
+        if self.sources[name].instructions == "once":
+            shaped = _instructed_once(shaped, said_once)
 
         def batches() -> Iterator[pa.RecordBatch]:
             usable = 0
@@ -88,6 +91,7 @@ class ReadSource:
                 "folders": faults.folders,
             }
             facts |= {"cut": cut} if cut else {}
+            facts |= {"said_once": said_once["questions"]} if said_once["questions"] else {}
             facts |= {"duplicate_ids": found.repeated, "listed_ids": found.listed}
             manifest.save_json(
                 facts_location(self.place, name), facts
@@ -254,6 +258,14 @@ def _merge(found: Iterable[Entry], reshaped: dict[str, int]) -> Iterator[Entry]:
         after += 1
         yield Entry(record, pictures or ())
     reshaped["merge"] = after - before
+
+
+def _instructed_once(entries: Iterable[Entry], told: dict[str, int]) -> Iterator[Entry]:
+    """Say a record's closing line in its first question alone. told: `questions` counts those that lost it."""
+    for entry in entries:
+        record, questions = reshape.instruct_once(entry.record)
+        told["questions"] += questions
+        yield Entry(record, entry.pictures)
 
 
 def _reshaped(entry: Entry, rule: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> list[Entry]:

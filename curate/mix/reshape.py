@@ -80,6 +80,24 @@ def segment(record: Record, max_rounds: int) -> list[Record]:
     return _as_records(record, parts, all_rounds)
 
 
+def instruct_once(record: Record) -> tuple[Record, int]:
+    """Keep the last line of a conversation's questions in the first alone, where all end in the very same one.
+
+    Such a line says how to answer ("Answer the question using a single word or phrase."). A question of that line alone
+    keeps the record as it is.  Returns the record, and how many questions lost the line.
+    """
+    turns = record["conversations"]
+    asked = [place for place, turn in enumerate(turns) if turn["from"] in HUMAN]
+    endings = {turns[place]["value"].rpartition("\n")[1:] for place in asked}
+    line = "".join(next(iter(endings), ""))
+    if len(asked) < 2 or len(endings) > 1 or not line.startswith("\n") or line.isspace() or IMAGE_MARK in line:
+        return record, 0
+    short = list(turns)
+    for place in asked[1:]:
+        short[place] = {**turns[place], "value": turns[place]["value"].removesuffix(line)}
+    return {**record, "conversations": short}, len(asked) - 1
+
+
 def fit(
     record: Record, max_tokens: int, overflow: str, count: Callable[[str], int], image_tokens: int = 0
 ) -> list[Record]:

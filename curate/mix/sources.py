@@ -54,6 +54,7 @@ class SourceOptions:
     conversations (about one picture, or without any) with this Jaccard similarity or more, the first stays.
     merge: join all records of one image. max_rounds, max_tokens: limits on a record's questions with their answers, and
     what to do about the second (`overflow`); whole rounds only. max_images: records of more pictures go.
+    instructions: once: a line that ends all questions of a record, how to answer them, is said by the first alone.
     """
 
     path: str
@@ -73,6 +74,7 @@ class SourceOptions:
     max_tokens: int | None = None
     max_images: int | None = None
     overflow: Literal["truncate", "split", "drop"] = "truncate"
+    instructions: Literal["each", "once"] = "each"
     count: int | None = None
     fraction: float | None = None
     cap: int | None = None

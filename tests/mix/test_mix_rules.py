@@ -614,3 +614,40 @@ def test_pictures_in_an_archive_and_records_in_deeper_folders_are_refused_with_w
         mix({"sources": {"x": {"path": str(tmp_path / "sets")}}}, str(tmp_path / "mix"), QUIET)
     given = re.search("path = '(.*)'", refused.value.hint)[1]
     assert mix({"sources": {"x": {"path": given}}}, str(tmp_path / "mix"), QUIET)["counts"]["rows"] == 1
+
+
+HOW = "\nAnswer in one word."
+
+
+@pytest.mark.parametrize(
+    ("questions", "kept"),
+    [
+        (["<image>\nWhat?" + HOW, "Where?" + HOW, "Who?" + HOW], ["<image>\nWhat?" + HOW, "Where?", "Who?"]),
+        (["What?" + HOW, "Where?"], None),  # the second asks for more
+        (["What?" + HOW, "Where?\nAnswer with a letter."], None),
+        (["What?" + HOW], None),
+        (["What?", "What?"], None),
+        (["What?" + HOW, HOW.strip()], None),  # nothing would be left
+        (["What?\n<image>", "Where?\n<image>"], None),  # that line shows something
+        (["What?\n", "Where?\n"], None),
+    ],
+)
+def test_how_to_answer_is_said_once_where_all_questions_say_the_same(questions, kept):
+    record = {"id": "r", "conversations": turns(*(text for asked in questions for text in (asked, "it" + HOW)))}
+    said, count = reshape.instruct_once(record)
+    assert [turn["value"] for turn in said["conversations"][::2]] == (kept or questions)
+    assert {turn["value"] for turn in said["conversations"][1::2]} == {"it" + HOW}
+    assert count == (len(questions) - 1 if kept else 0) and (kept or said is record)
+
+
+def test_a_mix_says_how_many_questions_no_longer_say_how_to_answer(tmp_path, capsys):
+    held = [{"id": n, "conversations": turns("What?" + HOW, "it", "Where?" + HOW, "there")} for n in range(4)]
+    source = {"path": write(tmp_path / "s.json", held), "instructions": "once", "max_rounds": 2}
+    manifest = mix({"sources": {"s": source}, "shuffle": False}, str(tmp_path / "mix"), Job())
+    assert manifest["sources"]["s"]["said_once"] == 4
+    assert "s: 4 questions no longer end in the line that the first of their record says" in capsys.readouterr().err
+    asked = [json.loads(data)["conversations"] for _, data in members(tmp_path / "mix" / "000000.tar")]
+    assert all([turn["value"] for turn in each] == ["What?" + HOW, "it", "Where?", "there"] for each in asked)
+    source["max_rounds"] = 1  # each record has a first question
+    manifest = mix({"sources": {"s": source}, "shuffle": False}, str(tmp_path / "single"), QUIET)
+    assert manifest["counts"]["rows"] == 8 and "said_once" not in manifest["sources"]["s"]
