@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,12 @@ def write_card(place: Path, run: Path, dtype: str, scores: Sequence[Path] = (), 
     scores: what `eval` wrote for this model, each the directory of `--tasks` or the manifest beside answers.
     Raises: UsageError where that is not so.
     """
-    found = dict(_scores(path, place) for given in scores for path in _manifests(given))
+    paths = {path.resolve(): path for given in scores for path in _manifests(given)}
+    found = [_scores(path, place) for path in paths.values()]
     (place / CARD).write_text(_card(place, run, dtype, found, folder.name), encoding="utf-8")
 
 
-def _card(place: Path, run: Path, dtype: str, scores: Mapping[str, Any], name: str) -> str:
+def _card(place: Path, run: Path, dtype: str, scores: Sequence[tuple[str, Any]], name: str) -> str:
     manifest, config = read_json(run / MANIFEST), read_json(place / "config.json")
     model = manifest["request"]["model"]
     words = {"tower": _bare(model["tower"]), "lm": _bare(model["lm"]), "tokens": config["image_seq_length"]}
@@ -154,11 +155,11 @@ def _scores(path: Path, place: Path) -> tuple[str, dict[str, Any]]:
     return request.get("task", path.name.partition(".")[0]), manifest["result"]
 
 
-def _table(scores: Mapping[str, Any]) -> str:
+def _table(scores: Sequence[tuple[str, Any]]) -> str:
     if not scores:
         return ""
     lines = ["", "## Scores", "", "| benchmark | questions | score |", "|---|---|---|"]
-    for name, result in scores.items():
+    for name, result in scores:
         values = result.get("scores") or {key: result[key] for key in ("accuracy", "perplexity") if key in result}
         told = ", ".join(f"{metric} {value:.4g}" if value is not None else metric for metric, value in values.items())
         lines.append(f"| {name} | {result.get('questions', '')} | {told or 'scored by its server'} |")

@@ -57,6 +57,13 @@ def test_scores_of_this_model_are_put_in_and_others_refused(world, home, tmp_pat
     assert call(capfd, *scored, "--overwrite")[0] == 0
     assert (model / "README.md").read_text() == card, "exported anew it is the same model"
     manifest = json.loads((tmp_path / "answers.manifest.json").read_text())
+    (tmp_path / "other").mkdir()
+    manifest["result"]["questions"] = 7
+    (tmp_path / "other/answers.manifest.json").write_text(json.dumps(manifest))
+    twice = ("--scores", tmp_path / "other/answers.manifest.json", "--scores", tmp_path / "answers.manifest.json")
+    assert call(capfd, *scored, *twice)[0] == 0
+    card = (model / "README.md").read_text()
+    assert card.count("| answers | 2 |") == card.count("| answers | 7 |") == 1, "of one name both, of one file one"
     manifest["request"]["weights"] = "0"
     (tmp_path / "answers.manifest.json").write_text(json.dumps(manifest))
     code, _, err = call(capfd, *scored)
