@@ -226,7 +226,7 @@ def evaluate(
         check_published(options.published)
         names, others = part_tasks(tasks)
         results = {}
-        if names or not others:
+        if names:
             results = run_tasks(model, names, _root(eval_root), out, options, overwrite=overwrite)
             leave_group()
         if others:

@@ -24,9 +24,12 @@ log = logging.getLogger("train")
 def part_tasks(tasks: str) -> tuple[list[str], list[str]]:
     """Part a list of names into the papers' benchmarks and those of lmms-eval.
 
-    Raises: UsageError for a name that is none of ours where lmms-eval is not installed, or under torchrun.
+    Raises: UsageError where there is no name, and for one that is none of ours where lmms-eval is not installed, or
+    under torchrun.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--tasks {tasks!r} names no benchmark; known: {', '.join(TASKS)}")
     others = [name for name in names if name not in TASKS]
     if others and importlib.util.find_spec("lmms_eval") is None:
         raise UsageError(

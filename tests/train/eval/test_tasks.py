@@ -386,3 +386,5 @@ def test_eval_refuses_before_the_model_is_loaded(root, model, tmp_path, capfd):
     for wrong in ((), ("--tasks", "pope", "--data", "x.json")):
         assert "either --data" in call(capfd, "eval", model, "--out", "x", *wrong)[2]
     assert "--eval-root" in call(capfd, "eval", model, "--out", "x", "--tasks", "pope")[2]
+    code, _, err = call(capfd, "eval", model, "--out", "x", "--tasks", " ,", "--eval-root", root)
+    assert code == 2 and "--tasks ' ,' names no benchmark; known: pope, mme" in err
