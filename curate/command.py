@@ -47,6 +47,7 @@ COMMON: dict[str, tuple[Any, Any]] = {  # name: (declaration, default), in the o
 Made = dict[str, Any]
 EMBEDDING = ("embed", "import")  # the verbs that say of every row whether it is usable
 MOST_NAMED = 5
+DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")  # the last in WSL, which has no other
 
 
 class Group(terminal.Commands, TyperGroup):
@@ -218,7 +219,7 @@ def _job(workers: int = 0, engine: str = "local", part: str = "", overwrite: boo
 
 def _gpus() -> int:
     """Count the GPUs without paying for the import of torch where there is no driver."""
-    if not os.path.exists("/proc/driver/nvidia/version") and not os.path.exists("/dev/nvidiactl"):
+    if not any(map(os.path.exists, DRIVERS)):
         return 0
     import torch
 

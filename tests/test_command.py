@@ -9,6 +9,7 @@ import pytest
 import typer
 from warm import Command
 
+from curate import command
 from curate.command import Run
 from curate.engine import Job
 from house import ROOT, curate
@@ -147,3 +148,11 @@ def test_names_that_command_a_terminal_are_printed_without_their_commands(tmp_pa
         assert refused.returncode == 2 and refused.stderr.startswith("error: ")
         for text in (told.stdout, told.stderr, refused.stderr):
             assert all(letter.isprintable() for line in text.split("\n") for letter in line)
+
+
+def test_gpus_are_counted_where_any_driver_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr(command, "DRIVERS", [str(tmp_path / "none"), str(tmp_path / "dxg")])
+    assert command._gpus() == 0
+    (tmp_path / "dxg").touch()
+    assert command._gpus() == 3
