@@ -70,9 +70,14 @@ def open_closed() -> None:
 def printable(text: str, but: str = "") -> str:
     """Take out of a text what would command the terminal: captions, keys and names of files may hold escapes.
 
-    It becomes a line. but: what stays nevertheless, such as line breaks.
+    It becomes a line. What is no UTF-8 is left to the stream, which escapes it. but: what else stays (line breaks).
     """
     if text.isprintable():
         return text
-    told = (letter if letter.isprintable() or letter in but else " " if letter.isspace() else "�" for letter in text)
-    return "".join(told)
+    return "".join(
+        letter if _harmless(letter) or letter in but else " " if letter.isspace() else "�" for letter in text
+    )
+
+
+def _harmless(letter: str) -> bool:
+    return letter.isprintable() or "\udc80" <= letter <= "\udcff"

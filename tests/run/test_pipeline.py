@@ -206,7 +206,7 @@ def test_the_dry_run_reads_sizes_off_finished_embeddings_and_calibrates_what_fol
     told = list(dry_run.lines(plan, "coreset"))
     assert told[1].strip().startswith("stands finished")
     assert "60 rows · " in told[3] and "k = 4 by kmeans, calibrated: fit " in told[3]
-    assert "60 rows · " in told[5] and "6 rows · " in told[7] and "core-hours" in told[-1]
+    assert "60 rows · " in told[5] and "9 rows · " in told[7] and "core-hours" in told[-1]
 
 
 @pytest.mark.parametrize("name", ["demo", "real", "bunny_695k", "ablation_mix", "ablation_stages"])

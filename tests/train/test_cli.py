@@ -103,7 +103,7 @@ def test_inspect_shows_what_is_learnt(world, capfd):
         (("export", "nowhere", "--out", "x"), "not a finished run"),
         (("generate", "nowhere", "--prompt", "x"), "not an exported model"),
         (("eval", "nowhere", "--data", "x", "--out", "y"), "no such file"),
-        (("eval", "nowhere", "--tasks", ",", "--eval-root", ".", "--out", "y"), "not an exported model"),
+        (("eval", "nowhere", "--tasks", "pope", "--eval-root", ".", "--out", "y"), "not an exported model"),
         (("inspect", "--data", "x"), "model.lm is not set"),
         (("align", "--data", Path(__file__).parent, "--out", "/dev/null/x"), "no *.tar in that folder"),
     ],
