@@ -168,8 +168,7 @@ def describe(
         asked = sources[name].count
         if asked is not None and asked > entry["usable"]:
             entry["short_of_count"] = asked - entry["usable"]
-        told = ("cut", "said_once", "folders", "faults", "ruled_out", "listed", "notes", "duplicate_ids", "listed_ids")
-        described[name] = entry | {key: fact[key] for key in (*told, "reshaped") if fact.get(key)}
+        described[name] = entry | {key: value for key, value in fact.items() if key != "read" and value}
     whole = measure(_join(drawn))
     counts = {"rows": whole.pop("samples"), **whole}
     lost: dict[str, int] = {}
