@@ -47,11 +47,6 @@ class ShardError(CurateError):
     """One shard failed; the run goes on without it and ends with exit code 1."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or the name of its kind where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
     """Build the refusal of a name: what was given, the nearest name, and all that exist, or of very many some."""
     names = sorted(known)

@@ -21,6 +21,7 @@ from pipelines.records import (
 
 IMAGE_SUFFIXES = tuple("jpg jpeg png webp gif bmp tif tiff avif jfif jpe heic heif jxl".split())
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+MAX_MEMBER_BYTES = 256 << 20  # of a member, a picture or a record; larger ones are counted and never read
 # Archives that are not read, and are named where they lie among tars.
 OTHER_ARCHIVES = (".zst", ".zstd", ".tzst", ".xz", ".txz", ".bz2", ".tbz", ".tbz2", ".lz4", ".zip", ".7z", ".rar")
 # What `str.isspace` calls so; one strip of all is linear, where a search for `\\s+$` tries every space within a text.

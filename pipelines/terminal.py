@@ -67,6 +67,11 @@ def open_closed() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or the name of its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def printable(text: str, but: str = "") -> str:
     """Take out of a text what would command the terminal: captions, keys and names of files may hold escapes.
 

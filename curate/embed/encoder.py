@@ -18,8 +18,9 @@ import numpy as np
 
 from curate import engine
 from curate.embed.weights import Source
-from curate.errors import UsageError, first_line, unknown
+from curate.errors import UsageError, unknown
 from pipelines.processor import bf16_instructions
+from pipelines.terminal import first_line
 
 if TYPE_CHECKING:
     import torch

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from curate.embed.options import MAX_PIXELS
-from curate.errors import UsageError, first_line
+from curate.errors import UsageError
 from curate.storage.tar import suffix_of
 from pipelines import pictures
+from pipelines.terminal import first_line
 
 # What web pools hold. Fixed, because Pillow's full list runs helpers (EPS) and parsers that nobody needs here.
 # Those that this Pillow was built without are left out: it raises KeyError for a name it does not know. Multi-picture

@@ -27,7 +27,7 @@ from PIL import Image
 
 from curate.embed import details, images
 from curate.embed.reader import Reader, Rows
-from curate.errors import first_line
+from pipelines.terminal import first_line
 
 if TYPE_CHECKING:
     import torch

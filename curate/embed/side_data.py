@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 
 from curate.embed.captions import USUAL, Caption, Wanted, clean
-from curate.errors import ShardError, UsageError, first_line, unknown
+from curate.errors import ShardError, UsageError, unknown
 from curate.storage import paths, records
 from curate.storage.json_files import digest, file_digest
 from curate.storage.schema import DERIVED, embedding_schema
 from curate.storage.tar import MAX_TEXT_BYTES, Shard, describe, open_tar, read_index, without_suffix
+from pipelines.terminal import first_line
 
 NUMBER, TEXT = "number", "text"
 PROBED = 100  # samples of a shard whose JSON is opened to learn its fields

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from curate.errors import UsageError, first_line, unknown
+from curate.errors import UsageError, unknown
+from pipelines.terminal import first_line
 
 SMALL_WEIGHTS_BYTES = 64 << 20
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")

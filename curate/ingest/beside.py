@@ -18,12 +18,13 @@ from typing import Any
 import pyarrow as pa
 
 from curate.embed.captions import texts_in
-from curate.errors import ContractError, UsageError, first_line
+from curate.errors import ContractError, UsageError
 from curate.storage import faults, paths, records
 from curate.storage.faults import Faults
 from curate.storage.json_files import digest
 from curate.storage.renewal import Seen
 from curate.storage.tar import CAPTION_SUFFIX, IMAGE_SUFFIXES, JSON_SUFFIX, is_macos
+from pipelines.terminal import first_line
 
 FILE_NAME = re.compile("(.*_)?file_names?")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

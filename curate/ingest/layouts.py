@@ -24,11 +24,12 @@ import numpy as np
 import pyarrow as pa
 
 from curate.embed.captions import clean
-from curate.errors import ShardError, UsageError, first_line, unknown
+from curate.errors import ShardError, UsageError, unknown
 from curate.storage import faults, paths, records
 from curate.storage.faults import Faults
 from curate.storage.renewal import Seen
 from pipelines import gzipped
+from pipelines.terminal import first_line
 
 # What each project calls the columns that a sidecar keeps, or that a pool is joined by.
 NAMES = {

@@ -21,7 +21,7 @@ import pyarrow as pa
 from curate import engine
 from curate.embed.captions import clean
 from curate.engine import Job
-from curate.errors import ShardError, UsageError, first_line, unknown
+from curate.errors import ShardError, UsageError, unknown
 from curate.ingest.beside import TABLES, Beside, File, Samples, has_pictures, seen_of, to_json
 from curate.ingest.layouts import text_of
 from curate.ingest.options import PackOptions
@@ -42,6 +42,7 @@ from curate.storage.tar import (
     suffix_of,
 )
 from pipelines.records import as_list
+from pipelines.terminal import first_line
 
 LAYOUTS = ("auto", "files", "parquet")
 PACKED = (*IMAGE_SUFFIXES, CAPTION_SUFFIX, JSON_SUFFIX)

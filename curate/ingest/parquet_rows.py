@@ -8,13 +8,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from curate.errors import ShardError, first_line
+from curate.errors import ShardError
 from curate.ingest.beside import File
 from curate.ingest.layouts import name_of
 from curate.storage import faults, paths
 from curate.storage.faults import Faults
 from curate.storage.renewal import Seen
 from curate.storage.tar import is_safe
+from pipelines.terminal import first_line
 
 KEYS = ("key", "__key__", "image_id", "id", "uid")
 ROWS = 64  # of parquet, in memory at a time

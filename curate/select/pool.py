@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from curate.ask import reading
 from curate.ask.prompts import embed_texts, other_weights
 from curate.ask.stored import stored_array
-from curate.errors import ContractError, UsageError, first_line
+from curate.errors import ContractError, UsageError
 from curate.select import computed_columns
 from curate.select.frame import UNKNOWN_BITS, Edges, Frame
 from curate.storage import manifest, paths, ranges, records, sidecar
@@ -30,6 +30,7 @@ from curate.storage.schema import (
     extra_columns,
     uid_pairs,
 )
+from pipelines.terminal import first_line
 
 EDGES, CENTROIDS = "edges.arrow", "centroids.npy"
 LEAST_BITS = 8  # set in a hash, or fewer: two such hashes can never differ in more than the 16 bits that copies may

@@ -16,9 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from curate.errors import ContractError, first_line
+from curate.errors import ContractError
 from curate.storage import paths
 from curate.storage.remote_arrow import RemoteFile
+from pipelines.terminal import first_line
 
 
 def write_table(

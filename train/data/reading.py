@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines import records
+from pipelines.samples import MAX_MEMBER_BYTES
 from train.data.prompts import Rejected, parse
 
 MAX_OPEN_FILES = 64
 FULL = (errno.EMFILE, errno.ENFILE)  # no further file may be opened (`ulimit -n`), which is no sample's fault
-MAX_BYTES = 256 << 20  # of a member, a record or a picture, as in curate
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Files:
         self._open: dict[str, int] = {}
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Return exactly `size` bytes.  Raises: Rejected("unreadable"), Rejected("too_large") over `MAX_BYTES`."""
-        if size > MAX_BYTES:  # a file may be said to hold far more than memory does
+        """Return exactly `size` bytes.  Raises: Rejected: unreadable, or too_large (over `MAX_MEMBER_BYTES`)."""
+        if size > MAX_MEMBER_BYTES:  # a file may be said to hold far more than memory does
             raise Rejected("too_large")
         try:
             if path not in self._open:

@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import record_files, records
+from pipelines.samples import MAX_MEMBER_BYTES
+from pipelines.terminal import first_line
 from train.data import scratch
 from train.data.prompts import Rejected
-from train.data.reading import MAX_BYTES, REASONS, Files, Record, rejection, text_of
+from train.data.reading import REASONS, Files, Record, rejection, text_of
 from train.errors import UsageError
 
 ROWS = 64  # of parquet, in memory at a time
@@ -84,7 +86,7 @@ class TableRows:
                         writer.write_batch(batch.cast(schema) if batch.schema != schema else batch)
                         self.starts.append(self.starts[-1] + batch.num_rows)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"{path} cannot be read: {first_line(error)}") from None
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -163,7 +165,7 @@ class RecordSource:
             return self._locate(image.replace("\\", "/"))
         if found is None:
             raise Rejected("missing_image")
-        if found[1] > MAX_BYTES:
+        if found[1] > MAX_MEMBER_BYTES:
             raise Rejected("too_large")
         return found
 

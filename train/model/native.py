@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from pipelines.terminal import first_line
 from train.errors import UsageError
 from train.model.own import register_own_classes
 from train.model.published import lacking
@@ -27,5 +28,5 @@ def load_native(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
             raise lacking(missing)
         return model, AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"{folder} cannot be loaded as an exported model ({reason:.300})") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pipelines
+from pipelines.terminal import first_line
 from train.errors import UsageError
 from train.model.own import register_own_classes
 
@@ -136,5 +137,5 @@ def lacking(missing: Sequence[str]) -> ValueError:
 
 def cannot_load(source: str, option: str, error: Exception) -> str:
     """Word the failure to load a model: the reason's first line, and what to type."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return f"{option} {source!r} cannot be loaded ({reason}); give a local folder instead: --set {option}=FOLDER"

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipelines.terminal import first_line
 from train.errors import CheckpointError
 
 
@@ -31,7 +32,7 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
         except pickle.UnpicklingError:  # whose text advises to run what is in the file
             raise CheckpointError(f"{file} cannot be read as weights alone: it is no table of tensors") from None
         except (OSError, RuntimeError, SafetensorError, EOFError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(f"{file} cannot be read as weights alone ({reason})") from None
 
 
