@@ -81,6 +81,7 @@ class Stage:
     dora: bool = False  # PEFT's use_dora: each weight's magnitude learns apart from its direction (arXiv:2402.09353)
     rslora: bool = False  # PEFT's use_rslora: factors count alpha / sqrt(rank), not alpha / rank (arXiv:2312.03732)
     quantize: Literal["", "nf4"] = ""  # nf4: QLoRA, the frozen language model in 4 bits (extra `qlora`)
+    message_trees: Literal["", "short", "all"] = ""  # questions about one picture each alone (data/message_tree.py)
     packing: bool = True  # samples side by side in one row, each seeing only itself; false: padded rows
     micro_tokens: int = 16384  # most tokens, padding included, in one pass; a GPU takes fewer of this default to fit
     micro_images: int = 64  # most images in one forward pass
@@ -152,7 +153,19 @@ class Config:
 
 # Options that manifests of 0.1.0 lack. A manifest leaves them out at their default, so that older runs still go on.
 ADDED = frozenset(
-    {"norm_samples", "lm_dropout", "schedule", "decay", "dora", "rslora", "val", "grid", "compile", "start"}
+    {
+        "norm_samples",
+        "lm_dropout",
+        "schedule",
+        "decay",
+        "dora",
+        "rslora",
+        "val",
+        "grid",
+        "compile",
+        "start",
+        "message_trees",
+    }
 )
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
 NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
@@ -221,6 +234,8 @@ def _check(config: Config) -> None:
         _hold(name, stage, "val", lambda value: 0 <= share_of(value) < 1, "be less than 1, or a data set")
         if (stage.dora or stage.rslora) and stage.tune != "lora":
             raise UsageError(f'{name}.{"dora" if stage.dora else "rslora"} needs {name}.tune = "lora"')
+        if stage.message_trees and not stage.packing:
+            raise UsageError(f"{name}.message_trees needs {name}.packing: padded rows have no branches")
         if stage.start and stage.shard:
             raise UsageError(f"{name}.start does not go with {name}.shard: it sets the whole projector at once")
         if stage.dora and stage.shard:

@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.config import Stage
-from train.data.prompts import Encoder, Rejected
+from train.data import message_tree
+from train.data.prompts import Encoded, Encoder, Rejected
 from train.data.sources import Measured, Source, decode_image, encode
 from train.errors import TrainError
 
@@ -39,6 +40,7 @@ PREFETCH = 4  # items that each worker decodes ahead
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Groups = list[list[int]]
 Rows = list[list[int]]  # sample indices, row by row
+Document = tuple[int, int, Encoded, int]  # row, start, what it holds, sample
 
 
 def pack(lengths: Sequence[int], images: Sequence[int], capacity: int, most_images: int) -> Groups:
@@ -155,7 +157,7 @@ class Batch:
     """
 
     ids_bl: Tensor  # i64
-    positions_bl: Tensor  # i64, from 0 in each document
+    positions_bl: Tensor  # i64, from 0 in each document, and from its trunk's end in each branch of a tree
     supervised_s: Tensor  # i64 into the flattened b*l: the position that predicts
     targets_s: Tensor  # i64: what it should predict
     owners_s: Tensor  # i64: the sample index of each target
@@ -164,6 +166,7 @@ class Batch:
     lengths: list[int]  # of the documents, row by row
     skipped: dict[int, str] = field(default_factory=dict)
     shown_p: Tensor | None = None  # i64 into the flattened b*l: the image tokens
+    trees: list[tuple[int, ...]] = field(default_factory=list)  # lengths of trunk and branches, by document; (): none
 
     @property
     def num_tokens(self) -> int:
@@ -172,8 +175,8 @@ class Batch:
 
     @property
     def num_squares(self) -> int:
-        """The sum of the documents' squared lengths, which attention costs."""
-        return sum(length * length for length in self.lengths)
+        """The sum of the documents' squared lengths, which attention costs; a tree's branches cost less."""
+        return sum(map(message_tree.squares, self.lengths, self.trees or [()] * len(self.lengths)))
 
     @property
     def documents(self) -> list[int]:
@@ -217,7 +220,7 @@ class Collator:
         pixels: list[Tensor] = []
         images: list[int] = []
         skipped: dict[int, str] = {}
-        documents: list[tuple[int, int, NDArray[Any], int]] = []  # row, start, labels, sample
+        documents: list[Document] = []
         for row in rows:
             parts: list[NDArray[Any]] = []
             start = 0
@@ -232,7 +235,7 @@ class Collator:
                     skipped[index] = str(reason)
                     continue
                 images += [index] * len(record.images)
-                documents.append((len(ids), start, encoded.labels, index))
+                documents.append((len(ids), start, encoded, index))
                 parts.append(encoded.ids)
                 start += len(encoded.ids)
             if parts:
@@ -244,7 +247,7 @@ class Collator:
 
 def _arrange(
     ids: list[list[NDArray[Any]]],
-    documents: list[tuple[int, int, NDArray[Any], int]],
+    documents: list[Document],
     pixels: Tensor | None,
     images: list[int],
     skipped: dict[int, str],
@@ -255,12 +258,13 @@ def _arrange(
     for r, parts in enumerate(ids):
         row = np.concatenate(parts)
         ids_bl[r, : len(row)] = row
-        positions_bl[r, : len(row)] = np.concatenate([np.arange(len(part)) for part in parts])
     where, targets, owners = [], [], []
-    for r, start, labels, index in documents:
-        learnt = np.flatnonzero(labels[1:] >= 0)
+    for r, start, one, index in documents:
+        stop = start + len(one.ids)
+        positions_bl[r, start:stop] = message_tree.positions(len(one.ids), one.tree)
+        learnt = np.flatnonzero(one.labels[1:] >= 0)
         where.append(r * width + start + learnt)
-        targets.append(labels[1:][learnt])
+        targets.append(one.labels[1:][learnt])
         owners.append(np.full(len(learnt), index))
     empty = [np.zeros(0, np.int64)]
     return Batch(
@@ -272,6 +276,7 @@ def _arrange(
         pixels_nchw=pixels,
         images=images,
         lengths=[len(part) for parts in ids for part in parts],
+        trees=[one.tree for _, _, one, _ in documents],
         skipped=skipped,
     )
 

@@ -28,7 +28,7 @@ from train.dist import Runtime, cores_of_a_rank
 from train.folder import whole_file
 
 KEPT = 8  # files of lengths beside the runs
-COUNTS = ("num_truncated", "num_thinking", "num_shortened", "num_unread")
+COUNTS = ("num_truncated", "num_thinking", "num_shortened", "num_unread", "num_trees")
 SPAN = 2048  # samples that a worker measures at a time
 log = logging.getLogger("train")
 
@@ -58,6 +58,7 @@ class Spans(torch.utils.data.Dataset[Measured]):
             out.num_thinking += encoded.thinks
             out.num_shortened += encoded.shortened
             out.num_unread += loses_turns(record)
+            out.num_trees += bool(encoded.tree)
         return out
 
 
@@ -107,7 +108,7 @@ def measure_once(
 def _digest(encoder: Encoder, max_length: int, data_digest: str) -> str:
     tokenizer = encoder.tokenizer
     seen = [data_digest, max_length, encoder.template, encoder.image_token, encoder.tokens_per_image]
-    seen += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    seen += [encoder.trees, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     digest = hashlib.blake2b(repr(seen).encode(errors="replace"), digest_size=16)
     for file in (*sorted(Path(__file__).parent.glob("*.py")), Path(records.__file__)):
         digest.update(file.read_bytes())

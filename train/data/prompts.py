@@ -27,6 +27,7 @@ OWN = "chat"  # the name of the language model's own template
 SHORT, MOST_KNOWN = 200, 20_000  # characters of a text whose ids are kept, and how many of them
 PLACEHOLDER = "<image>"  # how data marks an image, whatever the tokenizer's own image token is
 _ROLE_NAMES = {"human": "user", "gpt": "assistant", "system": "system"}
+Trees = Literal["", "short", "all"]  # the conversations that become message trees
 TOOLS = frozenset("tool tools function function_call observation tool_call tool_response ipython environment".split())
 ROLES = {speaker: _ROLE_NAMES[role] for speaker, role in records.ROLES.items()}
 _CURIOUS = (
@@ -288,6 +289,7 @@ class Encoded:
     """ids, labels: i32 [n]; an image is a run of the image token; labels are IGNORED where nothing is learnt.
 
     thinks: the last answer begins with thinking. shortened: its template leaves a text out, as earlier thinking.
+    tree: the lengths of a trunk and of its branches (message_tree.py); () for a conversation.
     """
 
     ids: NDArray[np.int32]
@@ -296,13 +298,16 @@ class Encoded:
     truncated: bool = False
     thinks: bool = False
     shortened: bool = False
+    tree: tuple[int, ...] = ()
 
 
 class Encoder:
     """Tokenise pieces as the exported processor tokenises the rendered chat template."""
 
-    def __init__(self, tokenizer: Any, template: Template | Own, image_token: str, tokens_per_image: int) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, template: Template | Own, image_token: str, tokens_per_image: int, trees: Trees = ""
+    ) -> None:
+        self.tokenizer, self.trees = tokenizer, trees
         self.template = template
         self.image_id = int(tokenizer.convert_tokens_to_ids(image_token))
         self.image_token = image_token

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.pictures import visible, without_notes
+from train.data.message_tree import encode_tree
 from train.data.prompts import Encoded, Encoder, Rejected, parse, parse_turn
 from train.data.reading import Record
 from train.data.record_source import JsonRows, RecordSource, TableRows
@@ -112,7 +113,7 @@ def encode(source: Source, encoder: Encoder, index: int, max_length: int) -> tup
     """Read and encode one sample.  Raises: Rejected."""
     record = source.record(index)
     turns = parse(record.conversations, len(record.images))
-    return record, encoder.encode(turns, max_length)
+    return record, encode_tree(encoder, turns, max_length) or encoder.encode(turns, max_length)
 
 
 def loses_turns(record: Record) -> bool:
@@ -136,6 +137,7 @@ class Measured:
     num_thinking: int = 0  # samples whose last answer begins with thinking that the template knows
     num_shortened: int = 0  # samples of which the template leaves a text out
     num_unread: int = 0  # samples that lose a turn (`loses_turns`)
+    num_trees: int = 0  # samples that are message trees
 
     @property
     def lost_turns(self) -> list[str]:

@@ -15,6 +15,10 @@ receive the documents' edges in the mask's place, and attention costs sum(l_i^2)
 Shapes: queries [1, heads, L, d]; keys and values [1, heads or fewer, L, d]; edges i32 [n + 1] = 0, l_1, l_1 + l_2, ...
 A model gets this by `attn_implementation=NAME`, and its row's documents by `packed_documents(lengths)` around the call.
 Without documents (rows padded on the right) it is transformers' own SDPA.
+
+A document may be a tree (data/message_tree.py): trunk and branches side by side, each branch seeing the trunk and
+itself. The kernel takes each branch's queries with keys that repeat the trunk's before its own, and lines both up at
+their ends; elsewhere a mask says it, [l_i, l_i].
 Source: variable-length attention of FlashAttention-2 (arXiv 2307.08691), under torch's name.
 """
 
@@ -25,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any, Self
@@ -33,6 +37,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from train.data.message_tree import positions
 from train.errors import UsageError
 
 NAME = "documents"
@@ -46,12 +51,27 @@ _HARMLESS |= {"return_dict", "output_router_logits", "cu_seq_lens_q", "cu_seq_le
 _OTHERWISE = "take transformers' own attention: --set model.attention=eager"
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Documents, trunks and branches, each with the keys that it may see.
+
+    keys_at: i64, the positions of all keys; queries_n, keys_n: i32 [n + 1], where the spans end in queries and keys.
+    """
+
+    keys_at: Tensor
+    queries_n: Tensor
+    keys_n: Tensor
+    most_queries: int
+    most_keys: int
+
+
 @dataclass(eq=False)  # frozen, torch 2.9 compiles anew for each number of edges: it looks into frozen ones
 class Documents:
     """The documents of one row.
 
     edges: 0 and where each document ends, on the host for the calls a document; edges_n: the same, i32 [n + 1] on the
     device, for the kernel. longest: the longest document.
+    trees: by document the lengths of trunk and branches, () without any; none at all where no document is a tree.
     learnt_s: i64, the positions whose last hidden states are used (skip_unlabelled.py); None: all.
     """
 
@@ -60,12 +80,40 @@ class Documents:
     longest: int
     learnt_s: Tensor | None = None
     window: int | None = None
+    trees: Sequence[Sequence[int]] = ()
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None) -> Self:
-        """Return the documents of a row that holds these lengths in this order."""
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device,
+        learnt_s: Tensor | None = None,
+        trees: Sequence[Sequence[int]] = (),
+    ) -> Self:
+        """Return the documents of a row that holds these lengths in this order, each with its tree or ()."""
         edges = (0, *accumulate(lengths))
-        return cls(edges, upload(edges, torch.int32, device), max(lengths, default=0), learnt_s)
+        edges_n, longest = upload(edges, torch.int32, device), max(lengths, default=0)
+        return cls(edges, edges_n, longest, learnt_s, trees=trees if any(trees) else ())
+
+    @cached_property
+    def spans(self) -> Spans:
+        """What the kernel reads in the documents' place where there are trees."""
+        queries, keys, keys_at = [0], [0], list[int]()
+        for (start, end), tree in zip(pairwise(self.edges), self.trees, strict=True):
+            trunk, *branches = tree or (end - start,)
+            for number, length in enumerate((trunk, *branches)):
+                stop = queries[-1] + length
+                keys_at += [*range(start, start + trunk if number else start), *range(queries[-1], stop)]
+                queries.append(stop)
+                keys.append(len(keys_at))
+        device = self.edges_n.device
+        return Spans(
+            keys_at=upload(keys_at, torch.int64, device),
+            queries_n=upload(queries, torch.int32, device),
+            keys_n=upload(keys, torch.int32, device),
+            most_queries=max(b - a for a, b in pairwise(queries)),
+            most_keys=max(b - a for a, b in pairwise(keys)),
+        )
 
 
 def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -86,13 +134,16 @@ _packed: ContextVar[Documents | tuple[()] | None] = ContextVar("packed", default
 
 @contextmanager
 def packed_documents(
-    lengths: Sequence[int], device: torch.device, learnt_s: Tensor | None = None
+    lengths: Sequence[int],
+    device: torch.device,
+    learnt_s: Tensor | None = None,
+    trees: Sequence[Sequence[int]] = (),
 ) -> Iterator[Documents | None]:
     """Within this context, a model that runs with `NAME` reads its one row as documents of these lengths.
 
     Yields the documents; None without lengths: rows are then read as they are, none of them padded on the left.
     """
-    documents = Documents.of(lengths, device, learnt_s) if lengths else None
+    documents = Documents.of(lengths, device, learnt_s, trees) if lengths else None
     token = _packed.set(documents or ())
     try:
         yield documents
@@ -188,10 +239,11 @@ def attend(
     lengths = [b - a for a, b in pairwise(documents.edges)]
     parts = []
     half_on_cpu = _half_on_cpu(query.device, value.dtype)
-    for part in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):  # type: ignore[no-untyped-call]
-        length = part[0].shape[2]
+    trees = documents.trees or [()] * len(lengths)
+    split: Any = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)  # type: ignore[no-untyped-call]
+    for part, length, tree in zip(split, lengths, trees, strict=True):
         use = formula if half_on_cpu and length <= SHORT else one
-        parts.append(use(*part, _window(length, window, query.device))[0])
+        parts.append(use(*part, _seen(length, tree, window, query.device))[0])
     return torch.cat(parts, dim=1), None
 
 
@@ -203,13 +255,15 @@ def _kind(thing: Any) -> str:
     return type(thing).__name__.removesuffix("Config").removesuffix("Attention")
 
 
-def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return the causal mask [1, 1, l, l] with a window; None where the document is no longer than the window."""
-    if window is None or length <= window:
+def _seen(length: int, tree: Sequence[int], window: int | None, device: torch.device) -> Tensor | None:
+    """Return what each position of a document sees, bool [1, 1, l, l]; None where that is all up to itself."""
+    if not tree and (window is None or length <= window):
         return None
-    at = torch.arange(length, device=device)
+    numbers = [n for n, size in enumerate(tree or (length,)) for _ in range(size)]  # of the branches; the trunk's is 0
+    at, branch = (upload(each, torch.int64, device) for each in (positions(length, tree).tolist(), numbers))
     behind = at[:, None] - at[None, :]
-    return ((behind >= 0) & (behind < window))[None, None]
+    seen = (behind >= 0) & ((branch[None, :] == 0) | (branch[:, None] == branch[None, :]))
+    return (seen if window is None else seen & (behind < window))[None, None]
 
 
 def _explicit(
@@ -306,9 +360,14 @@ def _varlen(
 
     # Under autocast, rotary embeddings leave queries and keys in fp32.
     q_lhd, k_lhd, v_lhd = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    edges, longest = documents.edges_n, documents.longest
+    if documents.trees:
+        spans = documents.spans
+        k_lhd, v_lhd = (x.index_select(0, spans.keys_at) for x in (k_lhd, v_lhd))
+        edges = spans.queries_n, spans.keys_n, spans.most_queries, spans.most_keys
+    else:
+        edges = documents.edges_n, documents.edges_n, documents.longest, documents.longest
     out = varlen_attn(
-        *(q_lhd, k_lhd, v_lhd, edges, edges, longest, longest),
+        *(q_lhd, k_lhd, v_lhd, *edges),
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q_lhd.shape[1] != k_lhd.shape[1],

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config import Model
+from train.model.attention import NAME
 from train.model.language import (
     add_image_token,
     fold_scales,
@@ -33,6 +34,7 @@ from train.model.language import (
     read_lm_config,
     room_for,
     shrunk,
+    turning_point,
 )
 from train.model.layer import feature_layer_index
 from train.model.published import known_words
@@ -61,6 +63,18 @@ class Composed:
     def image_id(self) -> int:
         """The id that stands for one image position."""
         return int(self.model.config.image_token_id)
+
+    def against_trees(self, max_length: int) -> str:
+        """Say why its documents of up to `max_length` tokens cannot branch (data/message_tree.py), or ""."""
+        language_model = self.model.model.language_model
+        if language_model.config._attn_implementation != NAME:
+            return f'branches are seen by model.attention = "{NAME}" alone'
+        kind = language_model.config.model_type
+        if getattr(language_model, "has_recurrent_layers", False):
+            return f"layers of {kind} carry a state along the row, which cannot branch"
+        if far := turning_point(language_model.config, max_length):  # a branch lies further behind than it is deep
+            return f"rotary angles of {kind} turn at {far} tokens; --set model.max_length={far}"
+        return "" if self.can_pack else f"{kind} cannot be packed, and a branch shares its row with others"
 
 
 def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:

@@ -41,6 +41,7 @@ def hidden_states(
     learnt_s: Tensor | None = None,
     shown_p: Tensor | None = None,
     zero: Tensor | float = 0.0,
+    trees: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Return the language model's last hidden states [b, l, d].
 
@@ -48,13 +49,14 @@ def hidden_states(
     each other. Without them a row is a document, padded on the right, where causal attention cannot look: no mask.
     learnt_s: the positions of that one row whose states are used; others may then be anything (skip_unlabelled.py).
     shown_p: i64, the image tokens' places in the flattened rows; None: they are looked up, which waits for the device.
+    trees: the lengths of trunk and branches of each document, () without any (data/message_tree.py).
     zero: a 0 with a graph, for which every layer has a backward pass (sharding.zero_for_unused).
     """
     embeds = embeddings(composed, ids_bl, feats, shown_p)
     if isinstance(zero, Tensor):
         embeds = embeds + zero.to(embeds.dtype)
     language_model = composed.model.model.language_model
-    with attention.packed_documents(documents, ids_bl.device, learnt_s) as packed:
+    with attention.packed_documents(documents, ids_bl.device, learnt_s, trees) as packed:
         more = {**attention.nothing_padded(language_model, embeds), **for_recurrent(language_model, packed)}
         out = language_model(inputs_embeds=embeds, position_ids=positions_bl, use_cache=False, **more)
     return cast(Tensor, out.last_hidden_state)

@@ -25,7 +25,8 @@ def describe(config: Config, stage_name: str, data: str, images: str | None, num
     tokenizer = load_tokenizer(config.model)
     image_token_id(tokenizer, config.model.image_token)
     tokens = describe_tower(config.model)[1].tokens_per_image
-    encoder = Encoder(tokenizer, stage_template(config.model, stage, tokenizer), config.model.image_token, tokens)
+    template = stage_template(config.model, stage, tokenizer)
+    encoder = Encoder(tokenizer, template, config.model.image_token, tokens, stage.message_trees)
     source = open_source(data, images)
     for index in range(min(num, len(source))):
         try:
@@ -44,13 +45,16 @@ def describe(config: Config, stage_name: str, data: str, images: str | None, num
 
 
 def paint(encoded: Encoded, encoder: Encoder, colour: bool) -> str:
-    """Decode runs of equal supervision; the supervised in green, or in [[ ]] without colour."""
+    """Decode runs of equal supervision; the supervised in green, or in [[ ]] without colour; a branch begins a line."""
     out: list[str] = []
     begin, end = (GREEN, PLAIN) if colour else ("[[", "]]")
     kinds = np.where(encoded.ids == encoder.image_id, 2, (encoded.labels >= 0).astype(int))
-    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(encoded.ids)]
+    branches = set(np.cumsum(encoded.tree)[:-1].tolist())
+    edges = sorted({0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), *branches, len(encoded.ids)})
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
         ids = encoded.ids[start:stop].tolist()
+        if start in branches:
+            out.append("\n  ├ ")
         if ids[0] == encoder.image_id:
             out.append(f"<{len(ids)} image tokens>")
         else:

@@ -235,8 +235,8 @@ class Training:
     def token_losses(self, batch: Batch, zero: Tensor | float = 0.0) -> Tensor:
         """Return the loss f32 [s] of each supervised position; `zero` is added to what the language model reads."""
         feats = self.image_features(batch)
-        row = batch.documents, batch.supervised_s, batch.shown_p
-        hidden = hidden_states(self.composed, batch.ids_bl, batch.positions_bl, feats, *row, zero=zero)
+        row = batch.documents, batch.supervised_s, batch.shown_p, zero, batch.trees
+        hidden = hidden_states(self.composed, batch.ids_bl, batch.positions_bl, feats, *row)
         return token_losses(self.composed.model, hidden.flatten(0, 1)[batch.supervised_s], batch.targets_s)
 
     def image_features(self, batch: Batch) -> Tensor | None:

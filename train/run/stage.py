@@ -45,6 +45,7 @@ from train.model.regional import compile_layers
 from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
 from train.run import checkpoint, sharding
+from train.run.announce import announce
 from train.run.base import describe_base
 from train.run.cache import cache_features
 from train.run.closed_form import start_from_words
@@ -144,7 +145,8 @@ def stage_template(model: Model, stage: Stage, tokenizer: Any) -> Template | Own
 def make_encoder(composed: Composed, model: Model, stage: Stage) -> Encoder:
     """Return the encoder of a stage."""
     template = stage_template(model, stage, composed.tokenizer)
-    return Encoder(composed.tokenizer, template, composed.image_token, composed.vision.tokens_per_image)
+    tokens = composed.vision.tokens_per_image
+    return Encoder(composed.tokenizer, template, composed.image_token, tokens, stage.message_trees)
 
 
 def _request(
@@ -216,6 +218,8 @@ def _assemble(
     max_length = config.model.max_length
     if stage.packing and not composed.can_pack:  # compose has said why
         stage = dataclasses.replace(stage, packing=False)
+    if stage.message_trees and (against := composed.against_trees(max_length)):
+        raise UsageError(f"{stage_name}.message_trees: {against}")
     measured = measure_once(source, encoder, max_length, out.resolve().parent / MEASURED, runtime, data_digest)
     check_bad(source, measured.reasons, stage.max_bad_share)
     held_source, held = source, None
@@ -235,7 +239,7 @@ def _assemble(
     stay_half(composed.model)
     fuse(composed.model)
     attention.avoid_cudnn()
-    _announce(measured, plan, trainable, composed, stage_name)
+    announce(measured, plan, trainable, composed, stage_name)
     if config.model.gradient_checkpointing:
         recompute(composed.model.model.language_model)
     with out_of_memory(stage):
@@ -349,29 +353,6 @@ def check_parity(source: Source, encoder: Encoder) -> None:
                 f"{source.name(index)}: the tokenizer splits the whole text unlike its pieces, near "
                 f"{encoder.tokenizer.decode(ours[max(0, at - 3) : at + 3])!r}; another template fits this tokenizer"
             )
-
-
-def _announce(
-    measured: Measured, plan: Plan, trainable: dict[str, Any], composed: Composed, stage_name: StageName
-) -> None:
-    usable = plan.usable
-    counts = Counter(measured.reasons.values())
-    log.info(
-        "%d samples (%d with an image, %d cut at max_length, %d skipped%s), %d tokens, %d supervised",
-        *(len(usable), int((measured.images[usable] > 0).sum()), measured.num_truncated, len(measured.reasons)),
-        *("".join(f"; {reason}: {count}" for reason, count in sorted(counts.items())), int(measured.lengths.sum())),
-        int(measured.supervised.sum()),
-    )
-    if measured.num_thinking or measured.num_shortened:
-        told = "%d samples end with an answer that thinks first; of %d the chat template leaves earlier thinking out"
-        log.info(told, measured.num_thinking, measured.num_shortened)
-    positions = getattr(composed.model.config.text_config, "max_position_embeddings", None)
-    if positions and (longer := int((measured.lengths > positions).sum())):
-        told = "%d samples are longer than the language model's %d positions; --set model.max_length=%d cuts them"
-        log.warning(told, longer, positions, positions)
-    learning = sum(p.numel() for p in trainable.values())
-    everything = sum(p.numel() for p in composed.model.parameters())
-    log.info("%s learns %s of %s parameters in %d steps", stage_name, f"{learning:,}", f"{everything:,}", plan.steps)
 
 
 def _result(training: Training, learnt_from: str) -> dict[str, Any]:

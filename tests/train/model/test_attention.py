@@ -1,5 +1,7 @@
 """Packed documents, against transformers' own attention on each document alone and under its own masks."""
 
+import itertools
+
 import pytest
 import torch
 import transformers as tf
@@ -80,6 +82,74 @@ def test_packed_losses_and_gradients_are_those_of_each_document_alone(family, ch
     for loss, gradient in outs[1:]:
         torch.testing.assert_close(outs[0][0], loss, rtol=0, atol=1e-5)
         torch.testing.assert_close(outs[0][1], gradient, rtol=1e-4, atol=1e-4)
+
+
+TREES = [(4, 3, 5, 2), (), (2, 9)]  # trunk and branches; the second document is none
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_branches_learn_what_each_learns_behind_its_own_trunk(family, dtype):
+    """A tree's losses and gradients are those of trunk and branch as documents, the trunk's counted once."""
+    register()
+    lengths = [14, 6, 11]
+    drawn = torch.randint(3, 64, (sum(lengths),), generator=torch.Generator().manual_seed(4))
+    alone, starts, own_losses = [], [], []  # each document, and from where its losses count
+    places = []
+    for start, length, tree in zip((0, 14, 20), lengths, TREES, strict=True):
+        trunk, *branches = tree or (length,)
+        alone.append(drawn[start : start + trunk])
+        starts.append(0)
+        places += range(trunk)
+        at = start + trunk
+        for branch in branches:
+            alone.append(torch.cat([drawn[start : start + trunk], drawn[at : at + branch]]))
+            starts.append(trunk)
+            places += range(trunk, trunk + branch)
+            at += branch
+    gained = []
+    for kind in (NAME, "eager"):
+        torch.manual_seed(1)
+        model = tf.AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=kind).to(dtype)
+        enlarge(model)
+        body = model.get_decoder()
+        if kind == NAME:
+            with packed_documents(lengths, drawn.device, trees=TREES):
+                out = body(input_ids=drawn[None], position_ids=torch.tensor([places]), use_cache=False)
+            states = out.last_hidden_state[0]
+        else:
+            parts = [body(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in alone]
+            states = torch.cat([part[start:] for part, start in zip(parts, starts, strict=True)])
+        own_losses.append(states.float().square().mean(1))
+        own_losses[-1].sum().backward()
+        gained.append(gradients(model).float())
+    if dtype == torch.float32:
+        torch.testing.assert_close(own_losses[0], own_losses[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gained[0], gained[1], rtol=1e-4, atol=1e-4)
+    else:
+        assert (own_losses[0] - own_losses[1]).norm() < 0.03 * own_losses[1].norm()
+        assert (gained[0] - gained[1]).norm() < 0.06 * gained[1].norm()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernels_keys_are_what_the_mask_shows(window):
+    """By the kernel's own rule: queries and keys of a span end together, and a query sees no key behind its own."""
+    lengths = [14, 6, 11]
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn((1, 2, sum(lengths), 8), generator=generator) for _ in range(3))
+    documents = Documents.of(lengths, q.device, trees=TREES)
+    spans, module = documents.spans, torch.nn.Module()
+    found, _ = attend(module, q, k, v, documents, scaling=0.5, sliding_window=window)
+    keys, values = k[:, :, spans.keys_at], v[:, :, spans.keys_at]
+    parts, edges = [], zip(spans.queries_n.tolist(), spans.keys_n.tolist(), strict=True)
+    for (first, begin), (last, end) in itertools.pairwise(edges):
+        rows, columns = last - first, end - begin
+        assert rows <= spans.most_queries and columns <= spans.most_keys
+        behind = torch.arange(columns)[None] - torch.arange(columns - rows, columns)[:, None]
+        seen = (behind <= 0) & (behind > -(window or columns + 1))
+        scores = q[:, :, first:last] @ keys[:, :, begin:end].transpose(2, 3) * 0.5
+        parts.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values[:, :, begin:end])
+    torch.testing.assert_close(found, torch.cat(parts, 2).transpose(1, 2))
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
@@ -211,8 +281,22 @@ def test_the_variable_length_kernel_agrees(heads):
 
 
 @OLDER
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_variable_length_kernel_agrees_on_branches(window):
+    module, trees = torch.nn.Module(), [(150, 90, 60), (), (30, 250)]
+    q, k, v = (torch.randn((1, 4, 600, 64), device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    documents = Documents.of([300, 20, 280], q.device, trees=trees)
+    fast, _ = attend(module, q, k, v, documents, scaling=0.125, sliding_window=window)
+    slow, _ = attend(module, q.float(), k.float(), v.float(), documents, scaling=0.125, sliding_window=window)
+    torch.testing.assert_close(fast.float(), slow, rtol=2e-2, atol=2e-2)
+
+
+@OLDER
+@pytest.mark.parametrize("trees", [(), [(2, 3, 2), (), (), (2, 1)]])
 @pytest.mark.parametrize("family", ["phi", "gemma", "phi3"])
-def test_a_gpu_in_half_precision_takes_the_variable_length_kernel(family, monkeypatch):
+def test_a_gpu_in_half_precision_takes_the_variable_length_kernel(family, trees, monkeypatch):
     """No GPU is needed: tensors that only pretend to be on one have shapes, types and kernels, and no values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.func import functional_call
@@ -233,7 +317,7 @@ def test_a_gpu_in_half_precision_takes_the_variable_length_kernel(family, monkey
         fake = {name: torch.empty(shape, dtype=dtype, device="cuda") for name, shape, dtype in weights}
         row = torch.empty(1, sum(LENGTHS), 32, device="cuda", dtype=torch.bfloat16)
         places = torch.empty(row.shape[:2], device="cuda", dtype=torch.int64)
-        with packed_documents(LENGTHS, row.device):
+        with packed_documents(LENGTHS, row.device, trees=trees):
             options = {"inputs_embeds": row, "position_ids": places, "use_cache": False}
             out = functional_call(model, fake, kwargs=options).last_hidden_state
     assert out.device.type == "cuda" and out.shape == row.shape
