@@ -231,7 +231,11 @@ def read_own_template(tokenizer: Any) -> OwnTemplate:
     other = 'name another with model.template, for example "vicuna"'
     if not tokenizer.chat_template:
         raise UsageError(f"{name} has no chat template of its own; {other}")
-    source = _CLOCK.sub(lambda found: f"'{DATE.strftime(found[2])}'", tokenizer.get_chat_template())
+    try:
+        published = tokenizer.get_chat_template()
+    except ValueError:
+        raise UsageError(f"{name} has several chat templates and none of them is the default; {other}") from None
+    source = _CLOCK.sub(lambda found: f"'{DATE.strftime(found[2])}'", published)
     template = OwnTemplate(source, dict(tokenizer.special_tokens_map), _special_tokens(tokenizer))
     rounds = [Turn("user", (None, "q")), Turn("assistant", ("a",)), Turn("user", ("q",)), Turn("assistant", ("a",))]
     try:

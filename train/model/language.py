@@ -20,11 +20,13 @@ from train.model.published import (
     check_whole,
     known_words,
     load_published,
+    loading,
     locate,
     read_config,
 )
 
 FOLDED = "folded_logits_scaling"  # key of the configuration: by what the last norm's weight was divided
+UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError)  # of a family's own code
 log = logging.getLogger("train")
 
 
@@ -82,7 +84,7 @@ def in_words(options: Model) -> Iterator[None]:
     """Turn what a family's own code raises where it does not fit into one line.  Raises: UsageError."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (*UNFIT, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         message = f"model.lm {options.lm!r} does not fit into the llava class ({reason:.200}); take another family"
         raise UsageError(message) from error
@@ -112,9 +114,11 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
         elif (whole := read_config(options.lm, "model.lm")).model_type != config.model_type:
             lm = _take_out(options.lm, whole, config, kind, dtype)
         else:
-            lm, missing = load_published(kind, options.lm, "model.lm", **how, dtype=dtype)
+            lm, missing = load_published(kind, options.lm, "model.lm", but=(*UNFIT, ImportError), **how, dtype=dtype)
             check_whole(missing, options.lm, "model.lm")
     except ImportError as error:
+        if options.attention == attention.NAME:  # which needs nothing
+            raise UsageError(cannot_load(options.lm, "model.lm", error)) from None
         raise UsageError(f"model.attention = {options.attention!r} cannot be used: {error}".splitlines()[0]) from None
     except (OSError, ValueError) as error:
         raise UsageError(cannot_load(options.lm, "model.lm", error)) from None
@@ -200,10 +204,11 @@ def load_tokenizer(options: Model) -> Any:
     try:
         # A rehearsal asks no hub: it takes what lies here, in a folder or in the cache.
         here = {} if words is None else {"local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(**locate(source), trust_remote_code=False, **here)
-    except (OSError, ValueError) as error:
+        with loading(source, "model.tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(**locate(source), trust_remote_code=False, **here)
+    except UsageError:
         if words is None:
-            raise UsageError(cannot_load(source, "model.tokenizer", error)) from None
+            raise
         log.info("the tokenizer of %s is not at hand: the rehearsal spells in bytes", source)
         return tiny_tokenizer(words, options.image_token)
     if not tokenizer.is_fast:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from train.errors import UsageError
 from train.folder import read_json
+from train.model.published import loading
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BICUBIC, BILINEAR = 3, 2  # PIL.Image.Resampling
@@ -193,23 +194,40 @@ def convert_metaclip(tower: Any, config: Any) -> Any:
 
 
 def load_openclip(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Convert the image tower of an open_clip folder to a CLIPVisionModel with the same pooled output."""
+    """Convert the image tower of an open_clip folder to a CLIPVisionModel with the same pooled output.
+
+    Raises: UsageError, also for a tower that has or does more than that class, whose features would be others.
+    """
     from safetensors.torch import load_file
-    from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config_file, weights_file = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():
             raise UsageError(f"model.tower {OPENCLIP_PREFIX}{folder}: {file.name} is missing in that folder")
     document = read_json(config_file)
-    model_cfg, preprocess_cfg = document.get("model_cfg", document), document.get("preprocess_cfg", {})
+    with loading(str(folder), "model.tower"):
+        model_cfg, preprocess_cfg = document.get("model_cfg", document), document.get("preprocess_cfg", {})
+        state = {
+            key.removeprefix("visual."): value.float()
+            for key, value in load_file(weights_file).items()
+            if key.startswith("visual.")
+        }
+        tower = _from_openclip(model_cfg, state, folder)
+        interpolation = {"bilinear": BILINEAR}.get(preprocess_cfg.get("interpolation", "bicubic"), BICUBIC)
+        preprocess = {
+            "image_mean": preprocess_cfg.get("mean", CLIP_MEAN),
+            "image_std": preprocess_cfg.get("std", CLIP_STD),
+            "resample": interpolation,
+            "squash": preprocess_cfg.get("resize_mode") == "squash",
+        }
+    return tower, preprocess
+
+
+def _from_openclip(model_cfg: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
     cfg = model_cfg["vision_cfg"]
-    state = {
-        key.removeprefix("visual."): value.float()
-        for key, value in load_file(weights_file).items()
-        if key.startswith("visual.")
-    }
-    width, layers = cfg.get("width", 768), cfg.get("layers", 12)
+    width, layers, size = cfg.get("width", 768), cfg.get("layers", 12), cfg.get("image_size", 224)
     if cfg.get("timm_model_name") or not isinstance(layers, int) or "ln_pre.weight" not in state:
         raise UsageError(f"model.tower {OPENCLIP_PREFIX}{folder}: only a plain ViT of open_clip can be converted")
     config = CLIPVisionConfig(
@@ -217,7 +235,7 @@ def load_openclip(folder: Path) -> tuple[Any, dict[str, Any]]:
         intermediate_size=int(width * cfg.get("mlp_ratio", 4.0)),
         num_hidden_layers=layers,
         num_attention_heads=width // cfg.get("head_width", 64),
-        image_size=cfg.get("image_size", 224),
+        image_size=size[0] if isinstance(size, list) and size == size[:1] * 2 else size,
         patch_size=cfg.get("patch_size", 16),
         projection_dim=model_cfg.get("embed_dim", 512),
         hidden_act="quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu",
@@ -225,23 +243,23 @@ def load_openclip(folder: Path) -> tuple[Any, dict[str, Any]]:
     )
     config.architectures = ["CLIPVisionModel"]
     tower = CLIPVisionModel(config)
-    _, unexpected = tower.load_state_dict(_openclip_names(state, layers), strict=True)
-    assert not unexpected
-    interpolation = {"bilinear": BILINEAR}.get(preprocess_cfg.get("interpolation", "bicubic"), BICUBIC)
-    preprocess = {
-        "image_mean": preprocess_cfg.get("mean", CLIP_MEAN),
-        "image_std": preprocess_cfg.get("std", CLIP_STD),
-        "resample": interpolation,
-        "squash": preprocess_cfg.get("resize_mode") == "squash",
-    }
-    return tower, preprocess
+    names = _openclip_names(state, layers)  # of the state, what is left are tensors that the class has no place for
+    odd = [key for key in ("act_kwargs", "norm_kwargs", "scaled_cosine_attn") if cfg.get(key)]
+    if odd := sorted([*odd, *state.keys() - {"proj"}]):
+        raise UsageError(
+            f"model.tower {OPENCLIP_PREFIX}{folder}: only a plain ViT of open_clip can be converted; it has "
+            f"{odd[0]!r}" + f" and {len(odd) - 1} more" * (len(odd) > 1)
+        )
+    tower.load_state_dict(names)
+    return tower
 
 
 def _openclip_names(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """Take a tower's tensors out of `state`, under CLIP's names."""
     out = {
-        "embeddings.class_embedding": state["class_embedding"],
-        "embeddings.patch_embedding.weight": state["conv1.weight"],
-        "embeddings.position_embedding.weight": state["positional_embedding"],
+        "embeddings.class_embedding": state.pop("class_embedding"),
+        "embeddings.patch_embedding.weight": state.pop("conv1.weight"),
+        "embeddings.position_embedding.weight": state.pop("positional_embedding"),
     }
     pairs: list[tuple[str, str]] = [("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post")]
     for i in range(num_layers):
@@ -250,9 +268,10 @@ def _openclip_names(state: dict[str, Tensor], num_layers: int) -> dict[str, Tens
         pairs += [(ours + "mlp.fc1", theirs + "mlp.c_fc"), (ours + "mlp.fc2", theirs + "mlp.c_proj")]
         pairs += [(ours + "self_attn.out_proj", theirs + "attn.out_proj")]
         for kind in ("weight", "bias"):
-            parts = state[f"{theirs}attn.in_proj_{kind}"].chunk(3)
+            parts = state.pop(f"{theirs}attn.in_proj_{kind}").chunk(3)
             for part, tensor in zip("qkv", parts, strict=True):
                 out[f"{ours}self_attn.{part}_proj.{kind}"] = tensor.contiguous()
     for ours, theirs in pairs:
-        out[f"{ours}.weight"], out[f"{ours}.bias"] = state[f"{theirs}.weight"], state[f"{theirs}.bias"]
+        for kind in ("weight", "bias"):
+            out[f"{ours}.{kind}"] = state.pop(f"{theirs}.{kind}")
     return out

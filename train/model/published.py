@@ -7,11 +7,15 @@ needs the hub. Weights always come with their own description. No code of a mode
 
 from __future__ import annotations
 
+import pickle
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 import pipelines
 from pipelines.terminal import first_line
@@ -19,6 +23,7 @@ from train.errors import UsageError
 from train.model.own import register_own_classes
 
 CONFIGS = Path(pipelines.__file__).parent / "configs"
+WEIGHTS, POINTER = (".bin", ".safetensors"), b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -67,24 +72,24 @@ def read_config(source: str, option: str, *, described: bool = False) -> Any:
     register_own_classes()
     check_named(source, option)
     where = locate(str((described and shipped(source)) or source))
-    try:
+    with loading(source, option):
         values, _ = PreTrainedConfig.get_config_dict(**where)
         if values.get("model_type") == "minicpm":
             return granite_of_minicpm(values)
         return AutoConfig.from_pretrained(**where, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(cannot_load(source, option, error)) from None
 
 
 def read_preprocess(source: str, *, described: bool = False) -> dict[str, Any]:
-    """Read how a tower wants its images, or an empty table where nothing says so."""
+    """Read how a tower wants its images, or an empty table where nothing says so.  Raises: UsageError."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(
             **locate(str((described and shipped(source)) or source))
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if (Path(source) / "preprocessor_config.json").is_file():
+            raise UsageError(cannot_load(source, "model.tower", error)) from None
         return {}
     return dict(values)
 
@@ -112,15 +117,18 @@ def granite_of_minicpm(values: dict[str, Any]) -> Any:
     )
 
 
-def load_published(kind: Any, source: str, option: str, config: Any, **how: Any) -> tuple[Any, list[str]]:
+def load_published(
+    kind: Any, source: str, option: str, config: Any, but: tuple[type[Exception], ...] = (), **how: Any
+) -> tuple[Any, list[str]]:
     """Load a model by a class of transformers; return it, and the weights that are in none of its files.
 
-    transformers draws those, and tells so in its log alone.  Raises: UsageError.
+    transformers draws those, and tells so in its log alone.  but: as in `loading`.  Raises: UsageError.
     """
-    try:
-        model, found = kind.from_pretrained(**locate(source), config=config, output_loading_info=True, **how)
-    except (OSError, ValueError) as error:
-        raise UsageError(cannot_load(source, option, error)) from None
+    how |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused here, by name
+    with loading(source, option, but):
+        model, found = kind.from_pretrained(**locate(source), **how)
+        for name, theirs, ours in sorted(found["mismatched_keys"]):
+            raise ValueError(f"{name} is {list(theirs)} in its files and {list(ours)} by its config.json")
     return model, sorted(found["missing_keys"])
 
 
@@ -135,7 +143,48 @@ def lacking(missing: Sequence[str]) -> ValueError:
     return ValueError(f"its files lack {len(missing)} weights, among them {missing[0]}")
 
 
+@contextmanager
+def loading(source: str, option: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what transformers raises for files that are not as they should be into one line.
+
+    Nobody lists what that is: a download cut short ends in one kind of error, a broken tokenizer.json in `Exception`.
+    but: what the caller explains itself.  Raises: UsageError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (UsageError, *but)):
+            raise
+        raise UsageError(cannot_load(source, option, error)) from None
+
+
 def cannot_load(source: str, option: str, error: Exception) -> str:
     """Word the failure to load a model: the reason's first line, and what to type."""
-    reason = first_line(error)
-    return f"{option} {source!r} cannot be loaded ({reason}); give a local folder instead: --set {option}=FOLDER"
+    reason, folder = first_line(error), Path(source)
+    if reason.endswith(":"):  # a strict configuration's, whose reason is the line below
+        reason = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in the file
+        reason = "its .bin files hold more than a table of tensors, which alone is read"
+    elif isinstance(error, LookupError):  # whose text is the name alone
+        reason = f"{type(error).__name__}: {reason}"
+    reason = next(_broken(folder, isinstance(error, SafetensorError)), reason)
+    other = "another" if folder.exists() else "a local"
+    return f"{option} {source!r} cannot be loaded ({reason}); give {other} folder instead: --set {option}=FOLDER"
+
+
+def _broken(folder: Path, headers: bool) -> Iterator[str]:
+    """Yield what is wrong with files of a folder that came without their content, or with a part of it.
+
+    What fails to read them names none of them; of many shards, the user must know which.  headers: safetensors' too.
+    """
+    for file in sorted(path for path in folder.glob("*.*") if path.suffix in (".json", ".model", *WEIGHTS)):
+        with file.open("rb") as opened:
+            if opened.read(len(POINTER)) == POINTER:
+                yield f"{file.name} is a pointer of Git LFS, not the file; type in that folder: git lfs pull"
+    for file in sorted(folder.glob("*.safetensors")) if headers else ():
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            reason = first_line(error).removeprefix("Error while deserializing header: ")
+            yield f"{file.name} is no whole safetensors file: {reason:.80}"

@@ -276,6 +276,8 @@ def _describe(config: Any, preprocess: dict[str, Any], options: Model) -> Vision
         size = {"shortest_edge": size}
     crop = crop if isinstance(crop, int) else crop.get("height", 0)
     image_size = crop if crop and preprocess.get("do_center_crop", True) else size.get("height", config.image_size)
+    if (problem := _misfit(config, image_size)) or len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+        raise ValueError(problem or f"mean {mean}, deviation {std}")
     siglip = config.model_type == "siglip_vision_model"
     direct = siglip or options.image != "square" or "height" in size or preprocess.get("squash", False)
     strategy = options.feature_strategy
@@ -296,6 +298,19 @@ def _describe(config: Any, preprocess: dict[str, Any], options: Model) -> Vision
         short_side=0 if direct else size.get("shortest_edge", image_size),
         pad=options.image == "pad",
     )
+
+
+def _misfit(config: Any, image_size: int) -> str:
+    """Say why a tower cannot see images of a size, or ""; DINO's fit their positions to any, others have a fixed table.
+
+    CLIP's class asks for its very size, SigLIP's for as many places.
+    """
+    if image_size < config.patch_size:
+        return f"images of {image_size} px"
+    cells = {"clip_vision_model": 1, "siglip_vision_model": config.patch_size}.get(config.model_type, 0)
+    if cells and image_size // cells != config.image_size // cells:
+        return f"images of {image_size} px, where its config.json says {config.image_size}"
+    return ""
 
 
 def _colours(

@@ -251,6 +251,13 @@ def test_a_template_that_cannot_be_used_is_refused_in_words(source, reason):
         read_own_template(tokenizer(source))
 
 
+def test_several_templates_without_a_default_are_refused_in_words():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = {"rag": "{{ messages }}", "tool_use": "{{ messages }}"}
+    with pytest.raises(UsageError, match="several chat templates and none of them is the default"):
+        read_own_template(tokenizer)
+
+
 def test_a_word_tokenizer_can_have_one():
     """Its special tokens alone are enough."""
     own = word_tokenizer()

@@ -1,8 +1,12 @@
 """Composition, freezing, packing, and the loss at label positions, against transformers' own forward."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toys import picture, word_tokenizer
 
 from train.config import Model, Stage
@@ -140,6 +144,32 @@ def test_an_openclip_tower_pools_to_the_same_vector(world):
         ours = tower(pixels).pooler_output @ reference.visual.proj
         torch.testing.assert_close(ours, reference.encode_image(pixels), rtol=0, atol=1e-6)
     assert (vision.tokens_per_image, vision.image_size, vision.mean[0]) == (5, 32, 0.43)
+
+
+@pytest.mark.parametrize(
+    ("vision_cfg", "tensor", "told"),
+    [
+        ({}, "transformer.resblocks.1.ls_1.gamma", "it has 'transformer.resblocks.1.ls_1.gamma'"),
+        ({"norm_kwargs": {"eps": 1e-3}}, "", "it has 'norm_kwargs'"),
+        ({"layers": 2}, "", "it has 'transformer.resblocks.2.attn.in_proj_bias' and 11 more"),
+        ({"layers": 4}, "", "cannot be loaded .KeyError: .*transformer.resblocks.3"),
+        ({"mlp_ratio": 2.0}, "", "cannot be loaded .*size mismatch"),
+        ({}, "cut short", "open_clip_model.safetensors is no whole safetensors file"),
+    ],
+)
+def test_an_openclip_tower_that_its_class_does_not_hold_is_refused(world, tmp_path, vision_cfg, tensor, told):
+    shutil.copytree(world / "clip", tmp_path / "clip")
+    config, weights = tmp_path / "clip" / "open_clip_config.json", tmp_path / "clip" / "open_clip_model.safetensors"
+    document = json.loads(config.read_text())
+    document["model_cfg"]["vision_cfg"] |= vision_cfg
+    config.write_text(json.dumps(document))
+    if tensor == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif tensor:
+        save_file({**load_file(weights), f"visual.{tensor}": torch.full((64,), 0.5)}, weights)
+    with pytest.raises(UsageError, match=told) as error:
+        load_tower(Model(tower=f"local-dir:{tmp_path / 'clip'}"), torch.float32)
+    assert "\n" not in str(error.value)
 
 
 def test_an_openclip_tower_sees_the_same_pixels(world):

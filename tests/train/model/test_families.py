@@ -67,6 +67,51 @@ def test_a_language_model_whose_files_lack_weights_is_refused(saved, family, tmp
         compose(options)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("model.safetensors", lambda data: POINTER, r"model\.safetensors is a pointer of Git LFS.*git lfs pull"),
+        ("tokenizer.json", lambda data: POINTER, r"tokenizer\.json is a pointer of Git LFS"),
+        ("model.safetensors", lambda data: data[: len(data) // 2], r"model\.safetensors is no whole safetensors file"),
+        ("model.safetensors", lambda data: b"", r"model\.safetensors is no whole safetensors file"),
+        ("model.safetensors", lambda data: (1 << 62).to_bytes(8, "little") + data[8:], "header too large"),
+        (
+            "model.safetensors",
+            lambda data: data.replace(b"[48,32]", b"[32,48]"),
+            r"is \[32, 48\] in its files and \[48",
+        ),
+        (
+            "tokenizer.json",
+            lambda data: data.replace(b'"WordLevel"', b'"Other"'),
+            r"model\.tokenizer .* cannot be loaded",
+        ),
+        ("tokenizer_config.json", lambda data: b"[]", r"model\.tokenizer .* cannot be loaded"),
+        ("config.json", lambda data: b"null", "cannot be loaded"),
+        ("config.json", lambda data: data.replace(b": 32,", b': "wide",'), "expected int, got str"),
+    ],
+)
+def test_files_that_are_not_as_they_should_be_are_refused_in_one_line(saved, tmp_path, name, change, told):
+    options = saved(tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)))
+    file = tmp_path / "lm" / name
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(UsageError, match=told) as error:
+        compose(options)
+    assert "\n" not in str(error.value) and "give another folder" in str(error.value)
+
+
+def test_a_pickle_of_more_than_tensors_is_refused_without_advice_to_run_it(saved, tmp_path):
+    options = saved(tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)))
+    state = load_file(tmp_path / "lm" / "model.safetensors")
+    (tmp_path / "lm" / "model.safetensors").unlink()
+    torch.save({**state, "more": print}, tmp_path / "lm" / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="hold more than a table of tensors") as error:
+        compose(options)
+    assert "weights_only" not in str(error.value)
+
+
 def test_minicpm3_divides_its_logits(saved):
     heads = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8}
     config = tf.MiniCPM3Config(**SMALL, **heads, qk_rope_head_dim=8, v_head_dim=8, dim_model_base=8)

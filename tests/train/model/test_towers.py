@@ -213,7 +213,11 @@ def test_a_tower_sees_the_colours_that_its_own_processor_makes(how, scales, tmp_
     torch.testing.assert_close(exported, theirs, **close)
 
 
-@pytest.mark.parametrize("said", [{"size": [28, 28]}, {"resample": "bicubic"}, {"image_mean": [0.5, "x", 0.5]}])
+UNREADABLE = [{"size": [28, 28]}, {"resample": "bicubic"}, {"image_mean": [0.5, "x", 0.5]}, {"image_mean": [0.5]}]
+UNREADABLE += [{"image_std": [0.0] * 3}, {"crop_size": 42}, {"size": {"height": -28, "width": 28}}]
+
+
+@pytest.mark.parametrize("said", UNREADABLE)
 def test_a_preparation_that_cannot_be_read_is_told_in_a_line(said, tmp_path):
     tf.CLIPVisionConfig(**SEES).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
@@ -222,6 +226,9 @@ def test_a_preparation_that_cannot_be_read_is_told_in_a_line(said, tmp_path):
     ) as error:
         describe_tower(Model(tower=str(tmp_path), tower_weights="fresh"))
     assert "\n" not in str(error.value)
+    (tmp_path / "preprocessor_config.json").write_text("{")  # not the same as none
+    with pytest.raises(UsageError, match="preprocessor_config.json' is not a valid JSON"):
+        describe_tower(Model(tower=str(tmp_path), tower_weights="fresh"))
 
 
 # ---- S² --------------------------------------------------------------------------------------------------------------
