@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from train.model.published import (
     locate,
     read_config,
 )
+from train.model.quantized import whole_weights
 
 FOLDED = "folded_logits_scaling"  # key of the configuration: by what the last norm's weight was divided
 UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError)  # of a family's own code
@@ -38,7 +40,13 @@ def read_lm_config(options: Model) -> Any:
     from transformers import AutoModelForCausalLM
 
     described = bool(options.shrink) or options.lm_weights == "fresh"
+    if (Path(options.lm) / "adapter_config.json").is_file():  # which transformers would lay over the weights beside it
+        raise UsageError(
+            f"model.lm {options.lm!r} holds a LoRA adapter; merge it into its base with PEFT (merge_and_unload), save "
+            "the result to another folder and name that"
+        )
     config = read_config(options.lm, "model.lm", described=described)
+    whole_weights(config, options.lm)
     inner = config.get_text_config()
     if type(inner) not in AutoModelForCausalLM._model_mapping:
         inside = f" with a {inner.model_type!r} inside" if inner is not config else ""
@@ -103,7 +111,7 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
         config = shrunk(config, tokenizer)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     how = {"config": config, "attn_implementation": options.attention}
-    described = bool(options.shrink) or options.lm_weights == "fresh"
+    described, packed = bool(options.shrink) or options.lm_weights == "fresh", False
     try:
         if described:
             with torch.random.fork_rng(devices=[]):
@@ -112,8 +120,10 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
             for parameter in lm.parameters():  # drawn alike for every dtype; the angles of rotary embeddings stay fp32
                 parameter.data = parameter.data.to(dtype)
         elif (whole := read_config(options.lm, "model.lm")).model_type != config.model_type:
+            packed = whole_weights(whole, options.lm)
             lm = _take_out(options.lm, whole, config, kind, dtype)
         else:
+            packed = whole_weights(config, options.lm)
             lm, missing = load_published(kind, options.lm, "model.lm", but=(*UNFIT, ImportError), **how, dtype=dtype)
             check_whole(missing, options.lm, "model.lm")
     except ImportError as error:
@@ -122,6 +132,15 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
         raise UsageError(f"model.attention = {options.attention!r} cannot be used: {error}".splitlines()[0]) from None
     except (OSError, ValueError) as error:
         raise UsageError(cannot_load(options.lm, "model.lm", error)) from None
+    if packed:  # what they are made into is bf16
+        for parameter in lm.parameters():
+            parameter.data = parameter.data.to(dtype)
+    if hasattr(lm.config, "quantization_config"):
+        del lm.config.quantization_config
+    own_head = lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight
+    if own_head and lm.config.tie_word_embeddings and not described:
+        log.warning("%s: its head is kept, which is not the embedding, though its config.json says so", options.lm)
+    lm.config.tie_word_embeddings = not own_head  # by which an export leaves the head out
     lm.config.architectures = [type(lm).__name__]  # other readers of llava-hf build the language model from it
     return lm
 
@@ -135,12 +154,10 @@ def _take_out(source: str, whole: Any, config: Any, kind: Any, dtype: torch.dtyp
         lm = kind(config)
     setattr(lm, lm.base_model_prefix, model.get_decoder())
     lm.set_output_embeddings(model.get_output_embeddings())
-    words, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
     taken = {id(p) for p in lm.parameters()}
     lost = [name for name, p in model.named_parameters() if name in missing and id(p) in taken]
     check_whole(lost, source, "model.lm")
     lm.config = model.get_decoder().config
-    lm.config.tie_word_embeddings = words is head
     log.info("%s: of its parts, the language model is taken (%s)", source, kind.__name__)
     return lm
 

@@ -7,6 +7,7 @@ needs the hub. Weights always come with their own description. No code of a mode
 
 from __future__ import annotations
 
+import logging
 import pickle
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from train.model.own import register_own_classes
 
 CONFIGS = Path(pipelines.__file__).parent / "configs"
 WEIGHTS, POINTER = (".bin", ".safetensors"), b"version https://git-lfs"
+log = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,24 @@ def load_published(
         model, found = kind.from_pretrained(**locate(source), **how)
         for name, theirs, ours in sorted(found["mismatched_keys"]):
             raise ValueError(f"{name} is {list(theirs)} in its files and {list(ours)} by its config.json")
+        _check_places(model, sorted(found["unexpected_keys"]), source if option == "model.lm" else "")
     return model, sorted(found["missing_keys"])
+
+
+def _check_places(model: Any, more: Sequence[str], source: str) -> None:
+    """Refuse files that have a weight or bias for a layer which has none by its config.json; name what else is over.
+
+    Such a layer computes something else than what was trained. Whole parts that a class has no use for, such as heads
+    that predict further tokens, change nothing; where `source` is given, they are told of.  Raises: ValueError.
+    """
+    layers = {name for name, part in model.named_modules() if next(part.parameters(recurse=False), None) is not None}
+    for name in more:
+        layer, _, leaf = name.rpartition(".")
+        if leaf in ("weight", "bias") and layer in layers:
+            raise ValueError(f"its files hold {name}, for which there is no place by its config.json")
+    if more and source:
+        told = (source, len(more), type(model).__name__, more[0])
+        log.info("%s: %d tensors in its files are left out, as a %s has no place for them, among them %s", *told)
 
 
 def check_whole(missing: Sequence[str], source: str, option: str) -> None:

@@ -13,6 +13,27 @@ from torch import nn
 
 from train.errors import UsageError
 
+WHOLE = ("fp8", "mxfp4")  # forms of published weights that transformers turns back
+
+
+def whole_weights(config: Any, source: str) -> bool:
+    """Have a published model's weights made whole as they are read; return whether they are of few bits in its files.
+
+    Otherwise a GPU would get layers that no adapter can be merged into. transformers takes two forms apart by itself.
+    Raises: UsageError for any other.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return False
+    values = dict(found if isinstance(found, dict) else found.to_dict())
+    if values.get("quant_method") not in WHOLE:
+        raise UsageError(
+            f"model.lm {source!r} is quantised ({values.get('quant_method')}), and what is trained is written into "
+            "whole weights: name the model that it was made from, which finetune.quantize = 'nf4' keeps in 4 bits"
+        )
+    config.quantization_config = {**values, "dequantize": True}
+    return True
+
 
 def quantize(model: Any) -> None:
     """Replace each linear layer of the language model.  Raises: UsageError where bitsandbytes is not installed."""

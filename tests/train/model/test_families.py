@@ -1,5 +1,7 @@
 """Language models inside of other models, families that do not fit, and the rows of a new token."""
 
+import json
+
 import pytest
 import torch
 import transformers as tf
@@ -8,9 +10,13 @@ from test_attention import FEWER, SMALL, enlarge
 from test_recurrent import HYBRIDS
 from toys import word_tokenizer
 
-from train.config import Model
+from train.config import Model, Stage
 from train.errors import UsageError
 from train.model.compose import blueprint, compose
+from train.model.language import load_lm, load_tokenizer
+from train.model.native import load_native
+from train.publish.export import write_folder
+from train.run.stage import make_encoder
 
 TEXT = {**FEWER, "vocab_size": 80}
 SEES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -65,6 +71,70 @@ def test_a_language_model_whose_files_lack_weights_is_refused(saved, family, tmp
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(UsageError, match=r"its files lack 1 weights, among them .*layers\.1\.mlp\.up_proj"):
         compose(options)
+
+
+def test_a_head_of_its_own_stays_whatever_the_configuration_says(saved, tmp_path):
+    """transformers 5 ties no head that the files hold with other values: what is learnt with it must be exported."""
+    options = saved(tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, tie_word_embeddings=True)))
+    file = tmp_path / "lm" / "model.safetensors"
+    head = torch.randn(80, 32, generator=torch.Generator().manual_seed(1))
+    save_file({**load_file(file), "lm_head.weight": head}, file, metadata={"format": "pt"})
+    composed = compose(options)
+    torch.testing.assert_close(composed.model.lm_head.weight, head)
+    (tmp_path / "out").mkdir()
+    write_folder(composed, make_encoder(composed, options, Stage()), tmp_path / "out", torch.float32)
+    torch.testing.assert_close(load_native(tmp_path / "out", torch.float32)[0].lm_head.weight, head)
+
+
+def test_files_with_more_than_the_configuration_has(saved, tmp_path, caplog):
+    options = saved(tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)))
+    file = tmp_path / "lm" / "model.safetensors"
+    state = load_file(file)
+    caplog.set_level("INFO", "train")
+    save_file({**state, "v_head.summary.weight": torch.ones(1, 32)}, file, metadata={"format": "pt"})
+    compose(options)
+    assert any("left out" in line and "v_head.summary.weight" in line for line in caplog.messages)
+    save_file({**state, "model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        UsageError, match=r"hold model\.layers\.0\.self_attn\.q_proj\.bias, for which there is no place"
+    ):
+        compose(options)
+    (tmp_path / "lm" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds a LoRA adapter; merge it"):
+        compose(options)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "awq", "gptq", "no such"])
+def test_weights_of_few_bits_that_nothing_can_be_merged_into_are_refused(saved, tmp_path, method):
+    options = saved(tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)))
+    rewrite(tmp_path / "lm", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(UsageError, match=rf"is quantised \({method}\).* name the model that it was made from"):
+        compose(options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_eight_bits_are_made_whole(saved, tmp_path, dtype):
+    pytest.importorskip("accelerate")
+    plain = tf.Qwen3ForCausalLM(tf.Qwen3Config(**TEXT, head_dim=8))
+    options = saved(plain)
+    file = tmp_path / "lm" / "model.safetensors"
+    state = load_file(file)
+    for name in [name for name in state if "_proj" in name]:
+        scale = state[name].abs().max() / 448
+        state[name], state[f"{name}_scale_inv"] = (state[name] / scale).to(torch.float8_e4m3fn), scale.view(1, 1)
+    save_file(state, file, metadata={"format": "pt"})
+    how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    rewrite(tmp_path / "lm", quantization_config=how)
+    lm = load_lm(options, load_tokenizer(options), dtype)
+    assert {p.dtype for p in lm.parameters()} == {dtype} and not hasattr(lm.config, "quantization_config")
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(lm.get_parameter(name).float(), weight, rtol=0.07, atol=0.02)
+
+
+def rewrite(folder, **values):
+    """Change values of a folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
