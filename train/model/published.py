@@ -105,12 +105,14 @@ def granite_of_minicpm(values: dict[str, Any]) -> Any:
     from transformers import GraniteConfig
 
     layers, width, heads = (values[k] for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    turned = dict(values.get("rope_scaling") or {})  # MiniCPM4's angles are longrope's, at any length
+    turned.setdefault("rope_type", turned.pop("type", "default"))
     same = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     same += ["num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias"]
     same += ["bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"]
     return GraniteConfig(
         **{name: values[name] for name in same if name in values},
-        rope_parameters={"rope_type": "default", "rope_theta": float(values.get("rope_theta", 10_000.0))},
+        rope_parameters={**turned, "rope_theta": float(values.get("rope_theta", 10_000.0))},
         tie_word_embeddings=values.get("tie_word_embeddings", True),
         embedding_multiplier=float(values["scale_emb"]),
         residual_multiplier=values["scale_depth"] / layers**0.5,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from toys import word_tokenizer
+from transformers import AutoModel
 
 from train.config import Model
 from train.errors import UsageError
@@ -128,6 +129,22 @@ def test_minicpms_published_multipliers():
     assert (config.model_type, config.embedding_multiplier, config.logits_scaling) == ("granite", 12.0, 9.0)
     assert config.residual_multiplier == pytest.approx(1.4 / math.sqrt(40))
     assert config.attention_multiplier == pytest.approx(1 / math.sqrt(64))
+
+
+@pytest.mark.parametrize("length", [16, 17])
+def test_minicpm4_turns_by_its_own_table(length, minicpm, tmp_path):
+    """openbmb's modeling_minicpm.py: frequencies over the factors of a length, cosine and sine times one number."""
+    short, long = [0.5 + 0.25 * i for i in range(8)], [1.0 + i for i in range(8)]
+    scaling = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    values = {**MINICPM, "rope_scaling": {**scaling, "original_max_position_embeddings": 16}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    rotary = AutoModel.from_config(read_config(str(tmp_path), "model.lm")).rotary_emb
+    cos, sin = rotary(torch.zeros(1, length, 48), torch.arange(length)[None])
+    factors = torch.tensor(long if length > 16 else short)
+    angles = torch.outer(torch.arange(length) / 1.0, 1 / (factors * 10_000 ** (torch.arange(8) / 8)))
+    grown = math.sqrt(1 + math.log(64 / 16) / math.log(16))
+    torch.testing.assert_close(cos[0, :, :8], grown * angles.cos(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sin[0, :, :8], grown * angles.sin(), rtol=1e-5, atol=1e-5)
 
 
 # ---- the bias of Phi's head ------------------------------------------------------------------------------------------
