@@ -141,6 +141,9 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
     if own_head and lm.config.tie_word_embeddings and not described:
         log.warning("%s: its head is kept, which is not the embedding, though its config.json says so", options.lm)
     lm.config.tie_word_embeddings = not own_head  # by which an export leaves the head out
+    if lm.get_decoder() is lm:  # Llama 4: where nothing finds its layers, no choice of attention helps
+        kind = lm.config.model_type
+        raise UsageError(f"model.lm {options.lm!r} ({kind}) names its layers in a way of its own; take another family")
     lm.config.architectures = [type(lm).__name__]  # other readers of llava-hf build the language model from it
     return lm
 
