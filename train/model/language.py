@@ -292,9 +292,17 @@ def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
 
     New rows start at the mean of the others: a head's row of 0 gives the words a rival of logit 0. The mean is of the
     weights in bf16, so that it is the same whatever dtype they are loaded in.
+
+    Raises: UsageError for a tokenizer of a larger model, whose words have no row here.
     """
     known = image_token_id(tokenizer, token)
     rows = lm.get_input_embeddings().num_embeddings
+    added = tokenizer.added_tokens_decoder  # tokens that no text turns into; Gemma 3 has one without a row
+    if more := [word for word, i in tokenizer.get_vocab().items() if i >= rows and i not in added]:
+        raise UsageError(
+            f"the tokenizer has {len(more)} words beyond the {rows} rows of the language model's embedding, among "
+            f"them {more[0]!r}: it is another model's; name the right one with model.tokenizer"
+        )
     if room_for(known, rows) > rows:
         log.info("the language model has no spare row for %s: its embedding grows from %d rows", token, rows)
         lm.resize_token_embeddings(room_for(known, rows), mean_resizing=False)

@@ -228,3 +228,11 @@ def test_new_rows_are_the_mean_of_the_others(saved, tied):
         assert len(new)
         mean = before.detach().bfloat16().float().mean(0)
         torch.testing.assert_close(new, mean.expand_as(new), rtol=1e-4, atol=1e-6)
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(saved):
+    rows = len(word_tokenizer()) - 3
+    with pytest.raises(
+        UsageError, match=f"has 3 words beyond the {rows} rows .* name the right one with model.tokenizer"
+    ):
+        compose(saved(tf.LlamaForCausalLM(tf.LlamaConfig(**{**TEXT, "vocab_size": rows}))))
