@@ -25,6 +25,7 @@ IMAGE_MARK = "<image>"
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "chatgpt", "model", "bing", "bard")
 ROLES = {**dict.fromkeys(HUMAN, "human"), **dict.fromkeys(MODEL, "gpt"), "system": "system"}
 FORM_KEYS = ("conversations", "messages", "texts", "instruction", "query", "prompt")
+QUESTIONS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"))
 IMAGE_KEYS = ("image", "images")
 OTHER_MEDIA = {"video": "video", "videos": "video", "audio": "sound", "audios": "sound"}
 NO_FORM = "neither conversations, messages, texts nor instruction and output"
@@ -169,6 +170,11 @@ def _unpacked(value: dict[str, Any]) -> dict[str, Any]:
 def has_turns(value: Any) -> bool:
     """Say whether a value is of a known form, to judge by its keys."""
     return isinstance(value, dict) and any(key in value for key in FORM_KEYS)
+
+
+def is_answered(value: Mapping[str, Any]) -> bool:
+    """Say whether a record holds a question beside its answer, in fields that `QUESTIONS` pairs."""
+    return any(value.get(asked) is not None and answer in value for asked, answer in QUESTIONS)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from pipelines.records import (
     Reading,
     Turns,
     as_list,
+    is_answered,
     read,
 )
 
@@ -42,21 +43,22 @@ def is_macos(name: str) -> bool:
 
 
 def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: str, prompt: str) -> Reading:
-    """Make a record of a tar's sample: of its JSON where that has turns, else of its caption.
+    """Make a record of a tar's sample: of its JSON's turns, else of its caption, else of a question with its answer.
 
     stored: the parsed JSON member, or None. caption: the text member, or None. names: of its pictures, in order.
     prompt: what to ask for a caption.
     """
     fields = stored if isinstance(stored, dict) else {}
-    if any(fields.get(name) is not None for name in FORM_KEYS[:3]):
+    spoken = any(fields.get(name) is not None for name in FORM_KEYS[:3])
+    try:
+        said = "" if spoken else caption_of(fields, caption)
+    except UnicodeDecodeError:
+        return Reading(None, fault=NOT_UTF8)
+    if spoken or (not said and is_answered(fields)):
         reading = read(fields, key, given=names)
         named = len(as_list(fields.get("image")) or as_list(fields.get("images")))
         missing = (reading.fault == NO_PICTURE and named > len(names)) or len(reading.pictures) > len(names)
         return Reading(None, fault=MISSING) if missing else reading
-    try:
-        said = caption_of(fields, caption)
-    except UnicodeDecodeError:
-        return Reading(None, fault=NOT_UTF8)
     if not said or not names:
         return Reading(None, fault=MISSING if said else "no conversation and no caption")
     if len(names) > MAX_IMAGES:

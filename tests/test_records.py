@@ -242,6 +242,16 @@ def test_a_sample_in_a_tar_needs_not_name_its_pictures():
         assert from_sample(None, nothing, ["k.jpg"], "k", "").fault == "no conversation and no caption"
 
 
+@pytest.mark.parametrize("asked, answer", [("instruction", "output"), ("query", "response"), ("prompt", "completion")])
+def test_a_question_beside_its_answer_is_what_a_sample_without_a_caption_says(asked, answer):
+    stored = {asked: "<image>\nWhat?", answer: "A cat."}
+    record = from_sample(stored, None, ["k.jpg"], "k", "").record
+    assert [turn["value"] for turn in record["conversations"]] == ["<image>\nWhat?", "A cat."]
+    assert record["image"] == "k.jpg"
+    assert from_sample(stored, b"a caption", ["k.jpg"], "k", "").record["conversations"][1]["value"] == "a caption"
+    assert from_sample({asked: "a word"}, None, ["k.jpg"], "k", "").fault == "no conversation and no caption"
+
+
 def test_numbered_parts_take_their_pictures_out_of_a_tar():
     parts = [{"type": "image", "index": 1}, {"type": "text", "text": "or"}, {"type": "image", "index": 0}]
     stored = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "this"}]}
