@@ -129,8 +129,9 @@ class RecordSource:
         if reading.record is None:
             named = records.as_list(fields.get("image"))
             if reading.fault in REASONS or reading.fault == records.NO_NAME:
-                for name in named:  # an image's fault is told before the conversation's
-                    self._locate(name)
+                for name in named:  # an image's fault is told before the conversation's; bytes lie nowhere
+                    if not (isinstance(name, bytes) or (isinstance(name, dict) and name.get("bytes"))):
+                        self._locate(name)
             raise rejection(fields, reading.fault, len(named))
         locations = tuple(self._locate(each.name)[0] if each.data is None else each.data for each in reading.pictures)
         key = text_of(reading.record.get("id", f"#{index}"))

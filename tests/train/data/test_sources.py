@@ -332,6 +332,9 @@ def test_a_table_is_read_as_the_json_of_its_records(tmp_path, encoder):
     assert decode_image(source.image_bytes(source.record(2).images[0])).size == (32, 32) and len(source) == 4
     with pytest.raises(Rejected):
         source.record(3)
+    pq.write_table(pa.table({"image": [{"bytes": picture("red", True, 0)}]}), tmp_path / "pictures.parquet")
+    with pytest.raises(Rejected, match="no_conversation"):  # it lies in the record, not outside a folder
+        open_source(str(tmp_path / "pictures.parquet")).record(0)
     assert losses(source, {1: "x", 3: "x"}) == ["2 × x (e.g. tables/#1)"]
     (tmp_path / "tables" / "2.parquet").write_bytes(b"PAR1")
     with pytest.raises(UsageError, match="2.parquet cannot be read"):
