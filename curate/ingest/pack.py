@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +40,14 @@ from curate.storage.tar import (
     UNSAFE,
     TarWriter,
     is_macos,
+    is_safe,
     suffix_of,
 )
 from pipelines.records import as_list
 from pipelines.terminal import first_line
 
 LAYOUTS = ("auto", "files", "parquet")
+PATHS = re.compile(r"[:\\]")  # by which names lead elsewhere: `C:x`, `\\x`
 PACKED = (*IMAGE_SUFFIXES, CAPTION_SUFFIX, JSON_SUFFIX)
 
 
@@ -164,6 +167,7 @@ def _samples(folder: str, names: Sequence[str], passed: dict[str, int], told: Fa
             faults.add(told, f"files passed over: {MACOS if is_macos(name) else f'.{suffix}'}", shown)
             continue
         plain = UNSAFE.sub("_", base.replace(".", "_"))
+        plain = plain if is_safe(plain) else PATHS.sub("_", plain)
         keys = (plain if number == 1 else f"{plain}__{number}" for number in itertools.count(1))
         key = next(
             each
@@ -174,6 +178,8 @@ def _samples(folder: str, names: Sequence[str], passed: dict[str, int], told: Fa
             faults.add(told, "names with dots: written with _, since a key ends at its first dot", shown)
         if UNSAFE.search(base):
             faults.add(told, "names with control characters, or that are no UTF-8: written with _ for them", shown)
+        if PATHS.search(base) and not PATHS.search(plain):
+            faults.add(told, "names that would lead out of their folder: written with _ for : and \\", shown)
         if key != plain:
             faults.add(told, "names that would be one key: the later ones have a number", shown)
         base_of[key] = base

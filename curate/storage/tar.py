@@ -48,6 +48,7 @@ MAX_MEMBER_BYTES = samples.MAX_MEMBER_BYTES
 MAX_TEXT_BYTES = 1 << 20
 TAR_SUFFIXES, OTHER_SUFFIXES = samples.TAR_SUFFIXES, samples.OTHER_ARCHIVES
 GZIP_MAGIC = b"\x1f\x8b"
+ELSEWHERE = re.compile("[A-Za-z]:|.*://")  # paths of Windows, URLs; another colon is a letter like any
 UNSAFE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # end lines of lists, command terminals, are no UTF-8
 MACOS = "macOS's own (._name, __MACOSX)"
 
@@ -271,7 +272,7 @@ def suffix_of(image: bytes, otherwise: str = "jpg") -> str:
 def is_safe(key: str) -> bool:
     """Say whether a key is UTF-8 in one line and stays inside the folder it is written to."""
     parts = key.replace("\\", "/").split("/")
-    stays = ".." not in parts and not key.startswith(("/", "\\")) and ":" not in parts[0]
+    stays = ".." not in parts and not key.startswith(("/", "\\")) and not ELSEWHERE.match(key)
     return bool(key) and stays and not UNSAFE.search(key)
 
 

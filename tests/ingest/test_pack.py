@@ -16,7 +16,7 @@ from curate.errors import UsageError
 from curate.ingest.beside import FOLDERS, Beside, File
 from curate.ingest.pack import PackOptions, pack
 from curate.storage import sidecar
-from curate.storage.tar import TarWriter, list_pool, read_index, suffix_of
+from curate.storage.tar import TarWriter, is_safe, list_pool, read_index, suffix_of
 from house import curate, fingerprint, manifest
 
 QUIET = Job(quiet=True, workers=1)
@@ -214,6 +214,19 @@ def test_folders_in_folders_without_end_and_names_with_control_characters(tmp_pa
     assert "control characters" in kind and fault["count"] == 3
     for depth in range(1_500, 0, -1):  # pytest would call itself as often
         os.rmdir(place / ("d/" * depth))
+
+
+def test_names_with_colons_and_backslashes_make_keys_that_are_usable(tmp_path):
+    names = ("2024-01-01 10:11:10", "C:x", "\\x", "a\\b")
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / f"{name}.jpg").write_bytes(b"x")
+    told = pack(str(tmp_path / "in"), str(tmp_path / "pool"), PackOptions(), QUIET)["faults"]
+    [shard] = list_pool(str(tmp_path / "pool"))
+    keys = [name.removesuffix(".jpg") for name, _ in members(shard.location)]
+    assert sorted(keys) == sorted(("2024-01-01 10:11:10", "C_x", "_x", "a\\b")) and all(map(is_safe, keys))
+    [(kind, fault)] = told.items()
+    assert "out of their folder" in kind and fault["count"] == 2
 
 
 def test_workers_interruptions_and_the_command_line_leave_the_same_bytes(tmp_path):
