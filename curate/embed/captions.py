@@ -75,14 +75,16 @@ def read_caption(file: IO[bytes], sample: tar.Sample, described: dict[str, Any],
     if caption.text or caption.status:
         return caption
     text = next(texts_in(described.get("caption")), None) or clean(records.spoken_text(described))
-    return Caption(text) if text else Caption(None, "no_caption", _elsewhere(sample, described))
+    return Caption(text) if text else Caption(None, "no_caption", _elsewhere(file, sample, described))
 
 
-def _elsewhere(sample: tar.Sample, described: dict[str, Any]) -> str:
+def _elsewhere(file: IO[bytes], sample: tar.Sample, described: dict[str, Any]) -> str:
     """Say where a sample without a caption has text: fields of its JSON, members of other suffixes; or nothing."""
     fields = [name for name, value in described.items() if name not in NO_CAPTIONS and any(texts_in(value))]
     known = (tar.CAPTION_SUFFIX, tar.JSON_SUFFIX, *tar.IMAGE_SUFFIXES)
-    members = [each.suffix for each in sample.members if each.suffix.rpartition(".")[2] not in known]
+    others = (each for each in sample.members if each.suffix not in known)
+    others = (each for each in others if each.suffix.rpartition(".")[2] not in (*tar.IMAGE_SUFFIXES, tar.JSON_SUFFIX))
+    members = [each.suffix for each in others if _text(file, each).text]  # not vectors, or what gzip packed
     seen = list(dict.fromkeys([*fields, *members]))[:MOST_NAMED]
     return f"but it has {', '.join(seen)}, which --caption FIELD would take" if seen else ""
 

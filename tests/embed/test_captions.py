@@ -132,6 +132,16 @@ TALK = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text":
 TALK += [{"role": "assistant", "content": "A dog."}]
 
 
+def test_only_members_with_text_are_offered_as_captions(tmp_path, model):
+    held = {"a": {"npy": b"\x93NUMPY\xff"}, "b": {"txt.gz": b"\x1f\x8b\x08\xff"}, "c": {"en.txt": b"words"}}
+    curate("embed", write(tmp_path / "pool", held | {"d": {"txt": b"words"}}), tmp_path / "emb", "--model", model)
+    told = {kind: fault["example"] for kind, fault in manifest(tmp_path / "emb")["faults"].items()}
+    assert told == {
+        "no_caption: no caption member, or an empty one": "00000: a",
+        "no_caption: but it has en.txt, which --caption FIELD would take": "00000: c",
+    }
+
+
 def test_rows_without_caption_and_pictures_beside_the_first_are_said_with_an_example(tmp_path, model):
     held = {
         "a": {"json": {"caption": "", "url": "http://a", "TEXT": "words"}, "cap": b"words"},
