@@ -30,6 +30,7 @@ from pipelines.records import MISSING, Reading, read
 from pipelines.samples import from_sample
 
 MAX_LISTED = 100
+MAX_NAME = 200  # letters
 ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")  # what Hugging Face writes beside tables
 KINDS = ((".json", "json"), (".jsonl", "json"), (".parquet", "parquet"))
 BROKEN = ("truncated", "unreadable from")  # how a shard's notes begin that tell of lost records
@@ -123,6 +124,7 @@ class Faults:
         """Count a fault. what: the record's number or id."""
         self.counts[why] = self.counts.get(why, 0) + number
         if self.counts[why] <= MAX_LISTED:
+            what = what[:MAX_NAME] if isinstance(what, str) else what  # a picture in base64 may stand for a name
             self.listed.append({"why": why, "what": what})
 
     def drop(self, fields: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from curate.engine import Job
 from curate.errors import ContractError, UsageError
 from curate.mix import reshape, sampling
 from curate.mix.mix import mix
+from curate.mix.sources import Faults
 from curate.storage import records
 from house import Command, curate, until
 from pipelines.records import read
@@ -208,6 +209,14 @@ def test_what_was_lost_is_said_at_the_end(tmp_path):
     table = {"total": 99, "sources": {"vqa": {"path": path, "images": images}, "t": {"path": write_text(tmp_path, 3)}}}
     with pytest.raises(UsageError, match="sources give 3.* 12 of 13 records lost: missing image"):
         mix(table, str(tmp_path / "short"), QUIET)
+
+
+def test_a_picture_in_the_place_of_a_name_does_not_fill_the_manifest():
+    faults = Faults()
+    faults.note("unsafe or foreign image name", "/9j/" * 100_000)
+    faults.note("unsafe or foreign image name", 7)
+    assert faults.counts == {"unsafe or foreign image name": 2}
+    assert [len(str(each["what"])) for each in faults.listed] == [200, 1]
 
 
 def test_llava_json_in_and_out_changes_nothing(tmp_path):
