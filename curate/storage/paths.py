@@ -25,7 +25,7 @@ from curate.storage.braces import braces as braces
 
 TRIES, FIRST_PAUSE_S = 5, 0.5  # 0.5 + 1 + 2 + 4 s
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3")
+CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "httpx2", "requests", "urllib3")
 MARKS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
 log = logging.getLogger("curate")
 Result = TypeVar("Result")
@@ -48,9 +48,7 @@ def _remote(location: str) -> tuple[Any, str]:
         # No cached listings: what another process has written since must be seen.
         fs, path = fsspec.core.url_to_fs(location, use_listings_cache=False)
     except ImportError as error:
-        raise UsageError(
-            f"cannot open {location}: {error}", "install the fsspec driver, e.g. `pip install s3fs`"
-        ) from None
+        raise UsageError(f"cannot open {location}: {error}", "install the fsspec driver that it names") from None
     except ValueError as error:
         raise UsageError(f"cannot open {location}: {error}") from None
     return fs, path
