@@ -4,11 +4,13 @@ tests/bench/kills.py does the same at length, on two engines.
 """
 
 import errno
+import gzip
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,3 +148,22 @@ def test_a_full_file_system_ends_the_run_and_room_lets_it_go_on(pool, small_disk
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
     curate(*words(pool, small_disk / "emb"))
     assert fingerprint(small_disk / "emb") == fingerprint(pool / "whole" / "emb")
+
+
+UNPACKS = """
+import os, signal, sys
+from curate.storage.tar import local_tar
+with local_tar(sys.argv[1]) as path:
+    print(open(path, "rb").read() == b"as it was" * 999, *os.listdir(os.environ["TMPDIR"]), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_of_what_a_killed_process_has_unpacked_nothing_stays(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"as it was" * 999))
+    (tmp_path / "here").mkdir()
+    words = [sys.executable, "-c", UNPACKS, tmp_path / "a.tar.gz"]
+    here = {**os.environ, "TMPDIR": str(tmp_path / "here")}
+    told = subprocess.run(words, cwd=ROOT, env=here, capture_output=True, text=True)
+    assert (told.returncode, told.stdout.split()[0]) == (-signal.SIGKILL, "True"), told.stderr
+    assert not list((tmp_path / "here").iterdir())

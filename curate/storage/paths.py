@@ -10,7 +10,6 @@ import errno
 import glob
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -226,14 +225,14 @@ def read_text(location: str) -> str:
 
 
 @contextmanager
-def local_copy(location: str, suffix: str = "") -> Iterator[str]:
-    """Have a file as a local one: itself, or for a remote one a copy, deleted afterwards."""
+def local_copy(location: str) -> Iterator[str]:
+    """Have a file as a local one: itself, or for a remote one a copy, of which nothing stays."""
     if not is_remote(location):
         yield local(location)
         return
-    with tempfile.NamedTemporaryFile(suffix=suffix) as copy:
-        with_retries(location, lambda fs, path: fs.get_file(path, copy.name))
-        yield copy.name
+    with whole_files.passing() as (_, copy):
+        with_retries(location, lambda fs, path: fs.get_file(path, copy))
+        yield copy
 
 
 @contextmanager
@@ -243,10 +242,10 @@ def atomic_write(location: str) -> Iterator[IO[bytes]]:
     On an error nothing appears, and what was there before stays.
     """
     if is_remote(location):
-        with tempfile.NamedTemporaryFile() as copy:
-            yield cast(IO[bytes], copy)
-            copy.flush()
-            with_retries(location, lambda fs, path: fs.put_file(copy.name, path))
+        with whole_files.passing() as (file, copy):
+            yield file
+            file.flush()
+            with_retries(location, lambda fs, path: fs.put_file(copy, path))
         return
     with whole_files.write(local(location)) as file:
         yield file

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from curate.storage import faults, paths
 from curate.storage.faults import Faults
 from curate.storage.json_files import file_digest
 from curate.storage.renewal import Parts, settle_listed
+from curate.storage.whole_files import passing
 from pipelines import gzipped, samples
 from pipelines.tar_headers import BLOCK, Headers
 
@@ -225,7 +225,7 @@ def without_suffix(location: str) -> str:
 
 @contextmanager
 def local_tar(location: str) -> Iterator[str]:
-    """Have a shard as a plain tar on this machine: itself, or a copy (fetched, unpacked) that is deleted afterwards.
+    """Have a shard as a plain tar on this machine: itself, or a copy (fetched, unpacked) of which nothing stays.
 
     Where gzip's file breaks off, the tar in it is truncated, which its reader notes. Raises: ShardError for one that
     unpacks to far more than its size.
@@ -236,14 +236,14 @@ def local_tar(location: str) -> Iterator[str]:
         if not packed:
             yield path
             return
-        with tempfile.NamedTemporaryFile(suffix=".tar") as plain:
+        with passing() as (plain, place):
             with open(path, "rb") as file:
                 try:
                     gzipped.unpack(file, plain, location)
                 except gzipped.Oversized as error:
                     raise ShardError(str(error)) from None
             plain.flush()
-            yield plain.name
+            yield place
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Local files that appear under their names whole and on disk, one at a time or many together, and go."""
+"""Local files that appear under their names whole and on disk, one at a time or many together, and go; or have none."""
 
 import errno
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from curate.errors import UsageError
 
@@ -48,6 +49,21 @@ def write(path: str) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and error.filename == temporary:
             error.filename = path  # the name that somebody gave
         raise
+
+
+@contextmanager
+def passing() -> Iterator[tuple[IO[bytes], str]]:
+    """Have a temporary file (TMPDIR), and a path by which this process and those that it starts may open it.
+
+    It has no name, so that nothing stays of it however this process ends: workers are killed, by us, too.
+    """
+    with tempfile.TemporaryFile() as file:
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        if os.path.exists(path):
+            yield file, path
+            return
+    with tempfile.NamedTemporaryFile() as named:  # no /proc, as on macOS
+        yield cast(IO[bytes], named), named.name
 
 
 def _begun(temporary: str) -> IO[bytes]:
