@@ -57,8 +57,9 @@ def main() -> None:
     memory.one_arena()
     terminal.open_closed()
     try:
-        log_to(verbose=False)
-        app()
+        with terminal.stoppable():
+            log_to(verbose=False)
+            app()
     except CurateError as error:
         log.debug("", exc_info=True)
         sys.stderr.write(f"error: {printable(str(error))}\n")
@@ -69,9 +70,9 @@ def main() -> None:
         lasting = isinstance(error, paths.FINAL)
         sys.stderr.write(f"{told}\n" if lasting else f"{told}; run again to resume\n")
         sys.exit(UsageError.exit_code if lasting else 1)
-    except (KeyboardInterrupt, terminal.Stopped):
+    except (KeyboardInterrupt, terminal.Stopped) as stop:
         sys.stderr.write("stopped; run the same command again to resume\n")
-        sys.exit(130)
+        sys.exit(getattr(stop, "exit_code", terminal.Stopped.exit_code))
 
 
 @verb(app, but=("seed",))

@@ -8,6 +8,7 @@ and where nobody reads any more (`| head`) the command is done.
 import io
 import os
 import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,33 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """Ctrl-C, where typer does not take it for its own."""
+    """Ctrl-C, where typer does not take it for its own; or SIGTERM, where `stop_on_term` was asked for."""
+
+    exit_code = 130
+
+
+class Terminated(Stopped):
+    """SIGTERM: a scheduler's, or `kill`."""
+
+    exit_code = 143
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM end the body as Ctrl-C does: what it has started ends, and what it has laid aside is deleted.
+
+    After the body either of them ends the process without a word: in what Python does at its end they are tracebacks.
+    """
+
+    def stop(_number: int, _frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
 
 class Commands:

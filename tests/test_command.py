@@ -113,6 +113,31 @@ def test_ctrl_c_is_answered_in_one_line(program, module, place, function, argv):
     assert told.returncode == 130 and told.stderr.startswith("stopped") and told.stderr.count("\n") == 1, told.stderr
 
 
+SIGNALLED = """
+import os, signal, sys
+from curate.cli import main
+from curate.report import show_steps
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError
+if "term" in sys.argv:
+    show_steps.step_lines = stop
+else:
+    import atexit
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv = ["curate", "steps"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "when, code, said", [("term", 143, "stopped; run the same command again to resume\n"), ("last", -2, "")]
+)
+def test_sigterm_is_answered_as_ctrl_c_is_and_neither_is_a_traceback_at_the_end(when, code, said):
+    told = subprocess.run([sys.executable, "-c", SIGNALLED, when], cwd=ROOT, capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (code, said)
+
+
 def test_a_reader_that_has_gone_is_no_failure():
     reader, writer = os.pipe()
     os.close(reader)
