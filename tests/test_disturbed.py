@@ -7,6 +7,7 @@ import errno
 import gzip
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from curate.engine import Job, run_stage
 from curate.errors import RunError
-from house import CLIP, ROOT, Command, curate, fingerprint, tree, until
+from house import CLIP, PATIENCE_S, ROOT, Command, curate, fingerprint, tree, until
 
 
 @dataclass
@@ -167,3 +168,32 @@ def test_of_what_a_killed_process_has_unpacked_nothing_stays(tmp_path):
     told = subprocess.run(words, cwd=ROOT, env=here, capture_output=True, text=True)
     assert (told.returncode, told.stdout.split()[0]) == (-signal.SIGKILL, "True"), told.stderr
     assert not list((tmp_path / "here").iterdir())
+
+
+CARRIES_OUT = """
+import sys
+from curate.run import stages
+from pipelines.terminal import stoppable
+TRAINER = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(time.sleep(1) or print('saved')))"
+with stoppable():
+    stages._carry_out([sys.executable, "-c", TRAINER + "; print('begun', flush=True); time.sleep(600)"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_pipeline_that_is_stopped_lets_its_trainer_save(number):
+    with subprocess.Popen([sys.executable, "-c", CARRIES_OUT], cwd=ROOT, stdout=-1, stderr=-1, text=True) as running:
+        assert running.stdout.readline() == "begun\n"
+        running.send_signal(number)
+        assert running.communicate()[0] == "saved\n"
+
+
+def test_a_trainer_ends_with_the_pipeline_that_is_killed():
+    code = "import sys; from curate.run.stages import _carry_out; _carry_out([sys.executable, '-m', 'train', 'work'])"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1) as running:
+        running.stdin.write(b'["no-such-verb"]\n')
+        running.stdin.flush()
+        assert running.stdout.readline()  # it is up, and waits for more
+        running.kill()
+        ready, _, _ = select.select([running.stdout], [], [], PATIENCE_S)
+        assert ready and running.stdout.read() == b"", "the trainer goes on"

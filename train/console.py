@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from pipelines import memory, terminal
 from train import config as configuration
 from train.errors import TrainError, UsageError
+from train.work import end_with
 
 log = logging.getLogger("train")
 
@@ -56,6 +57,7 @@ def quiet() -> None:
     """Keep stderr for our own lines, of the first rank; transformers prints whole configurations otherwise."""
     memory.one_arena()  # before the first thread
     terminal.open_closed()
+    end_with(int(os.environ.pop("TRAIN_PARENT", "0")))  # a pipeline's, which would train on unseen when that is killed
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of every fork
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

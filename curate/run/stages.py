@@ -7,10 +7,11 @@ A stage that stands finished for the same request is not run again; one that a k
 The trainer's stages are carried out by `python -m train`, in a process of its own.
 """
 
+import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -78,12 +79,26 @@ def _hinting(stage: str, steps: Iterator[Result]) -> Iterator[Result]:
 def _train(pipeline: Pipeline, stage: str, job: Job) -> None:
     """Carry out a trainer stage in a process of its own; with --overwrite, anew where its request has changed."""
     words = trainer_command(pipeline, stage)
-    ended = subprocess.run(words, check=False).returncode
+    ended = _carry_out(words)
     if ended == UsageError.exit_code and job.overwrite:
-        ended = subprocess.run([*words, "--overwrite"], check=False).returncode
+        ended = _carry_out([*words, "--overwrite"])
     if ended:
         hint = "mend what it says above and run again; it resumes (with --overwrite, what other data made is made anew)"
         raise CurateError(f"{stage} {how_it_ended(ended)}", hint)
+
+
+def _carry_out(words: Sequence[str]) -> int:
+    """Run a command of the trainer and return its exit code; where this process is stopped, let it save and end first.
+
+    By `TRAIN_PARENT` the trainer sees that this process was killed, and ends, too.
+    """
+    with subprocess.Popen(words, env={**os.environ, "TRAIN_PARENT": str(os.getpid())}) as trainer:
+        try:
+            return trainer.wait()
+        except BaseException:  # a terminal's Ctrl-C has reached it, too, a SIGTERM for this process alone has not
+            trainer.terminate()
+            trainer.wait()
+            raise
 
 
 def how_it_ended(code: int) -> str:
