@@ -18,7 +18,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -39,6 +39,8 @@ STATES = {  # by what the content of an input is known
     "inputs.val_digest": "its validation data",
     "inputs.align_digest": "the align run that it starts from",
 }
+ANSWERED = {"weights": "of another model", "data": "to other data", "images": "to other pictures"}
+LATER = frozenset({"align_digest", "batch_size"})  # not recorded before 2026-11-27, of an evaluation before 2026-11-29
 Status = Literal["new", "unfinished", "finished"]
 
 
@@ -79,30 +81,45 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
+def alone(lock: Path, out: Path) -> Iterator[None]:
+    """Hold a lock file for this process; the lock ends with its process, however that ends.
+
+    Raises: UsageError naming who has it.
+    """
+    try:
+        taken = FileLock(lock, timeout=0).acquire()
+    except Timeout:
+        holder = lock.read_text(encoding="utf-8")
+        raise UsageError(f"--out {out} is being written by {holder}; let it end, or give another") from None
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+    with taken:
+        lock.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
 def held(out: Path) -> Iterator[None]:
     """Make a directory and lock it for this process; it is removed again if it stays empty.
 
-    The lock ends with its process, however that ends.  Raises: UsageError naming who has it.
+    Raises: UsageError naming who has it.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; give a directory")
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        taken = FileLock(out / LOCK, timeout=0).acquire()
-    except Timeout:
-        holder = (out / LOCK).read_text(encoding="utf-8")
-        raise UsageError(f"--out {out} is being written by {holder}; let it end, or give another") from None
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
-    with taken:
-        (out / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        try:
+    try:
+        with alone(out / LOCK, out):
             yield
-        finally:
-            (out / LOCK).unlink(missing_ok=True)
-            if made and not any(out.iterdir()):
-                out.rmdir()
+    finally:
+        if made and not any(out.iterdir()):
+            out.rmdir()
 
 
 def open_run(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> Status:
@@ -127,19 +144,31 @@ def open_run(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> 
         write_json(out / PLAN, {"request": request})
         return "new"
     there_request = read_json(found).get("request", {})
-    difference = _difference(there_request, request)
+    if not same_request(there_request, request):
+        refuse_other(there_request, request, out)
+    return "finished" if found.name == MANIFEST else "unfinished"
+
+
+def same_request(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Say whether two requests ask for the same result, the earlier one perhaps in the words of an earlier version."""
+    return not _difference(there, here)
+
+
+def refuse_other(there: dict[str, Any], here: dict[str, Any], out: Path) -> NoReturn:
+    """Refuse a request where another one's result stands.  Raises: UsageError naming the first option that differs."""
+    difference = _difference(there, here)
     if changed := STATES.get(difference.partition(" ")[0]):
         told = f"{out} was made from another state of {changed}"
         raise UsageError(f"{told}; type --overwrite to train anew, or choose another --out")
+    if others := ANSWERED.get(difference.partition(" ")[0]):
+        raise UsageError(f"{out} holds answers {others}; choose another --out, or type --overwrite to answer anew")
     if difference.startswith("model.template = "):
-        name = there_request["model"]["template"] or "vicuna"  # the default before a model's own template was
+        name = there["model"]["template"] or "vicuna"  # the default before a model's own template was
         raise UsageError(
             f"{out} was made with {difference}; without model.template it is now the language model's own template "
             f'("chat"). To go on as it was, type --set model.template={name}; else choose another --out, or --overwrite'
         )
-    if difference:
-        raise UsageError(f"{out} was made with {difference}; repeat that, choose another --out, or type --overwrite")
-    return "finished" if found.name == MANIFEST else "unfinished"
+    raise UsageError(f"{out} was made with {difference}; repeat that, choose another --out, or type --overwrite")
 
 
 def finish(out: Path, request: dict[str, Any], result: dict[str, Any]) -> None:
@@ -156,7 +185,7 @@ def finish(out: Path, request: dict[str, Any], result: dict[str, Any]) -> None:
 def _difference(there: Any, here: Any, name: str = "") -> str:
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(there.keys() | here.keys()):
-            if key in EXECUTION or (key == "align_digest" and key not in there):  # not recorded before 2026-11-27
+            if key in EXECUTION or (key in LATER and key not in there):
                 continue
             inner = _difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)
             if inner:

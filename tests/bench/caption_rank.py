@@ -39,7 +39,7 @@ def main():
         made = speaker.model.generate(**asked, max_new_tokens=24, do_sample=False)
         text = speaker.processor.tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
         print(f"{questions[place].key}\tsaid: {text.strip()}\tcaption: {caption}", flush=True)
-    ranks = rank(speaker, [(image, caption) for _, image, caption in found], given.candidates)
+    ranks = rank(lambda: speaker, [(image, caption) for _, image, caption in found], given.candidates)
     print(json.dumps({"candidates": given.candidates, **summary(ranks)}))
 
 

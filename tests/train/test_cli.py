@@ -45,7 +45,9 @@ def test_the_road_from_shards_to_an_answer(world, tmp_path, capfd):
     stamp = (tmp_path / "a.jsonl").stat().st_mtime_ns
     assert call(capfd, *words, "--limit", 5)[:2] == (0, out), "what stands already is shown again"
     assert (tmp_path / "a.jsonl").stat().st_mtime_ns == stamp
-    assert call(capfd, *words, "--limit", 4)[0] == 0 and len((tmp_path / "a.jsonl").read_text().splitlines()) == 4
+    assert call(capfd, *words, "--limit", 6)[0] == 0 and len((tmp_path / "a.jsonl").read_text().splitlines()) == 6
+    code, _, err = call(capfd, *words, "--limit", 4)
+    assert code == 2 and "a.jsonl was made with limit = 6, not 4" in err and "--overwrite" in err
     (tmp_path / "x.jpg").write_bytes(picture("red", True, 0))
     words = ("generate", model, "--image", tmp_path / "x.jpg", "--prompt", "what colour is it ?", "--json")
     assert "answer" in json.loads(call(capfd, *words)[1])

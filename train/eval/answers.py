@@ -14,10 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
-import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +27,7 @@ from train.data.sources import decode_image
 from train.dist import Runtime
 from train.errors import DataError, UsageError
 from train.eval.layout import Layout
+from train.eval.progress import Pace, append_lines, read_lines
 from train.eval.scoring import Item
 from train.eval.tasks import TASKS, get_task, image_bytes, load
 from train.folder import digest_weights, finish, held, open_run, relative
@@ -65,6 +63,7 @@ def run_tasks(
         tokens = options.max_new_tokens or get_task(name).max_new_tokens
         model = relative(str(folder), place)
         request = {"command": "eval", "task": name, "model": model, "weights": weights, "max_new_tokens": tokens}
+        request["batch_size"] = options.batch_size  # in bf16 what is answered beside a question changes the rounding
         with held(place) if runtime.rank == 0 else contextlib.nullcontext():
             rows = []
             if runtime.rank == 0:
@@ -74,7 +73,7 @@ def run_tasks(
             for batch in _ask(runtime, speak, items, missing, options.batch_size, tokens, name):
                 if runtime.rank > 0:
                     continue
-                append_answers(place / ANSWERS, [{**row, "model_id": folder.resolve().name} for row in batch])
+                append_lines(place / ANSWERS, [{**row, "model_id": folder.resolve().name} for row in batch])
                 rows += batch
             if runtime.rank > 0:
                 continue
@@ -140,41 +139,12 @@ def _bare(prompt: str) -> str:
 
 def read_answers(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     """Read an answers file; `mend` cuts it off at the first line that is not whole.  Raises: DataError."""
-    if mend and not path.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    whole = 0
-    with path.open("r+b" if mend else "rb") as file:
-        for number, line in enumerate(file, 1):
-            row = _answer(line) if line.strip() else {}
-            if row is None or (mend and not line.endswith(b"\n")):
-                if mend:
-                    log.warning("%s: cut off after %d whole answers", path, len(rows))
-                    file.truncate(whole)
-                    break
-                raise DataError(f"{path}, line {number}: expected a JSON object with question_id, prompt and text")
-            whole += len(line)
-            rows += [row] if row else []
-    return rows
+    expected = "a JSON object with question_id, prompt and text"
+    return read_lines(path, _is_answer, expected, mend=mend)
 
 
-def _answer(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(row, dict) and "question_id" in row
-    return row if whole and isinstance(row.get("text"), str) and isinstance(row.get("prompt"), str) else None
-
-
-def append_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Append answers as whole lines in one synced write."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    data = text.encode("utf-8", "backslashreplace")  # of halves of characters, which JSON may have, an escape
-    with path.open("ab", buffering=0) as file:
-        while data:
-            data = data[file.write(data) :]
-        os.fsync(file.fileno())
+def _is_answer(row: dict[str, Any]) -> bool:
+    return "question_id" in row and isinstance(row.get("text"), str) and isinstance(row.get("prompt"), str)
 
 
 def _ask(
@@ -190,7 +160,6 @@ def _ask(
 
     Of as many batches as there are ranks each answers one, and all get the answers.
     """
-    started, said, done, total = time.monotonic(), 0.0, 0, sum(missing)
 
     def answer(start: int) -> list[dict[str, Any]]:
         batch, wanted = items[start : start + size], missing[start : start + size]
@@ -200,14 +169,12 @@ def _ask(
         return [_row(item, text) for item, text, want in zip(batch, texts, wanted, strict=True) if want]
 
     starts = [start for start in range(0, len(items), size) if any(missing[start : start + size])]
+    pace = Pace(name, sum(missing))
     for at in range(0, len(starts), runtime.world):
         own = starts[at : at + runtime.world][runtime.rank : runtime.rank + 1]
         rows = [row for part in runtime.gather([row for start in own for row in answer(start)]) for row in part]
         yield rows
-        done, spent = done + len(rows), time.monotonic() - started
-        if spent - said > 5 or done == total:
-            said, rate = spent, done / spent
-            log.info("%s: %s of %s, %.1f/s, %.0f s left", name, f"{done:,}", f"{total:,}", rate, (total - done) / rate)
+        pace.add(len(rows))
 
 
 def _row(item: Item, text: str) -> dict[str, Any]:

@@ -9,12 +9,16 @@ and, where it is wanted, the rank of a picture's own text among several (ranking
 
     OUT.jsonl           the answers            OUT.manifest.json   the request and the result, written last
 
+Answers of a killed process are kept, a batch a line, in `.OUT.jsonl.unfinished` (progress.py), and not given again.
+
 A line says by `pictures`, digests of their bytes, which questions are about one photograph: these are no independent
 observations.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -22,7 +26,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +38,18 @@ from train.data.sources import Source, decode_image, losses, open_source
 from train.dist import Runtime
 from train.errors import UsageError
 from train.eval.generate import Speaker, load_speaker
+from train.eval.progress import Kept, Pace, keeping
 from train.eval.ranking import check_candidates, pairs_of, rank, summary
-from train.folder import FORMAT, digest_data, digest_weights, read_json, whole_file, write_json
+from train.folder import (
+    FORMAT,
+    digest_data,
+    digest_weights,
+    read_json,
+    refuse_other,
+    same_request,
+    whole_file,
+    write_json,
+)
 
 DEFAULTS = Eval()
 log = logging.getLogger("train")
@@ -76,24 +90,22 @@ def evaluate(
 ) -> dict[str, Any]:
     """Write an answer a line to `out`; return accuracies, overall and by task, and what was skipped.
 
-    Answers that stand there already for the same model, data and options are not given again.
+    Answers that stand there already for the same model, data and options are not given again, nor those that a killed
+    process has given.  Raises: UsageError where other answers stand there.
     """
     limit, max_new_tokens = options.limit, options.max_new_tokens or 64
     source = open_source(data, images, digest=True)
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": digest_data(data)}
     request |= {"images": source.images_digest, "max_new_tokens": max_new_tokens, "limit": limit}
+    request["batch_size"] = options.batch_size  # in bf16 what is answered beside a question changes the rounding
     request |= {"perplexity": "to the end token" if options.perplexity else False}
     request |= {"candidates": options.candidates, "ranked": "in groups, each"} if options.candidates else {}
     record = out.with_name(f"{out.stem}.manifest.json")
-    if record.is_file() and out.is_file() and not overwrite:
-        found = read_json(record)
-        if found.get("request") == request:
-            log.info("%s stands already; nothing to do (--overwrite answers again)", out)
-            return {**found["result"], "answers": str(out)}
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; give a file for the answers, such as {out / 'answers.jsonl'}")
-    if out.exists() and not record.is_file() and not overwrite:
-        raise UsageError(f"--out {out} is there already, and no answers of eval's; give another, or --overwrite")
+    if out.exists() and not overwrite and (found := _standing(out, record, request)) is not None:
+        log.info("%s stands already; nothing to do (--overwrite answers again)", out)
+        return {**found, "answers": str(out)}
     questions, skipped = collect(source, limit)
     left_out = losses(source, skipped)
     if not questions:
@@ -103,38 +115,85 @@ def evaluate(
         check_candidates(options.candidates, len({q.pictures[0] for q in questions if len(q.images) == 1}))
     runtime = Runtime.for_inference()  # under torchrun each rank answers its share of the batches
     out.parent.mkdir(parents=True, exist_ok=True)
-    speaker = load_speaker(folder, runtime.device)
-    concepts = {q.concept for q in questions if q.concept}
-    parts = list(batches(questions, options.batch_size))
-    own = [
-        _answer(speaker, source, [questions[place] for place in batch], concepts, max_new_tokens, options.perplexity)
-        for batch in parts[runtime.rank :: runtime.world]
-    ]
-    everyone = runtime.gather(own)
-    answered = (row for n in range(len(parts)) for row in everyone[n % runtime.world][n // runtime.world])
-    rows = [row for _, row in sorted(zip(itertools.chain(*parts), answered, strict=True), key=lambda pair: pair[0])]
-    result = {**summarise(rows), "skipped": len(skipped), "left_out": left_out}
-    if runtime.rank > 0:
-        return {**result, "answers": str(out)}
-    if options.candidates:
-        pairs = pairs_of(source, questions)
-        ranks = rank(speaker, [(image, text) for _, image, text in pairs], options.candidates)
-        for (place, _, _), found in zip(pairs, ranks, strict=True):
-            rows[place] |= found
-        result |= summary(ranks)
-    record.unlink(missing_ok=True)
-    with whole_file(out) as file:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.writelines(line.encode("utf-8", "backslashreplace") for line in lines)
-    write_json(record, {"format": FORMAT, "request": request, "result": result})
+    speak = functools.cache(lambda: load_speaker(folder, runtime.device))
+    alone = runtime.rank == 0
+    with keeping(out, request, overwrite=overwrite) if alone else contextlib.nullcontext(Kept()) as kept:
+        rows = _answer_all(runtime, speak, source, questions, kept, options)
+        result = {**summarise(rows), "skipped": len(skipped), "left_out": left_out}
+        if not alone:
+            return {**result, "answers": str(out)}
+        if options.candidates:
+            pairs = pairs_of(source, questions)
+            ranks = rank(speak, [(image, text) for _, image, text in pairs], options.candidates, kept)
+            for (place, _, _), found in zip(pairs, ranks, strict=True):
+                rows[place] |= found
+            result |= summary(ranks)
+        record.unlink(missing_ok=True)
+        with whole_file(out) as file:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(line.encode("utf-8", "backslashreplace") for line in lines)
+        write_json(record, {"format": FORMAT, "request": request, "result": result})
     return {**result, "answers": str(out)}
+
+
+def _standing(out: Path, record: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the result that stands beside the answers of this request, or None where these give way.
+
+    Answers to fewer of the same questions do.  Raises: UsageError for any others.
+    """
+    if not record.is_file():
+        raise UsageError(f"--out {out} is there already, and no answers of eval's; give another, or --overwrite")
+    manifest = read_json(record)
+    there = manifest.get("request", {})
+    if same_request(there, request):
+        return dict(manifest["result"])
+    fewer = 0 < (there.get("limit") or 0) < (request["limit"] or math.inf)
+    if not (fewer and same_request({**there, "limit": request["limit"]}, request)):
+        refuse_other(there, request, out)
+    return None
+
+
+def _answer_all(
+    runtime: Runtime,
+    speak: Callable[[], Speaker],
+    source: Source,
+    questions: Sequence[Question],
+    kept: Kept,
+    options: Eval,
+) -> list[dict[str, Any]]:
+    """Answer all questions, batch by batch; what was kept is not asked again.  Returns a row each, in every rank.
+
+    Of as many batches as there are ranks each answers one, and all get the answers.
+    """
+    concepts = {q.concept for q in questions if q.concept}
+    parts = {f"answers {n}": batch for n, batch in enumerate(batches(questions, options.batch_size))}
+    kept.parts |= runtime.broadcast(kept.parts)
+    missing = [name for name in parts if name not in kept.parts]
+    pace = Pace("answers", len(questions))
+    if known := len(questions) - sum(len(parts[name]) for name in missing):
+        log.info("goes on after %s of %s answers", f"{known:,}", f"{len(questions):,}")
+        pace.total -= known
+
+    def answer(name: str) -> tuple[str, list[dict[str, Any]]]:
+        asked = [questions[place] for place in parts[name]]
+        return name, _answer(speak(), source, asked, concepts, options.max_new_tokens or 64, options.perplexity)
+
+    for at in range(0, len(missing), runtime.world):
+        own = missing[at : at + runtime.world][runtime.rank : runtime.rank + 1]
+        for name, found in (each for part in runtime.gather([answer(name) for name in own]) for each in part):
+            kept.add(name, found)
+            pace.add(len(found))
+    rows = {place: row for name, batch in parts.items() for place, row in zip(batch, kept.parts[name], strict=True)}
+    return [rows[place] for place in range(len(questions))]
 
 
 def collect(source: Source, limit: int = 0) -> tuple[list[Question], dict[int, str]]:
     """Gather the questions of a source in order, and say of each sample that cannot be used why."""
     questions: list[Question] = []
     skipped: dict[int, str] = {}
+    pace = Pace("looks through the samples", len(source), at_end=False)
     for index in range(len(source)):
+        pace.add(1)
         if limit and len(questions) >= limit:
             break
         try:

@@ -24,7 +24,7 @@ Cost: each image once, and each text of a group once behind each picture of it; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,28 +34,43 @@ from numpy.typing import NDArray
 from train.data.sources import Source, decode_image
 from train.errors import UsageError
 from train.eval.generate import Speaker
+from train.eval.progress import Kept, Pace
 
 SEED = 0
 RANKS = ("rank", "gain_rank", "picture_rank")
 TOGETHER = 10  # pictures that a text is read behind at a time; their keys and values are held twice
 
 
-def rank(speaker: Speaker, pairs: Sequence[tuple[Any, str]], candidates: int) -> list[dict[str, float]]:
-    """Rank texts behind pictures.  pairs: PIL image, text; candidates: texts a picture, the right one among them.
+def rank(
+    speak: Callable[[], Speaker], pairs: Sequence[tuple[Any, str]], candidates: int, kept: Kept | None = None
+) -> list[dict[str, float]]:
+    """Rank texts behind pictures.  speak: loads the model.  pairs: PIL image, text; candidates: texts a picture, the
+    right one among them.  kept: groups that are known, and where to keep the others.
 
     Returns for each pair its `rank` by likelihood, 1 being best, its `gain_rank` by what the image adds, the
     `picture_rank` of its image among its text's, and its `information` in nats.  Raises: UsageError.
     """
     check_candidates(candidates, len(pairs))
+    kept = kept or Kept()
     found: list[dict[str, float]] = [{} for _ in pairs]
-    for group, counted in deal(len(pairs), candidates):
-        texts = [pairs[i][1] for i in group]
-        lengths = np.array([len(ids) for ids in _tokens(speaker, texts)])
-        means = likelihoods(speaker, [pairs[i][0] for i in group], texts)
-        nats = information(means * lengths).round(4)
-        for i, ranks, own in zip(group[:counted], places(means, lengths).tolist(), nats.tolist(), strict=False):
-            found[i] = {**dict(zip(RANKS, ranks, strict=True)), "information": own}
+    pace = Pace("ranks", len(pairs))
+    for number, (group, counted) in enumerate(deal(len(pairs), candidates)):
+        name = f"ranks {number}"
+        if name not in kept.parts:
+            kept.add(name, _of_group(speak(), [pairs[i] for i in group], counted))
+        for i, own in zip(group[:counted], kept.parts[name], strict=True):
+            found[i] = own
+        pace.add(counted)
     return found
+
+
+def _of_group(speaker: Speaker, pairs: Sequence[tuple[Any, str]], counted: int) -> list[dict[str, float]]:
+    texts = [text for _, text in pairs]
+    lengths = np.array([len(ids) for ids in _tokens(speaker, texts)])
+    means = likelihoods(speaker, [image for image, _ in pairs], texts)
+    nats = information(means * lengths).round(4)[:counted].tolist()
+    own = zip(places(means, lengths)[:counted].tolist(), nats, strict=True)
+    return [{**dict(zip(RANKS, ranks, strict=True)), "information": value} for ranks, value in own]
 
 
 def check_candidates(candidates: int, pictures: int) -> None:

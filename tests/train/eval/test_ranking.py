@@ -99,13 +99,13 @@ def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, alig
     slow = [[slow_likelihood(speaker, image, text) for text in texts] for image in images]
     np.testing.assert_allclose(found, slow, atol=1e-5)
     assert (found[:, 0] == found[:, texts.index("red", 1)]).all()
-    ranked, slowly = summary(rank(speaker, pairs, 4)), slow_ranks(speaker, pairs, 4)
+    ranked, slowly = summary(rank(lambda: speaker, pairs, 4)), slow_ranks(speaker, pairs, 4)
     assert ranked.pop("information") == pytest.approx(slowly.pop("information"), abs=1e-4)  # rounded to four places
     assert ranked == slowly
     alike = [(image, "one text") for image, _ in pairs[:5]]
-    assert [found["rank"] for found in rank(speaker, alike, 5)] == [5] * 5  # ties lose
+    assert [found["rank"] for found in rank(lambda: speaker, alike, 5)] == [5] * 5  # ties lose
     with pytest.raises(UsageError, match="eval.candidates = 6: expected 2 to 5"):
-        rank(speaker, alike, 6)
+        rank(lambda: speaker, alike, 6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies in the export's own precision")

@@ -3,7 +3,10 @@
 import base64
 import csv
 import json
+import re
+import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +16,9 @@ from toys import picture
 
 from train.config import Eval, load
 from train.errors import DataError, UsageError
-from train.eval import answers, scoring, tasks
+from train.eval import answers, progress, scoring, tasks
+from train.eval.evaluate import evaluate
+from train.eval.generate import Speaker
 from train.eval.layout import Layout
 from train.eval.scoring import Item
 from train.eval.tasks import LETTER, SHORT
@@ -262,13 +267,13 @@ def test_what_no_scorer_could_judge_is_refused_before_it_is_asked(root, task, sp
 def test_a_torn_tail_is_cut_off_and_asked_again(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [{"question_id": n, "prompt": "é", "text": str(n)} for n in range(3)]
-    answers.append_answers(path, rows)
+    progress.append_lines(path, rows)
     whole = path.read_bytes()
     last = whole[: whole.index(b"\n", whole.index(b"\n") + 1) + 1]
     for cut in range(len(last), len(whole)):
         path.write_bytes(whole[:cut])
         assert answers.read_answers(path, mend=True) == rows[:2] and path.read_bytes() == last
-    answers.append_answers(path, rows[2:])
+    progress.append_lines(path, rows[2:])
     assert path.read_bytes() == whole
     path.write_bytes(whole[:-5])
     with pytest.raises(DataError, match="line 3"):
@@ -277,7 +282,7 @@ def test_a_torn_tail_is_cut_off_and_asked_again(tmp_path):
 
 def test_answers_hold_any_text_that_json_may_have(tmp_path):
     row = {"question_id": "\ud800", "prompt": "half a letter \udfff", "text": "\u2028 ok"}
-    answers.append_answers(tmp_path / "a.jsonl", [row, row])
+    progress.append_lines(tmp_path / "a.jsonl", [row, row])
     assert answers.read_answers(tmp_path / "a.jsonl") == [row, row]
 
 
@@ -286,7 +291,7 @@ def test_answers_of_a_killed_evaluation_give_way_to_no_other_request(tmp_path):
     with held(out):
         assert open_run(out, {"max_new_tokens": 128}) == "new"
         assert open_run(out, {"max_new_tokens": 16}) == "new"  # nothing was answered
-        answers.append_answers(out / answers.ANSWERS, [row])
+        progress.append_lines(out / answers.ANSWERS, [row])
         with pytest.raises(UsageError, match="was made with max_new_tokens = 16, not 128.* type --overwrite"):
             open_run(out, {"max_new_tokens": 128})
         assert open_run(out, {"max_new_tokens": 16}) == "unfinished"
@@ -388,3 +393,74 @@ def test_eval_refuses_before_the_model_is_loaded(root, model, tmp_path, capfd):
     assert "--eval-root" in call(capfd, "eval", model, "--out", "x", "--tasks", "pope")[2]
     code, _, err = call(capfd, "eval", model, "--out", "x", "--tasks", " ,", "--eval-root", root)
     assert code == 2 and "--tasks ' ,' names no benchmark; known: pope, mme" in err
+
+
+# --- held-out records ------------------------------------------------------------------------------------------------
+
+
+def _mute_after(monkeypatch, batches):
+    """Let the model answer as many batches and then die as a process does; returns the sizes of those it was asked."""
+    asked, real = [], Speaker.answers
+
+    def answer(self, turns, images, max_new_tokens):
+        if len(asked) == batches:
+            raise MemoryError("killed")
+        asked.append(len(turns))
+        return real(self, turns, images, max_new_tokens)
+
+    monkeypatch.setattr(Speaker, "answers", answer)
+    return asked
+
+
+def test_a_killed_evaluation_of_records_goes_on_where_it_was(world, model, tmp_path, monkeypatch, caplog):
+    data = str(world / "llava" / "data.json")
+    options = Eval(batch_size=3, max_new_tokens=2, candidates=4)
+    told = evaluate(model, data, tmp_path / "whole.jsonl", options=options)
+    out = tmp_path / "a.jsonl"
+    with monkeypatch.context() as patch:
+        asked = _mute_after(patch, 4)
+        with pytest.raises(MemoryError):
+            evaluate(model, data, out, options=options)
+        assert not out.exists() and sum(asked) < told["questions"]
+    kept = tmp_path / ".a.jsonl.unfinished"
+    kept.write_bytes(kept.read_bytes()[:-5])  # the fourth batch
+    with pytest.raises(UsageError, match=r"a.jsonl was made with max_new_tokens = 2, not 3; .* --overwrite"):
+        evaluate(model, data, out, options=replace(options, max_new_tokens=3))
+    with monkeypatch.context() as patch, caplog.at_level("INFO", "train"):
+        asked = _mute_after(patch, -1)
+        assert evaluate(model, data, out, options=options) == {**told, "answers": str(out)}
+        assert sum(asked) == told["questions"] - 9
+    assert f"goes on after 9 of {told['questions']} answers" in caplog.text
+    assert re.search(rf"answers: {told['questions'] - 9} of {told['questions'] - 9}, .*/s", caplog.text)
+    assert re.search(r"ranks: (\d+) of \1, .*/s", caplog.text)
+    names = ("a.jsonl", "a.manifest.json", "whole.jsonl", "whole.manifest.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    for ours, whole in zip(names[:2], names[2:], strict=True):
+        assert (tmp_path / ours).read_bytes() == (tmp_path / whole).read_bytes()
+
+
+def test_answers_to_records_give_way_to_no_other_request(world, model, tmp_path):
+    data, out = str(world / "llava" / "data.json"), tmp_path / "a.jsonl"
+    options = Eval(batch_size=4, max_new_tokens=1, perplexity=False, limit=3)
+    assert evaluate(model, data, out, options=options)["questions"] == 3
+    assert evaluate(model, data, out, options=replace(options, limit=5))["questions"] == 5, "three of the same gave way"
+    before = out.read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    generation = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**generation, "repetition_penalty": 1.5}))
+    wrong = [
+        (other, data, replace(options, limit=5), "holds answers of another model; .* --overwrite"),
+        (model, str(world / "captions"), replace(options, limit=5), "holds answers to other data"),
+        (model, data, replace(options, limit=2), "was made with limit = 5, not 2"),
+        (model, data, replace(options, limit=5, batch_size=3), "was made with batch_size = 4, not 3"),
+    ]
+    for folder, asked, changed, told in wrong:
+        with pytest.raises(UsageError, match=told):
+            evaluate(folder, asked, out, options=changed)
+    assert out.read_bytes() == before
+    record = json.loads((tmp_path / "a.manifest.json").read_text())
+    del record["request"]["batch_size"]  # as before it was recorded
+    (tmp_path / "a.manifest.json").write_text(json.dumps(record))
+    assert evaluate(model, data, out, options=replace(options, limit=5))["questions"] == 5
+    assert evaluate(other, data, out, options=options, overwrite=True)["questions"] == 3
