@@ -103,6 +103,8 @@ def show_scores(results: dict[str, Any], options: configuration.Eval, as_json: b
         return
     say(table(lines, options.tolerance))
     for name, result in results.items():
+        for told in result["left_out"]:
+            say(terminal.printable(f"{name}: left out: {told}"))
         if "submission" in result:
             say(f"{name}: for its server: {result['submission']}")
 

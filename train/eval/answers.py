@@ -16,7 +16,7 @@ import functools
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,15 +70,17 @@ def run_tasks(
                 open_run(place, request, overwrite=overwrite)
                 rows = read_answers(place / ANSWERS, mend=True)
             missing = [text is None for text in match(items, runtime.broadcast(rows))]
-            for batch in _ask(runtime, speak, items, missing, options.batch_size, tokens, name):
-                if runtime.rank > 0:
-                    continue
-                append_lines(place / ANSWERS, [{**row, "model_id": folder.resolve().name} for row in batch])
-                rows += batch
+            bad: dict[int, str] = {}
+            for batch, unusable in _ask(runtime, speak, items, missing, options.batch_size, tokens, name):
+                bad |= unusable
+                if runtime.rank == 0:
+                    append_lines(place / ANSWERS, [{**row, "model_id": folder.resolve().name} for row in batch])
+                    rows += batch
+            left_out = _told(name, items, bad)
             if runtime.rank > 0:
                 continue
-            texts = [text or "" for text in match(items, rows)]
-            results[name] = score_texts(name, items, texts, root, place / SUBMISSION)
+            results[name] = score_texts(name, items, match(items, rows), root, place / SUBMISSION)
+            results[name]["left_out"] += left_out
             finish(place, request, {k: v for k, v in results[name].items() if k != "submission"})
         results[name]["answers"] = str(place / ANSWERS)
     return results
@@ -103,20 +105,32 @@ def score_file(name: str, answers: Path, root: Path, out: Path | None, partial: 
 
 
 def score_texts(
-    name: str, items: Sequence[Item], texts: Sequence[str], root: Path, stem: Path | None
+    name: str, items: Sequence[Item], texts: Sequence[str | None], root: Path, stem: Path | None
 ) -> dict[str, Any]:
-    """Score texts by a task's rule and write what its server takes; return questions, scores, categories."""
+    """Score texts by a task's rule and write what its server takes; return questions, scores, categories, `left_out`.
+
+    A question without a text (None) is not scored; its server gets an empty one.
+    """
     task = get_task(name)
-    result: dict[str, Any] = {"questions": len(items), "scores": {}, "categories": {}}
+    asked = [item for item, text in zip(items, texts, strict=True) if text is not None]
+    result: dict[str, Any] = {"questions": len(asked), "scores": {}, "categories": {}, "left_out": []}
     if task.score:
-        scores = task.score(items, texts)
-        assert tuple(scores.metrics) == task.metrics
+        scores = task.score(asked, [text for text in texts if text is not None])
+        assert set(scores.metrics) <= set(task.metrics)
         result["scores"] = {metric: round(value, 4) for metric, value in scores.metrics.items()}
         result["categories"] = {category: round(value, 4) for category, value in scores.categories.items()}
+    if task.together is not None and (parted := _parted(task.together, asked)):
+        result["left_out"].append(f"{parted:,} × without all questions that count as one with it")
     if task.submit and stem is not None:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        result["submission"] = str(task.submit(Layout(root, name), items, texts, stem))
+        result["submission"] = str(task.submit(Layout(root, name), items, [text or "" for text in texts], stem))
     return result
+
+
+def _parted(together: Callable[[Item], Any], items: Sequence[Item]) -> int:
+    """Count the questions of which some that count as one with it are not there."""
+    there = Counter(map(together, items))
+    return sum(there[together(item)] < item.of for item in items)
 
 
 def match(items: Sequence[Item], rows: Sequence[dict[str, Any]], *, by_id: bool = False) -> list[str | None]:
@@ -155,39 +169,51 @@ def _ask(
     size: int,
     tokens: int,
     name: str,
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield the missing answers; batches are cut as if none were there, so that resuming changes no answer.
+) -> Iterator[tuple[list[dict[str, Any]], dict[int, str]]]:
+    """Yield the missing answers, and why items by number cannot be asked.
 
-    Of as many batches as there are ranks each answers one, and all get the answers.
+    Batches are cut as if no answer were there, so that resuming changes none. Of as many batches as there are ranks
+    each answers one, and all get the answers.
     """
 
-    def answer(start: int) -> list[dict[str, Any]]:
-        batch, wanted = items[start : start + size], missing[start : start + size]
-        turns = [[Turn("user", (*((None,) if item.image is not None else ()), item.prompt))] for item in batch]
-        images = [[_decode(name, item)] if item.image is not None else [] for item in batch]
-        texts = speak().answers(turns, images, tokens)
-        return [_row(item, text) for item, text, want in zip(batch, texts, wanted, strict=True) if want]
+    def answer(start: int) -> tuple[list[dict[str, Any]], dict[int, str]]:
+        shown: dict[int, list[Any]] = {}
+        bad: dict[int, str] = {}
+        for number in range(start, min(start + size, len(items))):
+            try:
+                shown[number] = [] if items[number].image is None else [decode_image(image_bytes(items[number].image))]
+            except (OSError, Rejected) as reason:
+                if missing[number]:
+                    bad[number] = reason.strerror or "unreadable" if isinstance(reason, OSError) else str(reason)
+        if not any(missing[number] for number in shown):
+            return [], bad
+        asked = [items[number] for number in shown]
+        turns = [[Turn("user", (*((None,) if item.image is not None else ()), item.prompt))] for item in asked]
+        texts = zip(shown, asked, speak().answers(turns, list(shown.values()), tokens), strict=True)
+        return [_row(item, text) for number, item, text in texts if missing[number]], bad
 
     starts = [start for start in range(0, len(items), size) if any(missing[start : start + size])]
     pace = Pace(name, sum(missing))
     for at in range(0, len(starts), runtime.world):
         own = starts[at : at + runtime.world][runtime.rank : runtime.rank + 1]
-        rows = [row for part in runtime.gather([row for start in own for row in answer(start)]) for row in part]
-        yield rows
-        pace.add(len(rows))
+        for rows, bad in (each for part in runtime.gather([answer(start) for start in own]) for each in part):
+            yield rows, bad
+            pace.add(len(rows) + len(bad))
+
+
+def _told(name: str, items: Sequence[Item], bad: Mapping[int, str]) -> list[str]:
+    """Word why items were not asked, by reason with an example.  Raises: DataError where none can be."""
+    first = {reason: items[number].id for number, reason in sorted(bad.items(), reverse=True)}
+    told = [f"{count:,} × {reason} (e.g. question {first[reason]})" for reason, count in Counter(bad.values()).items()]
+    if len(bad) == len(items):
+        raise DataError(f"{name}: no image of its {len(items):,} questions can be used: {'; '.join(told)}")
+    return told
 
 
 def _row(item: Item, text: str) -> dict[str, Any]:
     answer_id = hashlib.blake2b(f"{item.id}\n{item.prompt}".encode(), digest_size=11).hexdigest()
     row = {"question_id": item.id, "prompt": item.prompt, "text": text, "answer_id": answer_id}
     return {**row, "model_id": "", "metadata": {}}
-
-
-def _decode(name: str, item: Item) -> Any:
-    try:
-        return decode_image(image_bytes(item.image))
-    except (OSError, Rejected) as reason:
-        raise DataError(f"{name}: the image of question {item.id} cannot be used ({reason})") from None
 
 
 def _check_images(name: str, items: Sequence[Item]) -> None:
@@ -203,7 +229,7 @@ class Line:
     task: str
     metric: str
     questions: int
-    score: float | None  # None: the task's server tells
+    score: float | None  # None: the task's server tells, or nothing whole was asked
     published: float | None = None
     within: bool | None = None
 
@@ -223,11 +249,12 @@ def compare(results: dict[str, dict[str, Any]], published: dict[str, float], tol
 def table(lines: Sequence[Line], tolerance: float) -> str:
     """Write the lines as text; columns on publication only where something was published."""
     shown = any(line.published is not None for line in lines)
-    head = f"{'task':<13} {'metric':<11} {'questions':>9} {'score':>9}"
+    head = f"{'task':<13} {'metric':<11} {'questions':>9} {'score':>10}"
     out = [head + (f" {'published':>9} {'difference':>10}" if shown else "")]
     for line in lines:
-        score = "by server" if line.score is None else f"{line.score:.2f}"
-        text = f"{line.task:<13} {line.metric:<11} {line.questions:>9,} {score:>9}"
+        nothing = "none whole" if TASKS[line.task].score else "by server"
+        score = nothing if line.score is None else f"{line.score:.2f}"
+        text = f"{line.task:<13} {line.metric:<11} {line.questions:>9,} {score:>10}"
         if line.published is not None:
             text += f" {line.published:>9.2f}"
             if line.score is not None:

@@ -30,11 +30,16 @@ class Item:
     truth: Any = None  # a string; for VQA ten strings; for open MMMU questions one or several
     category: str = ""
     choices: tuple[str, ...] = ()
+    of: int = 0  # questions of the benchmark that count together with this one, itself included; 0: those given
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics by name, the main one first, and the main one by category."""
+    """Metrics by name, the main one first, and the main one by category; without those that nothing whole was asked of.
+
+    Pairs, images and rotations that count as one count only where all their questions are there: `--limit`, a partial
+    file and unreadable pictures leave others.
+    """
 
     metrics: dict[str, float]
     categories: dict[str, float] = field(default_factory=dict)
@@ -53,6 +58,14 @@ def _by_category(items: Sequence[Item], right: Sequence[float]) -> dict[str, flo
     for item, value in zip(items, right, strict=True):
         groups[item.category].append(value)
     return {name: _percent(values) for name, values in groups.items()}
+
+
+def _whole(items: Sequence[Item], key: Callable[[Item], Any]) -> list[list[int]]:
+    """Return the places of questions that count together, in the order of their first, where all of them are there."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for place, item in enumerate(items):
+        groups[key(item)].append(place)
+    return [places for places in groups.values() if len(places) >= items[places[0]].of]
 
 
 def says_yes(text: str) -> bool:
@@ -84,20 +97,24 @@ def read_yes_no(text: str) -> str:
     return "yes" if "yes" in head else "no" if "no" in head else "other"
 
 
+def mme_image(item: Item) -> Any:
+    """Return what MME's questions about one image have in common."""
+    return item.category, item.id
+
+
 def mme(items: Sequence[Item], texts: Sequence[str]) -> Scores:
     """Points of perception (of 2,000) and cognition (of 800): per category, accuracy by question plus by image.
 
     An image, told by the items' id, is right if all its questions (two) are.
     """
-    questions: dict[str, list[bool]] = defaultdict(list)
-    images: dict[str, dict[int | str, bool]] = defaultdict(dict)
-    for item, text in zip(items, texts, strict=True):
-        right = read_yes_no(text) == str(item.truth).lower()
-        questions[item.category].append(right)
-        images[item.category][item.id] = images[item.category].get(item.id, True) and right
-    points = {name: _percent(questions[name]) + _percent(images[name].values()) for name in questions}
+    right = [read_yes_no(text) == str(item.truth).lower() for item, text in zip(items, texts, strict=True)]
+    images: dict[str, list[list[bool]]] = defaultdict(list)
+    for places in _whole(items, mme_image):
+        images[items[places[0]].category].append([right[place] for place in places])
+    points = {name: _percent(sum(each, [])) + _percent(map(all, each)) for name, each in images.items()}
     halves = {"perception": PERCEPTION, "cognition": COGNITION}
-    return Scores({half: sum(points.get(name, 0.0) for name in names) for half, names in halves.items()}, points)
+    asked = {half: [points[name] for name in names if name in points] for half, names in halves.items()}
+    return Scores({half: sum(values) for half, values in asked.items() if values}, points)
 
 
 def gqa(items: Sequence[Item], texts: Sequence[str]) -> Scores:
@@ -173,16 +190,19 @@ def option_letter(text: str) -> str:
     return (found[1] or found[2]).upper() if found else ""
 
 
+def mmvp_pair(item: Item) -> Any:
+    """Return what the two questions of a pair of MMVP have in common: items 1 and 2, 3 and 4, …"""
+    return (int(item.id) - 1) // 2
+
+
 def mmvp(items: Sequence[Item], texts: Sequence[str]) -> Scores:
-    """Share of the pairs (items 1 and 2, 3 and 4, …) with both right; `single` counts questions.
+    """Share of the pairs with both right; `single` counts questions.
 
     Differs from MMVP, which asks GPT-4 whether an answer is right: the prompt asks for the letter, and it is read.
     """
-    pairs: dict[int, list[bool]] = defaultdict(list)
-    for item, text in zip(items, texts, strict=True):
-        pairs[(int(item.id) - 1) // 2].append(option_letter(text) == item.truth)
-    single = _percent(right for pair in pairs.values() for right in pair)
-    return Scores({"pairs": _percent(all(pair) for pair in pairs.values()), "single": single})
+    right = [option_letter(text) == item.truth for item, text in zip(items, texts, strict=True)]
+    pairs = [all(right[place] for place in places) for places in _whole(items, mmvp_pair)]
+    return Scores({**({"pairs": _percent(pairs)} if pairs else {}), "single": _percent(right)})
 
 
 def seed(items: Sequence[Item], texts: Sequence[str]) -> Scores:
@@ -207,21 +227,22 @@ def plain_option(text: str, choices: Sequence[str]) -> str:
     return alike[0] if len(alike) == 1 else ""
 
 
+def mmbench_question(item: Item) -> Any:
+    """Return what rotations of a question of MMBench have in common: ids that differ by a multiple of a million."""
+    return int(item.id) % 1_000_000
+
+
 def mmbench(items: Sequence[Item], texts: Sequence[str]) -> Scores:
     """Share of the questions right in every rotation of their options; `vanilla` counts rows.
 
-    Rows whose ids differ by a multiple of 1,000,000 are rotations of one question. Differs from the server, which asks
-    ChatGPT for the option where an answer is not plain: here such an answer is wrong.
+    Differs from the server, which asks ChatGPT for the option where an answer is not plain: here such an answer is
+    wrong.
     """
     rows = [plain_option(text, item.choices) == item.truth for item, text in zip(items, texts, strict=True)]
-    whole: dict[int, bool] = {}
-    first: dict[int, Item] = {}
-    for item, right in zip(items, rows, strict=True):
-        question = int(item.id) % 1_000_000
-        whole[question] = whole.get(question, True) and right
-        first.setdefault(question, item)
-    metrics = {"circular": _percent(whole.values()), "vanilla": _percent(rows)}
-    return Scores(metrics, _by_category(list(first.values()), list(whole.values())))
+    whole = _whole(items, mmbench_question)
+    right = [all(rows[place] for place in places) for places in whole]
+    metrics = {**({"circular": _percent(right)} if whole else {}), "vanilla": _percent(rows)}
+    return Scores(metrics, _by_category([items[places[0]] for places in whole], right))
 
 
 def mmmu_choice(text: str, choices: Sequence[str], rng: random.Random) -> str:

@@ -12,8 +12,9 @@ import ast
 import base64
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
@@ -39,6 +40,7 @@ class Task:
     metrics: tuple[str, ...] = ()
     submit: Submit | None = None
     max_new_tokens: int = 128  # as both papers' loaders ask for
+    together: Callable[[Item], Any] | None = None  # alike for questions that count as one
 
 
 def _question(prompt: str) -> str:
@@ -271,19 +273,20 @@ def _bench(names: tuple[str, ...], score: Scorer | None, *metrics: str) -> Task:
     def submit(layout: Layout, items: Sequence[Item], texts: Sequence[str], stem: Path) -> Path:
         return submit_mmbench(layout, items, texts, stem, *names)
 
-    return Task(lambda layout: load_mmbench(layout, *names), score, metrics, submit)
+    together = scoring.mmbench_question if score else None
+    return Task(lambda layout: load_mmbench(layout, *names), score, metrics, submit, together=together)
 
 
 _ACCURACY = ("accuracy",)
 TASKS = {
     "pope": Task(load_pope, scoring.pope, ("f1", "accuracy", "yes_ratio")),
-    "mme": Task(load_mme, scoring.mme, ("perception", "cognition")),
+    "mme": Task(load_mme, scoring.mme, ("perception", "cognition"), together=scoring.mme_image),
     "gqa": Task(load_gqa, scoring.gqa, _ACCURACY),
     "vqav2": Task(load_vqav2, scoring.vqa, _ACCURACY),
     "vqav2_test": Task(load_vqav2_test, submit=submit_vqav2),
     "textvqa": Task(load_textvqa, scoring.vqa, _ACCURACY),
     "sqa": Task(load_sqa, scoring.sqa, _ACCURACY, max_new_tokens=1024),
-    "mmvp": Task(load_mmvp, scoring.mmvp, ("pairs", "single")),
+    "mmvp": Task(load_mmvp, scoring.mmvp, ("pairs", "single"), together=scoring.mmvp_pair),
     "seed": Task(load_seed, scoring.seed, _ACCURACY),
     "seed_image": Task(partial(load_seed, image_only=True), scoring.seed, _ACCURACY),
     "mmmu": Task(partial(load_mmmu, split="validation"), scoring.mmmu, _ACCURACY),
@@ -318,7 +321,10 @@ def load(name: str, root: Path) -> list[Item]:
         raise DataError(f"{name}: the files under {root} are not as published ({error!r:.300})") from None
     if not items:
         raise DataError(f"{name}: no question in the files under {root}")
-    return items
+    if task.together is None:
+        return items
+    sizes = Counter(map(task.together, items))
+    return [replace(item, of=sizes[task.together(item)]) for item in items]
 
 
 def _check(item: Item, *, scored: bool) -> None:

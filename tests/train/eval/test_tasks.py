@@ -395,6 +395,77 @@ def test_eval_refuses_before_the_model_is_loaded(root, model, tmp_path, capfd):
     assert code == 2 and "--tasks ' ,' names no benchmark; known: pope, mme" in err
 
 
+def test_unreadable_pictures_are_counted_and_the_score_is_over_the_others(root, model, tmp_path, capfd):
+    folder = root / "pope/val2014"
+    good = (folder / "1.jpg").read_bytes()
+    rows = [
+        {"question_id": n, "image": f"{n}.jpg", "category": "random", "text": f"what {n} ?\n{SHORT}"} for n in range(5)
+    ]
+    lines(root / "pope/llava_pope_test.jsonl", rows)
+    for category in ("random", "popular", "adversarial"):
+        labels = [{"image": f"{n}.jpg", "text": f"what {n} ?", "label": "yes"} for n in range(5)]
+        lines(root / "pope/coco" / f"coco_pope_{category}.json", labels)
+    for n in range(5):
+        (folder / f"{n}.jpg").write_bytes(good[:200] if n in (1, 3) else b"" if n == 4 else good)
+    words = ("eval", model, "--tasks", "pope", "--eval-root", root, "--set", "eval.max_new_tokens=1")
+    words = (*words, "--set", "eval.batch_size=2", "--out", tmp_path / "out")
+    code, out, _ = call(capfd, *words)
+    assert code == 0 and "pope: left out: 3 × bad_image (e.g. question 1)" in out
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("pope  ")] == ["2"] * 3
+    record = json.loads((tmp_path / "out/pope/manifest.json").read_text())["result"]
+    assert record["questions"] == 2 and record["left_out"] == ["3 × bad_image (e.g. question 1)"]
+    (folder / "3.jpg").write_bytes(good)
+    assert json.loads(call(capfd, *words, "--json")[1])["tasks"]["pope"]["questions"] == 3, "mended ones are asked"
+    for n in range(5):
+        (folder / f"{n}.jpg").write_bytes(b"no picture")
+    code, _, err = call(capfd, *words[:-1], tmp_path / "none")
+    assert code == 1 and "pope: no image of its 5 questions can be used: 5 × bad_image (e.g. question 0)" in err
+
+
+def test_a_server_gets_an_empty_answer_where_there_is_no_picture(root, tmp_path):
+    rows = [{"question_id": n, "image": "v.jpg", "text": f"q{n}"} for n in range(2)]
+    lines(root / "mm-vet/llava-mm-vet.jsonl", rows)
+    result = answers.score_texts("mmvet", tasks.load("mmvet", root), ["a", None], root, tmp_path / "s")
+    assert result["questions"] == 1 and json.loads((tmp_path / "s.json").read_text()) == {"v1_0": "a", "v1_1": ""}
+
+
+@pytest.mark.parametrize(("kept", "scores"), [(3, {"pairs": 100, "single": 100 * 2 / 3}), (1, {"single": 100})])
+def test_half_a_pair_of_mmvp_is_no_pair(root, tmp_path, kept, scores):
+    with (root / "MMVP/Questions.csv").open("w", newline="") as file:
+        rows = [[n, f"Which {n}?", "(a) x (b) y", "(a)"] for n in range(1, 5)]
+        csv.writer(file).writerows([["Index", "Question", "Options", "Correct Answer"], *rows])
+    asked = tasks.load("mmvp", root)
+    found = answers.score_texts("mmvp", asked[:kept], ["A", "A", "B"][:kept], root, None)
+    assert found["scores"] == pytest.approx(scores, abs=1e-4)
+    assert found["left_out"] == ["1 × without all questions that count as one with it"]
+    told = answers.table(answers.compare({"mmvp": found}, {}, 0.02), 0.02)
+    assert ("none whole" in told) == ("pairs" not in scores)
+    path = tmp_path / "a.jsonl"
+    lines(path, [{"question_id": item.id, "prompt": item.prompt, "text": "A"} for item in asked[:kept]])
+    assert answers.score_file("mmvp", path, root, None, partial=True)["scores"].keys() == scores.keys()
+
+
+def test_some_rotations_of_a_question_are_not_the_question(root):
+    (root / "mmbench").mkdir()
+    head = "index question A B answer image l2-category".split()
+    image = base64.b64encode(picture("red", True, 0)).decode()
+    rows = [[n, "Which?", "x", "y", "A", image, "logic"] for n in (3, 4, 1000003, 1000004)]
+    with (root / "mmbench/mmbench_dev_20230712.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([head, *rows])
+    asked = tasks.load("mmbench", root)
+    for kept, circular in ((2, {}), (3, {"circular": 100}), (4, {"circular": 50})):
+        found = answers.score_texts("mmbench", asked[:kept], ["A", "A", "A", "B"][:kept], root, None)
+        assert {**found["scores"], "vanilla": 0} == {**circular, "vanilla": 0}
+        assert bool(found["left_out"]) == (kept < 4) and bool(found["categories"]) == bool(circular)
+
+
+def test_an_image_of_mme_needs_all_its_questions(root):
+    asked = tasks.load("mme", root)
+    assert answers.score_texts("mme", asked, ["Yes", "No"], root, None)["scores"] == {"perception": 200}
+    half = answers.score_texts("mme", asked[:1], ["Yes"], root, None)
+    assert half["scores"] == {} == half["categories"] and half["left_out"]
+
+
 # --- held-out records ------------------------------------------------------------------------------------------------
 
 
