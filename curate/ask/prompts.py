@@ -117,7 +117,7 @@ def _place_of(embedded: Artefact) -> tuple[str, str] | None:
     location = embedded.path(LOG)
     if not paths.exists(location):
         return None
-    for line in reversed(paths.read_text(location).splitlines()):
+    for line in reversed(paths.read_lines(location)):
         try:
             entry = json.loads(line)
         except ValueError:  # a run was killed while it wrote the line

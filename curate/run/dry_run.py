@@ -229,7 +229,7 @@ def _logged_rate(location: str) -> tuple[float, int] | None:
     """Read rows/s and dimensions of the longest run in a log."""
     best: tuple[float, float, int] | None = None
     if paths.exists(location):
-        for line in paths.read_text(location).splitlines():
+        for line in paths.read_lines(location):
             with suppress(ValueError, KeyError, ZeroDivisionError):
                 entry = json.loads(line)
                 rows = float(entry["rows"])

@@ -348,7 +348,7 @@ def _lines(location: str) -> list[str]:
     """Read a text file's lines, or the texts of a JSON list. Raises: UsageError when it is neither."""
     try:
         if not location.endswith(".json"):
-            return paths.read_text(location).splitlines()
+            return paths.read_lines(location)
         listed = manifest.load_json(location)
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UsageError(f"{location} cannot be read as UTF-8 text: {error}") from None

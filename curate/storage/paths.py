@@ -8,6 +8,7 @@ s3fs does so for single requests, this room for whole reads and uploads, and for
 
 import errno
 import glob
+import io
 import logging
 import os
 import time
@@ -222,6 +223,12 @@ def _whole(fs: Any, path: str) -> bytes:
 def read_text(location: str) -> str:
     """Read a small UTF-8 file."""
     return read_bytes(location).decode("utf-8")
+
+
+def read_lines(location: str) -> list[str]:
+    """Read the lines of a small UTF-8 file as editors count them: U+2028, U+0085 and their like end none."""
+    lines = io.StringIO(read_text(location), newline=None).read().split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 @contextmanager

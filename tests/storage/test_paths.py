@@ -12,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from curate.errors import UsageError
 from curate.report.report import write_page
+from curate.select.pool import _lines
 from curate.storage import paths, whole_files
 
 
@@ -227,3 +228,14 @@ def test_a_page_is_written_over_a_page_and_over_no_data(tmp_path):
         with pytest.raises(UsageError, match=word) if word else nullcontext():
             write_page(str(tmp_path / name), b"page")
         assert (tmp_path / name).read_bytes() == (b"before" if word else b"page")
+
+
+def test_lines_of_a_list_end_where_editors_end_them(tmp_path):
+    kept = ["a\u2028b", "c\x85d\x0be\x0cf\x1cg", "", "h"]
+    for end in ("\n", "\r\n", "\r"):
+        for last in ("", end):
+            (tmp_path / "list.txt").write_bytes((end.join(kept) + last).encode())
+            assert paths.read_lines(str(tmp_path / "list.txt")) == kept
+            assert _lines(str(tmp_path / "list.txt")) == kept, "what steps read"
+    (tmp_path / "list.txt").write_bytes(b"")
+    assert paths.read_lines(str(tmp_path / "list.txt")) == []

@@ -75,7 +75,7 @@ def load_mme(layout: Layout) -> list[Item]:
     folder = layout.find(f"{path.parent.name}/MME_Benchmark_release_version")
     truths = {}
     for file in sorted(folder.rglob("*.txt")):
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").split("\n"):
             question, tab, answer = line.strip().rpartition("\t")
             if tab:
                 question = question.removesuffix("Please answer yes or no.").strip()

@@ -459,6 +459,17 @@ def test_some_rotations_of_a_question_are_not_the_question(root):
         assert bool(found["left_out"]) == (kept < 4) and bool(found["categories"]) == bool(circular)
 
 
+def test_a_line_of_mme_ends_at_its_end(root):
+    path = root / "mme/MME_Benchmark_release_version/OCR/questions_answers_YN/0.txt"
+    path.write_bytes(
+        "Is it\u2028code? Please answer yes or no.\tYes\r\nIs it\x85art? Please answer yes or no.\tNo".encode()
+    )
+    rows = [{"question_id": "OCR/images/0.1.png", "image": "x", "category": "OCR"}]
+    texts = [f"Is it\u2028code?\n{SHORT}", f"Is it\x85art?\n{SHORT}"]
+    lines(root / "mme/bunny_mme.jsonl", [{**row, "text": text} for row in rows for text in texts])
+    assert [item.truth for item in tasks.load("mme", root)] == ["Yes", "No"]
+
+
 def test_an_image_of_mme_needs_all_its_questions(root):
     asked = tasks.load("mme", root)
     assert answers.score_texts("mme", asked, ["Yes", "No"], root, None)["scores"] == {"perception": 200}
