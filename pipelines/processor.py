@@ -16,3 +16,10 @@ def bf16_instructions() -> str:
 
     kinds = ("amx_tile", "avx512_bf16")
     return next((kind for kind in kinds if getattr(torch.cpu, f"_is_{kind}_supported", bool)()), "")
+
+
+def gpu_has_bf16() -> bool:
+    """Say whether this GPU multiplies in bf16. Older ones emulate it, far slower than fp32, and say they have it."""
+    import torch
+
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

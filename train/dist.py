@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.processor import bf16_instructions, cores
+from pipelines.processor import bf16_instructions, cores, gpu_has_bf16
 from train.errors import UsageError
 
 WAIT = timedelta(hours=2)  # of objects and barriers: one rank may read millions of samples, or write to a slow disk
@@ -90,12 +91,13 @@ class Runtime:
             # A thread whose core is busy decoding holds up the whole matrix product: measured 4 times slower.
             torch.set_num_threads(max(1, cores_of_a_rank() - workers))
         patient, hosts = _join(device) if world > 1 else (None, None)
-        # Older GPUs emulate bf16 and call it supported; that is many times slower than fp32.
-        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        native = cuda and gpu_has_bf16()
         bf16 = precision == "bf16" or (precision == "auto" and native)
         why = f"{precision} was asked for" if precision != "auto" else "the GPU has it" if bf16 else _no_gpu(cuda)
         reason = f"{device}, {'bf16 with fp32 masters' if bf16 else 'fp32'} ({why}), {world} process(es)"
-        return cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason, patient, hosts)
+        found = cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason, patient, hosts)
+        found.forget_peak_memory()  # of what this process has carried out before
+        return found
 
     @classmethod
     def for_inference(cls) -> Self:
@@ -110,6 +112,23 @@ class Runtime:
     def autocast(self) -> Any:
         """Return the context of the forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
+
+    def forget_peak_memory(self) -> None:
+        """Let the peak of memory be what is held now, where the system can."""
+        if self.device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with suppress(OSError):  # Linux alone
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_memory_gb(self) -> float:
+        """Return the most memory held since then: of the GPU's tensors, or else of this process."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self.device) / 1e9)
+        import resource
+        import sys
+
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return held / 1e9 * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sum each number over all ranks, in float64."""

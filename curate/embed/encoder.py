@@ -19,7 +19,7 @@ import numpy as np
 from curate import engine
 from curate.embed.weights import Source
 from curate.errors import UsageError, unknown
-from pipelines.processor import bf16_instructions
+from pipelines.processor import bf16_instructions, gpu_has_bf16
 from pipelines.terminal import first_line
 
 if TYPE_CHECKING:
@@ -38,14 +38,12 @@ def choose_precision(asked: str, device: str, source: Source) -> tuple[str, str]
 
     Returns the precision and the reason. Raises: UsageError for an unknown name.
     """
-    import torch
-
     if asked not in ("auto", "bf16", "fp16", "fp32"):
         raise unknown("precision", asked, ("auto", "bf16", "fp16", "fp32"))
     if asked != "auto":
         return asked, "as asked"
     if device == "cuda":
-        if torch.cuda.get_device_capability() >= (8, 0):
+        if gpu_has_bf16():
             return "bf16", "the GPU computes in bf16"
         return "fp16", "the GPU is older than bf16"
     if source.is_small:

@@ -233,8 +233,7 @@ def _run(
     stage = resolve(stage, plan, composed.vision.image_bytes, runtime.world, gpu=runtime.device.type == "cuda")
     out = folder / kind
     out.mkdir(parents=True)
-    if runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    runtime.forget_peak_memory()
     pace = loading_pace(Passes(plan, collator, runtime.rank, runtime.world), plan.steps, stage.num_workers)
     runs[kind] = {"micro_tokens": stage.micro_tokens, "loaded_per_s": pace}
     work = Reference if kind == "reference" else Training

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipelines.processor import bf16_instructions
+from pipelines.processor import bf16_instructions, gpu_has_bf16
 from train.data.chat import to_messages
 from train.data.prompts import PLACEHOLDER, Rejected, Turn
 from train.data.sources import decode_image
@@ -94,9 +94,11 @@ class Speaker:
 def load_speaker(folder: Path, device: torch.device | None = None) -> Speaker:
     """Load an exported folder, by default on the GPU where there is one.  Raises: UsageError."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # The export's own precision where the device multiplies in it: other processors are slow in bf16.
-    own = device.type == "cuda" or bf16_instructions()
-    model, processor = load_native(folder, "auto" if own else torch.float32)
+    # The export's own precision where the device multiplies in it: others are slow in bf16.
+    cuda = device.type == "cuda"
+    model, processor = load_native(folder, "auto" if cuda or bf16_instructions() else torch.float32)
+    if cuda and model.dtype == torch.bfloat16 and not gpu_has_bf16():
+        model = model.float()
     processor.tokenizer.padding_side = "left"
     see_each_once(model.model.vision_tower)
     return Speaker(model.to(device).eval(), processor, device)

@@ -137,14 +137,3 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float) ->
     if any(other in name for other in ("PCIe", "NVL", "MIG")):  # slower than SXM boards of that name; a part of one
         return None
     return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Return the most memory held so far: of the GPU's tensors, or else of this process."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device) / 1e9)
-    import resource
-    import sys
-
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held / 1e9 * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere

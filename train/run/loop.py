@@ -36,7 +36,7 @@ from train.model.forward import hidden_states, token_losses, tower_features
 from train.run import checkpoint, sharding
 from train.run.base import check_base
 from train.run.cache import FeatureCache
-from train.run.flops import Cost, peak_flops, peak_memory_gb
+from train.run.flops import Cost, peak_flops
 from train.run.losses import SampleLosses
 from train.run.optimizer import make_optimizer, schedule
 from train.run.recorder import Recorder
@@ -109,7 +109,7 @@ class Training:
                 seconds = time.perf_counter() - began
                 if peak:
                     row["mfu"] = row["tflop"] * 1e12 / (seconds * peak * self.runtime.world)
-                row["peak_memory_gb"] = peak_memory_gb(self.runtime.device)
+                row["peak_memory_gb"] = self.runtime.peak_memory_gb()
                 since.append(row["loss"])
                 done = step + 1
                 due = done == self.plan.steps or done % self.stage.save_every == 0

@@ -117,6 +117,18 @@ def test_a_processor_answers_in_bf16_where_it_has_the_instructions(aligned, tmp_
     assert load_speaker(aligned).model.dtype == torch.float32  # an export in fp32 stays what it is
 
 
+def test_a_gpu_without_bf16_answers_in_fp32(aligned, tmp_path, monkeypatch):
+    for dtype in ("bf16", "fp16"):
+        export(aligned.parent / "align", tmp_path / dtype, dtype=dtype)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
+    for own in (True, False):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, own=own: including_emulation or own
+        )
+        found = {name: load_speaker(tmp_path / name, torch.device("cuda")).model.dtype for name in ("bf16", "fp16")}
+        assert found == {"bf16": torch.bfloat16 if own else torch.float32, "fp16": torch.float16}
+
+
 def test_eval_tells_the_ranks_beside_the_answers(aligned, tmp_path):
     write_captions(tmp_path / "held", 8)
     options = configuration.load(None, ["eval.candidates=3", "eval.max_new_tokens=2"]).eval

@@ -1,6 +1,8 @@
 """The arithmetic of a step, against what torch counts as it runs, and its way into the metrics."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +145,18 @@ def test_metrics_hold_mfu_where_a_peak_is_known(world, tmp_path):
     for line in (tmp_path / "run1" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert row["mfu"] == pytest.approx(row["tflop"] * 1e12 / (row["step_s"] * 1e9), rel=0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is forgotten on Linux")
+def test_the_peak_of_memory_is_that_of_this_run(world, tmp_path):
+    before = np.ones(1 << 26)  # 0.5 GiB, of another command of this process
+    held = float(before.sum()) and before.nbytes / 1e9
+    del before
+    options = configuration.load(str(world / "config.toml"), ("finetune.steps=1",))
+    run_stage("finetune", options, str(world / "mixed"), tmp_path / "run")
+    peak = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["peak_memory_gb"]
+    now = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    assert 0.01 < peak < now + held / 2
 
 
 def test_a_cpu_has_no_peak_unless_given():
