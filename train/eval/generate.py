@@ -18,6 +18,7 @@ from train.data.chat import to_messages
 from train.data.prompts import PLACEHOLDER, Rejected, Turn
 from train.data.sources import decode_image
 from train.errors import UsageError
+from train.model.language import rotary_switch
 from train.model.native import load_native
 
 log = logging.getLogger("train")
@@ -35,8 +36,13 @@ class Speaker:
     def answers(
         self, turns: Sequence[Sequence[Turn]], images: Sequence[Sequence[Any]], max_new_tokens: int
     ) -> list[str]:
-        """Answer conversations that end with a question, greedily, as one batch; images: PIL images by conversation."""
+        """Answer conversations that end with a question, greedily, as one batch; images: PIL images by conversation.
+
+        Conversations whose lengths have other rotary angles share no pass.
+        """
         inputs = self._encode([self._write(conversation, open_ended=True) for conversation in turns], images)
+        if len(groups := self._apart(inputs, max_new_tokens)) > 1:
+            return _joined(groups, lambda at: self.answers(_at(turns, at), _at(images, at), max_new_tokens))
         with torch.inference_mode():
             out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
@@ -50,6 +56,8 @@ class Speaker:
         answered = [[*c, Turn("assistant", (truth,))] for c, truth in zip(turns, truths, strict=True)]
         asked = self._encode([self._write(c, open_ended=True) for c in turns], images)["attention_mask"].sum(1)
         inputs = self._encode([self._write(c, open_ended=False) for c in answered], images)
+        if len(groups := self._apart(inputs)) > 1:
+            return _joined(groups, lambda at: self.truth_losses(_at(turns, at), _at(images, at), _at(truths, at)))
         ids = inputs["input_ids"]
         sizes = [int(n) for n in inputs["attention_mask"].sum(1) - asked]  # padded on the left: answers end together
         # ChatML and its like write a newline behind the end, which no label asks for.
@@ -66,6 +74,15 @@ class Speaker:
                 for part, truth in zip(torch.split(before, LOGITS), torch.split(right, LOGITS), strict=True)
             ]
         return [(float(own.sum()), len(own)) for own in torch.split(torch.cat(losses), stops)]
+
+    def _apart(self, inputs: Any, more: int = 0) -> list[list[int]]:
+        """Part the rows of a batch into those that may share a pass.  more: tokens that each may still get."""
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        kind, far = rotary_switch(self.model.config.text_config)
+        near = [row for row, length in enumerate(lengths) if not far or length + more <= far]
+        beyond = [row for row, length in enumerate(lengths) if far and length > far and kind == "longrope"]
+        alone = [[row] for row in range(len(lengths)) if row not in {*near, *beyond}]  # it may get there, or its own
+        return [group for group in (near, beyond, *alone) if group]
 
     def _write(self, turns: Sequence[Turn], *, open_ended: bool) -> str:
         """Write a conversation in the model's template, to where the next answer begins if it is open-ended.
@@ -89,6 +106,18 @@ class Speaker:
         )
         inputs.pop("token_type_ids", None)
         return inputs.to(self.device, dtype=self.model.dtype)
+
+
+def _at(values: Sequence[Any], rows: Sequence[int]) -> list[Any]:
+    return [values[row] for row in rows]
+
+
+def _joined(groups: Sequence[Sequence[int]], work: Callable[[Sequence[int]], list[Any]]) -> list[Any]:
+    """Work on groups of rows, and return what comes of each in the rows' order."""
+    found: dict[int, Any] = {}
+    for group in groups:
+        found |= zip(group, work(group), strict=True)
+    return [found[row] for row in range(len(found))]
 
 
 def load_speaker(folder: Path, device: torch.device | None = None) -> Speaker:

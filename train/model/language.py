@@ -65,26 +65,40 @@ def read_lm_config(options: Model) -> Any:
     return config
 
 
-def turning_point(config: Any, longest: int) -> int:
-    """Return the tokens above which a document turns all that is in its pass by other rotary angles; 0: no length does.
+def rotary_switch(config: Any) -> tuple[str, int]:
+    """Return by which rule a language model turns long documents by other rotary angles, and above how many tokens.
 
-    transformers takes the angles of a pass by the longest document in it: longrope has one table up to that length and
-    one beyond.  config: of a language model.  longest: tokens of the longest document.
-    Raises: UsageError where there are longer ones and the angles are dynamic: each length has its own, and leaves them
-    behind for the passes after it.
+    transformers takes the angles of a pass by the longest document in it: `longrope` has one table up to that length
+    and one beyond; `dynamic` angles are others for each length beyond.  config: of a language model.  "", 0: no length
+    has other angles.
     """
     tables = getattr(config, "rope_parameters", None) or {}
     for table in [tables] if "rope_type" in tables else tables.values():  # Gemma 3 has one for each kind of layer
         kind = str((table or {}).get("rope_type"))
-        if kind == "longrope" and (far := int(table["original_max_position_embeddings"])) < longest:
-            log.info("samples of more than %d tokens share no pass with shorter ones (longrope)", far)
-            return far
-        if "dynamic" in kind and (far := int(config.max_position_embeddings)) < longest:
-            raise UsageError(
-                f"model.lm ({config.model_type}) has rotary angles that a sample of more than {far} tokens changes for "
-                f"those beside and after it ({kind}); --set model.max_length={far} cuts such samples"
-            )
-    return 0
+        if kind == "longrope":
+            return kind, int(table["original_max_position_embeddings"])
+        if "dynamic" in kind:
+            return kind, int(config.max_position_embeddings)
+    return "", 0
+
+
+def turning_point(config: Any, longest: int) -> int:
+    """Return the tokens above which a sample shares no pass with shorter ones; 0: any may share one.
+
+    longest: tokens of the longest sample.
+    Raises: UsageError where there are longer ones and the angles are dynamic, which leave them behind for the passes
+    after it.
+    """
+    kind, far = rotary_switch(config)
+    if not kind or far >= longest:
+        return 0
+    if kind == "longrope":
+        log.info("samples of more than %d tokens share no pass with shorter ones (longrope)", far)
+        return far
+    raise UsageError(
+        f"model.lm ({config.model_type}) has rotary angles that a sample of more than {far} tokens changes for "
+        f"those beside and after it ({kind}); --set model.max_length={far} cuts such samples"
+    )
 
 
 @contextmanager

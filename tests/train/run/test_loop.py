@@ -20,9 +20,12 @@ from toys import add, picture, write_mixed
 from train import config as configuration
 from train.__main__ import main
 from train.config import Stage
+from train.data.prompts import Turn
 from train.dist import Runtime
 from train.errors import CheckpointError, DataError, TrainError, UsageError
+from train.eval.generate import load_speaker
 from train.folder import held, open_run
+from train.publish.export import export
 from train.run import sharding
 from train.run.checkpoint import OPTIMIZER, WEIGHTS, latest, load_trained, save
 from train.run.loop import out_of_memory
@@ -271,6 +274,26 @@ def test_samples_beyond_the_language_models_positions_are_warned_of(world, tmp_p
     assert "longer than the language model's 20 positions" in caplog.text and "model.max_length=20" in caplog.text
 
 
+def _answers_and_losses_are_each_ones_own(run_folder, folder):
+    """Of questions of 10 to 22 tokens, of which the middle ones get beyond `far` while they are answered."""
+    export(run_folder, folder, dtype="fp32")
+    speaker = load_speaker(folder, torch.device("cpu"))
+    turns = [[Turn("user", (" ".join(["red blue"] * half) + " ?",))] for half in (2, 3, 6, 7, 8, 9)]
+    truths, none = ["green white"] * 6, [[]] * 6
+    passes = []
+    handle = speaker.model.model.language_model.register_forward_pre_hook(
+        lambda _, __, given: passes.append(given["inputs_embeds"].shape[0]), with_kwargs=True
+    )
+    for more in (1, 8):
+        alone = [speaker.answers([one], [[]], more)[0] for one in turns]
+        assert speaker.answers(turns, none, more) == alone
+    alone = [speaker.truth_losses([one], [[]], truths[:1])[0] for one in turns]
+    passes.clear()
+    assert [loss for loss, _ in speaker.truth_losses(turns, none, truths)] == pytest.approx([loss for loss, _ in alone])
+    assert len(passes) == 2, "one for each side"
+    handle.remove()
+
+
 def test_a_sample_that_turns_rotary_angles_changes_none_beside_it(world, tmp_path):
     """Of 27 and 11 tokens: beyond `far` all angles are others, and those of a pass go by its longest sample."""
     from transformers import LlamaConfig, Phi3Config
@@ -287,6 +310,7 @@ def test_a_sample_that_turns_rotary_angles_changes_none_beside_it(world, tmp_pat
         run(world, tmp_path / str(n), "finetune.steps=2", "finetune.batch_size=20", *settings)
         found.append(losses(tmp_path / str(n)))
     assert found[1] == pytest.approx(found[0], rel=1e-6) and found[2] == pytest.approx(found[0], rel=1e-6)
+    _answers_and_losses_are_each_ones_own(tmp_path / "0", tmp_path / "model")
 
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     write_lm(LlamaConfig(**sizes, max_position_embeddings=far, rope_parameters=dynamic), tmp_path / "dynamic")
