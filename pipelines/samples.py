@@ -1,6 +1,7 @@
 """Samples of tar shards as records: which members are pictures, in which order, and what is said of them."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,12 +29,16 @@ OTHER_ARCHIVES = (".zst", ".zstd", ".tzst", ".xz", ".txz", ".bz2", ".tbz", ".tbz
 # What `str.isspace` calls so; one strip of all is linear, where a search for `\\s+$` tries every space within a text.
 SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
 SPACES += "\u2028\u2029\u202f\u205f\u3000"
-_INVISIBLE = SPACES + "\0\ufeff\u200b\u200c\u200d\u2060"
+_NOWHERE = ("\0", "\ufeff")  # no text has them on purpose: NUL, and the byte order mark that Windows puts first
+_EDGES = SPACES + "\u200b\u200c\u200d\u2060\u00ad"  # these join or part letters, and mean nothing at the ends
 
 
 def visible(text: str) -> str:
-    """Strip spaces, byte order marks, NUL and zero-width characters from both ends of a text."""
-    return text.strip(_INVISIBLE)
+    """Take out of a text NUL and byte order marks, and at its ends what is not seen; "" where nothing else is there."""
+    for mark in _NOWHERE:
+        text = text.replace(mark, "")
+    text = text.strip(_EDGES)
+    return "" if all(unicodedata.category(letter) == "Cf" for letter in text) else text
 
 
 def is_macos(name: str) -> bool:

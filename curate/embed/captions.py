@@ -6,17 +6,14 @@ first text counts, or one by the seed and the sample's key, so that any run pick
 """
 
 import hashlib
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
 from curate.errors import ShardError
 from curate.storage import records, tar
-from pipelines.samples import SPACES
+from pipelines.samples import visible
 
-NOWHERE = ("\0", "\ufeff")  # no text has them on purpose: NUL, and the byte order mark that Windows puts first
-EDGES = SPACES + "\u200b\u200c\u200d\u2060\u00ad"  # these join or part letters, and mean nothing at the ends
 # Fields that img2dataset and others put into a sample's JSON, and that hold text but no caption.
 NO_CAPTIONS = frozenset("key url status error_message exif md5 sha256 uid id image source license filename".split())
 MOST_NAMED = 3  # fields, in a reason
@@ -38,12 +35,8 @@ def clean(text: Any) -> str | None:
     """Take a value for a caption: text without NUL, byte order marks and invisible ends; None where nothing is left."""
     if not isinstance(text, str):
         return None
-    for mark in NOWHERE:
-        text = text.replace(mark, "")
-    text = text.strip(EDGES)
-    if all(unicodedata.category(letter) == "Cf" for letter in text):
-        return None
-    return records.usable_text(text)
+    seen = visible(text)
+    return records.usable_text(seen) if seen else None
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -13,7 +13,7 @@ from curate.embed.embed import EmbedOptions, embed
 from curate.errors import UsageError
 from curate.ingest.pack import PackOptions, pack
 from house import curate, manifest
-from pipelines.samples import SPACES, visible
+from pipelines.samples import SPACES, from_sample, visible
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,8 @@ def model(tmp_path_factory):
         ("family \U0001f468\u200d\U0001f469", "family \U0001f468\u200d\U0001f469"),
         ("می\u200cخواهم", "می\u200cخواهم"),
         *((nothing, None) for nothing in ("", " ", "\ufeff", "\0\0", "\u200b", "\u200b \u2060\u200e", "\ufeff\r\n")),
+        ("\u00ad", None),
+        ("\u00ada dog", "a dog"),
         (None, None),
         (7, None),
         ("\ud800", None),
@@ -37,6 +39,9 @@ def model(tmp_path_factory):
 )
 def test_invisible_characters_are_no_caption_and_no_part_of_one(given, taken):
     assert clean(given) == taken
+    if isinstance(given, str) and given != "\ud800":  # what is embedded is what is trained on
+        record = from_sample(None, given.encode(), ["jpg"], "key", "").record
+        assert (record["conversations"][1]["value"] if record else None) == taken
 
 
 def test_spaces_at_the_ends_and_within_cost_no_more_than_they_are_long():
