@@ -295,7 +295,7 @@ def generate(
     from train.eval.generate import ask, chat
 
     if prompt is None and not (image and not sys.stdin.isatty() and as_json):
-        chat(model, image or [], questions(), say, options.max_new_tokens)
+        chat(model, image or [], questions(), say, options.max_new_tokens, options.system)
         return
     answer = ask(model, image or [], prompt or "", options.max_new_tokens, options.system)
     show({"answer": answer}, as_json) if as_json else say(answer)

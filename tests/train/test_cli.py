@@ -1,5 +1,6 @@
 """The verbs as typed: exit codes, one-line errors, results on stdout alone."""
 
+import io
 import json
 import select
 import subprocess
@@ -11,6 +12,8 @@ from toys import picture
 
 from house import PATIENCE_S, Command
 from train.__main__ import app, main
+from train.data.prompts import Turn
+from train.eval.generate import Speaker
 
 REPO = Path(__file__).parents[2]
 
@@ -26,7 +29,7 @@ def call(capfd, *words):
     return code, out, err
 
 
-def test_the_road_from_shards_to_an_answer(world, tmp_path, capfd):
+def test_the_road_from_shards_to_an_answer(world, tmp_path, capfd, monkeypatch):
     config = ("--config", world / "config.toml")
     align, tuned, model = tmp_path / "run" / "align", tmp_path / "run" / "finetune", tmp_path / "model"
     code, out, _ = call(capfd, "align", *config, "--data", world / "captions", "--out", align, "--json")
@@ -51,6 +54,20 @@ def test_the_road_from_shards_to_an_answer(world, tmp_path, capfd):
     (tmp_path / "x.jpg").write_bytes(picture("red", True, 0))
     words = ("generate", model, "--image", tmp_path / "x.jpg", "--prompt", "what colour is it ?", "--json")
     assert "answer" in json.loads(call(capfd, *words)[1])
+    asked = []
+    monkeypatch.setattr(
+        Speaker, "answers", lambda _, turns, images, __: asked.append((list(turns[0]), images)) or ["it"]
+    )
+    for prompt in (("--prompt", "what ?"), ()):  # a question, and a conversation
+        monkeypatch.setattr("sys.stdin", io.StringIO("what ?\nwhere ?\n"))
+        words = ("generate", model, "--image", tmp_path / "x.jpg", *prompt, "--set", "generate.system=be small")
+        assert call(capfd, *words)[:2] == (0, "it\n" if prompt else "it\nit\n")
+    first = [Turn("system", ("be small",)), Turn("user", (None, "what ?"))]
+    assert [turns for turns, _ in asked] == [
+        first,
+        first,
+        [*first, Turn("assistant", ("it",)), Turn("user", ("where ?",))],
+    ]
 
 
 def test_one_process_carries_out_many_commands(world, tmp_path):

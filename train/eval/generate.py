@@ -180,14 +180,20 @@ def ask(folder: Path, images: str | Sequence[str], prompt: str, max_new_tokens: 
 
 
 def chat(
-    folder: Path, images: str | Sequence[str], questions: Iterator[str], say: Callable[[str], None], max_new_tokens: int
+    folder: Path,
+    images: str | Sequence[str],
+    questions: Iterator[str],
+    say: Callable[[str], None],
+    max_new_tokens: int,
+    system: str = "",
 ) -> None:
     """Hold a conversation about images, which the first question shows, until the questions end."""
     shown = [read_image(image) for image in ([images] if isinstance(images, str) else images)]
     speaker = load_speaker(folder)
-    turns: list[Turn] = []
+    turns = [Turn("system", (system,))] if system else []
+    first = len(turns)
     for question in questions:
-        turns.append(Turn("user", _question(question, 0 if turns else len(shown))))
+        turns.append(Turn("user", _question(question, len(shown) if len(turns) == first else 0)))
         answer = speaker.answers([turns], [shown], max_new_tokens)[0]
         turns.append(Turn("assistant", (answer,)))
         say(answer)
