@@ -33,12 +33,12 @@ class Layout:
     def lines(self, *names: str) -> list[dict[str, Any]]:
         """Read the first of these JSON-lines files."""
         path = self.find(*names)
-        return [parse_json(path, line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [parse_json(path, line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
     def json(self, *names: str) -> Any:
         """Read the first of these JSON files."""
         path = self.find(*names)
-        return parse_json(path, path.read_text(encoding="utf-8"))
+        return parse_json(path, path.read_text(encoding="utf-8-sig"))
 
     def ask(
         self, questions: Sequence[dict[str, Any]], images: Path, truth: Callable[[dict[str, Any]], Any]
@@ -61,6 +61,6 @@ def parse_json(path: Path, text: str) -> Any:
 def read_tsv(path: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of a tab-separated file by column name; a missing cell is ""."""
     csv.field_size_limit(1 << 28)  # images are fields
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             yield {key: value or "" for key, value in row.items() if key is not None}

@@ -215,16 +215,19 @@ def _mmmu_item(record: dict[str, Any], image: tuple[str, int], subject: str, tru
 
 
 def load_mmbench(layout: Layout, *names: str) -> list[Item]:
-    """Read a legacy TSV of MMBench: hint, question and options, and the image in base64."""
+    """Read a legacy TSV of MMBench: hint, question and options, and the image in base64, or the index of its row."""
     out = []
-    for row in read_tsv(layout.find(*names)):
+    rows = list(read_tsv(layout.find(*names)))
+    pictures = {row["index"]: row["image"] for row in rows}
+    for row in rows:
         there = takewhile(lambda letter: row.get(letter, "").lower() not in ("", "nan", "none"), "ABCD")  # noqa: B023
         options = [(letter, row[letter]) for letter in there]
         hint = "" if row.get("hint", "").lower() in ("", "nan", "none") else f"{row['hint']}\n"
         listed = "".join(f"\n{letter}. {option}" for letter, option in options)
         prompt = f"{hint}{row['question']}{listed}\n{LETTER}"
         category = row.get("l2-category") or row.get("category", "")
-        image, choices = base64.b64decode(row["image"]), tuple(words for _, words in options)
+        shown = pictures.get(row["image"], row["image"])  # VLMEvalKit's files save space so
+        image, choices = base64.b64decode(shown), tuple(words for _, words in options)
         out.append(Item(int(row["index"]), prompt, image, row.get("answer"), category, choices))
     return out
 

@@ -470,6 +470,18 @@ def test_a_line_of_mme_ends_at_its_end(root):
     assert [item.truth for item in tasks.load("mme", root)] == ["Yes", "No"]
 
 
+def test_marks_before_a_file_and_a_picture_that_another_row_has(root):
+    (root / "mmbench").mkdir()
+    image = base64.b64encode(picture("red", True, 0)).decode()
+    rows = [[3, "Which?", "x", "y", "A", image, "l"], [1000003, "Which?", "y", "x", "B", "3", "l"]]
+    with (root / "mmbench/mmbench_dev_20230712.tsv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter="\t").writerows(["index question A B answer image l2-category".split(), *rows])
+    assert [item.image for item in tasks.load("mmbench", root)] == [picture("red", True, 0)] * 2
+    for name in ("seed_bench/SEED-Bench.json", "seed_bench/llava-seed-bench.jsonl"):
+        (root / name).write_bytes(b"\xef\xbb\xbf" + (root / name).read_bytes())
+    assert len(tasks.load("seed", root)) == 2
+
+
 def test_an_image_of_mme_needs_all_its_questions(root):
     asked = tasks.load("mme", root)
     assert answers.score_texts("mme", asked, ["Yes", "No"], root, None)["scores"] == {"perception": 200}
