@@ -34,12 +34,12 @@ def main():
     source = open_source(given.data, given.images)
     questions = collect(source, 2 * given.photographs)[0]
     found = pairs_of(source, questions)[: given.photographs]
-    for place, image, caption in found[: given.show]:
-        asked = prompt(speaker, [image])
+    for place, (show, caption) in found[: given.show]:
+        asked = prompt(speaker, [show()])
         made = speaker.model.generate(**asked, max_new_tokens=24, do_sample=False)
         text = speaker.processor.tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
         print(f"{questions[place].key}\tsaid: {text.strip()}\tcaption: {caption}", flush=True)
-    ranks = rank(lambda: speaker, [(image, caption) for _, image, caption in found], given.candidates)
+    ranks = rank(lambda: speaker, [pair for _, pair in found], given.candidates)
     print(json.dumps({"candidates": given.candidates, **summary(ranks)}))
 
 

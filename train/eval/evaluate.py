@@ -124,8 +124,8 @@ def evaluate(
             return {**result, "answers": str(out)}
         if options.candidates:
             pairs = pairs_of(source, questions)
-            ranks = rank(speak, [(image, text) for _, image, text in pairs], options.candidates, kept)
-            for (place, _, _), found in zip(pairs, ranks, strict=True):
+            ranks = rank(speak, [pair for _, pair in pairs], options.candidates, kept)
+            for (place, _), found in zip(pairs, ranks, strict=True):
                 rows[place] |= found
             result |= summary(ranks)
         record.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,16 @@ from train.eval.generate import Speaker
 from train.eval.progress import Kept, Pace
 
 SEED = 0
+Pair = tuple[Callable[[], Any], str]  # what decodes a picture to a PIL image, when its group's turn has come; a text
 RANKS = ("rank", "gain_rank", "picture_rank")
 TOGETHER = 10  # pictures that a text is read behind at a time; their keys and values are held twice
 
 
 def rank(
-    speak: Callable[[], Speaker], pairs: Sequence[tuple[Any, str]], candidates: int, kept: Kept | None = None
+    speak: Callable[[], Speaker], pairs: Sequence[Pair], candidates: int, kept: Kept | None = None
 ) -> list[dict[str, float]]:
-    """Rank texts behind pictures.  speak: loads the model.  pairs: PIL image, text; candidates: texts a picture, the
-    right one among them.  kept: groups that are known, and where to keep the others.
+    """Rank texts behind pictures.  speak: loads the model.  candidates: texts a picture, the right one among them.
+    kept: groups that are known, and where to keep the others.
 
     Returns for each pair its `rank` by likelihood, 1 being best, its `gain_rank` by what the image adds, the
     `picture_rank` of its image among its text's, and its `information` in nats.  Raises: UsageError.
@@ -64,10 +66,10 @@ def rank(
     return found
 
 
-def _of_group(speaker: Speaker, pairs: Sequence[tuple[Any, str]], counted: int) -> list[dict[str, float]]:
+def _of_group(speaker: Speaker, pairs: Sequence[Pair], counted: int) -> list[dict[str, float]]:
     texts = [text for _, text in pairs]
     lengths = np.array([len(ids) for ids in _tokens(speaker, texts)])
-    means = likelihoods(speaker, [image for image, _ in pairs], texts)
+    means = likelihoods(speaker, [show() for show, _ in pairs], texts)
     nats = information(means * lengths).round(4)[:counted].tolist()
     own = zip(places(means, lengths)[:counted].tolist(), nats, strict=True)
     return [{**dict(zip(RANKS, ranks, strict=True)), "information": value} for ranks, value in own]
@@ -125,14 +127,17 @@ def information(totals: NDArray[np.float64]) -> NDArray[np.float64]:
     return nats
 
 
-def pairs_of(source: Source, questions: Sequence[Any]) -> list[tuple[int, Any, str]]:
-    """Return place, image and text of the questions about one image; a picture once, known by its bytes."""
+def pairs_of(source: Source, questions: Sequence[Any]) -> list[tuple[int, Pair]]:
+    """Return place, picture and text of the questions about one image; a picture once, known by its bytes."""
     first: dict[str, int] = {}
     for place, question in enumerate(questions):
         if len(question.images) == 1:
             first.setdefault(question.pictures[0], place)
-    found = ((place, questions[place]) for place in first.values())
-    return [(place, decode_image(source.image_bytes(own.images[0])), own.truth.strip()) for place, own in found]
+
+    def show(place: int) -> Any:
+        return decode_image(source.image_bytes(questions[place].images[0]))
+
+    return [(place, (partial(show, place), questions[place].truth.strip())) for place in first.values()]
 
 
 def prompt(speaker: Speaker, images: Sequence[Any]) -> dict[str, torch.Tensor]:

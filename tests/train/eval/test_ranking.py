@@ -91,7 +91,8 @@ def test_information_is_what_a_text_tells_of_its_picture():
 
 def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, aligned):
     speaker, source = load_speaker(aligned, torch.device("cpu")), open_source(str(world / "captions"), None)
-    pairs = [(image, text) for _, image, text in pairs_of(source, collect(source)[0])]
+    given = [pair for _, pair in pairs_of(source, collect(source)[0])]
+    pairs = [(show(), text) for show, text in given]
     assert len({image.tobytes() for image, _ in pairs}) == len(pairs)
     texts = ["red", *(text for _, text in pairs[:4]), "red, and of a very long description", "a", "red", "b c d"]
     images = [image for image, _ in pairs[: TOGETHER + 2]]
@@ -99,10 +100,10 @@ def test_likelihoods_are_those_of_one_pass_for_each_picture_and_text(world, alig
     slow = [[slow_likelihood(speaker, image, text) for text in texts] for image in images]
     np.testing.assert_allclose(found, slow, atol=1e-5)
     assert (found[:, 0] == found[:, texts.index("red", 1)]).all()
-    ranked, slowly = summary(rank(lambda: speaker, pairs, 4)), slow_ranks(speaker, pairs, 4)
+    ranked, slowly = summary(rank(lambda: speaker, given, 4)), slow_ranks(speaker, pairs, 4)
     assert ranked.pop("information") == pytest.approx(slowly.pop("information"), abs=1e-4)  # rounded to four places
     assert ranked == slowly
-    alike = [(image, "one text") for image, _ in pairs[:5]]
+    alike = [(show, "one text") for show, _ in given[:5]]
     assert [found["rank"] for found in rank(lambda: speaker, alike, 5)] == [5] * 5  # ties lose
     with pytest.raises(UsageError, match="eval.candidates = 6: expected 2 to 5"):
         rank(lambda: speaker, alike, 6)
