@@ -198,7 +198,7 @@ def _run(
     runtime = Runtime.detect(stage.precision, choose_workers(stage.workers, gpu=torch.cuda.is_available()))
     if kind == "reference":
         model = dataclasses.replace(model, attention="sdpa")
-        stage = dataclasses.replace(stage, packing=False)
+        stage = dataclasses.replace(stage, packing=False, message_trees="")
     with quick_draws():
         composed = compose(model, runtime.dtype)
     encoder = make_encoder(composed, model, stage)
