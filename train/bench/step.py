@@ -44,6 +44,7 @@ from train.model import attention
 from train.model.compose import Composed, blueprint, compose
 from train.model.forward import embeddings, tower_features
 from train.model.half import stay_half
+from train.model.language import load_tokenizer, read_lm_config
 from train.model.learn import fuse, prepare, recompute
 from train.model.regional import compile_layers
 from train.model.skip_unlabelled import skip_unlabelled
@@ -199,12 +200,12 @@ def _run(
     if kind == "reference":
         model = dataclasses.replace(model, attention="sdpa")
         stage = dataclasses.replace(stage, packing=False, message_trees="")
+    rows, needed = read_lm_config(model).vocab_size, len(load_tokenizer(model))
+    if rows < needed:
+        raise UsageError(f"{model.lm} has a vocabulary of {rows:,}; the bench's texts need {needed:,}")
     with quick_draws():
         composed = compose(model, runtime.dtype)
     encoder = make_encoder(composed, model, stage)
-    rows, needed = composed.model.get_input_embeddings().num_embeddings, len(composed.tokenizer)
-    if rows < needed:
-        raise UsageError(f"{model.lm} has a vocabulary of {rows:,}; the bench's texts need {needed:,}")
     if not (folder / "data").is_dir():
         write(folder / "data", stage.steps * stage.batch_size, composed.vision.tokens_per_image)
     source = open_source(str(folder / "data" / "data.json"))
