@@ -16,10 +16,8 @@ from curate.engine import advance
 from curate.errors import ContractError
 from curate.storage import paths, sidecar, whole_files
 from curate.storage.manifest import open_input
-from curate.storage.schema import CLUSTER_SCHEMA
+from curate.storage.schema import CENTROIDS, CLUSTER_SCHEMA
 from curate.vectors import kmeans, on_device
-
-CENTROIDS = "centroids.npy"
 
 
 def is_ok(table: pa.Table) -> np.ndarray:

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from curate.cluster import edges, giants, recall, renewed, scatter
-from curate.cluster.assign import CENTROIDS, Assign, digest, is_ok
-from curate.cluster.edges import EDGES
+from curate.cluster.assign import Assign, digest, is_ok
 from curate.cluster.options import ClusterOptions
 from curate.cluster.sampled import sample_rows, shuffled_quantiles
 from curate.cluster.scatter import BUCKETS
@@ -38,6 +37,7 @@ from curate.storage.manifest import (
     versions,
 )
 from curate.storage.renewal import settle, shared
+from curate.storage.schema import CENTROIDS, EDGES
 from curate.vectors import kmeans
 from curate.vectors.near_pairs import is_worth_rounding
 from curate.vectors.products import fastest_product

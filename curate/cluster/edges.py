@@ -23,13 +23,12 @@ from curate.cluster.scatter import BUCKETS, Rows
 from curate.engine import advance
 from curate.errors import ContractError
 from curate.storage import manifest, paths, ranges, sidecar
-from curate.storage.schema import EDGE_SCHEMA
+from curate.storage.schema import EDGE_SCHEMA, EDGES
 from curate.vectors import forest, near_pairs
 from curate.vectors.duplicate_forest import near_duplicate_forest
 from curate.vectors.forest import Edges
 from curate.vectors.near_pairs import is_worth_rounding
 
-EDGES = "edges.arrow"
 BUCKET_BYTES = 128 << 20
 RUN_ROWS = 1 << 15  # rows of clusters after which it is said how far a bucket is
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from curate.cluster.assign import CENTROIDS
 from curate.cluster.options import ClusterOptions
 from curate.cluster.scatter import BUCKETS, is_scratch
 from curate.storage import paths, sidecar
 from curate.storage.manifest import MANIFEST, Artefact, Output, Parts, digest, load_json, versions
+from curate.storage.schema import CENTROIDS
 
 FIT_BY = ("faiss-gpu", "faiss-cpu", "torch", "numpy")  # what a fit rests on
 LARGE_SHARE = 0.1  # of rows that came later: then a fit is advised

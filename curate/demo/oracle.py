@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from curate.storage import manifest, paths, sidecar
-from curate.storage.schema import SELECTION_SCHEMA
+from curate.storage.schema import FUNNEL, SELECTION_SCHEMA
 
 ORACLE = "oracle"  # a recipe that reads the demo's truth: no rule, but the ceiling to hold rules against
 
@@ -88,5 +88,5 @@ def _write_selection(
         batch = pa.record_batch(columns, schema=SELECTION_SCHEMA)
         sidecar.write_table(output.path(f"{stem}.arrow"), SELECTION_SCHEMA, [batch], shards[stem])
     counts = {"kept": int(kept.sum()), "dropped": int((~kept).sum()), "bad": 0}
-    manifest.save_json(output.path("funnel.json"), {"rows": len(keys), **counts, "statuses": {}, "steps": []})
+    manifest.save_json(output.path(FUNNEL), {"rows": len(keys), **counts, "statuses": {}, "steps": []})
     output.finish(shards=shards, counts=counts, funnel=[], versions=manifest.versions("numpy", "pyarrow"))

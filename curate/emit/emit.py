@@ -28,6 +28,7 @@ from curate.errors import UsageError
 from curate.storage import paths, records, sidecar
 from curate.storage.manifest import Artefact, Output, digest, load_json, open_output, reconcile, versions
 from curate.storage.renewal import shared
+from curate.storage.schema import FUNNEL
 from curate.storage.tar import CAPTION_SUFFIX, TarWriter
 from pipelines.records import Turns, read
 from pipelines.samples import caption_turns
@@ -114,7 +115,7 @@ def _replace_gone(task: "_WriteTar | _WriteImages", output: Output, suffix: str)
     """
     name = f"{len(task.plan):06d}"
     gone = sum(len(sidecar.facts(output.path(f"{made}.arrow"))["gone"]) for made in task.plan)
-    reserve = load_json(task.coreset.selection.path("funnel.json")).get("reserve", []) if gone else []
+    reserve = load_json(task.coreset.selection.path(FUNNEL)).get("reserve", []) if gone else []
     if not reserve:
         return None
     task.need, task.reserve = gone, [(str(stem), int(row)) for stem, row in reserve]

@@ -16,6 +16,7 @@ from curate.report.show import recall_line
 from curate.select import cluster_shares
 from curate.select.steps.by_concept import even_number
 from curate.storage import manifest, paths
+from curate.storage.schema import CENTROIDS
 
 MAX_ROWS, MAX_SPOTS = 200_000_000, 1500
 KINDS = (("none", 0.0), ("fewer", 0.5), ("par", 2.0), ("more", 4.0), ("most", np.inf))
@@ -97,7 +98,7 @@ def _extremes(before: np.ndarray, after: np.ndarray) -> dict[str, list[dict[str,
 
 def draw(clusters: manifest.Artefact, before: np.ndarray, after: np.ndarray | None, order: np.ndarray) -> Markup | None:
     """Draw the map. order: the clusters that have rows, the largest first. None where the centroids are not at hand."""
-    place = clusters.path("centroids.npy")
+    place = clusters.path(CENTROIDS)
     if not paths.exists(place) or len(order) < 3:
         return None
     with paths.open_read(place) as file:

@@ -24,7 +24,7 @@ from curate.report import ablation_tables, cluster_map, concepts, duplicates, pr
 from curate.report.gallery import Gallery, open_samples
 from curate.report.options import ReportOptions
 from curate.storage import manifest, paths, whole_files
-from curate.storage.schema import STATUSES
+from curate.storage.schema import FUNNEL, STATUSES
 
 KEPT, DROPPED, TWINS, BAD, CLUSTER_CARDS, CLUSTER_KEPT = 28, 14, 12, 7, 7, 3
 MAX_STEPS_SHOWN = 14
@@ -84,7 +84,7 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
         "others": list(_comparison(artefacts, directory)),
     }
     if artefacts.selection is not None:
-        funnel = manifest.load_json(artefacts.selection.path("funnel.json"))
+        funnel = manifest.load_json(artefacts.selection.path(FUNNEL))
         context |= {
             "funnel": sections.funnel(funnel),
             "shown": concepts.of_pictures(funnel),

@@ -16,6 +16,7 @@ from curate.report import ablation_tables, concepts, provenance
 from curate.report.provenance import is_finite
 from curate.storage import paths, tar
 from curate.storage.manifest import FAILED, MANIFEST, PLAN, Artefact, load_json, open_input
+from curate.storage.schema import FUNNEL
 from pipelines.terminal import printable
 
 BAR, MOST, WIDTH = 24, 8, 110
@@ -58,7 +59,7 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
 
 def selection_lines(directory: str) -> Iterator[str]:
     """Yield what select prints of what it made: the funnel, and the clusters that it starved and favoured."""
-    funnel = load_json(paths.join(directory, "funnel.json"))
+    funnel = load_json(paths.join(directory, FUNNEL))
     yield from map(printable, (*funnel_lines(funnel), *concepts.lines(funnel), *cluster_lines(funnel)))
 
 
@@ -107,7 +108,7 @@ def _artefact(artefact: Artefact) -> Iterator[str]:
     chain = list(lineage(artefact))
     selection = next((each for each in chain if each.command == "select"), None)
     if selection is not None and artefact.command in ("select", "emit"):
-        funnel = load_json(selection.path("funnel.json"))
+        funnel = load_json(selection.path(FUNNEL))
         yield from funnel_lines(funnel)
         yield from concepts.lines(funnel)
         yield from cluster_lines(funnel)
@@ -378,7 +379,7 @@ def _pipeline(directory: str) -> Iterator[str]:
     yield f"{directory}: {len(lines)} directories, each of which `curate show` describes"
     yield from (line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines + lost)
     if selection is not None:
-        yield from funnel_lines(load_json(selection.path("funnel.json")))
+        yield from funnel_lines(load_json(selection.path(FUNNEL)))
 
 
 def _pool(directory: str) -> Iterator[str]:

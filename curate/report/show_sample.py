@@ -11,7 +11,7 @@ import numpy as np
 from curate.errors import UsageError
 from curate.report import show
 from curate.storage import manifest, paths, sidecar
-from curate.storage.schema import STATUSES
+from curate.storage.schema import FUNNEL, STATUSES
 
 Place = tuple[str, int]
 
@@ -73,7 +73,7 @@ def _story(
 ) -> Iterator[str]:
     """Tell one sample's story, a paragraph for each stage that knows it."""
     facts = _row(embedded, place)
-    funnel = manifest.load_json(stages["select"].path("funnel.json")) if "select" in stages else {}
+    funnel = manifest.load_json(stages["select"].path(FUNNEL)) if "select" in stages else {}
     yield f"{key} · row {place[1]:,} of {place[0]}"
     yield f"  caption    {facts['caption'] or '(none)'}"
     size = f"{facts['width']} × {facts['height']} px" if facts["width"] else "not decoded"

@@ -19,6 +19,7 @@ from curate import naming
 from curate.ask import concept_names, stored
 from curate.storage import paths, sidecar
 from curate.storage.manifest import Artefact
+from curate.storage.schema import CENTROIDS
 
 LEAST = 3  # rows that a random draw would keep
 SHOWN = 8  # clusters of each kind
@@ -59,9 +60,9 @@ def account(embedded: Artefact, clusters: Artefact, labels_n: np.ndarray, kept_n
 def name(embedded: Artefact, clusters: Artefact, chosen: Sequence[int]) -> tuple[Mapping[int, str], bool]:
     """Name clusters. Returns the names, and whether they are concepts of a vocabulary; else captions' words."""
     vocabulary = stored.vocabulary_of(embedded)
-    if vocabulary is None or not chosen or not paths.exists(clusters.path("centroids.npy")):
+    if vocabulary is None or not chosen or not paths.exists(clusters.path(CENTROIDS)):
         return _by_captions(embedded, clusters, chosen), False
-    return concept_names.names(sidecar.load_npy(clusters.path("centroids.npy")), chosen, *vocabulary), True
+    return concept_names.names(sidecar.load_npy(clusters.path(CENTROIDS)), chosen, *vocabulary), True
 
 
 def _by_captions(embedded: Artefact, clusters: Artefact, chosen: Sequence[int]) -> Mapping[int, str]:

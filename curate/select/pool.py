@@ -21,8 +21,10 @@ from curate.select.frame import UNKNOWN_BITS, Edges, Frame
 from curate.storage import manifest, paths, ranges, records, sidecar
 from curate.storage.schema import (
     CAPTION,
+    CENTROIDS,
     CLUSTER_SCHEMA,
     DETAIL_BYTES,
+    EDGES,
     LOSS,
     SIZES,
     STATUSES,
@@ -32,7 +34,6 @@ from curate.storage.schema import (
 )
 from pipelines.terminal import first_line
 
-EDGES, CENTROIDS = "edges.arrow", "centroids.npy"
 LEAST_BITS = 8  # set in a hash, or fewer: two such hashes can never differ in more than the 16 bits that copies may
 NUMBERS = ("clip_score", "width", "height")
 HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@]*@)?(?P<host>[^/:?#]+)"

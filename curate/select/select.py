@@ -37,9 +37,8 @@ from curate.storage.manifest import (
     versions,
 )
 from curate.storage.renewal import shared
-from curate.storage.schema import SELECTION_SCHEMA, STATUSES
+from curate.storage.schema import FUNNEL, SELECTION_SCHEMA, STATUSES
 
-FUNNEL = "funnel.json"
 NUM_BINS = 60
 SCORES = ("clip_score", "centroid_similarity")
 

@@ -1,10 +1,14 @@
-"""The columns of every sidecar, the statuses that a row can have, and names that no pool's own column may take."""
+"""The columns of every sidecar, the statuses that a row can have, and names that no pool's own column may take.
+
+Also the names of files beside the sidecars that several rooms open.
+"""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+CENTROIDS, EDGES, FUNNEL = "centroids.npy", "edges.arrow", "funnel.json"  # of clusters, and of a selection
 DETAIL_BYTES = 72  # four hashes of 144 bits (curate/embed/details.py)
 LABEL = pa.dictionary(pa.int16(), pa.string())
 # Where a sample's members lie in its tar: `name` is the key, a dot and the suffix; bytes of the content.
