@@ -124,11 +124,6 @@ def _is_finished(output: Output) -> bool:
     return output.overtaken() if output.basis else paths.exists(output.path(MANIFEST))
 
 
-def _are_joined(output: Output) -> bool:
-    """Say whether the edges are there, and what they were found in is removed."""
-    return paths.exists(output.path(EDGES)) or output.overtaken()
-
-
 def _once(job: Job, claimed: str, done: Callable[[], bool], work: Callable[[], None]) -> None:
     """Do what is not done yet; of several slices one does it, and the others wait."""
     if job.part is not None:
@@ -142,7 +137,7 @@ def _assign(source: Artefact, output: Output, neighbours: int, buckets: int, job
     parts = scatter.parts(source.rows)
     missing, unscattered = set(output.missing(source.stems)), set(scatter.missing(output.directory, list(parts)))
     # Looked at after the scatter, which is removed only once the edges are there.
-    if _are_joined(output):
+    if edges.are_joined(output):
         unscattered.clear()
     todo = [part for part in job.share(list(parts)) if part in unscattered or missing & set(parts[part])]
     task = Assign(source.directory, output.directory, buckets, neighbours, output.home, output.kept, gpus(job) > 0)
@@ -155,7 +150,7 @@ def _unassigned(source: Artefact, output: Output) -> list[str]:
     """List the shards that other slices have to assign, or to scatter: those that are kept are scattered, too."""
     parts = scatter.parts(source.rows)
     unscattered = [stem for part in scatter.missing(output.directory, list(parts)) for stem in parts[part]]
-    left = {*output.missing(source.stems), *([] if _are_joined(output) else unscattered)}
+    left = {*output.missing(source.stems), *([] if edges.are_joined(output) else unscattered)}
     return [stem for stem in source.stems if stem in left]
 
 
@@ -176,13 +171,13 @@ def _find_edges(output: Output, task: edges.FindEdges, buckets: int, job: Job) -
         """Work what is missing of this slice's items; say whether all of them are there."""
         lacking = set(missing())
         # Looked at after the files, which are removed only once the edges are there.
-        if _are_joined(output):
+        if edges.are_joined(output):
             return True
         todo = [item for item in job.share(items) if item in lacking]
         outcome = run_stage("relate", task, todo, job, unit=unit, gpu=GPU_SHARE, places=(output.home,))
         found.rows, found.seconds = found.rows + outcome.rows, found.seconds + outcome.seconds
         lacking = set(missing())
-        if _are_joined(output):  # another slice has finished, and removed what this one read
+        if edges.are_joined(output):  # another slice has finished, and removed what this one read
             return True
         _refuse_failures(outcome.failed)
         found.left = [f"{unit} {item}" for item in items if item in lacking]

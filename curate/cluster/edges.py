@@ -135,15 +135,18 @@ def missing(output: manifest.Output, buckets: int) -> list[int]:
     return [bucket for bucket in range(buckets) if f"edges-{bucket}.arrow" not in present]
 
 
+def are_joined(output: manifest.Output) -> bool:
+    """Say whether the edges are there, and what they were found in is removed: by this run or by another slice."""
+    return paths.exists(output.path(EDGES)) or output.overtaken()
+
+
 def blocks(output: manifest.Output, buckets: int) -> list[giants.Block]:
     """List the blocks of the giant clusters that were cut into chunks, as the buckets record them; none at the end."""
     try:
         places = [edges_path(output.directory, bucket) for bucket in range(buckets)]
         facts = list(ranges.ahead(output.directory, sidecar.facts, places))
     except ContractError:
-        if (
-            paths.exists(output.path(EDGES)) or output.overtaken()
-        ):  # another slice has joined the edges, and removed the buckets'
+        if are_joined(output):
             return []
         raise
     return giants.blocks({number: chunks for each in facts for number, chunks in each["giants"].items()})
