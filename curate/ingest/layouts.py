@@ -302,16 +302,13 @@ def _parquet_vectors(location: str) -> np.ndarray:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    try:
-        with paths.open_read(location) as file:
-            held = pq.ParquetFile(file)
-            names = held.schema_arrow.names
-            column = next((name for name in VECTORS if name in names), "")
-            if not column:
-                raise ShardError(f"{location} has no column {' or '.join(VECTORS)}; it has {', '.join(names)}")
-            lists = held.read(columns=[column])[column].combine_chunks()
-    except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{location} cannot be read: {first_line(error)}") from None
+    with paths.open_read(location) as file:
+        held = pq.ParquetFile(file)
+        names = held.schema_arrow.names
+        column = next((name for name in VECTORS if name in names), "")
+        if not column:
+            raise ShardError(f"{location} has no column {' or '.join(VECTORS)}; it has {', '.join(names)}")
+        lists = held.read(columns=[column])[column].combine_chunks()
     if not (
         pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type) or pa.types.is_fixed_size_list(lists.type)
     ):
