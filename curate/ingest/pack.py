@@ -125,7 +125,7 @@ def _folders(source: str, options: PackOptions, passed: dict[str, int], told: Fa
     passed: takes other files, by suffix; told: what was passed over, taken from beside or renamed, in words.
     """
     parts: dict[str, Part] = {}
-    tree = dict(_walk(source, ""))
+    tree = dict(_walk(source))
     if not any(map(has_pictures, tree.values())):
         return parts
     for folder in tree:
@@ -200,9 +200,9 @@ def _add_part(parts: dict[str, Part], stem: str, part: Part) -> None:
     parts[stem] = part
 
 
-def _walk(source: str, folder: str) -> Iterator[tuple[str, list[str]]]:
+def _walk(source: str) -> Iterator[tuple[str, list[str]]]:
     """Yield every folder under a source with the names in it, both sorted. Links to folders are not followed."""
-    left = [folder]  # no recursion: folders may lie in folders as deep as a path is long
+    left = [""]  # no recursion: folders may lie in folders as deep as a path is long
     while left:
         folder = left.pop()
         names, folders = paths.entries(paths.join(source, folder) if folder else source)
@@ -254,7 +254,7 @@ def _parquet_files(source: str) -> Iterator[tuple[str, paths.Found]]:
     if not paths.is_dir(source):
         yield source, paths.look(source)
         return
-    for folder, _ in _walk(source, ""):
+    for folder, _ in _walk(source):
         place = paths.join(source, folder) if folder else source.rstrip("/")
         for name, found in sorted(paths.files(place).items()):
             if name.endswith(".parquet"):

@@ -370,7 +370,7 @@ def _refuse_difference(
     recorded: Mapping[str, Any],
     plan: Mapping[str, Any],
     renewed: Collection[str],
-    free: Sequence[str] = (),
+    free: Sequence[str],
 ) -> None:
     """Raise ContractError when a directory was made by another request than `plan`.
 
