@@ -269,6 +269,16 @@ def digest_data(data: str) -> str:
     return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
 
 
+def refuse_unexported(folder: Path) -> None:
+    """Refuse what is no exported model, saying how to make one of it.  Raises: UsageError."""
+    if (folder / "config.json").is_file():
+        return
+    if (folder / MANIFEST).is_file():
+        out = folder.parent / "model"
+        raise UsageError(f"{folder} is a run, not a model; make one of it: python -m train export {folder} --out {out}")
+    raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
+
+
 def digest_weights(folder: Path) -> str:
     """Identify a model without reading all of it: names, sizes, and both ends of each of its files."""
     digest = hashlib.blake2b(digest_size=16)

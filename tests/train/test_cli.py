@@ -134,6 +134,17 @@ def test_wrong_requests_end_with_two(words, hint, capfd, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [("generate", "--prompt", "x"), ("eval", "--data", "d.json", "--out", "a.jsonl")])
+def test_a_run_in_the_place_of_a_model_is_refused_with_what_makes_one_of_it(words, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.json").write_text('[{"conversations": [{"from": "human", "value": "a"}]}]')
+    (tmp_path / "run" / "tuned").mkdir(parents=True)
+    (tmp_path / "run" / "tuned" / "manifest.json").write_text("{}")
+    code, _, err = call(capfd, words[0], "run/tuned", *words[1:])
+    assert code == 2 and "run/tuned is a run, not a model" in err
+    assert "python -m train export run/tuned --out run/model" in err
+
+
 def test_check_prints_every_option(world, capfd):
     code, out, _ = call(capfd, "check", "--config", world / "config.toml", "--json")
     assert code == 0 and json.loads(out)["finetune"]["lora_rank"] == 4

@@ -30,7 +30,7 @@ from train.eval.layout import Layout
 from train.eval.progress import Pace, append_lines, read_lines
 from train.eval.scoring import Item
 from train.eval.tasks import TASKS, get_task, image_bytes, load
-from train.folder import digest_weights, finish, held, open_run, relative
+from train.folder import digest_weights, finish, held, open_run, refuse_unexported, relative
 
 if TYPE_CHECKING:
     from train.eval.generate import Speaker
@@ -49,8 +49,7 @@ def run_tasks(
     """
     from train.eval.generate import load_speaker
 
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
+    refuse_unexported(folder)
     loaded = {name: load(name, root)[: options.limit or None] for name in names}
     for name, items in loaded.items():
         _check_images(name, items)

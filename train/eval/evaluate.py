@@ -46,6 +46,7 @@ from train.folder import (
     digest_weights,
     read_json,
     refuse_other,
+    refuse_unexported,
     same_request,
     whole_file,
     write_json,
@@ -95,6 +96,7 @@ def evaluate(
     """
     limit, max_new_tokens = options.limit, options.max_new_tokens or 64
     source = open_source(data, images, digest=True)
+    refuse_unexported(folder)
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": digest_data(data)}
     request |= {"images": source.images_digest, "max_new_tokens": max_new_tokens, "limit": limit}
     request["batch_size"] = options.batch_size  # in bf16 what is answered beside a question changes the rounding

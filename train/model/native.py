@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from pipelines.terminal import first_line
 from train.errors import UsageError
+from train.folder import refuse_unexported
 from train.model.own import register_own_classes
 from train.model.published import lacking
 from train.model.tower import needed
@@ -19,8 +20,7 @@ def load_native(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     """Load an exported folder and its processor, the towers of our own among them.  Raises: UsageError."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
+    refuse_unexported(folder)
     register_own_classes()
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)

@@ -25,7 +25,7 @@ from train.data.chat import chat_template
 from train.data.own_template import OwnTemplate
 from train.data.prompts import Encoder, Template
 from train.errors import UsageError
-from train.folder import LOCK, held, read_json, relative, write_json
+from train.folder import LOCK, held, read_json, refuse_unexported, relative, write_json
 from train.model.compose import Composed, compose, fold_feature_scale
 from train.model.tower import make_image_processor
 from train.model.weights import write_shards, write_tensors
@@ -235,8 +235,7 @@ def merge(models: Sequence[Path], weights: Sequence[float], out: Path, *, overwr
     if len(models) < 2 or len(models) != len(weights) or not abs(sum(weights) - 1) <= 1e-6:
         raise UsageError("merge needs two models or more and as many --weight, which sum to 1")
     for folder in models:
-        if not (folder / "config.json").is_file():
-            raise UsageError(f"{folder} is not an exported model (no config.json)")
+        refuse_unexported(folder)
     record = {"command": "merge", "models": [relative(str(m), out) for m in models], "weights": list(weights)}
     with writing(out, record, overwrite) as place:
         for file in sorted(models[0].iterdir()):
