@@ -19,10 +19,10 @@ from curate.demo.options import DemoOptions
 from curate.embed.options import EmbedOptions
 from curate.emit.options import EmitOptions
 from curate.errors import CurateError, UsageError
+from curate.faults import LASTING
 from curate.ingest.options import ImportOptions, PackOptions
 from curate.report.options import ReportOptions
 from curate.select.options import SelectOptions
-from curate.storage import paths
 from pipelines import memory, terminal
 from pipelines.terminal import printable
 
@@ -67,7 +67,7 @@ def main() -> None:
     except OSError as error:
         log.debug("", exc_info=True)
         told = printable(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-        lasting = isinstance(error, paths.FINAL)
+        lasting = isinstance(error, LASTING)
         sys.stderr.write(f"{told}\n" if lasting else f"{told}; run again to resume\n")
         sys.exit(UsageError.exit_code if lasting else 1)
     except (KeyboardInterrupt, terminal.Stopped) as stop:

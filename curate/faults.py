@@ -9,6 +9,7 @@ from curate import processes
 from curate.errors import RunError
 
 ENDING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENOTCONN)
+# What no second try mends.
 LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 

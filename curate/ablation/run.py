@@ -15,6 +15,7 @@ from curate.ablation.arms import Ablation, Cost, Options, parse
 from curate.ablation.trials import KEEP, LEVELS, MEASURES, Work, tidy
 from curate.engine import Job
 from curate.errors import UsageError
+from curate.report.ablation_tables import FILE as RESULT
 from curate.run.dry_run import lines as stage_lines
 from curate.run.pipeline import Pipeline
 from curate.run.stages import Echo
@@ -22,7 +23,7 @@ from curate.storage import paths
 from curate.storage.manifest import FORMAT, MANIFEST, reconcile, save_json, versions
 
 log = logging.getLogger("curate")
-RESULT, LINES = "ablation.json", "trials.jsonl"
+LINES = "trials.jsonl"
 
 
 def command(plan: Pipeline, job: Job, only: str, *, dry_run: bool, as_json: bool, echo: Echo) -> bool:

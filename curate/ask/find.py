@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from curate.ask import prompts
+from curate.ask.matches import F32_ERROR
 from curate.ask.reading import scored
 from curate.errors import UsageError
 from curate.storage.manifest import Artefact, open_input
@@ -21,7 +22,6 @@ from curate.vectors.exact import widen
 from curate.vectors.narrow import products
 
 MAX_FOUND = 10_000
-F32_ERROR = 2.0**-16  # of a dot product of unit vectors in f32, with room: d * 2 ** -24 is half of it at d = 2,048
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ SPREADS = 2.0  # on the demo, 2 leaves hardly an image without a concept, 3 ever
 PANEL = 1 << 25  # cosines at a time, 128 MiB
 READ_ROWS = 1 << 13
 GROUP = 64  # concepts of which only the highest is asked for at first
-F32_ERROR = 2.0**-16  # of a dot product of unit vectors in f32, with room
+F32_ERROR = 2.0**-16  # of a dot product of unit vectors in f32, with room: d * 2 ** -24 is half of it at d = 2,048
 MAD = 1.4826  # a normal distribution's standard deviation by its median absolute deviation
 Fetch = Callable[[np.ndarray], np.ndarray]  # row numbers to unit vectors f16 [m, d]
 

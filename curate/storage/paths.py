@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from curate.errors import UsageError
+from curate.faults import LASTING
 from curate.storage import whole_files
 from curate.storage.braces import braces as braces
 
 TRIES, FIRST_PAUSE_S = 5, 0.5  # 0.5 + 1 + 2 + 4 s
-FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "httpx2", "requests", "urllib3")
 MARKS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime", "created")
 log = logging.getLogger("curate")
@@ -88,7 +88,7 @@ def _refused(error: Exception) -> int | None:
 def _may_pass(error: Exception) -> bool:
     """Say whether an error may pass by itself: one of the network's, or of a driver's client library."""
     if isinstance(error, OSError):
-        return not isinstance(error, FINAL)
+        return not isinstance(error, LASTING)
     return type(error).__module__.split(".")[0] in CLIENTS
 
 
@@ -215,7 +215,7 @@ def read_bytes(location: str) -> bytes:
 def _whole(fs: Any, path: str) -> bytes:
     """Read a remote file whole, without a request for its size where it has a first byte to begin at."""
     [found] = fs.cat_ranges([path], [0], [None], on_error="return")
-    if isinstance(found, FINAL):
+    if isinstance(found, LASTING):
         raise found
     return cast(bytes, fs.cat_file(path) if isinstance(found, BaseException) else found)
 

@@ -35,9 +35,10 @@ from train.model.language import FOLDED, fold_into_norm
 from train.model.tower import HEADS, MULTISCALE
 from train.model.weights import read_tensors
 from train.publish.export import DTYPES, write_folder, writing
+from train.run.checkpoint import PROJECTOR
 from train.run.stage import make_encoder
 
-LM, TOWER, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
+LM, TOWER = "model.language_model.", "model.vision_tower."
 AUTHORS = re.compile(r"^model\.mm_projector\.")
 EVA_PREFIX = "model.vision_tower.vision_tower.model."
 RULES = (
