@@ -1,8 +1,8 @@
 """Samples for the report: which rows to show, and their thumbnails.
 
 In: a selection with its embeddings, clusters and pool. Out: `Card`s of text (untrusted: the page escapes it) and small
-JPEGs as data URIs. Rows are taken from at most `MAX_STEMS` shards, evenly spread, and pictures decoded one at a time
-under a pixel limit, so that a page about any pool costs the same memory.
+JPEGs as data URIs. Rows are taken from up to 48 shards, evenly spread, and pictures decoded one at a time under a pixel
+limit, so that a page about any pool costs the same memory.
 """
 
 import base64
@@ -22,7 +22,6 @@ from curate.report import concepts
 from curate.select import cluster_shares
 from curate.storage import manifest, tar
 
-MAX_STEMS = 48
 SIDE = 176
 MAX_PIXELS = 40_000_000
 MAX_CAPTION = 280
@@ -76,10 +75,7 @@ class Gallery:
 
     def read_columns(self) -> None:
         """Read the scalar columns of the sampled shards."""
-        every = [stem for stem, rows in self.embedded.rows.items() if rows]
-        self.stems = [
-            every[i] for i in sorted({*np.linspace(0, len(every) - 1, min(MAX_STEMS, len(every))).astype(int)})
-        ]
+        self.stems = cluster_shares.spread_stems(self.embedded)
         parts = [self._columns(number, stem) for number, stem in enumerate(self.stems)]
         self.columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 

@@ -65,14 +65,17 @@ def name(embedded: Artefact, clusters: Artefact, chosen: Sequence[int]) -> tuple
     return concept_names.names(sidecar.load_npy(clusters.path(CENTROIDS)), chosen, *vocabulary), True
 
 
+def spread_stems(embedded: Artefact) -> list[str]:
+    """Choose up to MAX_STEMS of the shards that have rows, evenly spread over all of them."""
+    stems = [stem for stem, rows in embedded.rows.items() if rows]
+    return [stems[i] for i in np.unique(np.linspace(0, len(stems) - 1, min(MAX_STEMS, len(stems))).astype(int))]
+
+
 def _by_captions(embedded: Artefact, clusters: Artefact, chosen: Sequence[int]) -> Mapping[int, str]:
     """Name clusters by up to CAPTIONS_EACH captions of each, beside captions of the same shards."""
     captions: dict[int, list[str]] = {c: [] for c in chosen}
     others: list[str] = []
-    rows = embedded.rows
-    stems = [stem for stem in embedded.stems if rows[stem]] if chosen else []
-    spread = sorted({*np.linspace(0, len(stems) - 1, min(MAX_STEMS, len(stems))).astype(int).tolist()})
-    for stem in (stems[i] for i in spread):
+    for stem in spread_stems(embedded) if chosen else ():
         label = clusters.table(stem, ["cluster"])["cluster"].to_numpy()
         wanted = np.flatnonzero(np.isin(label, [c for c in chosen if len(captions[c]) < CAPTIONS_EACH]))
         some = np.flatnonzero(label >= 0)[:OTHERS_EACH]

@@ -93,9 +93,9 @@ def test_a_downloaded_table_holds_no_formula():
 
 
 def test_pictures_come_from_a_bounded_number_of_shards(tmp_path, monkeypatch):
-    from curate.report import gallery
+    from curate.select import cluster_shares
 
-    monkeypatch.setattr(gallery, "MAX_STEMS", 1)
+    monkeypatch.setattr(cluster_shares, "MAX_STEMS", 1)
     monkeypatch.setattr(duplicates, "EXTRA_STEMS", 0)
     text = make(tmp_path, ("dedup(0.97)",))
     assert set(re.findall(r'title="row \d+ of (\w)"', text)) == {"a"}
