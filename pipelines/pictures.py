@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# What web pools hold. Fixed, because Pillow's full list runs helpers (EPS) and parsers that nobody needs here.
+# Multi-picture JPEGs (MPO) have no entry of their own: Pillow's JPEG reader turns into theirs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MB as RGB
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_NOTES = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")  # of no use here, and of any size
 

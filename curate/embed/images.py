@@ -16,19 +16,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from curate.embed.options import MAX_PIXELS
 from curate.errors import UsageError
 from curate.storage.tar import suffix_of
 from pipelines import pictures
+from pipelines.pictures import MAX_PIXELS
 from pipelines.terminal import first_line
 
-# What web pools hold. Fixed, because Pillow's full list runs helpers (EPS) and parsers that nobody needs here.
-# Those that this Pillow was built without are left out: it raises KeyError for a name it does not know. Multi-picture
-# JPEGs (MPO) have no entry of their own: Pillow's JPEG reader turns into theirs.
-WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 Image.init()
 Image.MAX_IMAGE_PIXELS = None  # `_load` has a limit of its own, which may be larger than Pillow's
-FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
+FORMATS = tuple(name for name in pictures.FORMATS if name in Image.OPEN)  # KeyError for one that Pillow lacks
 HASH_SIDE = 32
 LEAST_CONTRAST = 4  # of 255, between the darkest and the brightest of the 32 × 32 cells; JPEG noise is 1 to 2
 SAMPLINGS = ((1, 1), (2, 1), (2, 2))  # of the brightness, of a JPEG: 4:4:4, 4:2:2, 4:2:0

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MB as RGB
+from pipelines.pictures import MAX_PIXELS
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from curate.embed.options import MAX_PIXELS
+from pipelines.pictures import MAX_PIXELS
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.pictures import visible, without_notes
+from pipelines.pictures import FORMATS, MAX_PIXELS, visible, without_notes
 from train.data.message_tree import encode_tree
 from train.data.prompts import Encoded, Encoder, Rejected, parse, parse_turn
 from train.data.reading import Record
@@ -29,8 +29,6 @@ from train.dist import Runtime
 from train.errors import DataError, UsageError
 from train.folder import refuse_half, shards_in
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO")  # Pillow's others run helpers (EPS) or fonts
-MAX_PIXELS = 89_478_485  # as in curate: a larger image is taken for a decompression bomb
 FEW = 3  # so many bad samples never stop a run
 log = logging.getLogger("train")
 
