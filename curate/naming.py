@@ -53,9 +53,14 @@ def _name(counts: Counter[str], captions: int, outside: Counter[str], total: int
         for phrase, count in counts.items()
         if count >= least
     }
-    taken: list[str] = []
-    for phrase in sorted(weights, key=lambda phrase: (-weights[phrase], -len(phrase), phrase)):
-        own = set(phrase.split())
-        if len(taken) < NAMES and not any(own <= set(other.split()) or own >= set(other.split()) for other in taken):
-            taken.append(phrase)
+    return joined(sorted(weights, key=lambda phrase: (-weights[phrase], -len(phrase), phrase)))
+
+
+def joined(ordered: Iterable[str]) -> str:
+    """Join up to three phrases to a name, without those whose words stand within one already taken, or around it."""
+    taken: dict[str, set[str]] = {}
+    for phrase in ordered:
+        own = set(phrase.casefold().split())
+        if len(taken) < NAMES and not any(own <= other or own >= other for other in taken.values()):
+            taken[phrase] = own
     return ", ".join(taken)

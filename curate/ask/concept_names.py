@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-NAMES, NEAREST = 3, 40
+from curate import naming
+
+NEAREST = 40
 
 
 def names(
@@ -29,15 +31,5 @@ def names(
     for cluster in chosen:
         cosines = vectors_md.astype(np.float64) @ centroids[cluster]
         best = np.argsort(mean / 2 - cosines, kind="stable")[:NEAREST]
-        named[cluster] = _name([concepts[c] for c in best.tolist() if cosines[c] > mean[c]])
+        named[cluster] = naming.joined(concepts[c] for c in best.tolist() if cosines[c] > mean[c])
     return named
-
-
-def _name(ordered: Sequence[str]) -> str:
-    taken: list[str] = []
-    for concept in ordered:
-        own = set(concept.casefold().split())
-        others = [set(other.casefold().split()) for other in taken]
-        if len(taken) < NAMES and not any(own <= other or own >= other for other in others):
-            taken.append(concept)
-    return ", ".join(taken)
