@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from curate.words import words
 
 MAX_WORDS, MAX_LETTERS, MAX_CHARACTERS = 40, 60, 2000  # read of a caption, of a word, of a caption
+MAX_PHRASES = 400_000  # counted at a time: beyond it the rarest are forgotten
 LEAST_SHARE, LEAST_CAPTIONS, NAMES = 0.1, 2, 3  # of the group's captions that have a phrase which names it
 SMALL = frozenset(
     "a an the of in on at to and or with for from by is are was were be been being this that these those it its as "
@@ -27,6 +28,16 @@ def phrases(caption: str) -> set[str]:
     read = list(cut)[:MAX_WORDS]
     single = {word for word in read if word not in SMALL}
     return single | {f"{a} {b}" for a, b in zip(read, read[1:], strict=False) if a not in SMALL and b not in SMALL}
+
+
+def forget_rare(counts: Counter[str]) -> bool:
+    """Forget the rarest phrases where there are more than MAX_PHRASES; say whether there were."""
+    least = 1
+    while len(counts) > MAX_PHRASES:
+        least += 1
+        for phrase in [phrase for phrase, count in counts.items() if count < least]:
+            del counts[phrase]
+    return least > 1
 
 
 def names(groups: Mapping[int, Sequence[str]], others: Iterable[str] = ()) -> dict[int, str]:

@@ -24,7 +24,6 @@ POOL, IMAGENET = "pool", ("imagenet-1k", "imagenet-12k", "imagenet-22k")
 BUILT_IN = (POOL, *IMAGENET)
 MAX_CONCEPTS, MAX_CHARACTERS = 500_000, 200
 POOL_CAPTIONS, POOL_CONCEPTS, POOL_LEAST = 300_000, 20_000, 5
-MAX_PHRASES = 400_000  # counted at a time: beyond it the rarest are forgotten
 MOSTLY = 0.8  # a phrase of which another takes up as much is that phrase
 LIKE = "expected one concept a line, such as a wordlist has"
 
@@ -96,10 +95,7 @@ def of_captions(captions: Iterable[str]) -> tuple[str, ...]:
     counts: Counter[str] = Counter()
     for caption in captions:
         counts.update(naming.phrases(caption))
-        least = 1
-        while len(counts) > MAX_PHRASES:
-            least += 1
-            counts = Counter({phrase: count for phrase, count in counts.items() if count >= least})
+        naming.forget_rare(counts)
     most: dict[str, int] = {}
     for phrase, count in counts.items():
         for word in phrase.split() if " " in phrase else ():

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from curate.naming import phrases
+from curate import naming
 from curate.select.steps.by_concept import LISTED
 
-MAX_CAPTIONS, MAX_PHRASES = 300_000, 400_000
+MAX_CAPTIONS = 300_000
 SHOWN = 14
 IN_LINES = 5
 
@@ -58,16 +58,14 @@ def compare(captions: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:
     for caption, is_kept in captions:
         if seen >= MAX_CAPTIONS:
             break
-        its = phrases(caption)
+        its = naming.phrases(caption)
         pool.update(its)
         seen += 1
         if is_kept:
             kept.update(its)
             chosen += 1
-        least = 1
-        while len(pool) > MAX_PHRASES:
-            pool = Counter({phrase: count for phrase, count in pool.items() if count > least})
-            least += 1
+        if naming.forget_rare(pool):
+            kept = Counter({phrase: kept[phrase] for phrase in kept.keys() & pool.keys()})
     if not seen or not chosen:
         return None
     least = max(5, seen // 1000)

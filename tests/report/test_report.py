@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from curate import naming
 from curate.cluster.cluster import ClusterOptions, cluster
 from curate.embed import images
 from curate.embed.embed import EmbedOptions, embed
@@ -302,11 +303,13 @@ def test_phrases_are_counted_as_a_slow_count_does():
 
 
 def test_rare_phrases_are_forgotten_before_they_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(concepts, "MAX_PHRASES", 100)
+    monkeypatch.setattr(naming, "MAX_PHRASES", 100)
     letters = "abcdefghij"
     captions = [(f"cat x{a}{b}{c}", True) for a in letters for b in letters for c in letters]
     [first, *rest] = concepts.compare(captions)["frequent"]
     assert (first.phrase, first.pool, rest) == ("cat", 1000, [])
+    early = [("dog", True), *captions[:200], *[("dog", True)] * 9]  # the first is forgotten, in both counts
+    assert [(s.pool, s.kept) for s in concepts.compare(early)["frequent"] if s.phrase == "dog"] == [(9, 9)]
 
 
 def test_the_map_shows_the_plane_of_greatest_variance():
