@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +63,7 @@ def align(
     Example: `python -m train align --config pipelines/demo.toml --data coreset/ --out run/align` writes
     `run/align/projector.safetensors`, `metrics.jsonl` and `manifest.json`; a killed run goes on.
     """
-    settings = [*(settings or ()), *["align.losses=true"] * losses, *([f"align.val={json.dumps(val)}"] if val else [])]
+    settings = _with_flags("align", settings, losses, val)
     _stage("align", config, settings, data, images, None, out, overwrite, as_json)
 
 
@@ -86,12 +85,13 @@ def finetune(
     Example: `python -m train finetune --config pipelines/demo.toml --data mix/ --align run/align --out run/tuned`
     writes `run/tuned/adapter/`, `projector.safetensors`, `metrics.jsonl` and `manifest.json`; a killed run goes on.
     """
-    settings = [
-        *(settings or ()),
-        *["finetune.losses=true"] * losses,
-        *([f"finetune.val={json.dumps(val)}"] if val else []),
-    ]
+    settings = _with_flags("finetune", settings, losses, val)
     _stage("finetune", config, settings, data, images, align, out, overwrite, as_json)
+
+
+def _with_flags(name: str, settings: list[str] | None, losses: bool, val: str | None) -> list[str]:
+    """Add to a stage's settings those that have a flag of their own."""
+    return [*(settings or ()), *[f"{name}.losses=true"] * losses, *([f"{name}.val={json.dumps(val)}"] if val else [])]
 
 
 def _stage(
@@ -109,7 +109,7 @@ def _stage(
     from train.run.stage import run_stage
 
     manifest = run_stage(name, options, data, out, images=images, align=align, overwrite=overwrite)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if console.is_first_rank():
         result = {key: value for key, value in manifest["result"].items() if key not in ("trainable", "base")}
         show({"out": str(out), **result}, as_json)
 
@@ -119,7 +119,7 @@ def _first_rank_alone(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def alone(*args: Any, **options: Any) -> None:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if console.is_first_rank():
             command(*args, **options)
 
     return alone
@@ -233,14 +233,14 @@ def evaluate(
             hand_over(model, others, out, options)
         if not names:
             return
-        if int(os.environ.get("RANK", "0")) == 0:
+        if console.is_first_rank():
             show_scores(results, options, as_json)
         return
     from train.eval.evaluate import evaluate as answer_all
 
     summary = answer_all(model, str(data), out, images=images, options=options, overwrite=overwrite)
     leave_group()
-    if int(os.environ.get("RANK", "0")) == 0:
+    if console.is_first_rank():
         show_answers(summary, out, options.show, as_json)
 
 

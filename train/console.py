@@ -42,6 +42,11 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def is_first_rank() -> bool:
+    """Say whether this process is the one that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Group(terminal.Commands, TyperGroup):
     """The verbs."""
 
@@ -62,7 +67,7 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of each try to reach a hub that is not there
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    level = logging.INFO if is_first_rank() else logging.ERROR
     screen = logging.StreamHandler(sys.stderr)
     screen.setFormatter(_Plain("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[screen])

@@ -89,7 +89,7 @@ def run_stage(
         status = _claim(runtime, out, request, overwrite, stack)
         if status == "finished":
             log.info("%s is finished; nothing to do (--overwrite starts over)", out)
-            return read_json(out / "manifest.json")
+            return read_json(out / MANIFEST)
         log.info("%s on %s", stage_name, runtime.reason)
         inputs = request["inputs"]
         data_digest = f"{inputs['digest']} {inputs.get('images_digest', '')}"
@@ -110,12 +110,12 @@ def run_stage(
             for line in told:
                 log.warning("left out: %s", line)
         runtime.barrier()
-        return read_json(out / "manifest.json")
+        return read_json(out / MANIFEST)
 
 
 def load_options(run: Path) -> tuple[Model, Stage, StageName]:
     """Read the options of a finished run from its manifest.  Raises: UsageError."""
-    request = read_json(run / "manifest.json").get("request", {})
+    request = read_json(run / MANIFEST).get("request", {})
     try:
         model = Model(**request["model"])
         stage = Stage(**{**request["stage"], "betas": tuple(request["stage"]["betas"])})
@@ -304,7 +304,7 @@ def _size_pass(composed: Composed, model: Model, stage: Stage, runtime: Runtime,
 
 def _load_align(composed: Composed, model: Model, align: Path) -> str:
     """Start from the projector of an align run, which must have learnt from features like these."""
-    manifest = read_json(align / "manifest.json")
+    manifest = read_json(align / MANIFEST)
     if manifest.get("request", {}).get("command") != "align":
         raise UsageError(f"--align {align} is not an align run")
     fingerprint = manifest["result"]["fingerprint"]
