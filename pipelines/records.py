@@ -24,6 +24,7 @@ Turns = list[dict[str, Any]]
 IMAGE_MARK = "<image>"
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "chatgpt", "model", "bing", "bard")
 ROLES = {**dict.fromkeys(HUMAN, "human"), **dict.fromkeys(MODEL, "gpt"), "system": "system"}
+SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # LLaVA's roles, as other forms call them
 FORM_KEYS = ("conversations", "messages", "texts", "instruction", "query", "prompt")
 QUESTIONS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"))
 IMAGE_KEYS = ("image", "images")
@@ -392,3 +393,11 @@ def _marked(text: str, marks: list[Mark]) -> str:
     found = list(_INLINE.finditer(text))
     marks += [_picture(match[1].strip()) if match[1] else None for match in found]
     return _INLINE.sub(IMAGE_MARK, text) if any(match[1] for match in found) else text
+
+
+def split_at_marks(text: str) -> tuple[str | None, ...]:
+    """Cut a text at its image marks: what stands between them, without spaces around, and None for each mark."""
+    parts: list[str | None] = []
+    for number, between in enumerate(text.split(IMAGE_MARK)):
+        parts += [None] * (number > 0) + [between.strip()] * bool(between.strip())
+    return tuple(parts)

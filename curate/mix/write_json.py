@@ -22,10 +22,9 @@ from curate.mix.sources import SourceOptions, images_of
 from curate.storage import faults, paths, records
 from curate.storage.faults import Faults
 from curate.storage.manifest import Output, save_json
-from pipelines.records import HUMAN, IMAGE_MARK, ROLES
+from pipelines.records import HUMAN, IMAGE_MARK, ROLES, SPEAKERS, split_at_marks
 
 Row = Callable[[int, int, Sequence[str]], list[Any]]
-SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 
 
@@ -132,10 +131,7 @@ def _speech(record: Mapping[str, Any], written: Callable[[str], Any]) -> dict[st
 
 
 def _parts(value: str) -> list[dict[str, str]]:
-    parts: list[dict[str, str]] = []
-    for number, text in enumerate(value.split(IMAGE_MARK)):
-        parts += [{"type": "image"}] * (number > 0) + [_text(text.strip())] * bool(text.strip())
-    return parts or [_text("")]
+    return [{"type": "image"} if part is None else _text(part) for part in split_at_marks(value)] or [_text("")]
 
 
 def _text(text: str) -> dict[str, str]:

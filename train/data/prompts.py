@@ -25,11 +25,9 @@ from train.errors import UsageError, did_you_mean
 IGNORED = -100  # the label of a position without a target
 OWN = "chat"  # the name of the language model's own template
 SHORT, MOST_KNOWN = 200, 20_000  # characters of a text whose ids are kept, and how many of them
-PLACEHOLDER = "<image>"  # how data marks an image, whatever the tokenizer's own image token is
-_ROLE_NAMES = {"human": "user", "gpt": "assistant", "system": "system"}
 Trees = Literal["", "short", "all"]  # the conversations that become message trees
 TOOLS = frozenset("tool tools function function_call observation tool_call tool_response ipython environment".split())
-ROLES = {speaker: _ROLE_NAMES[role] for speaker, role in records.ROLES.items()}
+ROLES = {speaker: records.SPEAKERS[role] for speaker, role in records.ROLES.items()}
 _CURIOUS = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -175,10 +173,7 @@ def parse_turn(entry: Any, has_images: bool) -> tuple[str, tuple[str | None, ...
         raise Rejected("bad_utf8") from None
     if role != "user" or not has_images:
         return role, (value.strip(),) if value.strip() else ()
-    parts: list[str | None] = []
-    for i, text in enumerate(value.split(PLACEHOLDER)):
-        parts += [None] * (i > 0) + [text.strip()] * bool(text.strip())
-    return role, tuple(parts)
+    return role, records.split_at_marks(value)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from pipelines.processor import bf16_instructions, gpu_has_bf16
+from pipelines.records import IMAGE_MARK, split_at_marks
 from train.data.chat import to_messages
-from train.data.prompts import PLACEHOLDER, Rejected, Turn
+from train.data.prompts import Rejected, Turn
 from train.data.sources import decode_image
 from train.errors import UsageError
 from train.model.language import rotary_switch
@@ -201,12 +202,9 @@ def chat(
 
 def _question(prompt: str, num_images: int) -> tuple[str | None, ...]:
     """Put images where a prompt's marks are, or first.  Raises: UsageError where marks and images differ in number."""
-    marks = prompt.count(PLACEHOLDER) if num_images else 0
+    marks = prompt.count(IMAGE_MARK) if num_images else 0
     if marks and marks != num_images:
-        raise UsageError(f"the prompt has {marks} {PLACEHOLDER} and there are {num_images} --image; give as many")
+        raise UsageError(f"the prompt has {marks} {IMAGE_MARK} and there are {num_images} --image; give as many")
     if not marks:
         return (None,) * num_images + ((prompt,) if prompt else ())
-    parts: list[str | None] = []
-    for number, text in enumerate(prompt.split(PLACEHOLDER)):
-        parts += [None] * (number > 0) + [text.strip()] * bool(text.strip())
-    return tuple(parts)
+    return split_at_marks(prompt)
