@@ -43,6 +43,7 @@ class SourceOptions:
     """A table `[mix.sources.NAME]`.
 
     path: a JSON, JSON-lines or parquet file (or pattern), a pool, or a directory made by select, emit or mix.
+    kind: which of these it is, for a folder that holds several.
     images: the folder, or the tars, that the records' `image` names lie in. only, without: which records to take
     (`without = {source = ["sharegpt"]}` leaves out records whose field has one of the values).
     expect: the number of records that the source must have; of a JSON source also a table of how many lie under each
@@ -145,6 +146,8 @@ class Faults:
 def kind_of(source: SourceOptions) -> str:
     """Tell how a source is to be read. Raises: UsageError when it is not there."""
     if source.kind != "auto":
+        if source.kind == "selection":
+            manifest.open_input(source.path, "select")
         return source.kind
     for suffix, kind in (*KINDS, *dict.fromkeys(TAR_SUFFIXES, "shards").items()):
         if source.path.lower().endswith(suffix):

@@ -436,6 +436,18 @@ def test_folders_of_each_kind_are_known_and_files_of_another_are_told(tmp_path):
         mix({"sources": {"s": {"path": str(tmp_path / "a.json")}}}, str(tmp_path / "no"), QUIET)
 
 
+def test_of_a_folder_that_holds_several_the_kind_that_is_named_is_read(tmp_path):
+    asked, folder = [{"id": n, "conversations": turns("q", f"answer {n}")} for n in range(3)], tmp_path / "both"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(asked), folder / "a.parquet")
+    write(folder / "a.json", asked[:1])
+    for kind, rows in (("json", 1), ("parquet", 3)):
+        made = mix({"sources": {"s": {"path": str(folder), "kind": kind}}}, str(tmp_path / kind), QUIET)
+        assert made["counts"]["rows"] == rows
+    with pytest.raises(UsageError, match="expected a directory made by `curate select`"):
+        mix({"sources": {"s": {"path": str(folder), "kind": "selection"}}}, str(tmp_path / "no"), QUIET)
+
+
 def test_files_beside_a_tar_of_pictures_are_found_too(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / "images").mkdir(exist_ok=True)
