@@ -231,9 +231,7 @@ def evaluate(
             leave_group()
         if others:
             hand_over(model, others, out, options)
-        if not names:
-            return
-        if console.is_first_rank():
+        if names and console.is_first_rank():
             show_scores(results, options, as_json)
         return
     from train.eval.evaluate import evaluate as answer_all

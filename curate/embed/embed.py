@@ -67,11 +67,9 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         raise UsageError(f"no GPU decodes here ({reason}), as --decode gpu asks for.", "take --decode fast")
     before = {} if job.overwrite else manifest.recorded(out, "embed")
     recorded = before.get("options", {})
-    precision, reason = options.precision, "as the directory was made with"
+    precision, reason = node.precision, node.reason
     if options.precision == "auto" and "precision" in recorded:
-        precision = str(recorded["precision"])
-    else:
-        precision, reason = node.precision, node.reason
+        precision, reason = str(recorded["precision"]), "as the directory was made with"
     by_device = GPU_BATCH if device == "cuda" else CPU_BATCH
     batch_size = options.batch_size or int(recorded.get("batch_size", by_device))
     made = {
