@@ -75,7 +75,7 @@ def find(model: str, pretrained: str = "") -> Source:
         from open_clip.factory import download_pretrained_from_hf
 
         fetch = partial(download_pretrained_from_hf, model.removeprefix("hf-hub:"))
-        return _source(model, given if os.path.isfile(given) else _download(model, fetch))
+        return _source(model, _there(given) if given else _download(model, fetch))
     return _find_named(model, pretrained)
 
 
@@ -93,13 +93,18 @@ def _find_folder(folder: str, given: str) -> Source:
     """Resolve a folder in open_clip's layout: `open_clip_config.json` and weights."""
     if not os.path.isfile(os.path.join(folder, CONFIG)):
         raise UsageError(f"{folder} has no {CONFIG}.", FOLDER_FORM)
-    if given and not os.path.isfile(given):
-        raise UsageError(f"the weights {given} do not exist.")
     held = [name for suffix in WEIGHT_SUFFIXES for name in sorted(os.listdir(folder)) if name.endswith(suffix)]
     best = next((name for name in WEIGHT_NAMES if name in held), held[0] if held else "")
     if not given and not best:
         raise UsageError(f"{folder} holds no weights.", "give them with --pretrained PATH")
-    return _source(f"local-dir:{folder}", given or os.path.join(folder, best))
+    return _source(f"local-dir:{folder}", _there(given) if given else os.path.join(folder, best))
+
+
+def _there(weights: str) -> str:
+    """Return a file of weights. Raises: UsageError when there is none."""
+    if not os.path.isfile(weights):
+        raise UsageError(f"the weights {weights} do not exist.")
+    return weights
 
 
 def _find_config(path: str, given: str) -> Source:

@@ -307,6 +307,7 @@ def test_a_torch_checkpoint_loads_and_a_pickle_does_not(folder, tmp_path):
         ("ViT-B-32", "openai", ["another activation", "ViT-B-32-quickgelu"]),
         ("ViT-B-32", "no/such/file.pt", ["do not exist"]),
         ("hf-hub:nobody/nothing", "", ["cannot be had", "--pretrained PATH"]),
+        ("hf-hub:nobody/nothing", "nowhere.pt", ["nowhere.pt", "do not exist"]),
         ("local-dir:/no/such/folder", "", [CONFIG]),
         ("/no/such.json", "", ["does not exist"]),
     ],
