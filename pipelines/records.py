@@ -31,10 +31,9 @@ IMAGE_KEYS = ("image", "images")
 OTHER_MEDIA = {"video": "video", "videos": "video", "audio": "sound", "audios": "sound"}
 NO_FORM = "neither conversations, messages, texts nor instruction and output"
 NO_PICTURE, NO_MARK = "an image mark without an image", "an image without an image mark"
-NO_NAME = "image is not a name"
 MAX_IMAGES = 64  # a record; more are a fault
 TOO_MANY = f"more than {MAX_IMAGES} images"
-MISSING, NOT_UTF8 = "missing image", "the caption is not UTF-8"
+MISSING, NOT_UTF8, NO_NAME = "missing image", "the caption is not UTF-8", "image is not a name"
 _INLINE = re.compile(r"<img>([^<>\n]{1,4096})</img>|<image>")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _NAME_KEYS = ("path", "url", "image", "image_url")
@@ -397,7 +396,5 @@ def _marked(text: str, marks: list[Mark]) -> str:
 
 def split_at_marks(text: str) -> tuple[str | None, ...]:
     """Cut a text at its image marks: what stands between them, without spaces around, and None for each mark."""
-    parts: list[str | None] = []
-    for number, between in enumerate(text.split(IMAGE_MARK)):
-        parts += [None] * (number > 0) + [between.strip()] * bool(between.strip())
-    return tuple(parts)
+    between = [part.strip() for part in text.split(IMAGE_MARK)]
+    return tuple(part for each in between for part in (None, each) if part != "")[1:]
