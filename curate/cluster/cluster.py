@@ -61,6 +61,7 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     dim = _dimensions(source)
     settle(out)
     before = {} if job.overwrite else renewed.standing(out)
+    free = renewed.free(options, before, out, source)
     options, inputs = _resolve(options, source, sum(rows_ok.values()), dim, before)
     anew = renewed.why_anew(options, before, source, _recorded(options))
     output = open_output(
@@ -71,7 +72,7 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
         overwrite=job.overwrite,
         parts=renewed.parts(source),
         anew=anew,
-        free=("k", "sample", "iters", "seed") if options.refit else (),
+        free=free,
     )
     if output.complete:
         return output.manifest

@@ -13,7 +13,7 @@ from typing import Any
 from curate.cluster.options import ClusterOptions
 from curate.cluster.scatter import BUCKETS, is_scratch
 from curate.storage import paths, sidecar
-from curate.storage.manifest import MANIFEST, Artefact, Output, Parts, digest, load_json, versions
+from curate.storage.manifest import MANIFEST, Artefact, Output, Parts, digest, load_json, recorded, versions
 from curate.storage.schema import CENTROIDS
 
 FIT_BY = ("faiss-gpu", "faiss-cpu", "torch", "numpy")  # what a fit rests on
@@ -40,11 +40,24 @@ def keep_sizes(options: ClusterOptions, before: Mapping[str, Any]) -> ClusterOpt
     return replace(options, k=options.k or made["k"], sample=options.sample or made["sample"])
 
 
-def why_anew(options: ClusterOptions, before: Mapping[str, Any], source: Artefact, recorded: Mapping[str, Any]) -> str:
+def free(options: ClusterOptions, before: Mapping[str, Any], out: str, source: Artefact) -> tuple[str, ...]:
+    """Name the options that may differ from those of what stands at `out`: all of a fit that is asked for.
+
+    Of what was begun on other rows those that are left to us, too: they follow from the rows. before: `standing`.
+    """
+    if options.refit:
+        return "k", "sample", "iters", "seed"
+    begun = {} if before else recorded(out, "cluster")
+    if not begun or begun["inputs"].get("embeddings", {}).get("digest") == source.digest:
+        return ()
+    return tuple(name for name in ("k", "sample") if not getattr(options, name))
+
+
+def why_anew(options: ClusterOptions, before: Mapping[str, Any], source: Artefact, asked: Mapping[str, Any]) -> str:
     """Say why no assignment may stay, or nothing: a fit is asked for, and what stands is not the fit of these rows."""
     if not before or not options.refit or options.centroids:
         return ""
-    if _is_of(before, source) and "later_rows" not in before["fit"] and before["options"] == recorded:
+    if _is_of(before, source) and "later_rows" not in before["fit"] and before["options"] == asked:
         return ""
     return f"fitted again, on the {sum(source.rows.values()):,} rows that there are now"
 

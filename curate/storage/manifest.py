@@ -270,14 +270,16 @@ def open_output(
         paths.remove(directory)
     elif found:
         _refuse_difference(directory, recorded, plan, parts.inputs if parts else sources, free)
+        others = [name for name in free if recorded["options"].get(name) != plan["options"].get(name)]
         if found == MANIFEST:
             _renew(output, recorded, anew)
         elif parts is not None and parts.adopted and ("seen" in recorded or not _changed(recorded, plan)):
             renewal.drop_stale(directory, recorded, parts)
-        elif _changed(recorded, plan):
+        elif (changed := _changed(recorded, plan)) or others:
             _refuse_own_input(directory, inputs)
             paths.remove(directory)
-            output.why = f"{directory} was begun from another state of {_changed(recorded, plan)}: begun anew"
+            of = f"from another state of {paths.resolve(changed, directory)}" if changed else "with other options"
+            output.why = f"{directory} was begun {of}: begun anew"
     if not output.complete:
         _begin(output)
     return output

@@ -125,6 +125,48 @@ def test_other_options_are_refused_as_ever(states, home):
         run(home, k=6)
 
 
+@pytest.fixture
+def interrupted(states, home, monkeypatch):
+    """A clustering of which the centroids are there, and no shard is assigned yet."""
+
+    def begin(**options):
+        with monkeypatch.context() as cut:
+            cut.setattr(stage, "_assign", lambda *given: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run(home, **options)
+        assert (home / "clu" / "centroids.npy").exists()
+
+    return begin
+
+
+def test_what_was_begun_on_other_rows_is_begun_anew_where_k_and_sample_are_left_to_it(states, home, interrupted, capfd):
+    interrupted(k=0)
+    renew(states, home)
+    run(home, k=0, job=Job(workers=1))
+    told = f"cluster: {home / 'clu'} was begun from another state of {home / 'emb'}: begun anew"
+    assert told in capfd.readouterr().err
+    run(home, out="whole", k=0)
+    assert {name.split("/")[1]: v for name, v in fingerprint(home / "clu").items()} == {
+        name.split("/")[1]: v for name, v in fingerprint(home / "whole").items()
+    }
+
+
+@pytest.mark.parametrize("other", [{"k": 6}, {"seed": 1}, {"iters": 3}])
+def test_a_refit_with_other_options_takes_no_centroids_over_from_one_that_was_cut_short(home, interrupted, other):
+    interrupted()
+    run(home, **other, refit=True)
+    run(home, out="whole", **other)
+    assert arrays(home / "clu") == arrays(home / "whole")
+    assert manifest(home / "clu")["options"] == manifest(home / "whole")["options"]
+
+
+def test_a_k_that_was_typed_is_refused_of_what_was_begun_on_other_rows_too(states, home, interrupted):
+    interrupted()
+    renew(states, home)
+    with pytest.raises(ContractError, match="k=5, now k=6"):
+        run(home, k=6)
+
+
 def test_slices_share_it(states, home):
     run(home)
     renew(states, home)
