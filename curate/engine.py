@@ -21,7 +21,7 @@ from curate import faults, processes
 from curate.attempts import Around, Grouped, attempt, failure
 from curate.attempts import Report as Report
 from curate.attempts import Task as Task
-from curate.errors import RunError, UsageError, unknown
+from curate.errors import CurateError, RunError, UsageError, unknown
 from curate.processes import TRIES, Processes
 from curate.progress import Progress
 from pipelines.processor import cores as cores
@@ -85,12 +85,19 @@ def ask(question: Callable[[], Any], job: Job) -> Any:
         return question()
     ray, here = _ray(), os.getcwd()
 
-    def answer() -> Any:
+    def answer() -> tuple[Any, CurateError | None]:
         os.chdir(here)  # a local model may be named as seen from here
-        return question()
+        try:
+            return question(), None
+        except CurateError as error:  # raised here, Ray would put its own traceback in the place of its words
+            return None, error
 
-    with faults.ending("Ray is gone", ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError):
-        return ray.get(ray.remote(num_gpus=1 if gpus(job) else 0, num_cpus=1)(answer).remote())
+    gone = ("RaySystemError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
+    with faults.ending("Ray is gone", *(getattr(ray.exceptions, name) for name in gone)):
+        found, refused = ray.get(ray.remote(num_gpus=1 if gpus(job) else 0, num_cpus=1)(answer).remote())
+    if refused is not None:
+        raise refused
+    return found
 
 
 def advance(rows: int) -> None:

@@ -15,7 +15,7 @@ from curate.cluster.cluster import ClusterOptions, cluster
 from curate.embed.embed import EmbedOptions, embed
 from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job, ask, gpus, run_stage
-from curate.errors import RunError
+from curate.errors import RunError, UsageError, unknown
 from curate.select.select import SelectOptions, select
 from house import ROOT, fingerprint, until
 
@@ -90,6 +90,18 @@ def test_gpus_are_those_of_the_cluster_and_reserved_by_stages_that_use_them_alon
     finally:
         nodes.remove_node(node)
     until(lambda: gpus(job) == 0)
+
+
+def test_a_refusal_from_where_the_workers_run_is_told_in_its_own_words(nodes):
+    def refuse():
+        raise unknown("precision", "fp61", ("bf16", "fp16"))
+
+    with pytest.raises(UsageError) as found:
+        ask(refuse, RAY)
+    assert (str(found.value), found.value.hint) == (
+        "unknown precision 'fp61'; there are: bf16, fp16.  hint: did you mean 'fp16'?",
+        "did you mean 'fp16'?",
+    )
 
 
 def test_an_item_that_kills_its_actor_fails_by_name_and_the_others_go_on(nodes):
