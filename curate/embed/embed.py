@@ -58,15 +58,15 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
         side_data.caption_places(options.captions)
     wanted = _wanted(options)
     check_members(list(found.values()), wanted, captions=bool(options.captions))
-    kinds = side_data.column_kinds(list(found.values()), options.columns)
+    before = {} if job.overwrite else manifest.recorded(out, "embed")
+    recorded = before.get("options", {})
+    kinds = side_data.column_kinds(list(found.values()), options.columns, before.get("options"))
     extras = side_data.Extras(kinds, options.captions, wanted)
     source = weights.find(options.model, options.pretrained)
     node: encoder.Node = engine.ask(partial(encoder.look, options.precision, source), job)
     device = node.device
     if options.decode == "gpu" and (reason := engine.ask(partial(jpegs.reason_against, device), job)):
         raise UsageError(f"no GPU decodes here ({reason}), as --decode gpu asks for.", "take --decode fast")
-    before = {} if job.overwrite else manifest.recorded(out, "embed")
-    recorded = before.get("options", {})
     precision, reason = node.precision, node.reason
     if options.precision == "auto" and "precision" in recorded:
         precision, reason = str(recorded["precision"]), "as the directory was made with"

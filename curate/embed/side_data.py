@@ -28,7 +28,7 @@ from pipelines.terminal import first_line
 
 NUMBER, TEXT = "number", "text"
 PROBED = 100  # samples of a shard whose JSON is opened to learn its fields
-PROBED_SHARDS = 8  # that are opened where no field is asked for: a pool without JSON is not read twice
+PROBED_SHARDS = 8  # that are opened: a pool without JSON, or without a field, is not read twice
 HEX_UID = 32  # DataComp's uid, in hexadecimal digits
 
 
@@ -77,12 +77,19 @@ def to_column_value(value: Any, kind: str) -> Any:
         return None
 
 
-def column_kinds(found: Sequence[Shard], names: Sequence[str]) -> dict[str, str]:
+def column_kinds(
+    found: Sequence[Shard], names: Sequence[str], begun: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """Learn which of a pool's JSON fields are numbers, from the first shard that has them.
 
-    DataComp's `uid` is always taken where the pool has one. Raises: UsageError naming the fields that there are.
+    DataComp's `uid` is always taken where the pool has one. begun: the options that the directory was begun with, whose
+    kinds stay, whatever shards have come since. Raises: UsageError naming the fields that there are.
     """
+    standing: dict[str, str] = dict((begun or {}).get("columns", {}))
+    if begun is not None and set(names) <= standing.keys() <= {*names, "uid"}:
+        return standing
     fields: dict[str, list[Any]] = {}
+    looked = 0
     for shard in found if names else found[:PROBED_SHARDS]:
         try:
             with open_tar(shard.location) as file:
@@ -91,7 +98,9 @@ def column_kinds(found: Sequence[Shard], names: Sequence[str]) -> dict[str, str]
                         fields.setdefault(name, []).append(value)
         except (ShardError, OSError):
             continue  # it fails by name when its turn comes
-        if fields:
+        looked += bool(fields)
+        there = all(any(value is not None for value in fields.get(name, ())) for name in names)
+        if fields and (there or looked == PROBED_SHARDS):
             break
     wanted = list(dict.fromkeys(names))
     if "uid" not in wanted and any(_is_uid(value) for value in fields.get("uid", [])):

@@ -229,3 +229,18 @@ def test_a_table_beside_a_shard_that_is_mended_is_seen_at_an_equal_size_too(home
     assert write_table("success", "success", "failure") == size
     assert "embed: 1 changed, 3 kept" in curate(*words)[2]
     assert manifest(home / "emb")["downloads"] == {"failure": 1, "success": 2}
+
+
+def test_fields_of_the_pool_stay_what_they_are_when_other_shards_come_first(tmp_path, model, curate):
+    write_pool(tmp_path / "pool", ["00001"], 2, extra={"similarity": 0.3, "licence": None})
+    write_pool(tmp_path / "pool", ["00002"], 2, first=2, extra={"similarity": 0.5, "licence": 4})
+    words = ["embed", tmp_path / "pool", tmp_path / "emb", "--model", model, "--columns", "similarity,licence"]
+    assert curate(*words)[0] == 0
+    kinds = {"similarity": "number", "licence": "number"}
+    assert manifest(tmp_path / "emb")["options"]["columns"] == kinds
+    write_pool(tmp_path / "pool", ["00000"], 2, first=4, extra={"similarity": "high", "uid": "0" * 32})
+    code, _, told = curate(*words)
+    assert code == 0 and "embed: 1 new, 2 kept" in told.splitlines()
+    assert manifest(tmp_path / "emb")["options"]["columns"] == kinds
+    shutil.rmtree(tmp_path / "emb")
+    assert curate(*words)[0] == 0, "a field that the first shard lacks is looked for in the next"
