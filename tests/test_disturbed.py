@@ -171,8 +171,9 @@ def test_of_what_a_killed_process_has_unpacked_nothing_stays(tmp_path):
 
 
 CARRIES_OUT = """
-import sys
+import signal, sys
 from curate.run import stages
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a script ignores it
 from pipelines.terminal import stoppable
 TRAINER = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(time.sleep(1) or print('saved')))"
 with stoppable():
@@ -185,7 +186,10 @@ def test_a_pipeline_that_is_stopped_lets_its_trainer_save(number):
     with subprocess.Popen([sys.executable, "-c", CARRIES_OUT], cwd=ROOT, stdout=-1, stderr=-1, text=True) as running:
         assert running.stdout.readline() == "begun\n"
         running.send_signal(number)
-        assert running.communicate()[0] == "saved\n"
+        try:
+            assert running.communicate(timeout=PATIENCE_S)[0] == "saved\n"
+        finally:
+            running.kill()
 
 
 def test_a_trainer_ends_with_the_pipeline_that_is_killed():
