@@ -28,7 +28,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from inspect import signature
 from itertools import accumulate, pairwise
@@ -81,6 +81,7 @@ class Documents:
     learnt_s: Tensor | None = None
     window: int | None = None
     trees: Sequence[Sequence[int]] = ()
+    masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)  # see `seen`
 
     @classmethod
     def of(
@@ -94,6 +95,14 @@ class Documents:
         edges = (0, *accumulate(lengths))
         edges_n, longest = upload(edges, torch.int32, device), max(lengths, default=0)
         return cls(edges, edges_n, longest, learnt_s, trees=trees if any(trees) else ())
+
+    def seen(self, number: int, window: int | None) -> Tensor | None:
+        """Return what each position of a document sees, as `_seen` does; made once for all layers."""
+        if (number, window) not in self.masks:
+            length = self.edges[number + 1] - self.edges[number]
+            tree = self.trees[number] if self.trees else ()
+            self.masks[number, window] = _seen(length, tree, window, self.edges_n.device)
+        return self.masks[number, window]
 
     @cached_property
     def spans(self) -> Spans:
@@ -239,11 +248,10 @@ def attend(
     lengths = [b - a for a, b in pairwise(documents.edges)]
     parts = []
     half_on_cpu = _half_on_cpu(query.device, value.dtype)
-    trees = documents.trees or [()] * len(lengths)
-    split: Any = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)  # type: ignore[no-untyped-call]
-    for part, length, tree in zip(split, lengths, trees, strict=True):
-        use = formula if half_on_cpu and length <= SHORT else one
-        parts.append(use(*part, _seen(length, tree, window, query.device))[0])
+    split = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)  # type: ignore[no-untyped-call]
+    for number, part in enumerate(split):
+        use = formula if half_on_cpu and lengths[number] <= SHORT else one
+        parts.append(use(*part, documents.seen(number, window))[0])
     return torch.cat(parts, dim=1), None
 
 
