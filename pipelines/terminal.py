@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """Ctrl-C, where typer does not take it for its own; or SIGTERM, where `stop_on_term` was asked for."""
+    """Ctrl-C, where typer does not take it for its own; or SIGTERM, within `stoppable`."""
 
     exit_code = 130
 

@@ -21,6 +21,8 @@ import pipelines
 from pipelines import options
 from train.errors import UsageError, did_you_mean
 
+Trees = Literal["", "short", "all"]  # the conversations that become message trees (data/message_tree.py)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -81,7 +83,7 @@ class Stage:
     dora: bool = False  # PEFT's use_dora: each weight's magnitude learns apart from its direction (arXiv:2402.09353)
     rslora: bool = False  # PEFT's use_rslora: factors count alpha / sqrt(rank), not alpha / rank (arXiv:2312.03732)
     quantize: Literal["", "nf4"] = ""  # nf4: QLoRA, the frozen language model in 4 bits (extra `qlora`)
-    message_trees: Literal["", "short", "all"] = ""  # questions about one picture each alone (data/message_tree.py)
+    message_trees: Trees = ""  # questions about one picture each alone (data/message_tree.py)
     packing: bool = True  # samples side by side in one row, each seeing only itself; false: padded rows
     micro_tokens: int = 16384  # most tokens, padding included, in one pass; a GPU takes fewer of this default to fit
     micro_images: int = 64  # most images in one forward pass
@@ -152,21 +154,7 @@ class Config:
 
 
 # Options that manifests of 0.1.0 lack. A manifest leaves them out at their default, so that older runs still go on.
-ADDED = frozenset(
-    {
-        "norm_samples",
-        "lm_dropout",
-        "schedule",
-        "decay",
-        "dora",
-        "rslora",
-        "val",
-        "grid",
-        "compile",
-        "start",
-        "message_trees",
-    }
-)
+ADDED = frozenset("norm_samples lm_dropout schedule decay dora rslora val grid compile start message_trees".split())
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
 NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
 

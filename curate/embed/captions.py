@@ -76,8 +76,8 @@ def _elsewhere(file: IO[bytes], sample: tar.Sample, described: dict[str, Any]) -
     fields = [name for name, value in described.items() if name not in NO_CAPTIONS and any(texts_in(value))]
     known = (tar.CAPTION_SUFFIX, tar.JSON_SUFFIX, *tar.IMAGE_SUFFIXES)
     others = (each for each in sample.members if each.suffix not in known)
-    others = (each for each in others if each.suffix.rpartition(".")[2] not in (*tar.IMAGE_SUFFIXES, tar.JSON_SUFFIX))
-    members = [each.suffix for each in others if _text(file, each).text]  # not vectors, or what gzip packed
+    texts = (each for each in others if each.suffix.rpartition(".")[2] not in known[1:])  # but `en.txt` is one
+    members = [each.suffix for each in texts if _text(file, each).text]  # not vectors, or what gzip packed
     seen = list(dict.fromkeys([*fields, *members]))[:MOST_NAMED]
     return f"but it has {', '.join(seen)}, which --caption FIELD would take" if seen else ""
 

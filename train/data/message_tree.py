@@ -22,7 +22,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.prompts import IGNORED, Encoded, Encoder, Rejected, Trees, Turn
+from train.config import Trees
+from train.data.prompts import IGNORED, Encoded, Encoder, Rejected, Turn
 
 WORDS = 5  # of a short answer, at most: a word, a phrase, a name, a box; not the sentence that a dialogue goes on from
 

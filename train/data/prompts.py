@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import records
+from train.config import Trees
 from train.errors import UsageError, did_you_mean
 
 IGNORED = -100  # the label of a position without a target
 OWN = "chat"  # the name of the language model's own template
 SHORT, MOST_KNOWN = 200, 20_000  # characters of a text whose ids are kept, and how many of them
-Trees = Literal["", "short", "all"]  # the conversations that become message trees
 TOOLS = frozenset("tool tools function function_call observation tool_call tool_response ipython environment".split())
 ROLES = {speaker: records.SPEAKERS[role] for speaker, role in records.ROLES.items()}
 _CURIOUS = (

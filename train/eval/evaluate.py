@@ -18,6 +18,7 @@ observations.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -94,7 +95,8 @@ def evaluate(
     Answers that stand there already for the same model, data and options are not given again, nor those that a killed
     process has given.  Raises: UsageError where other answers stand there.
     """
-    limit, max_new_tokens = options.limit, options.max_new_tokens or 64
+    options = dataclasses.replace(options, max_new_tokens=options.max_new_tokens or 64)
+    limit, max_new_tokens = options.limit, options.max_new_tokens
     source = open_source(data, images, digest=True)
     refuse_unexported(folder)
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": digest_data(data)}
@@ -171,14 +173,13 @@ def _answer_all(
     parts = {f"answers {n}": batch for n, batch in enumerate(batches(questions, options.batch_size))}
     kept.parts |= runtime.broadcast(kept.parts)
     missing = [name for name in parts if name not in kept.parts]
-    pace = Pace("answers", len(questions))
-    if known := len(questions) - sum(len(parts[name]) for name in missing):
+    pace = Pace("answers", sum(len(parts[name]) for name in missing))
+    if known := len(questions) - pace.total:
         log.info("goes on after %s of %s answers", f"{known:,}", f"{len(questions):,}")
-        pace.total -= known
 
     def answer(name: str) -> tuple[str, list[dict[str, Any]]]:
         asked = [questions[place] for place in parts[name]]
-        return name, _answer(speak(), source, asked, concepts, options.max_new_tokens or 64, options.perplexity)
+        return name, _answer(speak(), source, asked, concepts, options.max_new_tokens, options.perplexity)
 
     for at in range(0, len(missing), runtime.world):
         own = missing[at : at + runtime.world][runtime.rank : runtime.rank + 1]
