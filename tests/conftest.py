@@ -14,8 +14,14 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("wide", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
-one_worker()
-warm_up()
+
+
+def pytest_configure(config):
+    """Start what the tests share, and hide GPUs from tests that are not of them: bf16 has other figures than fp32."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks torch
+    one_worker()
+    warm_up()
 
 
 def pytest_collection_modifyitems(items):
@@ -26,7 +32,7 @@ def pytest_collection_modifyitems(items):
             import torch
 
             if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,8 @@ class Runtime:
         native = cuda and gpu_has_bf16()
         bf16 = precision == "bf16" or (precision == "auto" and native)
         why = f"{precision} was asked for" if precision != "auto" else "the GPU has it" if bf16 else _no_gpu(cuda)
-        reason = f"{device}, {'bf16 with fp32 masters' if bf16 else 'fp32'} ({why}), {world} process(es)"
+        card = f" {torch.cuda.get_device_name(device)}" if cuda else ""
+        reason = f"{device}{card}, {'bf16 with fp32 masters' if bf16 else 'fp32'} ({why}), {world} process(es)"
         found = cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason, patient, hosts)
         found.forget_peak_memory()  # of what this process has carried out before
         return found

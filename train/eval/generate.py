@@ -19,6 +19,7 @@ from train.data.chat import to_messages
 from train.data.prompts import Rejected, Turn
 from train.data.sources import decode_image
 from train.errors import UsageError
+from train.model import attention
 from train.model.language import rotary_switch
 from train.model.native import load_native
 
@@ -124,6 +125,7 @@ def _joined(groups: Sequence[Sequence[int]], work: Callable[[Sequence[int]], lis
 def load_speaker(folder: Path, device: torch.device | None = None) -> Speaker:
     """Load an exported folder, by default on the GPU where there is one.  Raises: UsageError."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention.avoid_cudnn()  # each token more is a new shape
     # The export's own precision where the device multiplies in it: others are slow in bf16.
     cuda = device.type == "cuda"
     model, processor = load_native(folder, "auto" if cuda or bf16_instructions() else torch.float32)

@@ -368,6 +368,7 @@ def _result(training: Training, learnt_from: str) -> dict[str, Any]:
         "last_loss": round(sum(row["loss"] for row in tail) / len(tail), 6),
         "tokens": sum(row["tokens"] for row in rows),
         "supervised": sum(row["supervised"] for row in rows),
+        "device": training.runtime.reason,
         "fingerprint": training.composed.fingerprint,
         "base": training.base,
         "trainable": sorted(training.trainable),
