@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from typer.core import TyperGroup
 
 from pipelines import memory, terminal
 from train import config as configuration
-from train.errors import TrainError, UsageError
+from train.errors import TrainError, UsageError, is_out_of_memory
 from train.work import end_with
 
 log = logging.getLogger("train")
@@ -85,6 +86,9 @@ def end(error: BaseException) -> NoReturn:
         sys.stderr.write("stopped\n")
     elif isinstance(error, TrainError | OSError):
         sys.stderr.write(f"error: {terminal.printable(str(error))}\n")
+    elif is_out_of_memory(error):
+        told = terminal.printable(re.split(r"\. (?:Of the allocated| ?See )|\n", str(error))[0]) or "no memory is left"
+        sys.stderr.write(f"error: {told}; see what else holds it (nvidia-smi, top), lower batch_size or micro_tokens\n")
     else:
         sys.__excepthook__(type(error), error, error.__traceback__)
     ranks = sys.modules.get("train.dist")  # which alone joins groups, and imports torch

@@ -12,7 +12,11 @@ A message is one line: what was given, what was expected, what to type. The comm
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# As the processor's allocator says it, and beside torch's own error drivers, NVIDIA's libraries and triton.
+NO_MEMORY = re.compile(r"allocate memory|out of memory|ALLOC_FAILED")
 
 
 class TrainError(Exception):
@@ -39,6 +43,11 @@ class Interrupted(TrainError):
     """The run was asked to stop and has saved its state."""
 
     exit_code = 143
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, of the processor or a GPU, in whatever words."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error))))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

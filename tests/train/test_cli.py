@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from toys import picture
 
 from house import PATIENCE_S, Command
@@ -54,6 +55,12 @@ def test_the_road_from_shards_to_an_answer(world, tmp_path, capfd, monkeypatch):
     (tmp_path / "x.jpg").write_bytes(picture("red", True, 0))
     words = ("generate", model, "--image", tmp_path / "x.jpg", "--prompt", "what colour is it ?", "--json")
     assert "answer" in json.loads(call(capfd, *words)[1])
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. See documentation for more")
+    with monkeypatch.context() as patched:  # wherever it runs out: a line, no traceback
+        patched.setattr(Speaker, "answers", lambda *_: (_ for _ in ()).throw(full))
+        code, _, err = call(capfd, *words)
+    told = err.splitlines()[-1]
+    assert code == 1 and "Traceback" not in err and told.startswith("error: CUDA out of memory. Tried to allocate 2")
     asked = []
     monkeypatch.setattr(
         Speaker, "answers", lambda _, turns, images, __: asked.append((list(turns[0]), images)) or ["it"]

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import time
 from collections import defaultdict
@@ -29,7 +28,7 @@ from train.config import Stage
 from train.data.batches import Batch, Collator, Passes, Plan, shared_memory_advice
 from train.data.sources import check_bad
 from train.dist import Runtime, StopSignal, sum_gradients
-from train.errors import CheckpointError, Interrupted, TrainError
+from train.errors import CheckpointError, Interrupted, TrainError, is_out_of_memory
 from train.model.attention import upload
 from train.model.compose import Composed
 from train.model.forward import hidden_states, token_losses, tower_features
@@ -43,8 +42,6 @@ from train.run.recorder import Recorder
 from train.run.validation import Validation
 
 log = logging.getLogger("train")
-# As the processor's allocator says it, and beside torch's own error drivers, NVIDIA's libraries and triton.
-NO_MEMORY = re.compile(r"allocate memory|out of memory|ALLOC_FAILED")
 
 
 @dataclass
@@ -369,8 +366,8 @@ def out_of_memory(stage: Stage) -> Iterator[None]:
     """Turn running out of memory into an error that names the settings to change."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(str(error))):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         more = {
             "full": "shard = true (under torchrun)",
