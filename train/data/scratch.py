@@ -39,20 +39,19 @@ def fresh(suffix: str) -> Path:
     return Path(name)
 
 
-def unpacked(path: Path) -> Path:
-    """Return an unpacked copy of what gzip packed, any other file as it is.
+def unpacked(path: Path) -> tuple[Path, str]:
+    """Return an unpacked copy of what gzip packed, any other file as it is, and what is wrong with it, or "".
 
-    Raises: UsageError where it is torn, or unpacks to far more than its size.
+    Of a torn one the copy is what stands before the damage.  Raises: UsageError where it unpacks to far more than its
+    size.
     """
     with path.open("rb") as file:
         if file.read(len(GZIP)) != GZIP:
-            return path
+            return path, ""
     place = fresh(".tar")
     try:
         with path.open("rb") as packed, place.open("wb") as plain:
             whole = gzipped.unpack(packed, plain, str(path))
     except gzipped.Oversized as error:
         raise UsageError(str(error)) from None
-    if not whole:
-        raise UsageError(f"{path} is torn: gzip cannot unpack it whole; fetch it again")
-    return place
+    return place, "" if whole else "torn: gzip cannot unpack it whole; fetch it again"

@@ -38,9 +38,11 @@ class TarSource:
     def __init__(self, shards: Sequence[Path], passed: Sequence[str] = (), runtime: Runtime | None = None) -> None:
         """Unpack and look at every shard; of a run's ranks each does its share, for all of them (a collective)."""
         self.files, self.shards, self.notes = Files(), list(shards), list(passed)
-        self.plain = _unpacked(shards, runtime)
+        unpacked = _unpacked(shards, runtime)
+        self.plain = [place for place, _ in unpacked]
         first, every = (0, 1) if runtime is None else (runtime.rank, runtime.world)
-        own = {n: _scan_tar(Path(self.plain[n]), shards[n].name) for n in range(first, len(shards), every)}
+        mine = range(first, len(shards), every)
+        own = {n: _scan_tar(Path(unpacked[n][0]), shards[n].name, unpacked[n][1]) for n in mine}
         found = own if runtime is None else {n: scan for part in runtime.gather(own) for n, scan in part.items()}
         scans = [found.pop(number) for number in range(len(shards))]
         self.more: dict[int, list[tuple[int, int]]] = {}  # sample -> its images after the first
@@ -96,11 +98,15 @@ class TarSource:
         return self.files.read(*location)
 
 
-def _unpacked(shards: Sequence[Path], runtime: Runtime | None) -> list[str]:
-    """Return where each shard can be read; the ranks of one machine share the unpacking, and what it writes."""
+def _unpacked(shards: Sequence[Path], runtime: Runtime | None) -> list[tuple[str, str]]:
+    """Return where each shard can be read, and how it is torn, or "".
 
-    def own(first: int, every: int) -> dict[int, str]:
-        return {n: str(scratch.unpacked(shards[n])) for n in range(first, len(shards), every)}
+    The ranks of one machine share the unpacking, and what it writes.
+    """
+
+    def own(first: int, every: int) -> dict[int, tuple[str, str]]:
+        found = ((n, scratch.unpacked(shards[n])) for n in range(first, len(shards), every))
+        return {n: (str(place), torn) for n, (place, torn) in found}
 
     found = own(0, 1) if runtime is None else runtime.share_here(own)
     return [found[n] for n in range(len(shards))]
@@ -116,8 +122,8 @@ class Scan:
     notes: list[str]  # what is wrong with it
 
 
-def _scan_tar(path: Path, name: str) -> Scan:
-    """Find the samples of a tar.
+def _scan_tar(path: Path, name: str, torn: str) -> Scan:
+    """Find the samples of a tar. torn: what is known to be wrong with it, in words, or "".
 
     Members of one key are one sample wherever they lie; a suffix that it has already begins another, as in curate.
     """
@@ -125,6 +131,7 @@ def _scan_tar(path: Path, name: str) -> Scan:
     rows: list[dict[str, tuple[int, int]]] = []
     latest: dict[str, dict[str, tuple[int, int]]] = {}
     found, fault = index_tar(path)
+    fault = "; ".join(filter(None, (torn, fault)))
     for whole, offset, size in found:
         folder, _, last = whole.rpartition("/")
         stem, dot, suffix = last.partition(".")

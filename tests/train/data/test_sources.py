@@ -299,9 +299,21 @@ def test_shards_joined_packed_and_in_capitals_are_read_and_others_named(tmp_path
         "0.tar: several archives",
     ):
         assert words in told and words in caplog.text, words
-    (folder / "6.tar").write_bytes(gzip.compress((folder / "1.tar").read_bytes())[:-9])
-    with pytest.raises(UsageError, match="6.tar is torn"):
-        open_source(str(folder))
+
+
+def test_a_torn_gzip_tar_gives_what_stands_before_the_damage_and_is_told(tmp_path, caplog):
+    folder = tmp_path / "data"
+    packed = gzip.compress(captioned(folder, "0.tar", "ab").read_bytes(), 0)  # stored: cut where the tar is cut
+    captioned(folder, "0.tar", "c")
+    (folder / "1.tar.gz").write_bytes(packed[: len(packed) * 2 // 5])
+    (folder / "2.tgz").write_bytes(packed[:-9])
+    (folder / "3.tar.gz").write_bytes(packed[:12])
+    source = open_source(str(folder))
+    assert [source.name(i) for i in range(len(source))] == ["0.tar/c", "1.tar.gz/a", "2.tgz/a", "2.tgz/b"]
+    assert all(decode_image(source.image_bytes(source.record(i).images[0])) for i in range(len(source)))
+    for name, count in (("1.tar.gz", 1), ("2.tgz", 2), ("3.tar.gz", 0)):
+        [note] = [note for note in source.notes if note.startswith(f"{name}: torn")]
+        assert f"{count} samples of it are read" in note and note in caplog.text
 
 
 def test_a_table_is_read_as_the_json_of_its_records(tmp_path, encoder):
