@@ -125,12 +125,16 @@ def _folders(source: str, options: PackOptions, passed: dict[str, int], told: Fa
     passed: takes other files, by suffix; told: what was passed over, taken from beside or renamed, in words.
     """
     parts: dict[str, Part] = {}
-    tree = dict(_walk(source))
+    closed: Faults = {}
+    tree = dict(_walk(source, closed))
     if not any(map(has_pictures, tree.values())):
         return parts
+    told |= closed
     for folder in tree:
-        for name in paths.linked(paths.join(source, folder) if folder else source):
-            faults.add(told, "links to folders, which are not followed", f"{folder}/{name}" if folder else name)
+        kinds = ("links to folders, which are not followed", "links that lead nowhere: the files are not there")
+        for kind, names in zip(kinds, paths.linked(paths.join(source, folder) if folder else source), strict=True):
+            for name in names:
+                faults.add(told, kind, f"{folder}/{name}" if folder else name)
     beside = Beside(source, tree, options.caption, told)
     beside.read_tables()
     listed: dict[str, dict[str, paths.Found]] = {}
@@ -200,12 +204,21 @@ def _add_part(parts: dict[str, Part], stem: str, part: Part) -> None:
     parts[stem] = part
 
 
-def _walk(source: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield every folder under a source with the names in it, both sorted. Links to folders are not followed."""
+def _walk(source: str, told: Faults) -> Iterator[tuple[str, list[str]]]:
+    """Yield every folder under a source with the names in it, both sorted. Links to folders are not followed.
+
+    told: takes the folders in it that may not be read, as `lost+found` of a whole disk.
+    """
     left = [""]  # no recursion: folders may lie in folders as deep as a path is long
     while left:
         folder = left.pop()
-        names, folders = paths.entries(paths.join(source, folder) if folder else source)
+        try:
+            names, folders = paths.entries(paths.join(source, folder) if folder else source)
+        except PermissionError:
+            if not folder:
+                raise
+            faults.add(told, "folders that may not be read: passed over", folder)
+            continue
         yield folder, names
         left += [f"{folder}/{name}" if folder else name for name in reversed(folders)]
 
@@ -226,7 +239,7 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
     import pyarrow.parquet as pq
 
     parts: dict[str, Part] = {}
-    for location, listed in _parquet_files(source):
+    for location, listed in _parquet_files(source, told):
         try:
             with paths.open_read(location) as file:
                 held = pq.ParquetFile(file)
@@ -249,12 +262,12 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
     return parts
 
 
-def _parquet_files(source: str) -> Iterator[tuple[str, paths.Found]]:
+def _parquet_files(source: str, told: Faults) -> Iterator[tuple[str, paths.Found]]:
     """List a parquet file, or those of a folder and of the folders in it (`data/`, a subset each)."""
     if not paths.is_dir(source):
         yield source, paths.look(source)
         return
-    for folder, _ in _walk(source):
+    for folder, _ in _walk(source, told):
         place = paths.join(source, folder) if folder else source.rstrip("/")
         for name, found in sorted(paths.files(place).items()):
             if name.endswith(".parquet"):

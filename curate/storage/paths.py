@@ -173,12 +173,13 @@ def entries(directory: str) -> tuple[list[str], list[str]]:
     return sorted(each for each, _, file in listed if file), sorted(each for each, folder, _ in listed if folder)
 
 
-def linked(directory: str) -> list[str]:
-    """List the links to folders in a directory, sorted; object stores have none."""
+def linked(directory: str) -> tuple[list[str], list[str]]:
+    """List the links in a directory to folders, and those that lead nowhere, each sorted; object stores have none."""
     if is_remote(directory):
-        return []
+        return [], []
     with os.scandir(local(directory)) as found:
-        return sorted(each.name for each in found if each.is_symlink() and each.is_dir())
+        links = sorted((each.name, each.is_dir(), os.path.exists(each.path)) for each in found if each.is_symlink())
+    return [name for name, folder, _ in links if folder], [name for name, _, there in links if not there]
 
 
 def make_dir(directory: str) -> None:

@@ -546,3 +546,33 @@ def test_folders_of_texts_are_found_as_by_comparing_all_with_all_in_time_that_gr
     for folder, held in samples.items():
         beside.add_to(folder, held)
     assert samples["i/7"]["1"][1].name == "t/7/1.txt" and time.process_time() - began < 3
+
+
+def test_links_that_lead_nowhere_and_folders_that_may_not_be_read_are_passed_over_and_said(tmp_path, monkeypatch):
+    for name in ("a/1.jpg", "lost+found/2.jpg", "b/lost+found/3.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(picture(1))
+    (tmp_path / "in" / "a" / "2.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "in" / "a" / "2.txt").write_text("a text whose picture is gone")
+    scandir = os.scandir
+
+    def closed(place):
+        if str(place).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    made = pack(str(tmp_path / "in"), str(tmp_path / "out"), PackOptions(), QUIET)
+    assert dict(members(tmp_path / "out" / "a.tar")) == {"1.jpg": picture(1), "2.txt": b"a text whose picture is gone"}
+    assert made["counts"]["rows"] == 2
+    assert made["faults"] == {
+        "folders that may not be read: passed over": {"count": 2, "example": "b/lost+found"},
+        "links that lead nowhere: the files are not there": {"count": 1, "example": "a/2.jpg"},
+    }
+    table = pa.table({"image": [picture(1)], "text": ["one"]})
+    pq.write_table(table, tmp_path / "in" / "a" / "1.parquet")
+    tables = pack(str(tmp_path / "in"), str(tmp_path / "tables"), PackOptions(layout="parquet"), QUIET)
+    assert tables["faults"]["folders that may not be read: passed over"]["count"] == 2
+    monkeypatch.setattr(os, "scandir", lambda place: closed(f"{place}/lost+found"))
+    with pytest.raises(PermissionError):
+        pack(str(tmp_path / "in"), str(tmp_path / "none"), PackOptions(), QUIET)
