@@ -7,6 +7,7 @@ text, `captions/a.txt` is its caption, if the two paths differ in the name of on
 """
 
 import csv
+import functools
 import io
 import json
 import math
@@ -93,13 +94,25 @@ class Beside:
                 place = f"{folder}/" if folder else ""
                 self.covered.add(place)
                 for number, row in enumerate(_rows(paths.join(self.source, place + table), place + table, self.told)):
-                    named = [place + name.removeprefix("./") for name in _names(row)]
+                    named = [self._path(place, name) for name in _names(row)]
                     if not named:
                         faults.add(self.told, f"rows of {table} without a file_name", f"{place}{table}: row {number}")
                     elif named[0] in self.rows:
                         faults.add(self.told, f"rows of {table} whose picture an earlier row has", named[0])
                     else:
                         self.rows[named[0]] = named, row
+
+    def _path(self, place: str, name: str) -> str:
+        """Write a picture's name from the source on; where none is called so, as Windows means it."""
+        plain = place + name.removeprefix("./")
+        if "\\" not in name or plain in self.files:
+            return plain
+        return place + name.replace("\\", "/").removeprefix("./")
+
+    @functools.cached_property
+    def files(self) -> set[str]:
+        """The paths of all files of the tree."""
+        return {f"{folder}/{name}" if folder else name for folder, names in self.tree.items() for name in names}
 
     def add_to(self, folder: str, samples: Samples) -> None:
         """Add to a folder's samples the texts of their pictures, and join those that one row names together."""

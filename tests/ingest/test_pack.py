@@ -576,3 +576,19 @@ def test_links_that_lead_nowhere_and_folders_that_may_not_be_read_are_passed_ove
     monkeypatch.setattr(os, "scandir", lambda place: closed(f"{place}/lost+found"))
     with pytest.raises(PermissionError):
         pack(str(tmp_path / "in"), str(tmp_path / "none"), PackOptions(), QUIET)
+
+
+def test_names_in_metadata_are_found_as_windows_writes_them(tmp_path):
+    for number, name in enumerate(("a/1.jpg", "a/2.jpg", "a/b/3.jpg", "a/x\\4.jpg")):
+        (tmp_path / "in" / "t" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "t" / name).write_bytes(picture(number))
+    names = ("a\\1.jpg", ".\\a\\2.jpg", "a\\b\\3.jpg", "a/x\\4.jpg", "a\\gone.jpg")
+    rows = [{"file_name": name, "text": f"text {number}"} for number, name in enumerate(names)]
+    (tmp_path / "in" / "t" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = pack(str(tmp_path / "in"), str(tmp_path / "out"), PackOptions(), QUIET)
+    held = {stem: dict(members(tmp_path / "out" / f"{stem}.tar")) for stem in made["shards"]}
+    assert {name: held["t__a"][f"{name}.txt"] for name in ("1", "2", "x\\4")} == {
+        "1": b"text 0", "2": b"text 1", "x\\4": b"text 3"
+    }  # fmt: skip
+    assert held["t__a__b"]["3.txt"] == b"text 2" and held["t__a__b"]["3.jpg"] == picture(2)
+    assert made["faults"] == {"rows of metadata whose picture is not there": {"count": 1, "example": "t/a/gone.jpg"}}
