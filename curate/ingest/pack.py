@@ -49,6 +49,7 @@ from pipelines.terminal import first_line
 LAYOUTS = ("auto", "files", "parquet")
 PATHS = re.compile(r"[:\\]")  # by which names lead elsewhere: `C:x`, `\\x`
 PACKED = (*IMAGE_SUFFIXES, CAPTION_SUFFIX, JSON_SUFFIX)
+CAPTION_FILES = "caption"  # so kohya's trainers call the texts beside pictures
 
 
 @shared
@@ -162,10 +163,14 @@ def _samples(folder: str, names: Sequence[str], passed: dict[str, int], told: Fa
     if not has_pictures(names):
         return {}
     usable = [(name, *_split(name)) for name in names if name not in TABLES]
+    texts = {base for _, base, suffix in usable if suffix == CAPTION_SUFFIX}
     samples: Samples = {}
     base_of: dict[str, str] = {}
     for name, base, suffix in usable:
         shown = f"{folder}/{name}" if folder else name
+        if suffix == CAPTION_FILES and base and base not in texts:
+            faults.add(told, f"texts that end in .{CAPTION_FILES}: written as .{CAPTION_SUFFIX}", shown)
+            suffix = CAPTION_SUFFIX
         if suffix not in PACKED or not base or is_macos(name):
             passed[suffix] = passed.get(suffix, 0) + 1
             faults.add(told, f"files passed over: {MACOS if is_macos(name) else f'.{suffix}'}", shown)

@@ -592,3 +592,24 @@ def test_names_in_metadata_are_found_as_windows_writes_them(tmp_path):
     }  # fmt: skip
     assert held["t__a__b"]["3.txt"] == b"text 2" and held["t__a__b"]["3.jpg"] == picture(2)
     assert made["faults"] == {"rows of metadata whose picture is not there": {"count": 1, "example": "t/a/gone.jpg"}}
+
+
+def test_texts_that_end_in_caption_are_captions_where_no_other_text_is(tmp_path):
+    for name, data in (
+        ("1_cat/a.png", picture(1)),
+        ("1_cat/a.caption", b"words of a"),
+        ("1_cat/b.0.png", picture(2)),
+        ("1_cat/b.0.caption", b"words of b"),
+        ("1_cat/c.png", picture(3)),
+        ("1_cat/c.txt", b"tags of c"),
+        ("1_cat/c.caption", b"words of c"),
+    ):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    made = pack(str(tmp_path / "in"), str(tmp_path / "out"), PackOptions(), QUIET)
+    held = dict(members(tmp_path / "out" / "1_cat.tar"))
+    texts = {"a.txt": b"words of a", "b_0.txt": b"words of b", "c.txt": b"tags of c"}
+    assert held == {"a.png": picture(1), "b_0.png": picture(2), "c.png": picture(3), **texts}
+    told = {kind: (fault["count"], fault["example"]) for kind, fault in made["faults"].items()}
+    assert told["texts that end in .caption: written as .txt"] == (2, "1_cat/a.caption")
+    assert told["files passed over: .caption"] == (1, "1_cat/c.caption")
