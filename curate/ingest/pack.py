@@ -239,7 +239,7 @@ def _cut(stem: str, rows: int, shard_size: int) -> Iterator[tuple[str, int, int]
 def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
     """Find parquet files with an image column; one without is refused, since it would be left out unseen.
 
-    told: takes the other columns of bytes, which no JSON holds.
+    One of several that cannot be read is a part that fails. told: takes other columns of bytes, which no JSON holds.
     """
     import pyarrow.parquet as pq
 
@@ -250,7 +250,10 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
                 held = pq.ParquetFile(file)
                 schema, rows = held.schema_arrow, held.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"{location} cannot be read: {first_line(error)}") from None
+            why = f"{location} cannot be read: {first_line(error)}"
+            failed = Part(location, 0, seen=(listed.size, listed.stamp, "cannot be read"), broken=why)
+            _add_part(parts, _stem(location, source), failed)
+            continue
         image = image_column(schema, options.image, location)
         caption = caption_column(schema, options.caption, location)
         if not image:
@@ -258,13 +261,20 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
         for field in schema:
             if field.name not in (image, caption, *KEYS) and holds_images(field.type):
                 faults.add(told, f"values left out: the column {field.name} holds bytes, too", location, rows)
-        stem = location.removeprefix(source).strip("/") if location != source else paths.name(location)
-        stem = stem.removesuffix(".parquet").replace(".", "_").replace("/", "__")
-        for name, start, stop in _cut(stem, rows, options.shard_size):
+        for name, start, stop in _cut(_stem(location, source), rows, options.shard_size):
             seen = (listed.size, listed.stamp, f"{start} {stop} {image} {caption}")
             keyed = any(each in KEYS and each != image for each in schema.names)
             _add_part(parts, name, Part(location, stop - start, (), start, image, caption, seen=seen, keyed=keyed))
+    if broken := [part.broken for part in parts.values() if part.broken]:
+        if len(broken) == len(parts):
+            raise UsageError(broken[0])
     return parts
+
+
+def _stem(location: str, source: str) -> str:
+    """Name the tars of a parquet file after its place in the source."""
+    stem = location.removeprefix(source).strip("/") if location != source else paths.name(location)
+    return stem.removesuffix(".parquet").replace(".", "_").replace("/", "__")
 
 
 def _parquet_files(source: str, told: Faults) -> Iterator[tuple[str, paths.Found]]:
@@ -293,6 +303,8 @@ class PackShard:
     def __call__(self, stem: str) -> dict[str, Any]:
         """Write one tar."""
         part = self.parts[stem]
+        if part.broken:
+            raise ShardError(part.broken)
         members = _read_files(part) if part.files else _read_rows(stem, part, self.table)
         with paths.atomic_write(paths.join(self.out, f"{stem}.tar")) as file, TarWriter(file) as tar:
             for name, data in members:

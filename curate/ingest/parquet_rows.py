@@ -25,7 +25,8 @@ ROWS = 64  # of parquet, in memory at a time
 class Part:
     """What one tar is made of: files by key and suffix under a folder, or rows start … stop of a parquet file.
 
-    seen: how large that is and when it was written. keyed: the rows may have keys of their own.
+    seen: how large that is and when it was written. keyed: the rows may have keys of their own. broken: why the file
+    cannot be read.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Part:
     root: str = ""  # from which files that lie beside are named
     seen: Seen = (0, "", "")
     keyed: bool = False
+    broken: str = ""
 
 
 class Rows:

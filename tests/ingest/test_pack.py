@@ -613,3 +613,24 @@ def test_texts_that_end_in_caption_are_captions_where_no_other_text_is(tmp_path)
     told = {kind: (fault["count"], fault["example"]) for kind, fault in made["faults"].items()}
     assert told["texts that end in .caption: written as .txt"] == (2, "1_cat/a.caption")
     assert told["files passed over: .caption"] == (1, "1_cat/c.caption")
+
+
+def test_of_several_parquet_files_a_torn_one_fails_alone_and_is_packed_once_it_is_whole(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        write_hugging_face(tmp_path / "in" / f"{name}.parquet")
+    whole = (tmp_path / "in" / "b.parquet").read_bytes()
+    (tmp_path / "in" / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    ended = curate("pack", tmp_path / "in", tmp_path / "out", check=False)
+    made = manifest(tmp_path / "out")
+    assert ended.returncode == 1 and "b.parquet cannot be read" in ended.stderr
+    assert list(made["shards"]) == ["a", "c"] and "b.parquet cannot be read" in made["failed"]["b"]
+    (tmp_path / "in" / "b.parquet").write_bytes(whole)
+    curate("pack", tmp_path / "in", tmp_path / "out")
+    curate("pack", tmp_path / "in", tmp_path / "new")
+    new = {name.replace("new/", "out/"): digest for name, digest in fingerprint(tmp_path / "new").items()}
+    assert fingerprint(tmp_path / "out") == new
+    for name in "abc":
+        (tmp_path / "in" / f"{name}.parquet").write_bytes(whole[:40])
+    ended = curate("pack", tmp_path / "in", tmp_path / "none", check=False)
+    assert ended.returncode == 2 and "a.parquet cannot be read" in ended.stderr and not (tmp_path / "none").exists()
