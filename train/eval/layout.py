@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,3 +65,9 @@ def read_tsv(path: Path) -> Iterator[dict[str, str]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             yield {key: value or "" for key, value in row.items() if key is not None}
+
+
+def read_mmbench(path: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of a TSV of MMBench. pandas writes "3.0" for a row's number, where the file was cut with it."""
+    for row in read_tsv(path):
+        yield {**row, **{key: re.sub(r"^(\d{1,15})\.0+$", r"\1", row[key]) for key in ("index", "image")}}

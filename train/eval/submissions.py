@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.eval import scoring
-from train.eval.layout import Layout, read_tsv
+from train.eval.layout import Layout, read_mmbench
 from train.eval.scoring import Item
 from train.eval.xlsx import write_xlsx
 
@@ -37,7 +37,7 @@ def submit_mmbench(layout: Layout, items: Sequence[Item], texts: Sequence[str], 
     said = {str(item.id): text for item, text in zip(items, texts, strict=True)}
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
     table: list[list[str]] = []
-    for row in read_tsv(layout.find(*names)):
+    for row in read_mmbench(layout.find(*names)):
         columns = [name for name in row if name not in dropped]
         if not table:
             table.append([*columns[:6], "prediction", *columns[6:]])

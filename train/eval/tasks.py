@@ -22,7 +22,7 @@ from typing import Any
 
 from train.errors import DataError, TrainError, UsageError, did_you_mean
 from train.eval import scoring
-from train.eval.layout import Layout, parse_json, read_tsv
+from train.eval.layout import Layout, parse_json, read_mmbench
 from train.eval.scoring import Item, Scorer
 from train.eval.submissions import submit_mmbench, submit_mmmu, submit_mmvet, submit_vqav2
 
@@ -217,7 +217,7 @@ def _mmmu_item(record: dict[str, Any], image: tuple[str, int], subject: str, tru
 def load_mmbench(layout: Layout, *names: str) -> list[Item]:
     """Read a legacy TSV of MMBench: hint, question and options, and the image in base64, or the index of its row."""
     out = []
-    rows = list(read_tsv(layout.find(*names)))
+    rows = list(read_mmbench(layout.find(*names)))
     pictures = {row["index"]: row["image"] for row in rows}
     for row in rows:
         there = takewhile(lambda letter: row.get(letter, "").lower() not in ("", "nan", "none"), "ABCD")  # noqa: B023

@@ -558,3 +558,20 @@ def test_answers_to_records_give_way_to_no_other_request(world, model, tmp_path)
     (tmp_path / "a.manifest.json").write_text(json.dumps(record))
     assert evaluate(model, data, out, options=replace(options, limit=5))["questions"] == 5
     assert evaluate(other, data, out, options=options, overwrite=True)["questions"] == 3
+
+
+def test_numbers_of_mmbench_that_pandas_wrote_are_whole_numbers(root, tmp_path):
+    (root / "mmbench").mkdir()
+    image = base64.b64encode(picture("red", True, 0)).decode()
+    rows = [["3.0", "Which?", "x", "1.0", "A", image, "l"], ["1000003.0", "Which?", "1.0", "x", "B", "3.0", "l"]]
+    with (root / "mmbench/mmbench_dev_20230712.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows(["index question A B answer image l2-category".split(), *rows])
+    asked = tasks.load("mmbench", root)
+    assert [(item.id, item.choices) for item in asked] == [(3, ("x", "1.0")), (1_000_003, ("1.0", "x"))]
+    assert [item.image for item in asked] == [picture("red", True, 0)] * 2
+    result = answers.score_texts("mmbench", asked, ["A", "B"], root, tmp_path / "submission")
+    assert result["scores"] == {"circular": 100, "vanilla": 100}
+    with zipfile.ZipFile(result["submission"]) as archive:
+        sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
+    table = [["".join(cell.itertext()) for cell in row] for row in sheet[0]]
+    assert [(row[0], row[table[0].index("prediction")]) for row in table[1:]] == [("3", "A"), ("1000003", "B")]
