@@ -72,7 +72,8 @@ def load_pope(layout: Layout) -> list[Item]:
 def load_mme(layout: Layout) -> list[Item]:
     """Read MME; truths from the text file beside each image, or in questions_answers_YN."""
     path = layout.find("MME/llava_mme.jsonl", "mme/bunny_mme.jsonl", "mme/llava_mme.jsonl")
-    folder = layout.find(f"{path.parent.name}/MME_Benchmark_release_version")
+    place = f"{path.parent.name}/MME_Benchmark_release_version"
+    folder = layout.find(f"{place}/MME_Benchmark", place)  # the later archive has a folder more
     truths = {}
     for file in sorted(folder.rglob("*.txt")):
         for line in file.read_text(encoding="utf-8").split("\n"):

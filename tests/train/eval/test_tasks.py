@@ -575,3 +575,14 @@ def test_numbers_of_mmbench_that_pandas_wrote_are_whole_numbers(root, tmp_path):
         sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
     table = [["".join(cell.itertext()) for cell in row] for row in sheet[0]]
     assert [(row[0], row[table[0].index("prediction")]) for row in table[1:]] == [("3", "A"), ("1000003", "B")]
+
+
+def test_mme_is_found_in_the_folder_of_the_later_archive(root):
+    folder = root / "mme/MME_Benchmark_release_version"
+    asked = tasks.load("mme", root)
+    shutil.move(folder, root / "MME_Benchmark")
+    folder.mkdir()
+    shutil.move(root / "MME_Benchmark", folder / "MME_Benchmark")
+    found = tasks.load("mme", root)
+    assert [item.truth for item in found] == [item.truth for item in asked]
+    assert {item.image for item in found} == {str(folder / "MME_Benchmark/OCR/images/0.1.png")}
