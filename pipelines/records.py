@@ -200,7 +200,10 @@ def _turns_of(value: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
     """Find a record's turns, as from and value; value may still be a list of parts. Returns (turns, fields used)."""
     for key in ("conversations", "messages"):
         if key in value and value[key] is not None:
-            return _spoken(_parsed(value[key])), (key,)
+            turns, system = _spoken(_parsed(value[key])), value.get("system")
+            if isinstance(system, str) and system.strip() and all(turn["from"] != "system" for turn in turns):
+                return [{"from": "system", "value": system}, *turns], (key, "system")
+            return turns, (key,)
     if value.get("instruction") is not None and "output" in value:
         return _asked(value, "instruction", "output"), ("instruction", "input", "output", "history", "system")
     if value.get("query") is not None and "response" in value:
@@ -230,7 +233,8 @@ def _parsed(value: Any) -> list[Any]:
 
 def _spoken(turns: list[Any]) -> list[Any]:
     """Write turns as from and value, with LLaVA's speakers; the list itself where each is already so."""
-    if all(isinstance(turn, dict) and _is_written(turn.get("from"), turn.get("value")) for turn in turns):
+    known = (isinstance(turn, dict) and str(turn.get("from")) in ROLES for turn in turns)
+    if all(known) and all(isinstance(turn.get("value"), str | list) for turn in turns):
         return turns
     written = []
     for turn in turns:
@@ -242,10 +246,6 @@ def _spoken(turns: list[Any]) -> list[Any]:
         kept = {key: item for key, item in turn.items() if key not in ("from", "role", "value", "content")}
         written.append({"from": speaker, "value": said, **{k: v for k, v in kept.items() if v is not None}})
     return written
-
-
-def _is_written(speaker: Any, said: Any) -> bool:
-    return isinstance(speaker, str) and speaker in ROLES and isinstance(said, str | list)
 
 
 def _asked(value: Mapping[str, Any], question: str, answer: str) -> Turns:

@@ -351,3 +351,24 @@ def test_more_images_than_a_record_may_have_are_counted(folder):
         assert from_sample(None, b"a blob", ["a.jpg"] * number, "k", "").fault == fault
     several = from_sample(None, b"blobs", ["a.jpg", "b.jpg"], "k", "Say.").record
     assert several["image"] == ["a.jpg", "b.jpg"] and several["conversations"][0]["value"] == "<image>\n<image>\nSay."
+
+
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+def test_a_system_text_beside_the_turns_is_said_first_once(folder, key):
+    """As LLaMA-Factory and ms-swift read it."""
+    said = turns("<image>What?") if key == "conversations" else messages("<image>What?")
+    own = [{"from": "system", "value": "Be kind."}, *turns("Hi")]
+    made = [
+        {"id": 1, key: said, "image": "a.jpg", "system": "Be brief.", "lang": "en"},
+        {"id": 2, key: said, "image": "a.jpg", "system": ""},
+        {"id": 3, key: own, "system": "Be brief."},
+    ]
+    (folder / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
+    mixed, faults = by_mix(folder, folder / "x.jsonl")
+    trained, _ = by_train(folder / "x.jsonl")
+    plain = turns("<image>What?")
+    assert mixed == trained and not faults.counts
+    assert [talk for talk, _ in mixed] == [[{"from": "system", "value": "Be brief."}, *plain], plain, own]
+    assert {k: v for k, v in read(made[0], "x").record.items() if k != "conversations"} == {
+        "id": 1, "image": "a.jpg", "lang": "en"
+    }  # fmt: skip
