@@ -1,8 +1,9 @@
 """What lies beside a pool's pictures: fields of its JSON, img2dataset's side tables, captions by url.
 
 In: the `key.json` of each sample, `{stem}.parquet` beside `{stem}.tar` (img2dataset writes one row there for every url
-it was given, downloaded or not), and a headerless TSV of captions and urls, as CC3M is published. Out: extra columns of
-the embeddings, how many downloads ended how, and captions for samples that have none.
+it was given, downloaded or not), and a TSV of captions and urls, as CC3M is published, or with the header that
+img2dataset asks for. Out: extra columns of the embeddings, how many downloads ended how, and captions for samples that
+have none.
 """
 
 import codecs
@@ -27,6 +28,7 @@ from curate.storage.tar import MAX_TEXT_BYTES, Shard, describe, open_tar, read_i
 from pipelines.terminal import first_line
 
 NUMBER, TEXT = "number", "text"
+URL_NAMES, CAPTION_NAMES = (b"url", b"URL"), (b"caption", b"text", b"TEXT")  # in a header
 PROBED = 100  # samples of a shard whose JSON is opened to learn its fields
 PROBED_SHARDS = 8  # that are opened: a pool without JSON, or without a field, is not read twice
 HEX_UID = 32  # DataComp's uid, in hexadecimal digits
@@ -173,9 +175,10 @@ def _opened(location: str) -> IO[bytes]:
 
 
 class Captions:
-    """Captions by url, from a TSV without a header; 16 bytes a row in memory. Safe to call from several threads.
+    """Captions by url, from a TSV; 16 bytes a row in memory. Safe to call from several threads.
 
-    Either column may come first: the url is the one that begins like one. The first of equal urls counts.
+    Any column may come first: a header names them, else the url is the one that begins like one. The first of equal
+    urls counts.
     Raises: UsageError when the file is not of that form.
     """
 
@@ -230,9 +233,13 @@ def caption_places(location: str) -> tuple[int, int]:
     with paths.open_read(location) as file:
         first = file.readline(MAX_TEXT_BYTES).removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n").split(b"\t")
     url = next((place for place, text in enumerate(first) if text.startswith((b"http://", b"https://"))), -1)
-    if len(first) < 2 or url < 0:
-        raise UsageError(f"{location} is not a table of captions and urls: `caption TAB url`, without a header.")
-    return url, 0 if url else 1
+    if len(first) > 1 and url >= 0:
+        return url, 0 if url else 1
+    named = [next((first.index(name) for name in names if name in first), -1) for names in (URL_NAMES, CAPTION_NAMES)]
+    if min(named) < 0:
+        form = "`caption TAB url`, with or without these words as a header"
+        raise UsageError(f"{location} is not a table of captions and urls: {form}.")
+    return named[0], named[1]
 
 
 def _hash(url: bytes) -> int:

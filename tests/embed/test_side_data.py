@@ -128,6 +128,19 @@ def test_a_table_with_a_mark_in_front_is_read_and_one_that_is_not_utf_8_says_so(
     assert "not UTF-8" in found[1].reason and "empty" in found[2].reason
 
 
+@pytest.mark.parametrize("head", ["caption\turl\n", "url\tcaption\n", "\ufeffid\tURL\tTEXT\r\n", "", "swapped"])
+def test_a_table_may_have_the_header_that_img2dataset_asks_for(tmp_path, head):
+    """Its guides to CC3M and CC12M put one there before the download."""
+    columns = [name.lower() for name in head.strip("\ufeff\r\n").split("\t")]
+    columns = {"": ["caption", "url"], "swapped": ["url", "caption"]}.get(head.strip(), columns)
+    rows = [{"id": "7", "url": f"http://x/{n}", "caption": f'a "{n}', "text": f'a "{n}'} for n in range(3)]
+    lines = ["\t".join(row[name] for name in columns) for row in rows]
+    (tmp_path / "cc.tsv").write_text(("" if head == "swapped" else head) + "\n".join(lines), "utf-8")
+    captions = Captions(str(tmp_path / "cc.tsv"))
+    assert [captions.get(row["url"]).text for row in rows] == ['a "0', 'a "1', 'a "2']
+    assert captions.get("http://x/3").text is None
+
+
 @pytest.mark.realdata
 def test_cc3m_as_it_is_published_finds_every_caption():
     location = REAL_DATA / "text" / "cc3m_validation.tsv"
