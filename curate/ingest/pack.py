@@ -49,6 +49,7 @@ from pipelines.terminal import first_line
 LAYOUTS = ("auto", "files", "parquet")
 PATHS = re.compile(r"[:\\]")  # by which names lead elsewhere: `C:x`, `\\x`
 PACKED = (*IMAGE_SUFFIXES, CAPTION_SUFFIX, JSON_SUFFIX)
+WHOLE_BYTES = 16 << 20  # longer files are copied a part at a time
 CAPTION_FILES = "caption"  # so kohya's trainers call the texts beside pictures
 
 
@@ -308,7 +309,11 @@ class PackShard:
         members = _read_files(part) if part.files else _read_rows(stem, part, self.table)
         with paths.atomic_write(paths.join(self.out, f"{stem}.tar")) as file, TarWriter(file) as tar:
             for name, data in members:
-                tar.add(name, data)
+                if isinstance(data, bytes):
+                    tar.add(name, data)
+                    continue
+                with paths.open_read(data) as long:
+                    tar.copy(name, long)
             side = f"{part.source}.parquet"
             if part.files and paths.name(part.source) == stem and paths.exists(side):
                 with paths.atomic_write(paths.join(self.out, f"{stem}.parquet")) as copy:
@@ -316,11 +321,14 @@ class PackShard:
         return {"rows": part.rows}
 
 
-def _read_files(part: Part) -> Iterator[tuple[str, bytes]]:
+def _read_files(part: Part) -> Iterator[tuple[str, bytes | str]]:
+    """Yield the members of files: their bytes, of long ones their place."""
     for file in part.files:
         engine.advance(file.suffix.removeprefix("0.") in IMAGE_SUFFIXES)
         place = paths.join(part.root if file.beside else part.source, file.name)
-        yield f"{file.key}.{file.suffix}", paths.read_bytes(place) if file.name else file.text.encode()
+        long = file.name and not paths.is_remote(place) and paths.size(place) > WHOLE_BYTES
+        held = place if long else paths.read_bytes(place) if file.name else file.text.encode()
+        yield f"{file.key}.{file.suffix}", held
 
 
 def _read_rows(stem: str, part: Part, table: Rows) -> Iterator[tuple[str, bytes]]:

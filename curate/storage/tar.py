@@ -10,6 +10,7 @@ archive broke, and reads whatever length an extension header claims. Members of 
 unpickled; none is extracted to disk, and links and devices are never followed.
 """
 
+import itertools
 import json
 import os
 import re
@@ -30,22 +31,13 @@ from pipelines import gzipped, samples
 from pipelines.tar_headers import BLOCK, Headers
 
 IMAGE_SUFFIXES, is_macos = samples.IMAGE_SUFFIXES, samples.is_macos
-MAGIC = {
-    b"\xff\xd8": "jpg",
-    b"\x89PNG": "png",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-    b"II*\0": "tif",
-    b"MM\0*": "tif",
-    b"\xff\x0a": "jxl",
-    b"\0\0\0\x0cJXL ": "jxl",
-}
+MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
+MAGIC |= {b"\xff\x0a": "jxl", b"\0\0\0\x0cJXL ": "jxl"}
 # The major brand of an ISO base media file, at byte 8 (ISO/IEC 23008-12, AV1 Image File Format).
 BRANDS = {**dict.fromkeys((b"avif", b"avis"), "avif")}
 BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "heic")
 CAPTION_SUFFIX, JSON_SUFFIX = "txt", "json"
-MAX_MEMBER_BYTES = samples.MAX_MEMBER_BYTES
-MAX_TEXT_BYTES = 1 << 20
+MAX_MEMBER_BYTES, MAX_TEXT_BYTES = samples.MAX_MEMBER_BYTES, 1 << 20
 TAR_SUFFIXES, OTHER_SUFFIXES = samples.TAR_SUFFIXES, samples.OTHER_ARCHIVES
 GZIP_MAGIC = b"\x1f\x8b"
 ELSEWHERE = re.compile("[A-Za-z]:|.*://")  # paths of Windows, URLs; another colon is a letter like any
@@ -388,6 +380,17 @@ class TarWriter:
         block = _header(name, len(data)) + data + b"\0" * (-len(data) % BLOCK)
         self.file.write(block)
         self.offset += len(block)
+
+    def copy(self, name: str, file: IO[bytes]) -> None:
+        """Append a regular file of any length, a part at a time. Raises: ShardError where its length changes."""
+        size = file.seek(0, os.SEEK_END)
+        pad, end = b"\0" * (-size % BLOCK), self.offset + BLOCK + size + -size % BLOCK
+        file.seek(0)
+        for part in itertools.chain([_header(name, size)], iter(lambda: file.read(1 << 20), b""), [pad]):
+            self.file.write(part)
+            self.offset += len(part)
+        if self.offset != end:
+            raise ShardError(f"{name} has changed while it was read: run the same command again")
 
     def __enter__(self) -> "TarWriter":
         return self

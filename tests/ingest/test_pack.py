@@ -1,7 +1,9 @@
 import io
 import json
 import os
+import tarfile
 import time
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ from artefacts import members, picture
 
 from curate.embed.embed import EmbedOptions, embed
 from curate.engine import Job
-from curate.errors import UsageError
+from curate.errors import ShardError, UsageError
 from curate.ingest.beside import FOLDERS, Beside, File
 from curate.ingest.pack import PackOptions, pack
 from curate.storage import sidecar
@@ -634,3 +636,34 @@ def test_of_several_parquet_files_a_torn_one_fails_alone_and_is_packed_once_it_i
         (tmp_path / "in" / f"{name}.parquet").write_bytes(whole[:40])
     ended = curate("pack", tmp_path / "in", tmp_path / "none", check=False)
     assert ended.returncode == 2 and "a.parquet cannot be read" in ended.stderr and not (tmp_path / "none").exists()
+
+
+def test_long_files_are_copied_in_bounded_memory(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    with open(tmp_path / "in" / "a" / "1.tif", "wb") as file:
+        file.write(picture(1))
+        file.truncate((100 << 20) + 7)
+    (tmp_path / "in" / "a" / "1.txt").write_text("long")
+    (tmp_path / "in" / "a" / "2.jpg").write_bytes(picture(2))
+    tracemalloc.start()
+    pack(str(tmp_path / "in"), str(tmp_path / "out"), PackOptions(), QUIET)
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    tracemalloc.stop()
+    with open(tmp_path / "out" / "a.tar", "rb") as file:
+        first, second = read_index(file).samples
+        assert [member.size for member in first.members] == [(100 << 20) + 7, 4]
+        file.seek(first.members[0].offset)
+        assert file.read(len(picture(1)) + 9) == picture(1) + bytes(9)
+        file.seek(second.members[0].offset)
+        assert file.read(second.members[0].size) == picture(2)
+    with tarfile.open(tmp_path / "out" / "a.tar") as tar:
+        assert tar.getnames() == ["1.tif", "1.txt", "2.jpg"]
+
+
+def test_a_file_that_grows_while_it_is_copied_is_told(tmp_path):
+    class Growing(io.BytesIO):
+        def seek(self, at, whence=0):
+            return super().seek(at, whence) - (whence == os.SEEK_END)
+
+    with pytest.raises(ShardError, match="changed while it was read"), TarWriter(io.BytesIO()) as tar:
+        tar.copy("a.jpg", Growing(b"abc"))
