@@ -36,8 +36,10 @@ def check_members(found: Sequence[tar.Shard], wanted: Wanted, *, captions: bool)
     if seen:
         held = ", ".join(f"{count:,} .{suffix}" for suffix, count in seen.most_common(8))
         if not image:
+            tars = any(f".{suffix}".endswith(tar.TAR_SUFFIXES) for suffix in seen)
             raise UsageError(
-                f"the pool has no images: {len(found):,} shard(s) hold {held}; a sample needs .jpg, .png or .webp."
+                f"the pool has no images: {len(found):,} shard(s) hold {held}; a sample needs .jpg, .png or .webp.",
+                "tars within tars are not read: unpack the outer ones, the pool is what they hold" if tars else None,
             )
         needed = f"one of {', '.join(wanted.fields)}" if wanted.fields else ".txt, or .json with a caption"
         named = ", ".join(field for field, _ in fields.most_common(8))

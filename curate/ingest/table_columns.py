@@ -48,7 +48,7 @@ def caption_column(schema: pa.Schema, asked: str, where: str) -> str:
 def no_images(schema: pa.Schema, where: str) -> UsageError:
     """Refuse a table without pictures, saying what it has and what reads it."""
     there = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    url = next((name for name in NAMES["url"] if name in schema.names), "")
+    url = next((name for name in (*NAMES["url"], "image_url") if name in schema.names), "")
     hint = None
     if url:
         hint = f"download its pictures first: img2dataset --input_format parquet --url_col {url} --url_list {where} …"

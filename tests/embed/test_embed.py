@@ -258,13 +258,15 @@ def test_a_resume_with_other_versions_says_so_and_lists_what_made_which_shards(t
         ([("a.jpg", picture(1)), ("b.jpg", picture(2))], ["no captions", "2 .jpg"]),
         ([("a.jpg", picture(1)), ("a.txt", b""), ("a.json", b"{}")], ["no captions", "1 .json", "1 .txt"]),
         ([("a.txt", b"words"), ("b.txt", b"more"), ("b.npy", b"x")], ["no images", "2 .txt", "1 .npy"]),
+        ([("in/0.tar", b"x"), ("in/1.tar.gz", b"x")], ["no images", "1 .tar,", "unpack the outer ones"]),
     ],
 )
 def test_a_pool_without_captions_or_images_is_refused_with_what_it_holds(tmp_path, members, words):
     pool = make_tar(tmp_path / "pool" / "00000.tar", members)
     with pytest.raises(UsageError) as refused:
         embed(pool, str(tmp_path / "emb"), EmbedOptions("no-such-model-is-asked-for"), QUIET)
-    assert all(word in str(refused.value) for word in words), str(refused.value)
+    said = f"{refused.value} {refused.value.hint}"
+    assert all(word in said for word in words), said
     assert not (tmp_path / "emb").exists()
 
 

@@ -518,6 +518,7 @@ def test_tables_in_folders_and_rows_of_several_pictures_become_a_pool(tmp_path, 
     ("table", "words"),
     [
         ({"URL": ["http://x"], "TEXT": ["a"]}, "img2dataset --input_format parquet --url_col URL --url_list"),
+        ({"image_url": ["http://x"], "caption": ["a"]}, "--url_col image_url"),  # PixMo
         ({"image": ["a.jpg"], "conversations": [[{"from": "human"}]]}, "curate mix"),
     ],
 )
