@@ -28,6 +28,7 @@ from curate.storage.tar import (
 )
 from pipelines.records import MISSING, Reading, read
 from pipelines.samples import from_sample
+from pipelines.terminal import first_line
 
 MAX_LISTED = 100
 MAX_NAME = 200  # letters
@@ -334,19 +335,30 @@ def _from_sample(
 
 def _from_parquet(name: str, source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
     """Read Hugging Face style parquet; pictures inside it are put into a tar beside the scratch, byte for byte."""
-    import pyarrow.parquet
-
     finder = ImageFinder(source.images, scratch)
     number = 0
     with PictureStore(f"{scratch}.tar") as store:
         for location in files_of(source, "parquet"):
-            with paths.open_read(location) as table:
-                for batch in pyarrow.parquet.ParquetFile(table).iter_batches(256):
-                    for value in batch.to_pylist():
-                        default_id = f"{name}-{number}"
-                        number += 1
-                        reading = read(value, default_id, suffix_of=suffix_of)
-                        if reading.record is None:
-                            faults.note(f"broken: {reading.fault}", default_id)
-                        else:
-                            yield from _with_pictures(reading, default_id, finder, store, faults)
+            for value in _rows_of(location):
+                default_id = f"{name}-{number}"
+                number += 1
+                reading = read(value, default_id, suffix_of=suffix_of)
+                if reading.record is None:
+                    faults.note(f"broken: {reading.fault}", default_id)
+                else:
+                    yield from _with_pictures(reading, default_id, finder, store, faults)
+
+
+def _rows_of(location: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file. Raises: ShardError naming a file that is torn, which Arrow does not."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with paths.open_read(location) as table:
+            for batch in pq.ParquetFile(table).iter_batches(256):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's or the network's
+            raise
+        raise ShardError(f"{location}: {first_line(error)}", "fetch it again") from None

@@ -21,7 +21,7 @@ from curate.embed.embed import EmbedOptions, embed
 from curate.emit.emit import emit
 from curate.emit.options import EmitOptions
 from curate.engine import Job
-from curate.errors import CurateError, UsageError
+from curate.errors import ContractError, CurateError, UsageError
 from curate.mix import account, reshape, sampling
 from curate.mix.mix import mix
 from curate.select.select import SelectOptions, select
@@ -663,3 +663,16 @@ def test_a_mix_says_how_many_questions_no_longer_say_how_to_answer(tmp_path, cap
     source["max_rounds"] = 1  # each record has a first question
     manifest = mix({"sources": {"s": source}, "shuffle": False}, str(tmp_path / "single"), QUIET)
     assert manifest["counts"]["rows"] == 8 and "said_once" not in manifest["sources"]["s"]
+
+
+@pytest.mark.parametrize("torn", ["footer", "page"])
+def test_of_several_parquet_files_the_torn_one_is_named(tmp_path, torn):
+    rows = [{"id": f"r{n}", "conversations": turns("q" * 900, "a")} for n in range(40)]
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / f"{name}.parquet", compression="none")
+    data = bytearray((tmp_path / "in" / "b.parquet").read_bytes())
+    data[4:60] = b"\xff" * 56  # the head of the first page
+    (tmp_path / "in" / "b.parquet").write_bytes(data if torn == "page" else data[:400])
+    with pytest.raises(ContractError, match=r"mix source p cannot be read: .*in/b\.parquet: "):
+        mix({"sources": {"p": {"path": str(tmp_path / "in")}}}, str(tmp_path / "mix"), QUIET)
