@@ -71,12 +71,20 @@ def open_source(
         if not path.is_dir():
             raise UsageError(f"--data {data}: expected a folder of .tar shards, a .tar, a JSON or a .parquet")
         seen = ", ".join([*passed, *sorted(p.name for p in path.iterdir())][:5]) or "nothing"
-        raise UsageError(f"--data {data}: no *.tar in that folder; it holds {seen}")
+        raise UsageError(f"--data {data}: no *.tar in that folder; it holds {seen}{_instead(path)}")
     if not len(source):
         raise UsageError(f"--data {data}: no samples in it")
     for note in passed:
         log.warning("%s", note)
     return source
+
+
+def _instead(folder: Path) -> str:
+    """Say what of a folder without shards may have been meant: its largest JSON, else a folder in it with data."""
+    lists = [path for path in folder.iterdir() if path.suffix in (".json", ".jsonl") and path.is_file()]
+    deeper = (path.parent for end in ("tar", "parquet") for path in sorted(folder.glob(f"*/*.{end}")))
+    meant = max(lists, key=lambda path: path.stat().st_size) if lists else next(deeper, None)
+    return f"; give --data {meant}" if meant else ""
 
 
 def losses(source: Source, reasons: dict[int, str]) -> list[str]:

@@ -404,3 +404,13 @@ def test_a_process_that_may_open_few_files_reads_all_samples(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         os.close(highest)
+
+
+def test_of_a_folder_without_shards_what_may_be_meant_is_said(tmp_path):
+    for name in ("a/vqa/train-0.parquet", "b/00000/1.jpg", "b/small.json", "b/chat.json", "c/x.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("[]" * len(name) if "chat" in name else "[]")
+    for folder, meant in (("a", "; give --data {}/a/vqa"), ("b", "; give --data {}/b/chat.json"), ("c", "")):
+        with pytest.raises(UsageError) as refused:
+            open_source(str(tmp_path / folder))
+        assert str(refused.value).partition("it holds ")[2].partition(";")[2] == meant.format(tmp_path)[1:]
