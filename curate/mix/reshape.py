@@ -58,7 +58,11 @@ def invalid(record: Record, images: int) -> str:
 
 
 def rounds(turns: Sequence[dict[str, Any]]) -> list[Turns]:
-    """Group turns into rounds: a new one begins with each question that follows an answer."""
+    """Group turns into rounds: a new one begins with each question that follows an answer.
+
+    What is left unanswered at the end belongs to the round before: by itself it would be a record without an answer,
+    which no reader takes. For the same reason an answer without text ends no round.
+    """
     found: list[Turns] = []
     answered = True
     for turn in turns:
@@ -67,7 +71,10 @@ def rounds(turns: Sequence[dict[str, Any]]) -> list[Turns]:
             found.append([])
             answered = False
         found[-1].append(turn)
-        answered = answered or not asks
+        answered = answered or (not asks and bool(turn["value"].strip()))
+    if not answered and len(found) > 1:
+        last = found.pop()
+        found[-1] += last
     return found
 
 

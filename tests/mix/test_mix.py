@@ -404,6 +404,21 @@ def test_rules_merge_segment_and_cut():
     assert reshape.invalid({"conversations": turns("a", "b")}, True) == "0 image marks for 1 images"
 
 
+def test_no_part_of_a_record_is_without_an_answer(tmp_path):
+    said = [("q1", "a1", "q2"), ("q1", "", "q2", "a2", "q3", " "), ("q1", "a1", "q2", "", "q3", "a3"), ("q1", "a1")]
+    asked = [{"id": f"r{n}", "conversations": turns(*each)} for n, each in enumerate(said)]
+    (tmp_path / "a.json").write_text(json.dumps(asked))
+    for rule in ({"max_rounds": 1}, {"max_tokens": 2, "overflow": "split"}, {"max_tokens": 2}):
+        source = {"path": str(tmp_path / "a.json"), **rule}
+        out = tmp_path / "-".join(map(str, rule.values()))
+        made = mix({"shuffle": False, "sources": {"s": source}}, str(out), QUIET)
+        again = mix({"sources": {"s": {"path": str(out)}}}, str(out) + "-again", QUIET)
+        assert again["counts"]["rows"] == made["counts"]["rows"] and not again["faults"]
+    parts = [part for record in asked for part in reshape.segment(record, 1)]
+    assert [turn for part in parts for turn in part["conversations"]] == [t for r in asked for t in r["conversations"]]
+    assert len(parts) == 5
+
+
 def test_rules_in_a_mix_and_one_source_in_the_place_of_another(tmp_path):
     path, images, made = write_vqa(tmp_path, 12)
     table = {
