@@ -16,11 +16,12 @@ import numpy as np
 from curate.errors import UsageError
 from curate.mix import sampling
 from curate.mix.pictures import is_tars
-from curate.mix.sources import SourceOptions, files_of, kind_of
+from curate.mix.sources import TOO_LONG, SourceOptions, files_of, kind_of
 from curate.storage import manifest, paths, sidecar, tar
 
 PERCENTILES = (5, 50, 95, 100)
 MAX_SHOWN = 80
+BEFORE_THE_LENGTH = ("merge", "max_rounds")  # rules that make other records, before max_tokens judges these
 # What to do about a loss, by a part of its reason.
 ADVICE = {
     "missing image": "is `images` the folder that the names start from?",
@@ -199,8 +200,10 @@ def losses(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for kind, counts in (("lost", fact.get("faults", {})), ("taken out by a rule", fact.get("ruled_out", {}))):
             for why, count in sorted(counts.items(), key=lambda pair: -pair[1]):
                 example = f" (the first: {_shown(first[why])})" if why in first else ""
+                made = fact.get("reshaped", {}) if why == TOO_LONG else {}
+                of = fact["read"] + sum(made.get(rule, 0) for rule in BEFORE_THE_LENGTH)
                 advice = next((f"; {told}" for part, told in ADVICE.items() if part in why), "")
-                lines.append(f"{name}: {count:,} of {fact['read']:,} records {kind}: {why}{example}{advice}")
+                lines.append(f"{name}: {count:,} of {of:,} records {kind}: {why}{example}{advice}")
         if cut := fact.get("cut"):
             lines.append(
                 f"{name}: max_tokens took {cut['rounds']:,} rounds out of {cut['records']:,} records that stay"

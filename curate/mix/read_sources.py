@@ -17,7 +17,7 @@ from curate.emit.kept_samples import kept_pictures
 from curate.errors import UsageError
 from curate.mix import reshape, text_overlap
 from curate.mix.pictures import Picture, read_picture
-from curate.mix.sources import MAX_LISTED, Entry, Faults, SourceOptions, entries
+from curate.mix.sources import MAX_LISTED, TOO_LONG, Entry, Faults, SourceOptions, entries
 from curate.storage import manifest, paths, records, sidecar
 from pipelines.records import IMAGE_MARK, MODEL
 
@@ -132,7 +132,7 @@ class ReadSource:
                         cut["records"] = cut.get("records", 0) + 1
                         cut["rounds"] = cut.get("rounds", 0) + gone
                 if not fitted:
-                    ruled_out.note("over max_tokens", part.record.get("id"))
+                    ruled_out.note(TOO_LONG, part.record.get("id"))
                 yield from fitted
 
     def _rows(self, found: Iterator[Entry]) -> Iterator[pa.RecordBatch]:

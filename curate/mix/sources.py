@@ -37,6 +37,7 @@ KINDS = ((".json", "json"), (".jsonl", "json"), (".parquet", "parquet"))
 BROKEN = ("truncated", "unreadable from")  # how a shard's notes begin that tell of lost records
 OVER = f"over the limit of {MAX_MEMBER_BYTES:,} bytes for a file"
 TEXT, ELSEWHERE = "text", "elsewhere"  # beside the folders of `expect`
+TOO_LONG = "over max_tokens"
 
 
 @dataclass(frozen=True)

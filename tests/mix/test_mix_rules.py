@@ -399,6 +399,11 @@ def test_what_max_tokens_and_count_leave_out_is_said(tmp_path):
     assert made["sources"]["s"]["cut"] == {"records": 10, "rounds": 40} and made["counts"]["rows"] == 10
     told = " ".join(account.losses(made["sources"]))
     assert "max_tokens took 40 rounds out of 10 records that stay" in told and "count asks for 2 more records" in told
+    rules = {"max_rounds": 1, "max_tokens": 2, "drop_invalid": True}
+    asked += [{"id": "short", "conversations": turns("q", "a")}]
+    source = {"path": write(tmp_path / "b.json", asked), **rules}
+    made = mix({"sources": {"s": source}}, str(tmp_path / "out-2"), QUIET)
+    assert "50 of 51 records taken out by a rule: over max_tokens" in " ".join(account.losses(made["sources"]))
 
 
 def test_a_mark_in_an_answer_is_text(tmp_path):
