@@ -178,13 +178,20 @@ def _check_choices(pipeline: Pipeline) -> None:
 
 def stage_options(pipeline: Pipeline, stage: str, **changes: Any) -> Any:
     """Build the options object of a curation stage from its table; every key is checked."""
-    beside = BESIDE.get(stage, ())
-    table = {key: value for key, value in pipeline.tables[stage].items() if key not in beside} | changes
+    table = _own_keys(pipeline, stage) | changes
     if stage == "mix":
         from curate.mix.mix import MixOptions, build_sources
 
         return build_sources(options.build(MixOptions, table, stage))
     return options.build(_kind(stage), table, stage)
+
+
+def _own_keys(pipeline: Pipeline, stage: str) -> dict[str, Any]:
+    """Take of a stage's table what the stage itself reads. Steps say their own size: `n` is then of recipes beside."""
+    table, beside = pipeline.tables[stage], BESIDE.get(stage, ())
+    if stage == "select" and table.get("steps") and table.get("compare"):
+        beside = (*beside, "n")
+    return {key: value for key, value in table.items() if key not in beside}
 
 
 def check_trainer(pipeline: Pipeline, only: str | None = None) -> None:
@@ -248,9 +255,10 @@ def _questions(pipeline: Pipeline, data: Mapping[str, str]) -> list[str]:
 def select_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
     """Yield each selection's options with what ends its directory's name: that of the recipe, or of one to compare."""
     yield "", stage_options(pipeline, "select")
-    for recipe in pipeline.tables["select"].get("compare", []):
+    table = pipeline.tables["select"]
+    for recipe in table.get("compare", []):
         suffix = re.sub(r"[^0-9A-Za-z]+", "-", recipe).strip("-")
-        yield f"-{suffix}", stage_options(pipeline, "select", recipe=recipe)
+        yield f"-{suffix}", stage_options(pipeline, "select", recipe=recipe, steps=[], n=table.get("n", ""))
 
 
 def emit_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
@@ -302,10 +310,5 @@ def shown_command(pipeline: Pipeline, stage: str) -> str:
             for setting in _changed("mix", pipelines.read(pipeline.path).get("mix"), pipeline.tables["mix"])
         ]
         return shlex.join(["curate", "mix", between, place(stage), *flags])
-    flags = [
-        flag
-        for key, value in pipeline.tables[stage].items()
-        if key not in BESIDE.get(stage, ())
-        for flag in _flags(key, value)
-    ]
+    flags = [flag for key, value in _own_keys(pipeline, stage).items() for flag in _flags(key, value)]
     return shlex.join(["curate", stage, *([between] if between else []), place(stage), *flags])

@@ -1,5 +1,6 @@
 """Pipelines: what is checked before anything runs, what is told beforehand, and that a second run does nothing."""
 
+import json
 import re
 import shlex
 import shutil
@@ -42,6 +43,18 @@ def test_the_dry_run_tells_and_does_nothing(plan, tmp_path):
     told = curate("run", plan, "--out", tmp_path / "out", "--dry-run").stdout
     assert "curate embed" in told and "599 rows" in told and "calibrated: fit" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_recipes_stand_beside_steps_of_ones_own(plan, tmp_path):
+    path, out = tmp_path / "own.toml", tmp_path / "out"
+    path.write_text(plan.read_text().replace('recipe = "balanced"', 'steps = ["dedup(0.9)", "sample(90)"]'))
+    told = curate("run", path, "--out", out, "--dry-run").stdout
+    line = next(line for line in told.splitlines() if "curate select" in line)
+    assert "'--step=dedup(0.9)' '--step=sample(90)'" in line and "--n" not in line
+    curate("run", path, "--out", out, "--only", "coreset")
+    steps = {place.parent.name: json.loads(place.read_text())["steps"] for place in out.glob("*/funnel.json")}
+    assert [step["text"] for step in steps["selection"]] == ["dedup(0.9)", "sample(90)"]
+    assert [step["text"] for step in steps["selection-random"]] == ["sample(100)"]
 
 
 def test_a_second_run_does_nothing_and_another_recipe_only_what_it_must(plan, tmp_path):
