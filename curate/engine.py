@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -29,6 +30,7 @@ from pipelines.processor import cores as cores
 log = logging.getLogger("curate")
 ENGINES = ("local", "ray")
 RAY_LOOK_S = 2.0  # between two looks at what Ray's actors are at
+RAY_ROOM_S = 10.0  # in which Ray, where it has room, has begun the least of tasks
 Note = Callable[[Any, int], None]  # (item, rows done of it)
 
 
@@ -92,12 +94,25 @@ def ask(question: Callable[[], Any], job: Job) -> Any:
         except CurateError as error:  # raised here, Ray would put its own traceback in the place of its words
             return None, error
 
+    _wait_for_room(job, 1 if gpus(job) else 0)
     gone = ("RaySystemError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
     with faults.ending("Ray is gone", *(getattr(ray.exceptions, name) for name in gone)):
         found, refused = ray.get(ray.remote(num_gpus=1 if gpus(job) else 0, num_cpus=1)(answer).remote())
     if refused is not None:
         raise refused
     return found
+
+
+def _wait_for_room(job: Job, gpu: float) -> None:
+    """Wait until Ray has room for a worker with so much of a GPU, and say so where other work has taken all of it."""
+    with faults.ending("Ray is gone", (ray := _ray()).exceptions.RayError):
+        begun = [ray.remote(num_cpus=1, num_gpus=gpu)(lambda: None).remote()]
+        if not ray.wait(begun, timeout=RAY_ROOM_S)[0] and not job.quiet:
+            free, held = ray.available_resources(), ray.cluster_resources()
+            kinds = ("CPU", "GPU") if gpu else ("CPU",)
+            told = " and ".join(f"{free.get(kind, 0):g} of {held.get(kind, 0):g} {kind}s" for kind in kinds)
+            sys.stderr.write(f"Ray has begun no worker yet, {told} are free: this waits until it does\n")
+        ray.get(begun)
 
 
 def advance(rows: int) -> None:
@@ -354,6 +369,8 @@ def run_stage(
     """
     outcome, started = Outcome(), time.perf_counter()
     num_gpus = gpus(job) if gpu else 0
+    if job.engine == "ray" and items:
+        _wait_for_room(job, gpu if num_gpus else 0)
     count = workers if workers is not None else job.workers or (int(num_gpus / gpu) if gpu else 0) or cores()
     line, standing = Progress(label, len(items), unit=unit, quiet=job.quiet), faults.Standing(places)
     how: dict[str, Any] = {"engine": job.engine, "workers": count, "gpus": num_gpus, "share": gpu, "note": line.within}

@@ -25,6 +25,16 @@ LOOKS = {"initial_delay_ms": 500, "period_ms": 500, "failure_threshold": 3}
 SEEN = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}}
 
 
+NO_ROOM = "Ray has begun no worker yet, 0 of 2 CPUs are free: this waits until it does"
+
+
+class Held:
+    """An actor of other work, which keeps its core."""
+
+    def sits(self):
+        return True
+
+
 @pytest.fixture(scope="module")
 def nodes():
     """Two nodes of a core each. One that is gone is missed within seconds; one that is slow has half a minute."""
@@ -102,6 +112,25 @@ def test_a_refusal_from_where_the_workers_run_is_told_in_its_own_words(nodes):
         "unknown precision 'fp61'; there are: bf16, fp16.  hint: did you mean 'fp16'?",
         "did you mean 'fp16'?",
     )
+
+
+def test_a_cluster_without_room_is_waited_for_and_said_in_one_line(nodes, monkeypatch, capsys):
+    """Other work holds every core: a driver that only waits would look as if it hung."""
+    monkeypatch.setattr("curate.engine.RAY_ROOM_S", 1.0)
+    loud = replace(RAY, quiet=False)
+
+    def crowd_out(work):
+        taken = [ray.remote(num_cpus=1)(Held).remote() for _ in range(2)]
+        ray.get([each.sits.remote() for each in taken])
+        threading.Timer(4.0, lambda: [ray.kill(each) for each in taken]).start()
+        answer, told = work(), capsys.readouterr().err
+        assert [line for line in told.splitlines() if line.startswith("Ray")] == [NO_ROOM]
+        return answer
+
+    assert crowd_out(lambda: ask(lambda: 7, loud)) == 7
+    assert len(crowd_out(lambda: run_stage("square", Square(), [0, 1, 2], loud)).done) == 3
+    monkeypatch.setattr("curate.engine.RAY_ROOM_S", 60.0)
+    assert ask(lambda: 7, loud) == 7 and "Ray" not in capsys.readouterr().err
 
 
 def test_an_item_that_kills_its_actor_fails_by_name_and_the_others_go_on(nodes):
