@@ -143,7 +143,8 @@ def run(
         with faults.ending("Ray is gone", _ray().exceptions.RayError):
             yield from _run_ray(task, items, max(1, workers), share if gpus else 0, note)
     elif workers <= 1 or len(items) <= 1:
-        task.setup()
+        if items:  # a model is not loaded for nothing
+            task.setup()
         for item in items:
             done = 0
 
@@ -177,8 +178,7 @@ def _run_grouped(
             left += report.item
         else:
             yield from report.value["reports"]
-    if left:
-        yield from run(task, left, note=note, **how)
+    yield from run(task, left, note=note, **how)
 
 
 _task: Task | None = None

@@ -151,6 +151,13 @@ def test_a_worker_that_cannot_be_set_up_says_why():
     assert outcome.failed == dict.fromkeys([1, 2, 3], "the weights are gone")
 
 
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_stage_without_items_sets_nothing_up(group):
+    """A model is not loaded where shards have only gone, or where a slice has none left."""
+    outcome = run_stage("unready", Unready(), [], Job(quiet=True), group=group)
+    assert not outcome.done and not outcome.failed
+
+
 def test_an_unknown_engine_or_a_negative_worker_is_refused():
     with pytest.raises(UsageError, match="unknown engine 'spark'; there are: local, ray"):
         Job(engine="spark")
