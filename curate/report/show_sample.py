@@ -34,14 +34,17 @@ def facts_of(directory: str, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _trace(directory: str, key: str) -> tuple[dict[str, manifest.Artefact], list[Place]]:
-    """Find the stages that a directory rests on (an import as `embed`), and a key's places in their rows."""
-    stages = {each.command: each for each in reversed(list(show.lineage(_latest(directory))))}
-    if "import" in stages:
-        stages.setdefault("embed", stages["import"])
-    if "embed" not in stages:
-        raise UsageError(
-            f"{directory} does not rest on embeddings.", "give a directory of embed, cluster, select or emit"
-        )
+    """Find the stages that a directory rests on (an import as `embed`), and a key's places in their rows.
+
+    Raises: UsageError without embeddings or such a key, ContractError where what one of them rests on has changed.
+    """
+    latest = _latest(directory)
+    try:
+        latest.source("embed", "import")  # rows join by position, which holds in one state of the embeddings alone
+    except LookupError as error:
+        raise UsageError(f"{error}.", "give a directory of embed, cluster, select or emit") from None
+    stages = {each.command: each for each in reversed(list(show.lineage(latest)))}
+    stages.setdefault("embed", stages.get("import", latest))
     for stage in stages.values():
         stage.sidecars.keep()
     places = list(find(stages["embed"], key))

@@ -4,16 +4,17 @@ import gzip
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
-from artefacts import write_embeddings, write_pool
+from artefacts import write_clusters, write_embeddings, write_pool, write_selection
 
 from curate.ask import stored
 from curate.cluster.cluster import ClusterOptions, cluster
 from curate.emit.emit import EmitOptions, emit
 from curate.engine import Job
-from curate.errors import UsageError
+from curate.errors import ContractError, UsageError
 from curate.mix.mix import mix
 from curate.report import ablation_tables, show
 from curate.report.show_sample import show_key
@@ -85,6 +86,22 @@ def test_a_pool_is_shown_whatever_its_tars_end_in(home, tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_bytes(packed if suffix == ".TAR" else gzip.compress(packed))
     for place in (tmp_path, tmp_path / f"a{suffix}"):
         assert "a has 30 samples: 30 .jpg" in " ".join(show.show(str(place)))
+
+
+def test_no_life_is_told_where_rows_have_other_places_than_what_was_made_of_them(tmp_path):
+    """A shard that begins three samples later by now: cluster and verdict would be those of other samples."""
+    pool = write_pool(tmp_path / "pool", ["a"], 12)
+    emb = write_embeddings(tmp_path / "embeddings", pool)
+    clusters = write_clusters(tmp_path / "clusters", emb)
+    write_selection(tmp_path / "sel", clusters, lambda stem, row, key: row > 5 or "sample(9)")
+    assert list(show_key(str(tmp_path / "sel"), "000000003"))
+    write_pool(tmp_path / "pool", ["a"], 12, first=3, extra={"more": "x" * 999})
+    shutil.rmtree(emb)
+    write_embeddings(tmp_path / "embeddings", pool)
+    for made in ("sel", "clusters"):
+        with pytest.raises(ContractError, match="clusters was made from another state of .*embeddings"):
+            list(show_key(str(tmp_path / made), "000000003"))
+    assert "row 0 of a" in next(show_key(emb, "000000003"))
 
 
 def test_a_directory_of_which_a_part_is_done_says_so_and_why_shards_failed(home, tmp_path):
