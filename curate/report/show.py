@@ -50,9 +50,11 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
     if command == "mix" and (lost := sum(manifest.get("faults", {}).values())):
         read = sum(source["read"] for source in manifest["sources"].values())
         account = f"{lost:,} of {read:,} records lost" + (f" · {account}" if account else "")
-    if manifest.get("unfinished"):
-        account = "this part is done, others are not yet"
-        account += " (start it again when they are: a step is left)" if command == "cluster" else ""
+    if left := manifest.get("unfinished"):
+        account = f"this part is done, others are not yet ({_several(len(left), 'shard')} left: "
+        account += "start again a part that died, or began before the pool changed)"
+        if command == "cluster":
+            account = "this part is done, others are not yet (start it again when they are: a step is left)"
     otherwise = "made nothing" if manifest.get("failed") else "done"
     return f"  {command}: {' — '.join(part for part in (what, account) if part) or otherwise}"
 
