@@ -21,7 +21,7 @@ from typing import IO, Any, TypeVar, cast
 
 from curate.errors import UsageError
 from curate.faults import LASTING
-from curate.storage import whole_files
+from curate.storage import web, whole_files
 from curate.storage.braces import braces as braces
 
 TRIES, FIRST_PAUSE_S = 5, 0.5  # 0.5 + 1 + 2 + 4 s
@@ -67,7 +67,7 @@ def with_retries(location: str, work: Callable[[Any, str], Result]) -> Result:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if "Credentials" in type(error).__name__:
                 raise UsageError(f"cannot open {location}: {reason}", "see the driver's own settings") from None
-            if (status := _refused(error)) is not None:
+            if (status := web.refused(error)) is not None:
                 raise PermissionError(errno.EACCES, f"the server answers {status}", location) from None
             if not _may_pass(error):
                 raise
@@ -76,13 +76,6 @@ def with_retries(location: str, work: Callable[[Any, str], Result]) -> Result:
             log.info("%s: %s; trying again", location, reason)
             time.sleep(FIRST_PAUSE_S * 2**attempt)
     raise AssertionError("unreachable")
-
-
-def _refused(error: Exception) -> int | None:
-    """Return the status by which a web server refuses for good: 403, an address that has expired, and the like."""
-    status = getattr(error, "status", None)
-    lasting = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
-    return status if lasting and not isinstance(error, OSError) else None
 
 
 def _may_pass(error: Exception) -> bool:
@@ -125,7 +118,7 @@ def resolve(written: str, start: str) -> str:
 def exists(location: str) -> bool:
     """Say whether a file or directory is there."""
     if is_remote(location):
-        return bool(with_retries(location, lambda fs, path: fs.exists(path)))
+        return with_retries(location, web.exists)
     return os.path.exists(local(location))
 
 
@@ -344,7 +337,7 @@ def _stat(entry: os.DirEntry[str]) -> os.stat_result:
 def look(location: str) -> Found:
     """Return a file's size and stamp."""
     if is_remote(location):
-        return _described(with_retries(location, lambda fs, path: fs.info(path)))
+        return _described(with_retries(location, web.info))
     return _stated(os.stat(local(location)))
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from curate.storage import paths
+from curate.storage import paths, web
 
 WASTE = 0.03  # of the bytes wanted, that may be read besides them
 PART_BYTES = 8 << 20  # a longer range is fetched as several
@@ -90,8 +90,8 @@ def read_remote(location: str, starts: Sequence[int], stops: Sequence[int | None
 
     def fetch(fs: Any, path: str) -> list[bytes]:
         left = [place for place in range(len(starts)) if place not in found]
-        spans = [starts[place] for place in left], [stops[place] for place in left]
-        answers = dict(zip(left, fs.cat_ranges([path] * len(left), *spans, on_error="return"), strict=True))
+        spans = [(starts[place], stops[place]) for place in left]
+        answers = dict(zip(left, web.cat_ranges(fs, path, spans), strict=True))
         found.update({place: answer for place, answer in answers.items() if not isinstance(answer, BaseException)})
         for answer in answers.values():
             if isinstance(answer, BaseException):
