@@ -112,7 +112,8 @@ def resolve(written: str, start: str) -> str:
     """Undo `relative`: the location that `written` means as seen from `start`."""
     if is_remote(written) or os.path.isabs(written):
         return written
-    return os.path.normpath(os.path.join(local(start), written))
+    scheme, mark, place = local(start).rpartition("://")  # a tree that was copied to a URL is read there, too
+    return scheme + mark + os.path.normpath(os.path.join(place, written))
 
 
 def exists(location: str) -> bool:

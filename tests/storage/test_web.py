@@ -78,3 +78,10 @@ def test_a_server_that_fails_for_a_moment_is_not_one_without_the_file(tmp_path, 
         Server.failing = 99
         with pytest.raises(OSError, match="503.*5 times over"):
             paths.look(f"{url}/a.tar")
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/out", "http://127.0.0.1:8000/out", "memory://out", "/data/out", "out"])
+def test_what_a_tree_says_of_its_own_folders_holds_where_it_was_copied_to(root):
+    written = paths.relative("/before/out/emb", "/before/out/clu")
+    assert paths.resolve(written, f"{root}/clu") == f"{root}/emb"
+    assert paths.resolve(paths.relative("s3://bucket/pool", "/out/emb"), f"{root}/emb") == "s3://bucket/pool"
