@@ -81,8 +81,8 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
         task_of_parts = ImportPart(named, output.directory, extra)
         outcome = engine.run_stage("import", task_of_parts, todo, job, places=(out,))
         return _finish(output, list(named), outcome, {}, passed, quiet=job.quiet)
-    nodes = paths.local(out) if job.engine == "ray" and not paths.is_remote(out) else None  # what all nodes see
-    with output.attempt(), tempfile.TemporaryDirectory(suffix=".tmp", dir=nodes) as folder:
+    inside = None if paths.is_remote(out) else paths.local(output.directory)  # all nodes see it, a rerun clears it
+    with output.attempt(), tempfile.TemporaryDirectory(".tmp", ".join-", inside) as folder:
         form, joined = choose_form(parts, options.join, folder, held.shards)
         if form != EXACT:
             joined["form"] = form

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -194,6 +196,21 @@ def test_bytes_do_not_depend_on_workers_or_slices(tmp_path):
             import_layout(str(tmp_path / "source"), str(out), options, job)
         made.append(fingerprint(out))
     assert made[0] == made[1] == made[2] and len(made[0]) == 3
+
+
+def test_of_a_join_that_is_killed_nothing_stays_where_nobody_clears_it_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    write_source(tmp_path / "source", "clip-retrieval", [7, 6])
+    pool, out = write_pool(tmp_path / "pool", [1, 2, 3, 4]), tmp_path / "emb"
+    options = ImportOptions("clip-retrieval", pool=pool, join="key")
+    if not (child := os.fork()):
+        with monkeypatch.context() as killed:
+            killed.setattr("curate.engine.run_stage", lambda *given, **named: os._exit(9))
+            import_layout(str(tmp_path / "source"), str(out), options, QUIET)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "pool", "emb"}
+    assert import_layout(str(tmp_path / "source"), str(out), options, QUIET)["counts"] == {"ok": 4}
+    assert not list(out.glob(".join-*"))
 
 
 def test_a_join_that_matches_nothing_is_refused_with_an_example_and_leaves_nothing(tmp_path):
