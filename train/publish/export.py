@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,7 @@ def _state(model: Any) -> dict[str, Tensor]:
 
 def _set_ends(composed: Composed, encoder: Encoder) -> None:
     """Persist the token that ends answers: in the tokenizer, the generation settings and the text configuration."""
+    from huggingface_hub.errors import StrictDataclassFieldValidationError
     from transformers import GenerationConfig
 
     tokenizer, config = composed.tokenizer, composed.model.config
@@ -206,7 +207,8 @@ def _set_ends(composed: Composed, encoder: Encoder) -> None:
     ids["bos_token_id"] = encoder.bos_ids[0] if encoder.bos_ids else tokenizer.bos_token_id
     composed.model.generation_config = GenerationConfig(do_sample=False, **ids)
     for key, value in ids.items():
-        setattr(config.text_config, key, value)
+        with suppress(*[StrictDataclassFieldValidationError] * (value is None)):  # CWM's must begin with some token
+            setattr(config.text_config, key, value)
     config.pad_token_id = tokenizer.pad_token_id
 
 
