@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from train.config import Stage
+from train.errors import UsageError
 from train.model.compose import Composed
 from train.model.quantized import quantize
 from train.model.tower import HEADS, trim
@@ -18,9 +19,15 @@ def lora_targets(model: Any) -> list[str]:
     """Return the full paths of the language model's linear layers; the head is not among them.
 
     Nor are routers of experts that are called linear and give more than a tensor (Phi-3.5-MoE's).
+    Raises: UsageError for layers that share their weights (Zamba 2), which could take up one layer's change alone.
     """
     lm = model.model.language_model
-    found = ((name, part) for name, part in lm.named_modules() if isinstance(part, nn.Linear))
+    found = [(name, part) for name, part in lm.named_modules() if isinstance(part, nn.Linear)]
+    if len({id(part.weight) for _, part in found}) < len(found):
+        raise UsageError(
+            f"layers of {lm.config.model_type} share their weights, which LoRA cannot change for each: "
+            'take tune = "full" or "projector"'
+        )
     plain = (name for name, part in found if not type(part).__module__.startswith("transformers.models."))
     return [f"model.language_model.{name}" for name in plain]
 
@@ -29,7 +36,8 @@ def lora_config(stage: Stage, targets: list[str]) -> Any:
     """Describe the adapter for PEFT; its targets are one expression that matches only in the language model."""
     from peft import LoraConfig
 
-    leaves = sorted({target.rsplit(".", 1)[1] for target in targets})
+    # A number alone, of a layer in a list, would name the decoder's layers, too.
+    leaves = sorted({re.findall(r"[^.]*[^.0-9][^.]*(?:\.\d+)*$", target)[0] for target in targets})
     return LoraConfig(
         r=stage.lora_rank,
         lora_alpha=stage.lora_alpha,
