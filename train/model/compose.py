@@ -40,7 +40,7 @@ from train.model.layer import feature_layer_index
 from train.model.published import known_words
 from train.model.recurrent import isolate_documents
 from train.model.tower import EVA, MULTISCALE, TIMM, Vision, describe_tower, load_tower
-from train.model.verify import packs, reference
+from train.model.verify import check_answers, packs, reference
 
 OWN_TOWERS = {EVA: "the EVA02-CLIP tower", TIMM: "a network of timm"}
 log = logging.getLogger("train")
@@ -110,6 +110,7 @@ def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
             lost_v = head.bias.detach()
         isolate_documents(model.model.language_model)
         can_pack = packs(model, theirs, lost_v, options.lm)
+        check_answers(model, theirs, options.lm)
     index = feature_layer_index(options.feature_layer, tower.config.num_hidden_layers)
     model.requires_grad_(False).eval()
     leftover = [name for name, p in model.named_parameters() if p.device.type == "meta"]

@@ -5,11 +5,13 @@ anything is folded or put into the llava class. Then both run through the compos
 Equal logits show at once that head, scales, attention and the isolation of documents are right; a third text, of
 positions that are no words, shows that image features are taken. Where they differ, the
 texts run one by one: equal then, the family is trained without packing; unequal, it is refused with the difference.
+At last the composed class answers as readers of an export do, word by word behind what it keeps of the words before:
+some families keep something of their own, which it does not hand on, or keep it wrong.
 
     difference of a position = |ours - theirs| / |theirs|, over its logits [v]
 
 In fp32 the largest counts, in half precision the median of a text's positions, as rounding may send a token to another
-expert. Cost: three or four passes of a few tokens on the CPU; nothing random is drawn.
+expert. Cost: seven or eight passes of a few tokens on the CPU; nothing random is drawn.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from train.model import attention
 from train.model.recurrent import for_recurrent
 
 LENGTHS = (5, 9)  # tokens of the two texts
+ANSWER = 4  # tokens that are answered word by word
 log = logging.getLogger("train")
 
 
@@ -56,7 +59,7 @@ def packs(model: Any, theirs: Reference, bias_v: Tensor | None, lm: str) -> bool
     """
     expected = theirs.logits if bias_v is None else [part - bias_v.float() for part in theirs.logits]
     dtype = next(model.model.language_model.parameters()).dtype
-    limit = max(1e-4, 8 * torch.finfo(dtype).eps)
+    limit = _limit(dtype)
     together = _logits(model, theirs.texts)
     if (apart := _difference(together, expected, dtype)) <= limit:
         return True
@@ -73,6 +76,29 @@ def packs(model: Any, theirs: Reference, bias_v: Tensor | None, lm: str) -> bool
         *(kind, apart),
     )
     return False
+
+
+def check_answers(model: Any, theirs: Reference, lm: str) -> None:
+    """Compare the logits of an answer, given word by word, with those of the same words in one pass.
+
+    Raises: UsageError where they differ; what the family's own code raises where the llava class cannot run it.
+    """
+    asked = theirs.texts[0]
+    how = {"max_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0}
+    told = model.generate(asked[None], **how, return_dict_in_generate=True, output_logits=True)
+    at_once = _logits(model, [told.sequences[0]])[0][len(asked) - 1 : -1]
+    dtype = next(model.model.language_model.parameters()).dtype
+    one_by_one = torch.cat(told.logits).float()
+    if not (difference := _difference([one_by_one], [at_once], dtype)) <= _limit(dtype):
+        raise UsageError(
+            f"model.lm {lm!r} ({model.config.text_config.model_type}): answering word by word, the llava class gives "
+            f"logits that differ by {difference:.2g} of their size from those of the same words at once: an export "
+            "could not answer; take another"
+        )
+
+
+def _limit(dtype: torch.dtype) -> float:
+    return max(1e-4, 8 * torch.finfo(dtype).eps)
 
 
 def _logits(model: Any, texts: Sequence[Tensor]) -> list[Tensor]:

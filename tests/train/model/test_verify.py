@@ -51,7 +51,8 @@ def test_other_logits_are_refused_with_their_difference(written, monkeypatch):
 
 
 def test_a_family_whose_documents_cannot_be_isolated_trains_unpacked(written, caplog):
-    config = tf.JambaConfig(**{**FEWER, "vocab_size": 80}, num_experts=2, mamba_d_state=8, use_mamba_kernels=False)
+    mixed = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False}
+    config = tf.JambaConfig(**{**FEWER, "vocab_size": 80}, **mixed, num_experts=2)
     assert not compose(written(config)[0]).can_pack
     assert any("jamba: documents in a row would see each other" in message for message in caplog.messages)
 
@@ -74,3 +75,14 @@ def test_the_comparison_draws_nothing(written, dtype, caplog, monkeypatch):
     sizes = {**FEWER, "vocab_size": 80, "attention_dropout": 0.5}
     options, _ = written(tf.Qwen3MoeConfig(**sizes, head_dim=8, num_experts=4, num_experts_per_tok=2))
     assert compose(options, dtype).can_pack and ran == ["reference", "packs"] and not caplog.messages
+
+
+def test_a_class_that_cannot_answer_is_refused(written):
+    """MiniMax keeps its state in a cache of its own; Moshi's class keeps a usual one wrong."""
+    sizes = {**FEWER, "vocab_size": 80}
+    options, _ = written(tf.MiniMaxConfig(**sizes, head_dim=8, block_size=4, num_local_experts=4))
+    with pytest.raises(UsageError, match=r"does not fit .*MiniMax uses cache of its own"):
+        compose(options)
+    options, _ = written(tf.MoshiConfig(**sizes, head_dim=8, ffn_dim=48, sliding_window=4))
+    with pytest.raises(UsageError, match=r"\(moshi\): answering word by word, .* differ by 0"):
+        compose(options)
