@@ -164,9 +164,9 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
 
 def _take_out(source: str, whole: Any, config: Any, kind: Any, dtype: torch.dtype) -> Any:
     """Load a checkpoint of several parts by its own class and keep its language model, as a causal one."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForMultimodalLM
 
-    model, missing = load_published(AutoModelForImageTextToText, source, "model.lm", whole, dtype=dtype)
+    model, missing = load_published(AutoModelForMultimodalLM, source, "model.lm", whole, dtype=dtype)
     with torch.device("meta"):
         lm = kind(config)
     setattr(lm, lm.base_model_prefix, model.get_decoder())

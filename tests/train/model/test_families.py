@@ -14,6 +14,7 @@ from train.config import Model, Stage
 from train.errors import UsageError
 from train.model.compose import blueprint, compose
 from train.model.language import load_lm, load_tokenizer
+from train.model.learn import prepare
 from train.model.native import load_native
 from train.publish.export import write_folder
 from train.run.stage import make_encoder
@@ -28,6 +29,10 @@ COMPOSITES = {
     ),
     "gemma4": tf.Gemma4Config(text_config=GEMMA4, vision_config={**SEES, "num_key_value_heads": 2, "head_dim": 8}),
     "mistral3": tf.Mistral3Config(text_config=tf.MistralConfig(**TEXT), vision_config=tf.PixtralVisionConfig(**SEES)),
+    "qwen2_audio": tf.Qwen2AudioConfig(
+        text_config=tf.Qwen2Config(**TEXT),
+        audio_config={"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32},
+    ),
     "qwen3_5": tf.Qwen3_5Config(
         text_config={**HYBRIDS["qwen3_5"].to_dict(), "vocab_size": 80}, vision_config=QWEN_SEES
     ),
@@ -50,7 +55,7 @@ def saved(tmp_path, world):
 @pytest.mark.parametrize("family", COMPOSITES)
 def test_the_language_model_is_taken_out_of_a_composite(saved, family):
     torch.manual_seed(0)
-    whole = tf.AutoModelForImageTextToText.from_config(COMPOSITES[family]).eval()
+    whole = tf.AutoModelForMultimodalLM.from_config(COMPOSITES[family]).eval()
     options = saved(whole)
     composed = compose(options)
     ids = torch.randint(4, 70, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -60,6 +65,21 @@ def test_the_language_model_is_taken_out_of_a_composite(saved, family):
     text = composed.model.config.text_config
     assert composed.can_pack and text.architectures[0].endswith("ForCausalLM")
     assert blueprint(options)[0].config.text_config.model_type == text.model_type
+
+
+def test_lora_finds_layers_in_lists_and_no_others(saved):
+    """Zamba 2 numbers small linear layers in its own way; where layers share weights there is no LoRA for each."""
+    mamba = {"mamba_d_state": 8, "mamba_ngroups": 1, "mamba_headdim": 16, "n_mamba_heads": 4, "chunk_size": 8}
+    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
+    sizes = {**TEXT, "num_hidden_layers": 4, "attention_head_dim": 16, "attention_hidden_size": 64}
+    config = tf.Zamba2Config(**sizes, **mamba, layers_block_type=kinds, hybrid_layer_ids=[1, 3], num_mem_blocks=1)
+    options = saved(tf.Zamba2ForCausalLM(config))
+    with pytest.raises(UsageError, match="zamba2 share their weights, .* take tune ="):
+        prepare(compose(options), Stage(tune="lora"))
+    assert prepare(compose(options), Stage(tune="full"))
+    composed = compose(options)
+    composed.model.model.language_model.layers = composed.model.model.language_model.layers[:2]
+    assert any("gate_up_proj_adapter_list.0.1.lora_A" in name for name in prepare(composed, Stage(tune="lora")))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

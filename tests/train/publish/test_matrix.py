@@ -51,10 +51,12 @@ PACKED = {
     "seed_oss": tf.SeedOssConfig(**HEADS),
     "gpt_oss": tf.GptOssConfig(**HEADS, **WINDOW, num_local_experts=4, num_experts_per_tok=2),
     "lfm2": tf.Lfm2Config(**{**FEWER, **MIXED}),
+    "cwm": tf.CwmConfig(**{**FEWER, **FOUR}, **WINDOW),  # whose bos must be a number
     "falcon_h1": tf.FalconH1Config(**FEWER, **MAMBA, mamba_chunk_size=8, lm_head_multiplier=0.5),
 }
 JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False}
 UNPACKED = {"jamba": tf.JambaConfig(**FEWER, **JAMBA, num_experts=2)}
+STATES = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8}
 REFUSED = {
     "gemma2": tf.Gemma2Config(**HEADS),
     "gemma4_text": tf.Gemma4TextConfig(**HEADS, hidden_size_per_layer_input=8, vocab_size_per_layer_input=80),
@@ -63,6 +65,8 @@ REFUSED = {
     "vaultgemma": tf.VaultGemmaConfig(**HEADS),
     "cohere2": tf.Cohere2Config(**FEWER),
     "falcon": tf.FalconConfig(**EQUAL),
+    "mamba2": tf.Mamba2Config(**STATES),
+    "minimax": tf.MiniMaxConfig(**HEADS, block_size=4, num_local_experts=4),
     "gpt2": tf.GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4),
 }
 SIGLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
