@@ -45,16 +45,26 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error})") from None
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    let_read(path)
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the weights of a model as hubs hold them, in files of 5 GB with an index.  Raises: OSError."""
+    """Write the weights of a model as hubs hold them, in files of 5 GB with an index, for others to read, too.
+
+    Raises: OSError.
+    """
     from huggingface_hub import save_torch_state_dict
 
     try:
         save_torch_state_dict(dict(tensors), folder, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{folder} cannot be written ({error})") from None
+    let_read(*folder.glob("*.safetensors"))
+
+
+def let_read(*paths: Path) -> None:
+    """Let others read files that a library has made private, as far as the umask allows it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in paths:
+        path.chmod(0o666 & ~umask)

@@ -20,7 +20,7 @@ from train.data.chat import own_source
 from train.errors import UsageError
 from train.folder import write_json
 from train.model.compose import own_tower
-from train.model.weights import write_shards
+from train.model.weights import let_read, write_shards
 from train.publish.older_readers import write_for_older_readers
 
 INFIX = ("clip_vision_model", "siglip_vision_model")  # hub checkpoints of these keep their weights under vision_model.
@@ -45,6 +45,7 @@ def write_parts(model: Any, tokenizer: Any, image_processor: Any, out: Path, dty
     if own_tower(model.config):
         raise UsageError(f"--parts: {own_tower(model.config)} is no class of transformers, and no converter knows it")
     _language_model(model, dtype).save_pretrained(out / "language_model")
+    let_read(*(out / "language_model").glob("*.safetensors"))
     model.generation_config.save_pretrained(out / "language_model")
     tokenizer.chat_template = own_source(tokenizer.chat_template)  # its readers put images into texts themselves
     tokenizer.save_pretrained(out / "language_model")

@@ -1,6 +1,7 @@
 """The artefact: loaded by transformers alone, equal to what was trained, and named as others expect."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -478,6 +479,17 @@ def test_what_a_run_read_beside_the_weights_is_noted_and_refused_when_it_changes
     assert not (tmp_path / "second").exists()
     with pytest.raises(TrainError, match=f"{CHANGES[change]} the base changed since .*step-000003 was trained"):
         train(*given, tmp_path / "stopped", settings=settings)
+
+
+def test_others_may_read_all_that_is_written(run, model, tmp_path):
+    """As far as the umask lets them: libraries make weights private, and a server runs under another name."""
+    export(model, tmp_path / "parts", dtype="fp32", parts=True)
+    merge([model, model], [0.5, 0.5], tmp_path / "merged")
+    umask = os.umask(0)
+    os.umask(umask)
+    written = [path for folder in (run, model, tmp_path) for path in folder.rglob("*") if path.is_file()]
+    assert any("language_model" in str(path) for path in written)
+    assert {path.name for path in written if path.stat().st_mode & 0o777 != 0o666 & ~umask} == set()
 
 
 def test_export_never_clears_a_foreign_folder(run, tmp_path):
