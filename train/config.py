@@ -176,8 +176,9 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
             if table in TABLES:  # `--set embed.model=…` is another program's business
                 options.assign(tables, override)
         for table in tables.values():
-            if isinstance(table, dict) and isinstance(table.get("val"), float):  # a share; --val gives it as a string
-                table["val"] = str(table["val"])
+            share = table.get("val") if isinstance(table, dict) else None
+            if isinstance(share, int | float) and not isinstance(share, bool):  # --val gives it as a string
+                table["val"] = str(share) if share else ""
         changes = {
             name: options.build(type(defaults := getattr(config, name)), table, name, defaults)
             for name, table in tables.items()
@@ -216,6 +217,7 @@ def _check(config: Config) -> None:
         unsigned = "steps projector_lr weight_decay clip workers cache_features_mb peak_tflops"
         _hold(name, stage, unsigned, lambda value: value == "auto" or value >= 0, "not be negative")
         _hold(name, stage, "warmup decay lora_dropout max_bad_share", lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        _hold(name, stage, "seed", lambda value: 0 <= value < 2**63, "lie in [0, 2^63)")
         _hold(name, stage, "betas", lambda value: 0 <= value < 1, "lie in [0, 1)")
         if stage.quantize and (stage.tune != "lora" or stage.shard):
             raise UsageError(f'{name}.quantize needs {name}.tune = "lora", without {name}.shard')
@@ -233,6 +235,7 @@ def _check(config: Config) -> None:
         if stage.tune == "projector" and stage.tune_tower:
             raise UsageError(f'{name}.tune_tower needs {name}.tune = "lora" or "full"')
     _hold("model", model, "max_length scales", lambda value: value > 0, "be greater than 0")
+    _hold("model", model, "seed", lambda value: abs(value) < 2**62, "lie between -2^62 and 2^62")
     _hold("model", model, "grid", lambda value: value >= 0, "not be negative")
     _hold("model", model, "image_token", bool, "name a token, of the tokenizer or a new one")
     _hold("eval", evaluation, "batch_size", lambda value: value > 0, "be greater than 0")

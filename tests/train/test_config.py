@@ -17,6 +17,7 @@ def test_reads_tables_expands_here_and_overrides(tmp_path):
     assert config.align.lr == 1.0 and config.align.betas == (0.9, 0.98) and config.align.steps == 7
     shares = load(write(tmp_path, "[finetune]\nval = 0.02\n"), ["align.val=0.1"])
     assert (shares.finetune.val, shares.align.val) == ("0.02", "0.1")
+    assert load(write(tmp_path, "[finetune]\nval = 0"), []).finetune.val == "", "none"
     assert config.finetune.tune == "lora" and config.finetune.packing is False and config.align.tune == "projector"
 
 
@@ -43,6 +44,8 @@ def test_reads_tables_expands_here_and_overrides(tmp_path):
         ("", ["align.lr=nan"], "align.lr=nan is not a finite number"),
         ("", ["align.betas=[0.9, 1.0]"], "must lie in [0, 1)"),
         ("", ["generate.max_new_tokens=0"], "greater than 0"),
+        ("", ["align.seed=-5"], "align.seed = -5 must lie in [0, 2^63)"),
+        ("", [f"model.seed={2**63}"], "must lie between"),
         ("", ["model.image_token="], "must name a token"),
     ],
 )
