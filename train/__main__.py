@@ -1,7 +1,7 @@
 """The command line: `python -m train VERB`, each also under `torchrun --nproc-per-node N -m train VERB`.
 
 Results go to stdout (one JSON object with --json), everything else to stderr. Exit 0: done; 1: it could not go on;
-2: the request was wrong; 143: stopped by a signal, saved.
+2: the request was wrong; 130, 143: stopped by Ctrl-C or SIGTERM; by either in mid-training, which is saved, 143.
 """
 
 from __future__ import annotations
@@ -389,7 +389,8 @@ def main(run: Callable[[], None] = app) -> None:
     """Run the command line and turn what goes wrong into an exit code, our errors and the file system's into a line."""
     quiet()
     try:
-        run()
+        with terminal.stoppable():  # the loop, which saves first, takes both signals for its own
+            run()
     except (Exception, terminal.Stopped) as error:  # typer takes sys.excepthook for itself
         end(error)
 

@@ -82,7 +82,7 @@ def end(error: BaseException) -> NoReturn:
     """
     code = error.exit_code if isinstance(error, TrainError) else TrainError.exit_code
     if isinstance(error, terminal.Stopped):
-        code = 130
+        code = error.exit_code
         sys.stderr.write("stopped\n")
     elif isinstance(error, TrainError | OSError):
         sys.stderr.write(f"error: {terminal.printable(str(error))}\n")

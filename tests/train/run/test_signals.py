@@ -132,3 +132,16 @@ def test_killed_runs_share_the_bits_of_long_ones(world, tmp_path):
     run(world, out, *LONG, "finetune.workers=1")
     assert losses(out) == losses(tmp_path / "undisturbed")
     assert_same_weights(out, tmp_path / "undisturbed")
+
+
+def test_sigterm_outside_of_training_ends_in_a_line_and_leaves_nothing_unpacked(tmp_path):
+    """While lengths are measured, in eval and export: what is unpacked beside takes as much disk as the data."""
+    work = "import time\nfrom train.__main__ import main\nfrom train.data import scratch\n"
+    work += "main(lambda: (scratch.fresh('.tar'), print('ready', flush=True), time.sleep(60)))"
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", work], env=environment, **streams) as process:
+        assert process.stdout.readline() == "ready\n" and any(tmp_path.iterdir())
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (143, "stopped\n") and not any(tmp_path.iterdir())
