@@ -47,7 +47,10 @@ def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     data = text.encode("utf-8", "backslashreplace")  # of halves of characters, which JSON may have, an escape
     with path.open("ab", buffering=0) as file:
         while data:
-            data = data[file.write(data) :]
+            try:
+                data = data[file.write(data) :]
+            except OSError as error:  # which names no file
+                raise OSError(error.errno, error.strerror, str(path)) from None
         os.fsync(file.fileno())
 
 

@@ -544,6 +544,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path, capfd):
     import resource
 
     from train.__main__ import main
+    from train.eval.progress import append_lines
     from train.model.weights import write_tensors
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -551,6 +552,8 @@ def test_a_full_disk_ends_in_one_line(tmp_path, capfd):
     try:
         with pytest.raises(SystemExit, match="1"):
             main(lambda: write_tensors({"x": torch.zeros(4096)}, tmp_path / "x.safetensors"))
+        with pytest.raises(OSError, match=r"File too large: '.*/\.a\.jsonl\.unfinished'"):
+            append_lines(tmp_path / ".a.jsonl.unfinished", [{"x": "x" * 8192}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     err = capfd.readouterr().err
