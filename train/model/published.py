@@ -7,6 +7,7 @@ needs the hub. Weights always come with their own description. No code of a mode
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import tomllib
@@ -130,6 +131,7 @@ def load_published(
     """
     how |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused here, by name
     with loading(source, option, but):
+        _check_index(Path(source))
         model, found = kind.from_pretrained(**locate(source), **how)
         for name, theirs, ours in sorted(found["mismatched_keys"]):
             raise ValueError(f"{name} is {list(theirs)} in its files and {list(ours)} by its config.json")
@@ -209,3 +211,15 @@ def _broken(folder: Path, headers: bool) -> Iterator[str]:
         except SafetensorError as error:
             reason = first_line(error).removeprefix("Error while deserializing header: ")
             yield f"{file.name} is no whole safetensors file: {reason:.80}"
+
+
+def _check_index(folder: Path) -> None:
+    """Raise a ValueError for a broken index of a folder's shards, of which transformers says no such thing."""
+    file = folder / "model.safetensors.index.json"
+    if file.is_file() and not (folder / "model.safetensors").is_file():  # which comes first
+        try:
+            places = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{file.name} is no whole index of weights") from None
+        if missing := sorted(name for name in set(places) if not (folder / name).is_file()):
+            raise ValueError(f"{file.name} names {missing[0]}, which is not there")

@@ -124,6 +124,25 @@ def test_files_with_more_than_the_configuration_has(saved, tmp_path, caplog):
         compose(options)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"weight_map": {', "is no whole index"),
+        ("{}", "is no whole index"),
+        ('{"weight_map": null}', "is no whole index"),
+        ('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}', "names model-00002-of-00002"),
+    ],
+)
+def test_a_broken_index_of_shards_is_named(saved, tmp_path, text, said):
+    options = saved(tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)))
+    (tmp_path / "lm" / "model.safetensors").rename(tmp_path / "lm" / "model-00001-of-00002.safetensors")
+    (tmp_path / "lm" / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        UsageError, match=rf"cannot be loaded \(model\.safetensors\.index\.json {said}.*model\.lm=FOLDER"
+    ):
+        compose(options)
+
+
 @pytest.mark.parametrize("method", ["bitsandbytes", "awq", "gptq", "no such"])
 def test_weights_of_few_bits_that_nothing_can_be_merged_into_are_refused(saved, tmp_path, method):
     options = saved(tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)))
