@@ -252,12 +252,21 @@ def load_tokenizer(options: Model) -> Any:
     return tokenizer
 
 
+CHATML = (
+    "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def tiny_tokenizer(words: Words, image_token: str) -> Any:
-    """Make a tokenizer of bytes that begins and ends texts as the published one does, and knows every template."""
+    """Make a tokenizer of bytes that begins and ends texts as the published one does, and knows every template.
+
+    For the published one's own chat template stands ChatML.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<unk>", *([words.bos] if words.bos else []), words.eos, image_token]
+    special = ["<unk>", *([words.bos] if words.bos else []), words.eos, image_token, "<|im_start|>", "<|im_end|>"]
     special = list(dict.fromkeys([*special, *(t for template in TEMPLATES.values() for t in template.special_tokens)]))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate([*special, *letters])}, merges=[]))
@@ -272,7 +281,11 @@ def tiny_tokenizer(words: Words, image_token: str) -> Any:
     if words.bos:
         names["bos_token"] = words.bos
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, made_for_rehearsal=True, **names
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        made_for_rehearsal=True,
+        chat_template=CHATML,
+        **names,
     )
 
 

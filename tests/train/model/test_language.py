@@ -10,6 +10,7 @@ from toys import word_tokenizer
 from transformers import AutoModel
 
 from train.config import Model
+from train.data.own_template import read_own_template
 from train.errors import UsageError
 from train.model.compose import compose, place_head_bias
 from train.model.language import is_tiny, load_lm, load_tokenizer, room_for, tiny_tokenizer
@@ -263,7 +264,8 @@ def test_a_rehearsals_tokenizer_begins_and_ends_as_the_real_one(source, tmp_path
 def test_only_a_rehearsal_makes_a_tokenizer(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
-    assert is_tiny(load_tokenizer(Model(lm="microsoft/phi-2", shrink="tiny")))
+    made = load_tokenizer(Model(lm="microsoft/phi-2", shrink="tiny"))
+    assert is_tiny(made) and read_own_template(made).end == "<|im_end|>", "template = 'chat' can be rehearsed, too"
     for options in (Model(lm="microsoft/phi-2"), Model(lm="some/other", shrink="tiny")):
         with pytest.raises(UsageError, match="model.tokenizer"):
             load_tokenizer(options)
