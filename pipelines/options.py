@@ -121,7 +121,7 @@ def parse_setting(setting: str) -> tuple[list[str], Any]:
     path, equals, text = setting.partition("=")
     names = [name.strip() for name in path.split(".")]
     if not equals or not all(names):
-        raise OptionError(f"--set {setting!r} is not of the form table.key=value.", "for example --set align.epochs=2 or --set select.n=1000")
+        raise OptionError(f"--set {setting!r} is not of the form table.key=value.", "for example --set align.epochs=2")
     try:
         return names, tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):

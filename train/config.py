@@ -214,6 +214,8 @@ def _check(config: Config) -> None:
             "batch_size norm_samples lr micro_tokens micro_images save_every keep_last lora_rank lora_alpha epochs"
         )
         _hold(name, stage, positive, lambda value: value > 0, "be greater than 0")
+        _hold(name, stage, "epochs lora_rank", lambda value: value <= 1e5, "be at most 100,000")
+        _hold(name, stage, "batch_size", lambda value: value <= 1e6, "be at most 1,000,000")
         unsigned = "steps projector_lr weight_decay clip workers cache_features_mb peak_tflops"
         _hold(name, stage, unsigned, lambda value: value == "auto" or value >= 0, "not be negative")
         _hold(name, stage, "warmup decay lora_dropout max_bad_share", lambda value: 0 <= value <= 1, "lie in [0, 1]")

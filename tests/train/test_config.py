@@ -45,6 +45,7 @@ def test_reads_tables_expands_here_and_overrides(tmp_path):
         ("", ["align.betas=[0.9, 1.0]"], "must lie in [0, 1)"),
         ("", ["generate.max_new_tokens=0"], "greater than 0"),
         ("", ["align.seed=-5"], "align.seed = -5 must lie in [0, 2^63)"),
+        ("", ["align.epochs=1e300"], "align.epochs = 1e+300 must be at most 100,000"),
         ("", [f"model.seed={2**63}"], "must lie between"),
         ("", ["model.image_token="], "must name a token"),
     ],
