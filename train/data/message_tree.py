@@ -44,7 +44,7 @@ def questions(turns: Sequence[Turn], kind: Trees) -> list[list[Turn]]:
     if kind == "short" and any(len(turn.text.split()) > WORDS for turn in answered):
         return []
     alone = (Turn("user", (None,) * pictures + ((turn.text,) if turn.text else ())) for turn in asked)
-    return [[*system, question, answer] for question, answer in zip(alone, answered, strict=True)]
+    return [[*system, question, answer] for question, answer in zip(alone, answered, strict=True) if answer.learnt]
 
 
 def encode_tree(encoder: Encoder, turns: Sequence[Turn], max_length: int) -> Encoded | None:

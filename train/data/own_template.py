@@ -29,7 +29,7 @@ from train.errors import UsageError
 
 DATE = datetime.date(2024, 7, 26)  # what Llama 3's template writes where it has no clock
 SHAPES = 4096  # layouts kept at a time
-Shape = tuple[tuple[str, str], ...]  # role and content of each message, with marks
+Shape = tuple[tuple[str, str, bool], ...]  # of each message its role, its content with marks, and whether it is learnt
 Layout = list[tuple[int | Piece, bool]]  # a mark's number or the template's own words; whether it is learnt
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _OPENED, _CLOSED = "<think>", "</think>"
@@ -118,13 +118,13 @@ class OwnTemplate:
         shape = []
         for turn in turns:
             if turn.role == "assistant":
-                shape.append((turn.role, self._mark_answer(turn.text, mark)))
+                shape.append((turn.role, self._mark_answer(turn.text, mark), turn.learnt))
             elif turn.role == "system" and self.folds_system:
                 folded = (turn.text,)
             elif turn.role == "system":
-                shape.append((turn.role, mark(turn.text)))
+                shape.append((turn.role, mark(turn.text), False))
             else:
-                shape.append((turn.role, "\n".join(map(mark, folded + turn.parts))))
+                shape.append((turn.role, "\n".join(map(mark, folded + turn.parts)), False))
                 folded = ()
         return tuple(shape), texts
 
@@ -146,8 +146,8 @@ class OwnTemplate:
         asks = bool(shape) and shape[-1][0] == "user"
         text, generated = self.render(shape, thinking=thinking, asks=asks)
         spans = []
-        for number, (role, content) in enumerate(shape):
-            if role == "assistant" and _MARK.search(content):
+        for number, (_, content, learnt) in enumerate(shape):
+            if learnt and _MARK.search(content):
                 start, end = self._span(shape, number, text, thinking)
                 if generated is not None:
                     within = [a for a, b in generated if a < end and start < b]
@@ -205,7 +205,7 @@ class OwnTemplate:
         marks = bool(_GENERATION.search(self.source))
         try:
             texts, generated = render_jinja_template(
-                [[{"role": role, "content": content} for role, content in shape]],
+                [[{"role": role, "content": content} for role, content, _ in shape]],
                 chat_template=self.source,
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=asks,

@@ -105,10 +105,11 @@ def get_template(name: str) -> Template:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: its role and its parts in order; None stands for an image."""
+    """One turn: its role and its parts in order; None stands for an image. learnt: an answer that is not only given."""
 
     role: str
     parts: tuple[str | None, ...]
+    learnt: bool = True
 
     @property
     def text(self) -> str:
@@ -129,8 +130,9 @@ def parse(conversations: Any, num_images: int) -> list[Turn]:
     """Turn a LLaVA conversation into alternating user and assistant turns, a system turn first where there is one.
 
     Turns of one role in a row are joined, an answer before the first question and a question after the last answer are
-    dropped. Images stay where the human put them; where nobody did, they come first. Without images, and in answers,
-    `<image>` is plain text.  Raises: Rejected.
+    dropped. An answer whose `loss` (ms-swift) or `weight` (OpenAI) is false or 0 is not learnt. Images stay where
+    the human put them; where nobody did, they come first. Without images, and in answers, `<image>` is plain text.
+    Raises: Rejected.
     """
     if not isinstance(conversations, list) or not conversations:
         raise Rejected("no_conversation")
@@ -140,10 +142,12 @@ def parse(conversations: Any, num_images: int) -> list[Turn]:
         if role == "system":
             if not turns and any(parts):
                 turns.append(Turn("system", parts))
-        elif turns and turns[-1].role == role:
-            turns[-1] = Turn(role, turns[-1].parts + parts)
+            continue
+        learnt = not any(entry.get(key) in (False, 0) for key in ("loss", "weight"))
+        if turns and turns[-1].role == role:
+            turns[-1] = Turn(role, turns[-1].parts + parts, turns[-1].learnt and learnt)
         elif role == "user" or (turns and turns[-1].role == "user"):
-            turns.append(Turn(role, parts))
+            turns.append(Turn(role, parts, learnt))
     while turns and turns[-1].role != "assistant":
         turns.pop()
     if not turns:
@@ -205,7 +209,7 @@ def pieces(turns: Sequence[Turn], template: Template, eos: str) -> list[Piece]:
             folded = ""
             continue
         answer = turn.text
-        supervised = bool(answer)  # an empty answer would only teach to be silent
+        supervised = bool(answer) and turn.learnt  # an empty answer would only teach to be silent
         add_special(out, template.start_assistant)
         add_text(out, prefix + in_prompt)
         add_text(out, answer if in_prompt or not answer else template.lead + answer, supervised)

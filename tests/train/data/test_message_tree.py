@@ -75,6 +75,11 @@ def test_other_conversations_stay_whole(turns, pictures):
     assert encode_tree(encoder("words qa"), parse(turns, pictures), 64) is None
 
 
+def test_an_answer_that_is_only_given_is_no_branch():
+    given = [THREE[0], {**THREE[1], "loss": False}, *THREE[2:]]
+    assert questions(parse(given, 1), "all") == questions(parse(THREE, 1), "all")[1:]
+
+
 def test_only_short_answers_part_a_conversation_where_it_says_so():
     long = [*THREE[:-1], {"from": "gpt", "value": "it is one since it says so itself"}]
     assert len(questions(parse(THREE, 1), "short")) == len(questions(parse(long, 1), "all")) == 3

@@ -169,6 +169,17 @@ def test_answers_and_their_ends_are_learnt_and_nothing_else(family):
     assert (encoded.ids[learnt] == encoded.labels[learnt]).all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_is_given_where_it_is_not_to_be_learnt(family):
+    enc, turns = encoder(FAMILIES[family]), talk(SYSTEM, *ROUNDS)
+    first = next(n for n, turn in enumerate(turns) if turn.role == "assistant")
+    given = [dataclasses.replace(turn, learnt=n != first) for n, turn in enumerate(turns)]
+    plain, encoded = enc.encode(turns, 4096), enc.encode(given, 4096)
+    learnt = encoded.labels != IGNORED
+    assert (encoded.ids == plain.ids).all() and (encoded.labels == enc.end_id).sum() == 1
+    assert learnt.any() and learnt.argmax() > (plain.ids == enc.end_id).argmax(), "the last answer alone"
+
+
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_are_those_of_the_exported_template(family, bos):

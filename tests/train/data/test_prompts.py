@@ -119,6 +119,17 @@ def test_ids_are_those_of_the_chat_template(tokenizer, template, conversation):
     assert int((encoded.ids == enc.image_id).sum()) == PER_IMAGE * conversation[1]
 
 
+@pytest.mark.parametrize("given", [{"loss": False}, {"weight": 0}])
+def test_an_answer_that_says_so_is_given_and_not_learnt(given):
+    enc = encoder("words", "vicuna")
+    marked = [{**PLAIN_TALK[0]}, {**PLAIN_TALK[1], **given}, *PLAIN_TALK[2:]]
+    plain, encoded = (enc.encode(parse(turns, 1), 4096) for turns in (PLAIN_TALK, marked))
+    assert (encoded.ids == plain.ids).all() and 0 < (encoded.labels != IGNORED).sum() < (plain.labels != IGNORED).sum()
+    assert enc.tokenizer.decode(encoded.labels[encoded.labels != IGNORED]).replace(" ", "").startswith("itis.")
+    with pytest.raises(Rejected, match="no_supervised_token"):
+        enc.encode(parse([{**turn, **given} for turn in PLAIN_TALK], 1), 4096)
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_supervised_are_exactly_the_answers_and_their_ends(tokenizer, template):
