@@ -13,6 +13,7 @@ from itertools import islice
 from typing import IO, Any
 
 from pipelines.records import FORM_KEYS, has_turns
+from pipelines.tar_headers import packed_by
 
 CHUNK_BYTES = 4 << 20
 MAX_RECORD_CHARS = 64 << 20
@@ -63,16 +64,6 @@ def parse(data: bytes, codec: str) -> Any:
     return json.loads(text)
 
 
-# How files begin that are packed, by what, and how to unpack them.
-PACKERS = (
-    (b"\x1f\x8b", "gzip", "gunzip"),
-    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
-    (b"BZh", "bzip2", "bunzip2"),
-    (b"\xfd7zXZ\0", "xz", "unxz"),
-    (b"PK\x03\x04", "zip", "unzip"),
-)
-
-
 def read_items(file: IO[bytes], where: str, chunk_bytes: int | None = None) -> Iterator[Item]:
     """Yield the records of a file; of a line that is not JSON, its fault.
 
@@ -81,9 +72,8 @@ def read_items(file: IO[bytes], where: str, chunk_bytes: int | None = None) -> I
     """
     file.seek(0)
     head = file.read(64)
-    for begins, packer, unpack in PACKERS:
-        if head.startswith(begins):
-            raise Broken(f"{where} is packed by {packer}: unpack it first ({unpack})")
+    if packed := packed_by(head):
+        raise Broken(f"{where} is packed by {packed[0]}: unpack it first ({packed[1]})")
     codec, mark = encoding_of(head)
     text = _Text(file, where, codec, mark, chunk_bytes or CHUNK_BYTES)
     opened = text.peek()

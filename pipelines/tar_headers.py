@@ -14,10 +14,10 @@ MAX_EXTENSION_BYTES = 1 << 20
 NAME_BYTES = 100  # of a name in a plain header
 BODILESS = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories, pipes: nothing follows their header
 EXTENSIONS = (b"x", b"g", b"L", b"K")  # pax for the next member and for all, GNU's long name and long link
-PACKED = {  # how other archives begin: what they are, and how they are unpacked
+PACKED = {  # how packed files and other archives begin: what they are, and what unpacks them
     b"\x1f\x8b": ("gzip", "gunzip"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -d"),
-    b"\xfd7zXZ\0": ("xz", "xz -d"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
     b"BZh": ("bzip2", "bunzip2"),
     b"\x04\x22\x4d\x18": ("lz4", "lz4 -d"),
     b"PK\x03\x04": ("zip", "unzip"),
@@ -103,9 +103,14 @@ class Headers:
         return None
 
 
+def packed_by(head: bytes) -> tuple[str, str] | None:
+    """Tell by a file's first bytes what packed it, and what unpacks it; None where nothing known did."""
+    return next((each for magic, each in PACKED.items() if head.startswith(magic)), None)
+
+
 def not_a_tar(head: bytes) -> str:
     """Say what a file is that does not begin as a tar does."""
-    kind = next((each for magic, each in PACKED.items() if head.startswith(magic)), None)
+    kind = packed_by(head)
     return f"not a tar but {kind[0]}: unpack it first ({kind[1]})" if kind else "not a tar"
 
 

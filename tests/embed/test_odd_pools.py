@@ -59,7 +59,7 @@ def test_an_archive_that_is_not_read_is_named_and_the_others_go_on(tmp_path, mod
     (pool / "00000.tar").write_bytes(tar_bytes(tmp_path, "ab"))
     (pool / "00001.tar").write_bytes(b"\x28\xb5\x2f\xfd" + random.Random(0).randbytes(3000))
     ended = curate("embed", pool, tmp_path / "emb", "--model", model, check=False)
-    assert ended.returncode == 1 and "zstd: unpack it first (zstd -d)" in ended.stderr
+    assert ended.returncode == 1 and "zstd: unpack it first (unzstd)" in ended.stderr
 
 
 def test_an_empty_pool_goes_through_every_stage(tmp_path, model):

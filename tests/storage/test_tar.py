@@ -168,7 +168,7 @@ def test_a_truncation_at_any_byte_keeps_all_that_was_whole():
         (b"<html>not found</html>", "truncated"),
         (b"PK\x03\x04" + b"\x13" * 4000, "not a tar"),
         (b"\x1f\x8b\x08" + b"\x13" * 4000, "gzip: unpack it first .gunzip."),
-        (b"\x28\xb5\x2f\xfd" + b"\x13" * 4000, "zstd: unpack it first .zstd -d."),
+        (b"\x28\xb5\x2f\xfd" + b"\x13" * 4000, "zstd: unpack it first .unzstd."),
         (b"\0" * 10240 + b"\x13" * 4000, "follows the end-of-archive mark"),
         (tar_of([("README", b"x")]), "without a suffix"),
     ],
