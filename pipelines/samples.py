@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.records import (
@@ -22,7 +22,8 @@ from pipelines.records import (
 )
 
 IMAGE_SUFFIXES = tuple("jpg jpeg png webp gif bmp tif tiff avif jfif jpe heic heif jxl".split())
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES, GZIP_SUFFIXES = (".tar", ".tar.gz", ".tgz"), (".tar.gz", ".tgz", ".gz")
+MACOS = "macOS's own (._name, __MACOSX)"
 MAX_MEMBER_BYTES = 256 << 20  # of a member, a picture or a record; larger ones are counted and never read
 # Archives that are not read, and are named where they lie among tars.
 OTHER_ARCHIVES = (".zst", ".zstd", ".tzst", ".xz", ".txz", ".bz2", ".tbz", ".tbz2", ".lz4", ".zip", ".7z", ".rar")
@@ -39,6 +40,33 @@ def visible(text: str) -> str:
         text = text.replace(mark, "")
     text = text.strip(_EDGES)
     return "" if all(unicodedata.category(letter) == "Cf" for letter in text) else text
+
+
+def without_suffix(name: str, suffixes: Sequence[str] = TAR_SUFFIXES) -> str:
+    """Strip a tar's suffix from its name, in any case: what its sidecars and its side table are named after."""
+    end = next((end for end in suffixes if name.lower().endswith(end)), "")
+    return name[: len(name) - len(end)]
+
+
+def choose_tars(names: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """Choose the tars to be read among names of files, in their order; of other archives, say why they are passed over.
+
+    A tar that gzip packed counts only where the same one does not lie beside it unpacked.
+    """
+    plain = {without_suffix(name) for name in names if name.lower().endswith(".tar") and not is_macos(name)}
+    chosen: list[str] = []
+    passed: dict[str, str] = {}
+    for name in names:
+        lower = name.lower()
+        if lower.endswith(TAR_SUFFIXES) and is_macos(name):
+            passed[name] = MACOS
+        elif lower.endswith(GZIP_SUFFIXES) and without_suffix(name, GZIP_SUFFIXES) in plain:
+            passed[name] = "packed by gzip beside the same tar unpacked"
+        elif lower.endswith(TAR_SUFFIXES):
+            chosen.append(name)
+        elif lower.endswith(OTHER_ARCHIVES):
+            passed[name] = "only .tar, .tar.gz and .tgz are read, unpack the others"
+    return chosen, passed
 
 
 def is_macos(name: str) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Literal, NoReturn
 
 from filelock import FileLock, Timeout
 
-from pipelines.samples import OTHER_ARCHIVES, TAR_SUFFIXES, is_macos
+from pipelines.samples import choose_tars
 from train.errors import UsageError
 
 FORMAT = 1
@@ -236,25 +236,9 @@ def refuse_half(folder: Path) -> None:
 
 def shards_in(path: Path) -> tuple[list[Path], list[str]]:
     """List the tars of a folder, or the one that a path names, by name; and what is passed over there, in words."""
-    found: list[Path] = []
-    passed: list[str] = []
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        lower = file.name.lower()
-        if is_macos(file.name) and lower.endswith(TAR_SUFFIXES):
-            passed.append(f"{file.name} is passed over: it is macOS's own")
-        elif lower.endswith(".gz") and any(file.with_name(file.name[:-3] + end) in found for end in ("", ".tar")):
-            passed.append(f"{file.name} is passed over: it lies there unpacked, too")
-        elif lower.endswith(TAR_SUFFIXES):
-            found.append(file)
-        elif lower.endswith(OTHER_ARCHIVES):
-            passed.append(f"{file.name} is passed over: only .tar, .tar.gz and .tgz are read; unpack it first")
-    return found, passed
-
-
-def stem_of(shard: Path) -> str:
-    """Strip a tar's suffix from its name."""
-    end = next((end for end in TAR_SUFFIXES if shard.name.lower().endswith(end)), "")
-    return shard.name[: len(shard.name) - len(end)]
+    files = {file.name: file for file in (sorted(path.iterdir()) if path.is_dir() else [path])}
+    chosen, passed = choose_tars(files)
+    return [files[name] for name in chosen], [f"{name} is passed over: {why}" for name, why in passed.items()]
 
 
 def digest_data(data: str) -> str:

@@ -30,9 +30,18 @@ from curate.storage.whole_files import passing
 from pipelines import gzipped, samples
 from pipelines.tar_headers import BLOCK, Headers
 
-IMAGE_SUFFIXES, is_macos = samples.IMAGE_SUFFIXES, samples.is_macos
-MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
-MAGIC |= {b"\xff\x0a": "jxl", b"\0\0\0\x0cJXL ": "jxl"}
+IMAGE_SUFFIXES, MACOS = samples.IMAGE_SUFFIXES, samples.MACOS
+is_macos, without_suffix = samples.is_macos, samples.without_suffix
+MAGIC = {
+    b"\xff\xd8": "jpg",
+    b"\x89PNG": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+    b"\xff\x0a": "jxl",
+    b"\0\0\0\x0cJXL ": "jxl",
+}
 # The major brand of an ISO base media file, at byte 8 (ISO/IEC 23008-12, AV1 Image File Format).
 BRANDS = {**dict.fromkeys((b"avif", b"avis"), "avif")}
 BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "heic")
@@ -42,7 +51,6 @@ TAR_SUFFIXES, OTHER_SUFFIXES = samples.TAR_SUFFIXES, samples.OTHER_ARCHIVES
 GZIP_MAGIC = b"\x1f\x8b"
 ELSEWHERE = re.compile("[A-Za-z]:|.*://")  # paths of Windows, URLs; another colon is a letter like any
 UNSAFE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # end lines of lists, command terminals, are no UTF-8
-MACOS = "macOS's own (._name, __MACOSX)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +131,11 @@ def survey_pool(pool: str) -> Pool:
     saying what was there instead; ContractError when a verb has not finished what is there.
     """
     passed: Faults = {}
-    found: dict[str, paths.Found] = {}
     listed = paths.find(pool)
-    for location, held in listed.items():
-        lower, name = location.lower(), paths.name(location)
-        if lower.endswith(TAR_SUFFIXES) and is_macos(location):
-            faults.add(passed, f"tars passed over: {MACOS}", name)
-        elif lower.endswith(".gz") and any(f"{location[:-3]}{end}" in found for end in ("", ".tar")):
-            faults.add(passed, "tars passed over: packed by gzip beside the same tar unpacked", name)
-        elif lower.endswith(TAR_SUFFIXES):
-            found[location] = held
-        elif lower.endswith(OTHER_SUFFIXES):
-            faults.add(passed, "archives passed over: only .tar, .tar.gz and .tgz are read, unpack the others", name)
+    chosen, others = samples.choose_tars(listed)
+    found = {location: listed[location] for location in chosen}
+    for location, why in others.items():
+        faults.add(passed, f"archives passed over: {why}", paths.name(location))
     if settle_listed({paths.parent(location) for location in found}, listed):
         return survey_pool(pool)
     deeper = _folders_of_tars(pool)
@@ -207,12 +208,6 @@ def refuse_changed(shard: Shard) -> None:
         now = paths.look(shard.location)
         if (now.size, now.stamp) != (shard.size, shard.stamp):
             raise ShardError(f"{shard.location} has changed since this run began: run the same command again")
-
-
-def without_suffix(location: str) -> str:
-    """Strip a tar's suffix from its location: what its side table is named after."""
-    end = next((end for end in sorted(TAR_SUFFIXES, key=len, reverse=True) if location.lower().endswith(end)), "")
-    return location[: len(location) - len(end)]
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from train.data.prompts import Rejected
 from train.data.reading import Files, Record, rejection
 from train.data.tar_index import Keys, index_tar
 from train.dist import Runtime
-from train.folder import stem_of
 
 log = logging.getLogger("train")
 
@@ -91,7 +90,7 @@ class TarSource:
         """Yield each shard's stem and rows."""
         edges = np.searchsorted(self.rows[:, 0], np.arange(len(self.shards) + 1)).tolist()
         for path, start, stop in zip(self.shards, edges[:-1], edges[1:], strict=True):
-            yield stem_of(path), start, stop
+            yield samples.without_suffix(path.name), start, stop
 
     def image_bytes(self, location: Any) -> bytes:
         """Read an image member."""

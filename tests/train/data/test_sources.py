@@ -281,6 +281,7 @@ def test_shards_joined_packed_and_in_capitals_are_read_and_others_named(tmp_path
     (folder / "0.tar").write_bytes(joined + captioned(folder, "1.tar", "ef").read_bytes())
     (folder / "1.tar.gz").write_bytes(gzip.compress((folder / "1.tar").read_bytes()))
     (folder / "2.tgz").write_bytes((folder / "1.tar.gz").read_bytes())
+    (folder / "1.tgz").write_bytes((folder / "1.tar.gz").read_bytes())
     captioned(folder, "3.TAR", "g")
     (folder / "4.tar").write_bytes(captioned(folder, "4.tar", "hij").read_bytes()[:2600])
     (folder / "5.tar.zst").write_bytes(b"x")
@@ -292,7 +293,8 @@ def test_shards_joined_packed_and_in_capitals_are_read_and_others_named(tmp_path
     assert all(decode_image(source.image_bytes(source.record(i).images[0])) for i in range(len(keys)))
     told = "\n".join(source.notes)
     for words in (
-        "1.tar.gz is passed over: it lies there unpacked",
+        "1.tar.gz is passed over: packed by gzip beside the same tar unpacked",
+        "1.tgz is passed over: packed by gzip",
         "5.tar.zst is passed over",
         "._0.tar",
         "4.tar: truncated",
