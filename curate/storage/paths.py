@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from curate.errors import UsageError
-from curate.faults import LASTING
+from curate.faults import LASTING, in_words
 from curate.storage import web, whole_files
 from curate.storage.braces import braces as braces
 
@@ -64,7 +64,7 @@ def with_retries(location: str, work: Callable[[Any, str], Result]) -> Result:
         try:
             return work(fs, path)
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            reason = in_words(error)
             if "Credentials" in type(error).__name__:
                 raise UsageError(f"cannot open {location}: {reason}", "see the driver's own settings") from None
             if (status := web.refused(error)) is not None:
