@@ -47,14 +47,10 @@ def _readable(place: Place) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        raise _unreadable(place, error) from None
-
-
-def _unreadable(place: Place, error: Exception) -> ContractError:
-    location = place if isinstance(place, str) else getattr(place, "location", "a sidecar")
-    if isinstance(error, FileNotFoundError):
-        return ContractError(f"{location} does not exist")
-    return ContractError(f"{location} is no readable Arrow file: {first_line(error)}")
+        location = place if isinstance(place, str) else getattr(place, "location", "a sidecar")
+        missing = isinstance(error, FileNotFoundError)
+        what = "does not exist" if missing else f"is no readable Arrow file: {first_line(error)}"
+        raise ContractError(f"{location} {what}") from None
 
 
 def opened(place: Place) -> Opened:
@@ -64,13 +60,11 @@ def opened(place: Place) -> Opened:
     """
     if not isinstance(place, str):
         return place
-    try:
+    with _readable(place):
         if paths.is_remote(place):
             return RemoteFile(place)
         small = _read_small(place)
         return pa.ipc.open_file(pa.memory_map(paths.local(place)) if small is None else small)
-    except UNREADABLE as error:
-        raise _unreadable(place, error) from None
 
 
 def _read_small(location: str) -> bytes | None:
