@@ -37,15 +37,19 @@ def read_lm_config(options: Model) -> Any:
 
     Raises: UsageError, also for a kind whose head the llava class cannot express.
     """
+    return _read_configs(options)[1]
+
+
+def _read_configs(options: Model) -> tuple[Any, Any]:
+    """Read what a checkpoint is, and what the language model in it is, which is mostly the same configuration."""
     from transformers import AutoModelForCausalLM
 
-    described = bool(options.shrink) or options.lm_weights == "fresh"
     if (Path(options.lm) / "adapter_config.json").is_file():  # which transformers would lay over the weights beside it
         raise UsageError(
             f"model.lm {options.lm!r} holds a LoRA adapter; merge it into its base with PEFT (merge_and_unload), save "
             "the result to another folder and name that"
         )
-    config = read_config(options.lm, "model.lm", described=described)
+    config = read_config(options.lm, "model.lm", described=_is_described(options))
     whole_weights(config, options.lm)
     inner = config.get_text_config()
     if type(inner) not in AutoModelForCausalLM._model_mapping:
@@ -53,16 +57,20 @@ def read_lm_config(options: Model) -> Any:
         raise UsageError(
             f"model.lm {options.lm!r} is a {config.model_type!r}{inside}: no causal language model is known"
         )
-    config = inner
     for key in ("final_logit_softcapping", "logit_scale"):
-        if getattr(config, key, None) not in (None, 1, 1.0):
+        if getattr(inner, key, None) not in (None, 1, 1.0):
             raise UsageError(f"model.lm {options.lm!r} has {key}, which the llava class does not apply")
-    if getattr(config, "hidden_size_per_layer_input", None):
+    if getattr(inner, "hidden_size_per_layer_input", None):
         raise UsageError(
             f"model.lm {options.lm!r} looks words up a second time in each layer (hidden_size_per_layer_input), where "
             "image features have no entry; take a language model without"
         )
-    return config
+    return config, inner
+
+
+def _is_described(options: Model) -> bool:
+    """Say whether the language model's weights are drawn, so that its description is enough."""
+    return bool(options.shrink) or options.lm_weights == "fresh"
 
 
 def rotary_switch(config: Any) -> tuple[str, int]:
@@ -120,12 +128,14 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     attention.register()
-    config = read_lm_config(options)
+    whole, config = _read_configs(options)
+    packed = bool(getattr(whole, "quantization_config", None))
+    inside = whole.model_type != config.model_type
     if options.shrink:
         config = shrunk(config, tokenizer)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     how = {"config": config, "attn_implementation": options.attention}
-    described, packed = bool(options.shrink) or options.lm_weights == "fresh", False
+    described = _is_described(options)
     try:
         if described:
             with torch.random.fork_rng(devices=[]):
@@ -133,11 +143,9 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
                 lm = AutoModelForCausalLM.from_config(**how, dtype=torch.float32)
             for parameter in lm.parameters():  # drawn alike for every dtype; the angles of rotary embeddings stay fp32
                 parameter.data = parameter.data.to(dtype)
-        elif (whole := read_config(options.lm, "model.lm")).model_type != config.model_type:
-            packed = whole_weights(whole, options.lm)
+        elif inside:
             lm = _take_out(options.lm, whole, config, kind, dtype)
         else:
-            packed = whole_weights(config, options.lm)
             lm, missing = load_published(kind, options.lm, "model.lm", but=(*UNFIT, ImportError), **how, dtype=dtype)
             check_whole(missing, options.lm, "model.lm")
     except ImportError as error:

@@ -16,15 +16,15 @@ from train.errors import UsageError
 WHOLE = ("fp8", "mxfp4")  # forms of published weights that transformers turns back
 
 
-def whole_weights(config: Any, source: str) -> bool:
-    """Have a published model's weights made whole as they are read; return whether they are of few bits in its files.
+def whole_weights(config: Any, source: str) -> None:
+    """Have a published model's weights of few bits made whole as they are read.
 
     Otherwise a GPU would get layers that no adapter can be merged into. transformers takes two forms apart by itself.
     Raises: UsageError for any other.
     """
     found = getattr(config, "quantization_config", None)
     if not found:
-        return False
+        return
     values = dict(found if isinstance(found, dict) else found.to_dict())
     if values.get("quant_method") not in WHOLE:
         raise UsageError(
@@ -32,7 +32,6 @@ def whole_weights(config: Any, source: str) -> bool:
             "whole weights: name the model that it was made from, which finetune.quantize = 'nf4' keeps in 4 bits"
         )
     config.quantization_config = {**values, "dequantize": True}
-    return True
 
 
 def quantize(model: Any) -> None:
