@@ -116,18 +116,17 @@ def caption_turns(caption: str, prompt: str, images: int = 1) -> Turns:
     return [{"from": "human", "value": "\n".join(asked)}, {"from": "gpt", "value": caption}]
 
 
-def ordered_pictures(suffixes: Iterable[str], images: Sequence[str] = IMAGE_SUFFIXES) -> list[str]:
+def ordered_pictures(suffixes: Iterable[str]) -> list[str]:
     """Choose, of a sample's suffixes, those of its pictures, in their order: `jpg`, then `0.jpg`, `1.jpg`, ...
 
     The first plain one counts, whatever its format. Numbered ones may be written as Energon does (`img0.jpg`).
-    images: suffixes of image files, in lower case.
     """
     plain: list[str] = []
     numbered: dict[int, str] = {}
     for suffix in suffixes:
         head, _, kind = suffix.rpartition(".")
-        if kind in images and not head:
+        if kind in IMAGE_SUFFIXES and not head:
             plain.append(suffix)
-        elif kind in images and (match := re.fullmatch(r"(?:img|image)?[_.-]?(\d{1,6})", head)):
+        elif kind in IMAGE_SUFFIXES and (match := re.fullmatch(r"(?:img|image)?[_.-]?(\d{1,6})", head)):
             numbered.setdefault(int(match[1]), suffix)
     return [*plain[:1], *(numbered[number] for number in sorted(numbered))]

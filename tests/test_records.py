@@ -271,11 +271,10 @@ def test_a_caption_in_the_json_stands_behind_an_empty_text_as_it_does_for_embed(
 
 
 def test_pictures_of_a_sample_go_by_their_numbers():
-    kinds = ("jpg", "png")
-    assert ordered_pictures(["json", "10.jpg", "2.png", "0.jpg"], kinds) == ["0.jpg", "2.png", "10.jpg"]
-    assert ordered_pictures(["img1.jpg", "img0.jpg", "txt"], kinds) == ["img0.jpg", "img1.jpg"]
-    assert ordered_pictures(["png", "jpg", "json"], kinds) == ["png"], "two formats of one picture"
-    assert ordered_pictures(["1).jpg", "thumb.jpg", "0.txt"], kinds) == []
+    assert ordered_pictures(["json", "10.jpg", "2.png", "0.jpg"]) == ["0.jpg", "2.png", "10.jpg"]
+    assert ordered_pictures(["img1.jpg", "img0.jpg", "txt"]) == ["img0.jpg", "img1.jpg"]
+    assert ordered_pictures(["png", "jpg", "json"]) == ["png"], "two formats of one picture"
+    assert ordered_pictures(["1).jpg", "thumb.jpg", "0.txt"]) == []
 
 
 def mangled(rng, value, depth=0):

@@ -50,10 +50,10 @@ def _balanced(n: str) -> list[str]:
     ]
 
 
-def _bunny(clip: str = "0.40, 0.60", centroid: str = "0.15, 0.35", keep: str = "middle") -> Callable[[str], list[str]]:
+def _bunny(centroid: str = "0.15, 0.35", keep: str = "middle") -> Callable[[str], list[str]]:
     return _then_sample(
         f'dedup(0.86, keep="{keep}", rule="components")',
-        f"rank(clip_score, {clip})",
+        "rank(clip_score, 0.40, 0.60)",
         f"rank(centroid_similarity, {centroid})",
     )
 

@@ -37,6 +37,7 @@ PRODUCT_COLUMNS = 1024  # centroids with which products are measured, at most
 LLOYD_ROWS = 2048
 PRUNED_DIM = 32  # SuperKmeans refuses fewer dimensions
 PRUNED_K = 1000  # its pruning gains 1.4 to 1.9 times at k = 2,000 and loses up to 3 times at k = 600 (bench/cluster.py)
+SHUFFLES = 8  # captions of others that each image is scored against
 
 
 def default_k(rows: int) -> int:
@@ -272,16 +273,16 @@ def _scores(x_nd: np.ndarray, centroids_kd: np.ndarray) -> Iterator[tuple[slice,
             yield slice(start, start + len(rows)), first, np.matmul(rows, columns, out=out)
 
 
-def shuffled_scores(image_nd: np.ndarray, text_nd: np.ndarray, seed: int, shuffles: int = 8) -> np.ndarray:
+def shuffled_scores(image_nd: np.ndarray, text_nd: np.ndarray, seed: int) -> np.ndarray:
     """Score every image against the captions of others: the scores that mismatched pairs would have.
 
     image_nd, text_nd: [n, d], unit rows, n >= 2. Shuffle s pairs image i with caption i + offset of a random order, so
-    that none meets its own. Returns f32 [shuffles' * n], unsorted; there are at most n - 1 shuffles.
+    that none meets its own. Returns f32 [s * n], unsorted: SHUFFLES of them, of few pairs all n - 1 that there are.
     """
     n = len(image_nd)
     rng = np.random.default_rng([seed, 0x5CA1E])
     order = rng.permutation(n)
-    offsets = rng.choice(n - 1, min(shuffles, n - 1), replace=False) + 1
+    offsets = rng.choice(n - 1, min(SHUFFLES, n - 1), replace=False) + 1
     image, text = image_nd[order], text_nd[order]
     scores = np.empty((len(offsets), n), np.float32)
     for s, offset in enumerate(offsets):

@@ -93,13 +93,13 @@ def fastest_product(dim: int, columns: int = BLOCK_ROWS, *, argmax: bool = False
         torch.set_num_threads(threads)
 
 
-def fastest(work: dict[str, Callable[[], Any]], budget_s: float = MEASURE_S) -> str:
+def fastest(work: dict[str, Callable[[], Any]]) -> str:
     """Name the first of several pieces of work that takes at most MARGIN times as long as the shortest."""
     shortest = dict.fromkeys(work, float("inf"))
     for each in work.values():
         each()  # libraries prepare themselves at the first call
     started, rounds = time.perf_counter(), 0
-    while rounds < LEAST_ROUNDS or time.perf_counter() - started < budget_s:
+    while rounds < LEAST_ROUNDS or time.perf_counter() - started < MEASURE_S:
         rounds += 1
         for name, each in work.items():
             before = time.thread_time()
