@@ -16,7 +16,8 @@ import io
 import re
 import uuid
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -88,13 +89,22 @@ def list_parts(source: str, layout: str, arch: str) -> list[Part]:
     return found
 
 
-def seen(parts: Sequence[Part]) -> dict[str, Seen]:
-    """Say of each part how large its files are, when they were written, and what it lacks that other parts have."""
+def look(parts: Sequence[Part]) -> dict[str, paths.Found]:
+    """Look at the files of all parts; a folder costs a listing."""
     listed = {folder: paths.files(folder) for folder in {paths.parent(file) for part in parts for file in part.files}}
+    files = {file: listed[paths.parent(file)].get(paths.name(file)) for part in parts for file in part.files}
+    return {file: found or paths.look(file) for file, found in files.items()}
+
+
+def seen(parts: Sequence[Part], looked: Mapping[str, paths.Found]) -> dict[str, Seen]:
+    """Say of each part how large its files are, when they were written, and what it lacks that other parts have.
+
+    looked: what `look` found.
+    """
     others = [any(part.text for part in parts), any(part.table for part in parts)]
     found: dict[str, Seen] = {}
     for part in parts:
-        files = [listed[paths.parent(file)].get(paths.name(file)) or paths.look(file) for file in part.files]
+        files = [looked[file] for file in part.files]
         sizes = " ".join(str(each.size) for each in files)
         lacks = [there and not own for own, there in zip((part.text, part.table), others, strict=True)]
         stamps = " ".join(each.stamp for each in files)
@@ -209,29 +219,30 @@ def open_part(part: Part, more: Sequence[str] = ()) -> Table:
     return Table(len(image), columns, image, text)
 
 
-def table_schema(part: Part) -> pa.Schema:
-    """Read which columns a part's table has. Raises: ShardError."""
+@contextmanager
+def _opened(part: Part) -> Iterator[Any]:
+    """Open a part's table. Raises: ShardError where it cannot be read."""
     import pyarrow.parquet as pq
 
     try:
         with paths.open_read(part.table) as file:
-            return pq.ParquetFile(file).schema_arrow
+            yield pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{part.table} cannot be read: {first_line(error)}") from None
+
+
+def table_schema(part: Part) -> pa.Schema:
+    """Read which columns a part's table has. Raises: ShardError."""
+    with _opened(part) as held:
+        return held.schema_arrow
 
 
 def read_columns(part: Part, wanted: tuple[str, ...]) -> dict[str, pa.Array]:
     """Read those of the wanted columns that a part's table has, by our names or its own. Raises: ShardError."""
-    import pyarrow.parquet as pq
-
-    try:
-        with paths.open_read(part.table) as file:
-            held = pq.ParquetFile(file)
-            there = set(held.schema_arrow.names)
-            chosen = {ours: next((name for name in NAMES.get(ours, (ours,)) if name in there), None) for ours in wanted}
-            read = held.read(columns=sorted({name for name in chosen.values() if name}))
-    except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{part.table} cannot be read: {first_line(error)}") from None
+    with _opened(part) as held:
+        there = set(held.schema_arrow.names)
+        chosen = {ours: next((name for name in NAMES.get(ours, (ours,)) if name in there), None) for ours in wanted}
+        read = held.read(columns=sorted({name for name in chosen.values() if name}))
     return {ours: read[name].combine_chunks() for ours, name in chosen.items() if name}
 
 

@@ -48,7 +48,8 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
     parts = layouts.list_parts(source, options.layout, options.arch)
     whole = options.layout != "nemo" and not source.endswith(".npy")  # of one file that is named nothing is left out
     passed = layouts.left_over(parts) if whole else {}
-    files = [[part.stem, *map(paths.size, filter(None, (part.image, part.text, part.table)))] for part in parts]
+    looked = layouts.look(parts)
+    files = [[p.stem, *(looked[file].size for file in (p.image, p.text, p.table) if file)] for p in parts]
     inputs: dict[str, Any] = {"source": {"path": source, "digest": manifest.digest(files)}}
     held = tar.survey_pool(options.pool) if options.pool else tar.Pool([], {})
     found = {shard.stem: shard for shard in held.shards}
@@ -63,7 +64,7 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
     given: dict[str, tar.Shard | Sequence[str]] = {**found} if options.pool else {s: p.files for s, p in named.items()}
     contents = reading(given, job, verify=options.verify)
     made_of = tar.parts_of(held.shards, contents, f"{inputs['source']['digest']} ", verify=options.verify)
-    stamps = layouts.seen(parts)  # of vectors made anew by another model the sizes are what they were
+    stamps = layouts.seen(parts, looked)  # of vectors made anew by another model the sizes are what they were
     written = manifest.digest([stamps[stem][1] for stem in named])
     made_of = replace(made_of, seen={stem: (*seen[:2], f"{seen[2]} {written}") for stem, seen in made_of.seen.items()})
     if not options.pool:
