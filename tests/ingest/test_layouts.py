@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from curate.engine import Job
 from curate.errors import ShardError, UsageError
 from curate.ingest import layouts
-from curate.ingest.published import ImportOptions, import_layout, unit_rows
+from curate.ingest.import_tasks import unit_rows
+from curate.ingest.published import ImportOptions, import_layout
 from curate.storage import sidecar
 from curate.storage.tar import TarWriter
 from house import REAL_DATA, fingerprint
