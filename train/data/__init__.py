@@ -1,1 +1,1 @@
-"""Samples to batches: sources, prompts and label masks, packing."""
+"""Samples to batches: sources, prompts (`prompts`) and their ids and labels (`encoder`), packing."""

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from train.config import Stage
 from train.data import message_tree
-from train.data.prompts import Encoded, Encoder, Rejected
+from train.data.encoder import Encoded, Encoder
+from train.data.prompts import Rejected
 from train.data.sources import Measured, Source, decode_image, encode
 from train.errors import TrainError
 

@@ -12,8 +12,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from train.data.encoder import Encoder
 from train.data.own_template import OwnTemplate
-from train.data.prompts import Encoder, Template, Turn
+from train.data.prompts import Template, Turn
 
 OWN_FOLLOWS = "{#- What follows is the language model's own template. #}\n"
 _MACROS = """\

@@ -22,7 +22,8 @@ import torch
 
 from pipelines import records
 from train.data.batches import load
-from train.data.prompts import Encoder, Rejected
+from train.data.encoder import Encoder
+from train.data.prompts import Rejected
 from train.data.sources import Measured, Source, encode, loses_turns
 from train.dist import Runtime, cores_of_a_rank
 from train.folder import whole_file

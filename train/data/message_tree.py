@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.config import Trees
-from train.data.prompts import IGNORED, Encoded, Encoder, Rejected, Turn
+from train.data.encoder import IGNORED, Encoded, Encoder
+from train.data.prompts import Rejected, Turn
 
 WORDS = 5  # of a short answer, at most: a word, a phrase, a name, a box; not the sentence that a dialogue goes on from
 

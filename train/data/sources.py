@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.pictures import FORMATS, MAX_PIXELS, visible, without_notes
+from train.data.encoder import Encoded, Encoder
 from train.data.message_tree import encode_tree
-from train.data.prompts import Encoded, Encoder, Rejected, parse, parse_turn
+from train.data.prompts import Rejected, parse, parse_turn
 from train.data.reading import Record
 from train.data.record_source import JsonRows, RecordSource, TableRows
 from train.data.tar_source import TarSource

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from train.config import Model
-from train.data.prompts import TEMPLATES, is_token
+from train.data.encoder import is_token
+from train.data.prompts import TEMPLATES
 from train.errors import UsageError
 from train.model import attention
 from train.model.published import (

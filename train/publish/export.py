@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train.data.chat import chat_template
+from train.data.encoder import Encoder
 from train.data.own_template import OwnTemplate
-from train.data.prompts import Encoder, Template
+from train.data.prompts import Template
 from train.errors import UsageError
 from train.folder import LOCK, held, read_json, refuse_unexported, relative, write_json
 from train.model.compose import Composed, compose, fold_feature_scale

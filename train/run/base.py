@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.data.encoder import Encoder
 from train.data.own_template import OwnTemplate
-from train.data.prompts import Encoder
 from train.errors import TrainError
 from train.model.compose import Composed
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from train.config import Config, Stage
 from train.data.batches import Plan
+from train.data.encoder import Encoded, Encoder
 from train.data.measuring import measure
-from train.data.prompts import Encoded, Encoder, Rejected
+from train.data.prompts import Rejected
 from train.data.sources import check_bad, encode, losses, open_source
 from train.model.language import image_token_id, load_tokenizer
 from train.model.tower import describe_tower

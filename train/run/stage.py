@@ -15,10 +15,11 @@ import torch
 from train.config import ADDED, Config, Model, Stage, share_of
 from train.data.batches import Collator, Plan
 from train.data.chat import chat_template, to_messages
+from train.data.encoder import Encoder
 from train.data.holding_out import hold_out
 from train.data.measuring import measure_once
 from train.data.own_template import OwnTemplate, read_own_template
-from train.data.prompts import OWN, Encoder, Rejected, Template, get_template, parse
+from train.data.prompts import OWN, Rejected, Template, get_template, parse
 from train.data.record_source import RecordSource
 from train.data.sources import Measured, Source, check_bad, losses, open_source
 from train.data.workers import choose_workers, resolve

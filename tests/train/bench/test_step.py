@@ -12,8 +12,9 @@ from train.bench import quick_draws, workload
 from train.bench.step import Padded, bench, loading_pace, table
 from train.config import Model, Stage
 from train.data.batches import Passes, Plan
+from train.data.encoder import Encoder
 from train.data.measuring import measure
-from train.data.prompts import Encoder, get_template
+from train.data.prompts import get_template
 from train.data.sources import Measured, open_source
 from train.model.compose import load_tokenizer
 

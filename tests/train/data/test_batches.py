@@ -22,8 +22,9 @@ from train.data.batches import (
     pack_evenly,
     shared_memory_advice,
 )
+from train.data.encoder import Encoder
 from train.data.measuring import measure, spare_workers
-from train.data.prompts import Encoder, get_template
+from train.data.prompts import get_template
 from train.data.sources import open_source
 from train.data.workers import resolve
 from train.dist import Runtime

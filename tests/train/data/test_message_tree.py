@@ -6,9 +6,10 @@ from test_own_template import FAMILIES
 from test_own_template import tokenizer as own_tokenizer
 from test_prompts import TOKENIZERS, talk
 
+from train.data.encoder import IGNORED, Encoder
 from train.data.message_tree import encode_tree, positions, questions, squares
 from train.data.own_template import read_own_template
-from train.data.prompts import IGNORED, Encoder, get_template, parse
+from train.data.prompts import get_template, parse
 
 THREE = talk(
     ("human", "<image>\nwhat is this?"),

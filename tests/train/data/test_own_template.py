@@ -11,8 +11,9 @@ from toys import word_tokenizer
 
 from train.data import own_template
 from train.data.chat import chat_template, own_source, to_messages
+from train.data.encoder import IGNORED, Encoder
 from train.data.own_template import read_own_template
-from train.data.prompts import IGNORED, Encoder, Rejected, Turn, parse
+from train.data.prompts import Rejected, Turn, parse
 from train.errors import UsageError
 from train.run.inspection import paint
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from toys import word_tokenizer
 
 from train.data.chat import chat_template, to_messages
-from train.data.prompts import IGNORED, TEMPLATES, Encoder, Rejected, get_template, parse, pieces
+from train.data.encoder import IGNORED, Encoder
+from train.data.prompts import TEMPLATES, Rejected, get_template, parse, pieces
 from train.errors import UsageError
 from train.run.inspection import paint
 

@@ -15,8 +15,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from toys import add, picture, word_tokenizer, write_json, write_mixed
 
+from train.data.encoder import Encoder
 from train.data.measuring import measure
-from train.data.prompts import Encoder, Rejected, get_template
+from train.data.prompts import Rejected, get_template
 from train.data.reading import Files
 from train.data.sources import check_bad, decode_image, encode, losses, open_source
 from train.errors import DataError, UsageError
