@@ -50,8 +50,8 @@ from train.model.regional import compile_layers
 from train.model.skip_unlabelled import skip_unlabelled
 from train.model.tower import make_image_processor
 from train.run.flops import Cost, published
-from train.run.loop import Training, out_of_memory
-from train.run.memory import size_pass
+from train.run.loop import Training
+from train.run.memory import out_of_memory, size_pass
 from train.run.stage import make_encoder
 
 LOADING_S = 5.0  # in which the loader's own pace is taken, at most

@@ -17,7 +17,6 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from train.config import Stage
 from train.data.batches import Batch, Collator, Passes, Plan, shared_memory_advice
 from train.data.sources import check_bad
 from train.dist import Runtime, StopSignal, sum_gradients
-from train.errors import CheckpointError, Interrupted, TrainError, is_out_of_memory
+from train.errors import CheckpointError, Interrupted, TrainError
 from train.model.attention import upload
 from train.model.compose import Composed
 from train.model.forward import hidden_states, token_losses, tower_features
@@ -37,6 +36,7 @@ from train.run.base import check_base
 from train.run.cache import FeatureCache
 from train.run.flops import Cost, peak_flops
 from train.run.losses import SampleLosses
+from train.run.memory import OutOfMemory, out_of_memory
 from train.run.optimizer import make_optimizer, schedule
 from train.run.recorder import Recorder
 from train.run.validation import Validation
@@ -355,29 +355,6 @@ class Training:
             if advice := checkpoint.shutdown_advice(step_s, writer.seconds, size):
                 log.warning("%s", advice)
                 self._told_grace = True
-
-
-class OutOfMemory(TrainError):
-    """A pass does not fit."""
-
-
-@contextmanager
-def out_of_memory(stage: Stage) -> Iterator[None]:
-    """Turn running out of memory into an error that names the settings to change."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        more = {
-            "full": "shard = true (under torchrun)",
-            "lora": 'quantize = "nf4"',
-            "projector": f"micro_images (now {stage.micro_images})",
-        }
-        raise OutOfMemory(
-            f"out of memory; lower micro_tokens (now {stage.micro_tokens:,}), or set model.gradient_checkpointing = "
-            f"true, or {more[stage.tune]}; the same command with --set goes on from the last checkpoint"
-        ) from None
 
 
 def group_weights(plan: Plan, step: int, left_out: Collection[int], size: int) -> dict[int, float]:

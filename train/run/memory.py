@@ -1,4 +1,4 @@
-"""How many tokens of a pass fit a GPU: the memory of a training step, from the model's shapes.
+"""How many tokens of a pass fit a GPU, from the model's shapes; and what is said where a pass did not fit.
 
     bytes = fixed + tokens * per_token
 
@@ -23,6 +23,8 @@ size, with the figures of tests/train/run/test_memory.py, the formula is right w
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -30,6 +32,7 @@ import torch
 from torch import nn
 
 from train.config import Stage
+from train.errors import TrainError, is_out_of_memory
 from train.model.forward import LOGIT_CHUNK
 from train.model.tower import blocks_of
 from train.run.flops import mixture
@@ -148,3 +151,26 @@ def size_pass(
     free = float(torch.cuda.mem_get_info(device)[0])
     memory = Memory.of(model, stage, dtype.itemsize, checkpointing=checkpointing, world=world)
     return min(stage.micro_tokens, memory.tokens(free))
+
+
+class OutOfMemory(TrainError):
+    """A pass does not fit."""
+
+
+@contextmanager
+def out_of_memory(stage: Stage) -> Iterator[None]:
+    """Turn running out of memory into an error that names the settings to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        more = {
+            "full": "shard = true (under torchrun)",
+            "lora": 'quantize = "nf4"',
+            "projector": f"micro_images (now {stage.micro_images})",
+        }
+        raise OutOfMemory(
+            f"out of memory; lower micro_tokens (now {stage.micro_tokens:,}), or set model.gradient_checkpointing = "
+            f"true, or {more[stage.tune]}; the same command with --set goes on from the last checkpoint"
+        ) from None

@@ -50,9 +50,9 @@ from train.run.announce import announce
 from train.run.base import describe_base
 from train.run.cache import cache_features
 from train.run.closed_form import start_from_words
-from train.run.loop import Training, out_of_memory
+from train.run.loop import Training
 from train.run.losses import SampleLosses
-from train.run.memory import size_pass
+from train.run.memory import out_of_memory, size_pass
 from train.run.validation import BATCH, Validation
 
 StageName = Literal["align", "finetune"]

@@ -28,7 +28,7 @@ from train.folder import held, open_run
 from train.publish.export import export
 from train.run import sharding
 from train.run.checkpoint import OPTIMIZER, WEIGHTS, latest, load_trained, save
-from train.run.loop import out_of_memory
+from train.run.memory import out_of_memory
 from train.run.optimizer import schedule
 from train.run.stage import run_stage
 
