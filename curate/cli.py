@@ -280,7 +280,7 @@ def find(
     Example: `curate find sel/ "a photo of a watermark" --out found.html` writes a page and prints keys and scores.
     """
     from curate.ask.find import find as search
-    from curate.report.found import page, verdict
+    from curate.report.found import lines, page
     from curate.report.report import write_page
 
     embedded, found = search(directory, texts or [], image or [], without or [], n, model, pretrained)
@@ -294,11 +294,8 @@ def find(
         ]
         typer.echo(json.dumps(rows, ensure_ascii=False))
         return
-    for name, hits in found.items():
-        typer.echo(printable(name))
-        for hit in hits:
-            told = " · ".join(filter(None, (verdict(hit), (hit.facts["caption"] or "")[:100].replace("\n", " "))))
-            typer.echo(printable(f"  {hit.score:.4f}  {hit.facts['key']}  {told}"))
+    for line in lines(found):
+        typer.echo(printable(line))
 
 
 @app.command()
@@ -315,21 +312,14 @@ def probe(
     Example: `curate probe emb/ marked.tsv good.safetensors` writes the head, which a step reads:
     `--step 'above(head("good.safetensors", "good"), 0.5)'`.
     """
+    from curate.ask.probe import lines
     from curate.ask.probe import probe as fit
 
     told = fit(directory, labels, head, n, seed)
     if as_json:
         return typer.echo(json.dumps(told, ensure_ascii=False))
-    counts = " · ".join(f"{count:,} {name}" for name, count in told["labelled"].items())
-    unclear = f" · {told['repeated_keys']:,} left out, each of several rows" * bool(told["repeated_keys"])
-    typer.echo(f"{printable(counts)} · {told['unknown_keys']:,} keys are not here{unclear} → {head}")
-    typer.echo(
-        f"held out: {told['accuracy']:.1%} right ({told['commonest']:.1%} for one label alone), "
-        f"calibration error {told['calibration_error']:.3f}"
-    )
-    typer.echo("label next, least sure first:")
-    for row in told["next"]:
-        typer.echo(printable(f"  {row['key']}  lead {row['lead']:.3f}"))
+    for line in lines(told, head):
+        typer.echo(printable(line))
 
 
 @app.command()

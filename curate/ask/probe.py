@@ -11,7 +11,7 @@ the rows to label next, and fits of as many rows as were marked.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,18 @@ def probe(directory: str, labels: str, out: str, n: int = 20, seed: int = 0) -> 
         "strength": float(fitted.C),
         "next": _least_sure(source, embedded, head, set(marked), n),
     }
+
+
+def lines(told: Mapping[str, Any], out: str) -> Iterator[str]:
+    """Yield what the terminal shows of what `probe` returned. out: the head."""
+    counts = " · ".join(f"{count:,} {name}" for name, count in told["labelled"].items())
+    unclear = f" · {told['repeated_keys']:,} left out, each of several rows" * bool(told["repeated_keys"])
+    yield f"{counts} · {told['unknown_keys']:,} keys are not here{unclear} → {out}"
+    by_label = f"{told['commonest']:.1%} for one label alone"
+    yield f"held out: {told['accuracy']:.1%} right ({by_label}), calibration error {told['calibration_error']:.3f}"
+    yield "label next, least sure first:"
+    for row in told["next"]:
+        yield f"  {row['key']}  lead {row['lead']:.3f}"
 
 
 def read_labels(location: str) -> dict[str, str]:

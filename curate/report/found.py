@@ -1,11 +1,11 @@
-"""The page of a search: for each question its rows with their pictures, to look at and to mark.
+"""The answers to a search: lines, and a page: for each question its rows with their pictures, to look at and to mark.
 
 In: what `curate.ask.find` found. Out: one self-contained HTML file. Marked cards are downloaded as `key TAB label`,
 which is what `curate probe` reads.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from curate.ask.find import Hit
 from curate.report.gallery import MAX_CAPTION, Card, open_samples, read_pictures
@@ -40,3 +40,12 @@ def verdict(hit: Hit) -> str:
     if "kept" not in hit.facts:
         return ""
     return "kept" if hit.facts["kept"] else f"dropped by {hit.facts['dropped_by']}"
+
+
+def lines(found: Mapping[str, Sequence[Hit]]) -> Iterator[str]:
+    """Yield what the terminal shows: each question, and below it its rows with their scores."""
+    for name, hits in found.items():
+        yield name
+        for hit in hits:
+            told = " · ".join(filter(None, (verdict(hit), (hit.facts["caption"] or "")[:100].replace("\n", " "))))
+            yield f"  {hit.score:.4f}  {hit.facts['key']}  {told}"
