@@ -204,9 +204,9 @@ def mix(
     table: Annotated[str, typer.Argument(help="A TOML file with a [mix] table and [mix.sources.NAME] tables.")],
     out: Annotated[str, typer.Argument(help="Directory for the mixed shards.")],
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="mix.KEY=VALUE", help="Override.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws and of the order.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling and of the order.")] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse faults and repeated ids instead of counting.")
+        bool, typer.Option("--strict", help="Refuse faults and repeated ids instead of counting them.")
     ] = False,
     *,
     run: Run,
@@ -262,16 +262,14 @@ def report(
 @app.command()
 def find(
     directory: Annotated[str, typer.Argument(help="A directory of embed, import, cluster or select.")],
-    texts: Annotated[list[str] | None, typer.Argument(help="What to look for, a text each.")] = None,
-    image: Annotated[
-        list[str] | None, typer.Option(help="A picture to look for the likes of; again and again.")
-    ] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="What to look for: one or several texts.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="A picture to find similar ones to. Repeatable.")] = None,
     without: Annotated[
-        list[str] | None, typer.Option("--not", help="A text to stay away from; again and again.")
+        list[str] | None, typer.Option("--not", help="A text that rows should be unlike. Repeatable.")
     ] = None,
     n: Annotated[int, typer.Option(help="Rows for each text or picture.")] = 50,
-    out: Annotated[str, typer.Option(help="Write a page with the pictures, to look at and to mark.")] = "",
-    model: Annotated[str, typer.Option(help="The model that made the embeddings, where they do not say.")] = "",
+    out: Annotated[str, typer.Option(help="Write an HTML page with the pictures, on which they can be marked.")] = "",
+    model: Annotated[str, typer.Option(help="The model that made the embeddings, where they do not name it.")] = "",
     pretrained: Annotated[str, typer.Option(help="Its tag, or a local checkpoint.")] = "",
     as_json: Json = False,
 ) -> None:
@@ -301,9 +299,9 @@ def find(
 @app.command()
 def probe(
     directory: Annotated[str, typer.Argument(help="A directory of embed, import, cluster or select.")],
-    labels: Annotated[str, typer.Argument(help="A file of `key TAB label` lines, as a page's marks are downloaded.")],
+    labels: Annotated[str, typer.Argument(help="A file of `key TAB label` lines, as `find`'s pages give.")],
     head: Annotated[str, typer.Argument(help="The head to write, a .safetensors file.")],
-    n: Annotated[int, typer.Option(help="Rows to name that should be labelled next.")] = 20,
+    n: Annotated[int, typer.Option(help="How many rows to propose for labelling next.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -325,7 +323,7 @@ def probe(
 @app.command()
 def show(
     directory: Annotated[str, typer.Argument(help="A pool, a pipeline's OUT, or any directory that a verb made.")],
-    key: Annotated[str, typer.Option(help="Tell the life of this one sample.")] = "",
+    key: Annotated[str, typer.Option(help="Tell what became of this one sample.")] = "",
     as_json: Json = False,
 ) -> None:
     """Tell what a directory is, how it came about, and what became of one sample.

@@ -26,11 +26,11 @@ from curate.errors import UsageError
 from curate.storage import paths
 from pipelines import terminal
 
-Workers = Annotated[int, typer.Option(help="Processes (0: what the stage can use).")]
+Workers = Annotated[int, typer.Option(help="Worker processes (0: as many as the stage can use).")]
 Engine = Annotated[str, typer.Option(help="local or ray.")]
-SLICE = typer.Option("--slice", metavar="RANK/WORLD", help="Do only this part of the shards, under any scheduler.")
+SLICE = typer.Option("--slice", metavar="RANK/WORLD", help="Do only this part of the shards, as an array job.")
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make the output anew where it was made otherwise.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that was made with other options.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of what fails; CURATE_LOG=FILE keeps it.")]

@@ -42,7 +42,7 @@ LossesOption = Annotated[bool, typer.Option("--losses", help="Write each sample'
 ValOption = Annotated[
     str | None, typer.Option("--val", help="Held-out data, or a share of --data held out by picture, such as 0.02.")
 ]
-EvalRootOption = Annotated[Path | None, typer.Option("--eval-root", help="Folder of the benchmarks, as LLaVA has it.")]
+EvalRootOption = Annotated[Path | None, typer.Option("--eval-root", help="Folder of benchmarks, as LLaVA lays it out.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -71,7 +71,7 @@ def align(
 def finetune(
     data: DataOption,
     out: OutOption,
-    align: Annotated[Path | None, typer.Option("--align", help="A finished align run; none: random projector.")] = None,
+    align: Annotated[Path | None, typer.Option("--align", help="A finished align run, for its projector.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     images: ImagesOption = None,
@@ -131,7 +131,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="A finished align or finetune run; for --parts also a model.")],
     out: OutOption,
     scores: Annotated[
-        list[Path] | None, typer.Option("--scores", help="What eval wrote for this model, for its card. Repeatable.")
+        list[Path] | None, typer.Option("--scores", help="What eval wrote for this model, for the card. Repeatable.")
     ] = None,
     parts: Annotated[bool, typer.Option("--parts", help="Write tower, projector and LM apart, for GGUF.")] = False,
     config: ConfigOption = None,
@@ -178,7 +178,7 @@ def import_(
 def merge(
     models: Annotated[list[Path], typer.Argument(help="Exported models.")],
     out: OutOption,
-    weight: Annotated[list[float], typer.Option("--weight", help="One a model, in order; they sum to 1.")],
+    weight: Annotated[list[float], typer.Option("--weight", help="One per model, in order; they sum to 1.")],
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -199,8 +199,8 @@ def evaluate(
     images: ImagesOption = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Benchmarks instead: pope,gqa,mme,…")] = None,
     eval_root: EvalRootOption = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=0, help="At most so many questions; 0: all.")] = None,
-    show: Annotated[int | None, typer.Option("--show", min=0, help="Print so many answers beside the truth.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help="Ask at most so many; 0: all.")] = None,
+    show: Annotated[int | None, typer.Option("--show", min=0, help="Print this many answers beside the truth.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     overwrite: OverwriteOption = False,
@@ -248,7 +248,7 @@ def score(
     task: Annotated[str, typer.Argument(help="A benchmark: pope, gqa, mme, …")],
     answers: Annotated[Path, typer.Option("--answers", help="Answers in LLaVA's form, a JSON object a line.")],
     eval_root: EvalRootOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Where a server's submission goes, without suffix.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The server's file, without suffix.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Score the questions that have an answer.")] = False,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -276,9 +276,7 @@ def _root(eval_root: Path | None) -> Path:
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="An exported model.")],
-    image: Annotated[
-        list[str] | None, typer.Option("--image", help="Image file; again for a second, a third, …")
-    ] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", help="Image file. Repeatable.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The question; without it, a conversation.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,

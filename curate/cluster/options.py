@@ -17,5 +17,5 @@ class ClusterOptions:
     centroids: Annotated[str, "Assign to the centroids in this .npy instead of fitting."] = ""
     floor: Annotated[float, "Lowest cosine kept as a near-duplicate edge."] = 0.80
     neighbours: Annotated[int, "Compare across this many nearest clusters, 1 or 2."] = 1
-    refit: Annotated[bool, "Fit again where rows have changed since, not keep the centroids.", "--refit"] = False
+    refit: Annotated[bool, "Where rows have changed, fit the centroids anew.", "--refit"] = False
     seed: int = 0

@@ -29,14 +29,14 @@ class EmbedOptions:
     precision: Annotated[str, "auto, bf16, fp16 or fp32."] = "auto"
     batch_size: Annotated[int, "Samples per forward pass (0: by device)."] = 0
     max_pixels: int = MAX_PIXELS
-    decode: Annotated[str, "full, fast (torch resizes) or gpu (it decodes JPEGs): near full."] = "full"
+    decode: Annotated[str, "full, or a little less exact: fast (torch resizes), gpu (decodes JPEGs)."] = "full"
     decoders: Annotated[int, "Decoding processes per worker (0: by device)."] = 0
-    columns: Annotated[tuple[str, ...], "Fields of the JSON or table beside to keep as columns."] = ()
+    columns: Annotated[tuple[str, ...], "Fields of the JSON, or of the table beside the tar, to keep as columns."] = ()
     captions: Annotated[str, "A TSV of captions and urls, for samples without a caption."] = ""
-    caption: Annotated[str, "Captions: fields of the JSON or suffixes, A,B,… in order [txt, caption]."] = ""
-    caption_pick: Annotated[str, "Of a list of captions: first, or random (by --seed)."] = "first"
+    caption: Annotated[str, "JSON fields or suffixes with captions, A,B,…; the first counts [txt, caption]."] = ""
+    caption_pick: Annotated[str, "Which of a list of captions to take: first, or random (by --seed)."] = "first"
     seed: int = 0
-    verify: Annotated[bool, "Read all shards, not only those of another time, to see what changed.", "--verify"] = False
-    faithful: Annotated[bool, "Give 16-bit and transparent images to the model as open_clip does.", "--faithful"] = (
+    verify: Annotated[bool, "Look for changes in every shard, not only in those of another time.", "--verify"] = False
+    faithful: Annotated[bool, "Leave 16-bit and transparent images as they are, as open_clip does.", "--faithful"] = (
         False
     )

@@ -12,7 +12,7 @@ class PackOptions:
 
     layout: Annotated[str, "auto, files or parquet."] = "auto"
     image: Annotated[str, "The column of images (parquet)."] = ""
-    caption: Annotated[str, "The column of captions (parquet), or A,B,…: the first that is there."] = ""
+    caption: Annotated[str, "The column of captions (parquet); of A,B,… the first that is there."] = ""
     shard_size: Annotated[int, "Samples per tar, at most."] = 10_000
 
 
@@ -25,9 +25,9 @@ class ImportOptions:
     """
 
     layout: Annotated[str, "clip-retrieval, datacomp, nemo or npy."]
-    pool: Annotated[str, "Attach them to your own download: its tars."] = ""
-    join: Annotated[str, "What rows are matched by: key, url, sha256 or uid."] = ""
+    pool: Annotated[str, "The tars of your own download, to attach the embeddings to."] = ""
+    join: Annotated[str, "Match rows of the pool by key, url, sha256 or uid."] = ""
     arch: Annotated[str, "Which of DataComp's two models: l14 or b32."] = "l14"
     max_pixels: int = MAX_PIXELS
-    columns: Annotated[tuple[str, ...], "Fields of the JSON or table beside to keep as columns."] = ()
-    verify: Annotated[bool, "Read all files, not only those of another time, to see what changed.", "--verify"] = False
+    columns: Annotated[tuple[str, ...], "Columns of the tables to keep."] = ()
+    verify: Annotated[bool, "Look for changes in every file, not only in those of another time.", "--verify"] = False

@@ -14,8 +14,8 @@ class SelectOptions:
     recipe: Annotated[str, "A named chain of steps [balanced]."] = ""
     n: Annotated[int | float | str, "How many rows the recipe keeps: 2000000, or a share such as 2%."] = ""
     seed: int = 0
-    losses: Annotated[str, "RUN/losses of the trainer: gives steps the column `loss`."] = ""
-    model: Annotated[str, "The model that made the embeddings, where they do not say; steps with words ask it."] = ""
+    losses: Annotated[str, "RUN/losses, as the trainer writes it: the column `loss` for steps."] = ""
+    model: Annotated[str, "The model that made the embeddings, for steps with texts, where they do not name it."] = ""
     pretrained: Annotated[str, "Its tag, or a local checkpoint."] = ""
 
     def texts(self) -> list[str]:
