@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import IO, Any
 
-from pipelines.records import FORM_KEYS, has_turns
+from pipelines.record_forms import FORM_KEYS, has_turns
 from pipelines.tar_headers import packed_by
 
 CHUNK_BYTES = 4 << 20

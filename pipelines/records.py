@@ -3,33 +3,25 @@
 Out: `{"id", "image"?, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}`.
 `image` is a name, or a list of names for several pictures; without it the record is text-only. Each picture has one
 mark `<image>` in a human turn, and the n-th mark stands for the n-th picture. A record in that form already passes
-unchanged, with its key order and unknown fields. Read besides: turns as `role` and `content` (a text, or parts) under
-`messages` or `conversations`, JSON text of those, Qwen's `<img>NAME</img>`, alpaca (`instruction`, `input`, `output`,
-`history`, `system`), ms-swift (`query`, `response`), TRL (`prompt`, `completion`), and The Cauldron's and FineVision's
-`texts` (`user`, `assistant`). Pictures stand in `image` or `images`, in content parts, or in a binary column.
+unchanged, with its key order and unknown fields. Its turns may have any form of record_forms.py; pictures stand in
+`image` or `images`, in content parts, in Qwen's `<img>NAME</img>`, or in a binary column.
 
 A mark without a picture, a picture without a mark, video and sound make a record unusable: it is never taken for text.
 """
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pipelines.record_forms import HUMAN, Turns, Unusable, as_list, conversation_fault, turns_of, unpacked
+
 T = TypeVar("T")
-Turns = list[dict[str, Any]]
 IMAGE_MARK = "<image>"
-HUMAN, MODEL = ("human", "user"), ("gpt", "assistant", "chatgpt", "model", "bing", "bard")
-ROLES = {**dict.fromkeys(HUMAN, "human"), **dict.fromkeys(MODEL, "gpt"), "system": "system"}
-SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # LLaVA's roles, as other forms call them
-FORM_KEYS = ("conversations", "messages", "texts", "instruction", "query", "prompt")
-QUESTIONS = (("instruction", "output"), ("query", "response"), ("prompt", "completion"))
 IMAGE_KEYS = ("image", "images")
 OTHER_MEDIA = {"video": "video", "videos": "video", "audio": "sound", "audios": "sound"}
-NO_FORM = "neither conversations, messages, texts nor instruction and output"
 NO_PICTURE, NO_MARK = "an image mark without an image", "an image without an image mark"
 MAX_IMAGES = 64  # a record; more are a fault
 TOO_MANY = f"more than {MAX_IMAGES} images"
@@ -71,10 +63,6 @@ class Reading:
 Mark = Picture | int | None  # of its own, the n-th of those beside the turns, or the next of them
 
 
-class _Unusable(Exception):
-    """A record cannot be used; the text says why."""
-
-
 def read(
     value: Any,
     default_id: str,
@@ -91,28 +79,28 @@ def read(
         return Reading(None, fault="not a JSON object")
     try:
         return _read(value, default_id, given, suffix_of)
-    except _Unusable as unusable:
+    except Unusable as unusable:
         return Reading(None, fault=str(unusable))
     except RecursionError:
         return Reading(None, fault="nested too deep")
 
 
 def _read(value: dict[str, Any], default_id: str, given: Sequence[str], suffix_of: Callable[[bytes], str]) -> Reading:
-    value = _unpacked(value)
-    turns, form = _turns_of(value)
+    value = unpacked(value)
+    turns, form = turns_of(value)
     for key, kind in OTHER_MEDIA.items():
         if value.get(key):
-            raise _Unusable(f"it has {kind}, which is not read")
+            raise Unusable(f"it has {kind}, which is not read")
     named, place, dropped = _record_pictures(value)
     listed = named or [Picture(name) for name in given]
     written, pictures = _place(turns, listed, first="texts" in form)
     if given and len(pictures) != len(given):
-        raise _Unusable(NO_MARK if len(pictures) < len(given) else NO_PICTURE)
+        raise Unusable(NO_MARK if len(pictures) < len(given) else NO_PICTURE)
     number_of = {id(picture): number for number, picture in enumerate(listed)}
     order = tuple(number_of.get(id(picture), number) for number, picture in enumerate(pictures))
     fault = TOO_MANY if len(pictures) > MAX_IMAGES else conversation_fault(written)
     if fault:
-        raise _Unusable(fault)
+        raise Unusable(fault)
     names = [picture.name for picture in pictures]
     unnamed = [number for number, name in enumerate(names) if not name]
     for number in unnamed:
@@ -140,134 +128,13 @@ def said_in(value: Mapping[str, Any]) -> Turns | None:
     None where there is no conversation. Its own turns as they are where they are LLaVA's already.
     """
     try:
-        turns, _ = _turns_of(_unpacked(dict(value)))
+        turns, _ = turns_of(unpacked(dict(value)))
         texts = [_text_of(turn, []) for turn in turns]
-    except (_Unusable, RecursionError):
+    except (Unusable, RecursionError):
         return None
     if not all(isinstance(turn, dict) and text is turn.get("value") for turn, text in zip(turns, texts, strict=True)):
         turns = [{**turn, "value": text} for turn, text in zip(turns, texts, strict=True)]
     return None if conversation_fault(turns) else turns
-
-
-def _unpacked(value: dict[str, Any]) -> dict[str, Any]:
-    """Undo what `curate mix` does to write messages: the record lies in `record`, as JSON text, but for its turns."""
-    packed, images = value.get("record"), as_list(value.get("images"))
-    if not isinstance(packed, str) or not isinstance(value.get("messages"), list):
-        return value
-    try:
-        record = json.loads(packed)
-    except ValueError:
-        return value
-    if not isinstance(record, dict) or "conversations" not in record:
-        return value
-    if record["conversations"] is None:
-        record["conversations"] = _spoken(value["messages"])
-    if images and as_list(record.get("image")) != images:
-        record["image"] = images[0] if len(images) == 1 else images
-    return record
-
-
-def has_turns(value: Any) -> bool:
-    """Say whether a value is of a known form, to judge by its keys."""
-    return isinstance(value, dict) and any(key in value for key in FORM_KEYS)
-
-
-def is_answered(value: Mapping[str, Any]) -> bool:
-    """Say whether a record holds a question beside its answer, in fields that `QUESTIONS` pairs."""
-    return any(value.get(asked) is not None and answer in value for asked, answer in QUESTIONS)
-
-
-def as_list(value: Any) -> list[Any]:
-    """Take a field that may be absent, one value or a list of them, for a list."""
-    return [] if value in (None, "", []) else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def conversation_fault(turns: Sequence[Any]) -> str:
-    """Name what keeps turns from being a conversation, or nothing."""
-    if not turns:
-        return "no turns"
-    for turn in turns:
-        if not (isinstance(turn, dict) and isinstance(turn.get("value"), str) and isinstance(turn.get("from"), str)):
-            return "a turn without from and value"
-        if turn["from"] not in ROLES:
-            return "a turn by an unknown speaker"
-    if not any(turn["from"] in MODEL and turn["value"].strip() for turn in turns):
-        return "no answer"
-    return ""
-
-
-def _turns_of(value: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
-    """Find a record's turns, as from and value; value may still be a list of parts. Returns (turns, fields used)."""
-    for key in ("conversations", "messages"):
-        if key in value and value[key] is not None:
-            turns, system = _spoken(_parsed(value[key])), value.get("system")
-            if isinstance(system, str) and system.strip() and all(turn["from"] != "system" for turn in turns):
-                return [{"from": "system", "value": system}, *turns], (key, "system")
-            return turns, (key,)
-    if value.get("instruction") is not None and "output" in value:
-        return _asked(value, "instruction", "output"), ("instruction", "input", "output", "history", "system")
-    if value.get("query") is not None and "response" in value:
-        return _asked(value, "query", "response"), ("query", "response", "history", "system")
-    if value.get("texts") is not None:
-        return _from_texts(_parsed(value["texts"])), ("texts",)
-    if value.get("prompt") is not None and "completion" in value:
-        return _half(value["prompt"], "human") + _half(value["completion"], "gpt"), ("prompt", "completion")
-    raise _Unusable(NO_FORM)
-
-
-def _half(said: Any, speaker: str) -> list[Any]:
-    """Read TRL's `prompt` or `completion`: a text, or turns."""
-    return [{"from": speaker, "value": said}] if isinstance(said, str) else _spoken(_parsed(said))
-
-
-def _parsed(value: Any) -> list[Any]:
-    """Parse turns that are written as JSON text, as parquet columns often hold them."""
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        value = None
-    if not isinstance(value, list):
-        raise _Unusable("no list of turns")
-    return value
-
-
-def _spoken(turns: list[Any]) -> list[Any]:
-    """Write turns as from and value, with LLaVA's speakers; the list itself where each is already so."""
-    known = (isinstance(turn, dict) and str(turn.get("from")) in ROLES for turn in turns)
-    if all(known) and all(isinstance(turn.get("value"), str | list) for turn in turns):
-        return turns
-    written = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise _Unusable("a turn without from and value")
-        speaker = turn["from"] if turn.get("from") is not None else turn.get("role")
-        said = turn["value"] if turn.get("value") is not None else turn.get("content")
-        speaker = ROLES.get(str(speaker).strip().lower(), speaker)
-        kept = {key: item for key, item in turn.items() if key not in ("from", "role", "value", "content")}
-        written.append({"from": speaker, "value": said, **{k: v for k, v in kept.items() if v is not None}})
-    return written
-
-
-def _asked(value: Mapping[str, Any], question: str, answer: str) -> Turns:
-    """Read alpaca's and ms-swift's fields, earlier rounds (`history`, pairs) first."""
-    history, system = value.get("history") or [], value.get("system")
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise _Unusable("no list of turns")
-    asked, more = value[question], value.get("input") or "" if question == "instruction" else ""
-    asked = f"{asked}\n{more}" if more and isinstance(asked, str) and isinstance(more, str) else asked
-    turns: Turns = [{"from": "system", "value": system}] if isinstance(system, str) and system else []
-    for human, model in [*history, (asked, value[answer])]:
-        turns += [{"from": "human", "value": human}, {"from": "gpt", "value": model}]
-    return turns
-
-
-def _from_texts(texts: list[Any]) -> Turns:
-    turns: Turns = []
-    for each in texts:
-        if not isinstance(each, dict):
-            raise _Unusable("no list of turns")
-        turns += [{"from": "human", "value": each.get("user")}, {"from": "gpt", "value": each.get("assistant")}]
-    return turns
 
 
 def _record_pictures(value: Mapping[str, Any]) -> tuple[list[Picture], str | None, list[str]]:
@@ -275,13 +142,13 @@ def _record_pictures(value: Mapping[str, Any]) -> tuple[list[Picture], str | Non
     held = {key: as_list(value.get(key)) for key in IMAGE_KEYS}
     held = {key: items for key, items in held.items() if items}
     if len(held) == 2 and held["image"] != held["images"]:
-        raise _Unusable("image and images differ")
+        raise Unusable("image and images differ")
     place = next(iter(held), None)
     binary = [key for key, item in value.items() if key not in IMAGE_KEYS and _holds_bytes(item)]
     if place is None:
         columns = [key for key in binary if all(_is_picture(item) for item in as_list(value[key]))]
         if len(columns) > 1:
-            raise _Unusable(f"several columns of images: {', '.join(map(str, columns))[:80]}")
+            raise Unusable(f"several columns of images: {', '.join(map(str, columns))[:80]}")
         place = columns[0] if columns else None
     found = [_picture(item) for item in as_list(value[place])] if place is not None else []
     return found, place, [key for key in binary if key != place]
@@ -309,7 +176,7 @@ def _picture(item: Any) -> Picture:
             return _picture(name)
         item = name
     if not isinstance(item, str) or not item:
-        raise _Unusable(NO_NAME)
+        raise Unusable(NO_NAME)
     if item.startswith("data:"):
         head, comma, body = item.partition(",")
         try:
@@ -317,12 +184,12 @@ def _picture(item: Any) -> Picture:
         except (binascii.Error, ValueError):
             data = b""
         if not data:
-            raise _Unusable("a data: image that cannot be decoded")
+            raise Unusable("a data: image that cannot be decoded")
         return Picture("", data)
     if item.startswith("file://"):
         return Picture(item.removeprefix("file://"))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", item):
-        raise _Unusable("image is a URL; download it first")
+        raise Unusable("image is a URL; download it first")
     return Picture(item)
 
 
@@ -355,7 +222,7 @@ def _match(marks: list[Mark], listed: list[Picture]) -> list[Picture]:
     if len(numbers) == wanting and set(numbers) == set(range(len(listed))):
         return [mark if isinstance(mark, Picture) else listed[mark] for mark in marks if mark is not None]
     if wanting != len(listed):
-        raise _Unusable(NO_PICTURE if wanting > len(listed) else NO_MARK)
+        raise Unusable(NO_PICTURE if wanting > len(listed) else NO_MARK)
     following = iter(listed)
     return [mark if isinstance(mark, Picture) else next(following) for mark in marks]
 
@@ -373,7 +240,7 @@ def _text_of(turn: Any, marks: list[Mark]) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in _IMAGE_PARTS or (kind is None and isinstance(part, dict) and part.get("image")):
             if not asks:
-                raise _Unusable("an image in an answer")
+                raise Unusable("an image in an answer")
             number = part.get("index")
             named = any(part.get(key) for key in (*_NAME_KEYS, "bytes"))
             marks.append(_picture(part) if named else number if type(number) is int else None)
@@ -383,7 +250,7 @@ def _text_of(turn: Any, marks: list[Mark]) -> Any:
             texts.append(_marked(text, marks) if asks else text)
         else:
             other = OTHER_MEDIA.get(str(kind).removesuffix("_url").removeprefix("input_"))
-            raise _Unusable(f"it has {other}, which is not read" if other else "a content part without text")
+            raise Unusable(f"it has {other}, which is not read" if other else "a content part without text")
     return "\n".join(texts)
 
 

@@ -5,21 +5,8 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from pipelines.records import (
-    FORM_KEYS,
-    IMAGE_MARK,
-    MAX_IMAGES,
-    MISSING,
-    NO_PICTURE,
-    NOT_UTF8,
-    TOO_MANY,
-    Picture,
-    Reading,
-    Turns,
-    as_list,
-    is_answered,
-    read,
-)
+from pipelines.record_forms import FORM_KEYS, Turns, as_list, is_answered
+from pipelines.records import IMAGE_MARK, MAX_IMAGES, MISSING, NO_PICTURE, NOT_UTF8, TOO_MANY, Picture, Reading, read
 
 IMAGE_SUFFIXES = tuple("jpg jpeg png webp gif bmp tif tiff avif jfif jpe heic heif jxl".split())
 TAR_SUFFIXES, GZIP_SUFFIXES = (".tar", ".tar.gz", ".tgz"), (".tar.gz", ".tgz", ".gz")

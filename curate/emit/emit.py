@@ -30,7 +30,8 @@ from curate.storage.manifest import Artefact, Output, digest, load_json, open_ou
 from curate.storage.renewal import shared
 from curate.storage.schema import FUNNEL
 from curate.storage.tar import CAPTION_SUFFIX, TarWriter
-from pipelines.records import Turns, read
+from pipelines.record_forms import Turns
+from pipelines.records import read
 from pipelines.samples import caption_turns
 
 EMITTED_SCHEMA = pa.schema(

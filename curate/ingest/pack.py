@@ -43,7 +43,7 @@ from curate.storage.tar import (
     is_safe,
     suffix_of,
 )
-from pipelines.records import as_list
+from pipelines.record_forms import as_list
 from pipelines.terminal import first_line
 
 LAYOUTS = ("auto", "files", "parquet")

@@ -7,7 +7,7 @@ import pyarrow as pa
 from curate.errors import UsageError, unknown
 from curate.ingest.beside import CAPTIONS
 from curate.ingest.layouts import NAMES
-from pipelines.records import FORM_KEYS
+from pipelines.record_forms import FORM_KEYS
 
 IMAGES = ("image", "images", "jpg", "jpeg", "png", "webp", "img", "bytes", "image_bytes")
 

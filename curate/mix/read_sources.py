@@ -19,7 +19,8 @@ from curate.mix import reshape, text_overlap
 from curate.mix.pictures import Picture, read_picture
 from curate.mix.sources import MAX_LISTED, TOO_LONG, Entry, Faults, SourceOptions, entries
 from curate.storage import manifest, paths, records, sidecar
-from pipelines.records import IMAGE_MARK, MODEL
+from pipelines.record_forms import MODEL
+from pipelines.records import IMAGE_MARK
 
 SCRATCH_SCHEMA = pa.schema(
     [

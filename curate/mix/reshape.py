@@ -10,7 +10,8 @@ from functools import cache
 from itertools import accumulate
 from typing import Any
 
-from pipelines.records import HUMAN, IMAGE_MARK, MODEL, Turns
+from pipelines.record_forms import HUMAN, MODEL, Turns
+from pipelines.records import IMAGE_MARK
 
 Record = dict[str, Any]
 

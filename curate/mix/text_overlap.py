@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from curate.words import pieces
-from pipelines.records import HUMAN, IMAGE_MARK
+from pipelines.record_forms import HUMAN
+from pipelines.records import IMAGE_MARK
 
 SHINGLE, RUN, HASHES = 3, 13, 128
 # Lines that say how to answer or what an OCR system read: the same under thousands of questions.

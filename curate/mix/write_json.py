@@ -22,7 +22,8 @@ from curate.mix.sources import SourceOptions, images_of
 from curate.storage import faults, paths, records
 from curate.storage.faults import Faults
 from curate.storage.manifest import Output, save_json
-from pipelines.records import HUMAN, IMAGE_MARK, ROLES, SPEAKERS, split_at_marks
+from pipelines.record_forms import HUMAN, ROLES, SPEAKERS
+from pipelines.records import IMAGE_MARK, split_at_marks
 
 Row = Callable[[int, int, Sequence[str]], list[Any]]
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}

@@ -11,7 +11,8 @@ from typing import IO, Any
 
 from curate.errors import ContractError
 from pipelines import record_files
-from pipelines.records import IMAGE_MARK, Turns, said_in
+from pipelines.record_forms import Turns
+from pipelines.records import IMAGE_MARK, said_in
 
 # One of the questions for a short caption in LLaVA's pretraining data (blip_laion_cc_sbu_558k.json).
 PROMPT = "Provide a brief description of the given image."

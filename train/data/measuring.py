@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines import records
+from pipelines import record_forms, records, samples
 from train.data.batches import load
 from train.data.encoder import Encoder
 from train.data.prompts import Rejected
@@ -111,7 +111,8 @@ def _digest(encoder: Encoder, max_length: int, data_digest: str) -> str:
     seen = [data_digest, max_length, encoder.template, encoder.image_token, encoder.tokens_per_image]
     seen += [encoder.trees, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     digest = hashlib.blake2b(repr(seen).encode(errors="replace"), digest_size=16)
-    for file in (*sorted(Path(__file__).parent.glob("*.py")), Path(records.__file__)):
+    readers = (record_forms.__file__, records.__file__, samples.__file__)
+    for file in (*sorted(Path(__file__).parent.glob("*.py")), *map(Path, readers)):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

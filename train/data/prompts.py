@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipelines import records
+from pipelines import record_forms, records
 from train.errors import UsageError, did_you_mean
 
 OWN = "chat"  # the name of the language model's own template
 TOOLS = frozenset("tool tools function function_call observation tool_call tool_response ipython environment".split())
-ROLES = {speaker: records.SPEAKERS[role] for speaker, role in records.ROLES.items()}
+ROLES = {speaker: record_forms.SPEAKERS[role] for speaker, role in record_forms.ROLES.items()}
 _CURIOUS = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines import records
+from pipelines import record_forms, records
 from pipelines.samples import MAX_MEMBER_BYTES
 from train.data.prompts import Rejected, parse
 
@@ -69,7 +69,7 @@ REASONS = {
     "not a JSON object": "bad_json",
     "no list of turns": "no_conversation",
     "no turns": "no_conversation",
-    records.NO_FORM: "no_conversation",
+    record_forms.NO_FORM: "no_conversation",
     "no conversation and no caption": "no_caption",
     "a turn without from and value": "bad_turn",
     "a turn by an unknown speaker": "bad_turn",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines import record_files, records
+from pipelines import record_files, record_forms, records
 from pipelines.samples import MAX_MEMBER_BYTES
 from pipelines.terminal import first_line
 from train.data import scratch
@@ -44,7 +44,7 @@ class JsonRows:
                     spans.append((item.offset, item.size))
             except record_files.Broken as broken:
                 raise UsageError(str(broken)) from None
-        if path.suffix == ".json" and len(spans) == 1 and not records.has_turns(value):
+        if path.suffix == ".json" and len(spans) == 1 and not record_forms.has_turns(value):
             raise UsageError(f"{path}: expected a JSON list of records, JSON lines, or an object that holds records")
         self.spans: NDArray[np.int64] = np.array(spans, np.int64).reshape(-1, 2)
 
@@ -127,7 +127,7 @@ class RecordSource:
         fields = self.rows.fields(index)
         reading = records.read(fields, f"#{index}")
         if reading.record is None:
-            named = records.as_list(fields.get("image"))
+            named = record_forms.as_list(fields.get("image"))
             if reading.fault in REASONS or reading.fault == records.NO_NAME:
                 for name in named:  # an image's fault is told before the conversation's; bytes lie nowhere
                     if not (isinstance(name, bytes) or (isinstance(name, dict) and name.get("bytes"))):
@@ -181,7 +181,7 @@ class RecordSource:
             fields = self.rows.fields(index)
             reading = records.read(fields, "")
             names = [each.name for each in reading.pictures if each.data is None]
-            names = names if reading.record is not None else records.as_list(fields.get("image"))
+            names = names if reading.record is not None else record_forms.as_list(fields.get("image"))
             return "".join(f"{name} {self._locate(name)[1]}\n" for name in names)
         except Rejected:
             return f"{index} Rejected\n"
