@@ -382,7 +382,7 @@ def run_stage(
             if lost or report.ends:
                 log.debug("%s", report.trace)
                 told = lost or f"{label}: {report.item}: {report.error}"
-                raise RunError(told, "mend it and run the same command again; it goes on from here")
+                raise RunError(told, "fix that and run the same command again; it goes on from here")
             if report.error is not None:
                 outcome.failed[report.item] = report.error
                 outcome.passing |= {report.item} if report.passes else set()

@@ -133,7 +133,7 @@ def _found(model: str, pretrained: str) -> weights.Source:
     try:
         return weights.find(model, pretrained)
     except UsageError as error:
-        raise UsageError(f"the model that made the embeddings cannot be had: {error}", WAY_OUT) from None
+        raise UsageError(f"the model that made the embeddings cannot be loaded: {error}", WAY_OUT) from None
 
 
 @lru_cache(maxsize=2)

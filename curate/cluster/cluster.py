@@ -341,7 +341,7 @@ def _fit(
 def _refuse_failures(failed: dict[Any, str]) -> None:
     if failed:
         name, why = next(iter(failed.items()))
-        raise ShardError(f"{len(failed)} part(s) failed, first {name}: {why}", "mend it and run again; it resumes")
+        raise ShardError(f"{len(failed)} part(s) failed, first {name}: {why}", "fix that and run again; it resumes")
 
 
 def _recall(images: np.ndarray, options: ClusterOptions, output: Output) -> dict[str, Any]:

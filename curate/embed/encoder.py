@@ -100,7 +100,7 @@ class Tokenizer:
         try:
             self._tokenize = open_clip.get_tokenizer(source.model)
         except Exception as error:
-            raise UsageError(f"the tokenizer of {source.model} cannot be had: {first_line(error)[:300]}") from None
+            raise UsageError(f"the tokenizer of {source.model} cannot be loaded: {first_line(error)[:300]}") from None
         self._lock = threading.Lock()  # Rust tokenizers refuse a second borrower
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:

@@ -180,7 +180,7 @@ def _download(what: str, fetch: Callable[[], str]) -> str:
         return str(fetch())
     except Exception as error:
         raise UsageError(
-            f"the weights {what} cannot be had ({first_line(error)[:160]}).",
+            f"the weights {what} cannot be found or downloaded ({first_line(error)[:160]}).",
             "give local weights with --pretrained PATH",
         ) from None
     finally:

@@ -94,7 +94,7 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
     lost = counts["rows"] - counts["written"] + counts.get("replaced", 0) - counts.get("in_failed_shards", 0)
     if lost and not job.quiet:
         told = f"{counts.get('replaced', 0):,} replaced by the next in rank, {counts['written']:,} written"
-        sys.stderr.write(f"emit: {lost:,} of {counts['rows']:,} samples could not be had; {told}\n")
+        sys.stderr.write(f"emit: {lost:,} of {counts['rows']:,} samples could not be read from the pool; {told}\n")
     if (otherwise := manifest.get("other_captions")) and not job.quiet:
         told = "as their own; --format llava writes the captions that `embed --caption` chose"
         sys.stderr.write(f"emit: {otherwise:,} samples keep another text {told}\n")
@@ -168,7 +168,8 @@ def _finish(
         paths.remove(output.directory)
         told = ", ".join(f"{count:,} {why}" for why, count in reasons.items())
         raise UsageError(
-            f"none of the {selected:,} kept samples could be had: {told}.", "say where the pool is: --pool"
+            f"none of the {selected:,} kept samples could be read from the pool: {told}.",
+            "say where the pool is: --pool",
         )
     if suffix == ".arrow" and not failed:
         _join_records(output, list(made))

@@ -186,7 +186,7 @@ def _draw(
     for name, source in sources.items():
         if source.weight is not None and not len(tables[name].tokens):
             told = "".join(f" {line}." for line in accounts.losses(facts))
-            raise UsageError(f"mix source {name} has a weight and no usable record.{told}", "mend it, or take it out")
+            raise UsageError(f"mix source {name} has a weight and no usable record.{told}", "fix it, or take it out")
     try:
         return sampling.draw(parts, chosen.text_share, chosen.total, chosen.by, chosen.seed, chosen.shuffle)
     except UsageError as error:

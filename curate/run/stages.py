@@ -83,7 +83,7 @@ def _train(pipeline: Pipeline, stage: str, job: Job) -> None:
     if ended == UsageError.exit_code and job.overwrite:
         ended = _carry_out([*words, "--overwrite"])
     if ended:
-        hint = "mend what it says above and run again; it resumes (with --overwrite, what other data made is made anew)"
+        hint = "fix what it says above and run again; it resumes (--overwrite trains anew on data that have changed)"
         raise CurateError(f"{stage} {how_it_ended(ended)}", hint)
 
 

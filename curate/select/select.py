@@ -127,7 +127,7 @@ def _run(
     for step in parsed:
         if not frame.alive.any():
             last = account[-1]["text"] if account else "the pool's own statuses"
-            raise UsageError(f"no row is left for the step {step.text}: {last} dropped the last.", "loosen that")
+            raise UsageError(f"no row is left for the step {step.text}: {last} dropped the last.", "loosen that step")
         before = frame.alive.copy()
         verdict = step.run(frame)
         frame.alive &= verdict.keep
@@ -143,7 +143,7 @@ def _run(
     kept = int(frame.alive.sum())
     if not kept:
         last, met = (account[-1]["text"], account[-1]["before"]) if account else ("a bad status", len(codes))
-        raise UsageError(f"the selection is empty: {last} dropped the last {met:,} rows.", "loosen that")
+        raise UsageError(f"the selection is empty: {last} dropped the last {met:,} rows.", "loosen that step")
     parts = {"kept": kept, **{f"{s['text']} [{i}]": s["dropped"] for i, s in enumerate(account)}, **bad}
     reconcile("select", len(codes), parts)
     return codes, {

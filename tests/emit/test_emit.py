@@ -286,7 +286,7 @@ def test_keys_of_renamed_rows_are_read_once_a_shard(tmp_path, monkeypatch):
 
 def test_a_pool_that_has_none_of_the_samples_is_refused(tmp_path):
     sel, other = chain(tmp_path), write_pool(tmp_path / "other", ["00001"], 10, first=500)
-    with pytest.raises(UsageError, match="none of the 12 kept samples could be had: .* shard_missing.*--pool"):
+    with pytest.raises(UsageError, match="none of the 12 kept samples could be read.* shard_missing.*--pool"):
         emit(sel, str(tmp_path / "out"), EmitOptions(), QUIET, pool=other)
     assert not (tmp_path / "out").exists()
 

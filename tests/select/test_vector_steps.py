@@ -177,7 +177,10 @@ def test_what_the_pool_lost_is_replaced_by_the_next_in_rank(tmp_path, capsys, st
                     tar.add(name, data)
     manifest = emit(str(sel), str(tmp_path / "out"), EmitOptions(shard_size=5), Job(workers=1))
     assert manifest["counts"] == {"rows": 12, "written": 12, "gone": 2, "replaced": 2}
-    assert "2 of 12 samples could not be had; 2 replaced by the next in rank, 12 written" in capsys.readouterr().err
+    assert (
+        "2 of 12 samples could not be read from the pool; 2 replaced by the next in rank, 12 written"
+        in capsys.readouterr().err
+    )
     written = {name[:9] for shard in (tmp_path / "out").glob("*.tar") for name, _ in members(shard)}
     expected = {f"{row:09d}" for row in np.flatnonzero(first)} - set(lost) | {f"{numbers[i]:09d}" for i in (0, 2)}
     assert written == expected
