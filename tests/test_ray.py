@@ -86,7 +86,8 @@ def test_a_ray_that_does_not_start_or_goes_away_ends_the_run_in_one_line(monkeyp
         run_stage("square", Square(), [0, 1], RAY)
 
 
-def test_gpus_are_those_of_the_cluster_and_reserved_by_stages_that_use_them_alone(nodes):
+def test_gpus_are_those_of_the_cluster_and_reserved_by_stages_that_use_them_alone(nodes, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # by which conftest.py hides GPUs, these too
     job = Job(engine="ray", quiet=True)
     node = nodes.add_node(num_cpus=2, num_gpus=2)
     try:

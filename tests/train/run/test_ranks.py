@@ -34,7 +34,8 @@ def model(world, tmp_path_factory):
 
 
 def pretend_gpus(monkeypatch, number):
-    for name, told in (("is_available", True), ("set_device", None), ("is_bf16_supported", True)):
+    told_of = {"is_available": True, "set_device": None, "is_bf16_supported": True, "get_device_name": "GPU"}
+    for name, told in told_of.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, told=told, **given: told)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
 
