@@ -22,7 +22,7 @@ NUMERICS := tests/vectors tests/select/test_coverage.py tests/train/model/test_a
 RUN := .venv/bin/curate run $(PIPELINE) --out $(OUT) $(if $(POOL),--pool '$(POOL)') $(if $(RECIPE),--recipe $(RECIPE)) $(foreach s,$(SET),--set '$(s)') $(if $(OVERWRITE),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help install coreset train eval real check test test-gpu test-oldest test-real test-numerics lint format ablation bench picture clean
+.PHONY: help install coreset train eval real check test test-gpu test-gpu-simulated test-oldest test-real test-numerics lint format ablation bench picture clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
@@ -69,6 +69,9 @@ test-numerics: $(READY) ## the numeric tests as two older processors compute the
 
 test-gpu: $(READY) ## run the tests that need a GPU (tests/bench/gpu.py measures besides)
 	$(PY) -m pytest -m gpu -rs
+
+test-gpu-simulated: $(READY) ## the same where torch sees GPUs that are not there: devices, copies, ranks; no kernels (gcc, Linux)
+	OMP_NUM_THREADS=1 $(PY) tests/simulated_gpu/simulate.py --gpus 2 $(PY) -m pytest -m gpu -rs
 
 test-real: $(READY) ## run the tests that need real models, in REAL_MODELS=FOLDER
 	@test -n "$(REAL_MODELS)" -o -f $(MAKE_MODELS) || { echo "set REAL_MODELS to a folder with efficientnet/ (timm), smollm2-135m/ and gemma3-270m/ (transformers)"; exit 2; }
