@@ -163,7 +163,7 @@ def entries(directory: str) -> tuple[list[str], list[str]]:
         files, folders = ([each for each, kind in named if kind == wanted] for wanted in ("file", "directory"))
         return sorted(files), sorted(folders)
     with os.scandir(local(directory)) as found:
-        listed = [(each.name, each.is_dir(follow_symlinks=False), each.is_file()) for each in found]
+        listed = [(each.name, each.is_dir(follow_symlinks=False), _is(each, os.path.isfile)) for each in found]
     return sorted(each for each, _, file in listed if file), sorted(each for each, folder, _ in listed if folder)
 
 
@@ -172,7 +172,7 @@ def linked(directory: str) -> tuple[list[str], list[str]]:
     if is_remote(directory):
         return [], []
     with os.scandir(local(directory)) as found:
-        links = sorted((each.name, each.is_dir(), os.path.exists(each.path)) for each in found if each.is_symlink())
+        links = sorted((e.name, os.path.isdir(e.path), os.path.exists(e.path)) for e in found if e.is_symlink())
     return [name for name, folder, _ in links if folder], [name for name, _, there in links if not there]
 
 
@@ -325,12 +325,18 @@ def files(directory: str) -> dict[str, Found]:
     if not os.path.isdir(local(directory)):
         return {}
     with os.scandir(local(directory)) as listed:
-        return {each.name: _stated(_stat(each)) for each in listed if not each.is_dir()}
+        return {each.name: _stated(_stat(each)) for each in listed if not _is(each, os.path.isdir)}
+
+
+def _is(entry: os.DirEntry[str], kind: Callable[[str], bool]) -> bool:
+    """Say whether an entry, or what a link leads to, is a file or folder. A link to itself leads nowhere."""
+    own = entry.is_dir if kind is os.path.isdir else entry.is_file
+    return kind(entry.path) if entry.is_symlink() else own()
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result:
     """Look at a file; of a link that leads nowhere at the link itself: whoever opens it fails by its name."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         return entry.stat()
     return entry.stat(follow_symlinks=False)
 
