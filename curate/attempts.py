@@ -1,4 +1,4 @@
-"""An item attempted: what a task makes of it, or why it fails and what that means for the others."""
+"""Attempt one item: the task's result for it, or why it failed and what that means for the other items."""
 
 import contextlib
 import traceback
@@ -27,8 +27,8 @@ class Task(Protocol):
 class Report:
     """What became of one item. Exactly one of value and error is set.
 
-    passes: the error may be gone when the item is tried again. ends: no other item can be done either. trace: the
-    traceback of an error.
+    passes: the error may pass, so a retry may help. ends: every other item would fail too. trace: the traceback of an
+    error.
     """
 
     item: Any
@@ -40,7 +40,7 @@ class Report:
 
 
 def attempt(task: Task, item: Any) -> Report:
-    """Work an item; an exception becomes its error."""
+    """Run the task on an item; an exception becomes the report's error."""
     try:
         return Report(item, value=task(item))
     except Exception as error:
@@ -57,7 +57,7 @@ def failure(item: Any, error: Exception) -> Report:
 
 @dataclass
 class Grouped:
-    """A task over groups of small items. around: what a group is worked in, which may still fail at its end."""
+    """A task over groups of small items. around: a context in which each group is processed; leaving it may fail."""
 
     task: Task
     around: Around

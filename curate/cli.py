@@ -1,8 +1,8 @@
-"""The command line: every verb as a thin layer over one documented call.
+"""The command line: every verb is a thin layer over one documented call.
 
 Inputs come first, the output directory last, and inputs are never modified. Results go to stdout (`--json`: one
-object), progress to stderr. Exit 0 done · 1 finished with failed shards, listed; a rerun resumes · 2 the request was
-wrong.
+object), progress to stderr. Exit 0: done. Exit 1: finished, but the listed shards failed; a rerun resumes. Exit 2: the
+request was wrong.
 """
 
 import json
@@ -47,13 +47,13 @@ def _tell_version(asked: bool) -> None:
 @app.callback()
 def _about(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and end.")
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None: ...
 
 
 def main() -> None:
-    """Run the command line; errors for the user become one line and an exit code."""
+    """Run the command line; an error meant for the user becomes one line and an exit code."""
     memory.one_arena()
     terminal.open_closed()
     try:
@@ -83,7 +83,7 @@ def pack(
     options: PackOptions,
     run: Run,
 ) -> None:
-    """Make a pool of images that are not in tars yet, byte for byte.
+    """Pack images that are not in tars yet into a pool, byte for byte.
 
     Example: `curate pack download/ pool/` writes `pool/{folder}.tar`.
     """
@@ -128,13 +128,13 @@ def import_(
 
 @verb(app)
 def cluster(
-    embeddings: Annotated[str, typer.Argument(help="A directory of `curate embed` or `import`.")],
+    embeddings: Annotated[str, typer.Argument(help="A directory made by `curate embed` or `import`.")],
     out: Annotated[str, typer.Argument(help="Directory for the clusters.")],
     *,
     options: ClusterOptions,
     run: Run,
 ) -> None:
-    """Cluster the images by k-means, assign every row, and relate near-duplicates within clusters.
+    """Cluster the images by k-means, assign every row, and link near-duplicates within clusters.
 
     Example: `curate cluster emb/ clu/ --k 10000` writes `clu/centroids.npy`, `clu/{shard}.arrow` and `clu/edges.arrow`.
     """
@@ -146,18 +146,19 @@ def cluster(
 @verb(app, but=("part",))
 def select(
     source: Annotated[
-        str, typer.Argument(help="A directory of `curate cluster`, or of `embed` where no step needs clusters.")
+        str, typer.Argument(help="A directory made by `curate cluster`, or by `embed` if no step needs clusters.")
     ],
     out: Annotated[str, typer.Argument(help="Directory for the selection.")],
     *,
     options: SelectOptions,
     run: Run,
 ) -> None:
-    """Run a funnel of steps and keep, for every row, the reason why it left.
+    """Run a funnel of steps, and record for every dropped row which step dropped it.
 
     Example: `curate select clu/ sel/ --recipe bunny --n 2000000` writes `sel/{shard}.arrow` and `sel/funnel.json`.
 
-    By hand: `curate select clu/ sel/ --step 'dedup(0.9)' --step 'rank(clip_score, 0, 0.5)' --step 'sample(10_000)'`;
+    With your own steps:
+    `curate select clu/ sel/ --step 'dedup(0.9)' --step 'rank(clip_score, 0, 0.5)' --step 'sample(10_000)'`;
     `curate steps` lists them all.
     """
     from curate.select.select import select as stage
@@ -171,7 +172,7 @@ def select(
 
 @app.command()
 def steps() -> None:
-    """List the steps, columns and recipes that select knows, one line each.
+    """List the steps, columns and recipes of `curate select`, one line each.
 
     Example: `curate steps` writes nothing: it prints them.
     """
@@ -183,11 +184,11 @@ def steps() -> None:
 
 @verb(app)
 def emit(
-    selection: Annotated[str, typer.Argument(help="A directory of `curate select`.")],
+    selection: Annotated[str, typer.Argument(help="A directory made by `curate select`.")],
     out: Annotated[str, typer.Argument(help="Directory for the coreset.")],
     *,
     options: EmitOptions,
-    pool: Annotated[str, typer.Option(help="Where the pool is now, if it moved.")] = "",
+    pool: Annotated[str, typer.Option(help="Where the pool is now, if it has moved.")] = "",
     run: Run,
 ) -> None:
     """Write the coreset, ready to train on: the original members of each kept sample, byte for byte.
@@ -204,14 +205,14 @@ def mix(
     table: Annotated[str, typer.Argument(help="A TOML file with a [mix] table and [mix.sources.NAME] tables.")],
     out: Annotated[str, typer.Argument(help="Directory for the mixed shards.")],
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="mix.KEY=VALUE", help="Override.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling and of the order.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling and ordering.")] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse faults and repeated ids instead of counting them.")
+        bool, typer.Option("--strict", help="Stop at faults and repeated ids instead of counting them.")
     ] = False,
     *,
     run: Run,
 ) -> None:
-    """Mix instruction data from several sources, text-only data among them, exactly to share and count.
+    """Mix instruction data from several sources, including text-only ones, to exact shares and counts.
 
     Example: `curate mix pipelines/bunny_695k.toml mix/` writes `mix/{000000}.tar` and each source's account.
     """
@@ -250,7 +251,7 @@ def report(
     options: ReportOptions,
     run: Run,
 ) -> None:
-    """Write one self-contained HTML page: funnel, scores with cuts that move, clusters, twins, mixes, runs, ablations.
+    """Write one self-contained HTML page: funnel, scores with movable cuts, clusters, twins, mixes, runs, ablations.
 
     Example: `curate report out/demo out/demo/report.html` writes that file, which needs no network.
     """
@@ -262,18 +263,18 @@ def report(
 @app.command()
 def find(
     directory: Annotated[str, typer.Argument(help="A directory of embed, import, cluster or select.")],
-    texts: Annotated[list[str] | None, typer.Argument(help="What to look for: one or several texts.")] = None,
-    image: Annotated[list[str] | None, typer.Option(help="A picture to find similar ones to. Repeatable.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="What to look for: one or more texts.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Look for pictures similar to this one. Repeatable.")] = None,
     without: Annotated[
-        list[str] | None, typer.Option("--not", help="A text that rows should be unlike. Repeatable.")
+        list[str] | None, typer.Option("--not", help="A text that the rows should not match. Repeatable.")
     ] = None,
     n: Annotated[int, typer.Option(help="Rows for each text or picture.")] = 50,
-    out: Annotated[str, typer.Option(help="Write an HTML page with the pictures, on which they can be marked.")] = "",
-    model: Annotated[str, typer.Option(help="The model that made the embeddings, where they do not name it.")] = "",
+    out: Annotated[str, typer.Option(help="Write an HTML page on which the pictures can be marked.")] = "",
+    model: Annotated[str, typer.Option(help="The model that made the embeddings, if they do not name it.")] = "",
     pretrained: Annotated[str, typer.Option(help="Its tag, or a local checkpoint.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Find the rows whose images are nearest to texts or pictures, and what became of them.
+    """Find the rows whose images are nearest to texts or pictures, and say what became of them.
 
     Example: `curate find sel/ "a photo of a watermark" --out found.html` writes a page and prints keys and scores.
     """
@@ -299,15 +300,15 @@ def find(
 @app.command()
 def probe(
     directory: Annotated[str, typer.Argument(help="A directory of embed, import, cluster or select.")],
-    labels: Annotated[str, typer.Argument(help="A file of `key TAB label` lines, as `find`'s pages give.")],
+    labels: Annotated[str, typer.Argument(help="A file of `key TAB label` lines, as saved from a page of `find`.")],
     head: Annotated[str, typer.Argument(help="The head to write, a .safetensors file.")],
     n: Annotated[int, typer.Option(help="How many rows to propose for labelling next.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for splitting into folds.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Fit a linear head on rows that a person marked, and say what it is worth on held-out ones.
+    """Fit a linear head to rows that a person marked, and say how well it does on held-out ones.
 
-    Example: `curate probe emb/ marked.tsv good.safetensors` writes the head, which a step reads:
+    Example: `curate probe emb/ marked.tsv good.safetensors` writes the head, for use in a step:
     `--step 'above(head("good.safetensors", "good"), 0.5)'`.
     """
     from curate.ask.probe import lines
@@ -323,10 +324,10 @@ def probe(
 @app.command()
 def show(
     directory: Annotated[str, typer.Argument(help="A pool, a pipeline's OUT, or any directory that a verb made.")],
-    key: Annotated[str, typer.Option(help="Tell what became of this one sample.")] = "",
+    key: Annotated[str, typer.Option(help="Say what became of this one sample.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Tell what a directory is, how it came about, and what became of one sample.
+    """Say what a directory is, how it was made, and what became of one sample.
 
     Example: `curate show out/demo/selection --key 000000123` writes nothing: it prints one screen.
     """
@@ -345,16 +346,16 @@ def show(
 @verb(app, but=("part", "seed"))
 def run(
     pipeline: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped pipeline.")] = "",
-    out: Annotated[str, typer.Option(help="Where all directories go [out/NAME].")] = "",
-    pool: Annotated[str, typer.Option(help="Take this pool instead of the pipeline's.")] = "",
-    recipe: Annotated[str, typer.Option(help="Take this recipe instead of the pipeline's steps.")] = "",
+    out: Annotated[str, typer.Option(help="The directory that holds all others [out/NAME].")] = "",
+    pool: Annotated[str, typer.Option(help="Use this pool instead of the pipeline's.")] = "",
+    recipe: Annotated[str, typer.Option(help="Use this recipe instead of the pipeline's steps.")] = "",
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override.")] = None,
-    only: Annotated[str, typer.Option(help="One stage, or the group coreset or train.")] = "",
-    names: Annotated[bool, typer.Option("--list", help="Name the shipped pipelines.")] = False,
+    only: Annotated[str, typer.Option(help="Run one stage only, or one group: coreset or train.")] = "",
+    names: Annotated[bool, typer.Option("--list", help="List the shipped pipelines.")] = False,
     *,
     run: Run,
 ) -> None:
-    """Carry out every stage of a pipeline, resuming where it stands.
+    """Run every stage of a pipeline, resuming where the last run stopped.
 
     Example: `curate run demo --out out/demo --only coreset` writes `out/demo/{embeddings,clusters,selection,coreset}`.
     """

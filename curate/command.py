@@ -1,10 +1,10 @@
-"""What all verbs share: where their options come from, and how a verb runs, answers and ends.
+"""What all verbs share: where their options come from, and how a verb runs, prints its result and exits.
 
-A verb is a function of its arguments, of `options` where its stage has any, and of `run`. `verb` makes a command of it:
-the fields of the stage's options become the command's options, and so do the common ones, which mean the same
-everywhere. A field is typed where it is annotated with its help: `k: Annotated[int, "Clusters."]`, and a second text
-names the option where the field's name does not suit. A tuple is typed as `A,B,…`, or under a name of its own again
-and again. A field `seed` takes the common option of that name.
+A verb is a function of its arguments, of `options` if its stage has any, and of `run`. `verb` makes a command of it:
+the fields of the stage's options become the command's options, together with the common ones, which mean the same
+everywhere. A field becomes an option if it is annotated with its help: `k: Annotated[int, "Clusters."]`; a second text
+names the option if it should differ from the field. A tuple is given as `A,B,…`, or, if it has such a second text, by
+repeating the option. A field `seed` is filled from the common option of that name.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from pipelines import terminal
 
 Workers = Annotated[int, typer.Option(help="Worker processes (0: as many as the stage can use).")]
 Engine = Annotated[str, typer.Option(help="local or ray.")]
-SLICE = typer.Option("--slice", metavar="RANK/WORLD", help="Do only this part of the shards, as an array job.")
+SLICE = typer.Option("--slice", metavar="RANK/WORLD", help="Do only this part of the shards, for an array job.")
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that was made with other options.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, without doing it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of what fails; CURATE_LOG=FILE keeps it.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks; CURATE_LOG=FILE saves them.")]
 COMMON: dict[str, tuple[Any, Any]] = {  # name: (declaration, default), in the order of the help
     "workers": (Workers, 0),
     "engine": (Engine, "local"),
@@ -45,7 +45,7 @@ COMMON: dict[str, tuple[Any, Any]] = {  # name: (declaration, default), in the o
     "verbose": (Verbose, False),
 }
 Made = dict[str, Any]
-EMBEDDING = ("embed", "import")  # the verbs that say of every row whether it is usable
+EMBEDDING = ("embed", "import")  # the verbs that give every row a status
 MOST_NAMED = 5
 DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")  # the last in WSL, which has no other
 
@@ -56,7 +56,7 @@ class Group(terminal.Commands, TyperGroup):
 
 @dataclass(frozen=True)
 class Run:
-    """How a verb shall run and answer, as the common options say. source: what it reads, empty for the demo."""
+    """How a verb runs and prints its result, as the common options say. source: what it reads, empty for the demo."""
 
     verb: str
     job: Job
@@ -65,14 +65,14 @@ class Run:
     as_json: bool = False
 
     def make(self, out: str, stage: Callable[[Job], Made]) -> None:
-        """Carry out a stage, tell what it made, and end with the right exit code."""
+        """Run a stage, print what it made, and exit with the right code."""
         if self.dry_run:
             from curate.storage.manifest import MANIFEST
 
             if self.source:
                 typer.echo(f"would read {_described(self.source)}")
             there = paths.exists(paths.join(out, MANIFEST))
-            typer.echo(f"would write {out}" + (", where something stands finished already" if there else ""))
+            typer.echo(f"would write {out}" + (", which already holds a finished result" if there else ""))
             return
         manifest = stage(self.job)
         failed = manifest.get("failed", {})
@@ -88,12 +88,12 @@ class Run:
         counts = manifest.get("counts", {}) if self.verb in EMBEDDING else {}
         if sum(counts.values()) and not counts.get("ok"):
             told = ", ".join(f"{count:,} {status.replace('_', ' ')}" for status, count in counts.items())
-            typer.echo(f"no row of {out} is usable: {told}; later stages would have nothing to do", err=True)
+            typer.echo(f"no row of {out} is usable: {told}; later stages would have nothing to work on", err=True)
             raise typer.Exit(1)
 
 
 def failures(failed: Mapping[str, str], passing: Collection[str], out: str) -> str:
-    """Name the shards that failed, and say to try again only where that may help."""
+    """Name the shards that failed, and advise to try again only where that may help."""
     again = [name for name in failed if name in passing]
     told = (
         f"{len(failed):,} shard(s) failed: {', '.join(list(failed)[:MOST_NAMED])}{', …' * (len(failed) > MOST_NAMED)}"
@@ -101,11 +101,11 @@ def failures(failed: Mapping[str, str], passing: Collection[str], out: str) -> s
     if len(again) == len(failed):
         return f"{told}; run the same command again to retry"
     why = f"{told}; `curate show {out}` says why"
-    return f"{why}, and running again may help {len(again):,} of them" if again else why
+    return f"{why}; for {len(again):,} of them, running again may help" if again else why
 
 
 def log_to(verbose: bool) -> None:
-    """Send the log to stderr, with tracebacks where `verbose`, and all of it to the file that CURATE_LOG names.
+    """Send the log to stderr, with tracebacks if `verbose`, and all of it to the file that CURATE_LOG names.
 
     Raises: OSError when that file cannot be written.
     """
@@ -124,7 +124,7 @@ def log_to(verbose: bool) -> None:
 def verb(
     app: typer.Typer, name: str = "", *, but: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function. name: where it is not the function's own; but: common options that it lacks."""
+    """Make a command of a function. name: if not the function's own; but: common options to leave out."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         known_as = name or function.__name__
@@ -164,7 +164,7 @@ def _parameter(name: str, declared: Any, default: Any) -> inspect.Parameter:
 
 
 def _parameters(kind: type[Any]) -> list[inspect.Parameter]:
-    """Declare the typed fields of an options class as options of the command line."""
+    """Declare the annotated fields of an options class as options of the command line."""
     hints, found = typing.get_type_hints(kind, include_extras=True), []
     for field in dataclasses.fields(kind):
         if typing.get_origin(hints[field.name]) is not Annotated:
@@ -182,7 +182,7 @@ def _parameters(kind: type[Any]) -> list[inspect.Parameter]:
 
 
 def build(kind: type[Any], values: dict[str, Any]) -> Any:
-    """Make an options object of what was typed; common options that the class has no field for are left out."""
+    """Make an options object of what was typed; values that the class has no field for are left out."""
     hints = typing.get_type_hints(kind)
     given = {name: value for name, value in values.items() if name in hints}
     for name, value in given.items():
@@ -193,7 +193,7 @@ def build(kind: type[Any], values: dict[str, Any]) -> Any:
 
 
 def _described(location: str) -> str:
-    """Say in a line what a directory is, as far as it is known. Raises: UsageError when it is not there."""
+    """Say in one line what a directory is, as far as is known. Raises: UsageError if it does not exist."""
     from curate.report.show import show
 
     try:

@@ -1,9 +1,9 @@
 """Run a task over items on one or many processes.
 
-A task is picklable, is set up once per worker and turns one item into a small dict; what it makes it writes to files.
-An exception becomes the item's error and the others go on, unless it says that nothing can go on: a full disk, a lost
-mount, a permission taken away. An item whose worker dies is done again by a new one, up to TRIES times. Every engine
-and worker count leaves the same files, since items are whole shards or buckets, and nothing passes between them.
+A task is picklable, is set up once per worker and turns one item into a small dict; its output goes to files. An
+exception becomes the item's error and the other items go on, unless it means that nothing can: a full disk, a lost
+mount, a permission taken away. An item whose worker dies is done again by a new worker, up to TRIES times. Every engine
+and every number of workers leave the same files, since items are whole shards or buckets that do not interact.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ from pipelines.processor import cores as cores
 
 log = logging.getLogger("curate")
 ENGINES = ("local", "ray")
-RAY_LOOK_S = 2.0  # between two looks at what Ray's actors are at
-RAY_ROOM_S = 10.0  # in which Ray, where it has room, has begun the least of tasks
+RAY_LOOK_S = 2.0  # between two requests for the progress of Ray's actors
+RAY_ROOM_S = 10.0  # within which Ray, if it has room, has started an empty task
 Note = Callable[[Any, int], None]  # (item, rows done of it)
 
 
 @dataclass(frozen=True)
 class Job:
-    """How a stage runs; never what it makes. workers 0: one per core, or per GPU where a stage uses them.
+    """How a stage runs; never what it makes. workers 0: one per core, or per GPU if the stage uses GPUs.
 
-    passing: collects the items that failed in a way that may pass, such as the network's.
+    passing: collects the items that failed for a reason that may pass, such as a network error.
 
     Raises: UsageError.
     """
@@ -55,7 +55,7 @@ class Job:
         if self.engine not in ENGINES:
             raise unknown("engine", self.engine, ENGINES)
         if self.workers < 0:
-            raise UsageError(f"workers={self.workers} is negative.", "0 takes one per core or GPU")
+            raise UsageError(f"workers={self.workers} is negative.", "give 0 for one per core or GPU")
 
     def share(self, items: Sequence[Any]) -> list[Any]:
         """Take the items of this slice: every WORLD-th from RANK on, or all."""
@@ -66,7 +66,7 @@ _sharing = 1  # how many workers share this machine's cores
 
 
 def cores_each() -> int:
-    """Count the cores of this worker's machine that fall to it; asked by the worker itself."""
+    """Count the cores that this worker may use, an equal share of its machine's; called in the worker itself."""
     return max(1, cores() // _sharing)
 
 
@@ -82,16 +82,16 @@ def gpus(job: Job) -> int:
 
 
 def ask(question: Callable[[], Any], job: Job) -> Any:
-    """Answer a question where the job's workers run, with a GPU where they have one: on Ray not on the driver."""
+    """Call `question` where the job's workers run, with a GPU if they have one: on Ray, not on the driver."""
     if job.engine != "ray":
         return question()
     ray, here = _ray(), os.getcwd()
 
     def answer() -> tuple[Any, CurateError | None]:
-        os.chdir(here)  # a local model may be named as seen from here
+        os.chdir(here)  # a local model may be named by a path relative to it
         try:
             return question(), None
-        except CurateError as error:  # raised here, Ray would put its own traceback in the place of its words
+        except CurateError as error:  # if it were raised here, Ray would replace its message by a traceback
             return None, error
 
     _wait_for_room(job, 1 if gpus(job) else 0)
@@ -104,24 +104,24 @@ def ask(question: Callable[[], Any], job: Job) -> Any:
 
 
 def _wait_for_room(job: Job, gpu: float) -> None:
-    """Wait until Ray has room for a worker with so much of a GPU, and say so where other work has taken all of it."""
+    """Wait until Ray has room for a worker with this share of a GPU; say so if other work takes all the room."""
     with faults.ending("Ray is gone", (ray := _ray()).exceptions.RayError):
         begun = [ray.remote(num_cpus=1, num_gpus=gpu)(lambda: None).remote()]
         if not ray.wait(begun, timeout=RAY_ROOM_S)[0] and not job.quiet:
             free, held = ray.available_resources(), ray.cluster_resources()
             kinds = ("CPU", "GPU") if gpu else ("CPU",)
             told = " and ".join(f"{free.get(kind, 0):g} of {held.get(kind, 0):g} {kind}s" for kind in kinds)
-            sys.stderr.write(f"Ray has begun no worker yet, {told} are free: this waits until it does\n")
+            sys.stderr.write(f"Ray has not started a worker yet, {told} are free: waiting until it does\n")
         ray.get(begun)
 
 
 def advance(rows: int) -> None:
-    """Say, from within a task, that `rows` more of the item at work are done: for the progress line alone."""
+    """Report from within a task that `rows` more rows of its item are done; only the progress line uses it."""
     if not processes.tell(rows) and _here:
         _here[-1](rows)
 
 
-_here: list[Callable[[int], None]] = []  # who hears of items at work in this very process, innermost last
+_here: list[Callable[[int], None]] = []  # listeners to the progress of items in this very process, innermost last
 
 
 def run(
@@ -134,10 +134,10 @@ def run(
     share: float = 1.0,
     note: Note = lambda item, rows: None,
 ) -> Generator[Report, None, None]:
-    """Work all items and yield a report for each, in the order in which they end.
+    """Run the task on all items and yield a report for each, in the order in which they end.
 
-    gpus: above zero, each local worker sees one. share: of a GPU that a Ray actor takes. note: hears how many rows of
-    an item are done while it is at work, maybe in another thread.
+    gpus: if above zero, each local worker sees one. share: of a GPU that a Ray actor takes. note: called with how many
+    rows of an item in progress are done, possibly in another thread.
     """
     if engine == "ray":
         with faults.ending("Ray is gone", _ray().exceptions.RayError):
@@ -159,7 +159,7 @@ def run(
 
 
 def _attempt_heard(task: Task, item: Any, hear: Callable[[int], None]) -> Report:
-    """Attempt an item in this process. hear: is told of its rows as they are done."""
+    """Attempt an item in this process. hear: called with the rows of it that are done, as they are done."""
     _here.append(hear)
     try:
         return attempt(task, item)
@@ -170,7 +170,7 @@ def _attempt_heard(task: Task, item: Any, hear: Callable[[int], None]) -> Report
 def _run_grouped(
     task: Task, items: Sequence[Any], size: int, around: Around, note: Note, **how: Any
 ) -> Generator[Report, None, None]:
-    """Run small items in groups of a size. What a group could not end is worked item by item."""
+    """Run small items in groups of `size`. Items of a group that failed as a whole are run again one by one."""
     groups = [tuple(items[first : first + size]) for first in range(0, len(items), size)]
     left: list[Any] = []
     for report in run(Grouped(task, around), groups, note=lambda group, rows: note(group[0], rows), **how):
@@ -185,7 +185,7 @@ _task: Task | None = None
 
 
 def _start_worker(task: Task, device: str | None, workers: int) -> None:
-    """Begin a worker, one of so many: claim a GPU where there are any, then set up its copy of the task."""
+    """Start one of `workers` workers: claim a GPU if there are any, then set up its copy of the task."""
     global _task
     share_cores(workers)
     if device is not None:
@@ -200,12 +200,12 @@ def _work(item: Any) -> Report:
 
 
 def helpers(count: int, start: Callable[..., None], arguments: tuple[Any, ...]) -> Processes:
-    """Start processes that serve a worker, each begun by `start(*arguments)`; they end with it."""
+    """Start processes that serve a worker, each set up by `start(*arguments)`; they end when it does."""
     return Processes(start, [arguments] * count)
 
 
 def _run_pool(task: Task, items: Sequence[Any], workers: int, gpus: int, note: Note) -> Iterator[Report]:
-    # Names behind the first that is none, such as -1, count for nothing.
+    # CUDA ignores every name after the first invalid one, such as -1.
     names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")[: max(1, gpus)]
     devices = [names[index % len(names)] if gpus > 0 else None for index in range(workers)]
     saved = os.environ.get("OMP_NUM_THREADS")
@@ -223,7 +223,7 @@ def _run_pool(task: Task, items: Sequence[Any], workers: int, gpus: int, note: N
 
 
 def _drain(pool: Processes, items: Sequence[Any], workers: int, note: Note) -> Iterator[Report]:
-    """Keep every worker at an item, and yield what ends."""
+    """Keep every worker busy with an item, and yield each report as it comes."""
     waiting: dict[Future[Report], Any] = {}
     queue = iter(items)
     while True:
@@ -236,15 +236,15 @@ def _drain(pool: Processes, items: Sequence[Any], workers: int, note: Note) -> I
             item = waiting.pop(future)
             try:
                 report = future.result()
-            except Exception as error:  # of its worker's setup, or its worker died
+            except Exception as error:  # its worker died, or could not be set up
                 report = failure(item, error)
             yield report
 
 
 def _run_ray(task: Task, items: Sequence[Any], workers: int, gpu: float, note: Note) -> Iterator[Report]:
-    """Schedule items on Ray actors, each with a share of a GPU; Ray carries names alone.
+    """Schedule items on Ray actors, each with a share of a GPU; Ray transports only the names of items.
 
-    When an actor or its node dies, a new one does the item again; idle actors are let go to make room for it.
+    When an actor or its node dies, a new one does the item again; idle actors are released to make room for it.
     """
     ray = _ray()
     actor = _actor(ray, task, gpu, workers)
@@ -264,7 +264,7 @@ def _run_ray(task: Task, items: Sequence[Any], workers: int, gpu: float, note: N
         worker, item = running.pop(ended[0])
         try:
             report = ray.get(ended[0])
-        except ray.exceptions.RayError as error:  # Ray's own retries are spent before it knows that a node is dead
+        except ray.exceptions.RayError as error:  # Ray uses up its own retries before it notices that a node is dead
             tries[item] += 1
             worker = actor.remote()
             report = Report(item, error=f"its worker died {TRIES} times ({faults.in_words(error)})", passes=True)
@@ -277,7 +277,7 @@ def _run_ray(task: Task, items: Sequence[Any], workers: int, gpu: float, note: N
 
 
 def _ray() -> Any:
-    """Reach Ray's cluster, or begin one on this machine. Raises: UsageError without Ray, RunError if it does not."""
+    """Connect to Ray's cluster, or start one here. Raises: UsageError without Ray, RunError if it does not start."""
     try:
         import ray
     except ImportError:
@@ -289,7 +289,7 @@ def _ray() -> Any:
 
 
 def _actor(ray: Any, task: Task, gpu: float, workers: int) -> Any:
-    """Declare the actor that works items; beside its work it answers how far it is."""
+    """Declare the actor that processes items; while it works it also answers how far it is."""
     here = os.getcwd()
 
     class Worker:
@@ -297,10 +297,10 @@ def _actor(ray: Any, task: Task, gpu: float, workers: int) -> Any:
             self.trouble: Exception | None = None
             self.done = 0
             try:
-                os.chdir(here)  # relative locations mean the same on every node, of a shared file system
+                os.chdir(here)  # on a shared file system, relative paths then mean the same on every node
                 share_cores(_actors_here(gpu, workers))
                 task.setup()
-            except Exception as error:  # raised here, it would be lost among Ray's own
+            except Exception as error:  # raised here, it would be lost among Ray's own errors
                 self.trouble = error
 
         def work(self, item: Any) -> Report:
@@ -327,7 +327,7 @@ def _actors_here(gpu: float, workers: int) -> int:
 
 
 def _look(ray: Any, running: Any, note: Note) -> None:
-    """Ask actors how many rows they have done of the items that they are at; those that do not answer keep silent."""
+    """Ask each actor how many rows of its item it has done; an actor that does not answer in time is passed over."""
     asked = {worker.look.remote(): item for worker, item in running}
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=RAY_LOOK_S)
     for answer in answered:
@@ -337,7 +337,7 @@ def _look(ray: Any, running: Any, note: Note) -> None:
 
 @dataclass
 class Outcome:
-    """The reports of a stage, sorted by item, and its speed. passing: the failed items that may do better next time."""
+    """The reports of a stage, in order of its items, and its speed. passing: the failed items that a retry may help."""
 
     done: dict[Any, dict[str, Any]] = field(default_factory=dict)
     failed: dict[Any, str] = field(default_factory=dict)
@@ -359,13 +359,13 @@ def run_stage(
     group: int = 1,
     around: Around = contextlib.nullcontext,
 ) -> Outcome:
-    """Run a task over the items, telling its progress on stderr, and collect what became of them.
+    """Run a task over the items, with its progress on stderr, and collect what became of them.
 
     workers: overrides the job's number where the stage knows better. gpu: the share of a GPU that a worker takes.
-    places: the directories that all items rest on; one that is gone ends the stage. group: so many small items are
-    worked at a time, within `around`.
+    places: the directories that all items need; if one is gone, the stage ends. group: this many small items are
+    processed at a time, within `around`.
 
-    Raises: RunError at the first error that no other item could escape.
+    Raises: RunError at the first error that every other item would meet, too.
     """
     outcome, started = Outcome(), time.perf_counter()
     num_gpus = gpus(job) if gpu else 0
@@ -382,7 +382,7 @@ def run_stage(
             if lost or report.ends:
                 log.debug("%s", report.trace)
                 told = lost or f"{label}: {report.item}: {report.error}"
-                raise RunError(told, "fix that and run the same command again; it goes on from here")
+                raise RunError(told, "fix that and run the same command again; it resumes from here")
             if report.error is not None:
                 outcome.failed[report.item] = report.error
                 outcome.passing |= {report.item} if report.passes else set()

@@ -1,20 +1,20 @@
-"""The errors that curate tells its user about, and the one-line form that they take.
+"""The errors that curate reports to its user, and their one-line form.
 
 CurateError          anything the user can act on; shown as one line, never as a traceback
 ├── UsageError       the request was wrong: unknown name, bad value, nothing to do            exit 2
 ├── ContractError    files do not fit together: other options, rows that do not line up       exit 2
-├── RunError         nothing can go on: a full disk, a lost mount; a rerun takes it up again  exit 1
-└── ShardError       one shard cannot be worked; the others go on, a rerun retries it         exit 1
+├── RunError         nothing can go on: a full disk, a lost mount; a rerun resumes            exit 1
+└── ShardError       one shard cannot be processed; the others go on, a rerun retries it      exit 1
 """
 
 import difflib
 from collections.abc import Iterable
 
-MOST_LISTED = 50  # names in one line; of more, those like the given one
+MOST_LISTED = 50  # names in one line; if there are more, only those most like the given one
 
 
 class CurateError(Exception):
-    """A failure with a message for the user and, where one exists, the command that mends it."""
+    """A failure with a message for the user and, where there is one, a hint: what to type to fix it."""
 
     exit_code = 1
 
@@ -40,7 +40,7 @@ class ContractError(CurateError):
 
 
 class RunError(CurateError):
-    """What all shards rest on is out of order, so that the run stops at once; when that is mended, a rerun goes on."""
+    """Something that all shards need has failed, so the run stops at once; once that is fixed, a rerun resumes."""
 
 
 class ShardError(CurateError):
@@ -48,7 +48,7 @@ class ShardError(CurateError):
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> UsageError:
-    """Build the refusal of a name: what was given, the nearest name, and all that exist, or of very many some."""
+    """Build the error for an unknown name: what was given, the nearest name, and those that exist (or some)."""
     names = sorted(known)
     near = difflib.get_close_matches(given, names, n=1)
     listed = names if len(names) <= MOST_LISTED else difflib.get_close_matches(given, names, n=10, cutoff=0)

@@ -1,4 +1,4 @@
-"""What an exception means for a run: its words, whether trying again may help, and whether anything else can go on."""
+"""What an exception means for a run: its message, whether a retry may help, and whether anything else can go on."""
 
 import errno
 import os
@@ -9,19 +9,19 @@ from curate import processes
 from curate.errors import RunError
 
 ENDING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENOTCONN)
-# What no second try mends.
+# Errors that no retry fixes.
 LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def in_words(error: Exception) -> str:
-    """Put an exception that is not ours into one line."""
+    """Describe an exception that is not ours in one line."""
     if isinstance(error, processes.WorkerDied):
         return str(error)
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def ends_all(error: Exception) -> bool:
-    """Say whether no other item can be done either: what is wrong is the place, not the file."""
+    """Say whether every other item would fail too: the fault lies with the disk or folder, not the file."""
     if isinstance(error, RunError):
         return True
     if not isinstance(error, OSError):
@@ -38,23 +38,23 @@ def ends_all(error: Exception) -> bool:
 
 @contextmanager
 def ending(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds into a RunError in one line, after which a rerun may go on."""
+    """Turn errors of these kinds into a one-line RunError, after which a rerun can resume."""
     try:
         yield
     except kinds as error:
-        raise RunError(f"{what}: {in_words(error)}", "run the same command again; it goes on from here") from error
+        raise RunError(f"{what}: {in_words(error)}", "run the same command again; it resumes from here") from error
 
 
 class Standing:
-    """Whether local directories are still those that they were: a lost mount leaves another, or none, in its place."""
+    """Whether local directories are still the same: a lost mount leaves another one, or none, in its place."""
 
     def __init__(self, places: Sequence[str]) -> None:
         self.known = {place: _identity(place) for place in places if "://" not in place}
 
     def lost(self) -> str:
-        """Name the first directory that is gone; empty where all stand."""
+        """Say which directory is gone, the first if several; "" if none is."""
         gone = (place for place, before in self.known.items() if before is not None and _identity(place) != before)
-        return next((f"{place} is not there any more (a lost mount?)." for place in gone), "")
+        return next((f"{place} no longer exists (a lost mount?)." for place in gone), "")
 
 
 def _identity(place: str) -> tuple[int, int] | None:

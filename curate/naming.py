@@ -1,8 +1,8 @@
-"""Names for groups of captions: what the captions of a group share and those of other groups do not.
+"""Names for groups of captions: phrases that a group's captions share and those of other groups lack.
 
-A phrase is one word, or two that stand side by side, without the small words below. In a group, a share p of the
-captions has it, of all captions a share q; the phrases of the highest p · log(p / q) name the group: common inside and
-rare outside. (That is a phrase's part of the divergence between the two: how much it tells of which group it is.)
+A phrase is one word, or two adjacent ones, without the small words below. A share p of the group's captions and a share
+q of all captions contain it; the phrases with the highest p · log(p / q) name the group: common inside, rare outside.
+(That is the phrase's part of the divergence between the two: how much it tells about which group a caption is from.)
 """
 
 import math
@@ -23,7 +23,7 @@ SMALL = frozenset(
 
 
 def phrases(caption: str) -> set[str]:
-    """List a caption's phrases: words without digits that are not small, and pairs of such that follow each other."""
+    """List a caption's phrases: words without digits that are not small words, and pairs of adjacent ones."""
     cut = (word[:MAX_LETTERS] for word in words(caption[:MAX_CHARACTERS]) if not any(map(str.isdigit, word)))
     read = list(cut)[:MAX_WORDS]
     single = {word for word in read if word not in SMALL}
@@ -31,7 +31,7 @@ def phrases(caption: str) -> set[str]:
 
 
 def forget_rare(counts: Counter[str]) -> bool:
-    """Forget the rarest phrases where there are more than MAX_PHRASES; say whether there were."""
+    """Forget the rarest phrases if there are more than MAX_PHRASES; returns whether there were."""
     least = 1
     while len(counts) > MAX_PHRASES:
         least += 1
@@ -41,10 +41,10 @@ def forget_rare(counts: Counter[str]) -> bool:
 
 
 def names(groups: Mapping[int, Sequence[str]], others: Iterable[str] = ()) -> dict[int, str]:
-    """Name each group by up to three phrases, "" where its captions share none.
+    """Name each group by up to three phrases, or "" if its captions share none.
 
-    groups: captions by group. others: captions of further rows, for what is common everywhere. A phrase that stands
-    within, or around, one already taken is passed over. Ties break by the alphabet.
+    groups: captions by group. others: captions of further rows, to tell what is common everywhere. A phrase that
+    contains one already taken, or is contained in it, is passed over. Ties are broken alphabetically.
     """
     inside = {group: Counter(phrase for text in texts for phrase in phrases(text)) for group, texts in groups.items()}
     outside: Counter[str] = Counter()
@@ -68,7 +68,7 @@ def _name(counts: Counter[str], captions: int, outside: Counter[str], total: int
 
 
 def joined(ordered: Iterable[str]) -> str:
-    """Join up to three phrases to a name, without those whose words stand within one already taken, or around it."""
+    """Join up to three phrases to a name, without those that contain one already taken or are contained in it."""
     taken: dict[str, set[str]] = {}
     for phrase in ordered:
         own = set(phrase.casefold().split())

@@ -1,4 +1,4 @@
-"""Options from TOML tables. pipelines/options.py checks them for both programs; here a refusal becomes a UsageError."""
+"""Options from TOML tables. pipelines/options.py checks them for both programs; here its errors become UsageErrors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,9 +1,9 @@
-"""Processes that do calls, each on a pipe of its own, so that any of them may die.
+"""Worker processes, each with its own pipe, so that any of them may die without harm to the others.
 
-Python's pools share one queue among their processes. One that is killed breaks the whole pool, or worse: killed in the
-middle of a write, it leaves whoever reads that queue waiting for ever, since the others still hold its end open. Here a
-pipe has one writer, so that the death of a process ends what is read from it. Its call is then done again by a new
-process, up to TRIES times in all. A thread in this process waits for each of the others.
+Python's pools share one queue among their processes. A process that is killed breaks the whole pool, or worse: killed
+in the middle of a write, it leaves the reader of that queue waiting for ever, since the others still hold its end open.
+Here each pipe has one writer, so the reader sees its end as soon as the process dies. A new process then repeats the
+call, up to TRIES times in all. A thread in this process waits for each of the others.
 """
 
 import atexit
@@ -24,19 +24,19 @@ from pipelines import memory
 
 TRIES = 3
 NOTE_INTERVAL_S = 0.5
-JOIN_S = 5.0  # for a process to end by itself once its pipe is closed
+JOIN_S = 5.0  # how long a process may take to end by itself once its pipe is closed
 Start = Callable[..., None]
 Note = Callable[[Any], None]
 
 
 class WorkerDied(Exception):
-    """The process that did a call died, and so did its successors."""
+    """The process that made a call died, and so did those that repeated it."""
 
 
 class Processes(Executor):
-    """A pool of processes. Each begins with `start(*arguments)`; what that raises, all of its calls raise.
+    """A pool of processes. Each first calls `start(*arguments)`; if that raises, so does every call it is given.
 
-    arguments: those of each process, as many as there shall be processes.
+    arguments: one tuple for each process to be started.
     """
 
     def __init__(self, start: Start, arguments: Sequence[tuple[Any, ...]]) -> None:
@@ -45,14 +45,14 @@ class Processes(Executor):
         for seat in self._all:
             self._free.put(seat)
         self._threads = ThreadPoolExecutor(len(self._all))
-        atexit.register(self.shutdown, cancel_futures=True)  # or else a crash here would wait for them without end
+        atexit.register(self.shutdown, cancel_futures=True)  # without this, a crash here would wait for them for ever
 
     def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
-        """Have a process do work(*arguments); picklable, as its result. Raises later: WorkerDied, or what it raised."""
+        """Call work(*arguments) in a process; all of it is pickled. The future raises WorkerDied, or what it raised."""
         return self._threads.submit(self._call, None, work, arguments, named)
 
     def submit_noted(self, note: Note, work: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """Submit, and pass on what the call tells of its progress by `tell`. note: called in another thread."""
+        """Submit, and call `note`, in another thread, with the progress that the call reports by `tell`."""
         return self._threads.submit(self._call, note, work, arguments, {})
 
     def _call(self, note: Note | None, work: Callable[..., Any], arguments: Any, named: Any) -> Any:
@@ -63,7 +63,7 @@ class Processes(Executor):
             self._free.put(seat)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the processes: when they have done what was submitted, or with cancel_futures at once."""
+        """End the processes: once they have done what was submitted, or with cancel_futures at once."""
         if cancel_futures:
             for seat in self._all:
                 seat.kill()
@@ -74,7 +74,7 @@ class Processes(Executor):
 
 
 class _Seat:
-    """The place of one process after another."""
+    """Holds one process at a time: when it dies, the next one takes its place."""
 
     def __init__(self, start: Start, arguments: tuple[Any, ...]) -> None:
         self.start, self.arguments = start, arguments
@@ -88,7 +88,7 @@ class _Seat:
             if self.ending:
                 break
             if self.process is not None and not self.process.is_alive():
-                self.close()  # it died between two calls, which costs neither of them a try
+                self.close()  # it died between two calls, so neither loses a try
             try:
                 if self.process is None:
                     self._begin()
@@ -117,10 +117,10 @@ class _Seat:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,))
         try:
-            # What a process starts from must fit into a pipe's buffer, or else its death stops the starting thread for
-            # ever. So the arguments, which may be large, take our own pipe.
-            resource_tracker.ensure_running()  # its start would let Ctrl-C through again
-            signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))  # of this thread, and so the process's
+            # What is sent to start a process must fit into a pipe's buffer, or else the death of that process blocks
+            # the starting thread for ever. So the arguments, which may be large, go through our own pipe.
+            resource_tracker.ensure_running()  # if it started later, it would unblock Ctrl-C again
+            signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))  # the new process inherits it
             try:
                 self.process.start()
             finally:
@@ -132,13 +132,13 @@ class _Seat:
         self.pipe.send((self.start, self.arguments))
 
     def kill(self) -> None:
-        """End the process at once, and let no other take its place."""
+        """End the process at once, and start no other in its place."""
         self.ending = True
-        with contextlib.suppress(AttributeError, ValueError):  # not begun, or closed by now
+        with contextlib.suppress(AttributeError, ValueError):  # not started, or already closed
             self.process.kill()
 
     def close(self) -> None:
-        """End the process, which waits for its next call or is dead."""
+        """End the process, which is waiting for its next call, or is dead."""
         if self.pipe is not None:
             self.pipe.close()
         if self.process is not None and self.process.pid is not None:
@@ -146,17 +146,17 @@ class _Seat:
             if self.process.is_alive():
                 self.process.kill()
             self.process.join()
-            with contextlib.suppress(ValueError):  # another thread's start has just noted its end
+            with contextlib.suppress(ValueError):  # another thread, starting a process, has just reaped it
                 self.process.close()
         self.process = self.pipe = None
 
 
 def _serve(pipe: Connection) -> None:
-    """Do calls until the pipe ends."""
+    """Make the calls that come through the pipe until it closes."""
     global _teller
     memory.one_arena()  # before the first thread
     _end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the main one decides
     trouble: BaseException | None = None
     _teller = _Teller(pipe)
     try:
@@ -177,30 +177,30 @@ def _serve(pipe: Connection) -> None:
             try:
                 _teller.send(answer)
             except (TypeError, AttributeError, ValueError) as error:  # pickle's
-                _teller.send(("raised", RuntimeError(f"what a process made cannot be sent: {error}")))
+                _teller.send(("raised", RuntimeError(f"the result of a worker process cannot be pickled: {error}")))
     except (EOFError, OSError):
         pass
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # its own helpers end with it; an ordinary exit would wait for them
+        os._exit(0)  # its own helpers end with it, whereas an ordinary exit would wait for them
 
 
 def _portable(error: Exception) -> Exception:
-    """Make an exception that survives the pipe, with its traceback as a note."""
+    """Make the exception safe to send through the pipe, with its traceback as a note."""
     import pickle
 
     told = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception whose class takes other arguments than it keeps
+    except Exception:  # a class whose constructor does not take the arguments that it stores
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(told)
     return error
 
 
 class _Teller:
-    """Sends what a call tells of its progress, now and then, and its answer."""
+    """Sends the progress that a call reports, at intervals, and then its result."""
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe, self.lock = pipe, threading.Lock()
@@ -222,7 +222,7 @@ _teller: _Teller | None = None
 
 
 def tell(rows: int) -> bool:
-    """Pass on that the call at work in this process did so many rows more. Says whether there is anyone to tell."""
+    """Report that the call in this process has done `rows` more rows. Returns whether anyone is listening."""
     if _teller is None:
         return False
     _teller.add(rows)
@@ -230,7 +230,7 @@ def tell(rows: int) -> bool:
 
 
 def _end_with_parent() -> None:
-    """Let this process die with the one that started it, which a killed run could not ask for."""
+    """Let this process end when the one that started it is gone; a run that is killed cannot end its processes."""
     import multiprocessing
     import multiprocessing.connection
 

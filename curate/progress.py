@@ -1,4 +1,4 @@
-"""How far a stage is, on stderr: a bar in a terminal, elsewhere a line every ten seconds, and at the end one line."""
+"""Progress of a stage on stderr: a bar in a terminal, elsewhere a line every ten seconds, and one line at the end."""
 
 import sys
 import threading
@@ -11,15 +11,15 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class Progress:
-    """The progress of one stage: items and rows done, failures, rows a second, and the time that is left.
+    """The progress of one stage: items and rows done, failures, rows per second, and the time left.
 
-    Rows count while their item is still at work, as far as it tells. Safe to use from several threads.
+    Rows of an item in progress count as soon as it reports them. Safe to use from several threads.
     """
 
     def __init__(self, label: str, total: int, *, unit: str = "shards", quiet: bool = False) -> None:
         self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
         self.done = self.rows = self.failed = 0
-        self.at_work: dict[Any, int] = {}  # rows done of items that are not
+        self.at_work: dict[Any, int] = {}  # rows done so far of each item in progress
         self.started = time.perf_counter()
         self.lock, self.closed = threading.RLock(), threading.Event()
         self.bar: Any = None
@@ -51,23 +51,23 @@ class Progress:
         self._draw()
 
     def within(self, item: Any, rows: int) -> None:
-        """Note how many rows are done of an item at work."""
+        """Note how many rows are done of an item in progress."""
         with self.lock:
             self.at_work[item] = rows
         self._draw()
 
     def end(self, item: Any) -> None:
-        """Forget what an item told at work: it is done, or failed."""
+        """Forget the rows of an item in progress: it is done, or failed."""
         with self.lock:
             self.at_work.pop(item, None)
 
     def text(self) -> str:
-        """Put the state into a line."""
+        """Describe the state in one line."""
         with self.lock:
             within, elapsed = sum(self.at_work.values()), max(time.perf_counter() - self.started, 1e-9)
             rows = self.rows + within
             share = float(self.done)
-            if self.rows and self.done > self.failed:  # items at work count by the rows of those done
+            if self.rows and self.done > self.failed:  # a begun item counts as its rows over the mean done
                 share += min(within * (self.done - self.failed) / self.rows, len(self.at_work))
             speed = f"  {rows:,} rows  {rows / elapsed:,.0f} rows/s" if rows else ""
             trouble = f"  {self.failed:,} failed" if self.failed else ""
@@ -81,7 +81,7 @@ class Progress:
             self.bar.update(self.task, description=self.text(), completed=self.done)
 
     def write(self, text: str) -> None:
-        """Print a line of its own."""
+        """Print a separate line; above the bar, if there is one."""
         text = printable(text)
         if self.bar is not None and not self.closed.is_set():
             self.bar.console.print(text, markup=False, soft_wrap=True)
@@ -90,7 +90,7 @@ class Progress:
             sys.stderr.flush()
 
     def close(self) -> None:
-        """Leave the last state as a full line, once."""
+        """Print the final state as a full line, once."""
         if self.closed.is_set():
             return
         self.closed.set()

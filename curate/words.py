@@ -1,9 +1,9 @@
-"""How texts are cut into words, for all that counts or compares them.
+"""How texts are split into words, for everything that counts or compares them.
 
-`words` is what a reader calls a word: a run of letters and digits in which apostrophes and hyphens may stand ("man's",
-"t-shirt", "2019"). `pieces` cuts at every sign, so that texts which differ in hyphens and apostrophes alone are the
-same ("t-shirt" is "t", "shirt"): for finding text again. Both fold case. How many words a caption has, the column
-`caption_words`, is another rule still, DataComp's: what stands between spaces.
+`words` gives what a reader calls words: runs of letters and digits that may contain apostrophes and hyphens ("man's",
+"t-shirt", "2019"). `pieces` cuts at every sign, so that texts that differ only in hyphens and apostrophes are the same
+("t-shirt" is "t", "shirt"): for finding text again. Both fold case. The column `caption_words`, the number of words of
+a caption, follows a third rule, DataComp's: a word is what is between spaces.
 """
 
 import re
@@ -19,7 +19,7 @@ def words(text: str) -> list[str]:
 
 
 def is_blank(text: str) -> bool:
-    """Say whether nothing of a text is to be seen: it has spaces, control and formatting characters at most."""
+    """Say whether nothing of a text is visible: it has at most spaces, control and formatting characters."""
     return all(unicodedata.category(letter)[0] in "ZC" for letter in text)
 
 

@@ -62,7 +62,7 @@ def test_a_verb_of_which_no_row_is_usable_ends_with_one(tmp_path):
     "passing, expected",
     [
         ({"a", "b"}, "2 shard(s) failed: a, b; run the same command again to retry"),
-        ({"a"}, "2 shard(s) failed: a, b; `curate show out` says why, and running again may help 1 of them"),
+        ({"a"}, "2 shard(s) failed: a, b; `curate show out` says why; for 1 of them, running again may help"),
         (set(), "2 shard(s) failed: a, b; `curate show out` says why"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_file_that_cannot_be_made_ends_a_stage_and_one_that_cannot_be_read_doe
 
 def test_a_directory_that_is_another_than_before_ends_a_stage(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(RunError, match=r"out is not there any more \(a lost mount\?\)"):
+    with pytest.raises(RunError, match=r"out no longer exists \(a lost mount\?\)"):
         stage(tmp_path, OSError(), 1, move=str(tmp_path / "out"))
     assert len(list(tmp_path.glob("tried-*"))) == 4
 

@@ -96,4 +96,4 @@ def test_a_dry_run_says_what_is_read_and_does_nothing(tmp_path):
     assert first.startswith(f"would read {pool}: a pool of 1 tar, ") and second == f"would write {tmp_path / 'emb'}"
     assert not (tmp_path / "emb").exists()
     refused = curate("cluster", tmp_path / "typo", tmp_path / "clu", "--dry-run", check=False)
-    assert refused.returncode == 2 and "is no directory" in refused.stderr
+    assert refused.returncode == 2 and "is not a directory" in refused.stderr

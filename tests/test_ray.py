@@ -25,7 +25,7 @@ LOOKS = {"initial_delay_ms": 500, "period_ms": 500, "failure_threshold": 3}
 SEEN = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}}
 
 
-NO_ROOM = "Ray has begun no worker yet, 0 of 2 CPUs are free: this waits until it does"
+NO_ROOM = "Ray has not started a worker yet, 0 of 2 CPUs are free: waiting until it does"
 
 
 class Held:
