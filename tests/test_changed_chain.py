@@ -143,7 +143,7 @@ def test_a_run_that_an_equal_one_overtakes_takes_up_what_that_has_finished(tmp_p
         if not other:
             break
         assert found == other[0] == open_input(out, verb.split()[0]).manifest
-        assert capfd.readouterr().err.strip() in (f"another run has finished {out} meanwhile", "")
+        assert capfd.readouterr().err.strip() in (f"another run has finished {out} in the meantime", "")
         assert not [name for name in os.listdir(out) if name.startswith(".next")]
     assert number > 3
 

@@ -1,4 +1,4 @@
-"""Finished directories, opened for reading: their manifests, their sidecars, and what they rest on."""
+"""Finished directories, opened for reading: their manifests, their sidecars, and the directories they are made from."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Artefact:
         return paths.resolve(self.manifest["inputs"][name]["path"], self.directory)
 
     def places(self) -> Iterator[str]:
-        """Locate this directory and all that it rests on, as far as that is there."""
+        """Locate this directory and those that it was made from, as far as they exist."""
         yield self.directory
         for name in self.manifest["inputs"]:
             location = self.input_path(name)
@@ -74,7 +74,7 @@ class Artefact:
             yield from Artefact(location, load_json(paths.join(location, MANIFEST))).places() if known else [location]
 
     def source(self, *commands: str) -> "Artefact":
-        """Walk up to the nearest artefact, itself included, that one of the verbs made.
+        """Walk up the chain of inputs to the nearest artefact, this one included, made by one of the verbs.
 
         Raises: LookupError where there is none, ContractError when an input has changed since.
         """
@@ -88,22 +88,22 @@ class Artefact:
             if upstream.digest != recorded["digest"]:
                 raise ContractError(
                     f"{self.directory} was made from another state of {location}.",
-                    f"run the `curate {self.command} …` that made it again: it takes up what has changed",
+                    f"run again the `curate {self.command} …` that made it: it brings it up to date",
                 )
             try:
                 return upstream.source(*commands)
             except LookupError:
                 continue
-        raise LookupError(f"{self.directory} does not rest on a directory made by `curate {' or '.join(commands)}`")
+        raise LookupError(f"{self.directory} was not made from a directory made by `curate {' or '.join(commands)}`")
 
     def embeddings(self) -> "Artefact":
-        """Walk up to the embeddings. Raises: UsageError where they are gone, ContractError as `source` does."""
+        """Walk up to the embeddings. Raises: UsageError if they are gone, ContractError as `source` does."""
         try:
             return self.source("embed", "import")
         except LookupError:
             raise UsageError(
-                f"the embeddings that {self.directory} rests on are not where its manifest says.",
-                "put them back, or make them and what follows again",
+                f"the embeddings that {self.directory} was made from are not where its manifest says.",
+                "put them back, or make them again and then this directory",
             ) from None
 
 
@@ -113,7 +113,7 @@ def is_readable(number: Any) -> bool:
 
 
 def open_input(directory: str, *commands: str) -> Artefact:
-    """Open a finished directory, made by one of the verbs where they are given.
+    """Open a finished directory. commands: the verbs that may have made it, by default any.
 
     Raises: UsageError when it is missing or was made by another verb, ContractError when it is unfinished.
     """
@@ -128,7 +128,7 @@ def open_input(directory: str, *commands: str) -> Artefact:
     manifest = load_json(paths.join(directory, MANIFEST))
     if not isinstance(manifest, dict) or "command" not in manifest:
         raise ContractError(
-            f"{directory}/{MANIFEST} is not a manifest of curate; {wanted or 'expected a directory made by curate'}."
+            f"{directory}/{MANIFEST} was not written by curate; {wanted or 'expected a directory made by curate'}."
         )
     if not is_readable(manifest.get("format")):
         raise ContractError(f"{directory} has format {manifest.get('format')}, this version reads 1 to {FORMAT}")

@@ -1,11 +1,11 @@
-"""One of several processes does a piece of work, the others wait for it: on any file system, without locks.
+"""Let one of several processes do a piece of work while the others wait: on any file system, without locks.
 
 A process that finds no claim file writes its name into one, waits longer than a write takes, and reads the file again:
-the one whose name stands there does the work (M. Fischer's algorithm for mutual exclusion). While it works, it counts
-up a number in the file. A claim whose number has stood still for a minute is taken over, and so is, at once, one of a
-process of this machine that has ended: nobody waits for ever. Two processes can both do the work where a write took
-longer than the wait, or where one was stopped for a minute and goes on later. What they make must therefore be the
-same, or show by whom it was made, as a digest does.
+the process whose name is in the file does the work (M. Fischer's algorithm for mutual exclusion). While it works, it
+keeps increasing a number in the file. If the number does not change for a minute, another process takes the claim over;
+it does so at once if the claim belongs to a process of this machine that has ended. So nobody waits for ever. Two
+processes may both do the work if a write took longer than the wait, or if one was stopped for a minute and continues
+later. What they make must therefore be the same, or show who made it, as a digest does.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ DEAD_S = 60.0  # without a beat
 
 
 def once(location: str, done: Callable[[], bool], work: Callable[[], None]) -> None:
-    """Do `work` unless `done()`, in one process of all that call this with the same location; return when it is done.
+    """Do `work` unless `done()`, in one of all processes that call this with the same location; return once it is done.
 
-    Where the process that does it dies or stands still, the next one takes over. An exception of `work` is raised here,
-    and another process tries.
+    If the process that does it dies or stalls, another one takes over. An exception of `work` is raised here, and
+    another process tries.
     """
     name = f"{_machine()} {os.getpid()} {uuid.uuid4().hex}"
     settle_s = REMOTE_SETTLE_S if paths.is_remote(location) else SETTLE_S
@@ -49,7 +49,7 @@ def once(location: str, done: Callable[[], bool], work: Callable[[], None]) -> N
 
 
 def _machine() -> str:
-    """Name what process numbers are unique in: the boot of a machine and its process namespace, else the host."""
+    """Name the scope in which process ids are unique: the machine's boot and process namespace, else the host."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}".replace(" ", "")
@@ -58,7 +58,7 @@ def _machine() -> str:
 
 
 def _ended(claim: str) -> bool:
-    """Say whether a claim's process is known to have ended: it ran on this machine, and is no more."""
+    """Say whether a claim's process is known to have ended: it ran on this machine, and no longer does."""
     machine, pid, *_ = claim.split(" ")
     if machine != _machine():
         return False
@@ -89,7 +89,7 @@ def _write(location: str, text: str) -> None:
 
 @contextlib.contextmanager
 def _beating(location: str, name: str) -> Iterator[None]:
-    """Count up a claim while the body runs, as long as it is ours; give it back at the end."""
+    """Keep increasing a claim's number while the body runs, as long as it is ours; release it at the end."""
     ended = threading.Event()
 
     def beat() -> None:

@@ -1,7 +1,7 @@
-"""What a stage could not read, passed over or changed: counted by kind, with one example of each.
+"""What a stage could not read, passed over or changed: counted by kind, with one example of each kind.
 
-A kind is a few words without numbers of its own (`decode_error: image file is truncated`), so that a million rows make
-a few kinds. The counts stand in the manifest under `faults` and in the closing lines of the run that made it.
+A kind is a few words without row-specific numbers (`decode_error: image file is truncated`), so that a million rows
+give only a few kinds. The counts are in the manifest under `faults`, and in the closing lines of the run that made it.
 """
 
 import sys
@@ -15,7 +15,7 @@ MOST_SHOWN = 10
 
 
 def add(faults: Faults, kind: str, example: str, count: int = 1) -> None:
-    """Count a fault; the first example of a kind stays."""
+    """Count a fault; of each kind the first example is kept."""
     faults.setdefault(kind, {"count": 0, "example": example})["count"] += count
 
 

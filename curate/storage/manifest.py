@@ -1,7 +1,7 @@
 """How a directory is begun, resumed and brought up to date (in the making: output.py; reading: artefact.py).
 
 `manifest.json` is written last, so that its presence means that the directory is complete; until then `.plan.json`
-holds the request, and a rerun with the same request goes on where the last one stopped. A manifest holds nothing that
+holds the request, and a rerun with the same request resumes where the last one stopped. A manifest holds nothing that
 differs between two runs of the same request: times and speeds go to `log.jsonl`.
 """
 
@@ -33,7 +33,7 @@ from curate.storage.renewal import Parts as Parts
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Look up the installed versions of the packages a stage rests on."""
+    """Look up the installed versions of the packages that a stage uses."""
     found = {}
     for package in ("data-curate", *packages):
         try:
@@ -61,15 +61,15 @@ def open_output(
     anew: str = "",
     free: Sequence[str] = (),
 ) -> Output:
-    """Begin, resume or recognise a derived directory, or its next state where its inputs have changed.
+    """Begin, resume or recognise as finished a derived directory, or its next state if its inputs have changed.
 
-    inputs: finished artefacts, or for foreign input `{"path": …, "digest": …}`. parts: what its shards are made of,
-    where each has a part of its own: shards whose part is as it was are kept; without parts, all is made anew in place
-    when an input has changed. anew: why nothing of what stands may be kept. free: options that may differ from those it
-    was made with.
+    inputs: finished artefacts, or for foreign input `{"path": …, "digest": …}`. parts: what each shard is made of, if
+    each is made of its own part of the input: shards whose part has not changed are kept. Without parts, the whole
+    directory is made anew in place if an input has changed. anew: why nothing that is there may be kept, or "". free:
+    options that may differ from those it was made with.
 
-    A directory made with other options or by another verb is refused unless `overwrite`; one that no curate verb made
-    is never deleted. Raises: ContractError naming the first difference, both values and the way out.
+    A directory made with other options or by another verb is refused unless `overwrite`; one that no verb of curate
+    made is never deleted. Raises: ContractError naming the first difference, both values and what to do.
     """
     sources = {
         name: {"path": paths.relative(source.directory, directory), "digest": source.digest}
@@ -86,7 +86,7 @@ def open_output(
     recorded = load_json(paths.join(directory, found)) if found else {}
     if names and not (isinstance(recorded, dict) and plan.keys() <= recorded.keys()):
         raise ContractError(
-            f"{directory} holds {names[0]} and was not made by curate.", "give a new or an empty directory"
+            f"{directory} holds {names[0]} and was not made by curate.", "give a new or empty directory"
         )
     output = Output(directory, plan, parts=parts)
     output.sources = tuple(source for source in inputs.values() if isinstance(source, Artefact))
@@ -104,7 +104,7 @@ def open_output(
             _refuse_own_input(directory, inputs)
             paths.remove(directory)
             of = f"from another state of {paths.resolve(changed, directory)}" if changed else "with other options"
-            output.why = f"{directory} was begun {of}: begun anew"
+            output.why = f"{directory} was begun {of}: starting over"
     if not output.complete:
         _begin(output)
     return output
@@ -118,7 +118,7 @@ def _begin(output: Output) -> None:
 
 
 def _renew(output: Output, recorded: dict[str, Any], anew: str) -> None:
-    """See what of a finished directory is to be made again, and turn the output to the folder where that happens."""
+    """Decide what of a finished directory must be made again, and point the output to the folder for that."""
     plan, parts, altered = output.plan, output.parts, _changed(recorded, output.plan)
     if anew:
         stands, output.why = False, anew
@@ -145,7 +145,7 @@ def _renew(output: Output, recorded: dict[str, Any], anew: str) -> None:
 
 
 def _changed(recorded: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
-    """Name the first input whose content is another than was recorded, or ""."""
+    """Name the first input whose content differs from what was recorded, or ""."""
     before = recorded.get("inputs", {})
     differing = (
         source["path"]
@@ -156,7 +156,7 @@ def _changed(recorded: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
 
 
 def recorded(directory: str, command: str) -> dict[str, Any]:
-    """Return the request that a directory was made with by a verb, finished or not; nothing where it was not."""
+    """Return the recorded request of a directory that this verb made, finished or not; else an empty dict."""
     for name in (MANIFEST, PLAN):
         if paths.exists(paths.join(directory, name)):
             found = load_json(paths.join(directory, name))
@@ -175,7 +175,7 @@ def _refuse_own_input(directory: str, inputs: Mapping[str, Artefact | Mapping[st
 
 
 def _refuse_another_pool(output: Output, recorded: Mapping[str, Any], change: Change) -> None:
-    """Raise ContractError when no shard would stay and the input lies elsewhere than it did: it is another one."""
+    """Raise ContractError if no shard would stay and the input has another path: it is a different pool."""
     before, after = recorded.get("inputs", {}), output.plan["inputs"]
     if change.kept or not recorded.get("shards"):
         return
@@ -183,7 +183,7 @@ def _refuse_another_pool(output: Output, recorded: Mapping[str, Any], change: Ch
         if before.get(name, {}).get("path") != after[name]["path"]:
             raise ContractError(
                 f"{output.home} was made from {before[name]['path']}, and {after[name]['path']} has none of its shards "
-                "as they were.",
+                "unchanged.",
                 "give another output directory, or --overwrite to make it anew",
             )
 

@@ -1,7 +1,7 @@
 """Where each sample's members lie in its tar: the embeddings' column `members`, and reading samples by it.
 
-With it a sample is read without a look at the rest of its tar. A tar may have changed since it was indexed: each
-member's header is read with it, and must be the one that was indexed.
+With it a sample is read without reading the rest of its tar. Since a tar may have changed after it was indexed, each
+member's header is read too, and must be the one that was indexed.
 """
 
 from collections.abc import Iterator, Sequence

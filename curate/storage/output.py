@@ -1,6 +1,6 @@
-"""A directory in the making: its plan, what of it is there, what failed, and how it is completed.
+"""A directory in the making: its plan, which of its files exist, what failed, and how it is completed.
 
-manifest.py says whether a request begins one, goes on with it or finds it finished.
+manifest.py decides whether a request begins a directory, resumes it, or finds it finished.
 """
 
 import json
@@ -23,11 +23,11 @@ FAILED = ".failed"  # a folder with a JSON file for each shard that a slice coul
 
 @dataclass
 class Output:
-    """A directory in the making. `plan` is the request; `complete` says that it stood finished already.
+    """A directory in the making. `plan` is the request; `complete` says that it was already finished.
 
-    directory: where it is made: at `home`, or where something finished stands there, in a folder inside, until the new
-    state is whole. basis: the digest of the manifest that stands there, or "". kept: shards whose files stay. why: what
-    happens to a directory that stood, in words.
+    directory: where it is made: at `home`, or, if `home` is already a finished directory, in a folder inside it until
+    the new state is complete. basis: the digest of the manifest at `home`, or "". kept: shards whose files stay. why:
+    what happens to an existing directory, in words.
     """
 
     directory: str
@@ -45,7 +45,7 @@ class Output:
         self.home = self.home or self.directory
 
     def tell(self, *, quiet: bool = False) -> None:
-        """Say on stderr what happens to a directory that stood."""
+        """Say on stderr what happens to an existing directory."""
         if self.why and not quiet:
             sys.stderr.write(f"{self.plan['command']}: {self.why}\n")
 
@@ -54,7 +54,7 @@ class Output:
         return paths.join(self.directory, name)
 
     def find(self, stem: str, suffix: str = ".arrow") -> str:
-        """Locate the file of a shard, be it kept or made."""
+        """Locate the file of a shard, whether it is kept or newly made."""
         return paths.join(self.home if stem in self.kept else self.directory, stem + suffix)
 
     def missing(self, stems: Sequence[str], name: str | Callable[[str], str] = ".arrow") -> list[str]:
@@ -72,7 +72,7 @@ class Output:
         return [stem for stem, file in named.items() if file not in present]
 
     def pending(self, share: Sequence[str], name: str | Callable[[str], str] = ".arrow") -> list[str]:
-        """List what of this run's share is to be made, and forget that it failed before. name: as for `missing`."""
+        """List the stems of this run's share to be made, and forget their earlier failures. name: as in `missing`."""
         todo = self.missing(share, name)
         for stem in set(todo) & self._recorded_failures():
             paths.remove(self._failure(stem))
@@ -83,7 +83,7 @@ class Output:
     ) -> dict[str, str]:
         """Return why shards could not be made, by this run or by other slices, in the order of the stems.
 
-        failed: of this run; they are recorded, so that a slice that ends later does not wait for them.
+        failed: by this run; they are recorded, so that a slice that ends later does not wait for them.
         """
         for stem, why in failed.items():
             save_json(self._failure(stem), why)
@@ -100,9 +100,9 @@ class Output:
     def unfinished(
         self, stems: Sequence[str], failed: Mapping[str, str], name: str | Callable[[str], str] = ".arrow"
     ) -> dict[str, Any] | None:
-        """Return what a stage answers while other slices still have shards to make; None when all are made or failed.
+        """Return the stage's result if other slices still have shards to make; None if all are made or have failed.
 
-        failed: what `failures` returned. A shard that could not be made is a finished one. name: as for `missing`.
+        failed: what `failures` returned. A shard that could not be made counts as finished. name: as for `missing`.
         """
         left = [stem for stem in self.missing(stems, name) if stem not in failed]
         if left and self.overtaken():
@@ -110,9 +110,9 @@ class Output:
         return {"format": FORMAT, **self.plan, "unfinished": left, "failed": dict(failed)} if left else None
 
     def overtaken(self) -> bool:
-        """Say whether another run has finished the same in this directory's place; `manifest` is then what it wrote.
+        """Say whether another run has finished the same directory first; `manifest` is then what it wrote.
 
-        Raises: ContractError when another run has taken over for another state of the input.
+        Raises: ContractError if another run is making it from another state of the input.
         """
         if not self.basis:
             return False
@@ -127,9 +127,9 @@ class Output:
         return True
 
     def finish(self, **facts: Any) -> dict[str, Any]:
-        """Write the manifest, which makes the directory complete, and return it. What killed runs left half is deleted.
+        """Write the manifest, which completes the directory, and return it. Leftovers of killed runs are deleted.
 
-        Not before: another slice may be writing. Raises: ContractError when an input has changed meanwhile.
+        (They are not deleted earlier: another slice may be writing.) Raises: ContractError if an input has changed.
         """
         if self.overtaken():
             return self.manifest
@@ -152,11 +152,12 @@ class Output:
             save_json(self.path(SEEN), {"manifest": digest(manifest), **self.parts.record()})
 
     def _refuse_meanwhile(self) -> None:
-        """Raise ContractError when an input, or what another run makes here, is no longer what this run began with."""
+        """Raise ContractError if an input, or another run's state of this directory, is not what it began with."""
         for source in self.sources:
             if digest(load_json(source.path(MANIFEST))) != source.digest:
                 raise ContractError(
-                    f"{source.directory} has changed while {self.home} was made of it.", "run the same command again"
+                    f"{source.directory} has changed while {self.home} was being made from it.",
+                    "run the same command again",
                 )
         plan = load_json(self.path(PLAN)) if self.parts is not None and paths.exists(self.path(PLAN)) else {}
         seen = plan.get("seen")
@@ -165,13 +166,13 @@ class Output:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Take the directory away again when the request is refused before anything but scratch was made.
+        """Remove the directory again if the request is refused before anything but scratch files was made.
 
         A finished one stays as it was.
         """
         try:
             yield
-        except RunError:  # the place is out of order, not the request: a rerun goes on from here
+        except RunError:  # the disk is at fault, not the request: a rerun resumes from here
             raise
         except CurateError:
             if self.basis or all(name.startswith(".") or name == LOG for name in paths.listdir(self.directory)):
@@ -179,7 +180,7 @@ class Output:
             raise
 
     def log(self, **entry: Any) -> None:
-        """Append a line to `log.jsonl`: times, speeds, workers, what was typed; no part of the artefact's identity."""
+        """Append a line to `log.jsonl`: times, speeds, workers, the command; not part of the artefact's identity."""
         if paths.is_remote(self.home):
             return
         with open(paths.local(paths.join(self.home, LOG)), "a", encoding="utf-8") as file:
@@ -193,4 +194,4 @@ def _typed() -> dict[str, str]:
 
 
 def _other_run(home: str) -> ContractError:
-    return ContractError(f"another run makes {home} of another state of its input.", "run the same command again")
+    return ContractError(f"another run is making {home} from another state of its input.", "run the same command again")

@@ -1,9 +1,9 @@
 """Locations: local paths and fsspec URLs under one small set of verbs.
 
 A location is a `str`. Local files are mapped, fsynced and renamed into place; a remote object is written to a local
-temporary file and appears whole when its upload ends, which is the same promise: that a name exists means that its
-content is complete. What fails in passing (a 503, a cut connection, a silent server) is tried again after a pause;
-s3fs does so for single requests, this room for whole reads and uploads, and for every driver.
+temporary file and appears when its upload ends. Either way, if a name exists, its content is complete. What fails for a
+moment (a 503, a cut connection, a silent server) is tried again after a pause; s3fs does so for single requests, this
+module for whole reads and uploads, and for every driver.
 """
 
 import errno
@@ -55,9 +55,9 @@ def _remote(location: str) -> tuple[Any, str]:
 
 
 def with_retries(location: str, work: Callable[[Any, str], Result]) -> Result:
-    """Do work(filesystem, path) on a remote location, again after a pause while it fails in passing.
+    """Call work(filesystem, path) on a remote location; a failure that may pass is tried again after a pause.
 
-    Raises: OSError when it goes on failing, or what the driver raises for good (no such file, no permission).
+    Raises: OSError if it keeps failing, or at once what the driver raises for good (no such file, no permission).
     """
     fs, path = _remote(location)
     for attempt in range(TRIES):
@@ -79,7 +79,7 @@ def with_retries(location: str, work: Callable[[Any, str], Result]) -> Result:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Say whether an error may pass by itself: one of the network's, or of a driver's client library."""
+    """Say whether an error may pass by itself: one of the network, or of a driver's client library."""
     if isinstance(error, OSError):
         return not isinstance(error, LASTING)
     return type(error).__module__.split(".")[0] in CLIENTS
@@ -157,7 +157,7 @@ def _list(directory: str) -> list[dict[str, Any]]:
 
 
 def entries(directory: str) -> tuple[list[str], list[str]]:
-    """List the files and the folders in a directory, each sorted. Links to folders are in neither."""
+    """List the files and the folders in a directory, each sorted. Links to folders are in neither list."""
     if is_remote(directory):
         named = [(name(each["name"]), each["type"]) for each in _list(directory)]
         files, folders = ([each for each, kind in named if kind == wanted] for wanted in ("file", "directory"))
@@ -228,7 +228,7 @@ def read_lines(location: str) -> list[str]:
 
 @contextmanager
 def local_copy(location: str) -> Iterator[str]:
-    """Have a file as a local one: itself, or for a remote one a copy, of which nothing stays."""
+    """Give a local path to a file: its own, or for a remote one that of a copy, which is deleted afterwards."""
     if not is_remote(location):
         yield local(location)
         return
@@ -241,7 +241,7 @@ def local_copy(location: str) -> Iterator[str]:
 def atomic_write(location: str) -> Iterator[IO[bytes]]:
     """Open a file that appears under its name only when it is complete and on disk; see also `whole_files.together`.
 
-    On an error nothing appears, and what was there before stays.
+    On an error no file appears, and what was there before stays.
     """
     if is_remote(location):
         with whole_files.passing() as (file, copy):
@@ -254,7 +254,7 @@ def atomic_write(location: str) -> Iterator[IO[bytes]]:
 
 
 def write_plain(location: str, data: bytes) -> None:
-    """Write a file of something that is not finished yet, without waiting for the disk: a rerun writes it again."""
+    """Write a file of an unfinished directory without waiting for the disk: a rerun would write it again."""
     if is_remote(location):
         with atomic_write(location) as file:
             file.write(data)
@@ -264,7 +264,7 @@ def write_plain(location: str, data: bytes) -> None:
 
 
 def clear_temporaries(directory: str, but: tuple[str, ...] = ()) -> None:
-    """Delete what killed runs left half written in a directory. but: how the names begin that stay."""
+    """Delete the half-written files of killed runs in a directory. but: prefixes of the names to keep."""
     if not is_remote(directory):
         for entry in listdir(directory):
             if entry.endswith(".tmp") and not entry.startswith(but):
@@ -335,7 +335,7 @@ def _is(entry: os.DirEntry[str], kind: Callable[[str], bool]) -> bool:
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result:
-    """Look at a file; of a link that leads nowhere at the link itself: whoever opens it fails by its name."""
+    """Stat a file, or, if it is a broken link, the link itself: whoever opens it then fails, naming it."""
     with suppress(OSError):
         return entry.stat()
     return entry.stat(follow_symlinks=False)
@@ -349,14 +349,14 @@ def look(location: str) -> Found:
 
 
 def place(folder: str) -> str:
-    """Tell a folder from another one that took its name, or a copy of it: modification times compare within one."""
+    """Identify a folder, so that another one under its name, or a copy, is noticed: times compare within one only."""
     if is_remote(folder):
         return folder.rstrip("/")
     return f"inode {os.stat(local(folder)).st_ino}" if os.path.exists(local(folder)) else ""
 
 
 def move(source: str, target: str) -> bool:
-    """Give a file another name, whose own file it replaces; say whether it was there."""
+    """Rename a file, replacing any file of the new name; returns whether it existed."""
     try:
         if is_remote(source):
             with_retries(source, lambda fs, path: fs.mv(path, _remote(target)[1]))
@@ -379,10 +379,10 @@ def _described(info: Any) -> Found:
 
 
 def _measured(held: Mapping[str, Any]) -> dict[str, Found]:
-    """Read a listing; a web server's has no sizes, by which a change is seen: its files are asked, some at a time."""
+    """Read a listing; a web server's has no sizes, which show changes, so its files are asked, several at a time."""
 
     def measure(location: str) -> Found:
-        with suppress(FileNotFoundError):  # a link that leads nowhere: whoever opens it fails by its name
+        with suppress(FileNotFoundError):  # a broken link: whoever opens it fails, naming it
             return look(location) if held[location].get("size") is None else _described(held[location])
         return _described(held[location])
 

@@ -1,7 +1,7 @@
-"""Byte ranges of a file: which of them are read at once, and how they are fetched, several at a time.
+"""Byte ranges of a file: which are joined into one read, and how they are fetched, several at a time.
 
-On a URL every request costs a journey, every byte between two ranges costs its transfer: ranges are joined across the
-smallest gaps first, as long as the gaps are a small part of what is wanted.
+On a URL every request costs a round trip, and every byte between two joined ranges costs its transfer: ranges are
+joined across the smallest gaps first, as long as the gaps are a small part of what is wanted.
 """
 
 import functools
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 def join(starts: np.ndarray, stops: np.ndarray, waste: float = WASTE) -> tuple[np.ndarray, np.ndarray]:
     """Join ranges i64 [n], in any order, into fewer that cover them. Returns (starts, stops) i64, ascending, disjoint.
 
-    waste: how many bytes may be read besides those wanted, as a share of those.
+    waste: how many bytes may be read besides those wanted, as a share of those wanted.
     """
     order = np.lexsort((stops, starts))
     starts, stops = starts[order], np.maximum.accumulate(stops[order])
@@ -46,7 +46,7 @@ class Pieces:
         self.starts, self.parts = np.asarray(starts, np.int64), parts
 
     def __call__(self, start: int, size: int) -> memoryview:
-        """Return a stretch that lies within one of the parts. Raises: OSError where the file has ended before it."""
+        """Return a stretch that lies within one of the parts. Raises: OSError if the file ends before it."""
         found = self.find(start, size)
         if found is None:
             raise OSError(f"bytes {start:,} to {start + size:,} are not there")
@@ -82,7 +82,7 @@ def read(location: str, starts: np.ndarray, stops: np.ndarray, waste: float = WA
 
 
 def read_remote(location: str, starts: Sequence[int], stops: Sequence[int | None]) -> list[bytes]:
-    """Read ranges of a remote file as they are, at once; one may come back shorter where the file ends in it.
+    """Read ranges of a remote file as they are, all at once; a range in which the file ends comes back shorter.
 
     A negative start, whose stop is None, counts from the end.
     """
@@ -102,7 +102,7 @@ def read_remote(location: str, starts: Sequence[int], stops: Sequence[int | None
 
 
 def map_ahead(pool: Executor, work: Callable[[In], Result], items: Iterable[In], depth: int) -> Iterator[Result]:
-    """Map over items in a pool, in order, with at most `depth` of them taken up before their turn."""
+    """Map over items in a pool, in order, with at most `depth` of them started ahead."""
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -117,7 +117,7 @@ def map_ahead(pool: Executor, work: Callable[[In], Result], items: Iterable[In],
 
 
 def ahead(location: str, work: Callable[[In], Result], items: Iterable[In], depth: int = AHEAD) -> Iterator[Result]:
-    """Map over items in order: where `location` is remote in threads, `depth` of them at a time; else one by one."""
+    """Map over items in order: if `location` is remote, in threads, `depth` at a time; else one by one."""
     if not paths.is_remote(location):
         yield from map(work, items)
         return
@@ -126,5 +126,5 @@ def ahead(location: str, work: Callable[[In], Result], items: Iterable[In], dept
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    """Return the threads of `ahead`, the same each time: s3fs makes a client for each. Work in them calls it never."""
+    """Return the threads of `ahead`, always the same, since s3fs makes a client for each. Not to be called in them."""
     return ThreadPoolExecutor(AHEAD)

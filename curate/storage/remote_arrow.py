@@ -1,10 +1,10 @@
-"""Arrow files on a URL, read by ranges: the footer, what describes the batches, then the columns that are asked for.
+"""Arrow files on a URL, read by ranges: the footer, the batches' metadata, then the columns that are asked for.
 
 A footer says where batches lie, a batch's metadata where its buffers do (Arrow's columnar format, "IPC File Format"
 and "Message.fbs", in flatbuffers). pyarrow reads some columns of a file by itself, but one buffer after another, and
 asks for the file's size; here all ranges go out at once, and pyarrow decodes what came back.
 
-Requests: one for the footer, one for what describes the batches, then the columns'. Nothing is kept open.
+Requests: one for the footer, one for the batches' metadata, then those for the columns. Nothing is kept open.
 """
 
 import io
@@ -43,7 +43,7 @@ class RemoteFile:
         if needed > len(tail) and self._whole is None:
             [tail] = ranges.read_remote(location, [-needed], [None])
         if needed > len(tail):
-            raise pa.ArrowInvalid("the file is shorter than its footer says")
+            raise pa.ArrowInvalid("the file is shorter than its footer states")
         _footer_bytes[folder] = needed + ALIGNED
         self._footer = tail[-needed:]
         self._messages: dict[int, memoryview] = {}  # the metadata of batches, as far as it was read
@@ -61,7 +61,7 @@ class RemoteFile:
         return dictionaries, batches
 
     def _describe(self, wanted: Sequence[int]) -> None:
-        """Learn what stands before the columns of some batches: their metadata, and with the first the dictionaries."""
+        """Read what comes before the columns of some batches: their metadata, and the first time the dictionaries."""
         new = [index for index in wanted if index not in self._messages]
         dictionaries, batches = self._blocks[0][: 0 if self._messages else None], self._blocks[1][new]
         ends = dictionaries["offset"] + dictionaries["described"] + dictionaries["body"]
@@ -105,7 +105,7 @@ class RemoteFile:
     def vectors(self, column: str, rows: np.ndarray) -> np.ndarray:
         """Read rows (numbers within the file, in any order) of an embedding column as f16 [len(rows), d].
 
-        Only their bytes are read, and some between them. Null rows are what lies under them: zero.
+        Only their bytes are read, and some between them. Null rows come as what is stored under them: zeros.
         """
         place = self.schema.get_field_index(column)
         dim = self.schema.field(place).type.list_size
@@ -143,7 +143,7 @@ class RemoteFile:
 
 
 class _Served(io.RawIOBase):
-    """What is known of a file, as one that can be read from any position. footer: what stands at its end."""
+    """The bytes of a file that are known so far, readable from any position. footer: those at its end."""
 
     def __init__(self, footer: bytes, known: Sequence[Pieces]) -> None:
         self.position = 0
@@ -173,7 +173,7 @@ class _Served(io.RawIOBase):
 
 
 def _num_buffers(kind: pa.DataType) -> int:
-    """Count the buffers of a column's kind in a message, those of its parts among them."""
+    """Count the buffers that a column of this type has in a message, those of its children included."""
     if pa.types.is_null(kind):
         return 0
     own = 2 if pa.types.is_dictionary(kind) else int(kind.num_buffers)

@@ -1,12 +1,12 @@
-"""A finished directory takes up what has changed in its inputs: what of it is kept, and the swap to its next state.
+"""Bring a finished directory up to date with its changed inputs: what of it is kept, and the swap to its next state.
 
-The next state is made in a folder inside, `DIR/.next-{digest}`, as any directory is: by a plan, resumed where it
-stands, by slices. Meanwhile DIR is what it was. When the new manifest is written, `DIR/.swap.json` names the folder:
-that is the moment of change. Whoever opens DIR from then on carries the swap out, a rename a file, before it reads; so
-nobody sees half of one, whoever died on the way. A run that finds DIR in another state than it began from changes
-nothing.
+The next state is made in a folder inside, `DIR/.next-{digest}`, as any directory is: with a plan, resumable, by slices
+if asked for. Meanwhile DIR stays as it was. When the new manifest is written, `DIR/.swap.json` names the folder: that
+is the moment of change. From then on, whoever opens DIR first carries out the swap, by renaming file after file, before
+it reads; so nobody sees half of one, whichever process died on the way. A run that finds DIR in another state than the
+one it began from changes nothing.
 
-What a shard was made of is kept in `DIR/.seen.json`, which is no part of the artefact: size and stamp of each file.
+`DIR/.seen.json`, which is not part of the artefact, records what each shard was made of: size and stamp of each file.
 """
 
 import functools
@@ -36,10 +36,10 @@ Result = TypeVar("Result")
 class Parts:
     """What each shard of a directory is made of.
 
-    inputs: the inputs that the shards are parts of. seen: by stem the size of its file, the stamp (when it was written,
-    or a store's ETag), and what else counts. place: stamps compare within one place alone, sizes always do. contents:
-    reads digests of the files' bytes, by stem, which decide where the stamp alone is another; of all where `verify`.
-    adopted: whether an interrupted run's files, under their stems, are those of any later run that sees the same parts.
+    inputs: the inputs that consist of these parts. seen: by stem the size of its file, its stamp (when it was written,
+    or a store's ETag), and what else counts. place: stamps are compared within one place only, sizes always. contents:
+    reads digests of the files' bytes, by stem, which decide if only the stamp differs; with `verify`, always. adopted:
+    whether files of an interrupted run, under their stems, suit any later run that sees the same parts.
     """
 
     inputs: tuple[str, ...]
@@ -54,7 +54,7 @@ class Parts:
         return {"place": self.place, "parts": {stem: list(seen) for stem, seen in self.seen.items()}}
 
     def same(self, before: Mapping[str, Any], stem: str, *, stamped: bool = True) -> bool:
-        """Say whether a shard's part is what it was. before: an earlier `record`; stamped: whether stamps count."""
+        """Say whether a shard's part is unchanged. before: an earlier `record`; stamped: whether stamps count."""
         old, new = before["parts"].get(stem), self.seen.get(stem)
         if old is None or new is None or old[0] != new[0]:
             return False
@@ -65,14 +65,14 @@ class Parts:
         return not stamped or not old[1] or stamps_alike or before["place"] != self.place
 
     def copied(self, before: Mapping[str, Any], stems: Collection[str]) -> set[str]:
-        """Pick the shards of a copy that are known by their size alone, and whose files can be read. before: `same`."""
+        """Pick a copy's shards that only their size identifies and whose files can be read. before: as in `same`."""
         if self.contents is None or before["place"] == self.place or paths.is_remote(self.place):
             return set()
         here = replace(self, place=before["place"])
         return {stem for stem in stems if self.same(before, stem) and not here.same(before, stem)}
 
     def same_bytes(self, before: Mapping[str, Any], held: Mapping[str, str]) -> set[str]:
-        """Name the shards whose files must be read to know them, and have the digests `held`. before: as in `same`."""
+        """Name the shards that must be read to be identified and have the digests `held`. before: as in `same`."""
         if self.contents is None:
             return set()
         doubted = {
@@ -87,9 +87,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a finished directory's shards. again: they failed before, and are what they were.
+    """What became of a finished directory's shards. again: those that failed before, unchanged.
 
-    touched: those kept that were written again with the bytes that they had.
+    touched: how many of those kept have been rewritten with the same bytes.
     """
 
     kept: frozenset[str]
@@ -112,7 +112,7 @@ class Change:
 
 
 def compare(home: str, recorded: Mapping[str, Any], plan: Mapping[str, Any], parts: Parts) -> Change:
-    """Compare the parts of a finished directory's shards with what they were. recorded: its manifest."""
+    """Compare the parts of a finished directory's shards with what was recorded. recorded: its manifest."""
     before = _seen(home, recorded)
     found = before or {"place": "", "parts": {}}
     stood, failed = set(recorded.get("shards", {})), set(recorded.get("failed", {}))
@@ -140,7 +140,7 @@ def compare(home: str, recorded: Mapping[str, Any], plan: Mapping[str, Any], par
 
 
 def _seen(home: str, recorded: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Read what a directory's shards were made of; of an older version's directory the sizes, where it has them."""
+    """Read what a directory's shards were made of; for one of an older version only the sizes, if recorded."""
     if paths.exists(paths.join(home, SEEN)):
         found = load_json(paths.join(home, SEEN))
         if isinstance(found, dict) and found.get("manifest") == digest(recorded):
@@ -157,7 +157,7 @@ def next_folder(home: str, plan: Mapping[str, Any], basis: str) -> str:
 
 
 def adopt(home: str, folder: str, parts: Parts | None, kept: Iterable[str]) -> None:
-    """Take what interrupted runs have made of the same parts over into a folder, and clear theirs away."""
+    """Move what interrupted runs have made of the same parts into a folder, and delete theirs."""
     for name in paths.listdir(home):
         old = paths.join(home, name)
         if not name.startswith(NEXT) or old == folder:
@@ -171,7 +171,7 @@ def adopt(home: str, folder: str, parts: Parts | None, kept: Iterable[str]) -> N
 
 
 def drop_stale(directory: str, recorded: Mapping[str, Any], parts: Parts) -> None:
-    """Delete what stands in an unfinished directory of parts that are no longer what they were."""
+    """Delete from an unfinished directory what was made of parts that have changed since."""
     before = recorded.get("seen") or {"place": "", "parts": {}}
     names = paths.listdir(directory)
     stems = before["parts"].keys() - _as_they_were(directory, before, parts)
@@ -180,7 +180,7 @@ def drop_stale(directory: str, recorded: Mapping[str, Any], parts: Parts) -> Non
 
 
 def _as_they_were(directory: str, before: Mapping[str, Any], parts: Parts) -> set[str]:
-    """Name the shards whose part is what it was when files of a directory in the making were made of it."""
+    """Name the shards whose part has not changed since an unfinished directory made files of it."""
     same = {stem for stem in before["parts"] if parts.same(before, stem)}
     same -= parts.copied(before, same)
     doubted = {stem for stem in before["parts"].keys() - same if parts.same(before, stem, stamped=False)}
@@ -197,10 +197,10 @@ def belonging(names: Iterable[str], stems: set[str]) -> Iterator[str]:
 
 
 def shared(stage: Callable[Concatenate[Any, str, Made], Result]) -> Callable[Concatenate[Any, str, Made], Result]:
-    """Let a stage, called as `stage(source, out, …)`, end well beside an equal one that is faster.
+    """Let a stage, called as `stage(source, out, …)`, end well if an equal run beside it is faster.
 
-    That one takes away the folder in which both make the next state. What the slower one then fails at names the
-    folder, and it looks again: it finds what the other has finished.
+    The faster run removes the folder in which both make the next state. The slower one then fails with an error that
+    names the folder; it is called again, and finds what the other has finished.
     """
 
     @functools.wraps(stage)
@@ -212,15 +212,15 @@ def shared(stage: Callable[Concatenate[Any, str, Made], Result]) -> Callable[Con
             folder = paths.join(out, found[0]) if found else out
             if not found or paths.exists(paths.join(folder, PLAN)) or not paths.exists(paths.join(out, MANIFEST)):
                 raise
-            paths.remove(folder)  # what was written after it was taken away
-        sys.stderr.write(f"another run has finished {out} meanwhile\n")
+            paths.remove(folder)  # what was written after it was removed
+        sys.stderr.write(f"another run has finished {out} in the meantime\n")
         return stage(source, out, *more, **named)
 
     return made
 
 
 def swap(home: str, folder: str, basis: str, target: str, kept: frozenset[str]) -> None:
-    """Make the finished folder the directory's state. target: its manifest's digest; kept: the shards whose files stay.
+    """Make the finished folder the directory's new state. target: the digest of its manifest; kept: shards that stay.
 
     Raises: ContractError when the directory is no longer what the folder was begun from.
     """
@@ -228,14 +228,16 @@ def swap(home: str, folder: str, basis: str, target: str, kept: frozenset[str]) 
         settle(home)
         recorded = load_json(paths.join(home, MANIFEST))
         now = digest(recorded)
-        # The plan goes with the folder alone. Without it another run has finished the same and taken the folder away,
-        # and what this one wrote after that has made another of its name, in which next to nothing is.
+        # The plan disappears only with the folder. If it is missing, another run has finished the same and removed the
+        # folder, and what this run wrote after that has made a new, nearly empty folder of the same name.
         whole = all(paths.exists(paths.join(folder, name)) for name in (PLAN, MANIFEST))
         if not whole or now == target != basis:
             paths.remove(folder)
             return
         if now not in (basis, target):
-            raise ContractError(f"{home} has become another while this run was at work.", "run the same command again")
+            raise ContractError(
+                f"another run has changed {home} while this one was running.", "run the same command again"
+            )
         files = set(_files(folder))
         old = set(recorded.get("shards", {})) - kept
         drop = [name for name in belonging(paths.listdir(home), old) if name not in files]
@@ -247,9 +249,9 @@ def swap(home: str, folder: str, basis: str, target: str, kept: frozenset[str]) 
 
 
 def _decide(home: str, folder: str, decided: Mapping[str, Any]) -> bool:
-    """Write the file that makes a swap happen, unless there is one; say whether it was written.
+    """Write the file that decides a swap, unless there is one already; returns whether it was written.
 
-    Nor is it written when another run has meanwhile swapped: the folder is away then, and must not be made again.
+    It is not written either if another run has swapped meanwhile: the folder is gone then, and must not be made again.
     """
     where = paths.join(home, SWAP)
     if paths.is_remote(where):
@@ -272,15 +274,15 @@ def _decide(home: str, folder: str, decided: Mapping[str, Any]) -> bool:
 
 
 def refuse_unfinished(directory: str) -> None:
-    """Refuse a directory that nobody has finished, by its plan. Raises: ContractError naming what goes on with it."""
+    """Refuse an unfinished directory. Raises: ContractError naming the command that resumes it."""
     made_by = load_json(paths.join(directory, PLAN)).get("command")
     raise ContractError(f"{directory} is unfinished.", f"re-run the `curate {made_by} …` that made it; it resumes")
 
 
 def settle(home: str) -> None:
-    """Carry out a swap that was decided, whoever decided it; several processes may do so at once.
+    """Carry out a swap that has been decided, by whichever process; several may do so at once.
 
-    Raises: ContractError when that is not allowed here.
+    Raises: ContractError if this process may not write there.
     """
     where = paths.join(home, SWAP)
     try:
@@ -289,13 +291,13 @@ def settle(home: str) -> None:
                 _carry_out(home, where)
     except PermissionError as error:
         raise ContractError(
-            f"{home} is between two states, and may not be written to from here: {error.strerror}.",
-            "run the command that makes it again, where it may",
+            f"{home} is half-way through an update, which this process may not finish: {error.strerror}.",
+            "run the command that makes it again, with permission to write there",
         ) from None
 
 
 def settle_listed(folders: Collection[str], listed: Collection[str]) -> bool:
-    """Finish the swaps that were decided in folders of tars; say whether there was any. listed: files that lie there.
+    """Finish decided swaps in folders of tars; returns whether there were any. listed: the files there.
 
     A remote folder costs no request. Raises: ContractError where a verb has not finished what stands there.
     """

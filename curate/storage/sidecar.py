@@ -1,8 +1,8 @@
 """Sidecars: an Arrow IPC file per shard, with the shard's stem and exactly its rows in its order.
 
-Local files are mapped to memory: an embedding column is seen as a matrix with no copy; small ones are read whole, which
-is quicker. Of remote ones only the columns asked for are read, of embeddings only the rows. Also here: columns as
-arrays and back (labels as codes, embeddings as matrices), and .npy files.
+Local files are mapped to memory: an embedding column is viewed as a matrix without a copy. Small files are read whole,
+which is quicker. Of remote files only the columns asked for are read, and of embeddings only the rows. Also here:
+conversion of columns to arrays and back (labels as codes, embeddings as matrices), and .npy files.
 """
 
 import io
@@ -43,20 +43,20 @@ UNREADABLE = (pa.ArrowInvalid, OSError, struct.error, KeyError)  # KeyError: of 
 
 @contextmanager
 def _readable(place: Place) -> Iterator[None]:
-    """Say in one line what is no sidecar. Raises: ContractError."""
+    """Turn errors of reading a sidecar into one line. Raises: ContractError."""
     try:
         yield
     except UNREADABLE as error:
         location = place if isinstance(place, str) else getattr(place, "location", "a sidecar")
         missing = isinstance(error, FileNotFoundError)
-        what = "does not exist" if missing else f"is no readable Arrow file: {first_line(error)}"
+        what = "does not exist" if missing else f"is not a readable Arrow file: {first_line(error)}"
         raise ContractError(f"{location} {what}") from None
 
 
 def opened(place: Place) -> Opened:
-    """Open a sidecar: on a URL its columns are then read by ranges, a local file is mapped where it is not small.
+    """Open a sidecar: on a URL its columns are read by ranges; a local file is mapped unless it is small.
 
-    Raises: ContractError when it is none.
+    Raises: ContractError if it is not one.
     """
     if not isinstance(place, str):
         return place
@@ -101,7 +101,7 @@ def batches(place: Place, columns: Sequence[str] | None = None) -> Iterator[pa.R
 
 
 def table(place: Place, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a sidecar, or some columns of it, as a table; of a local one over mapped memory."""
+    """Read a sidecar, or some columns of it, as a table; a local one as mapped memory."""
     source = opened(place)
     if isinstance(source, RemoteFile):
         with _readable(place):
@@ -151,7 +151,7 @@ def label_codes(codes: np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
 
 
 def codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
-    """Read a label column as places in `names`, i16 [n]; -1 for a null and for what is not among them."""
+    """Read a label column as positions in `names`, i16 [n]; -1 for a null and for what is not among them."""
     place = {name: index for index, name in enumerate(names)}
     parts = [np.empty(0, np.int16)]
     for chunk in column.chunks:
@@ -181,7 +181,7 @@ def vectors(column: pa.FixedSizeListArray) -> np.ndarray:
 def take_vectors(place: Place, column: str, rows: np.ndarray) -> np.ndarray:
     """Gather rows (numbers within the sidecar, in any order) of an embedding column as f16 [len(rows), d].
 
-    Of a remote sidecar the bytes of these rows are read, and hardly any other.
+    From a remote sidecar little more than the bytes of these rows is read.
     """
     source = opened(place)
     if isinstance(source, RemoteFile):

@@ -1,7 +1,7 @@
-"""The sidecars of a finished directory: remote ones are read several at a time, and the footer of each once.
+"""The sidecars of a finished directory: remote ones are read several at a time, and each footer only once.
 
-A directory does not change while a run reads it, so that what is known of a remote file is kept: some KB each, of the
-first few thousand. It does not travel to other processes.
+A directory does not change while a run reads it, so the metadata of remote files is kept: some KB each, for the first
+few thousand. It is not sent to other processes.
 """
 
 import os
@@ -22,7 +22,7 @@ TINY_ROWS, BLOCK = 64, 4096  # rows of a tiny sidecar, on average; sidecars that
 
 
 class Sidecars:
-    """The sidecars of a directory. rows: of each stem, by its manifest; mend: what to type where they are others."""
+    """The sidecars of a directory. rows: of each stem, by its manifest; mend: what to type if a sidecar disagrees."""
 
     def __init__(self, directory: str, rows: Mapping[str, int], mend: str) -> None:
         self.directory, self.rows, self.mend = directory, rows, mend
@@ -50,9 +50,9 @@ class Sidecars:
         return sidecar.opened(self._place(stem))
 
     def keep(self, at_once: Sequence[str] = ()) -> None:
-        """Keep the columns of remote sidecars that are read as tables in a temporary file, for the next time.
+        """From now on keep columns of remote sidecars that are read as tables in a temporary file, for the next time.
 
-        at_once: of local tiny ones these are read with the first of them, and kept in memory.
+        at_once: of tiny local sidecars, these columns are all read with the first of them, and kept in memory.
         """
         if paths.is_remote(self.directory) and self._kept is None:
             self._kept = _Kept(self.rows)
@@ -68,7 +68,7 @@ class Sidecars:
         return sidecar.facts(self._place(stem))
 
     def table(self, stem: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read a stem's sidecar, or some columns. Raises: ContractError when its rows are not those of the manifest."""
+        """Read a stem's sidecar, or some columns. Raises: ContractError if it has not as many rows as the manifest."""
         kept = self._kept if columns is not None else None
         found = (
             sidecar.table(self._place(stem), columns)
@@ -114,7 +114,7 @@ class Sidecars:
 
 
 class _Kept:
-    """Columns of sidecars in a temporary file, 16 bytes of memory for each of a shard. Safe in several threads."""
+    """Columns of sidecars in a temporary file; takes 16 bytes of memory per column and shard. Safe in threads."""
 
     def __init__(self, stems: Iterable[str]) -> None:
         self.numbers = {stem: number for number, stem in enumerate(stems)}

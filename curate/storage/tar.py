@@ -3,8 +3,9 @@
 In: a tar as img2dataset writes it (`key.jpg`, `key.txt`, `key.json`). Out: one `Sample` per key, in the order in which
 keys first appear, with the bytes' positions, so that any later stage can fetch exactly the original members.
 
-A thin reader of our own instead of webdataset's, because rows are the contract here: webdataset groups only adjacent
-members, drops incomplete samples, stops at a truncation without saying so, and its default decoders unpickle `.pyd`.
+This is a thin reader of our own instead of webdataset's, because every sample must keep its row: webdataset groups
+only adjacent members, drops incomplete samples, stops at a truncation without saying so, and its default decoders
+unpickle `.pyd`.
 Headers are parsed by ourselves (`pipelines/tar_headers.py`): `tarfile` takes more than twice as long, hides where an
 archive broke, and reads whatever length an extension header claims. Members of any kind are copied as bytes and none is
 unpickled; none is extracted to disk, and links and devices are never followed.
@@ -98,9 +99,9 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A tar of a pool. stem: its unique name, which every sidecar carries. stamp: by which a change of it is seen.
+    """A tar of a pool. stem: its unique name, which every sidecar carries. stamp: shows whether it has changed.
 
-    beside: img2dataset's `{stem}.parquet` beside it, None where there is none, or it is not known.
+    beside: img2dataset's `{stem}.parquet` beside it; None if there is none, or it is not known.
     """
 
     stem: str
@@ -126,9 +127,9 @@ def list_pool(pool: str) -> list[Shard]:
 def survey_pool(pool: str) -> Pool:
     """List a pool's tars (directory, glob, brace pattern, fsspec URL) with unique stems, and what is passed over.
 
-    A tar may be packed by gzip. Tars of one name in several directories get their directory into the stem
-    (`part1__00000`). What a verb left between two states is finished first. Raises: UsageError when nothing matches,
-    saying what was there instead; ContractError when a verb has not finished what is there.
+    A tar may be compressed by gzip. If tars in several directories have the same name, the directory goes into the stem
+    (`part1__00000`). A swap that was decided there is finished first. Raises: UsageError if nothing matches, saying
+    what is there instead; ContractError if a verb has not finished what is there.
     """
     passed: Faults = {}
     listed = paths.find(pool)
@@ -143,7 +144,7 @@ def survey_pool(pool: str) -> Pool:
         raise _no_shards(pool, listed, deeper)
     every = paths.join(pool, "**", "*.tar*")
     for name in deeper:
-        faults.add(passed, f"folders of tars passed over: to have them, give '{every}'", name)
+        faults.add(passed, f"folders of tars passed over: to include them, give '{every}'", name)
     stems = [paths.name(without_suffix(location)) for location in found]
     if len(set(stems)) < len(stems):
         stems = [f"{paths.name(paths.parent(location))}__{stem}" for location, stem in zip(found, stems, strict=True)]
@@ -161,11 +162,11 @@ def _no_shards(pool: str, listed: Collection[str], deeper: Sequence[str]) -> Usa
     seen = f"; it holds {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
     hint = "a pool is a directory of webdataset tars: POOL/00000.tar …"
     if any(name.lower().endswith(OTHER_SUFFIXES) for name in (*listed, *inside)):
-        hint = "unpack the archives first: only .tar, .tar.gz and .tgz are read as they are"
+        hint = "unpack the archives first: only .tar, .tar.gz and .tgz can be read"
     if deeper:
         hint = f"give '{paths.join(pool, '*', '*.tar*')}'"
     elif any(name.lower().endswith((".parquet", *(f".{kind}" for kind in IMAGE_SUFFIXES))) for name in inside):
-        hint = f"make one of it: curate pack {pool} SHARDS"
+        hint = f"make a pool of it: curate pack {pool} SHARDS"
     return UsageError(f"no .tar shards match {pool}{seen}.", hint)
 
 
@@ -203,7 +204,7 @@ def content_digest(shard: Shard, path: str) -> str:
 
 
 def refuse_changed(shard: Shard) -> None:
-    """Raise ShardError where a local shard is no longer what was listed: what was read of it may be of either."""
+    """Raise ShardError if a local shard has changed since it was listed: what was read may be old or new."""
     if shard.stamp and not paths.is_remote(shard.location):
         now = paths.look(shard.location)
         if (now.size, now.stamp) != (shard.size, shard.stamp):
@@ -212,9 +213,9 @@ def refuse_changed(shard: Shard) -> None:
 
 @contextmanager
 def local_tar(location: str) -> Iterator[str]:
-    """Have a shard as a plain tar on this machine: itself, or a copy (fetched, unpacked) of which nothing stays.
+    """Give a local path to a shard as a plain tar: its own, or that of a fetched or unpacked copy, deleted afterwards.
 
-    Where gzip's file breaks off, the tar in it is truncated, which its reader notes. Raises: ShardError for one that
+    If the gzip file breaks off, so does the tar in it, which its reader notes. Raises: ShardError for a file that
     unpacks to far more than its size.
     """
     with paths.local_copy(location) as path:
@@ -248,7 +249,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def suffix_of(image: bytes, otherwise: str = "jpg") -> str:
-    """Tell an image's format by how it begins; what is none is `jpg`, and is judged when it is decoded."""
+    """Tell an image's format by its first bytes; anything unknown is called `jpg`, and is judged when it is decoded."""
     if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
         return "webp"
     if image[4:8] == b"ftyp" and image[8:12] in BRANDS:
@@ -267,8 +268,8 @@ def read_index(file: IO[bytes]) -> Index:
     """Read a shard's headers and group its members into samples.
 
     file: seekable. A key that reappears after others is joined to its first row; a repeated member starts a new row,
-    marked as repeated. A truncation or a foreign stretch ends the reading there and leaves a note. A whole tar without
-    members has no rows. Raises: ShardError when no sample can be read of what there is.
+    marked as repeated. At a truncation or foreign bytes the reading ends, with a note. A complete tar without members
+    has no rows. Raises: ShardError if there are members or damage, but no readable sample.
     """
     headers = Headers(file)
     rows: list[Sample] = []
@@ -355,7 +356,7 @@ _BLANK = _tar_info("", 0)
 
 
 def _header(name: str, size: int) -> bytes:
-    """Write a member's header as tarfile does; of a plain name by filling a blank one in, in a sixth of the time."""
+    """Write a member's header as tarfile does; for a plain name by filling in a blank one, in a sixth of the time."""
     if not name.isascii() or len(name) > 100 or size >= 8**11:
         return _tar_info(name, size)
     head = name.encode().ljust(100, b"\0") + _BLANK[100:124] + b"%011o\0" % size + _BLANK[136:148]

@@ -1,4 +1,4 @@
-"""What fsspec's driver of web servers leaves to us: failures that it takes for absence, and ranges that are ignored."""
+"""What fsspec's driver for web servers leaves to us: failures that it takes for absence, and ignored ranges."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +7,12 @@ Span = tuple[int, int | None]  # from the first byte up to, not including, the l
 
 
 def is_web(fs: Any) -> bool:
-    """Say whether a driver is that of web servers."""
+    """Say whether a driver is the one for web servers."""
     return "http" in fs.protocol
 
 
 def refused(error: BaseException | None) -> int | None:
-    """Return the status by which a web server refuses for good: 403, an address that has expired, and the like."""
+    """Return the status of a web server's final refusal: 403, an expired address, and the like."""
     status = getattr(error, "status", None)
     lasting = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
     return status if lasting and not isinstance(error, OSError) else None

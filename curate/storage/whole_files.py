@@ -1,4 +1,4 @@
-"""Local files that appear under their names whole and on disk, one at a time or many together, and go; or have none."""
+"""Local files that appear under their names only when complete and on disk, one at a time or many together."""
 
 import errno
 import os
@@ -23,14 +23,14 @@ _group = threading.local()  # waiting: {temporary: path} of what this thread has
 
 @contextmanager
 def write(path: str) -> Iterator[IO[bytes]]:
-    """Open a file that gets its name when it is complete and on disk; within `together`, at the end of that.
+    """Open a file that gets its name once it is complete and on disk; within `together`, at the end of that block.
 
     On an error nothing appears, and what was there before stays. Raises: IsADirectoryError.
     """
     if path.endswith("/") or os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "expected the name of a file, got a folder", path)
     if os.path.exists(path) and not os.path.isfile(path):  # a rename would put a file in the place of /dev/stdout
-        raise UsageError(f"{path} is no plain file, but a device or a pipe.", "name a file that is to be written")
+        raise UsageError(f"{path} is a device or a pipe, not a plain file.", "name the file to write")
     # Several machines may write the same file at once, and in containers every process has the number 1.
     temporary = f"{path}.{socket.gethostname()[:16]}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     mine: dict[str, str] = {}
@@ -53,9 +53,9 @@ def write(path: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def passing() -> Iterator[tuple[IO[bytes], str]]:
-    """Have a temporary file (TMPDIR), and a path by which this process and those that it starts may open it.
+    """Make a temporary file (in TMPDIR), and a path by which this process and those that it starts can open it.
 
-    It has no name, so that nothing stays of it however this process ends: workers are killed, by us, too.
+    It has no name, so it disappears however this process ends (workers get killed, by this program, too).
     """
     with tempfile.TemporaryFile() as file:
         path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
@@ -96,16 +96,16 @@ def delete(path: str) -> None:
 
 
 def refuse_data(path: str) -> None:
-    """Refuse to write a page over a file of data, an input typed in its place. Raises: UsageError."""
+    """Refuse to write a page over a data file, such as an input given in its place. Raises: UsageError."""
     if path.lower().endswith(DATA) and os.path.exists(path):
-        raise UsageError(f"{path} is there already, and holds data.", "name the file that is to be written")
+        raise UsageError(f"{path} exists already and holds data.", "name the file to write")
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Give what this thread writes in here its names at the end, in the order of writing; on an error those never come.
+    """Name the files that this thread writes in the block at its end, in the order of writing; on an error, not at all.
 
-    A disk syncs many files in little more time than one. Not for what is read again in here.
+    A disk syncs many files in little more time than one. Not for files that are read again within the block.
     """
     waiting: dict[str, str] = {}
     _group.waiting = waiting
@@ -119,7 +119,7 @@ def together() -> Iterator[None]:
 
 
 def _name(waiting: dict[str, str]) -> None:
-    """Sync files, at a time as many as a disk likes, and give them their names."""
+    """Sync files, several at a time, and give them their names."""
     written = list(waiting)
     if len(written) == 1:
         _sync(written)

@@ -268,7 +268,7 @@ def test_embeddings_that_are_gone_are_told_in_a_line(tmp_path):
         lambda: Pool(manifest.open_input(sel)),
     ]
     for ask in asked:
-        with pytest.raises(UsageError, match="sel rests on are not where its manifest says"):
+        with pytest.raises(UsageError, match="sel was made from are not where its manifest says"):
             ask()
 
 

@@ -209,7 +209,7 @@ def test_files_that_are_named_are_found_where_no_listing_is_allowed(tmp_path):
 def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with (
-        pytest.raises(UsageError, match="no plain file, but a device or a pipe"),
+        pytest.raises(UsageError, match="a device or a pipe, not a plain file"),
         paths.atomic_write(str(tmp_path / "pipe")),
     ):
         pass

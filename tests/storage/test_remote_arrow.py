@@ -115,5 +115,5 @@ def test_what_is_no_sidecar_is_said_in_one_line(tmp_path, data):
     with paths.atomic_write(where) as file:
         file.write(data)
     for work in (sidecar.facts, sidecar.table, sidecar.num_rows):
-        with pytest.raises(ContractError, match="no readable Arrow file"):
+        with pytest.raises(ContractError, match="not a readable Arrow file"):
             work(where)

@@ -26,7 +26,7 @@ def test_a_sidecar_reads_alike_whether_it_is_small_or_not(tmp_path, monkeypatch,
     np.testing.assert_array_equal(sidecar.take_vectors(opened, "vector", np.array([5, 0, 3])), x[[5, 0, 3]])
     for content in (b"", b"ARROW1 and no more"):
         (tmp_path / "a.arrow").write_bytes(content)
-        with pytest.raises(ContractError, match=r"a\.arrow is no readable Arrow file"):
+        with pytest.raises(ContractError, match=r"a\.arrow is not a readable Arrow file"):
             sidecar.table(where)
 
 
@@ -44,14 +44,14 @@ def test_a_sidecar_that_is_damaged_within_or_lacks_a_column_is_said_in_a_line(tm
     }
     for columns in (["nothing"], ["score", "nothing"]):
         for read in (sidecar.table, lambda *of: list(sidecar.batches(*of))):
-            with pytest.raises(ContractError, match=r"a\.arrow is no readable Arrow file.*nothing"):
+            with pytest.raises(ContractError, match=r"a\.arrow is not a readable Arrow file.*nothing"):
                 read(where, columns)
     data = bytearray((tmp_path / "a.arrow").read_bytes())
     place = data.index(b"\xff\xff\xff\xff", data.index(b"\xff\xff\xff\xff") + 4)  # the message of the batch
     data[place : place + 64] = b"\x13" * 64
     (tmp_path / "a.arrow").write_bytes(data)
     for read in reads.values():
-        with pytest.raises(ContractError, match=r"a\.arrow is no readable Arrow file"):
+        with pytest.raises(ContractError, match=r"a\.arrow is not a readable Arrow file"):
             read()
 
 
@@ -84,7 +84,7 @@ def test_an_error_that_says_nothing_is_told_by_its_kind(tmp_path, monkeypatch):
         raise OSError
 
     monkeypatch.setattr(sidecar, "_read_small", fail)
-    with pytest.raises(ContractError, match=r"a\.arrow is no readable Arrow file: OSError$"):
+    with pytest.raises(ContractError, match=r"a\.arrow is not a readable Arrow file: OSError$"):
         sidecar.opened(str(tmp_path / "a.arrow"))
 
 
