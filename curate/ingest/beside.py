@@ -1,9 +1,10 @@
-"""Texts of pictures that lie beside them under other names: tables of metadata, captions in a folder of their own.
+"""Texts that belong to pictures but lie under other names: tables of metadata, captions in a folder of their own.
 
-`metadata.jsonl`, `.csv` or `.parquet`, as datasets' ImageFolder reads them: a row names its picture by `file_name` (or
-`image_file_name`, …; several such columns, or `file_names`, name several pictures), from the table's folder on. A row
-becomes its picture's `key.json`, and the column of captions `key.txt`. Folders of texts: where `images/a.jpg` has no
-text, `captions/a.txt` is its caption, if the two paths differ in the name of one folder alone; so is `labels/a.txt`.
+Tables: `metadata.jsonl`, `.csv` or `.parquet`, as ImageFolder of the library `datasets` reads them. A row names its
+picture by `file_name` (or `image_file_name`, …; several such columns, or `file_names`, name several pictures), relative
+to the table's folder. The row becomes its picture's `key.json`, and the column of captions `key.txt`.
+Folders of texts: if `images/a.jpg` has no text, `captions/a.txt` is its caption, provided that the two paths differ
+only in the name of one folder; so is `labels/a.txt`.
 """
 
 import csv
@@ -36,9 +37,9 @@ FOLDERS = ("captions", "caption", "texts", "text", "txt", "labels")
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A member of a sample to come: a file by its name in the folder, or, where that is empty, a text.
+    """A future member of a sample: a file by its name in the folder, or, if that is empty, a text.
 
-    beside: the name counts from the source, not from the folder.
+    beside: the name is relative to the source, not to the folder.
     """
 
     key: str
@@ -98,12 +99,12 @@ class Beside:
                     if not named:
                         faults.add(self.told, f"rows of {table} without a file_name", f"{place}{table}: row {number}")
                     elif named[0] in self.rows:
-                        faults.add(self.told, f"rows of {table} whose picture an earlier row has", named[0])
+                        faults.add(self.told, f"rows of {table} whose picture an earlier row names, too", named[0])
                     else:
                         self.rows[named[0]] = named, row
 
     def _path(self, place: str, name: str) -> str:
-        """Write a picture's name from the source on; where none is called so, as Windows means it."""
+        """Write a picture's name relative to the source; if there is no such file, backslashes separate folders."""
         plain = place + name.removeprefix("./")
         if "\\" not in name or plain in self.files:
             return plain
@@ -115,7 +116,7 @@ class Beside:
         return {f"{folder}/{name}" if folder else name for folder, names in self.tree.items() for name in names}
 
     def add_to(self, folder: str, samples: Samples) -> None:
-        """Add to a folder's samples the texts of their pictures, and join those that one row names together."""
+        """Add to a folder's samples the texts of their pictures, and join the samples that one row names together."""
         place = f"{folder}/" if folder else ""
         key_of = {place + each.name: each.key for files in samples.values() for each in files}
         others = self._text_folders(folder)
@@ -129,11 +130,11 @@ class Beside:
                 self._join(samples, key, [key_of.get(name, "") for name in named[1:]])
                 self._add_row(samples[key], key, row)
             elif covered:
-                faults.add(self.told, "pictures without a row in the table of metadata", place + pictures[0].name)
+                faults.add(self.told, "pictures without a row in the metadata", place + pictures[0].name)
             self._add_texts(samples[key], pictures[0], others)
 
     def count_unused(self) -> None:
-        """Count what no picture took: rows of tables, and texts in folders without pictures."""
+        """Count what was used for no picture: rows of tables, and texts in folders without pictures."""
         for name in self.rows:
             faults.add(self.told, "rows of metadata whose picture is not there", name)
         for folder, names in self.tree.items():
@@ -149,10 +150,10 @@ class Beside:
         return any(path.endswith(end) and path.removesuffix(end) in self.tree for end in (".parquet", "_stats.json"))
 
     def _join(self, samples: Samples, key: str, others: Sequence[str]) -> None:
-        """Make the pictures of other samples further ones of this sample: key.0.jpg, key.1.jpg, …"""
+        """Make the pictures of other samples further pictures of this one: key.0.jpg, key.1.jpg, …"""
         there = [other for other in others if other and other != key and other in samples]
         if len(there) < len(others):
-            faults.add(self.told, "rows of metadata of which a further picture is not in the folder", key)
+            faults.add(self.told, "rows of metadata with a further picture that is not in the folder", key)
         if not there:
             return
         pictures = [each for name in (key, *there) for each in samples[name] if each.suffix in IMAGE_SUFFIXES]
@@ -168,12 +169,12 @@ class Beside:
         if caption and CAPTION_SUFFIX not in there:
             files.append(File(key, CAPTION_SUFFIX, "", caption))
         if JSON_SUFFIX in there:
-            faults.add(self.told, "rows of metadata whose picture has a .json of its own, which stays alone", key)
+            faults.add(self.told, "rows of metadata not written as .json: their picture has a .json already", key)
             return
         try:
             files.append(File(key, JSON_SUFFIX, "", json.dumps(to_json(row), default=str)))
         except RecursionError:
-            faults.add(self.told, "rows of metadata that are nested too deep: their picture has no .json", key)
+            faults.add(self.told, "rows of metadata not written as .json: nested too deep", key)
 
     def _add_texts(self, files: list[File], picture: File, others: Sequence[str]) -> None:
         base = picture.name.rpartition(".")[0]
@@ -184,7 +185,7 @@ class Beside:
             if path:
                 self.taken.add(path)
                 files.append(File(picture.key, suffix, path, beside=True))
-                faults.add(self.told, f"texts taken from a folder beside: {path.rpartition('/')[0]}", path)
+                faults.add(self.told, f"texts taken from a neighbouring folder: {path.rpartition('/')[0]}", path)
 
     def _text_folders(self, folder: str) -> list[str]:
         """List the folders without pictures whose path differs from a folder's in one name alone, best first."""
@@ -223,7 +224,7 @@ def _above(folder: str) -> Iterator[str]:
 
 
 def _but_one(folder: str) -> list[Pattern]:
-    """Take each name out of a path in turn: what stands before it and after it."""
+    """Take each name out of a path in turn: yields what comes before it and after it."""
     parts = folder.split("/")
     ends = [(parts[:place], parts[place + 1 :]) for place in range(len(parts))]
     return [("".join(f"{name}/" for name in before), "".join(f"/{name}" for name in after)) for before, after in ends]
@@ -261,14 +262,14 @@ def _rows(location: str, shown: str, told: Faults) -> Iterator[Row]:
                     if isinstance(value, dict):
                         yield value
                     else:
-                        why = "that are not JSON" if trouble else "that are no objects"
+                        why = "that are not JSON" if trouble else "that are not objects"
                         faults.add(told, f"lines of metadata {why}", f"{shown}: record {number}")
     except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError, ContractError) as error:
         raise UsageError(f"{location} cannot be read: {first_line(error)}") from None
 
 
 def to_json(value: Any) -> Any:
-    """Bring a value into what JSON has: no NaN, no infinity, no bytes."""
+    """Convert a value to what JSON can hold: no NaN, no infinity, no bytes."""
     if isinstance(value, dict):
         return {str(key): to_json(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 """The rows of imported embeddings, one sidecar at a time: a part of the source, or a shard of the pool joined to it.
 
 In: a part's vectors and table, or a shard's samples and the index that join.py made of the source. Out: one
-`EMB/{stem}.arrow`. published.py says which there are, and accounts for them.
+`EMB/{stem}.arrow`. published.py decides which there are, and accounts for them.
 """
 
 import functools
@@ -28,7 +28,7 @@ CHUNK_ROWS, OPEN_PARTS = 65_536, 4
 
 
 def unit_rows(x_nd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Normalise rows to f16 [n, d]; says which are sound (finite, not zero), the others are zero."""
+    """Normalise rows to f16 [n, d]; also returns which are sound (finite, not zero); the others become zero."""
     with np.errstate(all="ignore"):
         exponents = np.frexp(np.abs(x_nd).max(axis=1, keepdims=True, initial=0))[1]  # 1e20 squared is no number of f32
         x = np.ldexp(np.asarray(x_nd, np.float32), -exponents)
@@ -70,7 +70,9 @@ class ImportPart:
         schema = embedding_schema(dim, self.extra.fields)
         found = _text_faults(stem, table)
         if table.text is None and any(part.text for part in self.parts.values()):
-            faults.add(found, "rows without text vectors: their part lacks the file that others have", stem, table.rows)
+            faults.add(
+                found, "rows without text vectors: their part lacks the file that other parts have", stem, table.rows
+            )
         meta = {"rows": table.rows, "statuses": statuses, "dim": dim, **({"faults": found} if found else {})}
         meta["digest"] = file_digest(*self.parts[stem].files)
         batches = (self._batch(stem, table, schema, start) for start in starts)
@@ -78,9 +80,9 @@ class ImportPart:
         return {"rows": table.rows, "bad": bad}
 
     def _open(self, stem: str) -> layouts.Table:
-        """Open a part, and give one without a single vector the dimensions of the others.
+        """Open a part; if it has no vector at all, it gets the dimensions of the others.
 
-        Raises: ShardError where the part lacks the table that others have: its rows would have made-up keys.
+        Raises: ShardError if the part lacks the table that others have: its rows would get made-up keys.
         """
         part = self.parts[stem]
         if not part.table and any(other.table for other in self.parts.values()):
@@ -126,16 +128,16 @@ class ImportPart:
 
 
 def _text_faults(stem: str, table: layouts.Table) -> faults.Faults:
-    """Count rows that are named by their number, and captions that are no text."""
+    """Count rows that are named by their number, and captions and urls that are not text."""
     found: faults.Faults = {}
     keys = table.columns.get("key")
     unnamed = table.rows if keys is None else sum(layouts.name_of(value) is None for value in keys.to_pylist())
     if unnamed:
-        faults.add(found, "rows without a key of their own: named by part and row number", stem, unnamed)
+        faults.add(found, "rows without a usable key: named by part and row number", stem, unnamed)
     for name in ("caption", "url"):
         for row, value in enumerate(table.columns[name].to_pylist() if name in table.columns else []):
             if value not in (None, "", b"", []) and layouts.text_of(value) is None:
-                faults.add(found, f"values of {name} that are no text: left out", f"{stem}: row {row}")
+                faults.add(found, f"values of {name} that are not text: left out", f"{stem}: row {row}")
     return found
 
 
@@ -213,13 +215,13 @@ class ImportShard:
         return {"rows": len(facts), "bad": len(facts) - statuses.get("ok", 0)}
 
     def _fingerprint(self, facts: list[dict[str, Any]], image: np.ndarray, text: np.ndarray | None) -> str:
-        """Fingerprint what a shard's rows have of the source, which may change while the tar does not."""
+        """Fingerprint what a shard's rows take from the source, which may change while the tar does not."""
         found = hashlib.blake2b(image.tobytes() + (b"" if text is None else text.tobytes()), digest_size=16)
         values = [[fact[name] for name in ("caption", *self.extra.fields)] for fact in facts]
         return manifest.digest([found.hexdigest(), values])
 
     def _value(self, file: IO[bytes], sample: tar.Sample) -> Any:
-        """Find what a sample is joined by; a sha256 that its JSON lacks is that of the image's bytes."""
+        """Find the value that a sample is joined by; a sha256 missing in its JSON is computed from the image."""
         if self.join == "key":
             return sample.key
         value = tar.describe(file, sample).get(self.join)
@@ -233,7 +235,7 @@ class ImportShard:
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Fetch vectors by place (−1: none): unit rows f16 [n, d], and which rows have sound ones.
 
-        A caption that the pool lacks is taken from the source, and so are the extra columns.
+        Captions that the pool lacks, and the extra columns, are taken from the source.
         """
         sample = self.open(0)
         image = np.zeros((len(facts), sample.image.shape[1]), np.float16)
@@ -242,7 +244,7 @@ class ImportShard:
         for number in np.unique(places[places >= 0] >> ROW_BITS):
             table = self.open(int(number))
             if table.image.shape[1] != image.shape[1] or (table.text is None) != (text is None):
-                raise ShardError(f"{self.parts[number].image} is not of the same model as {self.parts[0].image}")
+                raise ShardError(f"{self.parts[number].image} is not from the same model as {self.parts[0].image}")
             at = np.flatnonzero((places >= 0) & (places >> ROW_BITS == number))
             rows_there = places[at] & ((1 << ROW_BITS) - 1)
             image[at], ok[at] = unit_rows(table.image[rows_there])
@@ -261,7 +263,7 @@ class ImportShard:
 
 
 def _status(fact: dict[str, Any], matched: bool, sound: bool, *, has_text: bool) -> str:
-    """Decide a row's status: the pool's own trouble first, then the lack of a partner, then the partner's."""
+    """Decide a row's status: first a fault in the pool, then a missing partner, then a fault of the partner."""
     status = str(fact["status"])
     if status == "no_caption" and (fact["caption"] is not None or not has_text):
         status = "ok"

@@ -1,8 +1,8 @@
 """Find the row of a published table that belongs to a sample: by key, url, sha256 or uid.
 
-The source is indexed once: 64-bit hashes of its values, sorted, and the places they stand for; 16 bytes a row. Keys are
-written in several ways (`./000`, `/data/000.jpg`, the number 0): they are compared as they are, and where nothing
-matches so by the file's name, and then as whole numbers.
+The source is indexed once: 64-bit hashes of its values, sorted, and the places they stand for; 16 bytes a row. Keys may
+be written in several ways (`./000`, `/data/000.jpg`, the number 0): they are compared as they are; if nothing matches,
+by the file's name; and if nothing matches then, as whole numbers.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ ROW_BITS = 40  # a place in the source is part << ROW_BITS | row
 EXACT, NAME, NUMBER = "they are", "file names without folder and suffix", "whole numbers"
 FORMS = (EXACT, NAME, NUMBER)
 MOST_DIGITS = 19
-AMBIGUOUS = "rows of the source whose key another one has: it matches nothing, try --join url or sha256"
-TAKEN_TWICE = "rows of the pool by whose key an earlier row has the same vectors: try --join url or sha256"
+AMBIGUOUS = "rows of the source that share their key: they match nothing, try --join url or sha256"
+TAKEN_TWICE = "rows of the pool that share their key, and so get the same vectors: try --join url or sha256"
 
 
 def build_join(parts: Sequence[layouts.Part], join: str, folder: str, form: str = EXACT) -> dict[str, Any]:
     """Index the source by a column: sorted 64-bit hashes and the places they stand for, as two files in `folder`.
 
-    A value that comes again keeps its first place, a key then has none. Returns the rows, the repeats and a value.
+    A repeated value keeps its first place; a repeated key has none. Returns the rows, the repeats and an example value.
     Raises: UsageError when a part lacks the column, ShardError when it cannot be read.
     """
     hashes, places, example = [], [], ""
@@ -51,7 +51,7 @@ def build_join(parts: Sequence[layouts.Part], join: str, folder: str, form: str 
     alone = counts == 1 if join == "key" else np.ones(len(unique), bool)
     if form == EXACT and example and not alone.any():
         raise UsageError(
-            f"each key of the source is that of several rows (e.g. {example!r}), and does not say which is meant.",
+            f"every key of the source belongs to several rows (e.g. {example!r}), so none can be matched.",
             "--join url or --join sha256",
         )
     np.save(f"{folder}/hashes.npy", unique[alone])
@@ -65,10 +65,10 @@ def build_join(parts: Sequence[layouts.Part], join: str, folder: str, form: str 
 def choose_form(
     parts: Sequence[layouts.Part], join: str, folder: str, found: Sequence[tar.Shard]
 ) -> tuple[str, dict[str, Any]]:
-    """Index the source, and by the first form of a key in which a row of the pool's first readable shard has a match.
+    """Index the source by the first form of its keys in which a row of the pool's first readable shard has a match.
 
-    Forms: the key as it is (without `./` or `/` before it), the file's name without folder and suffix, the number that
-    it is. Returns the form and what `build_join` returns.
+    Forms: the key as it is (without a leading `./` or `/`), the file's name without folder and suffix, the key as a
+    number. Returns the form and what `build_join` returns.
     """
     index = build_join(parts, join, folder)
     if join != "key":
@@ -102,7 +102,7 @@ def join_hash(value: Any, join: str, form: str = EXACT) -> int | None:
 
 
 def unclear_keys(joined: Mapping[str, Any], sidecars: Mapping[str, str]) -> Faults:
-    """Count what keys that are not alone leave unclear, in the source and in the pool, where two rows took one vector.
+    """Count what shared keys leave unclear: rows of the source, and rows of the pool that got the same vectors.
 
     joined: what `build_join` found. sidecars: of the imported shards, by stem. Memory: some 40 bytes a row of the pool.
     """

@@ -9,7 +9,7 @@ A part is one file of vectors and what lies beside it; it becomes one sidecar, o
     nemo             *.parquet with image_id and embedding; images only            NeMo Curator's ImageEmbeddingStage
     npy              {name}.npy, and where they exist {name}.text.npy and {name}.parquet
 
-Row order ties the files of a part together, and is checked. Arrays are mapped where they can be, never unpickled.
+The files of a part belong together by row order, which is checked. Arrays are mapped where possible, never unpickled.
 """
 
 import io
@@ -85,7 +85,7 @@ def list_parts(source: str, layout: str, arch: str) -> list[Part]:
     found, form = LAYOUTS[layout](source, arch)
     if not found:
         held = ", ".join(paths.listdir(source)[:6]) or "nothing"
-        raise UsageError(f"{source} is not of the layout {layout}: {form} is expected; it holds {held}.")
+        raise UsageError(f"{source} does not have the layout {layout}: expected {form}; it holds {held}.")
     return found
 
 
@@ -97,9 +97,9 @@ def look(parts: Sequence[Part]) -> dict[str, paths.Found]:
 
 
 def seen(parts: Sequence[Part], looked: Mapping[str, paths.Found]) -> dict[str, Seen]:
-    """Say of each part how large its files are, when they were written, and what it lacks that other parts have.
+    """Return for each part how large its files are, when they were written, and what it lacks that other parts have.
 
-    looked: what `look` found.
+    looked: what `look` returned.
     """
     others = [any(part.text for part in parts), any(part.table for part in parts)]
     found: dict[str, Seen] = {}
@@ -120,7 +120,7 @@ def left_over(parts: Sequence[Part]) -> Faults:
     for folder in sorted(folders):
         for name in paths.listdir(folder):
             if name.endswith((".npy", ".npz", ".parquet")) and paths.join(folder, name) not in used:
-                faults.add(found, "files left out: no file of image vectors belongs to them", name)
+                faults.add(found, "files left out: there are no image vectors to go with them", name)
     return found
 
 
@@ -145,9 +145,9 @@ def _clip_retrieval(source: str, arch: str) -> tuple[list[Part], str]:
 
 
 def _numbered(names: Sequence[str]) -> dict[str, str]:
-    """Find files by what stands for the number in their names, as written and without leading zeros.
+    """Find files by the number in their names, as written and without leading zeros.
 
-    `metadata_0000.parquet` belongs to `img_emb_0.npy`, too, where no `metadata_0.parquet` is there.
+    `metadata_0000.parquet` belongs to `img_emb_0.npy`, too, if there is no `metadata_0.parquet`.
     """
     written = {match[1]: name for name in names if (match := re.search(r"_([^_]+)\.(?:npy|parquet)$", name))}
     plain = {number.lstrip("0") or "0": name for number, name in written.items() if number.isdecimal()}
@@ -247,7 +247,7 @@ def read_columns(part: Part, wanted: tuple[str, ...]) -> dict[str, pa.Array]:
 
 
 def text_of(value: Any) -> str | None:
-    """Take a value of a table for text: text, UTF-8 bytes, or the first of a list of such; None for what is none."""
+    """Return a table's value as text: text, UTF-8 bytes, or the first of a list of these; None for anything else."""
     if isinstance(value, list | tuple):
         return next((text for text in map(text_of, value) if text is not None), None)
     if isinstance(value, bytes):
@@ -259,9 +259,9 @@ def text_of(value: Any) -> str | None:
 
 
 def name_of(value: Any) -> str | None:
-    """Take a value of a table for what names a row: text, a whole number, or bytes; None for what is none.
+    """Return a table's value as the name of a row: text, a whole number, or bytes; None for anything else.
 
-    Bytes that are no UTF-8 are written in hexadecimal digits, as ids of 16 bytes are.
+    Bytes that are not UTF-8, such as ids of 16 bytes, are written in hexadecimal digits.
     """
     if isinstance(value, bool):
         return None
@@ -299,7 +299,7 @@ def _vectors(location: str, entry: str) -> np.ndarray:
 
 
 def _refuse_oversized(file: IO[bytes], location: str) -> None:
-    """Raise ShardError for an npz that unpacks to far more than its size: vectors hardly shrink."""
+    """Raise ShardError for an npz that unpacks to far more than its size: vectors hardly compress."""
     size = file.seek(0, io.SEEK_END)
     with zipfile.ZipFile(file) as packed:
         large = sum(each.file_size for each in packed.infolist())
@@ -309,7 +309,7 @@ def _refuse_oversized(file: IO[bytes], location: str) -> None:
 
 
 def _parquet_vectors(location: str) -> np.ndarray:
-    """Read a list column as f32 [n, d]; a row that is null or of another length becomes NaN. d is 0 where all do."""
+    """Read a list column as f32 [n, d]; a row that is null or of another length becomes NaN. d is 0 if all are."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

@@ -8,12 +8,12 @@ from pipelines.pictures import MAX_PIXELS
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How a pool is made. image, caption: columns of parquet files, where their names do not say so."""
+    """How a pool is made. image, caption: columns of parquet files, if their names do not tell."""
 
     layout: Annotated[str, "auto, files or parquet."] = "auto"
     image: Annotated[str, "The column of images (parquet)."] = ""
-    caption: Annotated[str, "The column of captions (parquet); of A,B,… the first that is there."] = ""
-    shard_size: Annotated[int, "Samples per tar, at most."] = 10_000
+    caption: Annotated[str, "The column of captions (parquet); of A,B,… the first that exists."] = ""
+    shard_size: Annotated[int, "Most samples per tar."] = 10_000
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ImportOptions:
     """What is imported. pool, join: attach to the rows of your own download by key, url, sha256 or uid.
 
     arch: which of DataComp's two models, l14 or b32. columns: further columns of the source's tables to keep.
-    verify: where something stands imported, its sources are compared with what they were by content.
+    verify: if there is an earlier import, the contents of its sources are compared with what they were.
     """
 
     layout: Annotated[str, "clip-retrieval, datacomp, nemo or npy."]
@@ -30,4 +30,4 @@ class ImportOptions:
     arch: Annotated[str, "Which of DataComp's two models: l14 or b32."] = "l14"
     max_pixels: int = MAX_PIXELS
     columns: Annotated[tuple[str, ...], "Columns of the tables to keep."] = ()
-    verify: Annotated[bool, "Look for changes in every file, not only in those of another time.", "--verify"] = False
+    verify: Annotated[bool, "Check every file for changes, not only those with a new time stamp.", "--verify"] = False

@@ -1,11 +1,12 @@
-"""Make a pool of what is not in tars yet: folders of files, or parquet files that hold images.
+"""Make a pool of images that are not in tars yet: folders of files, or parquet files that hold images.
 
 In: a folder as img2dataset's `files` output leaves it (`00000/key.jpg`, `key.txt`, `key.json`; any folders of images
 will do), or parquet files with images in a column, in a folder or in folders inside it: Hugging Face's `Image` (a
 struct of bytes and path), lists of those, which become `key.0.jpg`, `key.1.jpg`, …, or img2dataset's `parquet` output.
-Captions that lie beside pictures under other names are found by beside.py. Out: `POOL/{stem}.tar`, every image byte for
-byte, one tar per folder or parquet file, more where there are more than `shard_size` samples. Nothing is decoded. A row
-of parquet without an image keeps its place, with its JSON; a table named after a folder is copied beside its tar.
+Captions that belong to pictures but lie under other names are found by beside.py. Out: `POOL/{stem}.tar`, every image
+byte for byte, one tar per folder or parquet file, or several if there are more than `shard_size` samples. Nothing is
+decoded. A parquet row without an image keeps its place, with its JSON; a table named after a folder is copied beside
+its tar.
 """
 
 import itertools
@@ -124,7 +125,7 @@ def _digest(part: Part) -> Any:
 def _folders(source: str, options: PackOptions, passed: dict[str, int], told: Faults) -> dict[str, Part]:
     """Find folders that hold images: their samples in the order of their names.
 
-    passed: takes other files, by suffix; told: what was passed over, taken from beside or renamed, in words.
+    passed: filled with other files, by suffix; told: filled with what was passed over, taken from beside or renamed.
     """
     parts: dict[str, Part] = {}
     closed: Faults = {}
@@ -133,7 +134,7 @@ def _folders(source: str, options: PackOptions, passed: dict[str, int], told: Fa
         return parts
     told |= closed
     for folder in tree:
-        kinds = ("links to folders, which are not followed", "links that lead nowhere: the files are not there")
+        kinds = ("links to folders, which are not followed", "links to files that do not exist")
         for kind, names in zip(kinds, paths.linked(paths.join(source, folder) if folder else source), strict=True):
             for name in names:
                 faults.add(told, kind, f"{folder}/{name}" if folder else name)
@@ -156,7 +157,7 @@ def _folders(source: str, options: PackOptions, passed: dict[str, int], told: Fa
 
 
 def _samples(folder: str, names: Sequence[str], passed: dict[str, int], told: Faults) -> Samples:
-    """Group a folder's files by name but for the last suffix; none where no file is an image.
+    """Group a folder's files by their names without the last suffix; no samples if no file is an image.
 
     A key ends at its first dot, so dots in names become underlines. Where that, or another spelling of the suffix
     (`e.jpg`, `e.JPG`), makes two names one, the later one gets a number.
@@ -187,18 +188,18 @@ def _samples(folder: str, names: Sequence[str], passed: dict[str, int], told: Fa
         if "." in base:
             faults.add(told, "names with dots: written with _, since a key ends at its first dot", shown)
         if UNSAFE.search(base):
-            faults.add(told, "names with control characters, or that are no UTF-8: written with _ for them", shown)
+            faults.add(told, "names with control characters, or not in UTF-8: written with _ in their place", shown)
         if PATHS.search(base) and not PATHS.search(plain):
             faults.add(told, "names that would lead out of their folder: written with _ for : and \\", shown)
         if key != plain:
-            faults.add(told, "names that would be one key: the later ones have a number", shown)
+            faults.add(told, "names that would give the same key: a number is added to the later ones", shown)
         base_of[key] = base
         samples.setdefault(key, []).append(File(key, suffix, name))
     return samples
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Split a file's name at its last dot, the suffix in small letters."""
+    """Split a file's name at its last dot, with the suffix in lower case."""
     base, dot, suffix = name.rpartition(".")
     return (base, suffix.lower()) if dot else (name, "")
 
@@ -213,7 +214,7 @@ def _add_part(parts: dict[str, Part], stem: str, part: Part) -> None:
 def _walk(source: str, told: Faults) -> Iterator[tuple[str, list[str]]]:
     """Yield every folder under a source with the names in it, both sorted. Links to folders are not followed.
 
-    told: takes the folders in it that may not be read, as `lost+found` of a whole disk.
+    told: filled with folders that may not be read, such as `lost+found` of a whole disk.
     """
     left = [""]  # no recursion: folders may lie in folders as deep as a path is long
     while left:
@@ -223,7 +224,7 @@ def _walk(source: str, told: Faults) -> Iterator[tuple[str, list[str]]]:
         except PermissionError:
             if not folder:
                 raise
-            faults.add(told, "folders that may not be read: passed over", folder)
+            faults.add(told, "folders passed over: no permission to read them", folder)
             continue
         yield folder, names
         left += [f"{folder}/{name}" if folder else name for name in reversed(folders)]
@@ -238,9 +239,10 @@ def _cut(stem: str, rows: int, shard_size: int) -> Iterator[tuple[str, int, int]
 
 
 def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
-    """Find parquet files with an image column; one without is refused, since it would be left out unseen.
+    """Find parquet files with an image column; one without is refused, since it would be left out unnoticed.
 
-    One of several that cannot be read is a part that fails. told: takes other columns of bytes, which no JSON holds.
+    If one of several cannot be read, it is a part that fails. told: filled with other columns of bytes, which JSON
+    cannot hold.
     """
     import pyarrow.parquet as pq
 
@@ -322,7 +324,7 @@ class PackShard:
 
 
 def _read_files(part: Part) -> Iterator[tuple[str, bytes | str]]:
-    """Yield the members of files: their bytes, of long ones their place."""
+    """Yield the members made of files: their bytes, or for large files their location."""
     for file in part.files:
         engine.advance(file.suffix.removeprefix("0.") in IMAGE_SUFFIXES)
         place = paths.join(part.root if file.beside else part.source, file.name)
@@ -332,7 +334,7 @@ def _read_files(part: Part) -> Iterator[tuple[str, bytes | str]]:
 
 
 def _read_rows(stem: str, part: Part, table: Rows) -> Iterator[tuple[str, bytes]]:
-    """Yield the members of rows of a parquet file. Raises: ShardError when it holds paths in place of images."""
+    """Yield the members made of a parquet file's rows. Raises: ShardError if it holds paths instead of images."""
     seen: set[str] = set()
     pictures = 0
     for number, row in enumerate(table.read(part), part.start):
@@ -355,4 +357,4 @@ def _read_rows(stem: str, part: Part, table: Rows) -> Iterator[tuple[str, bytes]
         plain = {name: value for name, value in row.items() if not isinstance(value, bytes)}
         yield f"{key}.{JSON_SUFFIX}", json.dumps(to_json(plain), ensure_ascii=True, default=str).encode()
     if part.rows and not pictures:
-        raise ShardError(f"{part.source} holds no image bytes in {part.image}: write it with the files embedded")
+        raise ShardError(f"{part.source} holds no image bytes in {part.image}: write it with the image files embedded")

@@ -1,4 +1,4 @@
-"""Rows of parquet files that `pack` makes tars of: read a few at a time, and named by keys that are theirs alone."""
+"""Rows of the parquet files that `pack` makes tars of: read a few at a time, and named by unique keys."""
 
 import itertools
 import re
@@ -42,10 +42,10 @@ class Part:
 
 
 class Rows:
-    """Reads rows of parquet files, a few in memory at a time; parts that follow each other cost one reading.
+    """Reads rows of parquet files, a few in memory at a time; consecutive parts are read in one pass.
 
-    A part is found by its row group. Where the next part of the same file lies further on, the reading goes on from
-    where it stands: a file that is one large row group is decoded once by each worker, however many tars it makes.
+    A part is found by its row group. If the next part of the same file comes later in it, reading continues from the
+    present position: a file of one large row group is decoded once by each worker, however many tars it gives.
     """
 
     def __init__(self, *, keys_only: bool = False) -> None:
@@ -92,13 +92,15 @@ class Rows:
 
 
 def key_of(row: dict[str, Any], fallback: str, seen: set[str]) -> tuple[str, str]:
-    """Name a row by its own key where it has a safe one that no earlier row has; a key ends at its first dot.
+    """Name a row by its own key if that is safe and no earlier row has it; a key ends at its first dot.
 
-    Returns the name, and why it is not its own where it has one.
+    Returns the name, and, if the row's own key could not be used, why.
     """
     given = next((named for name in KEYS if (named := name_of(row.get(name))) is not None), "")
     key = re.sub(r"[./\\:]", "_", given)
-    why = "that an earlier row has" if key in seen else "that no file may have" if key and not is_safe(key) else ""
+    why = (
+        "that an earlier row has, too" if key in seen else "that cannot name a file" if key and not is_safe(key) else ""
+    )
     if not key or why:
         key = next(name for n in itertools.count() if (name := f"{fallback}{f'_{n}' * bool(n)}") not in seen)
     seen.add(key)
@@ -106,9 +108,9 @@ def key_of(row: dict[str, Any], fallback: str, seen: set[str]) -> tuple[str, str
 
 
 def count_keys(parts: Mapping[str, Part], told: Faults) -> None:
-    """Count the rows of tables that are not called as they ask to be.
+    """Count the rows of tables whose own keys could not be used.
 
-    It is done when all tars are there, over all of them, so that a run that was cut short counts as any other.
+    This happens at the end, over all tars, so that a run that was interrupted gives the same counts.
     """
     table = Rows(keys_only=True)
     for stem, part in parts.items():
@@ -116,4 +118,4 @@ def count_keys(parts: Mapping[str, Part], told: Faults) -> None:
         for number, row in enumerate(table.read(part) if part.keyed else (), part.start):
             name, why = key_of(row, f"{stem}_{number:09d}", seen)
             if why:
-                faults.add(told, f"ids {why}: such rows are called by their number", f"{stem}: row {number}, {name}")
+                faults.add(told, f"ids {why}: such rows are named by their number", f"{stem}: row {number}, {name}")

@@ -1,8 +1,8 @@
-"""Import foreign embeddings as sidecars, as they are or joined to your own download.
+"""Import published embeddings as sidecars, as they are or joined to your own download.
 
 Without a pool, each part of the source becomes `EMB/{stem}.arrow` with its rows. With one, the sidecars are those of
-the pool's shards: each row finds its vectors in the source by key, url, sha256 or uid, keeps its place, and has the
-status `unmatched` where there are none. The match rate is reported and kept. A join holds 16 bytes per source row.
+the pool's shards: each row keeps its place, and its vectors are looked up in the source by key, url, sha256 or uid; if
+there are none, its status is `unmatched`. The match rate is reported and kept. A join holds 16 bytes per source row.
 """
 
 import sys
@@ -27,7 +27,7 @@ from curate.storage.renewal import Parts, shared
 
 @shared
 def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> dict[str, Any]:
-    """Bring foreign embeddings into the form that `curate embed` writes, and return the manifest.
+    """Convert published embeddings to the form that `curate embed` writes, and return the manifest.
 
     Raises: UsageError for an unknown layout or join, a source of another form, or a join that matches nothing.
     """
@@ -85,11 +85,11 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
 
 
 def _keep_of_form(output: manifest.Output, form: str) -> None:
-    """Keep no shard whose rows were looked up by another form of their keys than is taken now."""
+    """Keep no shard whose rows were looked up by another form of their keys than the present one."""
     if output.kept:
         before = manifest.open_input(output.home).manifest.get("joined", {}).get("form", EXACT)
         if before != form:
-            output.kept, output.why = frozenset(), f"keys are now taken as {form}: all shards are joined again"
+            output.kept, output.why = frozenset(), f"keys are now compared as {form}: all shards are joined again"
 
 
 def _extras(part: layouts.Part, names: Sequence[str]) -> Extras:
@@ -113,7 +113,9 @@ def _finish(
     dims = {fact["dim"]: stem for stem, fact in facts.items() if fact["dim"]}
     if len(dims) > 1:
         told = ", ".join(f"{stem} has {dim}" for dim, stem in dims.items())
-        raise UsageError(f"the parts are not of one model: {told} dimensions.", "import each into its own directory")
+        raise UsageError(
+            f"the parts are from different models: {told} dimensions.", "import each into its own directory"
+        )
     output.log(stage="import", rows=outcome.rows, seconds=round(outcome.seconds, 3))
     failed = output.failures(stems, outcome.failed)
     if unfinished := output.unfinished(stems, failed):
@@ -130,7 +132,7 @@ def _finish(
             raise UsageError(f"no row of the pool matches by {join}: {told}.", f"try {others}")
         if not quiet:
             rate = f"{joined['matched']:,} of {total:,} rows of the pool matched ({joined['matched'] / total:.1%})"
-            form = f", keys taken as {joined['form']}" if "form" in joined else ""
+            form = f", keys compared as {joined['form']}" if "form" in joined else ""
             sys.stderr.write(f"import: {rate}{form}; the source has {joined['source_rows']:,} rows\n")
     if joined and output.plan["options"]["join"] == "key":
         passed = faults.total([passed, unclear_keys(joined, {stem: output.find(stem) for stem in facts})])

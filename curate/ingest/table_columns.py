@@ -1,4 +1,4 @@
-"""Which column of a parquet table holds pictures, and which captions: by what is asked for, by name, by type."""
+"""Which column of a parquet table holds pictures, and which captions: as asked for, else by name and type."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ IMAGES = ("image", "images", "jpg", "jpeg", "png", "webp", "img", "bytes", "imag
 def _column(
     schema: pa.Schema, asked: str, names: Sequence[str], fits: Callable[[pa.DataType], bool], where: str, what: str
 ) -> str:
-    """Choose a column by its name, among those of a fitting type; "" where there is none."""
+    """Choose a column by its name, among those of a fitting type; "" if there is none."""
     if asked:
         if asked not in schema.names:
             raise unknown(f"column of {where}", asked, schema.names)
@@ -34,26 +34,26 @@ def _column(
 
 
 def image_column(schema: pa.Schema, asked: str, where: str) -> str:
-    """Choose the column of pictures: the one asked for, else by its name, else the only one; "" where there is none."""
+    """Choose the column of pictures: the one asked for, else by its name, else the only one; "" if there is none."""
     return _column(schema, asked, IMAGES, holds_images, where, "image")
 
 
 def caption_column(schema: pa.Schema, asked: str, where: str) -> str:
-    """Choose the column of captions: the first of those asked for that is there, else by its name."""
+    """Choose the column of captions: the first of those asked for that exists, else by its name."""
     names = [name.strip() for name in asked.split(",") if name.strip()]
     there = next((name for name in names if name in schema.names), names[0] if names else "")
     return _column(schema, there, CAPTIONS, holds_text, where, "caption")
 
 
 def no_images(schema: pa.Schema, where: str) -> UsageError:
-    """Refuse a table without pictures, saying what it has and what reads it."""
+    """Refuse a table without pictures, saying what it has and which command reads it."""
     there = ", ".join(f"{field.name} ({field.type})" for field in schema)
     url = next((name for name in (*NAMES["url"], "image_url") if name in schema.names), "")
     hint = None
     if url:
         hint = f"download its pictures first: img2dataset --input_format parquet --url_col {url} --url_list {where} …"
     elif any(name in FORM_KEYS[:2] for name in schema.names):
-        hint = "records in which pictures are named are a source of `curate mix`"
+        hint = "if these are records that name pictures, use `curate mix`"
     return UsageError(f"{where} has no column of images: it has {there}.", hint)
 
 

@@ -227,7 +227,7 @@ def test_a_join_that_matches_nothing_is_refused_with_an_example_and_leaves_nothi
     "options, words",
     [
         (ImportOptions("clip-retreival"), "did you mean 'clip-retrieval'"),
-        (ImportOptions("datacomp"), "{uid}.parquet beside {uid}.npz is expected; it holds img_emb"),
+        (ImportOptions("datacomp"), "expected {uid}.parquet beside {uid}.npz; it holds img_emb"),
         (ImportOptions("clip-retrieval", join="key"), "go together"),
         (ImportOptions("clip-retrieval", pool="POOL", join="name"), "unknown join"),
         (ImportOptions("clip-retrieval", pool="no/such/pool", join="key"), "does not exist"),
@@ -294,7 +294,7 @@ def test_parts_of_two_models_are_refused(tmp_path):
     write_source(tmp_path / "source", "npy", [2])
     np.save(tmp_path / "source" / "other.npy", np.ones((2, 9), np.float32))
     pq.write_table(pa.table(records(2)), tmp_path / "source" / "other.parquet")
-    with pytest.raises(UsageError, match="not of one model"):
+    with pytest.raises(UsageError, match="from different models"):
         import_layout(str(tmp_path / "source"), str(tmp_path / "emb"), ImportOptions("npy"), QUIET)
 
 

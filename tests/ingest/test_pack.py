@@ -172,8 +172,8 @@ def test_rows_that_are_not_called_by_their_id_are_counted(tmp_path, capsys, cut_
     manifest = pack(str(tmp_path / "t.parquet"), str(out), PackOptions(shard_size=7), Job(workers=1))
     counted = {kind: fault["count"] for kind, fault in manifest["faults"].items()}
     assert counted == {
-        "ids that an earlier row has: such rows are called by their number": 3,
-        "ids that no file may have: such rows are called by their number": 1,
+        "ids that an earlier row has, too: such rows are named by their number": 3,
+        "ids that cannot name a file: such rows are named by their number": 1,
     }
     assert "3 × ids that an earlier row has" in capsys.readouterr().err
     for shard in list_pool(str(out)):
@@ -391,7 +391,7 @@ def test_dotted_names_and_spellings_of_a_suffix_are_samples_and_the_rest_is_said
     }
     assert shard["rows"] == 5 and manifest["passed_over"] == {"md": 1, "jpg": 1, "": 1}
     said = capsys.readouterr().err
-    for words in ("names with dots", "would be one key", "passed over: .md (e.g. notes.md)", "macOS"):
+    for words in ("names with dots", "would give the same key", "passed over: .md (e.g. notes.md)", "macOS"):
         assert words in said and any(words[:12] in kind for kind in (*manifest["faults"], said))
     keys = [sample.key for sample in read_index((tmp_path / "pool" / f"{stem}.tar").open("rb")).samples]
     assert len(keys) == len(set(keys)) == 5
@@ -443,10 +443,10 @@ def test_metadata_tables_and_folders_of_texts_are_captions(tmp_path):
     assert {kind: (fault["count"], fault["example"]) for kind, fault in made["faults"].items()} == {
         "rows of metadata.jsonl without a file_name": (1, "train/metadata.jsonl: row 3"),
         "lines of metadata that are not JSON": (1, "train/metadata.jsonl: record 4"),
-        "pictures without a row in the table of metadata": (1, "train/a/3.png"),
+        "pictures without a row in the metadata": (1, "train/a/3.png"),
         "rows of metadata whose picture is not there": (1, "train/a/gone.png"),
         "names with dots: written with _, since a key ends at its first dot": (1, "train/a/0.1.png"),
-        "texts taken from a folder beside: pairs/captions": (2, "pairs/captions/p.txt"),
+        "texts taken from a neighbouring folder: pairs/captions": (2, "pairs/captions/p.txt"),
         "files passed over: in a folder without pictures, .txt": (1, "pairs/labels/p.txt"),
         "files passed over: in a folder without pictures, .md": (1, "notes/readme.md"),
     }
@@ -570,13 +570,13 @@ def test_links_that_lead_nowhere_and_folders_that_may_not_be_read_are_passed_ove
     assert dict(members(tmp_path / "out" / "a.tar")) == {"1.jpg": picture(1), "2.txt": b"a text whose picture is gone"}
     assert made["counts"]["rows"] == 2
     assert made["faults"] == {
-        "folders that may not be read: passed over": {"count": 2, "example": "b/lost+found"},
-        "links that lead nowhere: the files are not there": {"count": 2, "example": "a/2.jpg"},
+        "folders passed over: no permission to read them": {"count": 2, "example": "b/lost+found"},
+        "links to files that do not exist": {"count": 2, "example": "a/2.jpg"},
     }
     table = pa.table({"image": [picture(1)], "text": ["one"]})
     pq.write_table(table, tmp_path / "in" / "a" / "1.parquet")
     tables = pack(str(tmp_path / "in"), str(tmp_path / "tables"), PackOptions(layout="parquet"), QUIET)
-    assert tables["faults"]["folders that may not be read: passed over"]["count"] == 2
+    assert tables["faults"]["folders passed over: no permission to read them"]["count"] == 2
     monkeypatch.setattr(os, "scandir", lambda place: closed(f"{place}/lost+found"))
     with pytest.raises(PermissionError):
         pack(str(tmp_path / "in"), str(tmp_path / "none"), PackOptions(), QUIET)

@@ -52,7 +52,7 @@ def test_rows_without_a_key_are_counted_and_their_keys_say_so(tmp_path):
     ended = curate("import", tmp_path / "in", tmp_path / "emb", "--layout", "nemo")
     assert [row["key"] for row in table_of(tmp_path / "emb")] == ["5", "part0_000000001", "6"]
     [(kind, fault)] = manifest(tmp_path / "emb")["faults"].items()
-    assert "without a key" in kind and fault["count"] == 1 and kind in ended.stderr
+    assert "without a usable key" in kind and fault["count"] == 1 and kind in ended.stderr
 
 
 def test_numbers_are_emitted_as_the_source_has_them(tmp_path):
@@ -201,14 +201,14 @@ def test_keys_that_several_rows_share_say_nothing_and_files_without_vectors_are_
     words = ("--layout", "clip-retrieval", "--pool", tmp_path, "--join", "key")
     write_part(tmp_path / "in", 0, ["a", "b"])
     ended = curate("import", tmp_path / "in", tmp_path / "half", *words)
-    assert "2 × rows of the pool by whose key" in ended.stderr
+    assert "2 × rows of the pool that share their key" in ended.stderr
     write_part(tmp_path / "in", 1, ["a", "b"])
     ended = curate("import", tmp_path / "in", tmp_path / "emb", *words, check=False)
-    assert ended.returncode == 2 and "is that of several rows (e.g. 'a')" in ended.stderr
+    assert ended.returncode == 2 and "belongs to several rows (e.g. 'a')" in ended.stderr
     write_part(tmp_path / "in", 1, ["b", "c"])
     ended = curate("import", tmp_path / "in", tmp_path / "emb", *words)
     assert [row["status"] for row in table_of(tmp_path / "emb")][:2] == ["ok", "unmatched"]
-    assert "2 × rows of the source whose key another one has" in ended.stderr
+    assert "2 × rows of the source that share their key" in ended.stderr
     (tmp_path / "in" / "img_emb" / "img_emb_1.npy").unlink()
     ended = curate("import", tmp_path / "in", tmp_path / "part", "--layout", "clip-retrieval")
     assert "1 × files left out" in ended.stderr and "metadata_1.parquet" in ended.stderr
