@@ -1,8 +1,8 @@
-"""A sample's caption: where it stands, which of several counts, and what of it is text.
+"""A sample's caption: where it is found, which of several counts, and what of it is text.
 
-By default the `.txt` member, else the JSON's `caption`, else what is said in its `conversations`. Where fields are
-named (`--caption`) only those count, in their order: fields of the JSON, or members by their suffix. Of a list the
-first text counts, or one by the seed and the sample's key, so that any run picks the same.
+By default it is the `.txt` member, else the JSON's `caption`, else the text of its `conversations`. If fields are
+named (`--caption`), only those count, in their order: fields of the JSON, or members by their suffix. Of a list the
+first text counts, or one drawn by the seed and the sample's key, so that every run picks the same.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ USUAL = Wanted()
 
 
 def clean(text: Any) -> str | None:
-    """Take a value for a caption: text without NUL, byte order marks and invisible ends; None where nothing is left."""
+    """Return a value as a caption: text without NUL, byte order marks and invisible ends; None if nothing is left."""
     if not isinstance(text, str):
         return None
     seen = visible(text)
@@ -49,7 +49,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Caption:
-    """A sample's caption, or the status that it deserves without one, and why in a few words."""
+    """A sample's caption, or the status of the sample without one, and why in a few words."""
 
     text: str | None
     status: str = ""
@@ -110,6 +110,6 @@ def _text(file: IO[bytes], member: tar.Member) -> Caption:
     try:
         return Caption(clean(tar.read_member(file, member).decode("utf-8")))
     except UnicodeDecodeError:
-        return Caption(None, "bad_caption", "not UTF-8: convert the file, with iconv for one")
+        return Caption(None, "bad_caption", "not UTF-8: convert the file, e.g. with iconv")
     except ShardError:
         return Caption(None, "bad_caption", "the shard breaks off within it")

@@ -39,7 +39,9 @@ def check_members(found: Sequence[tar.Shard], wanted: Wanted, *, captions: bool)
             tars = any(f".{suffix}".endswith(tar.TAR_SUFFIXES) for suffix in seen)
             raise UsageError(
                 f"the pool has no images: {len(found):,} shard(s) hold {held}; a sample needs .jpg, .png or .webp.",
-                "tars within tars are not read: unpack the outer ones, the pool is what they hold" if tars else None,
+                "tars inside tars are not read: unpack the outer ones, and give what they hold as the pool"
+                if tars
+                else None,
             )
         needed = f"one of {', '.join(wanted.fields)}" if wanted.fields else ".txt, or .json with a caption"
         named = ", ".join(field for field, _ in fields.most_common(8))

@@ -1,7 +1,7 @@
-"""Whether a pool's shards, or files of published embeddings, have the bytes that they had.
+"""Whether a pool's shards, or files of published embeddings, still have the same bytes.
 
-In: files, read whole, as many at a time as there are workers. Out: a fingerprint of each shard's. With `--verify` all
-are read, else those that have another time and the same size: reading a file costs a small part of embedding it.
+In: files, read whole, as many at a time as there are workers. Out: a fingerprint for each shard. With `--verify` all
+are read, else those with a new time and the same size: reading a file costs a small part of embedding it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,9 +35,9 @@ class Fingerprint:
 def reading(
     sources: Mapping[str, tar.Shard | Sequence[str]], job: Job, *, verify: bool
 ) -> Callable[[Collection[str]], dict[str, str]]:
-    """Return what reads chosen shards' files and fingerprints them; one that cannot be read has no fingerprint.
+    """Return a function that fingerprints the files of chosen shards; one that cannot be read gets no fingerprint.
 
-    A store's files are read where `verify` asks for it: else their ETag says enough, and reading is no small part.
+    Files of an object store are read only with `verify`: their ETag is enough otherwise, and reading them is slow.
     """
 
     def read(stems: Collection[str]) -> dict[str, str]:

@@ -1,12 +1,12 @@
-"""Decode in processes: rows of a shard, batch after batch, ahead of the model that takes them.
+"""Decode the rows of a shard in other processes, batch after batch, ahead of the model.
 
-A decoded image of 224 pixels is 150 kB, so that a GPU that embeds 2,500 a second would draw 380 MB/s through pipes,
-each byte copied five times on the way. Pixels travel through a board of shared memory instead: the process that asks
-lends a slot with each part of a batch, the one that decodes writes there; all else of the rows comes through its
-pipe. A board serves one shard and is freed with the last process that holds it, whoever is killed; it has no name
-that could be left behind, and takes nothing of the room of /dev/shm, of which containers have little. Where a system
-has no such memory (not Linux), pixels go through the pipe. (One process on a busy machine: 1.8 to 3 times the rows a
-second, and 40 % of the asking process' time.)
+A decoded image of 224 pixels takes 150 kB, so a GPU that embeds 2,500 a second would need 380 MB/s through pipes, each
+byte copied five times on the way. Instead, pixels go through a board of shared memory: the process that asks lends a
+slot with each part of a batch, and the one that decodes writes there; everything else about the rows comes through its
+pipe. A board serves one shard and is freed with the last process that holds it, even if processes are killed; it has no
+name that could be left behind, and takes no space in /dev/shm, of which containers have little. On systems without such
+memory (other than Linux), pixels go through the pipe. (One process on a busy machine: 1.8 to 3 times the rows a second,
+at 40 % of the time in the asking process.)
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ PART_ROWS = 32  # rows that a decoding process takes at a time
 
 
 class Board(NamedTuple):
-    """Where shared memory is found, which it is (its inode), and its shape: slots, rows, height, width, channels."""
+    """Where to find shared memory, its inode as identity, and its shape: slots, rows, height, width, channels."""
 
     place: str
     inode: int
@@ -65,7 +65,7 @@ class Decoders:
         self.ahead = 2 * count + self.per_batch
 
     def __call__(self, path: str, batches: Sequence[Sequence[tar.Sample]]) -> Iterator[reader.Rows]:
-        """Decode batches of samples of the tar at a path, in order; small parts, so that the first is soon there."""
+        """Decode batches of samples of the tar at a path, in order; in small parts, so that the first comes soon."""
         parts = [[batch[at : at + PART_ROWS] for at in range(0, len(batch), PART_ROWS)] for batch in batches]
         count = sum(map(len, parts))
         # Lent at a time are the parts on their way, and those of the batch that is being put together.
@@ -123,7 +123,7 @@ def _start(make: Callable[[], reader.Reader]) -> None:
 
 
 def _decode(path: str, asked: tuple[Sequence[tar.Sample], Board | None, int]) -> "reader.Rows | _Lent":
-    """Read samples; where a board is lent, leave their pixels there."""
+    """Read samples; if a board is lent, leave their pixels there."""
     assert _reader is not None
     samples, board, slot = asked
     rows = _reader(path, samples)
@@ -135,7 +135,7 @@ def _decode(path: str, asked: tuple[Sequence[tar.Sample], Board | None, int]) ->
 
 
 def _open(board: Board) -> np.ndarray:
-    """Open a board, unless it is the last one.  Raises: OSError when it is gone, as when its shard was given up."""
+    """Open a board, unless it is the last one.  Raises: OSError if it is gone, as when its shard was given up."""
     global _held
     if _held is None or _held[0] != board:
         file = os.open(board.place, os.O_RDWR)

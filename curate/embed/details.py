@@ -1,12 +1,13 @@
-"""What a picture is told from its like by: finer hashes than `phash`, and whether it is writing on a plain ground.
+"""What tells similar pictures apart: finer hashes than `phash`, and whether a picture is writing on a plain ground.
 
-Two T-shirts of one model have one coarse shape, and so one `phash`; the print tells them apart. `detail` sees it: the
-first 12 × 12 frequencies of the same 32 × 32 grey values instead of 8 × 8, and of the whole picture as well as of its
-middle without a margin of 2, 4 and 6 %. A copy that was cut or framed by up to 7 % on all sides agrees, whole against
-middle, with its original; one that was cut on one side alone does not (same_picture in curate/select/steps compares).
+Two T-shirts of one model have the same coarse shape, and so the same `phash`; the print tells them apart. `detail` sees
+the print: it hashes the first 12 × 12 frequencies of the same 32 × 32 grey values instead of 8 × 8, for the whole
+picture and for its middle without a margin of 2, 4 and 6 %. A copy that was cropped or framed by up to 7 % on all sides
+agrees, whole against middle, with its original; one that was cropped on one side only does not (same_picture in
+curate/select/steps compares them).
 
-`writing` is what printed words look like, and line drawings and icons too: strokes, thin and far darker or brighter
-than the plain ground that most of the picture is.
+`writing` says whether a picture looks like printed words (line drawings and icons do, too): thin strokes, far darker or
+brighter than the plain ground that most of the picture consists of.
 """
 
 import functools
@@ -74,8 +75,8 @@ def detail_hash(small: np.ndarray) -> bytes | None:
 def is_writing(cells: np.ndarray) -> bool:
     """Say whether 64 × 64 grey values, i64, are thin strokes on a plain ground.
 
-    The ground is the commonest tone. Of what is off it, at most MOST_THICK may lie in the middle of a square of STROKE
-    cells without ground: a shape does, a stroke does not.
+    The ground is the commonest tone. Of the cells that differ from it, a share of at most MOST_THICK may be the centre
+    of a square of STROKE cells without ground: cells of a shape are, cells of a stroke are not.
     """
     counts = np.bincount(cells.reshape(-1) // 8, minlength=32)
     tone = 8 * int((counts + np.concatenate([[0], counts[:-1]])).argmax())

@@ -66,10 +66,10 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
     node: encoder.Node = engine.ask(partial(encoder.look, options.precision, source), job)
     device = node.device
     if options.decode == "gpu" and (reason := engine.ask(partial(jpegs.reason_against, device), job)):
-        raise UsageError(f"no GPU decodes here ({reason}), as --decode gpu asks for.", "take --decode fast")
+        raise UsageError(f"--decode gpu needs a GPU that decodes JPEGs, but {reason}.", "take --decode fast")
     precision, reason = node.precision, node.reason
     if options.precision == "auto" and "precision" in recorded:
-        precision, reason = str(recorded["precision"]), "as the directory was made with"
+        precision, reason = str(recorded["precision"]), "as this directory was made"
     by_device = GPU_BATCH if device == "cuda" else CPU_BATCH
     batch_size = options.batch_size or int(recorded.get("batch_size", by_device))
     made = {
@@ -132,8 +132,8 @@ def embed(pool: str, out: str, options: EmbedOptions, job: Job) -> dict[str, Any
 def _workers(job: Job, device: str, source: weights.Source, shards: int) -> tuple[int, float]:
     """Choose the number of workers, and the share of a GPU that one takes.
 
-    On a GPU there are two, unless the model is large: while one ends a shard, its last batch half empty, its texts and
-    its file to be written, the other's batches keep the card busy. What a shard's rows are does not depend on it.
+    On a GPU there are two, unless the model is large: while one finishes a shard (a half-empty last batch, the texts,
+    writing the file), the other's batches keep the card busy. The rows of a shard do not depend on it.
     """
     cards = engine.gpus(job) or 1
     each = 2 if source.size <= MOST_SHARED_BYTES else 1
@@ -152,7 +152,7 @@ def _wanted(options: EmbedOptions) -> Wanted:
 
 
 def _portable_name(given: str) -> str:
-    """Name a model or its weights without the place where they lie; their digest tells them apart."""
+    """Name a model or its weights without their location; their digest tells them apart."""
     place = weights.whole_name(given).removeprefix("local-dir:")
     return os.path.basename(place) if os.path.exists(place) else given
 
@@ -282,7 +282,7 @@ class EmbedShard:
         return {"rows": len(facts), "bad": len(facts) - statuses["ok"], "spent": spent}
 
     def _read_beside(self, shard: tar.Shard, facts: list[dict[str, Any]], index: tar.Index) -> dict[str, Any]:
-        """Account for img2dataset's downloads, and fill columns that the samples' JSON lacks from its side table."""
+        """Account for img2dataset's downloads, and fill columns missing in the samples' JSON from its side table."""
         side = side_data.read_side_table(shard.location, list(self.extras.columns))
         if side is None:
             return {}
@@ -323,7 +323,7 @@ class EmbedShard:
         return facts, vectors, np.concatenate([tokens for _, (_, tokens) in parts])
 
     def _embed_exactly(self, path: str, samples: list[tar.Sample]) -> tuple[list[dict[str, Any]], np.ndarray] | None:
-        """Embed a shard's first samples as without a device that decodes: their facts, and f32 [m, d] of those ok."""
+        """Embed a shard's first samples with the processor decoding: their facts, and f32 [m, d] of the ok ones."""
         if self.exact is None:
             return None
         rows = self.exact(path, samples)

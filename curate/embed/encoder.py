@@ -1,8 +1,8 @@
-"""open_clip models, wherever their weights lie: images and captions in, unit vectors out.
+"""open_clip models, wherever their weights are: images and captions in, unit vectors out.
 
 Weights are read from safetensors, or by torch with `weights_only`: nothing is ever unpickled. Images arrive as uint8
-and are normalised on the device; captions run at their real length where the text tower is causal or masks its padding,
-else at its context.
+and are normalised on the device; captions run at their real length if the text tower is causal or masks its padding,
+else at the full context.
 """
 
 import copy
@@ -34,7 +34,7 @@ def choose_device() -> str:
 
 
 def choose_precision(asked: str, device: str, source: Source) -> tuple[str, str]:
-    """Resolve `auto` by what the hardware has, never by a timing, so that a rerun decides alike.
+    """Resolve `auto` by what the hardware has, never by a timing, so that a rerun decides the same.
 
     Returns the precision and the reason. Raises: UsageError for an unknown name.
     """
@@ -45,7 +45,7 @@ def choose_precision(asked: str, device: str, source: Source) -> tuple[str, str]
     if device == "cuda":
         if gpu_has_bf16():
             return "bf16", "the GPU computes in bf16"
-        return "fp16", "the GPU is older than bf16"
+        return "fp16", "the GPU is too old for bf16"
     if source.is_small:
         return "fp32", "a model this small gains nothing from bf16 on a CPU"
     if kind := bf16_instructions():
@@ -72,7 +72,7 @@ class Node:
 
 
 def look(asked: str, source: Source) -> Node:
-    """Look what this machine has to embed with. Raises: UsageError for an unknown precision."""
+    """Find out what this machine has to embed with. Raises: UsageError for an unknown precision."""
     device = choose_device()
     return Node(device, describe_device(device), *choose_precision(asked, device, source), engine.cores())
 
@@ -183,7 +183,7 @@ class Encoder:
             return _unit(tower.encode_text(tokens) if hasattr(tower, "encode_text") else tower(tokens))
 
     def lengths(self, tokens_nl: np.ndarray) -> np.ndarray:
-        """Count the tokens i64 [n] that reach a caption's vector: those up to where a causal tower is read out."""
+        """Count the tokens i64 [n] that affect a caption's vector: those up to where a causal tower is read out."""
         if self._pad is not None:
             return np.asarray((np.arange(1, tokens_nl.shape[1] + 1) * (tokens_nl != self._pad)).max(axis=1).clip(1))
         if not self.cuts:
@@ -246,7 +246,7 @@ def _build(source: Source, precision: str, device: "torch.device") -> tuple[Any,
 
 
 def _is_native(config: dict[str, Any]) -> bool:
-    """Say whether open_clip's own half precision works: of CLIP's classic towers alone, others run under autocast.
+    """Say whether open_clip's own half precision works: only for CLIP's classic towers; others run under autocast.
 
     open_clip 3.3 mixes dtypes in CoCa and cannot convert a text projection with a bias.
     """
@@ -257,7 +257,7 @@ def _is_native(config: dict[str, Any]) -> bool:
 
 @contextmanager
 def _quiet_root() -> Iterator[None]:
-    """Mute open_clip's notes on the root logger; that weights are missing is ours to say."""
+    """Mute open_clip's notes on the root logger; missing weights are reported by this program."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
@@ -283,17 +283,17 @@ def _can_cut(tower: Any) -> bool:
 
 
 def _padding(tower: Any) -> int | None:
-    """Return the token that a text tower masks by itself, in its attention and its pooling: those of transformers."""
+    """Return the token that a text tower (of transformers) masks by itself, in its attention and its pooling."""
     from open_clip.hf_model import HFTextEncoder
 
     return tower.config.pad_token_id if isinstance(tower, HFTextEncoder) else None
 
 
 def _put_sequence_first(tower: Any) -> None:
-    """Lay a text tower's rows out position by position, where its attention is torch's own: the same numbers, sooner.
+    """Lay out a text tower's rows position by position, if its attention is torch's own: the same numbers, faster.
 
-    Masked attention given batches first turns them in place, and the product with what is then no plain matrix copies
-    its weights for every caption: half as long again for the whole tower on a CPU.
+    Masked attention that gets batches first transposes them in place, and the product with what is then no longer a
+    plain matrix copies its weights for every caption: on a CPU the whole tower takes half as long again.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Images as a model sees them: bytes to pixels, judged on the way, and a perceptual hash of what was decoded.
+"""Images as a model sees them: bytes to pixels, with checks on the way, and a perceptual hash of the decoded image.
 
 In: the bytes of an image member. Out: uint8 pixels exactly as open_clip's own transform holds them before it makes a
 float tensor (the model's resize, crop, conversion, in its order), and 64 bits that survive scaling and recompression.
@@ -36,7 +36,7 @@ Transform = Callable[[Image.Image], np.ndarray]
 
 
 class BadImage(Exception):
-    """The bytes are no image that can be used. status: one of the sidecar's; reason: why, in a few words."""
+    """The bytes are not a usable image. status: one of the sidecar's; reason: why, in a few words."""
 
     def __init__(self, status: str, reason: str = "") -> None:
         super().__init__(f"{status}: {reason}" if reason else status)
@@ -75,8 +75,8 @@ def _load(data: bytes, max_pixels: int) -> Image.Image:
 def plain_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
     """Return width and height of a JPEG that any decoder reads as Pillow does, from its header; None for all others.
 
-    Three components at the usual samplings, in Y'CbCr, in one pass, and whole: of what is cut off Pillow refuses the
-    picture, where others fill in grey. Progressive ones are decoded on a GPU one by one, partly by the processor.
+    Three components at the usual samplings, in Y'CbCr, not progressive, and complete: Pillow refuses a truncated
+    picture, where others fill in grey; progressive ones are decoded on a GPU one by one, partly by the processor.
     """
     if not data.startswith(b"\xff\xd8") or not data.rstrip(b"\0").endswith(b"\xff\xd9"):
         return None
@@ -96,7 +96,7 @@ def _over(max_pixels: int) -> str:
 
 
 def _words(error: Exception) -> str:
-    """Say what an error is, without numbers and addresses: the same words for the same kind of fault."""
+    """Describe an error without numbers and addresses, so that the same kind of fault gives the same words."""
     return re.sub(r"0x[0-9a-fA-F]+|\d+", "N", first_line(error))[:120]
 
 
@@ -143,9 +143,9 @@ def transform(preprocess: Mapping[str, Any], *, fast: bool = False) -> Transform
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """Cut off a picture's long ends that no crop in the middle shows, before it is enlarged to that crop's height.
+    """Cut off a picture's long ends, which a centre crop does not show, before it is enlarged to the crop's height.
 
-    1 × 60,000 pixels would be made 224 × 13,440,000. An even number of pixels goes, so that the middle stays in place.
+    1 × 60,000 pixels would become 224 × 13,440,000. An even number of pixels is cut, so that the middle stays in place.
     """
     long, short = max(image.size), min(image.size)
     end = (long - MOST_OBLONG * short) // 2
@@ -167,9 +167,9 @@ def _steps(preprocess: Mapping[str, Any]) -> list[Any]:
 
 
 def resizing(preprocess: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Build what `transform` does to pixels in RGB for tensors u8 [n, 3, h, w] on any device: antialiased, in f32.
+    """Build what `transform` does to RGB pixels, for tensors u8 [n, 3, h, w] on any device: antialiased, in f32.
 
-    Raises: UsageError for a transform that no steps of torchvision do.
+    Raises: UsageError for a transform that torchvision's steps cannot do.
     """
     steps = [step for step in _steps(preprocess) if type(step).__name__ != "MaybeConvertMode"]
     others = [type(step).__name__ for step in steps if not type(step).__module__.startswith("torchvision.")]
@@ -179,7 +179,7 @@ def resizing(preprocess: Mapping[str, Any]) -> Callable[[Any], Any]:
 
 
 def _resized(step: Any) -> Callable[[Image.Image], Image.Image]:
-    """Resize as torchvision's step does, by torch: three times as fast, and off by 1 of 255 in one number of 500."""
+    """Resize as torchvision's step does, by torch: three times as fast, one value in 500 off by 1 of 255."""
     import torch
 
     mode = step.interpolation.value

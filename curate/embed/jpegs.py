@@ -1,15 +1,15 @@
 """Plain JPEGs, decoded and resized on the device that embeds: `--decode gpu`.
 
-In: the bytes of a batch's JPEGs, of which `images.plain_jpeg_size` lets through only what every decoder reads alike;
-all other pictures come as pixels. Out: the pixels that the model sees, on the device, and what else is told from a
-picture: its grey cells are averaged there and hashed here. What the decoder refuses after all is decoded by the
-processor. Decoders and roundings differ a little, so that each shard's first pictures are embedded both ways, and the
-manifest says how near the vectors are.
+In: the bytes of a batch's JPEGs, limited by `images.plain_jpeg_size` to those that every decoder reads alike; all other
+pictures come as pixels. Out: the pixels that the model sees, on the device, and the picture's hashes: its grey cells
+are averaged on the device and hashed here. A JPEG that the decoder refuses all the same is decoded by the processor.
+Decoders round a little differently, so each shard's first pictures are embedded both ways, and the manifest says how
+close the vectors are.
 
-torchvision's decoder (nvJPEG on a GPU; deprecated in 0.29) is one for the whole process, refuses a list for one bad
-picture in it, and writes on a stream of its own into memory that it takes from the current one: so it runs on a stream
-where nothing else does, one batch at a time, and whatever was there has ended. On a processor the same code runs for
-tests. Device memory: about 30 bytes a pixel of CHUNK_PIXELS, 1 GiB.
+torchvision's decoder (nvJPEG on a GPU; deprecated in 0.29) exists once per process, refuses a whole list for one bad
+picture in it, and writes on a stream of its own into memory taken from the current stream. So it runs on a stream of
+which nothing else makes use, one batch at a time, after all earlier work there has ended. On a processor the same code
+runs for tests. Device memory: about 30 bytes per pixel of CHUNK_PIXELS, 1 GiB.
 """
 
 import functools
@@ -39,7 +39,7 @@ NEAR = 0.999  # a cosine
 
 
 def reason_against(device: str) -> str:
-    """Return why a device cannot decode, or "": it is tried on a small JPEG."""
+    """Return why a device cannot decode, or "" if it can; it is tried on a small JPEG."""
     if not device.startswith("cuda"):
         return "no GPU is seen"
     out = io.BytesIO()
@@ -99,7 +99,7 @@ class Jpegs:
         return made, [details.describe_cells(*both) for both in zip(*told, strict=True)]
 
     def _stacks(self, coded: Sequence[bytes]) -> Iterator[tuple[list[int], "Tensor"]]:
-        """Decode some pictures at a time, and yield those of one size, u8 [n, 3, h, w], with their places."""
+        """Decode a few pictures at a time, and yield those of one size, u8 [n, 3, h, w], with their places."""
         import torch
 
         sizes = [images.plain_jpeg_size(data, images.MOST_ON_DEVICE) or (1, 1) for data in coded]
@@ -120,7 +120,7 @@ class Jpegs:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Work on the stream of this decoder while no other batch does, and wait for what was asked of it."""
+        """Run the body on this decoder's stream while no other batch does, and wait for its work to end."""
         import torch
 
         with self._lock:
@@ -134,16 +134,16 @@ class Jpegs:
                     self._stream.synchronize()
 
     def _each(self, coded: Sequence[bytes]) -> list[tuple["Tensor", dict[str, Any]] | None]:
-        """Decode JPEGs: pixels u8 [h, w, 3] and what is told of each; None for those that the device refuses."""
+        """Decode JPEGs: pixels u8 [h, w, 3] and the hashes of each; None for those that the device refuses."""
         try:
             return list(zip(*self(coded), strict=True))
         except RuntimeError:
             return [each for data in coded for each in self._each([data])] if len(coded) > 1 else [None]
 
     def fill(self, rows: Rows, put: Callable[[np.ndarray], "Tensor"], exact: Reader) -> tuple[Rows, "Tensor"]:
-        """Decode what a batch left coded. Returns its rows, and the pixels of those that are ok, on the device.
+        """Decode the JPEGs that a batch left undecoded. Returns its rows, and the pixels of the ok rows on the device.
 
-        put: brings pixels to the device. exact: decodes what the device refuses; what it refuses, too, is no longer ok.
+        put: brings pixels to the device. exact: decodes what the device refuses; if it refuses too, the row is bad.
         """
         import torch
 
@@ -182,7 +182,7 @@ def _boxed(grey: "Tensor", side: int) -> "Tensor":
 
 @functools.lru_cache(256)
 def _shares(length: int, side: int, device: "torch.device") -> "Tensor":
-    """Return what each cell takes of each pixel, f64 [side, length]: of those whose middle lies in it, alike."""
+    """Return each pixel's weight in each cell, f64 [side, length]: equal for the pixels whose middle is in the cell."""
     import torch
 
     middle = (torch.arange(side, dtype=torch.float64)[:, None] + 0.5) * length / side
@@ -214,7 +214,7 @@ def compare(
 
 
 def account(facts: Mapping[str, Mapping[str, Any]], *, quiet: bool) -> dict[str, Any]:
-    """Add up what `compare` found of all shards, for the manifest, and say it; nothing where no device decoded."""
+    """Add up what `compare` found in all shards, for the manifest, and print it; nothing if no device decoded."""
     shards = [fact for fact in facts.values() if "deviation" in fact]
     if not shards:
         return {}

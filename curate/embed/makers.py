@@ -1,4 +1,4 @@
-"""What made a directory's shards: device and versions, which may differ where others went on with it."""
+"""What made a directory's shards: device and versions, which may differ if it was resumed elsewhere."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from curate.storage import manifest, sidecar
 
 
 def made_by(device: str) -> dict[str, Any]:
-    """Say what makes shards here and now. device: as `encoder.describe_device` names it."""
+    """Describe what makes shards in this run. device: as `encoder.describe_device` names it."""
     return {"device": device, "versions": manifest.versions("torch", "open_clip_torch", "pillow")}
 
 
@@ -24,11 +24,11 @@ def account(facts: Mapping[str, Mapping[str, Any]], device: str) -> dict[str, An
 
 
 def say_other_maker(output: manifest.Output, todo: Sequence[str], stems: Sequence[str], device: str) -> None:
-    """Say that the shards that stand already were made by other versions or on another device."""
+    """Say on stderr if the shards that exist already were made by other versions or on another device."""
     missing = set(output.missing(stems))  # other slices' shards, too
     there = next((stem for stem in stems if stem not in missing), None) if todo else None
     before = sidecar.facts(output.find(there)).get("made_by") if there is not None else None
     now = made_by(device)
     if before is not None and before != now:
         told = " and ".join(json.dumps(each, sort_keys=True) for each in (before, now))
-        sys.stderr.write(f"embed: goes on with shards that another machine made: {told}; the manifest lists which\n")
+        sys.stderr.write(f"embed: different versions or devices made the shards: {told}; the manifest says which\n")

@@ -12,16 +12,16 @@ class EmbedOptions:
 
     columns: fields of the samples' JSON to keep as columns; captions: a TSV of captions by url, for samples without.
 
-    caption: fields of the JSON or suffixes of members, with commas, whose first text is the caption.
-    verify: where embeddings stand, all shards are compared with what they were made of by content.
+    caption: fields of the JSON or suffixes of members, in order; the first text in them is the caption.
+    verify: if embeddings exist, the contents of all shards are compared with what they were made of.
 
     faithful: 16-bit and transparent images go to open_clip's transform as they are, not as `images.visible` makes them.
 
     decode: fast lets torch resize, whose pixels are off by 1 of 255 here and there; full is open_clip's own transform;
-    gpu has plain JPEGs decoded and resized by the GPU that embeds (`jpegs`), all else as full.
+    gpu lets the GPU that embeds decode and resize plain JPEGs (`jpegs`), and does all else as full.
 
-    decoders: processes that decode, per worker; it changes nothing in the output. 0: on a CPU the model's own threads
-    decode, on a GPU there is a process for every core.
+    decoders: processes that decode, per worker; the output does not depend on it. 0: on a CPU the model's own threads
+    decode, on a GPU there is one process per core.
     """
 
     model: Annotated[str, "An open_clip name, local-dir:FOLDER, hf-hub:ID or a config JSON."] = "ViT-L-14"
@@ -31,12 +31,14 @@ class EmbedOptions:
     max_pixels: int = MAX_PIXELS
     decode: Annotated[str, "full, or a little less exact: fast (torch resizes), gpu (decodes JPEGs)."] = "full"
     decoders: Annotated[int, "Decoding processes per worker (0: by device)."] = 0
-    columns: Annotated[tuple[str, ...], "Fields of the JSON, or of the table beside the tar, to keep as columns."] = ()
+    columns: Annotated[tuple[str, ...], "JSON fields, or columns of the table beside the tar, to keep."] = ()
     captions: Annotated[str, "A TSV of captions and urls, for samples without a caption."] = ""
-    caption: Annotated[str, "JSON fields or suffixes with captions, A,B,…; the first counts [txt, caption]."] = ""
+    caption: Annotated[
+        str, "JSON fields or suffixes with captions, A,B,…; the first with text counts [txt, caption]."
+    ] = ""
     caption_pick: Annotated[str, "Which of a list of captions to take: first, or random (by --seed)."] = "first"
     seed: int = 0
-    verify: Annotated[bool, "Look for changes in every shard, not only in those of another time.", "--verify"] = False
+    verify: Annotated[bool, "Check every shard for changes, not only those with a new time stamp.", "--verify"] = False
     faithful: Annotated[bool, "Leave 16-bit and transparent images as they are, as open_clip does.", "--faithful"] = (
         False
     )

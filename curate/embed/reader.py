@@ -1,8 +1,8 @@
-"""Rows of a pool: what each sample of a tar is, with its image as pixels and its caption as tokens.
+"""Rows of a pool: the facts of each sample of a tar, its image as pixels and its caption as tokens.
 
 In: a tar's samples. Out: the facts of every row (key, uid, phash, status, caption, width, height, url, and the extra
-columns that were asked for), and pixels and tokens of those rows that are ok. A row is never lost: what is wrong with
-it becomes its status, where the image's fault is named before the caption's.
+columns that were asked for), and pixels and tokens of the rows that are ok. A row is never lost: what is wrong with it
+becomes its status; if both are at fault, that of the image is named, not that of the caption.
 """
 
 import io
@@ -33,7 +33,7 @@ class Rows:
     """Consecutive rows of a shard. pixels: u8 [m, h, w, 3] and tokens: i32 [m, context] of the m rows that are ok.
 
     spent: the seconds that it took to read and to decode them.
-    coded: where a device decodes (`jpegs`), for each row that is ok a JPEG, or None where `pixels` has it.
+    coded: if a device decodes (`jpegs`), a JPEG for each row that is ok, or None if `pixels` has it.
     """
 
     facts: list[dict[str, Any]]
@@ -107,7 +107,7 @@ class Reader:
         return rows
 
     def pixels(self, image: Image) -> np.ndarray:
-        """Make of a decoded image what the model sees, u8 [h, w, 3].  Raises: BadImage."""
+        """Turn a decoded image into what the model sees, u8 [h, w, 3].  Raises: BadImage."""
         return self.transform(image if self.faithful else images.visible(image))
 
 
@@ -119,10 +119,10 @@ def read_row(
     captions: Captions | None = None,
     leaves_jpegs: bool = False,
 ) -> tuple[dict[str, Any], Image | bytes | None]:
-    """Read what a sample is, and its decoded image where there is one. The image's fault names the row.
+    """Read a sample's facts, and its decoded image if there is one. A fault of the image decides the status.
 
     captions: where a sample without a caption finds one by its url.
-    leaves_jpegs: the bytes of a plain JPEG are returned as they are; what only pixels tell of it is not filled in.
+    leaves_jpegs: the bytes of a plain JPEG are returned undecoded; facts that need its pixels are not filled in.
     """
     row = begin_row(sample) | extras.values()
     if row["status"] != "ok":
@@ -191,16 +191,16 @@ def reasons(facts: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def row_faults(stem: str, facts: Sequence[dict[str, Any]]) -> Faults:
-    """Count a shard's rows that could not be used, by status and reason, and those of which something is left out."""
+    """Count a shard's rows that could not be used, by status and reason, and those with something left out."""
     found: Faults = {}
     for row in facts:
         example = f"{stem}: {row['key']}"
         if row["status"] != "ok":
             faults.add(found, f"{row['status']}: {row.get('reason') or STATUSES[row['status']]}", example)
         if row.get("unread"):
-            faults.add(found, f"JSON that is not read, whose fields are left out: {row['unread']}", example)
+            faults.add(found, f"JSON that could not be read, fields left out: {row['unread']}", example)
         if row["status"] == "ok" and row.get("pictures", 1) > 1:
-            faults.add(found, "ok: samples of several pictures, of which the first alone is embedded", example)
+            faults.add(found, "ok: samples of several pictures, of which only the first is embedded", example)
     return found
 
 

@@ -1,8 +1,8 @@
-"""What lies beside a pool's pictures: fields of its JSON, img2dataset's side tables, captions by url.
+"""Data beside a pool's pictures: fields of its JSON, img2dataset's side tables, captions by url.
 
 In: the `key.json` of each sample, `{stem}.parquet` beside `{stem}.tar` (img2dataset writes one row there for every url
 it was given, downloaded or not), and a TSV of captions and urls, as CC3M is published, or with the header that
-img2dataset asks for. Out: extra columns of the embeddings, how many downloads ended how, and captions for samples that
+img2dataset asks for. Out: extra columns of the embeddings, the outcomes of the downloads, and captions for samples that
 have none.
 """
 
@@ -38,7 +38,7 @@ HEX_UID = 32  # DataComp's uid, in hexadecimal digits
 class Extras:
     """What a row holds beyond the fixed columns. columns: field -> number or text; captions: a TSV, or "".
 
-    wanted: which of its captions a sample has.
+    wanted: which of a sample's captions is taken.
     """
 
     columns: Mapping[str, str]
@@ -65,12 +65,12 @@ NO_EXTRAS = Extras({})
 
 
 def column_name(name: str) -> str:
-    """Name a field's column: as it is called, or `source_…` where one of ours has that name."""
+    """Name a field's column: as the field, or `source_…` if one of our columns has that name."""
     return f"source_{name}" if name in (*embedding_schema(1).names, *DERIVED) else name
 
 
 def to_column_value(value: Any, kind: str) -> Any:
-    """Bring a value to its column's type; None where it does not fit, and for what is no finite number."""
+    """Convert a value to its column's type; None if it does not fit, or is not a finite number."""
     try:
         if kind == TEXT:
             return None if value is None else records.usable_text(value if isinstance(value, str) else str(value))
@@ -82,10 +82,10 @@ def to_column_value(value: Any, kind: str) -> Any:
 def column_kinds(
     found: Sequence[Shard], names: Sequence[str], begun: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """Learn which of a pool's JSON fields are numbers, from the first shard that has them.
+    """Find out which of a pool's JSON fields are numbers, from the first shard that has them.
 
-    DataComp's `uid` is always taken where the pool has one. begun: the options that the directory was begun with, whose
-    kinds stay, whatever shards have come since. Raises: UsageError naming the fields that there are.
+    DataComp's `uid` is always taken if the pool has one. begun: the options that the directory was begun with, whose
+    kinds stay, whatever shards have been added since. Raises: UsageError naming the fields that exist.
     """
     standing: dict[str, str] = dict((begun or {}).get("columns", {}))
     if begun is not None and set(names) <= standing.keys() <= {*names, "uid"}:
@@ -123,7 +123,7 @@ def _kind(values: Sequence[Any]) -> str:
 
 
 def table_kinds(schema: pa.Schema, names: Sequence[str], where: str) -> dict[str, str]:
-    """Learn which columns of a table are numbers. Raises: UsageError naming the columns that there are."""
+    """Find out which columns of a table are numbers. Raises: UsageError naming the columns that exist."""
     kinds = {}
     for name in names:
         if name not in schema.names:
@@ -143,7 +143,7 @@ class SideTable:
 
 
 def read_side_table(tar: str, columns: Sequence[str]) -> SideTable | None:
-    """Read `{stem}.parquet` beside a tar; None where there is none with a key and a status.
+    """Read `{stem}.parquet` beside a tar; None if there is none with a key and a status.
 
     Raises: ShardError when it cannot be read.
     """
@@ -170,15 +170,15 @@ def read_side_table(tar: str, columns: Sequence[str]) -> SideTable | None:
 
 
 def _opened(location: str) -> IO[bytes]:
-    """Open a table; a remote one is asked for once, whether it is there or not."""
+    """Open a table; a remote one takes one request, whether it exists or not."""
     return io.BytesIO(paths.read_bytes(location)) if paths.is_remote(location) else paths.open_read(location)
 
 
 class Captions:
     """Captions by url, from a TSV; 16 bytes a row in memory. Safe to call from several threads.
 
-    Any column may come first: a header names them, else the url is the one that begins like one. The first of equal
-    urls counts.
+    The columns may come in any order: a header names them, else the url is the one that looks like a url. The first
+    of equal urls counts.
     Raises: UsageError when the file is not of that form.
     """
 
@@ -218,9 +218,9 @@ class Captions:
 
 
 def captions_digest(location: str, known: str | None) -> str:
-    """Fingerprint a table of captions by its bytes: a mended word leaves its size as it was.
+    """Fingerprint a table of captions by its bytes: a corrected word may leave its size the same.
 
-    known: what a directory recorded of it, which an older version told by the size alone.
+    known: what a directory recorded of it; older versions recorded only its size.
     """
     by_size = digest(paths.size(location))
     return by_size if known == by_size else file_digest(location)

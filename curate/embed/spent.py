@@ -1,8 +1,8 @@
-"""Where the time of embedding goes: what each thread and each decoding process was at, as shares that add up to 100 %.
+"""Where the time of embedding goes: what threads and decoding processes spent it on, as shares that add up to 100 %.
 
-A shard takes n threads for its time, so n times as many seconds are accounted for; what no part of the work claims was
-spent waiting. On a GPU threads keep the card fed while processes decode, and each of the two has its own account: that
-one waits says that the other is the bottleneck.
+A shard occupies n threads while it is embedded, so n times as many seconds are accounted for; time that no part of the
+work claims was spent waiting. On a GPU, threads keep the card fed while processes decode, and each of the two has its
+own account: if one waits, the other is the bottleneck.
 """
 
 import io
@@ -41,7 +41,7 @@ class Spent:
             self.seconds.update(seconds)
 
     def account(self, count: int) -> Account:
-        """Account for the time of so many threads or processes since this was made."""
+        """Account for the time of this many threads or processes since the object was made."""
         return {**self.seconds, "all": count * (time.perf_counter() - self._began), "count": count}
 
 

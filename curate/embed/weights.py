@@ -1,7 +1,7 @@
 """Where a model comes from: names, tags, folders and files resolved to a config and a local file of weights.
 
 A model is named as open_clip names it (`ViT-B-32` with a pretrained tag), by `local-dir:FOLDER`, a folder, `hf-hub:ID`
-or a config JSON; weights may always be a local file. What cannot be had is refused in one line before anything runs.
+or a config JSON; weights may always be a local file. What cannot be found is refused in one line before anything runs.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class Source:
 
 
 def whole_name(given: str) -> str:
-    """Write the place of a local model or of local weights in full; any other name stays as it is."""
+    """Write the path of a local model or of local weights in full; any other name stays as it is."""
     kind = "local-dir:" if given.startswith("local-dir:") else ""
     folder = os.path.expanduser(given.removeprefix(kind))
     return kind + os.path.abspath(folder) if given and os.path.exists(folder) else given
@@ -101,7 +101,7 @@ def _find_folder(folder: str, given: str) -> Source:
 
 
 def _there(weights: str) -> str:
-    """Return a file of weights. Raises: UsageError when there is none."""
+    """Return a file of weights. Raises: UsageError if it does not exist."""
     if not os.path.isfile(weights):
         raise UsageError(f"the weights {weights} do not exist.")
     return weights
@@ -122,8 +122,8 @@ def _find_config(path: str, given: str) -> Source:
         raise UsageError(f"{path} is not readable JSON: {error}") from None
     if not complete:
         raise UsageError(
-            f"{path} is no open_clip model config: embed_dim, vision_cfg and text_cfg are expected at its top.",
-            f"a config with model_cfg is named {CONFIG} and given as its folder",
+            f"{path} is not an open_clip model config: expected embed_dim, vision_cfg and text_cfg at its top level.",
+            f"if it has model_cfg, name it {CONFIG} and give its folder",
         )
     return _source(os.path.basename(path)[: -len(".json")], given, config=path)
 
@@ -160,7 +160,9 @@ def _find_named(model: str, pretrained: str) -> Source:
         raise unknown(f"pretrained tag of {name}", pretrained, tags)
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not _same_activation(name, pretrained):  # open_clip only warns, and every embedding is then slightly wrong
-        raise UsageError(f"the weights {pretrained} were trained with another activation than {name}.", f"use {twin}")
+        raise UsageError(
+            f"the weights {pretrained} were trained with a different activation from that of {name}.", f"use {twin}"
+        )
     return _source(
         name,
         _download(f"{pretrained} of {name}", partial(open_clip.download_pretrained, tag)),
@@ -169,7 +171,7 @@ def _find_named(model: str, pretrained: str) -> Source:
 
 
 def _download(what: str, fetch: Callable[[], str]) -> str:
-    """Fetch weights, from the cache alone where the hub cannot be reached. Raises: UsageError in one line."""
+    """Fetch weights; only from the cache if the hub cannot be reached. Raises: UsageError in one line."""
     from huggingface_hub import constants
 
     hub = logging.getLogger("huggingface_hub")

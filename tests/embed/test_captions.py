@@ -160,8 +160,8 @@ def test_rows_without_caption_and_pictures_beside_the_first_are_said_with_an_exa
     told = {
         "no_caption: but it has TEXT, cap, which --caption FIELD would take (e.g. 00000: a)",
         "no_caption: no caption member, or an empty one (e.g. 00000: e)",
-        "bad_caption: not UTF-8: convert the file, with iconv for one (e.g. 00000: b)",
-        "ok: samples of several pictures, of which the first alone is embedded (e.g. 00000: d)",
+        "bad_caption: not UTF-8: convert the file, e.g. with iconv (e.g. 00000: b)",
+        "ok: samples of several pictures, of which only the first is embedded (e.g. 00000: d)",
     }
     assert {line.partition(" × ")[2] for line in ended.stderr.splitlines() if " × " in line} == told
     assert sum(fault["count"] for fault in manifest(tmp_path / "emb")["faults"].values()) == 4

@@ -304,7 +304,7 @@ def test_a_torch_checkpoint_loads_and_a_pickle_does_not(folder, tmp_path):
         ("ViT-L-14", "", [" laion400m_e32", "(openai", ": ViT-L-14-quickgelu)"]),
         ("ViT-B-32", "laion2b_s34b_b79q", ["unknown pretrained tag", "did you mean 'laion2b_s34b_b79k'"]),
         ("ViT-B-32", "laion2b_s34b_b79k", ["cannot be found or downloaded", "--pretrained PATH"]),
-        ("ViT-B-32", "openai", ["another activation", "ViT-B-32-quickgelu"]),
+        ("ViT-B-32", "openai", ["a different activation", "ViT-B-32-quickgelu"]),
         ("ViT-B-32", "no/such/file.pt", ["do not exist"]),
         ("hf-hub:nobody/nothing", "", ["cannot be found or downloaded", "--pretrained PATH"]),
         ("hf-hub:nobody/nothing", "nowhere.pt", ["nowhere.pt", "do not exist"]),

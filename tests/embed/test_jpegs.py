@@ -94,7 +94,7 @@ def test_without_a_gpu_it_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("curate.embed.encoder.choose_device", lambda: "cpu")
     pool = make_tar(tmp_path / "pool" / "00000.tar", [("a.jpg", FORMATS["rgb.jpg"]()), ("a.txt", b"words")])
     model = tiny_clip.write(tmp_path / "clip")
-    with pytest.raises(UsageError, match="no GPU decodes here .no GPU is seen.*--decode gpu.*--decode fast"):
+    with pytest.raises(UsageError, match="needs a GPU that decodes JPEGs, but no GPU is seen.*--decode fast"):
         embed(pool, str(tmp_path / "emb"), EmbedOptions(model, decode="gpu"), Job(quiet=True))
     import torch
 

@@ -94,7 +94,8 @@ def test_tars_in_a_folder_below_and_what_is_no_pool_are_told(tmp_path, model):
     make_tar(tmp_path / "pool" / "a.tar", [("a.jpg", picture(1)), ("a.txt", b"words")])
     ended = curate("embed", tmp_path / "pool", tmp_path / "emb", "--model", model)
     assert (
-        f"1 × folders of tars passed over: to have them, give '{tmp_path}/pool/**/*.tar*' (e.g. more)" in ended.stderr
+        f"1 × folders of tars passed over: to include them, give '{tmp_path}/pool/**/*.tar*' (e.g. more)"
+        in ended.stderr
     )
     curate("embed", f"{tmp_path}/pool/**/*.tar", tmp_path / "both", "--model", model)
     assert [row["key"] for stem in ("a", "b") for row in table_of(tmp_path / "both", stem)] == ["a", "b"]

@@ -71,7 +71,7 @@ def test_a_caption_that_was_chosen_is_not_what_the_tars_keep_and_that_is_said(tm
     sel = write_selection(tmp_path / "sel", str(tmp_path / "emb"), lambda stem, row, key: True)
     manifest = emit(sel, str(tmp_path / "out"), EmitOptions(), Job())
     assert (manifest["other_captions"], manifest["captions_added"]) == (1, 1)
-    assert "emit: 1 samples keep another text as their own; --format llava writes" in capsys.readouterr().err
+    assert "emit: 1 samples keep a text other than their caption; --format llava writes" in capsys.readouterr().err
     assert dict(members(tmp_path / "out" / "000000.tar"))["0.txt"] == b"as the web has it"
     emit(sel, str(tmp_path / "llava"), EmitOptions(format="llava"), QUIET)
     records = json.loads((tmp_path / "llava" / "coreset.json").read_text())
