@@ -1,1 +1,1 @@
-"""A selection to shards and tables that others read."""
+"""Write a selection as shards and tables that other programs read."""

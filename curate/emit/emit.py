@@ -1,12 +1,12 @@
-"""Write a selection out as something to train on.
+"""Write out a selection, ready to train on.
 
 In: SEL, and through its manifests the embeddings and the pool. Out, by `format`:
     webdataset  OUT/{000000}.tar   the original members of each kept sample byte for byte, a key.txt where its caption
                 came from elsewhere, and OUT/{000000}.arrow, which says where each sample came from
     llava       OUT/coreset.json + OUT/images/{000000}/…, the same sidecars
     keys, datacomp, parquet, clip-retrieval   lists and tables, no samples: see tables.py
-Which samples go to which output shard is computed once on the driver from the `kept` columns, so output shards are an
-independent map. A sample that the pool no longer has is counted by reason and listed; it leaves its shard one short.
+Which samples go to which output shard is computed once on the driver from the `kept` columns, so output shards can be
+written independently. A sample that the pool no longer has is counted by reason and listed; its shard is one shorter.
 """
 
 import errno
@@ -56,7 +56,7 @@ class Span:
 def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | None = None) -> dict[str, Any]:
     """Write the kept samples of `sel` to `out` and return the manifest.
 
-    pool: where the pool lies now, if it has moved. Raises: UsageError when nothing is kept or the pool is not found.
+    pool: where the pool is now, if it has moved. Raises: UsageError if nothing is kept or the pool is not found.
     """
     resolved = options.resolved()
     if options.format in TABLES:
@@ -96,13 +96,13 @@ def emit(sel: str, out: str, options: EmitOptions, job: engine.Job, pool: str | 
         told = f"{counts.get('replaced', 0):,} replaced by the next in rank, {counts['written']:,} written"
         sys.stderr.write(f"emit: {lost:,} of {counts['rows']:,} samples could not be read from the pool; {told}\n")
     if (otherwise := manifest.get("other_captions")) and not job.quiet:
-        told = "as their own; --format llava writes the captions that `embed --caption` chose"
-        sys.stderr.write(f"emit: {otherwise:,} samples keep another text {told}\n")
+        told = "than their caption; --format llava writes the captions that `embed --caption` chose"
+        sys.stderr.write(f"emit: {otherwise:,} samples keep a text other {told}\n")
     return manifest
 
 
 def _pool_digest(coreset: Coreset, recorded: str) -> str:
-    """Fingerprint the pool: as it was embedded, or where shards are gone or have other sizes now, with those."""
+    """Fingerprint the pool: as it was embedded, together with any shards that are gone or have another size now."""
     embedded = {stem: shard.get("size") for stem, shard in coreset.embedded.manifest["shards"].items()}
     now = {stem: coreset.tars[stem].size if stem in coreset.tars else None for stem in embedded}
     other = {stem: size for stem, size in now.items() if size is None or embedded[stem] not in (None, 0, size)}
@@ -110,7 +110,7 @@ def _pool_digest(coreset: Coreset, recorded: str) -> str:
 
 
 def _replace_gone(task: "_WriteTar | _WriteImages", output: Output, suffix: str) -> str | None:
-    """Write one more shard with the next in rank for what is gone, where the selection names them. Returns its name.
+    """Write one more shard with the next samples in rank for those gone, if the selection names any. Returns its name.
 
     The funnel's `reserve` lists [stem, row] in the order in which they would have been kept.
     """
@@ -209,7 +209,7 @@ def plan_shards(coreset: Coreset, shard_size: int) -> dict[str, list[Span]]:
 
 
 class _KeptRows:
-    """Remember the kept rows of the last stem: spans come stem by stem."""
+    """Caches the kept rows of the last stem, since spans come stem by stem."""
 
     def __init__(self, coreset: Coreset) -> None:
         self.coreset = coreset
@@ -223,7 +223,7 @@ class _KeptRows:
 
 @dataclass
 class _Write:
-    """What the two writers share. need, reserve: see `_replace_gone`. gone: what could not be had, in the order met."""
+    """What the two writers share. need, reserve: see `_replace_gone`. gone: samples not found, in the order met."""
 
     coreset: Coreset
     out: str
@@ -262,7 +262,7 @@ class _Write:
                 yield from self.coreset.fetch(stem, np.array([row]))
 
     def caption(self, sample: Fetched) -> str:
-        """Look up a sample's caption, "" where there is none; of each shard the column is read once, if at all."""
+        """Look up a sample's caption, "" if it has none; each shard's column is read at most once."""
         if self.held_captions is None or self.held_captions[0] != sample.stem:
             self.held_captions = sample.stem, self.coreset.embedded.table(sample.stem, ["caption"])["caption"]
         return self.held_captions[1][sample.row].as_py() or ""
@@ -277,7 +277,7 @@ class _Write:
 
 
 class _WriteTar(_Write):
-    """Write one output tar. Its sidecar comes first, so that a tar under its name is a finished shard."""
+    """Write one output tar. Its sidecar comes first, so if the tar exists, the shard is finished."""
 
     def __call__(self, name: str, /) -> dict[str, Any]:
         chosen = self.coreset.embedded.manifest["options"].get("caption")
@@ -326,7 +326,7 @@ class _WriteImages(_Write):
 
 
 def _turns(described: dict[str, Any], images: list[str]) -> tuple[Turns | None, list[str]]:
-    """Return a sample's conversation, with a mark for each image where its form has none (`texts`), and those in order.
+    """Return a sample's conversation, with a mark for each image if its form has none (`texts`), and those in order.
 
     described: its JSON.
     """
@@ -337,7 +337,7 @@ def _turns(described: dict[str, Any], images: list[str]) -> tuple[Turns | None, 
 
 
 def _join_records(output: Output, names: list[str]) -> None:
-    """Write coreset.json from the sidecars' records, one record a line, without holding them all."""
+    """Write coreset.json from the sidecars' records, one per line, without holding them all in memory."""
     with paths.atomic_write(output.path("coreset.json")) as file:
         separator = b"[\n"
         for name in names:

@@ -1,8 +1,8 @@
 """The kept samples of a selection, fetched from its pool: which rows, under which keys, and whether they still exist.
 
-In: `SEL/{stem}.arrow`, the embeddings that it rests on (key, uid, caption) and the pool's tars, found through the
-manifests. Out: one `Fetched` per kept row with its original members, or the reason why it cannot be had any more. A
-sample counts as the same one when its image still has the recorded uid (blake2b-128 of the image's bytes).
+In: `SEL/{stem}.arrow`, the embeddings that it was made from (key, uid, caption) and the pool's tars, found through the
+manifests. Out: one `Fetched` per kept row with its original members, or the reason why it is no longer available. A
+sample counts as the same one if its image still has the recorded uid (blake2b-128 of the image's bytes).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ Entry = tuple[int, str, bytes | None]  # row, key, uid
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A kept row. `members` holds (name, suffix, content) of each original member; none when `gone` names why.
+    """A kept row. `members` holds (name, suffix, content) of each original member; none if `gone` says why.
 
     `sample` says where in the tar they lie.
     """
@@ -63,11 +63,11 @@ class Fetched:
         return self._says("", said=True)
 
     def says_other(self, caption: str) -> bool:
-        """Say whether who reads the sample finds another caption in it than the one by which it was scored."""
+        """Say whether a reader of the sample would find another caption in it than the one it was scored by."""
         return self._says("", caption, said=False)
 
     def _says(self, *nothing: str, said: bool) -> bool:
-        """Say whether the sample's caption is none of these. said: the answer where a conversation stands for one."""
+        """Say whether the sample's caption is none of these. said: the result if it has a conversation instead."""
         described = self.described
         if records.conversations_of(described):
             return said
@@ -85,9 +85,9 @@ class Samples:
     tars: dict[str, tar.Shard]
 
     def fetch(self, stem: str, rows: np.ndarray) -> Iterator[Fetched]:
-        """Yield rows of a stem in order, a few at a time in memory: by their places in the tar, where those are known.
+        """Yield rows of a stem in order, a few at a time in memory: by their places in the tar, if those are known.
 
-        Else, and where the tar is not the one that was embedded, the whole tar is looked through.
+        If not, or if the tar is not the one that was embedded, the whole tar is searched.
         """
         placed = [MEMBERS] if MEMBERS in self.embedded.sidecars.schema(stem).names else []
         table = self.embedded.table(stem, ["key", "uid", *placed]).take(rows)
@@ -113,7 +113,7 @@ class Samples:
             yield Fetched(stem, row, key, uid, (), trouble)
 
     def _by_place(self, shard: tar.Shard, entries: Iterable[Entry], samples: Sequence[tar.Sample]) -> Iterator[Fetched]:
-        """Yield rows by their places in the tar; end before the first that does not lie there any more."""
+        """Yield rows by their places in the tar; end before the first that is no longer there."""
         troubles = [_trouble(sample) for sample in samples]
         sound = [sample for sample, trouble in zip(samples, troubles, strict=True) if not trouble]
         contents = members.read(shard.location, shard.size, sound)
@@ -124,7 +124,7 @@ class Samples:
             yield self._fetched(shard.stem, row, key, uid, sample, data, trouble)
 
     def _by_key(self, file: IO[bytes], index: tar.Index, stem: str, entries: Iterable[Entry]) -> Iterator[Fetched]:
-        """Yield rows as the tar has them now, looked up by key where the row is another's."""
+        """Yield rows as the tar has them now, looked up by key if another sample has the row."""
         by_key: dict[str, tar.Sample] = {}
         for sample in index.samples:
             by_key.setdefault(sample.key, sample)
@@ -149,7 +149,7 @@ class Samples:
         data: Sequence[bytes],
         gone: str,
     ) -> Fetched:
-        """Put a sample together, unless it is gone, or its image is another than the one recorded."""
+        """Put a sample together, unless it is gone, or its image differs from the recorded one."""
         if sample is None or gone:
             return Fetched(stem, row, key, uid, (), gone)
         held = [(member.name, member.suffix, each) for member, each in zip(sample.members, data, strict=True)]
@@ -157,7 +157,7 @@ class Samples:
         return Fetched(stem, row, key, uid, (), "changed") if self._image_changed(fetched) else fetched
 
     def _image_changed(self, sample: Fetched) -> bool:
-        """Say whether the image is another than the one recorded. An imported uid may be another's: not checked."""
+        """Say whether the image differs from the recorded one. Not checked if the uid was imported from elsewhere."""
         if sample.uid is None or self.embedded.command != "embed":
             return False
         return sample.image is None or records.image_uid(sample.image[2]) != sample.uid
@@ -201,9 +201,9 @@ def _trouble(sample: tar.Sample) -> str:
 
 
 def open_coreset(directory: str, pool: str | None = None, *, members: bool = True) -> Coreset:
-    """Join a selection to its embeddings and, where members are wanted, to its pool.
+    """Join a selection to its embeddings and, if members are wanted, to its pool.
 
-    pool: where the pool lies now, if it has moved since it was embedded.
+    pool: where the pool is now, if it has moved since it was embedded.
     Raises: UsageError when the embeddings or every shard of the pool are missing.
     """
     selection = manifest.open_input(directory, "select")
@@ -286,7 +286,7 @@ def unique_keys(
 
 
 def _other_keys(key: str, stem: str) -> Iterator[str]:
-    """Propose new keys without end. No dots in the last part: a key ends at its first dot."""
+    """Propose an endless series of new keys. No dots in the last part: a key ends at its first dot."""
     head, slash, tail = key.rpartition("/")
     for number in itertools.count():
         yield f"{head}{slash}{stem.replace('.', '_')}__{tail}{f'_{number}' if number else ''}"

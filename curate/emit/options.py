@@ -16,10 +16,10 @@ class EmitOptions:
 
     format: Annotated[str, "webdataset, llava, datacomp, keys, parquet or clip-retrieval."] = "webdataset"
     shard_size: Annotated[int, "Samples per output shard."] = 10_000
-    prompt: Annotated[str, "The question put before a caption (llava)."] = PROMPT
+    prompt: Annotated[str, "The question to put before each caption (llava)."] = PROMPT
 
     def resolved(self) -> dict[str, Any]:
-        """List the options that bear on this format."""
+        """List the options that affect this format."""
         if self.format not in FORMATS:
             raise unknown("format", self.format, FORMATS)
         if self.shard_size < 1:

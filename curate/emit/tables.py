@@ -1,6 +1,6 @@
 """Write a selection as lists and tables, which need no pool.
 
-In: SEL and the embeddings and clusters it rests on. Out, by format:
+In: SEL and the embeddings and clusters it was made from. Out, by format:
     keys            OUT/{stem}.txt: the kept keys of a pool shard, one a line; {stem}.npy i64 where all are numbers
     datacomp        OUT/subset.npy: the kept uids as sorted (u8, u8), DataComp's subset files
     parquet         OUT/table/{stem}.parquet: every row with its key, caption, scores and verdict
@@ -65,7 +65,7 @@ def emit_tables(coreset: Coreset, out: str, options: Mapping[str, Any], job: eng
 
 
 def _account(output: manifest.Output, wanted: int, written: int, missing: int) -> dict[str, int]:
-    """Reconcile what was written with what was to be."""
+    """Check that as much was written as there was to write."""
     manifest.reconcile(output.directory, wanted, {"written": written, "not written": missing})
     return {"rows": wanted, "written": written, **({"not_written": missing} if missing else {})}
 
@@ -73,7 +73,7 @@ def _account(output: manifest.Output, wanted: int, written: int, missing: int) -
 def _write_subset(coreset: Coreset, location: str) -> dict[str, int]:
     """Write DataComp's subset file: dtype u8,u8, the two halves of each uid read as hexadecimal numbers, sorted.
 
-    The uids are those that the pool's own JSON gives, where it does.
+    The uids are those of the pool's own JSON, if it has any.
     """
     halves, without = [np.empty(0, UID)], 0
     for stem in coreset.selection.stems:
@@ -105,7 +105,7 @@ class _Write:
         raise NotImplementedError
 
     def name(self, stem: str) -> str:
-        """Name the file, within the directory, that is written last and so says that a stem is done."""
+        """Name the file, within the directory, that is written last and so marks a stem as done."""
         raise NotImplementedError
 
     def place(self, stem: str) -> str:
@@ -156,7 +156,7 @@ class _WriteVectors(_Write):
     scored = True  # whether any caption was embedded
 
     def setup(self) -> None:
-        """Ask whether there are captions' vectors to write: zeros in their place would pass for vectors."""
+        """Find out whether there are caption vectors to write: zeros in their place would pass for vectors."""
         scores = self.coreset.embedded.sidecars.tables(["clip_score"])
         self.scored = any(table["clip_score"].null_count < table.num_rows for _, table in scores)
 
@@ -178,7 +178,7 @@ class _WriteVectors(_Write):
 
 
 def _hexadecimal(uids: pa.Array) -> pa.Array:
-    """Write uids as text, which is what takes long of a long shard."""
+    """Write uids as text, which takes most of the time for a long shard."""
     written = pa.array([uid and uid.hex() for uid in uids.to_pylist()], pa.string())
     engine.advance(len(written))
     return written

@@ -1,1 +1,1 @@
-"""Instruction and text-only sources to one training set."""
+"""Mix instruction and text-only sources into one training set."""

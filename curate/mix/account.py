@@ -25,19 +25,19 @@ BEFORE_THE_LENGTH = ("merge", "max_rounds")  # rules that make other records, be
 # What to do about a loss, by a part of its reason.
 ADVICE = {
     "missing image": "is `images` the folder that the names start from?",
-    "unsafe or foreign image name": "names must lie under `images` and be of an image",
+    "unsafe or foreign image name": "names must lead to an image under `images`",
     "an image mark without an image": "name it in `image`, or take the mark out",
     "an image without an image mark": "put <image> where the question shows it",
-    "image is a URL": "curate downloads nothing",
+    "image is a URL": "download it first; curate does not",
     "unknown speaker": "turns are from human or gpt (user, assistant), or system",
-    "neither conversations": "the forms that are read stand in curate/README.md",
-    "not JSON": "is the file whole?",
+    "neither conversations": "curate/README.md lists the forms that are read",
+    "not JSON": "is the file complete?",
 }
 PLACES = ("path", "images", "selection", "exclude_text")  # inputs, recorded by what lies there
 
 
 def recorded(options: Mapping[str, Any], sources: Mapping[str, SourceOptions]) -> dict[str, Any]:
-    """List the resolved options without locations, which `inputs` records by their content."""
+    """List the resolved options without locations; `inputs` records what is at those by content."""
     asked: dict[str, Any] = {key: value for key, value in options.items() if key != "sources"}
     asked["tokenizer"] = asked["tokenizer"] if asked["tokenizer"] == "estimate" else _digest_file(asked["tokenizer"])
     defaults = vars(SourceOptions(""))
@@ -188,9 +188,9 @@ def describe(
 
 
 def losses(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Word what each source lost, a line a reason: how many of how many, the first of them, and what to do.
+    """Describe what each source lost, one line per reason: how many of how many, the first of them, and what to do.
 
-    sources: what `describe` says of each, or what was learnt of it while it was read.
+    sources: what `describe` returns for each, or what was found while it was read.
     """
     lines = []
     for name, fact in sources.items():
@@ -206,12 +206,12 @@ def losses(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 lines.append(f"{name}: {count:,} of {of:,} records {kind}: {why}{example}{advice}")
         if cut := fact.get("cut"):
             lines.append(
-                f"{name}: max_tokens took {cut['rounds']:,} rounds out of {cut['records']:,} records that stay"
-                '; overflow = "split" makes records of what fits by itself'
+                f"{name}: max_tokens cut {cut['rounds']:,} rounds from {cut['records']:,} records that stay"
+                '; overflow = "split" makes further records of what fits by itself'
             )
         if questions := fact.get("said_once"):
             lines.append(
-                f"{name}: {questions:,} questions no longer end in the line that the first of their record says"
+                f"{name}: {questions:,} questions no longer repeat the closing line of their record's first question"
             )
         if short := fact.get("short_of_count"):
             lines.append(f"{name}: count asks for {short:,} more records than the {fact['usable']:,} usable ones")
@@ -221,7 +221,7 @@ def losses(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{name}: {fact['duplicate_ids']:,} records have the id of an earlier one (the first: {example})"
             )
         if fact.get("notes"):
-            more = f", and {len(fact['notes']) - 1:,} notes more" if len(fact["notes"]) > 1 else ""
+            more = f", and {len(fact['notes']) - 1:,} more notes" if len(fact["notes"]) > 1 else ""
             lines.append(f"{name}: {fact['notes'][0]}{more}")
     return lines
 

@@ -4,8 +4,8 @@ In: a `[mix]` table with `[mix.sources.NAME]` tables. Out: `MIX/{000000}.tar` wi
 for text-only; `key.0.jpg`, `key.1.jpg`, … where a record has several) and `key.json` (the record in LLaVA's form,
 unchanged, plus `source`), or `MIX/mix.json` (write_json.py).
 Three stages: each source is read once into a temporary table (`.spool/NAME.arrow`: the record, where its picture's
-bytes lie, its tokens); the driver draws row numbers and shuffles them (sampling.py); each output shard is then written
-by itself from the rows that fall to it. Records never lie in memory together: 665,298 need a few hundred MB.
+bytes are, its tokens); the driver draws row numbers and shuffles them (sampling.py); each output shard is then written
+independently from its rows. Records are never all in memory at once: 665,298 need a few hundred MB.
 """
 
 import sys
@@ -41,7 +41,7 @@ class MixOptions:
     """The table `[mix]`, without its sources.
 
     text_share, total: in samples or tokens (`by`). tokenizer: `estimate` (a quarter of the UTF-8 bytes) or the path of
-    a tokenizer.json. image_tokens: what an image counts for. strict: refuse instead of counting faults.
+    a tokenizer.json. image_tokens: how many an image counts as. strict: refuse faults instead of counting them.
     """
 
     seed: int = 0
@@ -72,8 +72,8 @@ def read_table(mix_toml: str) -> dict[str, Any]:
 def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, Any]:
     """Mix the sources of a `[mix]` table (or of the TOML file that holds one) and return the manifest.
 
-    Raises: UsageError for tables that ask for what cannot be had; ContractError when `strict` meets a fault or a source
-    has another number of records than it `expect`s.
+    Raises: UsageError for tables that ask for the impossible; ContractError if `strict` meets a fault, or a source has
+    not as many records as its `expect` says.
     """
     chosen = options.build(MixOptions, read_table(table) if isinstance(table, str) else table, "mix")
     sources = build_sources(chosen)
@@ -95,7 +95,7 @@ def mix(table: str | Mapping[str, Any], out: str, job: engine.Job) -> dict[str, 
 
 
 def build_sources(chosen: MixOptions) -> dict[str, SourceOptions]:
-    """Build the sources' options, without those that another replaces.
+    """Build the options of the sources, leaving out those that another source replaces.
 
     Raises: UsageError for a key that does not exist, or amounts that contradict each other.
     """
@@ -103,11 +103,13 @@ def build_sources(chosen: MixOptions) -> dict[str, SourceOptions]:
         raise UsageError("[mix] names no source.", "add a table [mix.sources.NAME] with path = …")
     if chosen.shard_size < 1 or chosen.image_tokens < 0:
         raise UsageError(
-            f"mix.shard_size={chosen.shard_size} and image_tokens={chosen.image_tokens}: expected at least 1, 0."
+            f"mix.shard_size={chosen.shard_size} and image_tokens={chosen.image_tokens}: expected at least 1 and 0."
         )
     for name in chosen.sources:
         if "/" in name or not is_safe(name):
-            raise UsageError(f"the mix source {name!r} cannot name a file.", "use letters, digits, - and _")
+            raise UsageError(
+                f"the name of the mix source {name!r} cannot be part of a file name.", "use letters, digits, - and _"
+            )
     built = {name: options.build(SourceOptions, table, f"mix.sources.{name}") for name, table in chosen.sources.items()}
     replaced = {source.replaces for source in built.values()} - {""}
     for name in replaced - set(built):
@@ -120,7 +122,7 @@ def build_sources(chosen: MixOptions) -> dict[str, SourceOptions]:
 def _read_sources(
     output: Output, chosen: MixOptions, sources: Mapping[str, SourceOptions], job: engine.Job
 ) -> dict[str, dict[str, Any]]:
-    """Read every source once into its temporary table. Returns what was learnt of each, by name."""
+    """Read every source once into its temporary table. Returns what was found out about each, by name."""
     place = output.path(SCRATCH)
     paths.make_dir(place)
     paths.clear_temporaries(place)
@@ -155,12 +157,12 @@ def _refuse_faults(
             account += [f"{fact['duplicate_ids']:,} duplicate ids"] if fact["duplicate_ids"] else []
             where = next((entry["what"] for entry in fact["listed"]), fact["listed_ids"][:1])
             raise ContractError(
-                f"mix source {name} has {', '.join(account)} (the first: {where}), and strict is asked for."
+                f"mix source {name} has {', '.join(account)} (the first: {where}), which strict refuses."
             )
 
 
 def _refuse_nothing(facts: Mapping[str, Mapping[str, Any]], usable: Mapping[str, int]) -> None:
-    """Refuse sources that have no usable record between them, with what became of theirs. Raises: UsageError."""
+    """Refuse sources that have no usable record between them, saying what became of theirs. Raises: UsageError."""
     if not any(usable.values()):
         told = accounts.losses(facts) or [f"{name}: {facts[name]['read']:,} records" for name in usable]
         raise UsageError(f"the mix is empty: no source gave a usable record. {'. '.join(told)}.")
@@ -230,7 +232,7 @@ def _write(
 
 
 class _Rows:
-    """Fetch single rows of the temporary tables, which are memory-mapped: a row costs what it holds."""
+    """Fetch single rows of the temporary tables, which are memory-mapped: only the row itself is read."""
 
     def __init__(self, place: str, names: list[str]) -> None:
         self.place, self.names = place, names

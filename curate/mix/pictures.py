@@ -1,7 +1,7 @@
-"""Where the pictures of a mix's records lie: files under a folder, members of tars, or bytes that a record holds.
+"""Where the pictures of a mix's records are: files under a folder, members of tars, or bytes that a record holds.
 
 In: names as records write them. Out: `Picture`s, each a byte range that `read_picture` reads again. A name is looked
-for under its source's folder alone: an absolute one counts only if it leads there.
+up only under its source's folder: an absolute one is accepted only if it leads there.
 """
 
 import os
@@ -31,7 +31,7 @@ SNIFFED_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Where an image's original bytes lie. offset: -1 for a whole file. data: the bytes, while they are at hand."""
+    """Where an image's original bytes are. offset: -1 for a whole file. data: the bytes, while they are in memory."""
 
     location: str
     offset: int
@@ -41,7 +41,7 @@ class Picture:
 
 
 def read_picture(picture: Picture) -> bytes:
-    """Read a picture's original bytes. Raises: ShardError when they are not what they were."""
+    """Read a picture's original bytes. Raises: ShardError if they have changed."""
     if picture.data is not None:
         return picture.data
     try:
@@ -49,7 +49,7 @@ def read_picture(picture: Picture) -> bytes:
             file.seek(max(picture.offset, 0))
             data = file.read(picture.size)
     except OSError as error:
-        raise ShardError(f"the image {picture.location} cannot be read any more: {error.strerror or error}") from None
+        raise ShardError(f"the image {picture.location} can no longer be read: {error.strerror or error}") from None
     if len(data) != picture.size:
         again = "run `curate mix` again with --overwrite"
         raise ShardError(f"the image {picture.location} has changed while the mix was made", again)
@@ -57,7 +57,7 @@ def read_picture(picture: Picture) -> bytes:
 
 
 def is_tars(root: str) -> bool:
-    """Say whether images lie in tars, rather than as files under a folder."""
+    """Say whether images are in tars, rather than files under a folder."""
     if not paths.is_dir(root):
         return True
     files, folders = paths.entries(root)
@@ -69,7 +69,7 @@ def is_tars(root: str) -> bool:
 
 
 def plain_tar(shard: Shard, scratch: str) -> str:
-    """Return where a shard's members can be read at their places: itself, or an unpacked copy if gzip packed it.
+    """Return a plain tar in which a shard's members can be read at their places: itself, or an unpacked copy.
 
     scratch: path prefix of the copy.
     """
@@ -150,7 +150,7 @@ class ImageFinder:
 
 
 class PictureStore:
-    """A tar for pictures that lie in no file of their own, written when the first one comes; use as a context."""
+    """A tar for pictures that have no file of their own, created when the first one comes; use as a context."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -158,7 +158,7 @@ class PictureStore:
         self.tar: TarWriter | None = None
 
     def add(self, name: str, data: bytes) -> Picture:
-        """Keep a picture byte for byte. Its bytes stay at hand: the tar can be read only once it is complete."""
+        """Keep a picture byte for byte, also in memory, since the tar can be read only once it is complete."""
         if self.tar is None:
             self.tar = self.stack.enter_context(TarWriter(self.stack.enter_context(paths.atomic_write(self.location))))
         suffix = suffix_of(data)

@@ -1,8 +1,8 @@
 """Read a source of a mix once, apply its rules, and keep its usable records in a temporary table.
 
-In: a source's options. Out: `NAME.arrow`, a row per usable record: its JSON as one line, where its picture's bytes lie,
-its tokens, supervised tokens (those of the answers) and rounds. `NAME.facts.json` counts the records read, lost by
-fault, taken out or reshaped by a rule, and those whose id an earlier record had; the counts must add up.
+In: a source's options. Out: `NAME.arrow`, a row per usable record: its JSON as one line, where its picture's bytes are,
+its tokens, supervised tokens (those of the answers) and rounds. `NAME.facts.json` counts the records read, lost to
+faults, taken out or reshaped by a rule, and those whose id an earlier record had; the counts must add up.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,7 +49,7 @@ def token_counter(tokenizer: str) -> Count:
     try:
         loaded = tokenizers.Tokenizer.from_file(paths.local(tokenizer))
     except Exception as error:  # the class that it raises
-        raise UsageError(f"{tokenizer} is no readable tokenizer.json: {error}") from None
+        raise UsageError(f"{tokenizer} is not a readable tokenizer.json: {error}") from None
     return lambda texts: [len(found.ids) for found in loaded.encode_batch(texts, add_special_tokens=False)]
 
 
@@ -193,7 +193,7 @@ class _RecordFilter:
                 yield Entry(entry.record, tuple(replace(picture, data=None) for picture in entry.pictures))
 
     def _read_benchmark(self, location: str) -> None:
-        """Take the questions of a file for what no record may say; note where it holds others than records, or none."""
+        """Add a file's questions to those that no record may contain; note lines that hold none."""
         read = unread = asked = 0
         with paths.open_read(location) as file:
             for value, _ in records.read_records(file, location):
@@ -202,12 +202,12 @@ class _RecordFilter:
                 asked += found and any(text_overlap.questions(value))
                 self.benchmark.update(text_overlap.runs(value) if found else ())
         told = {
-            f"{unread:,} of {read:,} lines are no JSON objects": unread,
-            "no line asks anything": read and not asked,
+            f"{unread:,} of {read:,} lines are not JSON objects": unread,
+            "no line holds a question": read and not asked,
         }
         what = f"exclude_text: {paths.name(location)}: {', '.join(why for why, holds in told.items() if holds)}"
         if any(told.values()):
-            self.ruled_out.notes.append(f"{what}; it is read as JSON with `text`, `question` or turns")
+            self.ruled_out.notes.append(f"{what}; expected JSON with `text`, `question` or turns")
 
     def _judge(self, entry: Entry) -> str:
         record, pictures, source = entry.record, entry.pictures, self.source
@@ -262,7 +262,7 @@ def _merge(found: Iterable[Entry], reshaped: dict[str, int]) -> Iterator[Entry]:
 
 
 def _instructed_once(entries: Iterable[Entry], told: dict[str, int]) -> Iterator[Entry]:
-    """Say a record's closing line in its first question alone. told: `questions` counts those that lost it."""
+    """Keep a record's closing line only in its first question. told: `questions` counts those that lost it."""
     for entry in entries:
         record, questions = reshape.instruct_once(entry.record)
         told["questions"] += questions
@@ -270,7 +270,7 @@ def _instructed_once(entries: Iterable[Entry], told: dict[str, int]) -> Iterator
 
 
 def _reshaped(entry: Entry, rule: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> list[Entry]:
-    """Apply a rule that makes several records of one; each keeps the pictures whose marks it has.
+    """Apply a rule that may make several records of one; each keeps the pictures whose marks it has.
 
     A rule sees several pictures as their numbers (`image = [0, 1, …]`), which it shares out with the marks.
     """
@@ -295,12 +295,12 @@ def _rounds(parts: Iterable[Entry]) -> int:
 
 
 def facts_location(place: str, name: str) -> str:
-    """Locate what was learnt about a source while it was read."""
+    """Locate the file of facts about a source that were found while it was read."""
     return paths.join(place, f"{name}.facts.json")
 
 
 def _hash_pictures(pictures: Sequence[Picture]) -> int:
-    """Hash where pictures lie; 0 for none."""
+    """Hash the locations of pictures; 0 for none."""
     return _hash("\0".join(f"{each.location}\0{each.offset}" for each in pictures)) if pictures else 0
 
 

@@ -1,7 +1,7 @@
 """Rules that reshape instruction records, whole rounds at a time: merge, check, segment, cut to a length.
 
 A round is a question with its answer; what comes before the first question (a system turn) belongs to the first round.
-Records that no rule touches are the very objects that came in. Sources: LLaVA-1.5 (arXiv:2310.03744, appendix A.2):
+Records that no rule touches are returned as the same objects. Source: LLaVA-1.5 (arXiv:2310.03744, appendix A.2):
 questions of one image merged into one conversation, long dialogues cut into segments, long texts truncated.
 """
 
@@ -61,8 +61,8 @@ def invalid(record: Record, images: int) -> str:
 def rounds(turns: Sequence[dict[str, Any]]) -> list[Turns]:
     """Group turns into rounds: a new one begins with each question that follows an answer.
 
-    What is left unanswered at the end belongs to the round before: by itself it would be a record without an answer,
-    which no reader takes. For the same reason an answer without text ends no round.
+    An unanswered question at the end belongs to the round before: by itself it would be a record without an answer,
+    which no reader accepts. For the same reason an answer without text ends no round.
     """
     found: list[Turns] = []
     answered = True
@@ -89,10 +89,10 @@ def segment(record: Record, max_rounds: int) -> list[Record]:
 
 
 def instruct_once(record: Record) -> tuple[Record, int]:
-    """Keep the last line of a conversation's questions in the first alone, where all end in the very same one.
+    """Keep the last line of a conversation's questions only in the first one, if all of them end in the same line.
 
-    Such a line says how to answer ("Answer the question using a single word or phrase."). A question of that line alone
-    keeps the record as it is.  Returns the record, and how many questions lost the line.
+    Such a line says how to answer ("Answer the question using a single word or phrase."). If a question consists of
+    that line alone, the record stays as it is.  Returns the record, and how many questions lost the line.
     """
     turns = record["conversations"]
     asked = [place for place, turn in enumerate(turns) if turn["from"] in HUMAN]
@@ -112,8 +112,8 @@ def fit(
     """Bring a record to at most `max_tokens`, in whole rounds, with the images that it shows.
 
     overflow: truncate keeps the leading rounds that fit; split makes further records of the rest; drop keeps nothing. A
-    round that is too long by itself is left out. image_tokens: what an image counts for; its mark counts for nothing.
-    Returns the records, none where nothing fits.
+    round that is too long by itself is left out. image_tokens: how many an image counts as; its mark counts as none.
+    Returns the records, none if nothing fits.
     """
     all_rounds = rounds(record["conversations"])
     text = [sum(count(turn["value"].replace(IMAGE_MARK, "")) for turn in each) for each in all_rounds]
@@ -121,12 +121,12 @@ def fit(
 
     @cache
     def lines(number: int, again: int) -> int:
-        """Count what the marks that `_as_records` puts before a round's question add to its text: line ends."""
+        """Count the line ends that `_as_records` adds to a round's question with the marks it puts before it."""
         asked = (turn["value"].replace(IMAGE_MARK, "") for turn in all_rounds[number] if turn["from"] in HUMAN)
         return next((count("\n" * again + text) - count(text) for text in asked), 0) if again else 0
 
     def size(first: int, end: int) -> int:
-        """Count some of the rounds as `_as_records` would make one of them."""
+        """Count the tokens of some rounds as one record, as `_as_records` would write it."""
         own = marks[end] - marks[first]
         again = marks[first] if isinstance(record.get("image"), list) else 0 if own else min(1, marks[-1])
         return texts[end] - texts[first] + image_tokens * (own + again) + lines(first, again)
@@ -152,10 +152,10 @@ def fit(
 
 
 def _as_records(record: Record, parts: Sequence[Sequence[Turns]], all_rounds: Sequence[Turns]) -> list[Record]:
-    """Make records of parts, further ones with an id of their own.
+    """Make records of parts; those after the first get an id of their own.
 
-    A part without marks of its own shows the image if the record has one. Of several images (`image` is a list), each
-    part shows those of its own marks, and before them those of all rounds before it, of rounds that are left out too.
+    A part without marks of its own shows the image if the record has one. If there are several (`image` is a list),
+    each part shows those of its own marks, preceded by those of all earlier rounds, even of rounds that are left out.
     """
     seen = _marks(record["conversations"]) > 0  # in an answer the mark is text
     several: list[Any] | None = record["image"] if isinstance(record.get("image"), list) else None

@@ -1,17 +1,17 @@
 """Draw a mix: how many records of each source, and their order. Arrays in, arrays out.
 
-Idea: put all records that may be taken in one line in which every beginning holds each source in proportion to its
-weight, and cut the line where the target is reached. Within a source, records follow a permutation seeded by the seed
-and the source's name alone, so that adding a source changes nothing about the others. The i-th record of source k in
-that permutation stands at
+Idea: order all candidate records so that every prefix of the order holds each source in proportion to its weight, and
+cut the order where the target is reached. Within a source, records follow a permutation that depends only on the seed
+and the source's name, so adding a source changes nothing about the others. The i-th record of source k in that
+permutation has the
 
     position = (s_1 + ... + s_(i-1) + s_i / 2) / w_k
 
 where s is a record's size (1, or its tokens) and w_k the source's weight, or the sum of its sizes where sources have
 none. With s = 1 this is the divisor rule of Webster and Sainte-Lague for sharing out seats: (i - 1/2) / w_k.
-Cut: the longest beginning whose sizes do not exceed the target, and then the one record of the rest whose size is
-nearest to the gap, if it brings the sum nearer. In samples the target is met exactly; in tokens to within half of the
-smallest difference between the gap and a record of the rest, so exactly where one has the gap's length.
+Cut: the longest prefix whose sizes do not exceed the target, and then the one remaining record whose size is nearest to
+the gap, if it brings the sum nearer. In samples the target is met exactly; in tokens to within half of the smallest
+difference between the gap and a remaining record, so exactly if one has the gap's length.
 Cost: one sort, O(n log n) time for n records, some 60 bytes a record.
 """
 
@@ -57,7 +57,7 @@ class Order:
 def check(text_share: float | None, total: int | None, sources: Mapping[str, Amount]) -> None:
     """Refuse amounts that contradict each other. Raises: UsageError naming the key."""
     if text_share is not None and not 0 <= text_share < 1:
-        raise UsageError(f"mix.text_share={text_share} is not a share from 0 up to, not including, 1.")
+        raise UsageError(f"mix.text_share={text_share} is not a share of at least 0 and below 1.")
     if total is not None and total < 1:
         raise UsageError(f"mix.total={total} is not at least 1.")
     for name, source in sources.items():
@@ -66,7 +66,7 @@ def check(text_share: float | None, total: int | None, sources: Mapping[str, Amo
             raise UsageError(f"{where} has both count and fraction.", "keep one")
         if source.fraction is not None and not 0 <= source.fraction <= 1:
             raise UsageError(
-                f"{where}.fraction={source.fraction} is not from 0 to 1.", "to see a source more often, use repeat"
+                f"{where}.fraction={source.fraction} is not between 0 and 1.", "to see a source more often, use repeat"
             )
         if min(value for value in (source.count, source.cap, 0) if value is not None) < 0 or source.repeat < 1:
             raise UsageError(f"{where} has a negative count or cap, or a repeat below 1.")
@@ -74,7 +74,7 @@ def check(text_share: float | None, total: int | None, sources: Mapping[str, Amo
             raise UsageError(f"{where} has a weight and another source has none.", "weigh all sources, or none")
         if source.weight is not None and (total is None or not source.weight > 0):
             raise UsageError(
-                f"{where}.weight={source.weight} needs to be above 0, and [mix] to have a total.", "total = 665298"
+                f"{where}.weight={source.weight} needs to be above 0, and needs a total in [mix].", "total = 665298"
             )
 
 
@@ -99,7 +99,7 @@ def choose(available: int, amount: Amount, seed: int, name: str) -> np.ndarray:
 def draw(
     parts: Sequence[Part], text_share: float | None, total: int | None, by: str, seed: int, shuffle: bool
 ) -> Order:
-    """Meet the targets and order the result.
+    """Draw records to meet the targets, and order them.
 
     text_share: part of the mix that is text-only; with no total, all image records stay and text fits itself to them.
     total: size of the mix. by: samples or tokens, for both. shuffle: else sources follow each other, rows in order.
@@ -131,11 +131,11 @@ def draw(
 
 
 def _refuse_lack_of_text(share: float, wanted: float, beside: float, there: float) -> None:
-    """Raise UsageError, saying what share is possible, where the text-only records do not suffice."""
+    """Raise UsageError, saying what share is possible, if the text-only records do not suffice."""
     if round(wanted) > there:
         times = f"set repeat = {int(np.ceil(wanted / there))} on a text source" if there else "add a text source"
         raise UsageError(
-            f"text_share={share} asks for {round(wanted):,} text-only beside {round(beside):,} with images, "
+            f"text_share={share} asks for {round(wanted):,} text-only records beside {round(beside):,} with images, "
             f"but the sources give {round(there):,} (a share of {there / max(there + beside, 1):.3f}).",
             f"lower text_share, take fewer images (cap), or {times}",
         )

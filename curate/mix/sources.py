@@ -1,8 +1,8 @@
 """Sources of a mix: LLaVA JSON or JSON lines, webdataset shards, selections, text in its common forms, parquet.
 
 In: one `[mix.sources.NAME]` table. Out: `Entry`s, each a record in LLaVA's form and where its picture's original bytes
-lie (a file under the image folder, or a byte range of a tar). What cannot be used is counted by reason and listed,
-never replaced: records that are no conversation, pictures that are missing, empty, or named outside their folder.
+are (a file under the image folder, or a byte range of a tar). What cannot be used is counted by reason and listed,
+never replaced: records that are not conversations, pictures that are missing, empty, or named outside their folder.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,15 +50,15 @@ class SourceOptions:
     (`without = {source = ["sharegpt"]}` leaves out records whose field has one of the values).
     expect: the number of records that the source must have; of a JSON source also a table of how many lie under each
     first folder of their image names, and how many in `text`, without image.
-    count, fraction, cap: how many to draw; repeat: how often each is seen; weight: the source's part of the mix's
+    count, fraction, cap: how many to draw; repeat: how often each is used; weight: the source's part of the mix's
     `total`.
     replaces: another source, whose place this one takes.
-    selection: a directory made by `curate select`; records whose picture it did not keep, by the picture's bytes, go.
-    exclude_text: files of benchmark questions; records that share 13 words in a row with one go. dedup_text: of
-    conversations (about one picture, or without any) with this Jaccard similarity or more, the first stays.
-    merge: join all records of one image. max_rounds, max_tokens: limits on a record's questions with their answers, and
-    what to do about the second (`overflow`); whole rounds only. max_images: records of more pictures go.
-    instructions: once: a line that ends all questions of a record, how to answer them, is said by the first alone.
+    selection: a directory made by `curate select`; drops records whose picture, compared by its bytes, was not kept.
+    exclude_text: files of benchmark questions; drops records that share 13 words in a row with one. dedup_text: of
+    conversations (about one picture, or without any) with this Jaccard similarity or more, only the first stays.
+    merge: join all records of one image. max_rounds, max_tokens: limits on a record's rounds (question and answer);
+    `overflow` says what to do beyond max_tokens; only whole rounds are cut. max_images: drops records of more pictures.
+    instructions: once: a line on how to answer that ends all questions of a record is kept only in the first.
     """
 
     path: str
@@ -112,9 +112,10 @@ class Entry:
 
 @dataclass
 class Faults:
-    """What a source lost and why: exact counts of records, the first of each kind by name, and notes on shards.
+    """What a source lost and why: exact counts of records, the names of the first of each kind, and notes on shards.
 
-    left_out: records that were not asked for. folders: how many of all records, lost ones too, lie where `expect` asks.
+    left_out: records that were not asked for. folders: how many records, lost ones included, are in each folder that
+    `expect` names.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -133,11 +134,11 @@ class Faults:
     def drop(self, fields: Iterable[str]) -> None:
         """Note the fields that a record loses, once each."""
         for field_name in fields:
-            note = f"the field {field_name} holds bytes that are no image of its record; it is left out"
+            note = f"the field {field_name} holds bytes that are not an image of its record; it is left out"
             self.notes += [note] if note not in self.notes else []
 
     def place(self, image: Any, expect: int | dict[str, int] | None) -> None:
-        """Count a record by the first folder of its image's name, where those are expected."""
+        """Count a record by the first folder of its image's name, if `expect` gives folders."""
         if isinstance(expect, dict):
             first = image[0] if isinstance(image, list) and image else image
             folder = str(first).removeprefix("./").partition("/")[0] if first else TEXT
@@ -146,7 +147,7 @@ class Faults:
 
 
 def kind_of(source: SourceOptions) -> str:
-    """Tell how a source is to be read. Raises: UsageError when it is not there."""
+    """Decide how a source is to be read. Raises: UsageError if it does not exist."""
     if source.kind != "auto":
         if source.kind == "selection":
             manifest.open_input(source.path, "select")
@@ -185,7 +186,7 @@ def files_of(source: SourceOptions, kind: str) -> list[str]:
 
 
 def _passed_over(source: SourceOptions, kind: str) -> list[str]:
-    """Note the records of the other kind that lie in a source's folder; beside shards they tell of the shards."""
+    """Note files of the other kind in a source's folder; beside shards, such files describe the shards."""
     if kind not in ("json", "parquet") or not paths.is_dir(source.path):
         return []
     if paths.exists(paths.join(source.path, manifest.MANIFEST)):
@@ -193,7 +194,7 @@ def _passed_over(source: SourceOptions, kind: str) -> list[str]:
     other = "parquet" if kind == "json" else "json"
     beside = [name for name in paths.listdir(source.path) if name.endswith(_suffixes(other)) and name not in ABOUT]
     told = (
-        f"{len(beside)} files of {other} beside those of {kind} are not read (e.g. {beside[0]}); name them by a pattern"
+        f"{len(beside)} {other} files beside the {kind} ones are not read (e.g. {beside[0]}); a pattern reads them"
         if beside
         else ""
     )
@@ -229,7 +230,7 @@ def entries(name: str, source: SourceOptions, faults: Faults, scratch: str) -> I
 
 
 def images_of(source: SourceOptions) -> str:
-    """Locate the folder that a source's image names start from: the one that is named, or of emit and mix their own."""
+    """Locate the folder that a source's image names start from: the one given, else that of an emit or mix output."""
     beside = paths.join(source.path, "images")
     made = paths.exists(paths.join(source.path, manifest.MANIFEST)) and paths.exists(beside)
     return source.images or (beside if made else "")
@@ -255,7 +256,7 @@ def _from_json(name: str, source: SourceOptions, faults: Faults, scratch: str) -
 def _with_pictures(
     reading: Reading, default_id: str, finder: ImageFinder, store: PictureStore, faults: Faults
 ) -> Iterator[Entry]:
-    """Yield a record with its pictures, or count what is wrong with the first that cannot be had."""
+    """Yield a record with its pictures, or count what is wrong with the first one that cannot be found."""
     found: list[Picture] = []
     for number, picture in enumerate(reading.pictures):
         if picture.data is not None:
@@ -298,7 +299,7 @@ def _from_shards(source: SourceOptions, faults: Faults, scratch: str) -> Iterato
 def _from_selection(source: SourceOptions, faults: Faults, scratch: str) -> Iterator[Entry]:
     """Read the kept samples of a selection, with the captions by which they were scored.
 
-    Those are the samples' own, but where there was none or `embed --caption` chose another. Turns of its JSON stay.
+    These are the samples' own, unless there was none or `embed --caption` chose another. Turns of its JSON stay.
     """
     coreset = open_coreset(source.path)
     chosen = coreset.embedded.manifest["options"].get("caption")
@@ -320,7 +321,7 @@ def _from_selection(source: SourceOptions, faults: Faults, scratch: str) -> Iter
 def _from_sample(
     sample: Sample, texts: Mapping[str, bytes], location: str, prompt: str, faults: Faults
 ) -> Iterator[Entry]:
-    """Make a record of a webdataset sample: its JSON where that is one, its conversation, or its caption."""
+    """Make a record of a webdataset sample: of its JSON if that is a record, its conversation, or its caption."""
     if any(each.size > MAX_MEMBER_BYTES for each in sample.members):
         faults.note(OVER, sample.key)
         return
@@ -351,7 +352,7 @@ def _from_parquet(name: str, source: SourceOptions, faults: Faults, scratch: str
 
 
 def _rows_of(location: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a parquet file. Raises: ShardError naming a file that is torn, which Arrow does not."""
+    """Yield the rows of a parquet file. Raises: ShardError naming a damaged file, which Arrow does not name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

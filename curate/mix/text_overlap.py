@@ -1,4 +1,4 @@
-"""Texts that say the same: near-duplicates among conversations, and benchmark questions that stand in them.
+"""Texts that repeat others: near-duplicates among conversations, and benchmark questions that appear in them.
 
 Near-duplicates are decided by the exact Jaccard similarity of their three-word shingles; MinHash (128 hashes, banded)
 only proposes which pairs to look at, so that nothing is dropped below the threshold and a pair above it is missed with
@@ -23,7 +23,7 @@ _FACTORS, _OFFSETS = np.random.default_rng(0).integers(1, 2**63, (2, HASHES), dt
 
 
 class Remembered:
-    """Texts seen so far, by group; 4 bytes a shingle, and for texts of no group another 2 kB a text."""
+    """Texts seen so far, by group; 4 bytes per shingle, and another 2 kB per text without a group."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -33,7 +33,7 @@ class Remembered:
     def near(self, text: str, group: Hashable = None) -> bool:
         """Say whether an earlier text of the group has Jaccard >= threshold to this one; remember it if none has.
 
-        group: None compares with all texts of no group, through MinHash; of another group all are looked at.
+        group: None compares with all texts without a group, through MinHash; within a group all texts are compared.
         """
         own = shingles(text)
         keys = list(_bands(own, self.threshold)) if group is None else [group]
@@ -96,7 +96,7 @@ def questions(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def runs(record: Mapping[str, Any]) -> Iterator[str]:
-    """Yield every run of 13 words in a record's questions; of a shorter question none, for it proves nothing."""
+    """Yield every run of 13 words in a record's questions; a shorter question yields none, since it proves nothing."""
     for question in questions(record):
         found = words(question)
         yield from (" ".join(found[start : start + RUN]) for start in range(len(found) - RUN + 1))

@@ -1,14 +1,14 @@
 """A mix as JSON: `mix.json` in LLaVA's form, or as messages for other trainers.
 
 Out, by `format`:
-    llava      mix.json: a list, a record a line, each exactly as it came
+    llava      mix.json: a list with one record per line, each exactly as it came
     messages   mix.json: `{"messages": [{"role", "content"}], "images": [...], "record": ...}`, for LLaMA-Factory
                (through dataset_info.json, media_dir = OUT/images) and ms-swift: content is text with a mark `<image>`
-               an image. `record` is JSON text of the record without what stands in the other two: so every column
-               has one type, and reading the file again gives the very record. mix.trl.jsonl: the same turns as lists
-               of parts, as TRL reads them.
-Pictures that are files under one folder stay there, and their names as they are. Others (in tars, in tables, under
-several folders) are copied byte for byte to `OUT/images/SOURCE/`, and the records name the copies.
+               an image. `record` is the record as JSON text, without what is in the other two, so that every column
+               has one type and reading the file again restores the record. mix.trl.jsonl: the same turns as lists of
+               parts, as TRL reads them.
+Pictures that are files under one folder stay there under their names. Others (in tars, in tables, under several
+folders) are copied byte for byte to `OUT/images/SOURCE/`, and the records name the copies.
 """
 
 import json
@@ -71,7 +71,7 @@ def write_json(output: Output, form: str, row: Row, order: Order, sources: Mappi
 
 
 def _refused(record: Mapping[str, Any]) -> str:
-    """Say what LLaMA-Factory (0.9.5) will not take in a record, or nothing."""
+    """Say what LLaMA-Factory (0.9.5) does not accept in a record, or nothing."""
     turns = record["conversations"]
     roles = [SPEAKERS[ROLES[turn["from"]]] for turn in turns]
     body = roles[1:] if roles[0] == "system" else roles
@@ -92,7 +92,7 @@ def _write_list(location: str, lines: Iterator[bytes]) -> None:
 def _records(
     output: Output, names: Sequence[str], row: Row, drawn: Sequence[tuple[int, int]], *, copies: bool
 ) -> Iterator[bytes]:
-    """Yield each record's JSON, with its pictures copied where that is asked for."""
+    """Yield each record's JSON, with its pictures copied if that is asked for."""
     for position, (source, number) in enumerate(drawn):
         line, *places = row(source, number, ("record", "location", "offset", "size", "suffix"))
         if copies and places[0]:
@@ -109,7 +109,7 @@ def _records(
 
 
 def as_messages(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a record as messages with text and images, and `record`, from which all else comes back."""
+    """Write a record as messages with text and images, and `record`, from which everything else is restored."""
     turns = record["conversations"]
     plain = all(set(turn) == {"from", "value"} and turn["from"] in SPEAKERS for turn in turns)
     rest = {**record, "conversations": None if plain else turns}

@@ -73,7 +73,7 @@ def test_texts_near_each_other_or_to_a_benchmark_go(tmp_path):
     mix({"strict": True, "sources": {"x": source}}, str(tmp_path / "strict"), QUIET)  # rules are no faults
     bench.write_text("index\tquestion\n0\tWhat?\n")  # a table of tabs, of which nothing is a record
     told = mix({"sources": {"x": source}}, str(tmp_path / "table"), QUIET)["sources"]["x"]["notes"]
-    assert len(told) == 1 and "bench.jsonl: 2 of 2 lines are no JSON objects, no line asks anything" in told[0]
+    assert len(told) == 1 and "bench.jsonl: 2 of 2 lines are not JSON objects, no line holds a question" in told[0]
     bench.write_text("")
     again = mix({"sources": {"x": source}}, str(tmp_path / "mix"), QUIET)
     assert again["sources"]["x"]["ruled_out"] == {"near-duplicate text": 2}  # made anew in place
@@ -398,7 +398,7 @@ def test_what_max_tokens_and_count_leave_out_is_said(tmp_path):
     made = mix({"sources": {"s": source}}, str(tmp_path / "out"), QUIET)
     assert made["sources"]["s"]["cut"] == {"records": 10, "rounds": 40} and made["counts"]["rows"] == 10
     told = " ".join(account.losses(made["sources"]))
-    assert "max_tokens took 40 rounds out of 10 records that stay" in told and "count asks for 2 more records" in told
+    assert "max_tokens cut 40 rounds from 10 records that stay" in told and "count asks for 2 more records" in told
     rules = {"max_rounds": 1, "max_tokens": 2, "drop_invalid": True}
     asked += [{"id": "short", "conversations": turns("q", "a")}]
     source = {"path": write(tmp_path / "b.json", asked), **rules}
@@ -428,7 +428,7 @@ def test_folders_of_each_kind_are_known_and_files_of_another_are_told(tmp_path):
     )
     write(tmp_path / "tables" / "more.json", asked)
     made = mix({"sources": {"s": {"path": str(tmp_path / "tables"), "only": "text"}}}, str(tmp_path / "two"), QUIET)
-    assert "1 files of parquet beside those of json are not read (e.g. a.parquet)" in " ".join(
+    assert "1 parquet files beside the json ones are not read (e.g. a.parquet)" in " ".join(
         account.losses(made["sources"])
     )
     (tmp_path / "zipped").mkdir()
@@ -517,7 +517,7 @@ def test_strict_refuses_shards_that_lost_records(tmp_path):
     table = {"sources": {"s": {"path": str(tmp_path / "pool")}}}
     made = mix(table, str(tmp_path / "lax"), QUIET)
     assert sum(made["sources"]["s"]["faults"].values()) >= 2
-    with pytest.raises(CurateError, match="strict is asked for"):
+    with pytest.raises(CurateError, match="which strict refuses"):
         mix({**table, "strict": True}, str(tmp_path / "strict"), QUIET)
 
 
@@ -662,7 +662,9 @@ def test_a_mix_says_how_many_questions_no_longer_say_how_to_answer(tmp_path, cap
     source = {"path": write(tmp_path / "s.json", held), "instructions": "once", "max_rounds": 2}
     manifest = mix({"sources": {"s": source}, "shuffle": False}, str(tmp_path / "mix"), Job())
     assert manifest["sources"]["s"]["said_once"] == 4
-    assert "s: 4 questions no longer end in the line that the first of their record says" in capsys.readouterr().err
+    assert (
+        "s: 4 questions no longer repeat the closing line of their record's first question" in capsys.readouterr().err
+    )
     asked = [json.loads(data)["conversations"] for _, data in members(tmp_path / "mix" / "000000.tar")]
     assert all([turn["value"] for turn in each] == ["What?" + HOW, "it", "Where?", "there"] for each in asked)
     source["max_rounds"] = 1  # each record has a first question
