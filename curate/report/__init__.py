@@ -1,1 +1,1 @@
-"""What directories hold, for people: pages, tables in the terminal, the life of one sample."""
+"""Show people what directories hold: pages, tables in the terminal, the story of one sample."""

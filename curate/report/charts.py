@@ -1,7 +1,7 @@
 """Inline SVG charts for the report: histograms, curves, maps and intervals, in colours that follow the page's theme.
 
-Drawn by hand, for one figure that can be moved, read in both themes and opened without a network. Measured against the
-libraries that would do it (2026-11): plotly 7.1 adds 4.8 MB of script to every page and bokeh 3.9 1.3 MB; matplotlib
+Written by hand, so that a figure can be interactive, follows both themes and opens without a network. Compared with the
+libraries that could do it (2026-11): plotly 7.1 adds 4.8 MB of script to every page and bokeh 3.9 1.3 MB; matplotlib
 3.11 adds 110 MB to the installation and 1.4 s to the import, writes 16 kB for a histogram (here: 2 kB) and 665 kB for a
 map of a thousand circles (here: 110 kB), in the colours of one theme and without titles on its parts.
 
@@ -31,7 +31,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Window:
-    """The stretch of an axis that stays: from low to high, open where None. control: what moves its ends, by id."""
+    """The range of an axis that is kept: from low to high, open where None. control: id of what moves its ends."""
 
     low: float | None
     high: float | None
@@ -179,7 +179,7 @@ def scatter(spots: Iterable[Spot], label: str) -> Markup:
 def forest(rows: Sequence[Interval | None]) -> tuple[list[Markup], Markup]:
     """Draw means with the interval around each as the cells of a table's column, and the scale that they share.
 
-    Zero is on the scale and marked in every cell; a row that is None has that mark alone. All is empty where all are.
+    Zero is on the scale and marked in every cell; a row that is None has only that mark. Empty if all rows are None.
     """
     ends = [end for row in rows if row for end in (row.low, row.high)]
     if not ends:
@@ -218,7 +218,7 @@ def _cell(inside: Markup, label: str) -> Markup:
 
 
 def _window(x: Axis, window: Window) -> Markup:
-    """Draw the stretch that stays, with a grip at each end that is not open."""
+    """Draw the range that is kept, with a grip at each end that is not open."""
     left, right = (x.inside(bound) for bound in (_or(window.low, x.low), _or(window.high, x.high)))
     parts = [
         Markup('<title>{}</title><rect class="stay" x="{:.1f}" y="{}" width="{:.1f}" height="{}"/>').format(
@@ -261,7 +261,7 @@ def _svg(
     height: float = HEIGHT,
     role: str = "img",
 ) -> Markup:
-    """Wrap the parts; a chart that is moved says by what, and over which scale."""
+    """Wrap the parts; an interactive chart names its control and its scale."""
     scale = ""
     if x is not None and control:
         scale = Markup(' data-control="{}" data-low="{!r}" data-high="{!r}" data-start="{}" data-end="{}"').format(

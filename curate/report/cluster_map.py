@@ -1,9 +1,9 @@
 """The clusters in the report: how large they are before and after, a map of them, and which ones to show.
 
 In: `CLU/centroids.npy`, the `cluster` column and who was kept. Out: charts, and which clusters are shown: giants,
-middle and tail. The map is the plane in which the centroids, each weighed by its rows, vary most (principal
-components). Of very large pools every so many-th shard is counted, of very many clusters the largest and every so
-many-th of the others are drawn; the page says so.
+middle and tail. The map is the plane in which the centroids, each weighted by its rows, vary most (principal
+components). In very large pools only every n-th shard is counted; of very many clusters the largest and every n-th of
+the others are drawn; the page says so.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ KINDS = (("none", 0.0), ("fewer", 0.5), ("par", 2.0), ("more", 4.0), ("most", np
 
 
 def section(clusters: manifest.Artefact, selection: manifest.Artefact | None) -> dict[str, Any] | None:
-    """Compare the clusters before and after. None where the clusters have no rows."""
+    """Compare the clusters before and after. None if the clusters have no rows."""
     k = int(clusters.manifest["options"].get("k") or 0)
     total = sum(clusters.rows.values())
     if not k or not total:
@@ -88,7 +88,7 @@ def _groups(order: np.ndarray, before: np.ndarray, after: np.ndarray) -> list[di
 
 
 def _extremes(before: np.ndarray, after: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-    """Choose the clusters that kept the least and the most of what they had."""
+    """Choose the clusters that kept the smallest and the largest shares of their rows."""
     kinds = zip(("starved", "favoured"), cluster_shares.extremes(before, after), strict=True)
     return {
         kind: [{"cluster": c, "before": int(before[c]), "after": int(after[c])} for c in chosen]
@@ -97,7 +97,7 @@ def _extremes(before: np.ndarray, after: np.ndarray) -> dict[str, list[dict[str,
 
 
 def draw(clusters: manifest.Artefact, before: np.ndarray, after: np.ndarray | None, order: np.ndarray) -> Markup | None:
-    """Draw the map. order: the clusters that have rows, the largest first. None where the centroids are not at hand."""
+    """Draw the map. order: the clusters that have rows, the largest first. None if the centroids are missing."""
     place = clusters.path(CENTROIDS)
     if not paths.exists(place) or len(order) < 3:
         return None
@@ -120,7 +120,7 @@ def draw(clusters: manifest.Artefact, before: np.ndarray, after: np.ndarray | No
 
 
 def project(x_kd: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Lay points out in the plane of their greatest weighted variance. Returns f64 [k, 2], each axis's sign fixed."""
+    """Project points onto the plane of their greatest weighted variance. Returns f64 [k, 2], axis signs fixed."""
     weights = weights / weights.sum()
     centred = x_kd - weights @ x_kd
     _, axes = np.linalg.eigh((centred * weights[:, None]).T @ centred)

@@ -1,12 +1,12 @@
-"""What the captions speak of and what the pictures show, before and after, with the share of either side.
+"""What captions mention and what pictures show, before and after the selection, with the share on each side.
 
-What the pictures show was counted by the step `concepts`, where one ran. What the captions speak of are frequent words
-and two-word phrases:
+What the pictures show was counted by the step `concepts`, if it ran. What the captions mention are frequent words and
+two-word phrases:
 
-In: captions of the pool and which of them were kept. Out: the phrases that most captions have, and those that rose or
-fell most, by how far they are from what a random choice of as many captions would leave. A caption counts once for each
-phrase, a word or two side by side (naming.py). Memory is bounded: at most `MAX_CAPTIONS` captions are read, and rare
-phrases are forgotten when there are too many.
+In: captions of the pool and which of them were kept. Out: the phrases that most captions contain, and those that rose
+or fell most, compared with what a random choice of as many captions would keep. A caption counts once for each phrase,
+a word or two adjacent ones (naming.py). Memory is bounded: at most `MAX_CAPTIONS` captions are read, and rare phrases
+are forgotten when there are too many.
 """
 
 import math
@@ -25,7 +25,7 @@ IN_LINES = 5
 
 @dataclass(frozen=True)
 class Shares:
-    """A phrase: in how many of the pool's captions it stands, and in how many of the kept ones."""
+    """A phrase: how many of the pool's captions contain it, and how many of the kept ones."""
 
     phrase: str
     pool: int
@@ -35,23 +35,23 @@ class Shares:
 
     @property
     def pool_share(self) -> float:
-        """Share of the pool's captions that have it."""
+        """Share of the pool's captions that contain it."""
         return self.pool / self.captions
 
     @property
     def kept_share(self) -> float:
-        """Share of the kept captions that have it."""
+        """Share of the kept captions that contain it."""
         return self.kept / self.chosen
 
     @property
     def shift(self) -> float:
-        """Say how far the kept captions that have it are from as many as chance would leave, in standard deviations."""
+        """Return how far the number of kept captions is from what chance would keep, in standard deviations."""
         expected = self.pool_share * self.chosen
         return (self.kept - expected) / math.sqrt(expected)
 
 
 def compare(captions: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:
-    """Compare the kept captions with all of them. captions: (caption, kept). None where there is nothing to compare."""
+    """Compare the kept captions with all of them. captions: (caption, kept). None if there is nothing to compare."""
     pool: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     seen = chosen = 0
@@ -82,7 +82,7 @@ def compare(captions: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:
 
 
 def of_pictures(funnel: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Lay out what the last step `concepts` counted, in the form of `compare`; None where there was none."""
+    """Lay out what the last step `concepts` counted, in the form of `compare`; None if there was none."""
     told = [step["estimates"] for step in funnel.get("steps", []) if LISTED in (step.get("estimates") or {})]
     if not told:
         return None
@@ -113,12 +113,12 @@ def lines(funnel: Mapping[str, Any]) -> Iterator[str]:
 
 
 def two_digits(value: float) -> str:
-    """Write a number by its first two digits, never as a power of ten; three where it has as many before the point."""
+    """Write a number with two significant digits, without exponent; with three if it has three before the point."""
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _distinct(ordered: Iterable[Shares]) -> Iterator[Shares]:
-    """Take the first few, leaving out a phrase that nearly always stands within, or around, one already taken."""
+    """Take the first few, leaving out phrases that nearly always occur within, or around, one already taken."""
     taken: list[Shares] = []
     for shares in ordered:
         if len(taken) == SHOWN:

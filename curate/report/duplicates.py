@@ -1,12 +1,12 @@
 """The near-duplicates in the report: each group as a row of pictures, the largest first, and likely placeholders.
 
 In: `component` of the selection's sidecars, the smallest global row number of a row's near-duplicates. A row whose
-component is not its own number is a further member of that group, so that one pass over one column finds all groups,
+component is not its own number is a further member of that group, so one pass over one column finds all groups,
 with 16 bytes for each further member. Out: what the template shows, and the keys of the largest groups as a table.
 
-A placeholder is a picture without content that stands under captions which have nothing to do with one another. So a
-group with three or more different captions of which hardly two share a word is shown as one; so is what the step
-`placeholders` dropped, grouped by the pictures' hash.
+A placeholder is a picture without content whose captions have nothing to do with one another. So a group with three or
+more different captions of which hardly two share a word is shown as one; so is what the step `placeholders` dropped,
+grouped by the pictures' hash.
 """
 
 import itertools
@@ -47,7 +47,7 @@ class Member:
 
 
 def section(selection: manifest.Artefact, gallery: Gallery) -> dict[str, Any] | None:
-    """Lay out the groups; the pictures are asked of the gallery. None where no step looked for near-duplicates."""
+    """Lay out the groups; the gallery supplies the pictures. None if no step looked for near-duplicates."""
     further, component, shards = further_members(selection)
     if not len(further):
         return None
@@ -113,7 +113,7 @@ def _members(
 
 
 def _shown(members: Sequence[Member], size: int, gallery: Gallery) -> dict[str, Any]:
-    """Say of a group what the page tells. The row that stayed comes first, then the others, the most similar first."""
+    """Describe a group for the page. The row that stayed comes first, then the others, the most similar first."""
     ordered = sorted(
         members, key=lambda member: (not member.facts["kept"], -member.similarity, member.stem, member.row)
     )
@@ -140,9 +140,9 @@ def unlike(captions: Sequence[str]) -> bool:
 
 
 def _with_cards(groups: Sequence[dict[str, Any]], gallery: Gallery) -> list[dict[str, Any]]:
-    """Ask for the pictures of the first groups, of few shards: rows of shards that are open anyway come first.
+    """Request the pictures of the first groups from few shards: rows of shards that are open anyway come first.
 
-    Of the members that can be shown, those are taken that spread over the whole range of similarity.
+    Of the members that can be shown, some that spread over the whole range of similarity are taken.
     """
     opened, made = set(gallery.stems), []
     budget = len(opened) + EXTRA_STEMS

@@ -1,4 +1,4 @@
-"""The answers to a search: lines, and a page: for each question its rows with their pictures, to look at and to mark.
+"""The results of a search, as lines and as a page: for each query its rows with their pictures, to view and to mark.
 
 In: what `curate.ask.find` found. Out: one self-contained HTML file. Marked cards are downloaded as `key TAB label`,
 which is what `curate probe` reads.
@@ -14,9 +14,9 @@ from curate.storage.manifest import Artefact
 
 
 def page(embedded: Artefact, found: Mapping[str, Sequence[Hit]], directory: str, without: Sequence[str] = ()) -> bytes:
-    """Lay out the hits of each question. without: texts that they are unlike.
+    """Lay out the hits of each query. without: texts that the rows should not match.
 
-    Pictures come from the pool, where it still is: at most 12 MB of them.
+    Pictures come from the pool if it is still there: at most 12 MB of them.
     """
     groups, by_stem = [], defaultdict[str, list[Card]](list)
     for question, hits in found.items():
@@ -36,14 +36,14 @@ def page(embedded: Artefact, found: Mapping[str, Sequence[Hit]], directory: str,
 
 
 def verdict(hit: Hit) -> str:
-    """Say what a selection did with a row: kept, the step that dropped it, or nothing where there is no selection."""
+    """Say what a selection did with a row: kept, the step that dropped it, or nothing if there is no selection."""
     if "kept" not in hit.facts:
         return ""
     return "kept" if hit.facts["kept"] else f"dropped by {hit.facts['dropped_by']}"
 
 
 def lines(found: Mapping[str, Sequence[Hit]]) -> Iterator[str]:
-    """Yield what the terminal shows: each question, and below it its rows with their scores."""
+    """Yield what the terminal shows: each query, and below it its rows with their scores."""
     for name, hits in found.items():
         yield name
         for hit in hits:

@@ -28,7 +28,7 @@ MAX_CAPTION = 280
 MAX_BYTES = 12 << 20
 MAX_SAME_TWIN = 2
 LOST = "not in the pool any more"
-TROUBLES = {"shard_missing": LOST, "gone": LOST, "changed": "another image by now"}
+TROUBLES = {"shard_missing": LOST, "gone": LOST, "changed": "the image has changed since"}
 
 Place = tuple[str, int]
 Twin = tuple[str, int | None]  # key and component: shards may use a key again
@@ -115,7 +115,7 @@ class Gallery:
         return [self.card(self.stems[self.columns["stem"][i]], int(self.columns["row"][i])) for i in places]
 
     def dropped(self, reason: str, number: int) -> list[Card]:
-        """Draw rows that a step, or a bad status, took away."""
+        """Draw rows that a step, or a bad status, dropped."""
         if reason not in self.reasons:
             return []
         return self.sample(self.columns["reason"] == self.reasons.index(reason), number, reason)
@@ -125,7 +125,7 @@ class Gallery:
         return self.cards.setdefault((stem, row), Card("", stem, row))
 
     def compare_captions(self) -> dict[str, Any] | None:
-        """Compare what the sampled shards' usable captions speak of with what the kept ones do."""
+        """Compare what the sampled shards' usable captions mention with what the kept ones do."""
         return concepts.compare(self._captions())
 
     def _captions(self) -> Iterator[tuple[str, bool]]:
@@ -167,9 +167,9 @@ class Gallery:
                 yield int(self.columns["cluster"][i]), key, stem, int(self.columns["row"][i]), reason < 0, by
 
     def twins(self, number: int) -> list[Card]:
-        """Choose dropped rows beside the kept twin of each, over the whole range of similarity, no twin too often.
+        """Choose dropped rows, each with its kept twin, over the whole range of similarity, no twin too often.
 
-        Twins that stayed to the end are preferred to those that a later step dropped.
+        Twins that stayed to the end are preferred over those that a later step dropped.
         """
         if self.selection is None:
             return []
@@ -255,7 +255,7 @@ class Gallery:
 
 
 def open_samples(embedded: manifest.Artefact) -> tuple[Samples, str]:
-    """Join embeddings to the tars of their pool; where it is gone, to none, and say so."""
+    """Join embeddings to the tars of their pool; if it is gone, to none, and say so."""
     try:
         listed = tar.list_pool(embedded.input_path("pool"))
     except (KeyError, UsageError):
@@ -268,7 +268,7 @@ def open_samples(embedded: manifest.Artefact) -> tuple[Samples, str]:
 def read_pictures(samples: Samples, stem: str, cards: Sequence[Card], spent: int) -> int:
     """Read the pictures of rows of one shard, or why there are none. spent: the page's bytes so far; returns them.
 
-    cards: by row. Of a tar on a URL these samples are read, and hardly more.
+    cards: by row. From a tar on a URL little more than these samples is read.
     """
     rows = np.array([card.row for card in cards])
     for card, fetched in zip(cards, samples.fetch(stem, rows), strict=True):

@@ -1,6 +1,6 @@
-"""How artefacts were made, for the report: the commands as manifests mean them and as they were typed, and speeds.
+"""How artefacts were made, for the report: the commands that manifests stand for, those that were typed, and speeds.
 
-Commands name places as seen from the page. What a verb works out by itself (a model's digest, a recipe's steps) is not
+Commands give paths relative to the page. What a verb works out by itself (a model's digest, a recipe's steps) is not
 written as an option; a mix's table is.
 """
 
@@ -42,7 +42,7 @@ def provenance(artefact: Artefact, out: str) -> dict[str, Any]:
 
 
 def _options(artefact: Artefact, here: str) -> Iterator[str]:
-    """Write the options of the request, those of its inputs among them that are typed as options."""
+    """Write the options of the request, including those of its inputs that are given as options."""
     manifest = artefact.manifest
     options = dict(manifest.get("options", {})) | _places(artefact, here)
     beside = [name for name in list(manifest["inputs"])[1:] if name in OPTIONAL_INPUTS]
@@ -61,7 +61,7 @@ def _options(artefact: Artefact, here: str) -> Iterator[str]:
 
 
 def _steps(artefact: Artefact, texts: Sequence[str], here: str) -> list[str]:
-    """Write steps with the files and directories that they read as seen from the page, not as they were typed."""
+    """Write steps with the paths of files and directories relative to the page, not as they were typed."""
     from curate.select import catalogue
 
     try:
@@ -77,7 +77,7 @@ def _steps(artefact: Artefact, texts: Sequence[str], here: str) -> list[str]:
 
 
 def _places(artefact: Artefact, here: str) -> dict[str, str]:
-    """Find the models that the manifest names without their place, or by their weights alone: the log has them."""
+    """Find in the log the models that the manifest names without their path, or only by their weights."""
     places: dict[str, str] = {}
     for entry in entries(artefact.path(LOG)):
         for key in ("model", "pretrained"):
@@ -112,7 +112,7 @@ def _key(key: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """Write a value as TOML does: as JSON does, but for tables."""
+    """Write a value as TOML does: as JSON does, except for tables."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_key(key)} = {_value(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
@@ -121,7 +121,7 @@ def _value(value: Any) -> str:
 
 
 def select_words(selection: Artefact, out: str) -> list[str]:
-    """Write the beginning of a select that differs in its steps alone."""
+    """Write the beginning of a `curate select` command that differs only in its steps."""
     [source] = (name for name in selection.manifest["inputs"] if name in ("clusters", "embeddings"))
     here = paths.parent(out)
     words = ["curate", "select", paths.relative(selection.input_path(source), here)]
@@ -131,7 +131,7 @@ def select_words(selection: Artefact, out: str) -> list[str]:
 
 
 def training(runs: Mapping[str, str], out: str) -> Iterator[dict[str, str]]:
-    """Write each training run's command, configuration and model, as its manifest (or, unfinished, plan) has them."""
+    """Write each training run's command, configuration and model, from its manifest (or plan, if unfinished)."""
     here = paths.parent(out)
     for name, place in runs.items():
         names = (MANIFEST, PLAN)
@@ -154,7 +154,7 @@ def training(runs: Mapping[str, str], out: str) -> Iterator[dict[str, str]]:
 
 
 def _from_page(value: Any, place: str, here: str) -> Any:
-    """Write a local model's place, recorded as seen from `place`, as seen from the page; anything else as it is."""
+    """Write a local model's path, recorded relative to `place`, relative to the page; anything else as it is."""
     text = str(value).removeprefix("local-dir:")
     if not text.startswith("."):
         return value

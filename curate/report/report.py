@@ -2,7 +2,7 @@
 
 In: a directory that a verb made, or one that holds such directories (a pipeline's). Out: an HTML file that opens from
 disk without a network: its styles, script, charts and thumbnails are inside. Text from the data (captions, keys) is not
-trusted: the template escapes everything, and the page's policy runs no script but its own.
+trusted: the template escapes everything, and the page's policy allows no script but its own.
 """
 
 import base64
@@ -106,7 +106,7 @@ def report(directory: str, out: str, options: ReportOptions, job: engine.Job) ->
 
 
 def discover(directory: str) -> Artefacts:
-    """Find what a directory is, or holds, and what it rests on. Raises: UsageError when there is nothing."""
+    """Find what a directory is, or holds, and what it was made from. Raises: UsageError if there is nothing."""
     artefacts = Artefacts()
     if paths.exists(paths.join(directory, ablation_tables.FILE)):
         artefacts.ablation = paths.join(directory, ablation_tables.FILE)
@@ -135,13 +135,13 @@ def discover(directory: str) -> Artefacts:
 
 
 def _command(record: str) -> Any:
-    """Read which verb a manifest names; None where it is no manifest."""
+    """Read which verb a manifest names; None if it is not a manifest."""
     found = manifest.load_json(record)
     return found.get("command") if isinstance(found, dict) else None
 
 
 def _children(directory: str) -> Iterator[tuple[str, str]]:
-    """Yield what may be a directory in another: shards, of which there may be very many, are passed over."""
+    """Yield what may be a subdirectory: shards, of which there may be very many, are passed over."""
     for name in paths.listdir(directory):
         if not name.endswith((".tar", ".arrow", ".parquet")):
             yield name, paths.join(directory, name)
@@ -155,7 +155,7 @@ def _is_eval(place: str) -> bool:
 
 
 def _place(artefacts: Artefacts, artefact: manifest.Artefact, name: str) -> None:
-    """File an artefact under what it is; of several selections the one named `selection`, else the first, leads."""
+    """File an artefact under its kind; of several selections the one named `selection`, else the first, is the main."""
     if artefact.command == "select":
         if artefacts.selection is None or name == "selection":
             if artefacts.selection is not None:
@@ -177,7 +177,7 @@ def _source(artefact: manifest.Artefact, *commands: str) -> manifest.Artefact | 
 
 
 def _in_shards(gallery: Gallery | None, artefacts: Artefacts) -> str:
-    """Say of how many shards the examples and captions come, where that is not all of them."""
+    """Say how many shards the examples and captions come from, if not from all."""
     if gallery is None or artefacts.embedded is None or len(gallery.stems) == len(artefacts.embedded.stems):
         return ""
     return f" in {len(gallery.stems):,} of {len(artefacts.embedded.stems):,} shards"
@@ -246,9 +246,9 @@ def _choose_clusters(context: dict[str, Any], gallery: Gallery, *, selected: boo
 
 
 def _csv(rows: Iterable[Sequence[Any]]) -> str:
-    """Write a table as a link that downloads it. A ' stands before what a spreadsheet would take for a formula.
+    """Write a table as a link that downloads it. A ' goes before what a spreadsheet would take for a formula.
 
-    But before no key that begins with a sign, as one in 32 of base64's does: keys are looked up elsewhere.
+    But not before a key that begins with a sign, as one in 32 of base64's does: keys are looked up elsewhere.
     """
     text, signed = io.StringIO(), list[bool]()
     for row in rows:
@@ -300,18 +300,18 @@ def render(context: Mapping[str, Any], name: str = "report") -> bytes:
 
 
 def _percent(value: float) -> str:
-    """Write a percentage with one decimal, or one digit where that would say nothing."""
+    """Write a percentage with one decimal, or with one significant digit if that would show only zeros."""
     return f"{value:.1f}\u00a0%" if value >= 0.1 or not value else f"{value:.1g}\u00a0%"
 
 
 def _script_json(value: Any) -> Markup:
-    """Write JSON that cannot end the element it stands in."""
+    """Write JSON that cannot close the element that contains it."""
     text = json.dumps(value)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def write_page(out: str, page: bytes) -> None:
-    """Write a page whole, and over no file of data. Raises: UsageError."""
+    """Write a page atomically, and never over a data file. Raises: UsageError."""
     whole_files.refuse_data(out)
     with paths.atomic_write(out) as file:
         file.write(page)

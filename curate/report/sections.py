@@ -17,7 +17,7 @@ PACE = {"tokens_per_s": "tokens/s", "mfu": "MFU", "peak_memory_gb": "GB at the p
 
 
 def funnel(funnel: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay out the funnel: one bar per step, its width the rows that were there, filled where they stay."""
+    """Lay out the funnel: one bar per step, as wide as its rows, filled as far as they stay."""
     total = max(1, int(funnel["rows"]))
     log = funnel["kept"] / total < 1 / 300 and funnel["kept"] > 1
 
@@ -115,7 +115,7 @@ def losses(runs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
 
 
 def scores(evals: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Read what a trained model was asked: its accuracy by task, and some answers beside the truth."""
+    """Read a trained model's answers: its accuracy by task, and some answers beside the truth."""
     for name, place in evals.items():
         tasks: dict[str, list[bool]] = {}
         examples: list[Mapping[str, Any]] = []

@@ -1,8 +1,7 @@
-"""Tell in the terminal, in one screen, what a directory is and how it came about.
+"""Show in the terminal, on one screen, what a directory is and how it was made.
 
 Any directory of curate or of the trainer, a pool, a pipeline's or an ablation's: its rows and what became of them, the
-funnel and the spread of the scores, the sources of a mix, the loss of a run, the claims of an ablation, what it rests
-on.
+funnel and the spread of the scores, the sources of a mix, the loss of a run, the claims of an ablation, and its inputs.
 """
 
 import textwrap
@@ -51,16 +50,16 @@ def headline(command: str, manifest: Mapping[str, Any]) -> str:
         read = sum(source["read"] for source in manifest["sources"].values())
         account = f"{lost:,} of {read:,} records lost" + (f" · {account}" if account else "")
     if left := manifest.get("unfinished"):
-        account = f"this part is done, others are not yet ({_several(len(left), 'shard')} left: "
-        account += "start again a part that died, or began before the pool changed)"
+        account = f"this part is done, others are not ({_several(len(left), 'shard')} left: "
+        account += "restart a part that died, or that began before the pool changed)"
         if command == "cluster":
-            account = "this part is done, others are not yet (start it again when they are: a step is left)"
+            account = "this part is done, others are not (run it again once they are: a step is left)"
     otherwise = "made nothing" if manifest.get("failed") else "done"
     return f"  {command}: {' — '.join(part for part in (what, account) if part) or otherwise}"
 
 
 def selection_lines(directory: str) -> Iterator[str]:
-    """Yield what select prints of what it made: the funnel, and the clusters that it starved and favoured."""
+    """Yield what `curate select` prints at its end: the funnel, and the clusters that it starved and favoured."""
     funnel = load_json(paths.join(directory, FUNNEL))
     yield from map(printable, (*funnel_lines(funnel), *concepts.lines(funnel), *cluster_lines(funnel)))
 
@@ -70,14 +69,14 @@ def _several(number: int, what: str) -> str:
 
 
 def _wrapped(facts: Iterable[str], indent: int = 2) -> Iterator[str]:
-    """Yield facts side by side, as many to a line as fit; a long one alone is broken at its spaces."""
+    """Yield facts side by side, as many to a line as fit; only a long one is broken, at its spaces."""
     joined = "\u00a0· ".join(fact.replace(" ", "\u00a0") if len(fact) < WIDTH // 2 else fact for fact in facts)
     for line in textwrap.wrap(joined, WIDTH - indent, break_on_hyphens=False):
         yield f"{'':<{indent}}{line}".replace("\u00a0", " ")
 
 
 def show(directory: str) -> Iterator[str]:
-    """Yield the lines that describe a directory. Raises: UsageError when nobody here made it."""
+    """Yield the lines that describe a directory. Raises: UsageError if neither program made it."""
     if paths.exists(paths.join(directory, ablation_tables.FILE)):
         yield from _ablation(directory)
     elif paths.exists(paths.join(directory, "metrics.jsonl")):
@@ -90,8 +89,8 @@ def show(directory: str) -> Iterator[str]:
         plan = load_json(paths.join(directory, PLAN))
         names = paths.listdir(directory) + paths.listdir(paths.join(directory, "table"))
         made = {name.rpartition(".")[0] for name in names if name.endswith((".arrow", ".tar", ".parquet", ".txt"))}
-        yield f"{directory}: UNFINISHED, by `curate {plan.get('command')}`: the same command goes on"
-        yield f"  {_several(len(made), 'shard')} of it stand already"
+        yield f"{directory}: UNFINISHED, by `curate {plan.get('command')}`: the same command resumes it"
+        yield f"  {_several(len(made), 'shard')} of it are done"
         for name in paths.listdir(paths.join(directory, FAILED)):
             yield f"  FAILED {name.removesuffix('.json')}: {load_json(paths.join(directory, FAILED, name))}"
     elif paths.exists(paths.join(directory, "train_manifest.json")):
@@ -133,7 +132,7 @@ def _artefact(artefact: Artefact) -> Iterator[str]:
 
 
 def lineage(artefact: Artefact) -> Iterator[Artefact]:
-    """Yield an artefact and all that it rests on and is still there, nearest first."""
+    """Yield an artefact and all that it was made from and that still exists, nearest first."""
     yield artefact
     for name in artefact.manifest.get("inputs", {}):
         location = artefact.input_path(name)
@@ -142,7 +141,7 @@ def lineage(artefact: Artefact) -> Iterator[Artefact]:
 
 
 def _changed(chain: Sequence[Artefact]) -> Iterator[str]:
-    """Warn of inputs that are no longer what they were; an import records its source's files, not its manifest."""
+    """Warn of inputs that have changed; an import records its source's files, not its manifest."""
     for each in (each for each in chain if each.command != "import"):
         for name, source in each.manifest.get("inputs", {}).items():
             location = each.input_path(name)
@@ -152,7 +151,7 @@ def _changed(chain: Sequence[Artefact]) -> Iterator[str]:
 
 
 def _troubles(artefact: Artefact) -> Iterator[str]:
-    """List what went wrong: notes, failed shards, samples that were gone."""
+    """List what went wrong: notes, failed shards, missing samples."""
     manifest = artefact.manifest
     notes = [f"{stem}: {note}" for stem, shard in manifest.get("shards", {}).items() for note in shard.get("notes", [])]
     failed = [f"FAILED {stem}: {why}" for stem, why in manifest.get("failed", {}).items()]
@@ -164,7 +163,7 @@ def _troubles(artefact: Artefact) -> Iterator[str]:
 
 
 def recall_line(recall: Mapping[str, Any]) -> str:
-    """Say which share of a sample's near pairs met in a cluster, by level of cosine."""
+    """Say what share of a sample's near pairs met in a cluster, by level of cosine."""
     shares = [
         f"{level['found']:.1%} of {level['pairs']:,} above {level['above']}"
         for level in recall["levels"]
@@ -192,12 +191,12 @@ def funnel_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
 
 
 def cluster_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
-    """Name the clusters that kept little of what they had, and those that kept much."""
+    """Name the clusters that kept the smallest and the largest shares of their rows."""
     clusters = funnel.get("clusters", {})
     for kind, verb in (("starved", "least"), ("favoured", "most")):
         chosen = clusters.get(kind, [])
         if chosen:
-            yield f"  clusters that kept {verb} of what they had (all: {clusters['share']:.1%})"
+            yield f"  clusters that kept {verb} of their rows (all: {clusters['share']:.1%})"
         for entry in chosen:
             counts = f"{entry['kept']:,} of {entry['rows']:,}"
             share = f"({entry['kept'] / entry['rows']:.1%})"
@@ -213,7 +212,7 @@ def score_lines(funnel: Mapping[str, Any]) -> Iterator[str]:
 
 
 def sparkline(values: Sequence[float], width: int = 30) -> str:
-    """Draw values as blocks, neighbours added up until they fit the width."""
+    """Draw values as blocks, adding up neighbours until they fit the width."""
     group = max(1, -(-len(values) // width))
     sums = [sum(values[start : start + group]) for start in range(0, len(values), group)]
     top = max(sums, default=0)
@@ -254,7 +253,7 @@ def _run(directory: str) -> Iterator[str]:
     step = max(1, len(losses) // 60)
     means = [sum(losses[i : i + step]) / len(losses[i : i + step]) for i in range(0, len(losses), step)]
     last = f" · loss {means[-1]:.4f} at step {_number(rows[-1].get('step', len(rows)))}" if rows else ""
-    yield f"{directory}: a training run, {'finished' if done else 'UNFINISHED: the same command goes on'}{last}"
+    yield f"{directory}: a training run, {'finished' if done else 'UNFINISHED: the same command resumes it'}{last}"
     yield from _wrapped(made["account"].split(" · "))
     if len(rows) < len(logged):
         yield f"  WARNING: {len(logged) - len(rows):,} of {_several(len(logged), 'logged step')} have no finite loss"
@@ -348,7 +347,7 @@ def _pipeline(directory: str) -> Iterator[str]:
         yield from _pool(directory)
         return
     if not paths.is_dir(directory):
-        raise UsageError(f"{directory} is no directory.", "give a stage's directory, a pool, or a pipeline's OUT")
+        raise UsageError(f"{directory} is not a directory.", "give a stage's directory, a pool, or a pipeline's OUT")
     lost, selection, names = [], None, paths.listdir(directory)
     tars = {name for name in names if name.lower().endswith(tar.TAR_SUFFIXES)}
     if lines := list(stored_lines(directory.rstrip("/"))):
@@ -361,7 +360,7 @@ def _pipeline(directory: str) -> Iterator[str]:
         ):
             lines.append(f"  {name:<20} {next(show(place)).removeprefix(place + ': ')}")
         elif paths.exists(paths.join(place, PLAN)):
-            lines.append(f"  {name:<20} UNFINISHED: the same command goes on")
+            lines.append(f"  {name:<20} UNFINISHED: the same command resumes it")
         elif paths.exists(paths.join(place, MANIFEST)):
             artefact = open_input(place)
             lines.append(f"  {name:<20} {headline(artefact.command, artefact.manifest).strip()}")

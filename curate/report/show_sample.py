@@ -1,4 +1,4 @@
-"""Tell the story of one sample: what it is, how it scored, where it lies, which step dropped it and which twin stayed.
+"""Tell the story of one sample: what it is, its scores, its cluster, which step dropped it and which twin stayed.
 
 The key is searched in one column of one shard at a time; everything else joins by position.
 """
@@ -17,14 +17,14 @@ Place = tuple[str, int]
 
 
 def show_key(directory: str, key: str) -> Iterator[str]:
-    """Yield the story of the sample with a key (of each, where several shards use it). Raises: UsageError for none."""
+    """Yield the story of the sample with a key (of each, if several shards use it). Raises: UsageError if none does."""
     stages, places = _trace(directory, key)
     for place in places:
         yield from _story(key, place, stages, stages["embed"])
 
 
 def facts_of(directory: str, key: str) -> Iterator[dict[str, Any]]:
-    """Yield the same as data: the row's place and all that its sidecars say but the vectors. Raises: UsageError."""
+    """Yield the same as data: the row's place and all that its sidecars say except vectors. Raises: UsageError."""
     stages, places = _trace(directory, key)
     for place in places:
         facts: dict[str, Any] = {"stem": place[0], "row": place[1]}
@@ -34,9 +34,9 @@ def facts_of(directory: str, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _trace(directory: str, key: str) -> tuple[dict[str, manifest.Artefact], list[Place]]:
-    """Find the stages that a directory rests on (an import as `embed`), and a key's places in their rows.
+    """Find the stages that a directory was made from (an import as `embed`), and a key's places in their rows.
 
-    Raises: UsageError without embeddings or such a key, ContractError where what one of them rests on has changed.
+    Raises: UsageError without embeddings or such a key, ContractError if an input of one of them has changed.
     """
     latest = _latest(directory)
     try:
@@ -54,7 +54,7 @@ def _trace(directory: str, key: str) -> tuple[dict[str, manifest.Artefact], list
 
 
 def _latest(directory: str) -> manifest.Artefact:
-    """Open an artefact, or of a pipeline's directory the one that knows most: a coreset, else a selection, else …"""
+    """Open an artefact, or the last stage of a pipeline's directory: a coreset, else a selection, else …"""
     if not paths.exists(paths.join(directory, manifest.MANIFEST)) and paths.is_dir(directory):
         for name in ("coreset", "selection", "clusters", "embeddings"):
             if paths.exists(paths.join(directory, name, manifest.MANIFEST)):
@@ -99,14 +99,14 @@ def _story(
 
 
 def _row(artefact: manifest.Artefact, place: Place) -> dict[str, Any]:
-    """Read one row of a sidecar, but for its vectors."""
+    """Read one row of a sidecar, without its vectors."""
     names = [name for name in artefact.sidecars.schema(place[0]).names if not name.endswith("_embedding")]
     [record] = artefact.table(place[0], names).slice(place[1], 1).to_pylist()
     return dict(record)
 
 
 def _score(column: str, value: float, funnel: Mapping[str, Any]) -> str:
-    """Write a score, and above what part of the usable rows it lies, as far as the stored histogram tells."""
+    """Write a score, and what part of the usable rows it exceeds, as far as the stored histogram tells."""
     counted = funnel.get("histograms", {}).get(column)
     if not counted or value is None:
         return f"{column} {value:.4f}" if value is not None else f"no {column}"
@@ -143,7 +143,7 @@ def _verdict(
 
 
 def _twins(embedded: manifest.Artefact, selection: manifest.Artefact, verdict: Mapping[str, Any]) -> list[Place]:
-    """Find the twin by its key; of rows of several shards that use this key those of the sample's own component."""
+    """Find the twin by its key; if several shards use this key, take the rows of the sample's own component."""
     found = list(find(embedded, verdict["twin"]))
     if len(found) < 2:
         return found

@@ -1,10 +1,10 @@
-"""What `curate steps` prints: every step, column and recipe of select, as it is written, with a line about it."""
+"""What `curate steps` prints: every step, column and recipe of `curate select`, how to write it, a line about it."""
 
 from collections.abc import Iterable, Iterator
 
 
 def step_lines() -> Iterator[str]:
-    """Yield the steps, columns and recipes of select, as they are written, with what each does or is."""
+    """Yield the steps, columns and recipes of `curate select`, how to write each, and what it does or is."""
     import inspect
 
     from curate.select import catalogue, computed_columns, pool, recipes
@@ -25,7 +25,7 @@ def step_lines() -> Iterator[str]:
 
 
 def _aligned(lines: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Yield pairs as one line each, the second in a column of its own where the first leaves it room."""
+    """Yield pairs as one line each, the second in an aligned column if the first is short enough."""
     pairs = list(lines)
     width = min(50, max(len(left) for left, _ in pairs))
     yield from (f"  {left:<{width}}  {right}" for left, right in pairs)

@@ -1,8 +1,8 @@
-"""The report's scores: each histogram with the cut that a step made in it, which the reader can move.
+"""The report's scores: each as a histogram with the cut that a step made, which the reader can move.
 
-In: `funnel.json`. Out: figures, each with its chart and, where the counts are stored (`cuts`, `curves`), a control: the
-places among which the page's script moves and the number of rows that stay at each. The script only looks numbers up,
-so that what it shows is what `curate select` comes to.
+In: `funnel.json`. Out: figures, each with its chart and, if the counts are stored (`cuts`, `curves`), a control: the
+thresholds to which the cut can be moved and the number of rows that stay at each. The page's script only looks numbers
+up, so it shows what `curate select` would give.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ def figures(funnel: Funnel) -> Iterator[dict[str, Any]]:
 
 
 def plain(column: str, values: np.ndarray, label: str) -> dict[str, Any]:
-    """Draw how the values of a score are spread where nothing was selected by it. values: f32 [n], NaN left out."""
+    """Draw the spread of a score that nothing was selected by. values: f32 [n], NaN left out."""
     counts, edges = np.histogram(values[~np.isnan(values)].astype(np.float64), 60)  # f32 may be too coarse for 60 bins
     chart = charts.histogram(edges.tolist(), counts.tolist(), [], f"spread of {column}")
     return _figure(column, chart, None, label)
@@ -69,7 +69,7 @@ def _window(control: Mapping[str, Any]) -> charts.Window:
 
 
 def _control(identity: str, table: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """Describe a movable cut: the text around its places, the steps around it, and where it stands."""
+    """Describe a movable cut: the text around its thresholds, the steps around it, and its present position."""
     column, kind, place = table["column"], table["kind"], table["step"]
     head = f"{kind}({column}, " if kind != "band" else f"rank({column}, "
     if kind == "band" and table["high"] is None:
@@ -98,15 +98,15 @@ def _control(identity: str, table: Mapping[str, Any], texts: Sequence[str]) -> d
 
 
 def _share(name: str, rows: int) -> str:
-    """Write a share with the fewest digits, three or more, that mean the same number of rows to `rank`."""
+    """Write a share with the fewest digits, at least three, for which `rank` keeps the same number of rows."""
     shorter = (repr(round(float(name), digits)) for digits in range(3, 17))
     return next((text for text in shorter if round(float(text) * rows) == round(float(name) * rows)), name)
 
 
 def _dedup_control(funnel: Funnel, texts: Sequence[str]) -> dict[str, Any] | None:
-    """Describe dedup's movable threshold: by cosine alone, of all usable rows, so in the funnel only as its first step.
+    """Describe dedup's movable threshold: by cosine alone, over all usable rows, so exact only for the first step.
 
-    A step that met other rows, or asks for more than cosine ("auto"), kept another number, which is said.
+    A step that met fewer rows, or requires more than a cosine ("auto"), kept a different number; the figure says so.
     """
     curve = funnel.get("curves", {}).get("dedup")
     if not curve:
@@ -120,7 +120,7 @@ def _dedup_control(funnel: Funnel, texts: Sequence[str]) -> dict[str, Any] | Non
         start = min(sum(value < chosen for value in values), len(values) - 1)
     stay = curve["kept"][start]
     fewer = step is not None and step["before"] < curve["rows"]
-    why = "it met only the rows that the steps before it left" if fewer else "it asks for alike pixels, too"
+    why = "it saw only the rows that the steps before it left" if fewer else "it requires similar pixels, too"
     return {
         "id": "dedup",
         "step": texts[place] if place is not None else None,
@@ -144,7 +144,7 @@ def _dedup_control(funnel: Funnel, texts: Sequence[str]) -> dict[str, Any] | Non
 
 
 def _keep(text: str) -> str | None:
-    """Find a dedup step's policy; None where the curve, which is of components, is not about this step."""
+    """Find a dedup step's policy; None if the curve, which is of components, does not apply to this step."""
     try:
         [step] = catalogue.parse([text])
     except UsageError:
@@ -154,7 +154,7 @@ def _keep(text: str) -> str | None:
 
 
 def _dedup_figures(funnel: Funnel, control: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Draw dedup's threshold twice: over the similarities, and on the curve of what stays."""
+    """Draw dedup's threshold twice: over the similarities, and on the curve of the rows that stay."""
     histograms = funnel.get("histograms", {})
     line = charts.Line("rows that dedup keeps", control["values"], control["kept"], "kept")
     curve = charts.curves([line], "rows kept by dedup at each threshold", window=_window(control), from_zero=True)

@@ -1,1 +1,1 @@
-"""Pipelines: every stage in order, resumed where it stands, or told beforehand."""
+"""Pipelines: every stage in order, resumed where it stopped, or described beforehand."""

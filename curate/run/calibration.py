@@ -1,4 +1,4 @@
-"""Short measurements of this machine by the code of the stages themselves, for the plan of a pipeline.
+"""Short measurements of this machine, using the stages' own code, for the plan of a pipeline.
 
 In: how wide the embeddings are and how many clusters there would be. Out: seconds per unit of work, each measured on a
 few thousand made-up rows of that width in a second or two.

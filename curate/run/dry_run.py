@@ -1,9 +1,9 @@
 """Say beforehand what a pipeline would do: the commands, and rows, bytes and time per stage.
 
-Rows and bytes come from the headers of the pool's shards (of many: the first, the middle and the last), or from the
-embeddings where they stand. Time comes from what an earlier run in the same place measured (`log.jsonl`), else from a
-short calibration on this machine: a hundred samples really embedded, and the code of clustering on made-up rows as wide
-(calibration.py). Nothing is written outside a temporary directory.
+Rows and bytes come from the headers of the pool's shards (of many, the first, the middle and the last), or from the
+embeddings if they exist. Time comes from what an earlier run in the same place measured (`log.jsonl`), else from a
+short calibration on this machine: a hundred samples are really embedded, and the clustering code runs on made-up rows
+of the same width (calibration.py). Nothing is written outside a temporary directory.
 """
 
 import json
@@ -69,7 +69,7 @@ def measure_pool(pool: str) -> tuple[Size, list[Shard]]:
 
 
 def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
-    """Yield the plan of a pipeline, one stage after the other. gpus: those that the stages would share."""
+    """Yield the plan of a pipeline, one stage after the other. gpus: how many the stages would share."""
     check_trainer(pipeline, only)
     total = hours = 0.0
     left_out: dict[str, None] = {}  # of the time in all, in words
@@ -78,7 +78,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
     for stage in pipeline.stages(only):
         yield f"▸ {shown_command(pipeline, stage)}"
         if any(paths.exists(paths.join(pipeline.place(stage), name)) for name in RECORDS):
-            yield "    stands finished; it is run again only if its request has changed"
+            yield "    already finished; it is run again only if its request has changed"
             if stage in ("embed", "import"):
                 _take_sizes(pipeline.place(stage), sizes)
             continue
@@ -90,7 +90,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
         cost = _cost(pipeline, stage, sizes)
         if cost is None or not cost.rows:
             missing = missing or _missing(pipeline, stage, only)
-            yield f"    not known before {'what it imports' if 'import' in pipeline.tables else 'the pool'} is there"
+            yield f"    unknown until {'what it imports' if 'import' in pipeline.tables else 'the pool'} is there"
             continue
         total += cost.seconds or 0.0
         if cost.seconds is None:
@@ -111,7 +111,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
 
 
 def _missing(pipeline: Pipeline, stage: str, only: str | None) -> UsageError | None:
-    """Return what a stage that reads from outside would end with, where that is not there and no stage makes it."""
+    """Return the error that a stage with outside input would end with if that is missing and no stage makes it."""
     if stage == "import":
         source = str(pipeline.tables[stage]["source"])
         return None if paths.exists(source) else UsageError(f"{source} does not exist", "--set import.source=DIR")
@@ -124,7 +124,7 @@ def _missing(pipeline: Pipeline, stage: str, only: str | None) -> UsageError | N
 
 
 def _sources(pipeline: Pipeline) -> Iterator[str]:
-    """Say what each source of the mix is expected to hold, and what is not there yet."""
+    """Say what each source of the mix is expected to hold, and which of its files are missing."""
     for name, source in stage_options(pipeline, "mix").items():
         expect = source.expect if isinstance(source.expect, dict) else {"": source.expect}
         known = None not in expect.values()
@@ -217,7 +217,7 @@ def _embed_cost(pipeline: Pipeline, sizes: dict[str, int]) -> Cost | None:
         rate, dim = logged or _calibrate(pipeline, shards)
         why = "measured by an earlier run" if logged else "calibrated"
     except CurateError as error:  # no weights yet, or no sample that can be read: the run itself would end like this
-        rate, dim, why = 0.0, sizes.get("dim", 512), f"as it stands the stage fails: {error}"
+        rate, dim, why = 0.0, sizes.get("dim", 512), f"the stage would fail: {error}"
     sizes["dim"] = dim
     why += "" if size.exact else f", rows extrapolated from 3 of {size.num_shards:,} shards"
     gpus = sizes["gpus"]
@@ -266,14 +266,14 @@ def _copy_head(shard: Shard, target: str, count: int) -> int:
 
 
 def duration(seconds: float) -> str:
-    """Write a time span to read."""
+    """Format a time span for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def volume(size_bytes: float) -> str:
-    """Write a number of bytes to read."""
+    """Format a number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if size_bytes < 1000:
             return f"{size_bytes:.3g} {unit}"

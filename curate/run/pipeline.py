@@ -1,6 +1,6 @@
-"""Read a pipeline: one TOML file with a table for every stage, and the command line that each stage amounts to.
+"""Read a pipeline: one TOML file with a table for every stage, and the command line that each stage stands for.
 
-stages.py carries it out. The tables of the trainer are checked by `python -m train check`, in a process of its own.
+stages.py runs it. The tables of the trainer are checked by `python -m train check`, in a process of its own.
 """
 
 import importlib
@@ -68,7 +68,7 @@ def listing() -> Iterator[tuple[str, str]]:
 class Pipeline:
     """A parsed pipeline. tables: the TOML's, with `--set` applied and `{here}` filled in.
 
-    places: where a stage's output lies, where that is not its own place under `out`.
+    places: where a stage's output is, if not in its usual place under `out`.
     """
 
     path: Path
@@ -92,7 +92,7 @@ class Pipeline:
         return str(where)
 
     def stages(self, only: str | None = None) -> list[str]:
-        """List the stages to run, in order; eval only where there are questions to ask, or it is asked for.
+        """List the stages to run, in order; eval only if there are questions to ask, or it is asked for.
 
         only: a stage, or the groups coreset and train.
         """
@@ -112,7 +112,7 @@ def load(
 ) -> Pipeline:
     """Read and check a pipeline.
 
-    pool: takes the place of the pipeline's own pool (of the demo's, too). recipe: takes the place of its steps.
+    pool: replaces the pipeline's own pool, or the demo's. recipe: replaces its steps.
     """
     path = find(name)
     try:
@@ -143,7 +143,7 @@ def load(
 
 
 def _check_tables(name: str, tables: Mapping[str, Any]) -> None:
-    """Refuse tables that do not exist or are none. Raises: UsageError."""
+    """Refuse unknown tables, and values that are not tables. Raises: UsageError."""
     for table, value in tables.items():
         if table not in TABLES:
             raise unknown(f"table of {name}", table, TABLES)
@@ -165,7 +165,7 @@ def _check_tables(name: str, tables: Mapping[str, Any]) -> None:
 
 
 def _check_choices(pipeline: Pipeline) -> None:
-    """Read every recipe, step and format that will be asked for, which is long before its stage. Raises: UsageError."""
+    """Check every recipe, step and format that will be used, long before its stage runs. Raises: UsageError."""
     from curate.select import catalogue
 
     if "select" in pipeline.tables:
@@ -187,7 +187,7 @@ def stage_options(pipeline: Pipeline, stage: str, **changes: Any) -> Any:
 
 
 def _own_keys(pipeline: Pipeline, stage: str) -> dict[str, Any]:
-    """Take of a stage's table what the stage itself reads. Steps say their own size: `n` is then of recipes beside."""
+    """Take from a stage's table what the stage itself reads. If it has steps, `n` is for the recipes to compare."""
     table, beside = pipeline.tables[stage], BESIDE.get(stage, ())
     if stage == "select" and table.get("steps") and table.get("compare"):
         beside = (*beside, "n")
@@ -195,7 +195,7 @@ def _own_keys(pipeline: Pipeline, stage: str) -> dict[str, Any]:
 
 
 def check_trainer(pipeline: Pipeline, only: str | None = None) -> None:
-    """Have the trainer check its tables, where any of its stages is to run. Raises: UsageError in its words."""
+    """Let the trainer check its tables, if any of its stages will run. Raises: UsageError in its words."""
     if not set(pipeline.stages(only)) & set(TRAINER):
         return
     words = [sys.executable, "-m", "train", "check", "--config", str(pipeline.path), *_trainer_settings(pipeline)]
@@ -212,7 +212,7 @@ def _kind(stage: str) -> type[Any]:
 
 
 def trainer_command(pipeline: Pipeline, stage: str) -> list[str]:
-    """Write a trainer stage as the command line that carries it out."""
+    """Write a trainer stage as the command line that runs it."""
     place, data = pipeline.place, pipeline.tables.get("data", {})
     words = [sys.executable, "-m", "train", stage]
     if stage == "align":
@@ -232,7 +232,7 @@ def _trainer_settings(pipeline: Pipeline) -> list[str]:
 
 
 def _questions(pipeline: Pipeline, data: Mapping[str, str]) -> list[str]:
-    """Write what `train eval` is to ask: benchmarks in the LLaVA evaluation layout, or a JSON of one's own."""
+    """Write what `train eval` is to ask: benchmarks in the LLaVA evaluation layout, or your own JSON."""
     place = pipeline.place
     if data.get("eval_tasks"):  # "" takes a base's away
         if not data.get("eval_root"):
@@ -253,7 +253,7 @@ def _questions(pipeline: Pipeline, data: Mapping[str, str]) -> list[str]:
 
 
 def select_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
-    """Yield each selection's options with what ends its directory's name: that of the recipe, or of one to compare."""
+    """Yield each selection's options with its directory's suffix: for the recipe, and for each to compare with it."""
     yield "", stage_options(pipeline, "select")
     table = pipeline.tables["select"]
     for recipe in table.get("compare", []):
@@ -262,7 +262,7 @@ def select_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
 
 
 def emit_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
-    """Yield each emission's options with what ends its directory's name."""
+    """Yield each emission's options with its directory's suffix."""
     chosen = stage_options(pipeline, "emit")
     yield "", chosen
     for kind in pipeline.tables["emit"].get("also", []):
@@ -270,7 +270,7 @@ def emit_options(pipeline: Pipeline) -> Iterator[tuple[str, Any]]:
 
 
 def _flags(key: str, value: Any) -> list[str]:
-    """Write a key of a stage's table as it is typed."""
+    """Write a key of a stage's table as a command-line option."""
     name = f"--{key.replace('_', '-')}"
     if isinstance(value, bool):
         return [name] if value else []
@@ -280,7 +280,7 @@ def _flags(key: str, value: Any) -> list[str]:
 
 
 def _changed(where: str, before: Any, after: Any) -> Iterator[str]:
-    """Write as settings what a table has else than its file: `--set`, `{out}` filled in, an ablation's arm and seed."""
+    """Write as settings what differs from the file: `--set`, `{out}` filled in, an ablation's arm and seed."""
     if isinstance(after, dict) and after:
         for key, value in after.items():
             yield from _changed(f"{where}.{key}", before.get(key) if isinstance(before, dict) else None, value)
@@ -290,7 +290,7 @@ def _changed(where: str, before: Any, after: Any) -> Iterator[str]:
 
 
 def shown_command(pipeline: Pipeline, stage: str) -> str:
-    """Write a stage as a command to read."""
+    """Write a stage as a command for people to read."""
     if stage in TRAINER:
         return shlex.join(["python", *trainer_command(pipeline, stage)[1:]])
     place = pipeline.place

@@ -1,10 +1,10 @@
-"""Carry out a pipeline: every stage in order, each into its own directory under OUT.
+"""Run a pipeline: every stage in order, each into its own directory under OUT.
 
     OUT/demo/ embeddings/ clusters/ selection/ selection-NAME/ coreset/ report.html
     and mix/ align/ finetune/ model/ eval/
 
-A stage that stands finished for the same request is not run again; one that a kill cut short goes on where it stood.
-The trainer's stages are carried out by `python -m train`, in a process of its own.
+A stage that is already finished for the same request is not run again; one that was killed resumes where it stopped.
+The trainer's stages are run by `python -m train`, in a process of its own.
 """
 
 import os
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = print) -> dict[str, Any]:
-    """Carry out the stages; returns the manifest of each.
+    """Run the stages; returns the manifest of each.
 
     Raises: what the stages raise; CurateError with exit code 1 when a trainer stage fails.
     """
@@ -67,7 +67,7 @@ def run(pipeline: Pipeline, job: Job, only: str | None = None, echo: Echo = prin
 
 
 def _hinting(stage: str, steps: Iterator[Result]) -> Iterator[Result]:
-    """Carry out a stage; where it advises an option of its verb, advise the setting that a pipeline has for it."""
+    """Run a stage; if it advises an option of its verb, advise the corresponding setting of the pipeline."""
     try:
         yield from steps
     except UsageError as error:
@@ -77,20 +77,20 @@ def _hinting(stage: str, steps: Iterator[Result]) -> Iterator[Result]:
 
 
 def _train(pipeline: Pipeline, stage: str, job: Job) -> None:
-    """Carry out a trainer stage in a process of its own; with --overwrite, anew where its request has changed."""
+    """Run a trainer stage in a process of its own; with --overwrite, anew if its request has changed."""
     words = trainer_command(pipeline, stage)
     ended = _carry_out(words)
     if ended == UsageError.exit_code and job.overwrite:
         ended = _carry_out([*words, "--overwrite"])
     if ended:
-        hint = "fix what it says above and run again; it resumes (--overwrite trains anew on data that have changed)"
+        hint = "fix what it reports above and run again; it resumes (with --overwrite it trains anew on changed data)"
         raise CurateError(f"{stage} {how_it_ended(ended)}", hint)
 
 
 def _carry_out(words: Sequence[str]) -> int:
-    """Run a command of the trainer and return its exit code; where this process is stopped, let it save and end first.
+    """Run a command of the trainer and return its exit code; if this process is stopped, let it save and end first.
 
-    By `TRAIN_PARENT` the trainer sees that this process was killed, and ends, too.
+    Through `TRAIN_PARENT` the trainer notices if this process is killed, and ends, too.
     """
     with subprocess.Popen(words, env={**os.environ, "TRAIN_PARENT": str(os.getpid())}) as trainer:
         try:
@@ -147,7 +147,7 @@ def judge_selection(selection: "Artefact", demo: str) -> dict[str, Any]:
 
 
 def _curation(pipeline: Pipeline, stage: str, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Carry out one curation stage, and its companions, as (label, manifest)."""
+    """Run one curation stage, and its companions; yields (label, manifest)."""
     place = pipeline.place
     if stage == "demo":
         from curate.demo.render import render_demo
@@ -202,7 +202,7 @@ def _emissions(pipeline: Pipeline, job: Job) -> Iterator[tuple[str, dict[str, An
 
 
 def _pool(pipeline: Pipeline) -> str | None:
-    """Say where the pool lies now: it may have moved since it was embedded. None: where it lay then, if anywhere."""
+    """Say where the pool is now, which may have moved since it was embedded. None: where it was then, if anywhere."""
     if "embed" in pipeline.tables:
         return pipeline.pool if {"demo", "pool"} & set(pipeline.tables) else None
     given = pipeline.tables.get("pool", {}).get("path") or pipeline.tables.get("import", {}).get("pool")

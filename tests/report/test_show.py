@@ -75,7 +75,7 @@ def test_every_kind_of_directory_has_its_story_in_one_screen(home, name):
 def test_what_nobody_made_is_refused(home, tmp_path):
     with pytest.raises(UsageError, match="nothing that curate or train made, and no tars"):
         list(show.show(str(tmp_path)))
-    with pytest.raises(UsageError, match="is no directory"):
+    with pytest.raises(UsageError, match="is not a directory"):
         list(show.show(str(tmp_path / "typo")))
     assert "a pool of 2 tars" in next(show.show(str(home / "pool" / "{a,b}.tar")))
 
@@ -107,7 +107,7 @@ def test_no_life_is_told_where_rows_have_other_places_than_what_was_made_of_them
 def test_a_directory_of_which_a_part_is_done_says_so_and_why_shards_failed(home, tmp_path):
     out = str(tmp_path / "parts")
     told = curate("emit", home / "selection", out, "--shard-size", 4, "--slice", "0/2").stdout
-    assert "this part is done, others are not yet (1 shard left: start again a part that died" in told
+    assert "this part is done, others are not (1 shard left: restart a part that died" in told
     told = list(show.show(out))
     assert "UNFINISHED, by `curate emit`" in told[0] and "2 shards" in told[1]
     source = tmp_path / "npy"

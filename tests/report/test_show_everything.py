@@ -278,7 +278,7 @@ def test_every_place_of_a_slider_can_be_typed(home, tmp_path):
     )
 
 
-@pytest.mark.parametrize("before, why", [(20, "alike pixels"), (15, "the steps before it left")])
+@pytest.mark.parametrize("before, why", [(20, "similar pixels"), (15, "the steps before it left")])
 def test_why_dedup_kept_another_number_than_its_threshold(before, why):
     steps = [{"text": "sample(15)", "kept": before}, {"text": 'dedup("auto")', "before": before, "kept": 9}]
     curve = {"threshold": [0.8, 0.9], "kept": [5, 8], "rows": 20}

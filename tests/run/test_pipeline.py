@@ -123,7 +123,7 @@ def test_the_dry_run_goes_on_where_a_model_is_not_there_yet(demo, tmp_path):
         "--dry-run",
     ]
     told = curate("run", "demo", "--out", tmp_path / "out", *words).stdout
-    assert "time not known (as it stands the stage fails: " in told and "no open_clip_config.json" in told
+    assert "time not known (the stage would fail: " in told and "no open_clip_config.json" in told
     assert "curate emit " in told and "in all, without what is not known" in told
 
 
@@ -217,7 +217,7 @@ def test_the_dry_run_reads_sizes_off_finished_embeddings_and_calibrates_what_fol
     )
     plan = pipeline.load(str(tmp_path / "p.toml"), str(tmp_path), pool=str(tmp_path / "pool"))
     told = list(dry_run.lines(plan, "coreset"))
-    assert told[1].strip().startswith("stands finished")
+    assert told[1].strip().startswith("already finished")
     assert "60 rows · " in told[3] and "k = 4 by kmeans, calibrated: fit " in told[3]
     assert "60 rows · " in told[5] and "9 rows · " in told[7] and "core-hours" in told[-1]
 
@@ -254,7 +254,7 @@ def test_the_dry_run_of_an_import_does_not_need_every_stage(tmp_path, stages):
         list(dry_run.lines(plan, None))
     (tmp_path / "npy").mkdir()
     told = list(dry_run.lines(plan, None))
-    assert told[1::2] == ["    not known before what it imports is there"] * (len(told) // 2)
+    assert told[1::2] == ["    unknown until what it imports is there"] * (len(told) // 2)
 
 
 @pytest.mark.parametrize(
