@@ -1,1 +1,1 @@
-"""Clusters to a selection: columns, steps as they are written, recipes, and the funnel that runs them."""
+"""From clusters to a selection: columns, steps and how they are written, recipes, and the funnel that runs them."""

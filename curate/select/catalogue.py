@@ -1,8 +1,8 @@
-"""The selection steps: each looks at the rows still alive and says which of them stay.
+"""The selection steps: each looks at the rows still alive and decides which of them stay.
 
-A step is a function of the frame, its place in the funnel (which seeds its random draws) and its arguments. Its
-signature is the schema of how it is written. They stand in `steps/`, one file a kind. Here are the table of them all,
-and what a written step is: `rank(clip_score, 0.40, 0.60)`, parsed, checked against a pool, and run.
+A step is a function of the frame, its place in the funnel (which seeds its random draws) and its arguments; its
+signature defines how it is written. Steps are in `steps/`, one file per kind. Here are the table of all steps, and how
+a written one, such as `rank(clip_score, 0.40, 0.60)`, is parsed, checked against a pool, and run.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ class Step:
     number: int
 
     def check(self, frame: Frame) -> None:
-        """Refuse columns that are not there, before anything runs."""
+        """Refuse columns that do not exist, before anything runs."""
         for column in self._columns():
             computed_columns.check(frame, column)
         kinds = syntax.parameters(STEPS[self.name], HIDDEN)
@@ -76,7 +76,7 @@ class Step:
 
 
 def parse(texts: Sequence[str]) -> list[Step]:
-    """Parse step texts. Raises: UsageError naming the text, what is wrong with it and what there is."""
+    """Parse step texts. Raises: UsageError naming the text, what is wrong with it and what exists."""
     return [_parse(text.strip(), number) for number, text in enumerate(texts, 1)]
 
 

@@ -1,12 +1,12 @@
 """Which clusters a selection starved and which it favoured, with their names.
 
-A name is made of the concepts that are nearest to the centroid, beside others' (ask/concept_names.py), where a
-vocabulary was embedded; else of what the cluster's captions share.
+If a vocabulary was embedded, a name is made of the concepts that are nearest to the centroid compared with the others
+(ask/concept_names.py); else of what the cluster's captions share.
 
-A cluster of s usable rows would keep s · share of them if the rows to keep were drawn at random, where share is that of
-the whole pool. One that keeps less than half of that is starved, one that keeps more than twice that is favoured. A
-cluster of which a random draw would keep fewer than `LEAST` rows says nothing. O(n) time; captions come from at most
-`MAX_STEMS` shards.
+A cluster of s usable rows would keep s · share of them if rows were kept at random, where share is that of the whole
+pool. A cluster that keeps less than half of that is starved, one that keeps more than twice that is favoured. Clusters
+of which a random draw would keep fewer than `LEAST` rows are ignored. O(n) time; captions come from at most `MAX_STEMS`
+shards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ MAX_STEMS, CAPTIONS_EACH, OTHERS_EACH = 48, 64, 500
 def extremes(before_k: np.ndarray, after_k: np.ndarray, most: int = SHOWN) -> tuple[list[int], list[int]]:
     """List the most starved clusters and the most favoured. before_k, after_k: i64 [k], rows usable and kept.
 
-    By the share kept, then by size. Both are empty where nothing was kept.
+    Sorted by the share kept, then by size. Both are empty if nothing was kept.
     """
     expected = before_k * (after_k.sum() / max(1, before_k.sum()))
     ratio = after_k / np.maximum(expected, 1e-12)
@@ -41,7 +41,7 @@ def extremes(before_k: np.ndarray, after_k: np.ndarray, most: int = SHOWN) -> tu
 
 
 def account(embedded: Artefact, clusters: Artefact, labels_n: np.ndarray, kept_n: np.ndarray) -> dict[str, Any]:
-    """Say which clusters kept little of what they had, and which much. labels_n: i64, negative for none; kept_n: bool.
+    """Say which clusters kept little of their rows, and which much. labels_n: i64, negative for none; kept_n: bool.
 
     Returns the share of all usable rows that was kept, and `starved` and `favoured`: cluster, rows, kept and words.
     """
@@ -72,7 +72,7 @@ def spread_stems(embedded: Artefact) -> list[str]:
 
 
 def _by_captions(embedded: Artefact, clusters: Artefact, chosen: Sequence[int]) -> Mapping[int, str]:
-    """Name clusters by up to CAPTIONS_EACH captions of each, beside captions of the same shards."""
+    """Name clusters by up to CAPTIONS_EACH captions of each, compared with other captions of the same shards."""
     captions: dict[int, list[str]] = {c: [] for c in chosen}
     others: list[str] = []
     for stem in spread_stems(embedded) if chosen else ():

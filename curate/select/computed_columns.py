@@ -1,8 +1,8 @@
-"""Columns that are computed from the stored embeddings where a step asks for them.
+"""Columns that are computed from the stored embeddings when a step asks for them.
 
-They are written like calls, `rank(norm_sim("emb/target"), 0, 0.30)`, or like any column where the defaults will do,
-`above(neg_clip_loss, 0.2)`. A column is worked out once in a selection: where it is first asked for, over the rows that
-are alive there, with random draws by the selection's seed. All other rows have no value (NaN).
+They are written like calls, `rank(norm_sim("emb/target"), 0, 0.30)`, or, with their defaults, like any other column,
+`above(neg_clip_loss, 0.2)`. A column is computed once in a selection: where it is first used, over the rows that are
+still alive there, with random draws by the selection's seed. All other rows have no value (NaN).
 """
 
 import zlib
@@ -30,13 +30,13 @@ def neg_clip_loss(
     batch_size: int = pair_scores.BATCH_SIZE,
     batches: int = pair_scores.BATCHES,
 ) -> np.ndarray:
-    """Compute the cosine of image and caption, less what either has with any other of a batch (negCLIPLoss)."""
+    """Compute the cosine of image and caption, less what each has with all others in a batch (negCLIPLoss)."""
     if temperature < pair_scores.LEAST_TEMPERATURE or batch_size < 2 or batches < 1:
         raise UsageError(
             "neg_clip_loss needs a temperature of 0.003 or more, a batch_size of 2 or more and batches of 1 or more."
         )
     rows = np.flatnonzero(frame.alive & ~np.isnan(frame.column("clip_score")))
-    assert frame.text_vectors is not None, "some row has a clip_score"
+    assert frame.text_vectors is not None, "at least one row with a clip_score"
     scores = pair_scores.neg_clip_loss(
         frame.vectors, frame.text_vectors, rows, _random(frame, "neg_clip_loss"),
         temperature=temperature, batch_size=batch_size, batches=batches,
@@ -45,7 +45,7 @@ def neg_clip_loss(
 
 
 def norm_sim(frame: Frame, directory: Directory, p: str = "inf") -> np.ndarray:
-    """Measure nearness to another EMB: the highest cosine to its images, or the root of the squares' sum (p="2")."""
+    """Measure nearness to another EMB: the highest cosine to its images, or the root of their squares' sum (p="2")."""
     if p not in ("inf", "2"):
         raise UsageError(f'norm_sim: p is {p!r}, expected "inf" or "2".')
     rows = np.flatnonzero(frame.alive)
@@ -54,7 +54,7 @@ def norm_sim(frame: Frame, directory: Directory, p: str = "inf") -> np.ndarray:
 
 
 def typicality(frame: Frame, neighbours: int = 20) -> np.ndarray:
-    """Compute one over the mean distance to the nearest neighbours in the cluster (TypiClust): high is typical."""
+    """Compute 1 / mean distance to the nearest neighbours in the cluster (TypiClust): high means typical."""
     if neighbours < 1:
         raise UsageError(f"typicality: {neighbours} neighbours, expected at least 1.")
     groups = np.where(frame.alive, frame.group("cluster"), -1)
@@ -62,13 +62,13 @@ def typicality(frame: Frame, neighbours: int = 20) -> np.ndarray:
 
 
 def redundancy(frame: Frame, column: Group = "") -> np.ndarray:
-    """Compute the mean cosine to all other rows (of a group, where one is named) about their common mean (PRISM)."""
+    """Compute the mean cosine to all other rows (or to the column's group), centred on their common mean (PRISM)."""
     groups = np.unique(frame.group(column), return_inverse=True)[1] if column else np.zeros(len(frame.good), np.int64)
     return coverage.redundancy(frame.vectors, np.where(frame.alive, groups, -1))
 
 
 def prompt(frame: Frame, text: str, others: Texts = ()) -> np.ndarray:
-    """Compute the image's cosine to a text, or with others the text's share of them all (softmax at CLIP's 100)."""
+    """Compute the image's cosine to a text, or, with others, the text's softmax share of all (at CLIP's scale 100)."""
     texts = [text, *others]
 
     def make() -> np.ndarray:
@@ -79,7 +79,7 @@ def prompt(frame: Frame, text: str, others: Texts = ()) -> np.ndarray:
 
 
 def head(frame: Frame, file: File, name: str = "") -> np.ndarray:
-    """Score images by a linear head or MLP in a safetensors file. name: which of its classes; the only or last one."""
+    """Score images by a linear head or MLP in a safetensors file. name: one of its classes [the only or last one]."""
     read = heads.read_head(file, frame.vectors(np.zeros(1, np.int64)).shape[1])
     if name and name not in read.classes:
         raise unknown("class of the head", name, read.classes)
@@ -92,7 +92,7 @@ def head(frame: Frame, file: File, name: str = "") -> np.ndarray:
 
 
 def language(frame: Frame, code: str) -> np.ndarray:
-    """Tell how likely the caption is in a language ("en"), beside the likeliest: 0 … 1 (needs the extra `language`)."""
+    """Say how likely a caption is in a language ("en"), relative to the likeliest: 0 … 1 (extra `language`)."""
     detect = languages.detector(code)
 
     def make() -> np.ndarray:

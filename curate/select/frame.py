@@ -1,6 +1,6 @@
-"""The pool as selection steps see it: columns over all rows, which of them are alive, and what a step may ask for.
+"""The pool as selection steps see it: columns over all rows, which rows are alive, and what else a step may request.
 
-Everything is an array over all n rows of the pool, in row order; the rows themselves stay where they are.
+Everything is an array over all n rows of the pool, in row order; no row is ever removed from the arrays.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ File = Annotated[str, "file"]
 POOL = vocabularies.POOL  # in the place of a file: read it off the pool itself
 AUTO = -1.0
 CLUSTER_FIRST = "run `curate cluster EMB CLU`, then `curate select CLU …`"
-NO_CAPTIONS = """without captions' embeddings choose steps such as 'dedup("auto")' and 'balance(cluster, 30%)'"""
+NO_CAPTIONS = """without caption embeddings, choose steps such as 'dedup("auto")' and 'balance(cluster, 30%)'"""
 UNKNOWN_BITS = 255
 LEAST_RESERVE, MAX_RESERVE = 100, 100_000  # rows that a verdict names as those that come next
 FROM_CLUSTERS = ("cluster", "centroid_similarity", "nearest_similarity")
@@ -34,11 +34,11 @@ Edges = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # a, b, similarit
 
 
 def _nothing(*_: Any) -> Any:
-    raise UsageError("these rows come without what the step reads.")
+    raise UsageError("these rows lack what the step reads.")
 
 
 def no_hashes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Know no perceptual hash of any row."""
+    """Stand in for a pool without perceptual hashes: none is known."""
     return np.zeros(len(rows), np.uint64), np.zeros(len(rows), bool)
 
 
@@ -48,11 +48,11 @@ def _compute(about: Mapping[str, Any], make: Callable[[], np.ndarray], rows: int
 
 @dataclass
 class Duplicates:
-    """What dedup said of the rows, for those in groups alone: a few dozen bytes each, and one a row of the pool.
+    """What dedup decided, only for rows in groups: a few dozen bytes for each of those, and one per row of the pool.
 
-    asked: bool [n], rows that some dedup looked at; one that is not in `rows` is a group of its own. rows: i64 [m],
-    ascending. component: i64, the smallest row of the group. kept: i64, the row that stayed in a dropped one's place,
-    else -1. similarity: f32, to that one; NaN: unknown.
+    asked: bool [n], rows that a dedup looked at; one that is not in `rows` is a group of its own. rows: i64 [m],
+    ascending. component: i64, the smallest row of the group. kept: i64, the row that stayed in place of a dropped one,
+    else -1. similarity: f32, to that row; NaN: unknown.
     """
 
     asked: np.ndarray
@@ -64,7 +64,7 @@ class Duplicates:
     def add(
         self, alive: np.ndarray, rows: np.ndarray, component: np.ndarray, kept: np.ndarray, similarity: np.ndarray
     ) -> None:
-        """Note what a dedup said of the rows alive, bool [n]; of those that earlier ones dropped the word stands."""
+        """Note what a dedup decided on the rows alive, bool [n]; for rows dropped earlier, the earlier note stays."""
         stands = ~alive[self.rows]
         self.asked |= alive
         merged = np.concatenate([self.rows[stands], rows])
@@ -75,7 +75,7 @@ class Duplicates:
         self.similarity = np.concatenate([self.similarity[stands], similarity.astype(np.float32)])[order]
 
     def components(self, first: int, last: int) -> np.ndarray:
-        """Give the rows from first to last the smallest row of their group, i64; -1 where no dedup asked."""
+        """Return for the rows from first to last the smallest row of their group, i64; -1 if no dedup looked at it."""
         found = np.where(self.asked[first:last], np.arange(first, last), -1)
         here = slice(*np.searchsorted(self.rows, [first, last]))
         found[self.rows[here] - first] = self.component[here]
@@ -84,7 +84,7 @@ class Duplicates:
 
 @dataclass
 class Frame:
-    """The pool as the steps see it. Columns come when they are asked for; n is the number of all its rows."""
+    """The pool as the steps see it. Columns are loaded on request; n is the number of all its rows."""
 
     good: np.ndarray  # bool [n]
     columns: Mapping[str, Callable[[], np.ndarray]]
@@ -121,7 +121,7 @@ class Frame:
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers [n], stored or computed.
 
-        Raises: UsageError when it is unknown or empty on every good row.
+        Raises: UsageError if it is unknown, or has no value on any good row.
         """
         if self.compute is not None and name not in self.columns and name not in self.cache:
             self.cache[name] = self.compute(self, name)
@@ -144,7 +144,7 @@ class Frame:
         return cache[name]
 
     def known(self, name: str, columns: Iterable[str], also: Iterable[str] = ()) -> None:
-        """Refuse a column that is not there. also: what could have been written besides."""
+        """Refuse an unknown column. also: what else could have been written."""
         if name not in columns and self.edges is None and name in FROM_CLUSTERS:
             raise UsageError(f"the column {name} needs clusters.", CLUSTER_FIRST)
         if name not in columns:
@@ -167,10 +167,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which rows stay, bool [n]; what the step worked out on the way, for the funnel; and who would come next.
+    """Which rows stay, bool [n]; facts that the step found, for the funnel; and which rows would come next.
 
-    reserve: i64, of the rows that the step drops those next in its rank, the first first, as many as `reserve_size` at
-    least, where there are so many; none where it has no rank.
+    reserve: i64, of the rows that the step drops, those next in its rank, best first; at least `reserve_size` of them,
+    if there are as many; none if the step has no rank.
     """
 
     keep: np.ndarray
@@ -179,7 +179,7 @@ class Verdict:
 
 
 def reserve_size(kept: int) -> int:
-    """Say how many rows stand by for those of a selection that `emit` finds gone: a fiftieth, within bounds."""
+    """Say how many rows are in reserve for those of a selection that `emit` finds gone: a fiftieth, within bounds."""
     return min(MAX_RESERVE, max(LEAST_RESERVE, kept // 50))
 
 

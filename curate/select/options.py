@@ -8,14 +8,14 @@ from curate.errors import UsageError
 
 @dataclass(frozen=True)
 class SelectOptions:
-    """What is selected: steps, or a recipe for a budget of n rows (2000, 0.02 or "2%"); neither: `balanced`."""
+    """What is selected: by steps, or by a recipe for a budget of n rows (2000, 0.02 or "2%"); by default `balanced`."""
 
     steps: Annotated[tuple[str, ...], "A step, e.g. 'rank(clip_score, 0.4, 0.6)'; repeat in order.", "--step"] = ()
-    recipe: Annotated[str, "A named chain of steps [balanced]."] = ""
+    recipe: Annotated[str, "A named list of steps [balanced]."] = ""
     n: Annotated[int | float | str, "How many rows the recipe keeps: 2000000, or a share such as 2%."] = ""
     seed: int = 0
-    losses: Annotated[str, "RUN/losses, as the trainer writes it: the column `loss` for steps."] = ""
-    model: Annotated[str, "The model that made the embeddings, for steps with texts, where they do not name it."] = ""
+    losses: Annotated[str, "RUN/losses, as the trainer writes it: gives steps the column `loss`."] = ""
+    model: Annotated[str, "The model that made the embeddings, for steps with texts, if they do not name it."] = ""
     pretrained: Annotated[str, "Its tag, or a local checkpoint."] = ""
 
     def texts(self) -> list[str]:
@@ -26,5 +26,7 @@ class SelectOptions:
             return recipes.steps(self.recipe or recipes.DEFAULT, self.n)
         if self.recipe or self.n != "":
             other = f"the recipe {self.recipe!r}" if self.recipe else f"n={self.n}"
-            raise UsageError(f"steps and {other} are both given.", "give one; a last step `sample(n)` sets the size")
+            raise UsageError(
+                f"steps and {other} are both given.", "give only one; to set the size, end with a step `sample(n)`"
+            )
         return [text.strip() for text in self.steps]

@@ -1,7 +1,7 @@
-"""The columns of a pool over all its shards, for selection: read when they are asked for, a few bytes a row.
+"""The columns of a pool over all its shards, for selection: read on request, a few bytes per row.
 
-Global row numbers count through the stems in the manifest's order. A number that is missing is NaN; a row without a
-value makes a group of its own.
+Global row numbers count through the stems in the manifest's order. A missing number is NaN; a row without a value makes
+a group of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,8 +43,8 @@ ABOUT = {
     "min_side, aspect_ratio": "the shorter side; the longer by the shorter",
     "caption_words, caption_chars": "how long the caption is",
     "centroid_similarity": "cosine to the cluster's centroid",
-    "nearest_similarity": "highest cosine inside the cluster, as far as the clusters' floor",
-    "loss": "what training measured, where --losses names it",
+    "nearest_similarity": "highest cosine inside the cluster, or the clusters' floor if lower",
+    "loss": "what training measured, if given by --losses",
 }
 GROUPS = ("uid", "caption", "url", "host", "phash", "shard")
 
@@ -71,9 +71,9 @@ class Pool:
         yield from zip(self.emb.stems, bounds[:-1], bounds[1:], strict=True)
 
     def _columns(self, name: str) -> Iterator[tuple[slice, pa.ChunkedArray]]:
-        """Yield each shard's rows and its part of a column, mapped: what is kept of it must be copied out.
+        """Yield each shard's rows and its part of a column, memory-mapped: what is to be kept must be copied out.
 
-        A map that stays open for each shard ends in "Cannot allocate memory" at 65,000 (Linux' vm.max_map_count).
+        Keeping one map open per shard fails with "Cannot allocate memory" at 65,000 (Linux' vm.max_map_count).
         """
         source = self.clu if self.clu is not None and name in CLUSTER_SCHEMA.names else self.emb
         tables = source.sidecars.tables([name], self.emb.stems)
@@ -120,15 +120,15 @@ class Pool:
         return self._gather(name, np.float32, lambda column: column.cast(pa.float32(), safe=False).to_numpy())
 
     def _loss(self) -> np.ndarray:
-        """Read what the trainer's sidecar says of each row. Raises: ContractError where its rows are others."""
+        """Read each row's value from the trainer's sidecar. Raises: ContractError if it has other rows."""
         assert self.losses is not None
         losses = np.empty(int(self.bounds[-1]), np.float32)
         for stem, first, last in self.extents():
             recorded = self.losses.table(stem, ["key", LOSS]) if stem in self.losses.rows else None
             if recorded is None or not recorded["key"].equals(self.emb.table(stem, ["key"])["key"]):
                 raise ContractError(
-                    f"{self.losses.directory} has other rows for {stem} than {self.emb.directory}.",
-                    "embed the very shards that were trained on: `curate embed DATA EMB`",
+                    f"the rows of {stem} in {self.losses.directory} are not those in {self.emb.directory}.",
+                    "embed the same shards that were trained on: `curate embed DATA EMB`",
                 )
             losses[first:last] = recorded[LOSS].to_numpy()
         return losses
@@ -176,23 +176,23 @@ class Pool:
 
     @cached_property
     def _has_structure(self) -> np.ndarray:
-        """Say which rows' perceptual hashes say something, bool [n]: not those of flat pictures, gradients or stripes.
+        """Say which rows have an informative perceptual hash, bool [n]: not flat pictures, gradients or stripes.
 
-        Such a picture has few or no bits set (an ordinary one has 32), so that any two of them agree.
+        The hash of such a picture has few or no bits set (an ordinary one has 32), so any two of them agree.
         """
         return self._gather(
             "phash", np.bool_, lambda column: np.bitwise_count(column.fill_null(0).to_numpy()) > LEAST_BITS
         )
 
     def hashes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read perceptual hashes by global row numbers, u64 [m], and which of them say something, bool [m]."""
+        """Read perceptual hashes by global row numbers, u64 [m], and which of them are informative, bool [m]."""
         values = np.zeros(len(rows), np.uint64)
         for stem, here, own in self._by_stem(rows):
             values[here] = self.emb.table(stem, ["phash"])["phash"].take(pa.array(own)).fill_null(0).to_numpy()
         return values, np.bitwise_count(values) > LEAST_BITS
 
     def details(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read finer hashes by global row numbers, u8 [m, 72], and which of them there are, bool [m]."""
+        """Read finer hashes by global row numbers, u8 [m, 72], and which of them exist, bool [m]."""
         values, known = np.zeros((len(rows), DETAIL_BYTES), np.uint8), np.zeros(len(rows), bool)
         for stem, here, own in self._having("detail", rows):
             column = self.emb.table(stem, ["detail"])["detail"].take(pa.array(own)).combine_chunks()
@@ -222,7 +222,7 @@ class Pool:
             yield self.emb.stems[index], here, rows[here] - self.bounds[index]
 
     def _having(self, name: str, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """As `_by_stem`, of the shards that have a column: those an older version embedded may lack it."""
+        """As `_by_stem`, for the shards that have a column: those embedded by an older version may lack it."""
         return (each for each in self._by_stem(rows) if name in self.emb.sidecars.schema(each[0]).names)
 
     def keys(self, rows: np.ndarray) -> pa.Array:
@@ -258,14 +258,14 @@ class Pool:
     def foreign(self, directory: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield another EMB's good image embeddings f16 [m, d], mapped where they can be, and uid numbers i64 [m].
 
-        Raises: UsageError when it was made by another model, as far as that is recorded.
+        Raises: UsageError if it was made by another model, as far as that is recorded.
         """
         other = Pool(manifest.open_input(directory, "embed", "import"))
         (ours, our_model), (theirs, their_model) = self._embedder, other._embedder
         if ours != theirs or (our_model and their_model and our_model != their_model):
             raise UsageError(
                 f"{directory} has {theirs} dimensions of {their_model or 'an unnamed model'}, "
-                f"this pool {ours} of {our_model or 'an unnamed model'}.",
+                f"this pool has {ours} of {our_model or 'an unnamed model'}.",
                 "embed both with one model",
             )
         uids, good = other.groups("uid"), other.status_rows("ok")
@@ -283,7 +283,7 @@ class Pool:
 
     @property
     def _embedder(self) -> tuple[int, str]:
-        """Return the embeddings' dimensions and the model's name, empty where it is not recorded."""
+        """Return the embeddings' dimensions and the model's name, empty if it is not recorded."""
         options = self.emb.manifest.get("options", {})
         named = [str(options[key]) for key in ("model", "pretrained", "weights") if options.get(key)]
         return self._schema.field("image_embedding").type.list_size, " ".join(named)
@@ -293,9 +293,9 @@ class Pool:
         return self.emb.sidecars.schema(self.emb.stems[0])
 
     def listed(self, location: str) -> np.ndarray:
-        """Say which rows' uids a DataComp subset file has, bool: the pool's own uids where it gave them.
+        """Say which rows' uids are in a DataComp subset file, bool: the uids of the pool's own JSON, if it has them.
 
-        Raises: UsageError when the file is none.
+        Raises: UsageError if the file is not one.
         """
         try:
             subset = sidecar.load_npy(location)
@@ -307,7 +307,7 @@ class Pool:
         return self._gather(own, np.bool_, partial(_is_listed, subset=np.unique(subset)))
 
     def frame(self, seed: int, model: str = "", pretrained: str = "") -> Frame:
-        """Make the frame that the steps see. model, pretrained: for texts, where the embeddings name none."""
+        """Make the frame that the steps see. model, pretrained: for texts, if the embeddings do not name a model."""
         asked = other_weights(self.emb, model, pretrained)
         extra = extra_columns(self._schema)
         scored = any(column.null_count < len(column) for _, column in self._columns("clip_score"))
@@ -346,7 +346,7 @@ class Pool:
 
 
 def _lines(location: str) -> list[str]:
-    """Read a text file's lines, or the texts of a JSON list. Raises: UsageError when it is neither."""
+    """Read a text file's lines, or the texts of a JSON list. Raises: UsageError if it is neither."""
     try:
         if not location.endswith(".json"):
             return paths.read_lines(location)
@@ -354,7 +354,7 @@ def _lines(location: str) -> list[str]:
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UsageError(f"{location} cannot be read as UTF-8 text: {error}") from None
     if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
-        raise UsageError(f"{location} is no JSON list of texts.")
+        raise UsageError(f"{location} is not a JSON list of texts.")
     return listed
 
 
@@ -366,7 +366,7 @@ def _caption_length(column: pa.ChunkedArray, words: bool) -> np.ndarray:
 
 
 def _group_part(chunk: pa.Array, name: str, kind: pa.DataType) -> Any:
-    """Copy out of a column's chunk what its groups are told by: numbers, or strings by a dictionary of the chunk."""
+    """Copy from a column's chunk what distinguishes its groups: numbers, or strings by a dictionary of the chunk."""
     if name == "uid":  # half of a 128-bit hash is a number good enough to tell images apart
         return _half_numbers(chunk)
     if pa.types.is_string(kind):  # the dictionary of 100 million captions is larger than 2 GB, too
@@ -375,7 +375,7 @@ def _group_part(chunk: pa.Array, name: str, kind: pa.DataType) -> Any:
 
 
 def _joined_codes(parts: list[Any], kind: pa.DataType) -> np.ndarray:
-    """Give the groups of all parts numbers, i64: strings by first appearance, floats by value, others as they are."""
+    """Assign numbers to the groups of all parts, i64: strings by first appearance, floats by value, others as they are."""
     if pa.types.is_string(kind):
         encoded = pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.large_string())).unify_dictionaries().chunks
         indices = pa.chunked_array([chunk.indices for chunk in encoded], pa.int32())

@@ -1,8 +1,8 @@
 """Named selections: each a list of steps, with the source of every number (pipelines/README.md has them in a table).
 
 `bunny` is the chain that made Bunny's two million (arXiv:2402.11530; BAAI-DCAI/Dataset-Pruning, LAION/README.md and
-dedup.py). `balanced` is ours: it reads its numbers off the pool. The others are published rules and variants. A recipe
-may take arguments, as a call does: `datacomp-image("emb/imagenet")`.
+dedup.py). `balanced` is ours: it derives its numbers from the pool. The others are published rules and variants. A
+recipe may take arguments, like a call: `datacomp-image("emb/imagenet")`.
 """
 
 import re
@@ -21,7 +21,7 @@ BEST = "30%"  # of the pool, by clip_score, are balanced: what DataComp's filter
 
 @dataclass(frozen=True)
 class Recipe:
-    """A selection by name. steps: from the budget, as it is written (empty: all that is left), and its arguments."""
+    """A named selection. steps: makes its steps from the budget as written (empty: all that is left) and arguments."""
 
     about: str
     steps: Callable[..., list[str]]
@@ -99,7 +99,7 @@ def _neg_clip_loss_norm_sim(n: str, target: Directory) -> list[str]:
 RECIPES = {
     "balanced": Recipe(
         "threshold and mismatch share read off the pool, then evenly over image clusters among the best 30 %, better "
-        "scores first, clusters of printed words last; 30 % of the pool if not told",
+        "scores first, clusters of printed words last; 30 % of the pool by default",
         _balanced,
     ),
     "bunny": Recipe("Bunny: one of each component at 0.86, clip rank 40-60 %, centroid rank 15-35 %, sample", _bunny()),
@@ -131,14 +131,14 @@ RECIPES = {
         _then_sample(SEMDEDUP, "rank(clip_score, 0.30, 0.50)"),
     ),
     "semdedup": Recipe(
-        "SemDeDup at the 50 % setting: of near rows the least typical stays (arXiv:2303.09540)",
+        "SemDeDup at the 50 % setting: of near-duplicates the least typical stays (arXiv:2303.09540)",
         _then_sample(SEMDEDUP),
     ),
     "datacomp-clip": Recipe(
         "DataComp: the 30 % with the highest clip_score (arXiv:2304.14108)", _then_sample("rank(clip_score, 0, 0.30)")
     ),
     "datacomp-basic": Recipe(
-        "DataComp's basic filter, less its test for English: captions of 3 words and 6 characters, 200 px, 3 to 1",
+        "DataComp's basic filter without its test for English: captions of 3 words and 6 characters, 200 px, 3 to 1",
         _then_sample(*DATACOMP_BASIC),
     ),
     "datacomp-image": Recipe(
@@ -153,7 +153,7 @@ RECIPES = {
         _then_sample("at_least(clip_score, 0.28)"),
     ),
     "llava-cc3m": Recipe(
-        "LLaVA's rule for CC3M-595K: of each noun phrase of 3 captions or more at most 100 (arXiv:2304.08485)",
+        "LLaVA's rule for CC3M-595K: of each noun phrase with 3 captions or more at most 100 (arXiv:2304.08485)",
         _llava_cc3m,
     ),
     "metaclip": Recipe(
@@ -161,7 +161,7 @@ RECIPES = {
     ),
     "concepts": Recipe(
         "threshold and mismatch share read off the pool, then evenly over the concepts that pictures show, best scores "
-        "first; 30 % of the pool if not told",
+        "first; 30 % of the pool by default",
         _concepts,
     ),
     "neg-clip-loss": Recipe(
@@ -175,26 +175,26 @@ RECIPES = {
         "evenly over clusters of clusters (arXiv:2405.15613)", lambda n: [f"balance_tree({n or repr(DEFAULT_BUDGET)})"]
     ),
     "coincide": Recipe(
-        "COINCIDE on stored embeddings, 20 % if not told (arXiv:2406.10995)",
+        "COINCIDE on stored embeddings, 20 % by default (arXiv:2406.10995)",
         lambda n: [f"coincide({n or repr('20%')})"],
     ),
     "typical": Recipe(
-        "PreSel's choice in clusters: the most typical, 15 % if not told (arXiv:2503.07591)",
+        "PreSel's choice within clusters: the most typical, 15 % by default (arXiv:2503.07591)",
         lambda n: [f"typical({n or repr('15%')})"],
     ),
     "prism": Recipe(
-        "PRISM: the least redundant, 30 % if not told; for instruction data (arXiv:2502.12119)",
+        "PRISM: the least redundant, 30 % by default; for instruction data (arXiv:2502.12119)",
         lambda n: [f"bottom(redundancy, {n or repr('30%')})"],
     ),
-    "random": Recipe("a random sample, the one to beat", lambda n: [f"sample({n or repr(DEFAULT_BUDGET)})"]),
+    "random": Recipe("a random sample, the baseline", lambda n: [f"sample({n or repr(DEFAULT_BUDGET)})"]),
 }
 
 
 def steps(text: str, n: int | float | str = "") -> list[str]:
     """Write a recipe's steps for a budget of n rows, or a share of the pool's good rows; empty: the recipe's own.
 
-    text: its name, with arguments where it takes any. Raises: UsageError for an unknown recipe, arguments that it does
-    not take, or a budget that is none.
+    text: its name, with arguments if it takes any. Raises: UsageError for an unknown recipe, arguments that it does not
+    take, or something that is not a budget.
     """
     named = re.fullmatch(r"\s*([\w.-]+)\s*(\(.*\))?\s*", text, re.DOTALL)
     name = named[1] if named else text

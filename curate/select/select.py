@@ -4,8 +4,8 @@ In: `CLU/{stem}.arrow` and `CLU/edges.arrow` with the scalar columns of `EMB/{st
 step needs clusters. Out: `SEL/{stem}.arrow` (kept, or which step dropped the row, and its twin) and `SEL/funnel.json`
 (what every step kept, dropped and estimated, with the curves and histograms of the report).
 
-The funnel runs on the driver over scalar columns, a few dozen bytes a row. Embeddings are read only by steps that
-cannot do without: `exclude`, and `dedup` where an earlier step tore a component or the rule is not `components`.
+The funnel runs on the driver over scalar columns, a few dozen bytes per row. Embeddings are read only by steps that
+need them: `exclude`, for example, and `dedup` if an earlier step split a component or the rule is not `components`.
 """
 
 import math
@@ -47,7 +47,7 @@ SCORES = ("clip_score", "centroid_similarity")
 def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str, Any]:
     """Run the funnel over a clustered (or only embedded) pool and write what became of each row. Returns the manifest.
 
-    Raises: UsageError for steps that cannot be, or that leave no row.
+    Raises: UsageError for impossible steps, or steps that leave no row.
     """
     parent = open_input(source, "cluster", "embed", "import")
     texts = options.texts()
@@ -91,7 +91,7 @@ def select(source: str, out: str, options: SelectOptions, job: Job) -> dict[str,
 
 
 def _read_besides(parsed: Sequence[catalogue.Step]) -> dict[str, Artefact | Mapping[str, Any]]:
-    """Open what steps and computed columns name besides the pool: it is input, too."""
+    """Open what steps and computed columns name besides the pool: these are inputs, too."""
     inputs: dict[str, Artefact | Mapping[str, Any]] = {}
     for number, (location, kind) in enumerate(dict.fromkeys(each for step in parsed for each in step.reads()), 1):
         if kind is Directory:
@@ -104,7 +104,7 @@ def _read_besides(parsed: Sequence[catalogue.Step]) -> dict[str, Artefact | Mapp
 
 
 def _names(parsed: Sequence[catalogue.Step]) -> list[str]:
-    """Name what may drop a row: the steps' texts, told apart where one is given twice, then the bad statuses."""
+    """Name what may drop a row: the steps' texts, numbered if one is given twice, then the bad statuses."""
     texts = [step.text for step in parsed]
     names = [text if texts.count(text) == 1 else f"{text} #{i}" for i, text in enumerate(texts, 1)]
     return [*names, *(status for status in STATUSES if status != "ok")]
@@ -162,14 +162,14 @@ def _run(
 
 
 def _clusters(frame: Frame, pool: Pool) -> dict[str, Any]:
-    """Name the clusters that were starved and favoured, where there are clusters."""
+    """Name the clusters that were starved and favoured, if there are clusters."""
     if pool.clu is None:
         return {}
     return {"clusters": cluster_shares.account(pool.emb, pool.clu, frame.group("cluster"), frame.alive)}
 
 
 def _movable(step: catalogue.Step, frame: Frame, before: np.ndarray, kept: int) -> list[dict[str, Any]]:
-    """Tabulate what another threshold of the step would have kept, where it cuts a score."""
+    """Tabulate what other thresholds of the step would have kept, if it cuts a score."""
     column = thresholds.column_of(step.name, step.arguments)
     if column is None:
         return []
@@ -178,7 +178,7 @@ def _movable(step: catalogue.Step, frame: Frame, before: np.ndarray, kept: int) 
 
 
 def _reserve(rows: np.ndarray, kept: int, pool: Pool) -> list[list[str | int]]:
-    """Name the rows next in the last step's rank, [stem, row] each: for what emit finds gone."""
+    """List the rows next in the last step's rank, [stem, row] each, to replace what emit finds gone."""
     rows = rows[: reserve_size(kept)]
     stem_of = np.searchsorted(pool.bounds, rows, side="right") - 1
     places = rows - pool.bounds[stem_of]
@@ -186,7 +186,7 @@ def _reserve(rows: np.ndarray, kept: int, pool: Pool) -> list[list[str | int]]:
 
 
 def _curves(frame: Frame, account: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Count what dedup of all good rows would keep at any threshold, those that steps used among them."""
+    """Count what dedup of all good rows would keep at many thresholds, including those that steps used."""
     if frame.edges is None:
         return {}
     used = [step["estimates"]["threshold"] for step in account if "threshold" in step["estimates"]]
@@ -215,7 +215,7 @@ def _score(frame: Frame, name: str) -> np.ndarray | None:
 
 
 def _histograms(frame: Frame) -> dict[str, Any]:
-    """Count good and kept rows by value: {column: {edges, all, kept}}; computed columns among them, where they were."""
+    """Count good and kept rows by value: {column: {edges, all, kept}}; including columns that steps computed."""
     made = {}
     computed = [name for name in frame.cache if name not in frame.columns and name not in frame.groups]
     for name in (*SCORES, "nearest_similarity", *computed):
@@ -231,7 +231,7 @@ def _histograms(frame: Frame) -> dict[str, Any]:
 
 
 def _bin_edges(values: np.ndarray) -> np.ndarray:
-    """Cut the range of values into NUM_BINS; in f64 where it is too narrow for as many numbers of f32."""
+    """Cut the range of values into NUM_BINS; in f64 if it is too narrow for as many distinct f32 numbers."""
     try:
         return np.histogram_bin_edges(values, NUM_BINS)
     except ValueError:
@@ -241,7 +241,7 @@ def _bin_edges(values: np.ndarray) -> np.ndarray:
 def _write(
     output: Output, pool: Pool, frame: Frame, codes: np.ndarray, names: Sequence[str]
 ) -> dict[str, dict[str, int]]:
-    """Write the sidecars, and say per stem how many rows there are and stay."""
+    """Write the sidecars, and return per stem how many rows there are and how many stay."""
     gone = frame.duplicates.kept >= 0
     dropped, similarities = frame.duplicates.rows[gone], frame.duplicates.similarity[gone]
     kept_keys = pool.keys(frame.duplicates.kept[gone])

@@ -1,8 +1,8 @@
 """Calls as they are written, `rank(clip_score, 0.40, 0.60)`, parsed with `ast` and never evaluated.
 
-A function's signature is the schema, so that an unknown name or argument is refused with the list of those that exist.
-A bare word is a column, and so is a call of one that is computed. A count is a whole number of rows, or a share of the
-pool's good rows: `0.02`, `2%` or `"2%"`.
+A function's signature is the schema: an unknown name or argument is refused with the list of those that exist. A bare
+word is a column, and so is a call of a computed column. A count is a whole number of rows, or a share of the pool's
+good rows: `0.02`, `2%` or `"2%"`.
 """
 
 import ast
@@ -29,8 +29,8 @@ log = logging.getLogger("curate")
 def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[str, dict[str, Any]]:
     """Read a call of one of the table's functions. Returns its name and the arguments given.
 
-    noun, like: what it is, and an example. hidden: parameters of the functions that are not written.
-    Raises: UsageError naming the text, what is wrong with it and what there is.
+    noun, like: what it is called in messages, and an example. hidden: parameters of the functions that are not written.
+    Raises: UsageError naming the text, what is wrong with it and what exists.
     """
     if THOUSANDS.search(text):
         raise UsageError(f"the {noun} {text!r}: a comma begins another argument.", "write 1_000 for a thousand")
@@ -47,7 +47,7 @@ def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[st
         args = [*args[: len(known) - 1], ast.Tuple(args[len(known) - 1 :])]
     given: dict[str, ast.expr] = dict(zip(known, args, strict=False))
     if len(args) > len(known):
-        raise UsageError(f"the {noun} {text!r} has {len(call.args)} arguments; it is written {usage}.")
+        raise UsageError(f"the {noun} {text!r} has {len(call.args)} arguments; write {usage}.")
     for keyword in call.keywords:
         key = RENAMED.get((name, str(keyword.arg)), str(keyword.arg))
         if key not in known:
@@ -59,7 +59,7 @@ def read(text: str, table: Table, noun: str, like: str, hidden: int) -> tuple[st
         given[key] = keyword.value
     missing = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in given]
     if missing:
-        raise UsageError(f"the {noun} {text!r} lacks {missing[0]}; it is written {usage}.")
+        raise UsageError(f"the {noun} {text!r} lacks {missing[0]}; write {usage}.")
     return name, {key: _read_argument(node, known[key], f"{key} in {text}") for key, node in given.items()}
 
 
@@ -71,7 +71,7 @@ def _parse(text: str) -> ast.expr | None:
 
 
 def parameters(function: Callable[..., Any], hidden: int) -> dict[str, Any]:
-    """List the parameters that are written, with what kind each is."""
+    """List the parameters that are written, with the kind of each."""
     return {key: value.annotation for key, value in list(inspect.signature(function).parameters.items())[hidden:]}
 
 
@@ -91,7 +91,7 @@ def _show(parameter: inspect.Parameter) -> str:
 
 
 def _read_argument(node: ast.expr, parameter: inspect.Parameter, where: str) -> Any:
-    """Read an argument. What stands for "nothing" where it is left out may be written, too: `among=0`, `seed=None`."""
+    """Read an argument. Defaults that stand for "nothing" may be written, too: `among=0`, `seed=None`."""
     if not parameter.default and ast.unparse(node) == repr(parameter.default):
         return parameter.default
     return _convert(node, parameter.annotation, where)
@@ -105,7 +105,7 @@ def _convert(node: ast.expr, kind: Any, where: str) -> Any:
         value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         hint = "put it in quotes" if isinstance(node, ast.Name | ast.BinOp | ast.Attribute) else None
-        raise UsageError(f"{where}: {ast.unparse(node)} is no literal.", hint) from None
+        raise UsageError(f"{where}: {ast.unparse(node)} is not a literal.", hint) from None
     number = _is_number(value, where)
     if kind in (Threshold, Share) and value == "auto":
         return AUTO
@@ -135,7 +135,7 @@ def _convert(node: ast.expr, kind: Any, where: str) -> Any:
 def _is_number(value: Any, where: str) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and not -LARGEST <= value <= LARGEST:
-        raise UsageError(f"{where}: a number of this size is none to compare with.")
+        raise UsageError(f"{where}: this number is out of range.")
     return number
 
 
@@ -153,7 +153,7 @@ def _levels(value: Any, where: str) -> tuple[int, ...]:
     values = list(value) if isinstance(value, list | tuple) else [value]
     whole = all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in values)
     if not values or not whole or sorted(values, reverse=True) != values:
-        raise UsageError(f"{where}: expected numbers of clusters that fall, like [1000, 100], not {value!r}.")
+        raise UsageError(f"{where}: expected falling numbers of clusters, like [1000, 100], not {value!r}.")
     return tuple(values)
 
 

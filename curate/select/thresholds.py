@@ -1,8 +1,8 @@
-"""What a score's threshold would keep, wherever it lay: the exact counts behind the report's movable cuts.
+"""What every threshold on a score would keep: the exact counts behind the report's movable cuts.
 
-In: the values of the rows that a step met. Out: a grid of about 200 places over them, ascending, and for each the
-number of rows that lie beyond it by that step's own rule. The numbers are those that `select` comes to when it is given
-the grid's own text, so nothing has to be computed again to show what a moved threshold would do.
+In: the values of the rows that a step saw. Out: a grid of about 200 ascending thresholds, and for each the number of
+rows beyond it by that step's own rule. These are the numbers that `curate select` gives for the threshold as written
+in the grid, so showing what a moved threshold would do needs no further computation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def column_of(name: str, arguments: Mapping[str, Any]) -> str | None:
 
 
 def cut(name: str, arguments: Mapping[str, Any], values: np.ndarray, kept: int) -> dict[str, Any]:
-    """Tabulate what a step would keep at each place of its score.
+    """Tabulate what a step would keep at each threshold of its score.
 
     values: [n] of the rows before the step, NaN where unknown. kept: what it did keep. Returns `kind`, band or the
     step's name; `names`, each place as it is written in the step (for a band a share counted from the highest); its
@@ -58,7 +58,7 @@ def cut(name: str, arguments: Mapping[str, Any], values: np.ndarray, kept: int) 
 
 
 def _one_sided(name: str, x: float, values: np.ndarray) -> dict[str, Any]:
-    """Tabulate a cut at a value. Places are compared as the step compares them, in the column's own precision."""
+    """Tabulate a cut at a value. Thresholds are compared as the step compares them, in the column's own precision."""
     known = np.sort(values[~np.isnan(values)])
     ranks = np.linspace(0, max(len(known) - 1, 0), PLACES + 1).astype(np.int64)
     places = np.unique(np.append(known[ranks].astype(np.float64).round(4) if len(known) else [], x))
@@ -78,7 +78,7 @@ def _one_sided(name: str, x: float, values: np.ndarray) -> dict[str, Any]:
 
 
 def dedup_curve(similarity: np.ndarray, floor: float, good: int, also: Sequence[float] = ()) -> dict[str, Any]:
-    """Count what dedup of all good rows keeps at 100 thresholds from the floor up: an edge above one costs a row.
+    """Count what dedup of all good rows keeps at 100 thresholds from the floor up: each edge above one drops a row.
 
     similarity: of all forest edges, compared in its own precision, as dedup does. also: further thresholds.
     """

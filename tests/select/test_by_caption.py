@@ -151,5 +151,5 @@ def test_entries_of_a_file_and_of_the_pool(pool, tmp_path):
     with pytest.raises(UsageError, match="nowhere.txt, which a step reads, does not exist"):
         kept(pool.path, tmp_path / "none", "metaclip(entries='nowhere.txt')")
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(UsageError, match="no JSON list of texts"):
+    with pytest.raises(UsageError, match="not a JSON list of texts"):
         kept(pool.path, tmp_path / "bad", f"metaclip(entries='{tmp_path / 'bad.json'}')")

@@ -74,6 +74,6 @@ def test_select_prints_the_funnel_and_the_clusters_by_name(tmp_path):
         )
     )
     assert lines == [
-        "  clusters that kept least of what they had (all: 10.0%)",
+        "  clusters that kept least of their rows (all: 10.0%)",
         f"  {'0 of 90':>24}      (0.0%)  cluster 7: car",
     ]

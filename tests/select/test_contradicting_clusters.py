@@ -204,7 +204,7 @@ def test_unlike_pictures_that_score_low_keep_their_share():
 
 
 @pytest.mark.parametrize(
-    "frame, why", [(world(captions=False), "no captions' embeddings"), (world(groups=12), "too few")]
+    "frame, why", [(world(captions=False), "no caption embeddings"), (world(groups=12), "too few")]
 )
 def test_where_no_contradiction_can_be_seen_the_funnel_says_why(frame, why):
     counts, told = balanced(frame, True)

@@ -263,7 +263,7 @@ def test_one_row_is_selected_and_pools_without_captions_are_told_what_to_do(tmp_
         select(str(tmp_path / "clu2"), str(tmp_path / "no"), SelectOptions(), QUIET)
     last = SelectOptions(steps=("balance(cluster, 4, contradicting_last=True)",))
     manifest = select(str(tmp_path / "clu2"), str(tmp_path / "last"), last, QUIET)
-    assert "no captions' embeddings" in manifest["funnel"][0]["estimates"]["why"]
+    assert "no caption embeddings" in manifest["funnel"][0]["estimates"]["why"]
 
 
 def test_a_shard_without_rows_goes_through_every_stage(tmp_path):
@@ -350,7 +350,7 @@ def test_the_trainers_losses_are_a_column(pool, tmp_path):
     assert selected(tmp_path / "sel")["kept"] == kept.tolist() and "losses" in manifest["inputs"]
     losses.write(tmp_path / "others", Trained(keys[::-1], edges))
     options = SelectOptions(steps=("below(loss, 0.5)",), losses=str(tmp_path / "others"))
-    with pytest.raises(ContractError, match="other rows for 00000 .*embed the very shards"):
+    with pytest.raises(ContractError, match="the rows of 00000 .* are not those in .*embed the same shards"):
         select(pool.path, str(tmp_path / "no"), options, QUIET)
     with pytest.raises(UsageError, match="unknown column 'loss'"):
         select(pool.path, str(tmp_path / "no"), SelectOptions(steps=("below(loss, 0.5)",)), QUIET)

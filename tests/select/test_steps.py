@@ -118,7 +118,7 @@ def test_balance_among_the_best_shares_the_budget_out_over_these_alone():
     kept = run(frame_of(100), 'balance(cluster, 60, keep="better:clip_score", among=40%)')
     assert (kept == run(frame_of(100), "top(clip_score, 60)")).all()
     assert run(frame_of(100), 'balance(cluster, 200, keep="max:clip_score", among=3)').all()
-    with pytest.raises(UsageError, match="asks for a column in keep"):
+    with pytest.raises(UsageError, match="needs keep to name a column"):
         run(frame_of(100), 'balance(cluster, 20, keep="near", among=30)')
 
 
@@ -174,7 +174,7 @@ def test_cap_keeps_at_most_n_of_a_group_by_chance_or_by_value():
         ("rnak(clip_score, 0, 1)", "unknown step 'rnak'.*did you mean 'rank'"),
         ("rank(clip_scor, 0, 1)", "unknown column 'clip_scor'.*did you mean 'clip_score'"),
         ("rank(clip_score, low=0, hi=1)", "unknown argument of rank 'low'.*lo"),
-        ("rank(clip_score, 0.5)", r"lacks hi; it is written rank\(column, lo, hi\)"),
+        ("rank(clip_score, 0.5)", r"lacks hi; write rank\(column, lo, hi\)"),
         ("rank(clip_score, 0, 1, 2)", "has 4 arguments"),
         ("rank(clip_score, 0, lo=1)", "gives lo twice"),
         ("rank(clip_score, 0.6, 0.4)", "lo < hi"),
@@ -183,7 +183,7 @@ def test_cap_keeps_at_most_n_of_a_group_by_chance_or_by_value():
         ("rank", "not a call"),
         ("rank(clip_score, 0, 1); sample(3)", "not a call"),
         ("__import__('os').system('true')", "not a call"),
-        ("sample(__import__('os'))", "no literal"),
+        ("sample(__import__('os'))", "not a literal"),
         ("sample(0)", "number of rows"),
         ("sample(-5)", "number of rows"),
         ("sample(2.5)", "number of rows"),
@@ -192,7 +192,7 @@ def test_cap_keeps_at_most_n_of_a_group_by_chance_or_by_value():
         ("sample('300%')", "number of rows"),
         ("dedup(0.86)", "needs clusters"),
         ("dedup(1.5)", "cosine below 1"),
-        ("dedup(0.86, keep=middle)", "middle is no literal.*put it in quotes"),
+        ("dedup(0.86, keep=middle)", "middle is not a literal.*put it in quotes"),
         ("dedup(0.86, rule='cc')", "unknown rule.*components, greedy, semdedup"),
         ("rank(centroid_similarity, 0, 1)", "needs clusters"),
         ("cap(cluster, 2, keep='best')", "unknown policy"),
@@ -323,7 +323,7 @@ def test_unknown_recipes_and_budgets_are_refused():
         recipes.steps("buny")
     with pytest.raises(UsageError, match="--n 20000"):
         recipes.steps("bunny", "lots")
-    with pytest.raises(UsageError, match=r"datacomp-image\(\)' lacks target; it is written datacomp-image\(target\)"):
+    with pytest.raises(UsageError, match=r"datacomp-image\(\)' lacks target; write datacomp-image\(target\)"):
         recipes.steps("datacomp-image")
     with pytest.raises(UsageError, match="unknown argument of llava-cc3m 'extract'"):
         recipes.steps("llava-cc3m(extract='simple')")

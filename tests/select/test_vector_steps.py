@@ -122,7 +122,7 @@ def test_a_budget_goes_down_a_tree_of_clusters(pool, tmp_path):
     [
         ("rank(negcliploss, 0, 1)", "did you mean 'neg_clip_loss'"),
         ("rank(neg_clip_loss(batch=3), 0, 1)", "unknown argument of neg_clip_loss 'batch'"),
-        ("rank(norm_sim, 0, 1)", r"lacks directory; it is written norm_sim\(directory, p='inf'\)"),
+        ("rank(norm_sim, 0, 1)", r"lacks directory; write norm_sim\(directory, p='inf'\)"),
         ("rank(norm_simm('x'), 0, 1)", "unknown column 'norm_simm'"),
         ("rank(norm_sim('nowhere'), 0, 1)", "nowhere does not exist"),
         ("rank(neg_clip_loss(temperature=0), 0, 1)", "temperature of 0.003 or more"),
@@ -131,7 +131,7 @@ def test_a_budget_goes_down_a_tree_of_clusters(pool, tmp_path):
         ("coincide(10, temperature=0)", "expected both above 0"),
         ("balance_tree(10)", "needs clusters"),
         ("image_based('nowhere')", "nowhere does not exist"),
-        ("rank(norm_sim(norm_sim('x')), 0, 1)", "no literal"),
+        ("rank(norm_sim(norm_sim('x')), 0, 1)", "not a literal"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_in_one_line(pool, tmp_path, step, words):
@@ -147,7 +147,7 @@ def test_a_target_of_another_model_is_refused(pool, tmp_path):
             kept(pool.clu, tmp_path / "sel", step.format(other.path))
 
 
-@pytest.mark.parametrize("levels, words", [("[2, 4]", "numbers of clusters that fall"), ("[9]", "expected fewer")])
+@pytest.mark.parametrize("levels, words", [("[2, 4]", "falling numbers of clusters"), ("[9]", "expected fewer")])
 def test_levels_of_a_tree_fall(pool, tmp_path, levels, words):
     with pytest.raises(UsageError, match=words):
         kept(pool.clu, tmp_path / "sel", f"balance_tree(10, levels={levels})")

@@ -1,21 +1,23 @@
-"""What a pool says about itself: where its near-duplicates end, and what share of its pairs do not belong together.
+"""What a pool shows about itself: where its near-duplicates end, and what share of its pairs do not belong together.
 
-The threshold. Above which cosine two pictures are copies of one depends on the embedder: one sees the scene and calls
-two kitchens alike at .95, another sees colours. The pixels know better, by their perceptual hashes of 64 bits: copies
-differ in few, look-alikes (other pictures that the embedder takes for alike) mostly in more than FAR_BITS = 24. Of the
-linked pairs near a cosine, let far(cosine) be the share that differ in more; since at least FAR_LOOKALIKES = 2/3 of
-look-alikes do and hardly any copies, far / (2/3) estimates the share of look-alikes there. It falls with the cosine and
-is fitted so (isotonic regression on bins even in log(1 - cosine), one standard error added). From where it passes one
-half on, a pair whose pixels agree is a copy; from where it passes one in a hundred on, any pair is.
+The threshold. The cosine above which two pictures are copies depends on the embedder: one sees the scene and puts two
+kitchens at .95, another sees colours. The pixels know better, by their perceptual hashes of 64 bits: copies differ in
+few bits, look-alikes (different pictures that the embedder finds similar) mostly in more than FAR_BITS = 24. Of the
+linked pairs near a cosine, let far(cosine) be the share that differ in more bits than that; since at least
+FAR_LOOKALIKES = 2/3 of look-alikes do, and hardly any copies, far / (2/3) estimates the share of look-alikes there. It
+falls as the cosine rises, and is fitted accordingly (isotonic regression on bins even in log(1 - cosine), one standard
+error added). From the cosine where it falls below one half, a pair whose pixels agree is a copy; from where it falls
+below one in a hundred, any pair is.
 
-Where hardly a pair has pixels to ask, the cosines alone say it if look-alikes and copies lie apart (cosine_gap).
+If hardly any pair has hashes, the cosines alone decide, provided that look-alikes and copies are apart (cosine_gap).
 
-The share of mismatched pairs. If a share p of the pairs is as good as shuffled, then at least p q of all scores lie
-below the shuffled scores' quantile q: the least of share-below(q) / q over several q bounds p from above. What right
-pairs add there is read off their other side: they lie about their middle alike, and far above it are hardly any others.
+The share of mismatched pairs. If a share p of the pairs is no better than shuffled ones, then at least p q of all
+scores lie below the shuffled scores' quantile q: the least of share-below(q) / q over several q bounds p from above.
+How much right pairs add there is read off their other side, since their scores are symmetric about their middle, and
+far above it there are hardly any others.
 
-Both are read off facts that clustering stored, the edges of the near-duplicate forest and the scores of shuffled pairs:
-no look at the embeddings. O(m log m) time for m edges or scores.
+Both come from what clustering stored, the edges of the near-duplicate forest and the scores of shuffled pairs, without
+reading the embeddings. O(m log m) time for m edges or scores.
 """
 
 import math
@@ -44,7 +46,7 @@ LEAST_KNOWN = 0.1  # share of the linked pairs whose pixels are known, from whic
 
 @dataclass(frozen=True)
 class Evidence:
-    """The rule of a pair that the pool gave, and why."""
+    """The rule for pairs that was derived from the pool, and why."""
 
     rule: PairRule
     reason: str
@@ -66,7 +68,7 @@ class Evidence:
 
 
 def pixel_rule(threshold: float, anyhow: float, bits: int) -> PairRule:
-    """Link pairs whose pixels agree above the threshold; where pixels are unknown the cosine must do alone."""
+    """Link pairs whose pixels agree above the threshold; if pixels are unknown, the cosine alone must suffice."""
     return PairRule(threshold, anyhow, bits, max(threshold, min(anyhow, TIMID)))
 
 
@@ -75,9 +77,9 @@ def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float, rows:
 
     similarity: f32 [m], the near-duplicate forest's edges. bits: u8 [m], differing bits of their perceptual hashes, 255
     where unknown. rows: of the pool; 0 stands for one more than there are edges. The numbers come from photographs
-    under an ImageNet classifier, under a descriptor of colours and gradients and under the demo's CLIP, and from the
-    demo's pools of three degrees of dirt. Where fewer than a tenth of the pairs have known hashes, see cosine_gap.
-    Without evidence that there are duplicates at all, only pairs above 0.999 whose hashes differ in at most 8 bits are.
+    embedded by an ImageNet classifier, by a descriptor of colours and gradients and by the demo's CLIP, and from the
+    demo's pools of three degrees of dirt. If fewer than a tenth of the pairs have known hashes, see cosine_gap. Without
+    evidence that there are any duplicates, only pairs above 0.999 whose hashes differ in at most 8 bits count as such.
     """
     from scipy.optimize import isotonic_regression
 
@@ -109,7 +111,7 @@ def find_threshold(similarity: np.ndarray, bits: np.ndarray, floor: float, rows:
 
 
 def _by_cosines(similarity: np.ndarray, bits: np.ndarray, floor: float, rows: int) -> Evidence:
-    """Read the threshold off a gap in the cosines; where there is none, only all but equal pictures are one."""
+    """Read the threshold off a gap in the cosines; if there is none, only nearly equal pictures are duplicates."""
     copies = int((bits <= COPY_BITS).sum())
     gap = find_gap(similarity, rows, floor)
     if gap is None or gap.threshold >= TIMID:
@@ -127,11 +129,11 @@ def mismatch_share(scores: np.ndarray, shuffled: np.ndarray) -> tuple[float, dic
     """Estimate the share of pairs whose caption is not the image's.
 
     scores: f32 [n], clip_scores. shuffled: the 0 … 100 % quantiles of the scores of shuffled pairs, 101 values.
-    If a share pi of the pairs is as good as shuffled, at least pi q of all pairs lie below the shuffled pairs' quantile
-    q: the least of share-below / q over several q bounds pi from above, the more tightly the fewer real pairs reach so
-    low. (The median alone, q = 1/2, called .15 of a clean toy pool mismatched once the embedder was so weak that a pair
-    outscored a shuffled one in 84 % of the cases only; the least ratio called .03.) Returns pi and the figures, among
-    them an interval, `share_from` and `share_to` (pipelines/LOG.md has how often it holds the planted share).
+    If a share pi of the pairs is no better than shuffled ones, at least pi q of all pairs lie below the shuffled pairs'
+    quantile q: the least of share-below / q over several q bounds pi from above, and the bound is tighter the fewer
+    real pairs score that low. (The median alone, q = 1/2, gave .15 for a clean toy pool with an embedder so weak that a
+    pair outscored a shuffled one in only 84 % of the cases; the least ratio gave .03.) Returns pi and the figures,
+    among them an interval, `share_from` and `share_to` (pipelines/LOG.md says how often it holds the planted share).
     """
     if not len(scores):
         return 0.0, {"shuffled_median": float(shuffled[50])}
@@ -146,10 +148,10 @@ def mismatch_share(scores: np.ndarray, shuffled: np.ndarray) -> tuple[float, dic
 
 
 def _share_interval(scores: np.ndarray, levels: np.ndarray, below: np.ndarray, share: float) -> tuple[float, float]:
-    """Say between which shares the mismatched one lies. below: f64, the share of the scores up to each of the levels.
+    """Bound the mismatched share from both sides. below: f64, the share of the scores up to each of the levels.
 
-    From above: the least ratio, ERRORS standard errors added. From below: less what right pairs add, their scores being
-    alike on either side of their middle; that lies where half of them, (1 - share) / 2 of all, score higher.
+    From above: the least ratio plus ERRORS standard errors. From below: the same less what right pairs add, whose
+    scores are symmetric about their middle, the score that half of them, (1 - share) / 2 of all, exceed.
     """
     errors = np.sqrt(np.maximum(below, 1 / len(scores)) * (1 - below) / len(scores)) / (LEVELS / 100)
     high = (below / (LEVELS / 100) + ERRORS * errors).min()

@@ -1,12 +1,13 @@
-"""Steps that keep an exact number of rows: at random, or shared evenly among groups.
+"""Steps that keep an exact number of rows, at random or shared evenly among groups.
 
 `balance` fills the groups like connected vessels. There is one level L; a group of s rows keeps min(L, s) of them, and
-L is the highest for which these quotas do not exceed the budget; the few rows still wanting go to random groups, one
-each. Small groups are so taken whole, large ones cut to the same size. Inside a group a preference decides. Any budget
-is met to the row (quotas.py has the proof and the other ways of sharing). O(n log n) time. Groups are worked a part of
-them at a time (group_parts), so that beside the columns there are a dozen bytes a row: its lot, its part and its fate.
+L is the highest for which these quotas do not exceed the budget; the few rows still missing are taken from random
+groups, one each. So small groups are kept whole, and large ones cut to the same size. Inside a group a preference
+decides. Any budget is met to the row (quotas.py has the proof and the other ways of sharing). O(n log n) time. Groups
+are processed a few at a time (group_parts), so that beside the columns a row takes a dozen bytes: for its random draw,
+its part and its verdict.
 
-A step with a budget says how many rows there were where they do not suffice, and names who would come next.
+A step with a budget reports how many rows there were if they do not suffice, and lists the rows that would come next.
 """
 
 import re
@@ -31,7 +32,7 @@ NAMED, CAPTIONS_EACH = 8, 32  # groups whose captions are named, and captions re
 
 
 def sample(frame: Frame, number: int, n: Count, seed: int | None = None) -> Verdict:
-    """Keep n rows at random, each as likely as the other."""
+    """Keep n rows at random, each with the same chance."""
     lots = frame.random(number) if seed is None else np.random.default_rng(seed).random(len(frame.good))
     wanted, there = frame.count(n), int(frame.alive.sum())
     np.negative(lots, out=lots)  # the lowest lots stay
@@ -51,18 +52,19 @@ def balance(
 ) -> Verdict:
     """Keep exactly n rows, as evenly over the groups as their sizes allow (water-filling), at random inside each.
 
-    keep: inside a group rather those with the highest `max:column` or lowest `min:column`, or `near` the centroid;
-    `better:column` takes from the group's highest tenth at random, then from the next, and so on: better rows, and not
-    the extremes alone, among which are pictures that show their own caption.
-    contradicting_last: few rows, or none, of groups of printed words: writing whose pictures are unlike those that go
-    with captions like theirs and yet score high (contradicting_clusters), while other groups have rows left; reads 8 to
-    32 rows of each group. No group is doubted where captions have no embeddings, or where there are fewer than 22
-    groups. written=False doubts such groups whatever they show; on natural pools these are mostly topics of their own.
-    among: the rows that share the budget are the best of keep's column, this many (at least n), those of doubted groups
-    left out; 0: all. Where n is as many, the best stay and no group is asked.
+    keep: inside a group prefer the rows with the highest `max:column` or lowest `min:column`, or `near` the centroid;
+    `better:column` takes rows at random from the group's highest tenth, then from the next tenth, and so on: better
+    rows, but not only the extremes, among which are pictures that show their own caption.
+    contradicting_last: take few rows or none from groups of printed words as long as other groups have rows left. Such
+    groups are writing that scores high although its pictures are unlike those of similar captions
+    (contradicting_clusters); finding them reads 8 to 32 rows of each group. No group is doubted if captions have no
+    embeddings, or if there are fewer than 22 groups. written=False also doubts such groups if they show no writing; on
+    natural pools these are mostly topics of their own.
+    among: only this many rows, the best by keep's column (at least n, without those of doubted groups), share the
+    budget; 0: all rows. If n is as large, the best rows stay and groups do not matter.
     """
     if among and not KEPT_BY.match(keep):
-        raise UsageError(f"balance: among= asks for a column in keep, not {keep!r}.", 'keep="better:clip_score"')
+        raise UsageError(f"balance: among= needs keep to name a column, not {keep!r}.", 'keep="better:clip_score"')
     parts = GroupParts(frame.group(column), frame.alive)
     sizes, wanted = parts.sizes, min(frame.count(n), parts.num_rows)
     rng = np.random.default_rng([frame.seed, number, 1])
@@ -91,7 +93,7 @@ def balance(
 
 
 def _best(frame: Frame, parts: GroupParts, doubted: np.ndarray, keep: str, count: int) -> np.ndarray:
-    """Mark the `count` best rows by keep's column, bool [n], of those whose group is not doubted, bool [groups]."""
+    """Mark the `count` best rows by keep's column, bool [n], whose group is not doubted, bool [groups]."""
     candidates = frame.alive.copy()
     for part in parts:
         candidates[part.rows[doubted[part.groups][part.place]]] = False
@@ -114,11 +116,11 @@ def _named(frame: Frame, parts: GroupParts, sizes: np.ndarray) -> str:
 def _weights(
     frame: Frame, parts: GroupParts, rng: np.random.Generator, *, written: bool
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Say how much each group counts, f64 [groups], and why all count in full where nothing can be seen."""
+    """Say how much each group counts, f64 [groups], and why all count in full if nothing can be told."""
     groups = len(parts.sizes)
     why = ""
     if frame.text_vectors is None:
-        why = "there are no captions' embeddings to see it by"
+        why = "there are no caption embeddings to tell by"
     elif groups < contradicting_clusters.LEAST_GROUPS:
         why = f"{groups} are too few to see it"
     if why or frame.text_vectors is None:
@@ -141,10 +143,10 @@ def _weights(
 
 
 def balance_tree(frame: Frame, number: int, n: Count, levels: Levels = (), keep: Keep = "random") -> Verdict:
-    """Keep exactly n rows, as evenly as can be over a tree: clusters of clusters, the clusters inside, their rows.
+    """Keep exactly n rows, as evenly as possible over a tree: clusters of clusters, the clusters inside, their rows.
 
-    levels: how many clusters of clusters, the finest first, as in [1000, 100]; the root of the number of clusters where
-    not told. The centroids are clustered again by spherical k-means, each level by that below.
+    levels: how many clusters of clusters, the finest first, as in [1000, 100]; by default the square root of the number
+    of clusters. The centroids are clustered again by spherical k-means, each level from the one below.
     Source: hierarchical k-means and sampling (arXiv:2405.15613), without its resampling and without repeats.
     """
     if frame.centroids is None:
@@ -192,7 +194,7 @@ def _fill(
 
 
 def preference_in_group(frame: Frame, keep: str, number: int) -> Callable[[Part], np.ndarray]:
-    """Make what gives each row of a part a number, the smallest of a group being the one to keep."""
+    """Make a function that numbers the rows of a part; a group's smallest is the one to keep."""
     better, _, column = keep.partition(":")
     if better != "better" or not column:
         preferred = preference(frame, keep, number)
@@ -220,7 +222,7 @@ def cap(frame: Frame, number: int, column: Group, n: int, keep: Keep = "random")
 
 
 def preference(frame: Frame, keep: str, number: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Make what gives rows, i64 [m], a number each, the smallest being the one to keep.
+    """Make a function that numbers rows, i64 [m]; the smallest is the one to keep.
 
     Raises: UsageError for an unknown policy.
     """

@@ -1,4 +1,4 @@
-"""Steps that balance the concepts which captions name: noun phrases, and entries of a list.
+"""Steps that balance the concepts that captions name: noun phrases, and entries of a list.
 
 Captions are read in blocks. A phrase is known by a 64-bit hash, an entry by its number; memory is a few dozen bytes for
 each mention.
@@ -20,7 +20,7 @@ BLOCK = 1 << 16
 
 
 def noun_phrases(frame: Frame, number: int, min: int = 3, cap: int = 100, extractor: str = phrases.DEFAULT) -> Verdict:
-    """Keep of each noun phrase of at least `min` captions all of them, or `cap` at random (LLaVA's CC3M-595K).
+    """Keep all captions of each noun phrase that has `min` or more, but at most `cap` at random (LLaVA's CC3M-595K).
 
     extractor: a spaCy pipeline, "spacy:en_core_web_sm" as LLaVA used; see phrases. A caption stays if any phrase keeps
     it. Source: LLaVA (arXiv:2304.08485), appendix: rarest phrase first, which does not change the union.
@@ -56,7 +56,7 @@ def metaclip(frame: Frame, number: int, t: Count = 20_000, entries: File = POOL,
     """Keep a caption with the chance that any entry it contains draws it: t / max(count, t) each (MetaCLIP).
 
     entries: a file, one entry a line or a JSON list; or "pool": the words and pairs of words that at least `least`
-    captions contain. t: captions, or a share of the pool. An entry is contained where its words follow each other.
+    captions contain. t: captions, or a share of the pool. A text contains an entry if it has its words in a row.
     Source: MetaCLIP (arXiv:2309.16671), t = 20,000 for a list of 500,000 entries and 400 million pairs kept.
     # Differs from its release: case is folded, and punctuation ends a word; one draw a row by the joint chance
     # 1 - prod(1 - p) stands for one draw an entry, which is the same in distribution.
@@ -80,7 +80,7 @@ def metaclip(frame: Frame, number: int, t: Count = 20_000, entries: File = POOL,
 
 
 def draw_chances(rows: np.ndarray, entries: np.ndarray, counts: np.ndarray, t: int, num_rows: int) -> np.ndarray:
-    """Compute each row's chance to be drawn by any entry that it mentions, f64 [num_rows]; 0 where it mentions none."""
+    """Compute each row's chance to be drawn by any entry that it mentions, f64 [num_rows]; 0 if it mentions none."""
     with np.errstate(divide="ignore"):
         missed = np.log1p(-np.minimum(1, t / np.maximum(counts, 1)))
     return np.asarray(1 - np.exp(np.bincount(rows, missed[entries], minlength=num_rows)))
@@ -132,9 +132,9 @@ class Trie:
 
 
 def common_grams(blocks: Callable[[], Iterator[list[str]]], least: int) -> list[str]:
-    """List the words, and the pairs of neighbouring words, that at least `least` texts contain, in a fixed order.
+    """List the words and pairs of adjacent words that at least `least` texts contain, in a fixed order.
 
-    blocks: yields the texts anew each time. Reads them twice: a pair is common only if both its words are.
+    blocks: yields the texts anew at each call. Reads them twice, since a pair is common only if both its words are.
     """
     counts: dict[str, int] = {}
     for texts in blocks():

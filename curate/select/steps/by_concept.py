@@ -1,15 +1,15 @@
 """A step that balances what the pictures show: concepts of a vocabulary, found by the stored vectors.
 
-Each image has the few concepts that lie nearest to it (ask/matches.py). Of each concept's rows, the best first, the row
-at place r = 0, 1, … fills the share (r + 1) / q of the concept's quota q. A row counts by the least share that it has
-in any of its concepts, and the n rows of the least shares stay. So a row of a rare concept stays whatever else it
-shows, and a row of common concepts only if it is among their best: MetaCLIP's balance (1 - prod(1 - t / count) as the
-chance to be drawn), with ranks in the place of lots, and to the row. Rows without any concept come last, the best
+Each image has the few concepts that are nearest to it (ask/matches.py). A concept's rows are ordered best first; the
+row at place r = 0, 1, … gets the share (r + 1) / q of the concept's quota q. A row counts by its smallest share in any
+of its concepts, and the n rows with the smallest shares stay. So a row of a rare concept stays whatever else it shows,
+and a row of common concepts only if it is among their best: MetaCLIP's balance (which draws with the chance
+1 - prod(1 - t / count)), but by rank instead of chance, and exact to the row. Rows without any concept come last, best
 first.
 
-The quotas say how flat it becomes. With q = 1 for all, which is where no t is given, concepts are filled alike until
-the budget is reached: MetaCLIP with the t at which its draw would give n rows. With t, q = min(count, t): concepts up
-to t rows keep the same share of theirs, those beyond as many as one of t rows.
+The quotas decide how flat the distribution becomes. Without t, q = 1 for all, and concepts are filled alike until the
+budget is reached: MetaCLIP with the t at which its draw would give n rows. With t, q = min(count, t): concepts of up to
+t rows keep the same share of their rows, larger ones as many rows as one of t rows.
 """
 
 from typing import Any
@@ -39,11 +39,11 @@ def concepts(
     tail: Share = 0.0,
     keep: Keep = "max:clip_score",
 ) -> Verdict:
-    """Keep exactly n rows, as evenly over the concepts of a vocabulary as the pictures show them, the best first.
+    """Keep exactly n rows, as evenly as possible over the concepts of a vocabulary that the pictures show, best first.
 
     vocabulary: a file, one concept a line or a JSON list; "imagenet-22k" (or -12k, -1k): its classes; "pool": the
-    phrases that most of its captions have. per_image: concepts that an image has, at most. t: rows up to which a
-    concept is rare, as in MetaCLIP; tail: the share of all mentions that rare concepts shall have, which gives t
+    most frequent phrases of its captions. per_image: the most concepts that an image has. t: rows up to which a concept
+    is rare, as in MetaCLIP; tail: the share of all mentions that rare concepts should have, which determines t
     (MetaCLIP 2). keep: which of a concept's rows come first, as in `balance`.
     Source: concept balance of LLaVA-OneVision-1.5, whose code is unpublished; MetaCLIP (arXiv:2309.16671).
     """
@@ -76,9 +76,9 @@ def concepts(
 
 
 def find(frame: Frame, name: str, per_image: int) -> tuple[tuple[str, ...], np.ndarray, dict[str, Any]]:
-    """Find which concepts of a vocabulary each good row shows: i32 [n, per_image], -1 for none, worked out once.
+    """Find which concepts of a vocabulary each good row shows: i32 [n, per_image], -1 for none; computed once.
 
-    Returns the concepts, these, and what the vocabulary was.
+    Returns the concepts, this array, and what the vocabulary was.
     """
     good = np.flatnonzero(frame.good)
 
@@ -102,7 +102,7 @@ def find(frame: Frame, name: str, per_image: int) -> tuple[tuple[str, ...], np.n
 
 
 def count_alike(vectors_md: np.ndarray) -> int:
-    """Count the concepts whose very vector another has, too: words that the model does not know, as a rule."""
+    """Count the concepts that share their vector with another: usually words that the model does not know."""
     _, counts = np.unique(np.ascontiguousarray(vectors_md, np.float32), axis=0, return_counts=True)
     return int(counts[counts > 1].sum())
 
@@ -129,7 +129,7 @@ def tail_count(counts: np.ndarray, share: float) -> int:
 def account(
     listed: tuple[str, ...], before: np.ndarray, after: np.ndarray, num_before: int, num_after: int
 ) -> dict[str, Any]:
-    """Tell of the concepts before and after: over how many the rows are spread, and the commonest, gained and lost."""
+    """Describe the concepts before and after: over how many the rows are spread; the commonest, gained and lost."""
     there = np.flatnonzero(before)
     expected = before * (num_after / max(1, num_before))
     shift = (after - expected) / np.sqrt(np.maximum(expected, 1e-12))
@@ -156,6 +156,6 @@ GOES = (("gained", 1), ("lost", -1))
 
 
 def even_number(counts: np.ndarray) -> float:
-    """Compute over how many equal counts (of concepts, of clusters) they are as evenly spread: exp of the entropy."""
+    """Compute how many equal counts (of concepts, of clusters) would be spread as evenly: exp of the entropy."""
     shares = counts[counts > 0] / max(1, counts.sum())
     return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0

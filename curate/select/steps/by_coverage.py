@@ -1,4 +1,4 @@
-"""Steps that keep the rows which stand for their cluster, exactly as many as the budget."""
+"""Steps that keep the rows that best represent their cluster, exactly as many as the budget."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ SHARES = ("proportional", "even")
 
 
 def typical(frame: Frame, number: int, n: Count, neighbours: int = 5, share: str = "proportional") -> Verdict:
-    """Keep the n most typical rows: of each cluster by its size (PreSel), or as many of each (share="even", TypiClust).
+    """Keep the n most typical rows, from each cluster by its size (PreSel) or evenly (share="even", TypiClust).
 
-    A row is typical whose nearest neighbours in its cluster are near.
+    A row is typical if its nearest neighbours in its cluster are near.
     """
     if share not in SHARES or neighbours < 1:
         raise UsageError(
@@ -26,7 +26,7 @@ def typical(frame: Frame, number: int, n: Count, neighbours: int = 5, share: str
 
 
 def coincide(frame: Frame, number: int, n: Count, temperature: float = 0.1, sigma: float = 1.0) -> Verdict:
-    """Keep n rows: more of sparse clusters that lie near others, and inside each by kernel herding (COINCIDE)."""
+    """Keep n rows: more from sparse clusters that lie near others, and within each by kernel herding (COINCIDE)."""
     if temperature <= 0 or sigma <= 0:
         raise UsageError(f"coincide: temperature={temperature}, sigma={sigma}; expected both above 0.")
     fetch, groups, wanted, rng = _clusters(frame, number, n, "coincide")

@@ -1,7 +1,7 @@
-"""Steps that drop near-duplicates: all but one of each group, or pictures that stand under many captions whole.
+"""Steps that drop near-duplicates: all but one of each group, or all copies of a picture that has many captions.
 
-They read the near-duplicate forest that clustering stored. Which pairs count as near-duplicates is told by a cosine, or
-by the pool's own pixels (auto_threshold); which row of a group stays is decided in near_duplicates.
+They read the near-duplicate forest that clustering stored. Which pairs count as near-duplicates is decided by a cosine,
+or by the pool's own pixels (auto_threshold); which row of a group stays is decided in near_duplicates.
 """
 
 from collections.abc import Callable
@@ -37,12 +37,12 @@ def dedup(
 ) -> Verdict:
     """Keep one row of each group of near-duplicates (cosine > threshold; "auto": copies, by the pool's own pixels).
 
-    "auto" links two pictures whose hashes differ in at most 16 bits (8 where there is little evidence) and whose cosine
-    is above the threshold that auto_threshold finds, or whose cosine leaves no doubt; linked_pairs has the rule. Of
-    these it takes copies alone: pairs whose captions say mostly the same, or whose finer hashes agree (same_picture).
-    templates: also pictures made after one template, such as a T-shirt with other prints, whatever their captions say.
-    budget: rows that later steps keep. Where fewer are left whose captions match, the copies of highest clip_score stay
-    after all, as many as are lacking: a right pair twice teaches more than a wrong one (`_spare`).
+    "auto" links two pictures whose hashes differ in at most 16 bits (8 if there is little evidence) and whose cosine is
+    above the threshold of auto_threshold, or whose cosine leaves no doubt; linked_pairs has the rule.
+    Only copies among these count: pairs with mostly the same words in their captions, or whose finer hashes agree.
+    templates: pictures made from one template, such as T-shirts with different prints, count too, whatever they say.
+    budget: rows that later steps keep. If fewer rows with matching captions are left, the missing number is made up by
+    the copies with the highest clip_score: a right pair twice teaches more than a wrong one (`_spare`).
     """
     if rule not in RULES:
         raise unknown("rule of dedup", rule, RULES)
@@ -78,11 +78,10 @@ def dedup(
 
 
 def _spare(frame: Frame, copies: np.ndarray, budget: int) -> np.ndarray:
-    """Say which copies stay since the budget asks for more rows than match, bool [copies]. copies: i64, rows.
+    """Say which copies stay because the budget needs more rows than match, bool [copies]. copies: i64, rows.
 
-    Of the rows without copies, SPARED_AT times the share that mismatch would estimate is not counted on, but at most
-    SURELY times the lower end of its interval: weak scores on a small pool say little. None stays where there are no
-    scores to tell by.
+    Of the rows that are not copies, SPARED_AT times the share that `mismatch` would estimate counts as wrong, but at
+    most SURELY times the lower end of its interval: weak scores on a small pool say little. Without scores none stays.
     """
     spared = np.zeros(len(copies), bool)
     if frame.shuffled is None or frame.text_vectors is None:
@@ -98,7 +97,7 @@ def _spare(frame: Frame, copies: np.ndarray, budget: int) -> np.ndarray:
 def _joined_rows(frame: Frame, threshold: float) -> tuple[np.ndarray, Edges]:
     """List the rows with an edge above the threshold, i64 ascending, and these edges by the places in that list, i32.
 
-    All that dedup does grows with these rows, and no longer with the pool's.
+    The cost of all further work grows with these rows, no longer with the pool.
     """
     assert frame.edges is not None
     a, b, similarity, bits = frame.edges()
@@ -113,7 +112,7 @@ def _joined_rows(frame: Frame, threshold: float) -> tuple[np.ndarray, Edges]:
 
 
 def _pair_rule(frame: Frame, name: str, threshold: Threshold) -> tuple[PairRule, dict[str, Any]]:
-    """Say which pairs are linked, and what was found out for it. Raises: UsageError for a threshold under the floor."""
+    """Choose the rule that links pairs, and return its evidence. Raises: UsageError for a threshold under the floor."""
     assert frame.edges is not None
     if threshold == AUTO:
         _, _, similarity, bits = frame.edges()
@@ -121,7 +120,7 @@ def _pair_rule(frame: Frame, name: str, threshold: Threshold) -> tuple[PairRule,
         return evidence.rule, {"threshold": evidence.threshold, **evidence.facts()}
     if threshold < frame.floor:
         raise UsageError(
-            f"{name}: the threshold {threshold} lies under the floor of these clusters, {frame.floor}.",
+            f"{name}: the threshold {threshold} is below the floor of these clusters, {frame.floor}.",
             f"run `curate cluster … --floor {threshold}`, or use a threshold of at least {frame.floor}",
         )
     return cosine_rule(threshold), {"threshold": threshold}
@@ -130,14 +129,14 @@ def _pair_rule(frame: Frame, name: str, threshold: Threshold) -> tuple[PairRule,
 def _copy_test(
     frame: Frame, captions: Callable[[np.ndarray], list[str]] | None
 ) -> tuple[CopyTest | None, dict[str, Any]]:
-    """Make the test of copies where the sidecars have finer hashes; else say that templates count as copies."""
+    """Make the test for copies if the sidecars have finer hashes; else note that templates count as copies."""
     if frame.details is None:
         return None, {"templates": "count as copies: these embeddings have no finer hashes to tell them apart"}
     return CopyTest(frame.details, captions), {}
 
 
 def _compared(frame: Frame, threshold: float) -> dict[str, Any]:
-    """Say which share of the pairs above a threshold clustering compared, by its estimate at the next lower level."""
+    """Say what share of the pairs above a threshold clustering compared, by its estimate at the next lower level."""
     levels = [level for level in frame.recall.get("levels", []) if level["above"] <= threshold]
     return {"pairs_compared": levels[-1]["found"]} if levels and levels[-1]["pairs"] else {}
 
@@ -152,13 +151,13 @@ def placeholders(
     exact: bool = False,
     unrelated: bool = False,
 ) -> Verdict:
-    """Drop every row of a picture that stands under many captions ("image not found", a logo): not even one stays.
+    """Drop all rows of a picture that has many different captions ("image not found", a logo); not even one stays.
 
-    A picture is a component of near-duplicates above the threshold whose pixels agree, too, as far as they are known;
-    exact: rows of the same bytes, for which no clusters are needed. It goes if at least `copies` good rows of the pool
-    have it, earlier steps or not, and at least the share `captions` of them have a caption of their own. by: another
-    column than the caption, such as url, for pools where an error picture stands under one alt text. unrelated: it
-    goes only if its captions have no more to do with one another than any captions of the pool (unrelated_captions):
+    A picture is a component of near-duplicates above the threshold whose pixels also agree, as far as they are known;
+    exact: rows of the same bytes, for which no clusters are needed. It is dropped if at least `copies` good rows of the
+    pool have it, whether or not earlier steps dropped them, and at least the share `captions` of them have a caption of
+    their own. by: another column than the caption, such as url, for pools in which an error picture always has the same
+    alt text. unrelated: only if its captions have no more in common than any captions of the pool (unrelated_captions);
     then a few copies are enough to tell, `placeholders(3, unrelated=True)`.
     """
     if not 0 <= captions <= 1:

@@ -1,4 +1,4 @@
-"""Steps by the value of a column: bands, thresholds, the highest and the lowest.
+"""Steps that select by the value of a column: bands, thresholds, the highest and the lowest.
 
 Ranks count from the highest value, ties go by row order, and rows without a value (NaN) rank last.
 """
@@ -14,7 +14,7 @@ from curate.select.steps.ranks import highest, next_in_rank
 
 
 def rank(frame: Frame, number: int, column: Column, lo: float, hi: float) -> Verdict:
-    """Keep round(lo N) <= rank < round(hi N), counted from the highest, of the N rows alive."""
+    """Keep the rows with round(lo N) <= rank < round(hi N), counted from the highest, of the N rows left."""
     if not 0 <= lo < hi <= 1:
         raise UsageError(
             f"rank({column}, {lo}, {hi}): expected 0 <= lo < hi <= 1, shares counted from the highest value."
@@ -67,7 +67,7 @@ def _first(frame: Frame, values: np.ndarray, rank: np.ndarray, wanted: int) -> V
 
 
 def value_range(values: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
-    """Note between which values the kept rows lie, bool [n] or row numbers."""
+    """Report the range of values of the kept rows, given as bool [n] or row numbers."""
     kept = values[rows]
     kept = kept[~np.isnan(kept)] if values.dtype.kind == "f" else kept
     return {"lowest": float(kept.min()), "highest": float(kept.max())} if len(kept) else {}
@@ -80,10 +80,10 @@ HEADROOM = 1.5  # times the budget stay, as far as what goes lies beyond ALWAYS_
 def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 3.0, budget: Count = 0) -> Verdict:
     """Drop the lowest clip_scores: `factor` times the share of mismatched pairs, estimated from shuffled pairs.
 
-    Right and wrong captions overlap in their scores, so that dropping only the estimated share p of the N rows would
-    leave many wrong ones among the lowest that stay: `factor` p N go. With a budget B of rows that later steps keep,
-    at most max(2 p N, N - 1.5 B) and never more than N - B of them, so that those steps still have a choice. Where
-    nothing looks mismatched, nothing goes. The numbers were chosen on toy pools (pipelines/LOG.md). O(N log N) time.
+    Right and wrong captions overlap in their scores, so dropping only the estimated share p of the N rows would leave
+    many wrong ones among the lowest that stay: therefore `factor` p N are dropped. With a budget B of rows that later
+    steps keep, at most max(2 p N, N - 1.5 B) and never more than N - B are, so that those steps still have a choice. If
+    nothing looks mismatched, nothing is dropped. The numbers were chosen on toy pools (pipelines/LOG.md). O(N log N).
     """
     if factor < 0:
         raise UsageError(f"mismatch(factor={factor}): expected 0 or more.")
@@ -91,7 +91,9 @@ def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 3.0
     facts: dict[str, Any] = {}
     if share == AUTO:
         if frame.edges is None:
-            raise UsageError("mismatch() needs the scores of shuffled pairs, which clusters have.", CLUSTER_FIRST)
+            raise UsageError(
+                "mismatch() needs the scores of shuffled pairs, which `curate cluster` stores.", CLUSTER_FIRST
+            )
         share, facts = 0.0, {"why": "there are no two pairs to shuffle"}
         if frame.shuffled is not None:
             share, facts = auto_threshold.mismatch_share(

@@ -31,7 +31,7 @@ def exclude(frame: Frame, number: int, directory: Directory, threshold: float = 
 
 
 def image_based(frame: Frame, number: int, directory: Directory) -> Verdict:
-    """Keep the clusters that are the nearest one to at least one image of another EMB (DataComp's image-based)."""
+    """Keep the clusters that are the nearest to at least one image of another EMB (DataComp's image-based filter)."""
     if frame.centroids is None:
         raise UsageError("image_based() needs clusters; this directory has none.", CLUSTER_FIRST)
     centroids = frame.centroids()

@@ -1,24 +1,24 @@
-"""Clusters whose pictures contradict their captions: captions as other clusters have them, pictures unlike theirs.
+"""Clusters whose pictures contradict their captions: captions like those of other clusters, but different pictures.
 
-A picture that merely prints its caption gets a high clip_score wherever the embedder can read. Such pictures gather in
-clusters of their own, and balancing over clusters alone would give each of them its even share. They give themselves
-away: the captions of such a cluster are like those of clusters that score lower, but its pictures are like none of
-theirs. So each cluster is compared with the `NEIGHBOURS` clusters that have the nearest captions, by the mean cosine of
-their mean pictures, `likeness`.
+A picture that merely prints its caption gets a high clip_score if the embedder can read. Such pictures form clusters of
+their own, and balancing over clusters alone would give each of these an even share. They can be recognised: the
+captions of such a cluster are like those of clusters that score lower, but its pictures are unlike theirs. So each
+cluster is compared with the `NEIGHBOURS` clusters that have the nearest captions, by the mean cosine of their mean
+pictures, the `likeness`.
 
-What is usual is read off the lower half of the clusters by clip_score, among which printed captions are not: with the
-median m of their likeness and its 16 % quantile q (for a normal distribution m - q is one standard deviation), a
-cluster of the upper half at likeness f lies (m - f) / (m - q) deviations too low. Up to `DOUBTED` deviations it counts
-in full, from `CONTRADICTING` on not at all, in between linearly.
+The usual likeness is that of the lower half of the clusters by clip_score, which holds no printed captions. With its
+median m and its 16 % quantile q (for a normal distribution m - q is one standard deviation), a cluster of the upper
+half with likeness f is (m - f) / (m - q) deviations too low. Up to `DOUBTED` deviations it counts in full, from
+`CONTRADICTING` on not at all, in between linearly.
 
-On a natural pool that is also what a well-separated topic looks like: cars, beaches, football. So a cluster is only
-doubted if it shows what printed words are, too: at least `WRITTEN` of its rows looked at are writing, thin strokes on a
-plain ground (curate/embed/details.py). Rows whose pictures nobody looked at count as none.
+On a natural pool, a well-separated topic looks the same: cars, beaches, football. So a cluster is only doubted if it
+also looks like printed words: at least `WRITTEN` of its sampled rows are writing, thin strokes on a plain ground
+(curate/embed/details.py). Rows for which this was not recorded do not count as writing.
 
 Arrays in, arrays out. The mean of a few rows stands for a cluster, so that what is read does not grow with the pool.
 O(g² d) time for g clusters of d dimensions, little more than that of one product of all their captions, which is made
 `BLOCK` clusters at a time; above 32,768 clusters O(16,384 g d), by comparing with a sample of the lower half. Source:
-ours; pipelines/LOG.md has how the numbers were found.
+ours; pipelines/LOG.md says how the numbers were found.
 """
 
 from collections.abc import Iterator
@@ -138,10 +138,10 @@ def _highest_of_rows(x_rc: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
 
 
 def trust(similar_g: np.ndarray, plain_g: np.ndarray) -> np.ndarray:
-    """Say how much groups shall count, f64 [g] from 0 to 1, by their likeness. plain_g: bool, the yardstick.
+    """Say how much each group counts, f64 [g] from 0 to 1, by its likeness. plain_g: bool, the groups to compare with.
 
-    The groups of a score up to the median are the yardstick and count in full: what prints its caption scores high, and
-    a rare kind of picture does not. The others count by how far their likeness lies below the yardstick's.
+    The groups with scores up to the median are compared with, and count in full: pictures that print their caption
+    score high, and a rare kind of picture does not. The others count by how far their likeness lies below.
     """
     lower, middle = np.quantile(similar_g[plain_g], [0.16, 0.5])
     deviations = (middle - similar_g) / max(middle - lower, LEAST_SPREAD)
@@ -150,7 +150,7 @@ def trust(similar_g: np.ndarray, plain_g: np.ndarray) -> np.ndarray:
 
 
 def are_written(parts: GroupParts, asked_g: np.ndarray, writing: Fetch, rng: np.random.Generator) -> np.ndarray:
-    """Say of the groups asked about whether at least WRITTEN of up to ROWS_EACH of their rows are writing, bool [g].
+    """Say for the groups asked about whether at least WRITTEN of up to ROWS_EACH of their rows are writing, bool [g].
 
     asked_g: bool [g]. writing: row numbers to bool.
     """
@@ -163,11 +163,11 @@ def are_written(parts: GroupParts, asked_g: np.ndarray, writing: Fetch, rng: np.
 
 
 def weigh(parts: GroupParts, score_g: np.ndarray, fetch: tuple[Fetch, Fetch], rng: np.random.Generator) -> np.ndarray:
-    """Say how much groups shall count, f64 [g], from their mean clip_scores and a few rows' vectors.
+    """Say how much each group counts, f64 [g], from its mean clip_score and the vectors of a few rows.
 
-    fetch: of pictures and of captions. More groups than MAX_ROWS allows LEAST_EACH rows of are worked in turns, all of
-    them compared with a random sample of the plain ones, half as many as a turn: memory and the time for one group stay
-    what they are.
+    fetch: of pictures and of captions. If MAX_ROWS does not allow LEAST_EACH rows of each group, groups are processed
+    in turns, all compared with a random sample of the plain ones, half as large as a turn: memory and the time per
+    group do not grow.
     """
     plain = score_g <= np.median(score_g)
     turn = MAX_ROWS // LEAST_EACH

@@ -1,20 +1,20 @@
-"""Where copies begin among cosines alone, for embeddings that came without pixels.
+"""Find where copies begin from cosines alone, for embeddings that came without pixels.
 
-Distinct pictures thin out towards a cosine of 1: of points of D dimensions, the number with a neighbour nearer than r
-falls like r^D, which over s = -log(1 - cosine) is an exponential. Copies, made by rescaling or recompressing, lie at
-small distances of their own. Where the two are apart, the histogram of s over the near-duplicate forest's edges falls,
-has a valley, and rises again. (An edge of the forest is a row that deduplication drops, and each row's nearest
-neighbour is one, so that the histogram counts rows.)
+Distinct pictures become rarer towards a cosine of 1: among points in D dimensions, the number with a neighbour nearer
+than r falls like r^D, which over s = -log(1 - cosine) is an exponential. Copies, made by rescaling or recompressing,
+are at small distances of their own. If the two are apart, the histogram of s over the near-duplicate forest's edges
+falls, has a valley, and rises again. (Each edge of the forest is a row that deduplication drops, and each row's nearest
+neighbour is joined by one, so the histogram counts rows.)
 
 A cut at v is accepted if
     it lies in a valley: some stretch to its right is at least twice as dense and `SIGMAS` standard deviations above,
     the exponential fitted to the falling flank left of v (its upper third, less the valley's own density; a truncated
     exponential's mean gives the rate, one standard error taken off) leaves few look-alikes beyond v: at most `IMPURE`
     of the pairs there, and at most `WRONGED` of the pool's rows, and
-    at most `MOST` of the rows lie beyond: more are no copies, but a pool that the embedder sees as one.
-The lowest accepted cut from `LEAST_COSINE` on is taken. Where the valley ends before that, LEAST_COSINE is, if hardly a
-pair lies between. Where there is no valley, nothing is said: look-alikes that grade into copies cannot be told apart
-by their cosines. O(m) time for m edges. Source: ours; pipelines/README.md has how it does.
+    at most `MOST` of the rows lie beyond: more than that are not copies, but a pool that the embedder sees as one.
+The lowest accepted cut from `LEAST_COSINE` on is taken. If the valley ends before that, LEAST_COSINE is taken, provided
+that hardly a pair lies between. If there is no valley, there is no result: look-alikes that blend into copies cannot be
+told apart by their cosines. O(m) time for m edges. Source: ours; pipelines/README.md says how well it does.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ WINDOWS = (1, 3, 7)  # bins, of the stretch that is denser than the valley
 
 @dataclass(frozen=True)
 class Gap:
-    """From which cosine on pairs are copies; how many pairs lie above, and how many of them may be look-alikes."""
+    """The cosine from which on pairs are copies; how many pairs lie above, and how many of them may be look-alikes."""
 
     threshold: float
     pairs: int
@@ -41,7 +41,7 @@ class Gap:
 
 
 def find_gap(similarity: np.ndarray, rows: int, floor: float) -> Gap | None:
-    """Find the cosine that parts look-alikes from copies, or None where nothing shows it.
+    """Find the cosine that separates look-alikes from copies, or None if nothing shows it.
 
     similarity: f32 [m], the near-duplicate forest's edges above the floor. rows: of the pool.
     """

@@ -1,10 +1,10 @@
-"""Which rows stand for their group: typicality, density, kernel herding, and how redundant a row is.
+"""Which rows represent their group: typicality, density, kernel herding, and how redundant a row is.
 
-Typicality: a row whose nearest neighbours are near lies where its group is dense; 1 / mean distance to the k nearest.
-Density: the mean of the Gaussian kernel exp(-|x - y|² / 2σ²) over a group's pairs. Herding: rows are taken one by one,
-each time the one that brings the chosen rows' distribution nearest to the whole group's (maximum mean discrepancy).
-Redundancy: how much a row points where the other rows point, once the mean is taken off, by one sum of unit vectors in
-the place of all pairs. Each function names its paper, its formula and its cost.
+Typicality: 1 / mean distance to the k nearest neighbours, which is high where the group is dense. Density: the mean of
+the Gaussian kernel exp(-|x - y|² / 2σ²) over a group's pairs. Herding: rows are chosen one by one, each time the one
+that brings the chosen rows' distribution nearest to the whole group's (maximum mean discrepancy). Redundancy: how much
+a row points in the same direction as the others, after subtracting the mean, by one sum of unit vectors instead of all
+pairs. Each function names its paper, its formula and its cost.
 
 Numerics on unit vectors. `fetch` returns the vectors of some rows, f16 or f32 [m, d]: an array's `x.__getitem__`, or
 what reads them from disk. `groups` says which cluster each row belongs to; rows of a negative group are left out. Only
@@ -32,7 +32,7 @@ SAME_CONCEPT = 0.9  # COINCIDE: centroids closer than this are no other concept
 
 @dataclass(frozen=True)
 class Chosen:
-    """Rows chosen, and who would come next, each in the order of rank. facts: for the funnel."""
+    """Rows chosen, and those that would come next, each in order of rank. facts: for the funnel."""
 
     rows: np.ndarray
     reserve: np.ndarray
@@ -93,7 +93,7 @@ def most_typical(
 ) -> Chosen:
     """Choose n rows: of each group its most typical ones, as many as its share of the rows asks for.
 
-    even: as many of each group as of the other, as far as their sizes allow. n is at most the number of rows in groups.
+    even: equally many of each group, as far as their sizes allow. n is at most the number of rows in groups.
     Source: PreSel (arXiv:2503.07591), quotas in proportion; TypiClust takes one of each group.
     """
     score = typicality(fetch, groups, neighbours, rng)

@@ -1,9 +1,9 @@
-"""The rows of groups, some groups at a time: what a step needs beside its columns is a part's, and not the pool's.
+"""The rows of groups, a few groups at a time: beside its columns, a step needs memory for a part, not for the pool.
 
-Sorting all rows by their group takes a hundred bytes a row. What is decided inside each group needs no such thing: the
-groups are cut, by value, into up to `MAX_PARTS` parts of about equal numbers of rows, each row is given the number of
-its part (one byte), and a part is worked as if it were the pool. Groups come in ascending order, and rows inside a part
-too, so that no result depends on the cuts. A group that is larger than a part is one by itself.
+Sorting all rows by their group takes a hundred bytes per row. Decisions inside each group do not need that: the groups
+are cut, by value, into up to `MAX_PARTS` parts of about equal numbers of rows, each row gets the number of its part
+(one byte), and each part is processed as if it were the pool. Groups come in ascending order, and so do rows inside a
+part, so no result depends on the cuts. A group that is larger than a part is a part by itself.
 
 Cost: one byte a row, 16 a group, and some 100 for each row of the largest part. O(n log n) time.
 """
@@ -22,7 +22,7 @@ NO_PART = 255
 
 @dataclass(frozen=True)
 class Part:
-    """Some groups whole. rows: i64 [m], ascending. place: i64 [m], each row's group, from 0. groups: those of all."""
+    """Some complete groups. rows: i64 [m], ascending. place: i64 [m], each row's group, from 0. groups: their slice."""
 
     rows: np.ndarray
     place: np.ndarray
@@ -37,7 +37,7 @@ class Part:
 class GroupParts:
     """Rows by their groups. names: the groups' values, ascending, [g]. sizes: their rows, i64 [g].
 
-    Iterating yields the parts, as often as is asked; together they have each row and each group once.
+    Iterating yields the parts, any number of times; together they have each row and each group once.
     """
 
     def __init__(self, values: np.ndarray, among: np.ndarray) -> None:

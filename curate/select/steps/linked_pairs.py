@@ -9,11 +9,12 @@ The rule of a pair, written out: it is linked if
 and a `test` may refuse any of these (same_picture).
 
 Groups of near-duplicates are the connected components of that graph over all pairs. Clustering stored the maximum
-spanning forest of the cosines alone, in which a linked pair may be missing: heavier edges that are not linked join its
-two rows. So the forest serves as follows. Each linked pair lies inside one component of the edges above `threshold` (a
-*whole*). Edges of the forest that are linked are taken as they are; they already join any two rows above `anyhow`,
-unless a row between them was dropped or a link refused, and then these are compared again. What is still apart inside a
-whole can be joined by pixels only: all its hashes are compared, and of the pairs that agree the exact cosine decides.
+spanning forest of the cosines alone, in which a linked pair may be missing, because heavier edges that are not linked
+join its two rows. So the forest is used as follows. Each linked pair lies inside one component of the edges above
+`threshold` (a *whole*). Edges of the forest that are linked are taken as they are; they already join any two rows above
+`anyhow`, unless a row between them was dropped or a link refused; in that case these rows are compared again. Pieces of
+a whole that are still apart can be joined only by pixels: all its hashes are compared, and for pairs that agree the
+exact cosine decides.
 
 Cost: for wholes that are not one group, m² comparisons of hashes for m rows, and the vectors of the pairs that agree.
 Memory: the edges above the threshold, and blocks.
@@ -39,7 +40,7 @@ Hashes = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # row numbers to
 
 @dataclass(frozen=True)
 class PairRule:
-    """When a pair is linked (see above). threshold <= anyhow, unknown; all the same: by cosine alone."""
+    """When a pair is linked (see above). threshold <= anyhow, unknown; if all are equal, by cosine alone."""
 
     threshold: float
     anyhow: float
@@ -48,7 +49,7 @@ class PairRule:
 
     @property
     def by_cosine_alone(self) -> bool:
-        """Say whether the pixels have no say."""
+        """Say whether pixels play no part."""
         return self.threshold == self.anyhow == self.unknown
 
     def links(self, similarity: np.ndarray, bits: np.ndarray) -> np.ndarray:

@@ -7,9 +7,9 @@ group, named because they differ (their survivors grow in this order):
     semdedup    drop a row if it is linked to a row before it, dropped or not, as in SemDeDup's code (arXiv:2303.09540)
     greedy      drop a row if it is linked to a row kept before it: no two survivors are linked
 
-The forest decides `components` by itself where pairs are linked by cosine alone and no row of a component has been
-dropped before. Everything else needs the products of the rows concerned, which all lie inside components: `vectors`
-fetches just these.
+The forest alone decides `components` if pairs are linked by cosine alone and no row of a component has been dropped
+before. Everything else needs the products of the rows concerned, which are all inside components: `vectors` fetches
+only these.
 """
 
 from dataclasses import dataclass, field
@@ -98,7 +98,7 @@ def resolve(
 
 
 def _describe(similarity: np.ndarray, sizes: np.ndarray, alive: int) -> dict[str, Any]:
-    """Sum up the components: many rows in one, or weak links, are the signs of a threshold that chains."""
+    """Summarise the components: many rows in one, or weak links, show that the threshold chains."""
     return {
         "components": len(sizes),
         "rows_in_components": int(sizes.sum()),
@@ -191,9 +191,9 @@ def _drop_greedily(i: np.ndarray, j: np.ndarray, dropped: np.ndarray) -> None:
 def weakest_links(edges: Joined, starts: np.ndarray, num_rows: int) -> np.ndarray:
     """Find for each row the weakest edge on the forest's path to its tree's start, f32 [n]; NaN off the trees.
 
-    starts: i64, one row for each tree. Leaves are taken off round by round, then looked at from the last round to the
-    first. The exclusive or of the numbers of a row's edges that are left is, at a leaf, the number of its only one:
-    12 bytes a row, and O(n log n).
+    starts: i64, one row for each tree. Leaves are removed round by round, then visited from the last round to the
+    first. Each row holds the exclusive or of the numbers of its remaining edges, which at a leaf is the number of its
+    only edge: 12 bytes a row, and O(n log n).
     """
     a, b, similarity = edges
     weakest = np.full(num_rows, np.nan, np.float32)

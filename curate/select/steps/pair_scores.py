@@ -1,9 +1,9 @@
 """Scores of image-text pairs from stored embeddings: how well they match among others, and how near a target they are.
 
 negCLIPLoss: a cosine says little by itself, since some images and captions (plain ones) have high cosines with
-everything. From each pair's cosine is taken off what its image has with all captions of a batch and its caption with
-all images, as a softmax average at temperature t: s_ii - t/2 (log sum_j exp(s_ij / t) + log sum_j exp(s_ji / t)). A
-pair keeps a high score only if it matches better than chance company does.
+everything. So from each pair's cosine a softmax average at temperature t is subtracted, of its image with all captions
+of a batch and of its caption with all images: s_ii - t/2 (log sum_j exp(s_ij / t) + log sum_j exp(s_ji / t)). A pair
+keeps a high score only if it matches better than random company does.
 
 NormSim: how near an image is to a target set, the p-norm of its cosines to all targets; p = inf is the nearest one.
 

@@ -1,10 +1,11 @@
-"""How a budget is shared among groups: evenly, by weight, or down a tree, and always to the last row.
+"""How a budget is shared among groups: evenly, by weight, or down a tree, and always exactly.
 
-All three are water-filling. Groups are vessels of their size s_i, the budget B is water, and water stands at one level
-L in all of them: q_i = min(L w_i, s_i) with sum q_i = B, where every w_i is 1 for even shares. The sum grows with L, so
-there is one such level: `water_fill` finds the whole one by bisection and gives what is left over to random groups, one
-row each; `weighted_fill` sorts the groups by the level s_i / w_i at which they are full, reads off between which two of
-these L lies, and rounds by largest fractions. Down a tree each node's quota is shared among its children the same way.
+All three are water-filling. Groups are vessels of size s_i, the budget B is water, and the water has the same level L
+in all of them: q_i = min(L w_i, s_i) with sum q_i = B, where every w_i is 1 for even shares. The sum grows with L, so
+there is one such level: `water_fill` finds the whole-numbered one by bisection and gives what is left over to random
+groups, one row each; `weighted_fill` sorts the groups by the level s_i / w_i at which they are full, finds the two of
+these between which L lies, and rounds by largest fractions. Down a tree, each node's quota is shared among its children
+the same way.
 
 Quotas are whole numbers, at most a group's size, that sum to the budget exactly. Arrays in, arrays out. O(k log k) time
 for k groups.
@@ -59,9 +60,9 @@ def water_fill_tree(
 def weighted_fill(sizes: np.ndarray, weights: np.ndarray, total: int) -> np.ndarray:
     """Find quotas min(level * weight, size) that sum to exactly `total`, in whole rows.
 
-    What a full group cannot take goes to the others by their weights; rounding goes to the largest fractions, ties to
-    the lowest number: one row a group at most, and a cluster's number is an accident of its fit, so no kind of picture
-    is favoured. Groups of weight 0 (or next to it) get what nobody else can take, evenly.
+    What a full group cannot take goes to the others by their weights. Rounding favours the largest fractions, ties the
+    lowest number, by at most one row per group; a cluster's number is an accident of its fit, so no kind of picture is
+    favoured. Groups of weight 0 (or nearly 0) share evenly what no other group can take.
     total: at most the sum of the sizes. Returns i64 [k]. O(k log k) time.
     """
     sizes, weights = np.asarray(sizes, np.int64), np.where(weights > LEAST_WEIGHT, weights, 0.0)

@@ -1,4 +1,4 @@
-"""Rows by their rank in a column, without sorting the column where a part of the order is all that is asked.
+"""Rows by their rank in a column, without sorting the whole column if only part of the order is needed.
 
 Ranks count from the highest value, ties go by row order, and rows without a value (NaN) rank last.
 """

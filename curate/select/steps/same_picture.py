@@ -1,14 +1,14 @@
-"""Whether two pictures that look alike are copies of one: asked of pairs that cosine and coarse hash have linked.
+"""Whether two similar pictures are copies of one: a test for pairs that cosine and coarse hash have linked.
 
 A copy, for a model that learns from pictures with captions, is a picture that shows nothing new: the same photograph
-resized, recompressed, cut a little, framed, mirrored or with a line printed over it. Another print on the same T-shirt,
-another picture on the same wall, a meme with other words are none where the caption speaks of it: the coarse shape is
-one template's, and what the captions name differs. So
+resized, recompressed, slightly cropped, framed, mirrored or with a line printed over it. Different prints on the same
+T-shirt, different pictures on the same wall, memes with different words are not copies if the captions mention the
+difference: the coarse shape is that of one template, but the captions name different things. So
 
     a linked pair is a copy if the words of its captions are mostly the same (more than LIKE of all their words), or
     if the finer hashes agree: of 144 bits at most MOST_BITS differ, whole against whole or whole against a middle of
     the other, as they are or mirrored (curate/embed/details.py); or
-    if a finer hash is unknown: then nothing tells the two apart.
+    if a finer hash is unknown: then the two cannot be told apart.
 
 A pair without any words counts as alike. Cost: 72 bytes for each row of the pairs, and the captions of pairs whose
 hashes differ; BLOCK pairs at a time.
@@ -48,7 +48,7 @@ def detail_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def word_overlap(a: Sequence[str], b: Sequence[str]) -> np.ndarray:
-    """Say which share of the words of both texts stands in each of them, f64 [m]; 1 where neither has any."""
+    """Return what share of the words of two texts both contain, f64 [m]; 1 if neither has any."""
     found = []
     for one, other in zip(a, b, strict=True):
         left, right = set(words(one)), set(words(other))
@@ -59,7 +59,7 @@ def word_overlap(a: Sequence[str], b: Sequence[str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CopyTest:
-    """The test above, of pairs of row numbers. captions: None leaves the words out, so that hashes alone decide."""
+    """The test above, for pairs of row numbers. captions: None leaves the words out, so that hashes alone decide."""
 
     details: Details
     captions: Callable[[np.ndarray], list[str]] | None

@@ -1,13 +1,13 @@
-"""Whether the captions of one picture have anything to do with one another: those of "image not found" have not.
+"""Whether the captions of one picture are related to one another: those of "image not found" are not.
 
-Two captions of one photograph share words and lie near each other; captions that stand under one placeholder are any
-captions. So the captions of a picture are compared pair by pair, and so are random pairs of the pool's captions: a
-picture's captions are unrelated if the mean over their pairs is at most the random pairs' mean plus ABOVE standard
-deviations, first by the share of words that they have in common, which may be MOST_COMMON at most, and then, where
-captions have embeddings, by their cosines as well: words alone would take captions in a script without spaces, or in
-two languages, for unrelated.
+Two captions of one photograph share words and have similar embeddings; the captions of a placeholder are arbitrary. So
+the captions of a picture are compared pair by pair, and so are random pairs of the pool's captions: a picture's
+captions are unrelated if the mean over their pairs is at most the random pairs' mean plus ABOVE standard deviations,
+first by the share of words that they have in common, which may be MOST_COMMON at most, and then, if captions have
+embeddings, by their cosines as well: by words alone, captions in a script without spaces, or in two languages, would
+seem unrelated.
 
-Up to MOST_EACH rows of a picture are read and SAMPLE of the pool, from STRETCHES places.
+Up to MOST_EACH rows of a picture are read, and SAMPLE rows of the pool, from STRETCHES places.
 """
 
 import numpy as np
@@ -66,7 +66,7 @@ def _pairs(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _common_words(frame: Frame, rows: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return which share of the words of pairs of captions both have, f64 [m]; rows without captions have none."""
+    """Return what share of a pair's words both captions have, f64 [m]; rows without captions have no words."""
     try:
         texts = np.array(frame.captions(rows), object)
     except UsageError:
