@@ -1,1 +1,1 @@
-"""Embeddings to clusters, and to the near-duplicates inside each."""
+"""From embeddings to clusters, and to the near-duplicates inside each."""

@@ -1,4 +1,4 @@
-"""Every row to its nearest centroid: a shard's clusters as its sidecar, its vectors scattered by bucket of clusters.
+"""Assign every row to its nearest centroid: clusters go to the shard's sidecar, vectors to buckets of clusters.
 
 In: `EMB/{stem}.arrow`, read once, and `CLU/centroids.npy`. Out: `CLU/{stem}.arrow` for each shard, and one file of
 scattered vectors for each part of the pool (`scatter`). Cost: 2 k d operations a row.
@@ -21,7 +21,7 @@ from curate.vectors import kmeans, on_device
 
 
 def is_ok(table: pa.Table) -> np.ndarray:
-    """Say which rows of an embedding sidecar are good, bool, from its column `status`."""
+    """Return which rows of an embedding sidecar are good, bool, from its column `status`."""
     return np.asarray(sidecar.codes(table["status"], ["ok"]) == 0)
 
 
@@ -34,7 +34,7 @@ def digest(centroids_kd: np.ndarray) -> str:
 class Assign:
     """Assign the rows of a part of the pool to centroids, write its shards' sidecars, and scatter its vectors.
 
-    kept: shards that stand assigned to these centroids in the directory `home`; they are scattered alone.
+    kept: shards that are already assigned to these centroids in the directory `home`; they are only scattered.
     """
 
     emb: str
@@ -57,7 +57,7 @@ class Assign:
         self.first_row = dict(zip(rows, np.cumsum([0, *rows.values()]).tolist(), strict=False))
 
     def __call__(self, part: str) -> dict[str, Any]:
-        """Work one part, named by its first stem. Returns rows and good rows."""
+        """Process one part, named by its first stem. Returns rows and good rows."""
         tables = self.source.sidecars.tables(["status", "phash", "image_embedding"], self.parts[part])
         shards = [_columns(stem, table, self.centroids.shape[1]) for stem, table in tables]
         found = [self._shard(stem, *shard[:2]) for stem, shard in zip(self.parts[part], shards, strict=True)]

@@ -1,12 +1,12 @@
 """Cluster a pool: `curate cluster EMB CLU`.
 
 In: `EMB/{stem}.arrow`. Out: `CLU/centroids.npy` f32 [k, d], `CLU/{stem}.arrow` (cluster and cosine to its centroid),
-`CLU/edges.arrow` (each cluster's near-duplicate forest above a floor), `CLU/fit.json` (how the centroids came about).
+`CLU/edges.arrow` (each cluster's near-duplicate forest above a floor), `CLU/fit.json` (how the centroids were fitted).
 
 Three passes: fit on a sample of rows; assign every row, shard by shard, and scatter the vectors to buckets of clusters
-under `CLU/.buckets`; find the near-duplicates in each cluster, bucket by bucket. The scatter takes the image vectors'
-size on disk until the end. Memory: the sample (1 GiB by default) on the driver, then one shard or one bucket for each
-worker.
+under `CLU/.buckets`; find the near-duplicates in each cluster, bucket by bucket. Until the end the scattered vectors
+take as much disk space as the image vectors. Memory: the sample (1 GiB by default) on the driver, then one shard or one
+bucket for each worker.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ FIT_CLAIM, FINISH_CLAIM = ".fit.claim", ".finish.claim"
 def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, Any]:
     """Cluster the good rows of `emb` and find the near-duplicates in each cluster. Returns the manifest.
 
-    Raises: UsageError when k does not suit the rows, ShardError when a sidecar cannot be read.
+    Raises: UsageError if k does not suit the rows, ShardError if a sidecar cannot be read.
     """
     source = open_input(emb, "embed", "import")
     rows_ok = {stem: int(is_ok(table).sum()) for stem, table in source.sidecars.tables(["status"])}
@@ -126,7 +126,7 @@ def _is_finished(output: Output) -> bool:
 
 
 def _once(job: Job, claimed: str, done: Callable[[], bool], work: Callable[[], None]) -> None:
-    """Do what is not done yet; of several slices one does it, and the others wait."""
+    """Do work that is not done yet; of several slices one does it, and the others wait."""
     if job.part is not None:
         claim.once(claimed, done, work)
     elif not done():
@@ -134,7 +134,7 @@ def _once(job: Job, claimed: str, done: Callable[[], bool], work: Callable[[], N
 
 
 def _assign(source: Artefact, output: Output, neighbours: int, buckets: int, job: Job) -> Outcome:
-    """Assign and scatter what this slice has to, of the parts that lack a sidecar or their scattered vectors."""
+    """Assign and scatter this slice's share of the parts that lack a sidecar or their scattered vectors."""
     parts = scatter.parts(source.rows)
     missing, unscattered = set(output.missing(source.stems)), set(scatter.missing(output.directory, list(parts)))
     # Looked at after the scatter, which is removed only once the edges are there.
@@ -148,7 +148,7 @@ def _assign(source: Artefact, output: Output, neighbours: int, buckets: int, job
 
 
 def _unassigned(source: Artefact, output: Output) -> list[str]:
-    """List the shards that other slices have to assign, or to scatter: those that are kept are scattered, too."""
+    """List the shards that other slices still have to assign or scatter: kept shards are scattered, too."""
     parts = scatter.parts(source.rows)
     unscattered = [stem for part in scatter.missing(output.directory, list(parts)) for stem in parts[part]]
     left = {*output.missing(source.stems), *([] if edges.are_joined(output) else unscattered)}
@@ -157,7 +157,7 @@ def _unassigned(source: Artefact, output: Output) -> list[str]:
 
 @dataclass
 class _Found:
-    """What a slice found: rows compared, seconds, and what other slices are still at."""
+    """What a slice found: rows compared, seconds, and what other slices are still working on."""
 
     rows: int = 0
     seconds: float = 0.0
@@ -169,7 +169,7 @@ def _find_edges(output: Output, task: edges.FindEdges, buckets: int, job: Job) -
     found = _Found()
 
     def compare(task: Task, items: Sequence[Any], missing: Callable[[], list[Any]], unit: str) -> bool:
-        """Work what is missing of this slice's items; say whether all of them are there."""
+        """Process this slice's missing items; returns whether all items are there."""
         lacking = set(missing())
         # Looked at after the files, which are removed only once the edges are there.
         if edges.are_joined(output):
@@ -206,8 +206,8 @@ def _sizes(source: Artefact, output: Output, rows_ok: dict[str, int]) -> tuple[n
         used = facts.get("centroids")
         if used != centroids:
             raise ContractError(
-                f"{where} was assigned to other centroids ({used}) than {CENTROIDS} ({centroids}).",
-                "--overwrite makes the directory anew",
+                f"{where} was assigned to centroids {used}, but {CENTROIDS} now holds {centroids}.",
+                "make the directory anew with --overwrite",
             )
         return facts.get("device", "cpu"), np.asarray(table["cluster"].to_numpy())
 
@@ -230,22 +230,26 @@ def _dimensions(source: Artefact) -> int:
 def _resolve(
     options: ClusterOptions, source: Artefact, rows: int, dim: int, before: Mapping[str, Any]
 ) -> tuple[ClusterOptions, dict[str, Any]]:
-    """Fill in what was left to us and name the inputs. before: the manifest of what stands there.
+    """Fill in options left at 0 and name the inputs. before: the manifest of the existing clusters.
 
-    Raises: UsageError for a k, sample or floor that cannot be.
+    Raises: UsageError for an impossible k, sample or floor.
     """
     inputs: dict[str, Any] = {"embeddings": source}
     if EDGES.removesuffix(".arrow") in source.stems:
-        raise UsageError(f"{source.directory} has a shard called {EDGES}, a name that clusters need.", "rename its tar")
+        raise UsageError(
+            f"{source.directory} has a shard called {EDGES}, a name that `curate cluster` needs for its own file.",
+            "rename its tar",
+        )
     if not rows:
         raise UsageError(f"{source.directory} has no good row to cluster.", f"curate show {source.directory}")
     if options.neighbours not in (1, 2):
-        raise UsageError(f"neighbours={options.neighbours} is neither 1 nor 2 clusters.", "--neighbours 2")
+        raise UsageError(f"neighbours={options.neighbours} is neither 1 nor 2.", "--neighbours 2")
     if not -1 < options.floor < 1:
-        raise UsageError(f"floor={options.floor} is no cosine; it must lie between -1 and 1.", "--floor 0.80")
+        raise UsageError(f"floor={options.floor} is not a cosine: expected a number between -1 and 1.", "--floor 0.80")
     if options.centroids and (options.k or options.refit):
         raise UsageError(
-            "--centroids gives the clusters: --k and --refit fit others.", "leave either out (in a pipeline: k = 0)"
+            "--centroids gives the clusters: --k and --refit fit others.",
+            "leave one of them out (in a pipeline: k = 0)",
         )
     if options.centroids:
         given = _load_centroids(options.centroids, dim)
@@ -263,21 +267,21 @@ def _resolve(
     if sample < k:
         raise UsageError(f"a sample of {sample:,} rows cannot fit k={k:,} clusters.", f"--sample {min(rows, 256 * k)}")
     if options.iters < 1:
-        raise UsageError(f"iters={options.iters} is not at least 1.", "--iters 20")
+        raise UsageError(f"iters={options.iters}: expected at least 1.", "--iters 20")
     return replace(options, k=k, sample=sample, neighbours=min(k, options.neighbours)), inputs
 
 
 def _recorded(options: ClusterOptions) -> dict[str, Any]:
-    """Name what the directory is made with; given centroids are an input, known by their content."""
+    """Return the options to record; given centroids are an input, identified by their content."""
     return {name: value for name, value in asdict(options).items() if name not in ("centroids", "refit")}
 
 
 def _load_centroids(location: str, dim: int) -> np.ndarray:
-    """Read centroids f32 [k, d]. Raises: UsageError when the file is no such array."""
+    """Read centroids f32 [k, d]. Raises: UsageError if the file does not hold such an array."""
     try:
         found = sidecar.load_npy(location)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{location} is no readable .npy array: {error}") from None
+        raise UsageError(f"{location} is not a readable .npy array: {error}") from None
     if found.ndim != 2 or found.shape[1] != dim or found.dtype.kind != "f" or not len(found):
         raise UsageError(
             f"{location} holds {found.dtype} {list(found.shape)}; expected floats [k, {dim}], k at least 1."
@@ -299,7 +303,7 @@ def _fit(
     job: Job,
     kept: Mapping[str, Any],
 ) -> np.ndarray:
-    """Write the centroids, and how they came about with the scores of shuffled pairs. Returns a small sample's images.
+    """Write the centroids, and how they were fitted, with shuffled pairs' scores. Returns a small sample's images.
 
     kept: the manifest of the state whose centroids stay, or nothing. The rows of the fit and those of the small sample
     are read in one pass.
@@ -341,7 +345,9 @@ def _fit(
 def _refuse_failures(failed: dict[Any, str]) -> None:
     if failed:
         name, why = next(iter(failed.items()))
-        raise ShardError(f"{len(failed)} part(s) failed, first {name}: {why}", "fix that and run again; it resumes")
+        raise ShardError(
+            f"{len(failed)} part(s) failed, first {name}: {why}", "fix that and run the same command again; it resumes"
+        )
 
 
 def _recall(images: np.ndarray, options: ClusterOptions, output: Output) -> dict[str, Any]:

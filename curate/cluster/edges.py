@@ -48,7 +48,7 @@ class FindEdges:
         self.parts = list(scatter.parts(manifest.open_input(self.emb).rows))
 
     def __call__(self, bucket: int) -> dict[str, Any]:
-        """Work one bucket. Returns its rows and edges."""
+        """Process one bucket. Returns its rows and edges."""
         rows = scatter.read_rows(self.out, self.parts, bucket)
         # Of each cluster its members, then the rows that probe it, each in the order of rows, which is that of reading.
         order = np.lexsort((rows.probe, rows.cluster))
@@ -136,12 +136,12 @@ def missing(output: manifest.Output, buckets: int) -> list[int]:
 
 
 def are_joined(output: manifest.Output) -> bool:
-    """Say whether the edges are there, and what they were found in is removed: by this run or by another slice."""
+    """Say whether this run or another slice has joined the edges; the buckets are then removed."""
     return paths.exists(output.path(EDGES)) or output.overtaken()
 
 
 def blocks(output: manifest.Output, buckets: int) -> list[giants.Block]:
-    """List the blocks of the giant clusters that were cut into chunks, as the buckets record them; none at the end."""
+    """List the blocks of the giant clusters, as the buckets record them; none once these are removed at the end."""
     try:
         places = [edges_path(output.directory, bucket) for bucket in range(buckets)]
         facts = list(ranges.ahead(output.directory, sidecar.facts, places))

@@ -1,10 +1,10 @@
-"""A giant cluster as many pieces of work: its rows cut into chunks, every two chunks compared by themselves.
+"""Split a giant cluster into many pieces of work: its rows are cut into chunks, and chunks compared two by two.
 
-A cluster that holds a large share of all comparisons would be one worker's alone. Its different rows are therefore
-written in chunks of some thousand, and an item of work is a block: a chunk with itself, or two chunks across. Each
-block leaves a maximum spanning forest, and the forest of all blocks' edges is the cluster's, to the byte: the forest of
-a union is the forest of the union of forests (`curate.vectors.forest`). A block of two chunks begins with the forests
-of the chunks themselves, where they are there already: pairs that those connect at a higher cosine are passed over.
+A cluster that holds a large share of all comparisons would keep one worker busy alone. Its distinct rows are therefore
+written in chunks of a few thousand, and an item of work is a block: a chunk with itself, or two chunks across. Each
+block gives a maximum spanning forest, and the forest of all blocks' edges is the cluster's, to the byte: the forest of
+a union is the forest of the union of forests (`curate.vectors.forest`). A block of two chunks starts from the forests
+of the chunks themselves, if they exist already: pairs that those connect at a higher cosine are passed over.
 
 Files under `CLU/.buckets`: `giant-{cluster}.arrow`, all rows in their order of places (members by row, then probing
 rows by row); `giant-{cluster}-{chunk}.arrow`, places and vectors of a chunk; `block-{cluster}-{i}-{j}.arrow`, the edges
@@ -43,7 +43,7 @@ def choose(sizes: np.ndarray) -> dict[int, int]:
 
 
 class Chunks:
-    """Writes a giant cluster's rows and chunks while its vectors pass by, in the order of rows."""
+    """Writes a giant cluster's rows and chunks as its vectors arrive, in the order of rows."""
 
     def __init__(self, out: str, number: int, rows: Rows, chunk_rows: int) -> None:
         """rows: the cluster's, by place. chunk_rows: different rows of a chunk."""
@@ -81,7 +81,7 @@ class Chunks:
         sidecar.write_table(_chunk_path(self.folder, self.number, index), table.schema, table.to_batches())
 
     def finish(self) -> list[int]:
-        """Write what is known of the rows. Returns the chunks of members, and all chunks."""
+        """Write the table of rows. Returns the number of chunks of members, and of all chunks."""
         assert not self.held
         rows = self.rows
         columns = {
@@ -135,7 +135,7 @@ class CompareBlocks:
         self.folder = paths.join(self.out, BUCKETS)
 
     def __call__(self, block: Block) -> dict[str, Any]:
-        """Work one block. Returns its rows and edges."""
+        """Process one block. Returns its rows and edges."""
         number, i, j = block
         chunks = [sidecar.table(_chunk_path(self.folder, number, index)).combine_chunks() for index in sorted({i, j})]
         places = np.concatenate([chunk["place"].to_numpy() for chunk in chunks])

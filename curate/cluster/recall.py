@@ -1,8 +1,8 @@
-"""How many near pairs a clustering can find at all: an estimate on a sample, against brute force.
+"""Estimate on a sample, by brute force, what share of near pairs a clustering can find at all.
 
-Pairs are looked for inside clusters, so that two near rows in different clusters are missed. A sample of the pool is
-compared with itself, every row with every other, and for each near pair it is looked up whether its rows share a
-cluster. Cost: up to 65,536 rows times 512 at a time, until 50,000 pairs are found.
+Pairs are searched inside clusters, so two near rows in different clusters are missed. A sample of the pool is compared
+with itself, every row with every other, and for each near pair it is checked whether its rows share a cluster. Cost: up
+to 65,536 rows times 512 at a time, until 50,000 pairs are found.
 """
 
 from typing import Any
@@ -19,8 +19,8 @@ RECALL_PAIRS = 50_000  # that are enough
 def recall(images_nd: np.ndarray, centroids_kd: np.ndarray, neighbours: int, floor: float) -> dict[str, Any]:
     """Estimate how many of the pool's near pairs share a cluster, so that they were compared, against brute force.
 
-    images_nd: f16, a sample of the pool in random order. Compares rows with the whole sample until there are pairs
-    enough. Returns the rows compared, and for levels of cosine the pairs above and the share of them that was found.
+    images_nd: f16, a sample of the pool in random order. Compares rows with the whole sample until there are enough
+    pairs. Returns the rows compared, and for levels of cosine the pairs above and the share of them that was found.
     """
     levels = [floor, *(level for level in RECALL_LEVELS if level > floor)]
     places = kmeans.nearest_two(images_nd, centroids_kd)[0] if len(centroids_kd) > 1 else None

@@ -1,7 +1,7 @@
-"""Clusters of embeddings that have changed: which shards stand assigned as they are, and to which centroids.
+"""Clusters of embeddings that have changed: which shards keep their assignment, and to which centroids.
 
-A shard of `CLU` stands where the embeddings of its rows are those that were assigned. The centroids stay, unless a fit
-is asked for; what came after they were fitted is marked shard by shard in the manifest (`later`), and counted.
+A shard of `CLU` is kept if the embeddings of its rows are those that were assigned. The centroids stay, unless a new
+fit is asked for; shards that came after the fit are marked in the manifest (`later`), and counted.
 """
 
 import json
@@ -28,12 +28,12 @@ def standing(out: str) -> dict[str, Any]:
 
 
 def keeps(options: ClusterOptions, before: Mapping[str, Any]) -> bool:
-    """Say whether the centroids of what stands stay, whatever the rows are now."""
+    """Say whether the existing centroids stay, whatever the rows are now."""
     return bool(before) and not options.centroids and not options.refit
 
 
 def keep_sizes(options: ClusterOptions, before: Mapping[str, Any]) -> ClusterOptions:
-    """Take k and sample, where they are left to us, from what stands."""
+    """Take k and sample, if left at 0, from the existing clusters."""
     if not keeps(options, before):
         return options
     made = before["options"]
@@ -41,9 +41,9 @@ def keep_sizes(options: ClusterOptions, before: Mapping[str, Any]) -> ClusterOpt
 
 
 def free(options: ClusterOptions, before: Mapping[str, Any], out: str, source: Artefact) -> tuple[str, ...]:
-    """Name the options that may differ from those of what stands at `out`: all of a fit that is asked for.
+    """Name the options that may differ from those of the clusters at `out`: all of a fit that is asked for.
 
-    Of what was begun on other rows those that are left to us, too: they follow from the rows. before: `standing`.
+    For clusters begun on other rows, also k and sample if left at 0: they follow from the rows. before: `standing`.
     """
     if options.refit:
         return "k", "sample", "iters", "seed"
@@ -54,7 +54,7 @@ def free(options: ClusterOptions, before: Mapping[str, Any], out: str, source: A
 
 
 def why_anew(options: ClusterOptions, before: Mapping[str, Any], source: Artefact, asked: Mapping[str, Any]) -> str:
-    """Say why no assignment may stay, or nothing: a fit is asked for, and what stands is not the fit of these rows."""
+    """Say why no assignment may stay, or "": a fit is asked for, and the existing one is not of these rows."""
     if not before or not options.refit or options.centroids:
         return ""
     if _is_of(before, source) and "later_rows" not in before["fit"] and before["options"] == asked:
@@ -67,7 +67,7 @@ def _is_of(before: Mapping[str, Any], source: Artefact) -> bool:
 
 
 def parts(source: Artefact) -> Parts:
-    """Say what each shard is assigned from: its rows, and what their embeddings were made of, and by what."""
+    """Describe what each shard is assigned from: its rows, what their embeddings were made of, and by what."""
     found = source.manifest
     joined = bool(found["options"].get("join"))
     inputs = {name: each["digest"] for name, each in found["inputs"].items() if name == "captions" or joined}
@@ -83,7 +83,7 @@ def parts(source: Artefact) -> Parts:
 
 
 def keep_centroids(output: Output, before: Mapping[str, Any], rows_ok: Mapping[str, int]) -> dict[str, Any]:
-    """Bring the centroids of the state before into the next one; returns how they came about."""
+    """Copy the centroids of the previous state into the next one; returns how they were fitted."""
     sidecar.save_npy(output.path(CENTROIDS), sidecar.load_npy(paths.join(output.home, CENTROIDS)))
     facts: dict[str, Any] = dict(before["fit"])
     facts["later_rows"] = sum(rows_ok[stem] for stem in later(output, before, list(rows_ok)))
@@ -91,7 +91,7 @@ def keep_centroids(output: Output, before: Mapping[str, Any], rows_ok: Mapping[s
 
 
 def later(output: Output, before: Mapping[str, Any], stems: list[str]) -> set[str]:
-    """Name the shards whose rows the centroids were not fitted on: those made now, and those that were so before."""
+    """Name the shards that the centroids were not fitted on: those made now, and those already marked so."""
     return {stem for stem in stems if stem not in output.kept or before["shards"][stem].get("later")}
 
 
@@ -100,22 +100,22 @@ def tell_later(fit: Mapping[str, Any], rows: int, *, quiet: bool) -> None:
     if quiet or "later_rows" not in fit:
         return
     share = fit["later_rows"] / max(rows, 1)
-    advice = "--refit fits them anew" if share <= LARGE_SHARE else "that is much: --refit fits them anew"
+    advice = "--refit fits them anew" if share <= LARGE_SHARE else "that is a large share: --refit fits them anew"
     told = f"{fit['later_rows']:,} of {rows:,} rows ({share:.1%}) came after the centroids were fitted"
     sys.stderr.write(f"cluster: {told}; {advice}\n")
 
 
 def tell_other_fit(fit: Mapping[str, Any], *, quiet: bool) -> None:
-    """Say on stderr that other versions than those here fitted the centroids; the manifest's `fit` names them."""
+    """Say on stderr if other versions than the present ones fitted the centroids; the manifest's `fit` names them."""
     here = versions(*FIT_BY)
     there = fit.get("versions", here)
     if there != here and not quiet:
         told = " and ".join(json.dumps(each, sort_keys=True) for each in (there, here))
-        sys.stderr.write(f"cluster: goes on with centroids that other versions fitted: {told}\n")
+        sys.stderr.write(f"cluster: the centroids were fitted by other versions than these: {told}\n")
 
 
 def drop_older(output: Output, stems: list[str], *, quiet: bool) -> None:
-    """Delete what an older version had begun and this one cannot go on with; its centroids stay."""
+    """Delete what an older version began and this one cannot continue; the centroids stay."""
     present = sorted(set(stems) - output.kept - set(output.missing(stems)))
     unknown = next((stem for stem in present if "centroids" not in sidecar.facts(output.find(stem))), None)
     scratch = paths.listdir(output.path(BUCKETS))

@@ -1,4 +1,4 @@
-"""Samples of a pool's good rows: those that k-means is fitted on, and those by which a pool's scores are estimated."""
+"""Samples of a pool's good rows, for fitting k-means and for estimating a pool's scores."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ def sample_rows(
 ) -> list[np.ndarray]:
     """Draw samples of good rows without replacement, f16 [size, d] each, in row order; each row is read once.
 
-    columns: of each sample, by default the images' vectors; samples of one size are of the same rows.
+    columns: one for each sample, by default the images' vectors; samples of the same size have the same rows.
     """
     total, columns = sum(rows_ok.values()), columns or ["image_embedding"] * len(sizes)
     draws = [
@@ -47,7 +47,7 @@ def sample_rows(
 
 
 def shuffled_quantiles(image: np.ndarray, text: np.ndarray, seed: int) -> list[float] | None:
-    """Score images against the captions of others: the 0 … 100 % quantiles; None without captions' vectors."""
+    """Score images against the captions of others: the 0 … 100 % quantiles; None without caption vectors."""
     paired = np.abs(text).max(axis=1) > 0
     if paired.sum() < 2:
         return None

@@ -1,14 +1,14 @@
-"""The vectors of a pool, scattered by bucket of clusters: the external sort between assigning and comparing.
+"""Scatter the vectors of a pool to buckets of clusters: the external sort between assigning and comparing.
 
-Shards hold rows in the order of the pool; near-duplicates are looked for inside clusters. Assigning therefore writes
-every good row's vector a second time, under `CLU/.buckets`: one file for each part of the pool (some shards that follow
-each other) with one record batch for each bucket, which is cluster modulo the number of buckets. Within a batch rows
-lie by cluster, then members before rows that probe the cluster, then by row. A worker gathers a bucket by reading its
-batch from each file, one after another, so that nothing is held open.
+Shards hold rows in the order of the pool; near-duplicates are searched inside clusters. Assigning therefore writes
+every good row's vector a second time, under `CLU/.buckets`: one file for each part of the pool (a few consecutive
+shards) with one record batch for each bucket, which is cluster modulo the number of buckets. Within a batch, rows are
+sorted by cluster, then members before rows that probe the cluster, then by row. A worker gathers a bucket by reading
+its batch from each file, one after another, so that nothing is held open.
 
-Tiny shards go together, in parts of about a thousand rows where there are many parts, and there are at most 8,192
-files: a pool of a quarter million large shards is read in parts of some thirty.
-Cost: the vectors once written, once read, and their size on disk for the time being. Memory: the vectors of one part.
+Tiny shards are combined, into parts of about a thousand rows if there are many, and there are at most 8,192 files: a
+pool of a quarter million large shards is processed in parts of some thirty.
+Cost: the vectors are written once and read once, and take their size on disk meanwhile. Memory: one part's vectors.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ def parts(rows: Mapping[str, int]) -> dict[str, list[str]]:
 
 
 def is_scratch(name: str) -> bool:
-    """Say whether a file is one that this version puts into BUCKETS."""
+    """Say whether a file is one that this version writes to BUCKETS."""
     return name.startswith(("part-", "edges-", "giant-", "block-")) or name.endswith(".tmp")
 
 
@@ -116,7 +116,7 @@ def dimensions(out: str, part: str) -> int:
 
 
 def read_rows(out: str, named: Sequence[str], bucket: int) -> Rows:
-    """Read what is known of a bucket's rows, part by part: the order in which `read_vectors` yields them."""
+    """Read a bucket's rows without their vectors, part by part: in the order in which `read_vectors` yields them."""
     columns = [name for name in schema(1).names if name != "vector"]
     found: list[Rows] = []
     for batch in _batches(out, named, bucket, columns):
@@ -142,6 +142,6 @@ def read_vectors(out: str, named: Sequence[str], bucket: int) -> Iterator[np.nda
 
 
 def _batches(out: str, named: Sequence[str], bucket: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Read some columns of a bucket from each part. Nothing is mapped; of remote files only ranges are read."""
+    """Read some columns of a bucket from each part. Nothing is mapped; from remote files only ranges are read."""
     names = schema(1).names
     return ranges.ahead(out, lambda part: sidecar.batch(location(out, part), bucket, columns, names), named)

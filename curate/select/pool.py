@@ -375,7 +375,7 @@ def _group_part(chunk: pa.Array, name: str, kind: pa.DataType) -> Any:
 
 
 def _joined_codes(parts: list[Any], kind: pa.DataType) -> np.ndarray:
-    """Assign numbers to the groups of all parts, i64: strings by first appearance, floats by value, others as they are."""
+    """Give numbers to all parts' groups, i64: strings by first appearance, floats by value, others as they are."""
     if pa.types.is_string(kind):
         encoded = pa.chunked_array(parts, pa.dictionary(pa.int32(), pa.large_string())).unify_dictionaries().chunks
         indices = pa.chunked_array([chunk.indices for chunk in encoded], pa.int32())

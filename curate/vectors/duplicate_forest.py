@@ -1,9 +1,9 @@
 """The near-duplicate forest of every cluster: its cosine graph above a floor, reduced to a maximum spanning forest.
 
-`near_pairs` finds the pairs of a cluster's rows above the floor, `Forest` keeps of them what its components need at
-any higher threshold. One picture under many keys can fill a large cluster. Its copies are therefore found first, by
-hashes of the vectors: each of them is joined to the first of its like by one edge, and is not compared. Many small
-clusters are worked together, in one forest, so that each costs microseconds.
+`near_pairs` finds the pairs of a cluster's rows above the floor; `Forest` keeps those that determine the components at
+any higher threshold. One picture under many keys can fill a large cluster. Exact copies are therefore found first, by
+hashes of the vectors: each is joined by one edge to the first row equal to it, and is not compared. Many small clusters
+are processed together, in one forest, so that each costs microseconds.
 
 Shapes: x_nd f16 [n, d]; edges as places in `rows`. Cost: that of the pairs. Memory: one forest, and what pairs need.
 """
@@ -91,7 +91,7 @@ def _forest_of_groups(
 
 
 def row_hashes(x_nd: np.ndarray) -> np.ndarray:
-    """Hash rows f16 linearly to u64 [n]: equal rows have equal hashes, and others do but once in 2 ** 64.
+    """Hash rows f16 linearly to u64 [n]: equal rows have equal hashes, others only once in 2 ** 64.
 
     The hash is the sum of a row's 8-byte words times odd random weights, modulo 2 ** 64. (Rows of other than a multiple
     of 8 bytes are hashed by their single numbers.)

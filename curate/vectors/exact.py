@@ -2,9 +2,9 @@
 
 The cosine of two stored unit vectors is their exact dot product, rounded once to f32. Summing in f64 is exact, in any
 order: the product of two f16 numbers has at most 22 significant bits and is a multiple of 2 ** -48, and by the
-Cauchy-Schwarz inequality no partial sum of the products of two unit vectors reaches 2, so that every intermediate sum
-fits the 53 bits of an f64. What is decided by these cosines is therefore the same for any block size, BLAS library,
-number of threads and processor.
+Cauchy-Schwarz inequality no partial sum of the products of two unit vectors reaches 2, so every intermediate sum fits
+the 53 bits of an f64. Decisions by these cosines are therefore the same for any block size, BLAS library, number of
+threads and processor.
 
 Shapes: x_nd f16 [n, d]. Cost: d multiplications a pair, in f32 for listed pairs and in f64 for whole blocks.
 """
@@ -19,9 +19,9 @@ EXACT_ROWS = 512  # pairs computed at once: both sides stay in the cache
 def widen(x_nd: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Convert finite f16 to f32, exactly, at four times the speed of `astype`; f32 passes through.
 
-    Where PyTorch is loaded anyway it converts, in one pass over memory instead of three; to the same bytes.
+    If PyTorch is loaded anyway, it converts, in one pass over memory instead of three, to the same bytes.
 
-    out: f32, of the same shape, into which to write; its memory need not be fetched anew each time.
+    out: f32 of the same shape to write into, which saves allocating memory each time.
 
     Shifts sign, exponent and fraction to their places in an f32, then multiplies by 2 ** 112, the ratio of the two
     exponents' biases (2 ** (127 - 15)); that product also turns subnormal halves into normal f32.

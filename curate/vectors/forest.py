@@ -1,9 +1,9 @@
 """The maximum spanning forest of a graph of cosines, built piece by piece; and connected components.
 
-Of the graph that joins every two rows with a cosine above a floor, a maximum spanning forest is enough: for any
-threshold t, the rows that hang together through edges above t are the same in the forest as in the whole graph. (Where
-the forest leaves out an edge, a path of edges at least as heavy already joins its ends: the cycle property.) A forest
-of n rows has at most n - 1 edges, so that n ** 2 / 2 cosines are never held.
+Instead of the whole graph that joins every two rows with a cosine above a floor, a maximum spanning forest is enough:
+for any threshold t, the rows connected through edges above t are the same in the forest as in the whole graph. (If the
+forest leaves out an edge, a path of edges at least as heavy already joins its ends: the cycle property.) A forest of n
+rows has at most n - 1 edges, so n ** 2 / 2 cosines are never held.
 
 Edges have one strict order: by falling cosine, then by smaller a, then by smaller b. Under a strict order the forest
 is unique, and the forest of a union is the forest of the union of forests:
@@ -11,7 +11,7 @@ is unique, and the forest of a union is the forest of the union of forests:
     F(E1 + E2) = F(F(E1) + F(E2)).
 
 So edges may arrive in any pieces, each may be reduced by itself, and the result is the same to the byte. `Forest`
-collects edges and reduces them now and then (SciPy's Kruskal, O(E log E)); `tile_forest` reduces a whole tile of
+collects edges and reduces them from time to time (SciPy's Kruskal, O(E log E)); `tile_forest` reduces a whole tile of
 products by Prim's algorithm (O(p + q) ** 2, no sorting).
 
 Shapes: edges are three arrays a, b (i64, a < b) and similarity (f32). Source: J. B. Kruskal, 1956; R. C. Prim, 1957.
@@ -72,7 +72,7 @@ class Forest:
         return a[order], b[order], similarity[order]
 
     def merge(self) -> None:
-        """Reduce what was added to the forest now; it happens by itself as edges pile up."""
+        """Reduce the added edges to the forest now; this also happens by itself as edges accumulate."""
         if self.pending:
             a, b, similarity = (np.concatenate(parts) for parts in zip(self.kept, *self.pending, strict=True))
             chosen = spanning_forest(a, b, similarity, self.num_rows)

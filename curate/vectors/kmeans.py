@@ -1,14 +1,14 @@
 """Spherical k-means: centroids fitted on a sample, and the nearest centroid of every row.
 
-Rows and centroids are unit vectors and closeness is the cosine, so that the nearest centroid is the one with the
+Rows and centroids are unit vectors and closeness is the cosine, so the nearest centroid is the one with the
 highest dot product, and the best centroid of a set of rows is their mean, scaled to unit length. Lloyd's algorithm
 repeats the two from k random rows on; neither step can lower the objective, the mean cosine of rows and their
 centroids.
 
-Fitting is one entry of a table, `BACKENDS`: Lloyd's algorithm by products of int8 or bf16 where they are the fastest of
-a processor, which is measured; else FAISS's `SuperKmeans` (pruned distances) for many clusters; FAISS's `Kmeans` for
-few clusters; on GPUs torch's products of halves (`on_device`), or FAISS's where torch sees none. A fit may multiply
-rounded numbers; what it reports, and every assignment, is as accurate as f32.
+The fit is done by one entry of a table, `BACKENDS`: Lloyd's algorithm with products of int8 or bf16 if measured to be
+the processor's fastest; else FAISS's `SuperKmeans` (pruned distances) for many clusters; FAISS's `Kmeans` for few
+clusters; on GPUs torch's products of halves (`on_device`), or FAISS's if torch sees none. A fit may multiply rounded
+numbers; what it reports, and every assignment, is as accurate as f32.
 
 Shapes: rows x_nd f16 or f32 [n, d], centroids f32 [k, d]. Cost: 2 n k d operations for an iteration or an assignment;
 memory: the sample in f32 for a fit, one block of rows times centroids for an assignment. Source: S. P. Lloyd, 1982;
@@ -41,7 +41,7 @@ SHUFFLES = 8  # captions of others that each image is scored against
 
 
 def default_k(rows: int) -> int:
-    """Choose the number of clusters: a hundredth of the rows, at most 10,000, and 2 sqrt(rows) where that is more.
+    """Choose the number of clusters: a hundredth of the rows, at most 10,000, or 2 sqrt(rows) if that is more.
 
     The last gives 90,000 for the 2.05 billion rows on which Bunny's authors used 100,000.
     """
@@ -62,7 +62,7 @@ def unit_rows(x_nd: np.ndarray) -> np.ndarray:
 
 
 def as_centroids(x_kd: np.ndarray) -> np.ndarray:
-    """Scale rows to unit length, f32; those that are so within rounding stay as they are stored."""
+    """Scale rows to unit length, f32; those that have it within rounding stay as they are stored."""
     wide = x_kd.astype(np.float32)
     norms = np.linalg.norm(wide.astype(np.float64), axis=1, keepdims=True)
     return np.where(np.abs(norms - 1) < 1e-6, wide, unit_rows(wide))
@@ -93,8 +93,8 @@ def _faiss(kind: str, x_nd: np.ndarray, k: int, iters: int, seed: int, **more: b
 def _lloyd(x_nd: np.ndarray, k: int, iters: int, seed: int, *, product: str) -> np.ndarray:
     """Fit by Lloyd's algorithm from k random rows: rows are assigned by products of int8 or bf16, means are f32.
 
-    With a rounded product a row may go to a centroid that is farther than the nearest by a thousandth or so. The
-    objective is no worse for it: measured in f32, .12 % above FAISS's (tests/bench/cluster.py). An empty cluster takes
+    With a rounded product a row may go to a centroid that is farther than the nearest by a thousandth or so. That does
+    not harm the objective: measured in f32, it is .12 % above FAISS's (tests/bench/cluster.py). An empty cluster takes
     half of the largest, as in FAISS. Returns f32 [k, d].
     """
     import torch
@@ -152,11 +152,11 @@ BACKENDS: dict[str, Callable[[np.ndarray, int, int, int], np.ndarray]] = {
 
 
 def choose_backend(dim: int, k: int, *, gpu: bool) -> str:
-    """Name the backend for this machine: a GPU where one is wanted and seen, else the fastest on its CPU.
+    """Name the backend for this machine: a GPU if one is wanted and seen, else the fastest on its CPU.
 
-    Which product is the fastest on blocks of this k is measured (a tenth of a second), from as many clusters on as make
-    loading torch pay. On an AMD with VNNI, at k = 2,000, `bytes` is 3.26 times as fast as `kmeans` and `superkmeans`
-    1.97 times (tests/bench/cluster.py); the latter loses for few clusters.
+    The fastest product on blocks of this k is measured (a tenth of a second), if there are enough clusters for loading
+    torch to pay off. On an AMD with VNNI, at k = 2,000, `bytes` is 3.26 times as fast as `kmeans` and `superkmeans`
+    1.97 times (tests/bench/cluster.py); the latter is slower for few clusters.
     """
     import faiss
 
@@ -247,7 +247,7 @@ def nearest_two(x_nd: np.ndarray, centroids_kd: np.ndarray) -> tuple[np.ndarray,
 
 
 def _take_best(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find each row's highest score, i64 and f32 [n], and strike it out."""
+    """Find each row's highest score, i64 and f32 [n], and remove it from the scores."""
     rows, best = np.arange(len(scores)), scores.argmax(axis=1)
     cosine = scores[rows, best]
     scores[rows, best] = -np.inf
@@ -255,10 +255,10 @@ def _take_best(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scores(x_nd: np.ndarray, centroids_kd: np.ndarray) -> Iterator[tuple[slice, int, np.ndarray]]:
-    """Yield the cosines of a block of rows with a tile of centroids, and its first number, in memory used again.
+    """Yield the cosines of a block of rows with a tile of centroids, and its first number, in reused memory.
 
-    With very many centroids a block with all of them would be a few rows high, and its product half as fast: they are
-    taken in tiles, so that blocks stay square enough.
+    With very many centroids a block with all of them would be only a few rows high, and its product half as fast: so
+    centroids are taken in tiles, which keeps blocks roughly square.
     """
     n, k = len(x_nd), len(centroids_kd)
     tile = min(k, TILE_CENTROIDS)
@@ -277,7 +277,7 @@ def shuffled_scores(image_nd: np.ndarray, text_nd: np.ndarray, seed: int) -> np.
     """Score every image against the captions of others: the scores that mismatched pairs would have.
 
     image_nd, text_nd: [n, d], unit rows, n >= 2. Shuffle s pairs image i with caption i + offset of a random order, so
-    that none meets its own. Returns f32 [s * n], unsorted: SHUFFLES of them, of few pairs all n - 1 that there are.
+    that none meets its own. Returns f32 [s * n], unsorted: SHUFFLES of them, or for few pairs all n - 1 that exist.
     """
     n = len(image_nd)
     rng = np.random.default_rng([seed, 0x5CA1E])

@@ -1,9 +1,9 @@
-"""A few columns beside very many stored rows: products that cost hardly more than reading the rows.
+"""Multiply very many stored rows with a few columns, at hardly more cost than reading the rows.
 
 Up to three columns are multiplied by faiss, one after the other: its scan of stored halves widens eight numbers in a
-register, adds their products in f32, and writes nothing but the sums. More columns, and widths that it would take
-number by number, go part by part: rows are widened by PyTorch into one buffer that stays in the processor's cache, and
-multiplied there by one matrix product.
+register, adds their products in f32, and writes only the sums. More columns, and widths that faiss would process number
+by number, are done in parts: PyTorch widens rows into one buffer that stays in the processor's cache, and multiplies
+them there by one matrix product.
 
 Shapes: x_nd f16 [n, d]. Cost: one read of the rows; q d multiplications a row.
 """
@@ -38,9 +38,9 @@ def products(x_nd: np.ndarray, columns_qd: np.ndarray) -> np.ndarray:
 
 
 def _scan(x_nd: np.ndarray, column: np.ndarray, out: np.ndarray) -> bool:
-    """Multiply each row with a column, into out f32 [n]. Returns False where a product is no number or -inf.
+    """Multiply each row with a column, into out f32 [n]. Returns False if a product is NaN or -inf.
 
-    A search for all rows within a range that leaves out nothing else.
+    Done as a range search for all rows, with a range that leaves out nothing else.
     """
     faiss = _faiss()
     scanner = _scanner(x_nd.shape[1])
@@ -58,7 +58,7 @@ def _scan(x_nd: np.ndarray, column: np.ndarray, out: np.ndarray) -> bool:
 
 
 def _faiss() -> Any:
-    """Return faiss with all that it has: its stubs leave out half of it."""
+    """Return faiss as Any: its type stubs leave out half of it."""
     import faiss
 
     return faiss

@@ -2,14 +2,14 @@
 
 A cluster of m rows is compared tile by tile, 512 rows with 512: a fast product screens all pairs of a tile (`screen`),
 and the exact cosine decides those that are left (`exact`). No result depends on the tiles, the library or the machine.
-Four kinds of work are cheaper another way. All pairs of a cluster of up to 4 rows are decided exactly at once, with
-those of many other clusters. Clusters of up to 256 rows are screened in f32, those of like size in one call: preparing
-their rows for another product would take longer than it saves. A tile where more than one pair in 32 may be near is
-multiplied exactly as a whole. And where the pairs are wanted for a spanning forest (`forest`), pairs that the forest
-cannot take are passed over: those below the level at which earlier edges already connect their rows; a tile full of
-edges is reduced to its own forest.
+Four kinds of work are cheaper another way. All pairs of a cluster of up to 4 rows are decided exactly at once, together
+with those of many other clusters. Clusters of up to 256 rows are screened in f32, those of similar size in one call:
+preparing their rows for another product would take longer than it saves. A tile in which more than one pair in 32 may
+be near is multiplied exactly as a whole. And if the pairs are wanted for a spanning forest (`forest`), pairs that the
+forest cannot use are passed over: those below the level at which earlier edges already connect their rows; and a tile
+full of edges is reduced to its own forest.
 
-A group may hold rows that are no members of the cluster but probe it, as a query of an inverted-file index probes
+A group may hold rows that are not members of the cluster but probe it, as a query of an inverted-file index probes
 lists beyond its nearest: each of them is compared with the members, not with other probing rows.
 
 Shapes: x_nd f16 [n, d], in memory or mapped from disk. Cost: sum of m ** 2 d / 2 multiplications. Memory: one panel of
@@ -58,11 +58,11 @@ def near_pairs(
 
     x_nd: f16 [n, d], unit rows. rows: i64, which of them to compare; group g is rows[bounds[g] : bounds[g + 1]].
     members: i64, how many rows of each group, the first ones, are its members; the rest probe it. By default all are.
-    across: compare members with probing rows alone, and not with one another.
+    across: compare members only with probing rows, not with one another.
     forest: over these places; the caller adds to it what is yielded, and pairs that it can never take are left out.
-    product: by which to screen, one of `products.PRODUCTS`; by default the fastest, where the work is worth measuring.
-    Or `gpu`: all is computed on a GPU, in tiles of its own.
-    note: hears now and then of how many more rows of large groups all is compared; not from a GPU.
+    product: by which to screen, one of `products.PRODUCTS`; by default the fastest, if the work is worth measuring.
+    Or `gpu`: everything is computed on a GPU, in tiles of its own.
+    note: called from time to time with how many more rows of large groups are fully compared; not with a GPU.
     Order: no pair comes before one whose b is its a.
     """
     bounds = np.asarray(bounds)
@@ -91,10 +91,10 @@ def near_pairs(
 
 
 def product_for(dim: int, sizes: np.ndarray, members: np.ndarray, product: str | None) -> str:
-    """Name the product by which to screen groups of these sizes: the one that is given, else a processor's fastest.
+    """Name the product by which to screen groups of these sizes: the one given, else the processor's fastest.
 
-    Where there is little to compare the fastest is f32, for which torch need not be loaded; and a product that this
-    machine does not compute right is never used. What a machine with a GPU chose for another is chosen anew.
+    If there is little to compare, it is f32, for which torch need not be loaded; a product that this machine computes
+    wrongly is never used. If a machine with a GPU chose `gpu` and this one has none, the product is chosen anew.
     """
     if product is None or (product == "gpu" and on_device.device() is None):
         return fastest_product(dim) if is_worth_rounding(dim, sizes, members) else "f32"

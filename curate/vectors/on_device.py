@@ -1,6 +1,6 @@
 """Products on a GPU: the nearest centroids of rows, and the near-duplicate pairs of clusters.
 
-A GPU multiplies halves with sums in f32 some ten times as fast as f32 by f32. Both tasks are put in that form:
+A GPU multiplies halves, with sums in f32, some ten times as fast as f32 by f32. Both tasks are put in that form:
 
 - Stored vectors are halves already. Their products screen pairs; a pair that may be near is decided by its exact
   cosine, summed in f64, which is the same number for any device (`exact`). So edges are the same bytes everywhere.
@@ -64,7 +64,7 @@ def devices() -> list[str]:
 
 
 def let_go() -> None:
-    """Give the GPUs' memory that torch keeps for this process, and uses no more, to others: workers share a card."""
+    """Release GPU memory that torch caches for this process and no longer uses: workers share a card."""
     import torch
 
     torch.cuda.empty_cache()
@@ -72,7 +72,7 @@ def let_go() -> None:
 
 @cache
 def _sums_halves_in_f32(on: str) -> bool:
-    """Say whether the device gives products of halves as their f32 sums."""
+    """Say whether the device returns products of halves as f32 sums."""
     import torch
 
     ones = torch.ones((16, 16), dtype=torch.float16, device=on)
@@ -97,8 +97,8 @@ def _sums_segments(on: str) -> bool:
 def _sums_of_segments(rows_nd: "Tensor", of_n: "Tensor", count: int) -> "Tensor":
     """Sum rows f32 [n, d] that are sorted by their segment, i64 [n]; returns f32 [count, d], the same bytes each time.
 
-    By halving: rows at 1, 3, 5, … of a segment are added to those before them, until each segment has one. Each round
-    adds rows that no other addition of it touches, so that no order is left to chance.
+    By halving: rows 1, 3, 5, … of a segment are added to those before them, until each segment has one row. In a round
+    no two additions touch the same row, so no order is left to chance.
     """
     import torch
 
@@ -124,7 +124,7 @@ def half_products(left_pd: "Tensor", right_qd: "Tensor") -> "Tensor":
 
 
 def blocks_on(on: str, x_nd: np.ndarray, rows: int = BLOCK_ROWS) -> Iterator["Tensor"]:
-    """Yield rows of a matrix as tensors on a device, a block at a time; the next is copied while this one is used."""
+    """Yield rows of a matrix as tensors on a device, one block at a time; the next is copied while this one is used."""
     import torch
 
     firsts = range(0, len(x_nd), rows)
@@ -202,9 +202,9 @@ class Centroids:
 def lloyd(on: Sequence[str], x_nd: np.ndarray, k: int, iters: int, seed: int, means: Means) -> np.ndarray:
     """Fit k centroids to unit rows f16 [n, d] by Lloyd's algorithm on one or several devices; returns f32 [k, d].
 
-    Each device has a part of the rows, in its memory where they take less than half of what is free, else streamed
-    anew in each iteration. Rows go to the nearest of the centroids rounded to halves, sums are f32. They are added in
-    an order of their own on each device, the devices' in theirs: same rows, seed and devices, same bytes.
+    Each device has a part of the rows, in its memory if they take less than half of what is free, else streamed anew in
+    each iteration. Rows go to the nearest of the centroids rounded to halves; sums are f32. The order of additions is
+    fixed on each device, and so is that of the devices: same rows, seed and devices, same bytes.
     means: turns sums f32 [k, d] and counts i64 [k] into unit centroids.
     """
     import torch

@@ -1,12 +1,12 @@
 """The fastest matrix product of this processor: int8, bf16 or f32, found by measuring.
 
-What a processor's flags promise and what its libraries then do are two things: two cores with AMX multiply bf16 at
-three times the speed of int8 in PyTorch, two with VNNI alone int8 at twice the speed of bf16. So each product is tried
-on blocks of the size at hand, in turns for about a tenth of a second, on one thread. What counts is the shortest
-processor time of each, which a busy machine disturbs least. A product that is faster by less than a fifth does not
-displace one that stands before it in PRODUCTS, so that a measurement seldom ends one way now and another way tomorrow.
+A processor's flags do not tell how fast its libraries are: two cores with AMX multiply bf16 at three times the speed of
+int8 in PyTorch, two with only VNNI int8 at twice the speed of bf16. So each product is tried on blocks of the actual
+size, in turns for about a tenth of a second, on one thread. The shortest processor time of each counts, which a busy
+machine disturbs least. A product that is faster by less than a fifth does not displace one that comes before it in
+PRODUCTS, so that repeated measurements seldom disagree.
 
-Rounded products are used where an exact or f32 computation decides afterwards. A product that is not right on this
+Rounded products are used only where an exact or f32 computation decides afterwards. A product that is wrong on this
 machine, such as int8 on processors whose instructions saturate at 16 bits, is never used, however fast.
 """
 
@@ -44,7 +44,7 @@ def multiply(left_pd: Any, right_qd: Any, product: str) -> np.ndarray:
 def is_right(product: str, dim: int) -> bool:
     """Say whether this machine computes a product as `multiply` promises, on rows of `dim` numbers.
 
-    Products of int8 are a private call of torch: where a version lacks it, or takes other arguments, there are none.
+    Products of int8 use a private function of torch: if a version lacks it, or takes other arguments, there are none.
     """
     if product == "f32":
         return True

@@ -1,18 +1,18 @@
 """A fast product that finds every pair of rows that may lie above a floor, and few others.
 
 The screen multiplies rounded vectors and compares the results with the floor less a bound on its own error. It can
-report a pair that is not near, never miss one that is; the exact cosine then decides (`exact`). So the screen changes
-the time that a comparison takes, and no result.
+report a pair that is not near, but never miss one that is; the exact cosine then decides (`exact`). So the screen
+affects only the time that a comparison takes, not its result.
 
-Where the processor multiplies int8 or bf16 faster than f32 (`products`), rows are rounded to that. Two steps make the
-rounding errors small. The rows of a cluster lie near its centre c, so that the differences x - c are short; they are
-what is rounded, by way of
+If the processor multiplies int8 or bf16 faster than f32 (`products`), rows are rounded to that. Two steps make the
+rounding errors small. The rows of a cluster are near its centre c, so the differences x - c are short; these are
+rounded instead, using
 
     x.y = (x - c).(y - c) + offset(x) + offset(y),        offset(x) = c.x - c.c / 2.
 
 And for int8, which has one scale for all components, a rotation R, the same for all rows, spreads the size of a few
 large components over all of them; it keeps dot products: (R u).(R v) = u.v. With r = R (x - c) and its rounded form
-r - e, s and f likewise for y, Cauchy and Schwarz give
+r - e, and s and f likewise for y, the Cauchy-Schwarz inequality gives
 
     |r.s - (r - e).(s - f)| = |r.f + e.s - e.f| <= |r||f| + |e||s| + |e||f|.
 
@@ -134,7 +134,7 @@ def round_rows(
 
 
 def _scale(x_nd: np.ndarray, rows: np.ndarray, centres_gd: np.ndarray, groups: np.ndarray) -> float:
-    """Choose the unit of a byte: the largest components of most rows are 127 of it."""
+    """Choose the unit of a byte so that the largest components of most rows are 127 units."""
     sampled = np.abs(rotate(widen(x_nd[rows[::SCALE_SAMPLE]]) - centres_gd[groups[::SCALE_SAMPLE]])).max(axis=1)
     return max(float(np.quantile(sampled, COMMON)) / 127, SMALLEST_SCALE)
 

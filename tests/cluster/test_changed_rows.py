@@ -103,7 +103,7 @@ def test_as_it_is_typed(states, home, capfd):
     out, told = capfd.readouterr()
     assert "cluster: 2 new, 1 changed, 1 gone, 2 kept" in told.splitlines()
     rows = sum(manifest(home / "clu")["shards"][stem]["ok"] for stem in ("00001", "00004", "00005"))
-    assert f"{rows} of " in told and "came after the centroids were fitted; that is much: --refit" in told
+    assert f"{rows} of " in told and "came after the centroids were fitted; that is a large share: --refit" in told
     assert "k = 5 fitted on 2" in out and f"{rows} came later" in out
     call(*words, "--refit", "--k", "4")
     out, told = capfd.readouterr()
@@ -143,7 +143,7 @@ def test_what_was_begun_on_other_rows_is_begun_anew_where_k_and_sample_are_left_
     interrupted(k=0)
     renew(states, home)
     run(home, k=0, job=Job(workers=1))
-    told = f"cluster: {home / 'clu'} was begun from another state of {home / 'emb'}: begun anew"
+    told = f"cluster: {home / 'clu'} was begun from another state of {home / 'emb'}: starting over"
     assert told in capfd.readouterr().err
     run(home, out="whole", k=0)
     assert {name.split("/")[1]: v for name, v in fingerprint(home / "clu").items()} == {

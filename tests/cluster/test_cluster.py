@@ -171,7 +171,7 @@ def test_given_centroids_are_assigned_to_and_known_by_their_content(cloud, tmp_p
         (ClusterOptions(k=10_000), "k=10,000 clusters"),
         (ClusterOptions(k=-1), "clusters were asked for"),
         (ClusterOptions(k=50, sample=20), "sample of 20 rows cannot fit k=50"),
-        (ClusterOptions(floor=1.0), "no cosine"),
+        (ClusterOptions(floor=1.0), "not a cosine"),
         (ClusterOptions(iters=0), "iters=0"),
         (ClusterOptions(centroids="nowhere.npy"), "nowhere.npy"),
     ],

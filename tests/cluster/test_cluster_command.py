@@ -42,12 +42,12 @@ def test_the_manifest_names_the_product_and_a_resume_keeps_it(cloud, tmp_path):
     curate("cluster", cloud.path, first, "--k", "3")
     assert manifest(first)["fit"]["screen"] == "f32"  # too little work to look for a faster one
     told = curate("cluster", cloud.path, second, "--k", "3", "--slice", "0/2", "--workers", "1").stdout
-    assert "others are not yet (start it again when they are: a step is left)" in told
+    assert "others are not (run it again once they are: a step is left)" in told
     fit = json.loads((second / "fit.json").read_text())
     older = {**fit["versions"], "numpy": "1.99"}
     (second / "fit.json").write_text(json.dumps({**fit, "screen": "bf16", "versions": older}))
     said = curate("cluster", cloud.path, second, "--k", "3", "--workers", "1").stderr
-    assert "goes on with centroids that other versions fitted" in said and '"numpy": "1.99"' in said
+    assert "the centroids were fitted by other versions than these" in said and '"numpy": "1.99"' in said
     assert manifest(second)["fit"]["screen"] == "bf16" and manifest(second)["fit"]["versions"] == older
     assert manifest(second)["versions"]["numpy"] != "1.99"
     assert (first / "edges.arrow").read_bytes() == (second / "edges.arrow").read_bytes()
