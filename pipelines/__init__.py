@@ -1,7 +1,7 @@
 """Shipped pipelines (TOML) and the demo's models, as package data; and how any pipeline's file is read.
 
-A file may begin with `base = "bunny.toml"` (or a list of names): it then says only what is different. Both programs
-read pipelines through `read`, so that they cannot disagree about what a file means.
+A file may begin with `base = "bunny.toml"` (or a list of names): it then contains only what differs. Both programs read
+pipelines through `read`, so that they cannot disagree about what a file means.
 """
 
 import tomllib
@@ -13,11 +13,11 @@ NESTED = "it is nested too deeply to be read"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a TOML file laid over its bases: tables merge key by key, any other value takes the base's place.
+    """Read a TOML file laid over its bases: tables merge key by key, any other value replaces that of the base.
 
-    Bases are laid in the order named. Each lies beside the file that names it, or else is a shipped pipeline. `{here}`
-    in a string becomes the folder of the very file that says it.
-    Raises: OSError for a file that is not there, ValueError for what is no TOML or a base that leads back to itself.
+    Bases are applied in the order named. Each is a file beside the one that names it, or else a shipped pipeline.
+    `{here}` in a string becomes the folder of the file that contains it.
+    Raises: OSError for a missing file, ValueError for invalid TOML or a base that leads back to itself.
     """
     try:
         return _read(path.resolve(), ())
@@ -42,7 +42,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def overlay(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay tables over tables: what `upper` says counts, what it does not mention stays. Neither is changed."""
+    """Lay tables over tables: values of `upper` win, what it does not mention stays. Neither argument is changed."""
     merged = dict(lower)
     for key, value in upper.items():
         beneath = merged.get(key)

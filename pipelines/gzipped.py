@@ -1,7 +1,7 @@
-"""Tars that gzip packed, unpacked into a file, in bounded memory and onto bounded disk, for both programs.
+"""Unpack gzipped tars into a file, with bounded memory and disk space, for both programs.
 
-Pictures hardly shrink, and tars of short texts to a twentieth; a file that unpacks to hundreds of times its size is a
-mistake or a trap, for a megabyte of it can fill a disk. So more than `TIMES` the packed size is refused, from 1 GiB on.
+Pictures hardly compress, and tars of short texts to a twentieth; a file that unpacks to hundreds of times its size is a
+mistake or a trap: one megabyte of it can fill a disk. So more than `TIMES` the packed size is refused, from 1 GiB on.
 """
 
 import io
@@ -17,15 +17,15 @@ class Oversized(ValueError):
 
 
 def unpack(packed: IO[bytes], plain: IO[bytes], where: str) -> bool:
-    """Unpack a gzip file as far as it goes. Returns whether it is whole. where: its name for messages.
+    """Unpack a gzip file as far as possible. Returns whether it is complete. where: its name for messages.
 
-    Files that were joined are read one after the other, as `cat` leaves them. Raises: Oversized.
+    Concatenated files, as `cat` makes them, are read one after the other. Raises: Oversized.
     """
     limit = max(LEAST_BYTES, TIMES * packed.seek(0, io.SEEK_END))
     packed.seek(0)
     unpacker, begun, written = zlib.decompressobj(wbits=31), False, 0  # 31: with gzip's header and checksum
     while part := packed.read(CHUNK):
-        while part := part if begun else part.lstrip(b"\0"):  # zeros may pad what stands between two
+        while part := part if begun else part.lstrip(b"\0"):  # zeros may pad the space between two files
             try:
                 data, begun = unpacker.decompress(part, CHUNK), True
             except zlib.error:
@@ -34,7 +34,7 @@ def unpack(packed: IO[bytes], plain: IO[bytes], where: str) -> bool:
             if written > limit:
                 raise Oversized(
                     f"{where} unpacks to more than {limit:,} bytes, {TIMES} times its size: "
-                    "if it is meant so, unpack it yourself (gunzip)"
+                    "if that is intended, unpack it yourself (gunzip)"
                 )
             plain.write(data)
             part = unpacker.unconsumed_tail or unpacker.unused_data

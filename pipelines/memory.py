@@ -1,8 +1,9 @@
-"""Memory of forward passes on a processor, kept by the process from one to the next, for both programs.
+"""Keep the memory of forward passes on a processor in the process from one pass to the next, for both programs.
 
-glibc's malloc gives each large block back to the kernel as soon as it is free, and fetches pages anew for the next one,
-which the kernel fills with zeros first. A network of convolutions spends a third of its time so. Told otherwise, malloc
-takes blocks of any size from one heap that only grows: the process holds what it held at its busiest moment, no more.
+glibc's malloc returns each large block to the kernel as soon as it is free, and fetches new pages for the next one,
+which the kernel first fills with zeros. A network of convolutions spends a third of its time on this. With other
+settings, malloc takes blocks of any size from one heap that only grows: the process keeps the memory of its peak, but
+no more.
 """
 
 import ctypes
@@ -19,27 +20,27 @@ USUAL = {MMAP_MAX: 1 << 16, TRIM_THRESHOLD: 1 << 26, MMAP_THRESHOLD: 1 << 25}  #
 
 
 def one_arena() -> None:
-    """Let all threads that begin from now on share one heap. Where one has begun before, later ones may share its."""
+    """Let all threads started from now on share one heap. If one was started before, later ones may share its heap."""
     _set({ARENA_MAX: 1})
 
 
 def keep() -> bool:
-    """Keep what is freed from now on, wherever `one_arena` was called in time; says whether it is.
+    """Keep memory that is freed from now on, if `one_arena` was called in time; returns whether it is kept.
 
-    Does nothing on other systems than Linux with glibc, and where the environment says what malloc shall do.
+    Does nothing on systems other than Linux with glibc, or if the environment sets malloc's parameters.
     """
     return _set(KEEPING)
 
 
 def give_back() -> None:
-    """End what `keep` began, and give to the kernel what is free."""
+    """Undo `keep`, and return free memory to the kernel."""
     if _set(USUAL):
         _library().malloc_trim(0)
 
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Keep what is freed meanwhile, and give it back at the end."""
+    """Keep memory that is freed in the body, and return it to the kernel at the end."""
     keep()
     try:
         yield

@@ -1,7 +1,7 @@
 """Check the tables of a TOML file against dataclasses, and carry out `--set table.key=value`.
 
-The fields of a dataclass say which keys a table may have, of which types, and what holds where a key is absent. Both
-programs, curate and train, read their tables here and turn `OptionError` into an error of their own.
+The fields of a dataclass define which keys a table may have, their types, and their defaults. Both programs, curate and
+train, read their tables here and turn `OptionError` into an error of their own.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class OptionError(ValueError):
 
 
 def build(kind: type[Options], table: Any, where: str, defaults: Options | None = None) -> Options:
-    """Make an options object from a table; keys that it leaves out are those of `defaults`, else the class's own.
+    """Make an options object from a table; missing keys come from `defaults`, else from the class.
 
     where: the table's name in messages. Raises: OptionError naming the key, its value and what was expected.
     """
@@ -73,7 +73,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _fit(value: Any, kind: Any) -> tuple[bool, Any]:
-    """Say whether a value is of a type, and write it in that type."""
+    """Say whether a value is of a type, and convert it to that type."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or (kind is type(None) and value is None):
         return True, value
@@ -100,7 +100,7 @@ def _fit(value: Any, kind: Any) -> tuple[bool, Any]:
 
 
 def _name(kind: Any) -> str:
-    """Name a type as a sentence that ends in "is not …" needs it."""
+    """Name a type so that it completes a sentence "… is not"."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, inner))
@@ -116,7 +116,7 @@ def _name(kind: Any) -> str:
 def parse_setting(setting: str) -> tuple[list[str], Any]:
     """Read one `table.key=value`: its names from the outermost table inwards, and the value.
 
-    The value is a TOML literal; what is none is a string. Raises: OptionError for any other form.
+    The value is a TOML literal; anything else is a string. Raises: OptionError for any other form.
     """
     path, equals, text = setting.partition("=")
     names = [name.strip() for name in path.split(".")]

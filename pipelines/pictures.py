@@ -1,4 +1,4 @@
-"""Pictures that a plain conversion would lose, for both programs: what is embedded is what is trained on."""
+"""Pictures that a plain conversion would spoil, for both programs: so that what is embedded is what is trained on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PNG_NOTES = (b"iCCP", b"zTXt", b"iTXt", b"tEXt")  # of no use here, and of any s
 def without_notes(data: bytes) -> bytes:
     """Copy a PNG without its colour profile and text chunks. A chunk: length, type, content, checksum.
 
-    Pillow refuses PNGs, with a ValueError, whose notes unpack to over 1 MiB each or 64 MiB in all. Any other file is
-    returned as it is.
+    Pillow refuses PNGs, with a ValueError, if their chunks unpack to over 1 MiB each or 64 MiB in all. Any other file
+    is returned as it is.
     """
     if not data.startswith(PNG_MAGIC):
         return data
@@ -33,7 +33,7 @@ def without_notes(data: bytes) -> bytes:
 
 
 def visible(image: Image) -> Image:
-    """Bring a picture that a plain conversion to RGB would make black or white into 8 bits without transparency.
+    """Convert a picture that a plain conversion to RGB would turn black or white to 8 bits without transparency.
 
     16-bit, 32-bit and float grey values are scaled so that the file's own darkest becomes 0 and its brightest 255;
     values that are not finite count as the darkest. A picture with transparent parts is laid on white, or on black

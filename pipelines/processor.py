@@ -1,4 +1,4 @@
-"""What this processor computes in, and how many cores of it there are, for both programs."""
+"""Which precisions this processor computes in, and how many cores there are, for both programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def cores() -> int:
 
 
 def bf16_instructions() -> str:
-    """Name the instructions by which this processor multiplies in bf16, or nothing where it, or torch, has none."""
+    """Name the instructions by which this processor multiplies in bf16; "" if it, or torch, has none."""
     import torch
 
     kinds = ("amx_tile", "avx512_bf16")
@@ -19,7 +19,7 @@ def bf16_instructions() -> str:
 
 
 def gpu_has_bf16() -> bool:
-    """Say whether this GPU multiplies in bf16. Older ones emulate it, far slower than fp32, and say they have it."""
+    """Say whether this GPU multiplies in bf16. Older ones claim to, but emulate it, far slower than fp32."""
     import torch
 
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -1,8 +1,8 @@
 """Files of records, read one record at a time: JSON lists, JSON lines, `{"data": [...]}`, and records by their id.
 
-In: a seekable file of bytes in UTF-8 or UTF-16, with or without a byte order mark, whatever its name ends in. Out: each
-record with its place in the file, so that it can be read again by itself. A file of any length needs the memory of its
-largest record, for text is decoded in chunks and records are parsed one after the other.
+In: a seekable file of bytes in UTF-8 or UTF-16, with or without a byte order mark, whatever its suffix. Out: each
+record with its place in the file, so that it can be read again by itself. A file of any length needs only the memory of
+its largest record, since text is decoded in chunks and records are parsed one after the other.
 """
 
 import codecs
@@ -19,17 +19,17 @@ CHUNK_BYTES = 4 << 20
 MAX_RECORD_CHARS = 64 << 20
 MAX_LINE_BYTES = 4 * MAX_RECORD_CHARS
 _SPACE = " \t\r\n"
-UNCLOSED = "it ends within the list, which no ] closes"
+UNCLOSED = "it ends within the list: no ] closes it"
 _DECODER = json.JSONDecoder()
 
 
 class Broken(ValueError):
-    """A file breaks off or holds what is not JSON: what follows the fault cannot be found."""
+    """A file breaks off or holds something that is not JSON: what follows cannot be found."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A value of a file, or why a line is none; offset, size: its bytes in the file (with its key, if it has one)."""
+    """A value of a file, or why a line has none; offset, size: its bytes in the file (with its key, if any)."""
 
     value: Any
     fault: str
@@ -38,7 +38,7 @@ class Item:
 
 
 def encoding_of(head: bytes) -> tuple[str, int]:
-    """Tell a file's encoding by its first bytes. Returns (codec, bytes of its byte order mark)."""
+    """Tell a file's encoding from its first bytes. Returns (codec, length of its byte order mark)."""
     for mark, codec in (
         (codecs.BOM_UTF8, "utf-8"),
         (codecs.BOM_UTF16_LE, "utf-16-le"),
@@ -65,10 +65,10 @@ def parse(data: bytes, codec: str) -> Any:
 
 
 def read_items(file: IO[bytes], where: str, chunk_bytes: int | None = None) -> Iterator[Item]:
-    """Yield the records of a file; of a line that is not JSON, its fault.
+    """Yield the records of a file; for a line that is not JSON, its fault.
 
-    where: the file's name for messages; of one that ends in .jsonl, a list that cannot be read counts as lines.
-    Raises: Broken when a list, or a table of records, breaks off or holds what is not JSON.
+    where: the file's name for messages; if it ends in .jsonl, a list that cannot be read counts as lines.
+    Raises: Broken if a list, or a table of records, breaks off or holds something that is not JSON.
     """
     file.seek(0)
     head = file.read(64)
@@ -96,7 +96,7 @@ def read_items(file: IO[bytes], where: str, chunk_bytes: int | None = None) -> I
 
 
 class _Text:
-    """A file's text from `at` on, decoded as it is needed. number: of the records so far."""
+    """A file's text from `at` on, decoded as needed. number: how many records came before."""
 
     def __init__(self, file: IO[bytes], where: str, codec: str, mark: int, chunk_bytes: int) -> None:
         self.file, self.where, self.codec, self.mark, self.chunk_bytes = file, where, codec, mark, chunk_bytes
@@ -110,7 +110,7 @@ class _Text:
         self.known = 0, self.mark  # a character of the text, and its byte in the file
 
     def more(self, wanted: int) -> None:
-        """Read on; what lies before `at` is forgotten. Raises: Broken at bytes that are no character."""
+        """Read more text; what is before `at` is forgotten. Raises: Broken at bytes that are not a character."""
         try:
             chunk = self.file.read(wanted)
             decoded = self.decoder.decode(chunk, final=not chunk)
@@ -121,7 +121,7 @@ class _Text:
         self.text, self.at, self.ended = self.text[self.at :] + decoded, 0, not chunk
 
     def position(self, at: int) -> int:
-        """Return the byte at which a character lies; later characters are asked for later."""
+        """Return the byte position of a character; must be called in ascending order."""
         start, byte = self.known
         self.known = at, byte + len(self.text[start:at].encode(self.codec, "surrogatepass"))
         return self.known[1]
@@ -136,13 +136,13 @@ class _Text:
             self.more(self.chunk_bytes)
 
     def expect(self, character: str) -> None:
-        """Move behind a character. Raises: Broken where another one stands."""
+        """Move past a character. Raises: Broken if there is a different one."""
         if self.peek() != character:
             raise self.broken(f"no {character} after it" if self.peek() else UNCLOSED)
         self.at += 1
 
     def value(self) -> Any:
-        """Parse the value at `at` and move behind it. Raises: Broken."""
+        """Parse the value at `at` and move past it. Raises: Broken."""
         wanted = self.chunk_bytes
         self.peek()
         while True:
@@ -160,17 +160,17 @@ class _Text:
             wanted *= 2
 
     def broken(self, fault: str) -> Broken:
-        """Word a fault at the present record."""
+        """Describe a fault at the present record."""
         return Broken(f"{self.where} is not valid JSON: {fault} (record {self.number:,})")
 
     def item(self, start: int, value: Any) -> Item:
-        """Make an item of what lies between a byte and `at`."""
+        """Make an item of what is between a byte and `at`."""
         self.number += 1
         return Item(value, "", start, self.position(self.at) - start)
 
 
 def _elements(text: _Text) -> Iterator[Item]:
-    """Yield the elements of a list whose [ is behind us, and move behind its end."""
+    """Yield the elements of a list whose [ has been read, and move past its end."""
     while text.peek() != "]":
         start = text.position(text.at)
         yield text.item(start, text.value())
@@ -201,14 +201,14 @@ def _members(text: _Text, *, keyed: bool, among: str) -> Iterator[Item]:
 
 
 def _values(text: _Text) -> Iterator[Item]:
-    """Yield values that stand one after the other, each over several lines."""
+    """Yield consecutive values, each of which may span several lines."""
     while text.peek():
         start = text.position(text.at)
         yield text.item(start, text.value())
 
 
 def _kind(text: _Text) -> tuple[str, str]:
-    """Tell what the object at the start of a file is: `record`, `keyed` (records by id), or `list` (and its key)."""
+    """Tell what the object at the start of a file is: `record`, `keyed` (records by id), or `list` (with its key)."""
     try:
         text.expect("{")
         while text.peek() == '"':
@@ -281,7 +281,7 @@ def _lines(file: IO[bytes], codec: str, mark: int) -> Iterator[Item]:
 
 
 def _byte_lines(file: IO[bytes], codec: str, mark: int) -> Iterator[tuple[int, bytes | None, int]]:
-    """Yield each line's place, its bytes (None where they are too many for a record), and their number."""
+    """Yield each line's place, its bytes (None if too many for a record), and their number."""
     file.seek(mark)
     start = mark
     if codec == "utf-8":
@@ -309,7 +309,7 @@ def _byte_lines(file: IO[bytes], codec: str, mark: int) -> Iterator[tuple[int, b
 
 
 def _pass_line(file: IO[bytes]) -> int:
-    """Pass over the rest of a line. Returns its bytes."""
+    """Skip the rest of a line. Returns how many bytes it had."""
     size = 0
     while part := file.readline(CHUNK_BYTES):
         size += len(part)

@@ -1,4 +1,4 @@
-"""What is said in an instruction record: its turns, found in any written form.
+"""The turns of an instruction record, found in any written form.
 
 Forms: turns as `from` and `value`, or as `role` and `content` (a text, or parts) under `messages` or `conversations`;
 JSON text of those; alpaca (`instruction`, `input`, `output`, `history`, `system`); ms-swift (`query`, `response`); TRL
@@ -24,7 +24,7 @@ class Unusable(Exception):
 
 
 def unpacked(value: dict[str, Any]) -> dict[str, Any]:
-    """Undo what `curate mix` does to write messages: the record lies in `record`, as JSON text, but for its turns."""
+    """Undo how `curate mix` writes messages: all of the record except its turns is in `record`, as JSON text."""
     packed, images = value.get("record"), as_list(value.get("images"))
     if not isinstance(packed, str) or not isinstance(value.get("messages"), list):
         return value
@@ -42,22 +42,22 @@ def unpacked(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_turns(value: Any) -> bool:
-    """Say whether a value is of a known form, to judge by its keys."""
+    """Say whether a value is of a known form, judging by its keys."""
     return isinstance(value, dict) and any(key in value for key in FORM_KEYS)
 
 
 def is_answered(value: Mapping[str, Any]) -> bool:
-    """Say whether a record holds a question beside its answer, in fields that `QUESTIONS` pairs."""
+    """Say whether a record holds a question and its answer, in a pair of fields that `QUESTIONS` lists."""
     return any(value.get(asked) is not None and answer in value for asked, answer in QUESTIONS)
 
 
 def as_list(value: Any) -> list[Any]:
-    """Take a field that may be absent, one value or a list of them, for a list."""
+    """Return a field, which may be absent, one value or a list, as a list."""
     return [] if value in (None, "", []) else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def conversation_fault(turns: Sequence[Any]) -> str:
-    """Name what keeps turns from being a conversation, or nothing."""
+    """Say why turns are not a conversation, or nothing."""
     if not turns:
         return "no turns"
     for turn in turns:
@@ -106,7 +106,7 @@ def _parsed(value: Any) -> list[Any]:
 
 
 def _spoken(turns: list[Any]) -> list[Any]:
-    """Write turns as from and value, with LLaVA's speakers; the list itself where each is already so."""
+    """Write turns as from and value, with LLaVA's speakers; the same list if all are in that form."""
     if all(isinstance(turn, dict) and _is_written(turn.get("from"), turn.get("value")) for turn in turns):
         return turns
     written = []

@@ -1,12 +1,12 @@
-"""Instruction records: every written form of them, brought into LLaVA's. Both programs read records through this file.
+"""Instruction records: every written form is converted to LLaVA's. Both programs read records through this file.
 
 Out: `{"id", "image"?, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}`.
 `image` is a name, or a list of names for several pictures; without it the record is text-only. Each picture has one
-mark `<image>` in a human turn, and the n-th mark stands for the n-th picture. A record in that form already passes
-unchanged, with its key order and unknown fields. Its turns may have any form of record_forms.py; pictures stand in
-`image` or `images`, in content parts, in Qwen's `<img>NAME</img>`, or in a binary column.
+mark `<image>` in a human turn, and the n-th mark stands for the n-th picture. A record that already has this form stays
+unchanged, with its key order and unknown fields. Turns may have any form of record_forms.py; pictures may be in `image`
+or `images`, in content parts, in Qwen's `<img>NAME</img>`, or in a binary column.
 
-A mark without a picture, a picture without a mark, video and sound make a record unusable: it is never taken for text.
+A mark without a picture, a picture without a mark, video or sound make a record unusable: it is never treated as text.
 """
 
 import base64
@@ -35,7 +35,7 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIF
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture of a record: its name as written, or its bytes where the record holds them, or both."""
+    """A picture of a record: its name as written, or its bytes if the record holds them, or both."""
 
     name: str
     data: bytes | None = None
@@ -43,10 +43,10 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a record is: in LLaVA's form with its pictures in the order of their marks, or why it cannot be used.
+    """The result of reading a record: its LLaVA form with its pictures in the order of marks, or why it is unusable.
 
-    dropped: fields with bytes that are no picture of the record and that JSON cannot hold. order: which of the pictures
-    beside the record each one is, counted from 0.
+    dropped: fields with bytes that are not a picture of the record and that JSON cannot hold. order: for each picture,
+    which of those beside the record it is, counted from 0.
     """
 
     record: dict[str, Any] | None
@@ -56,7 +56,7 @@ class Reading:
     order: tuple[int, ...] = ()
 
     def arrange(self, beside: Sequence[T]) -> tuple[T, ...]:
-        """Put what lies beside the record, in the order of a tar, into that of the marks: parts may be numbered."""
+        """Reorder what lies beside the record from the order of a tar to that of the marks: parts may be numbered."""
         return tuple(beside[number] for number in self.order or range(len(self.pictures)))
 
 
@@ -70,10 +70,10 @@ def read(
     given: Sequence[str] = (),
     suffix_of: Callable[[bytes], str] = lambda data: "jpg",
 ) -> Reading:
-    """Bring a record of any known form into LLaVA's.
+    """Convert a record of any known form to LLaVA's.
 
     given: names of pictures that lie beside the record (in a tar), which it need not name. suffix_of: tells a format
-    by its bytes, for pictures without a name, which are then called after the record.
+    from its bytes, for pictures without a name, which are then named after the record.
     """
     if not isinstance(value, dict):
         return Reading(None, fault="not a JSON object")
@@ -123,9 +123,9 @@ def _read(value: dict[str, Any], default_id: str, given: Sequence[str], suffix_o
 
 
 def said_in(value: Mapping[str, Any]) -> Turns | None:
-    """Return what is said in a record of any form, as LLaVA's turns, whether its pictures are there or not.
+    """Return the turns of a record of any form, as LLaVA's, whether its pictures exist or not.
 
-    None where there is no conversation. Its own turns as they are where they are LLaVA's already.
+    None if there is no conversation. Turns in LLaVA's form are returned as they are.
     """
     try:
         turns, _ = turns_of(unpacked(dict(value)))
@@ -165,7 +165,7 @@ def _is_picture(item: Any) -> bool:
 
 
 def _picture(item: Any) -> Picture:
-    """Take a name, a data URI, bytes, or a table with one of those, for a picture."""
+    """Read a picture from a name, a data URI, bytes, or a table with one of these."""
     if isinstance(item, bytes) and item:
         return Picture("", item)
     if isinstance(item, dict):
@@ -228,7 +228,7 @@ def _match(marks: list[Mark], listed: list[Picture]) -> list[Picture]:
 
 
 def _text_of(turn: Any, marks: list[Mark]) -> Any:
-    """Write what is said in a turn as one text; appends its marks, with their own pictures where they have some."""
+    """Write a turn as one text; appends its marks, with their own pictures if they have any."""
     said = turn.get("value") if isinstance(turn, dict) else None
     asks = isinstance(turn, dict) and turn.get("from") in HUMAN
     if isinstance(said, str):
@@ -255,13 +255,13 @@ def _text_of(turn: Any, marks: list[Mark]) -> Any:
 
 
 def _marked(text: str, marks: list[Mark]) -> str:
-    """Append the marks of a text, and write Qwen's `<img>NAME</img>` as one. The text itself where there is none."""
+    """Append a text's marks, writing Qwen's `<img>NAME</img>` as a mark; returns the same text if it has none."""
     found = list(_INLINE.finditer(text))
     marks += [_picture(match[1].strip()) if match[1] else None for match in found]
     return _INLINE.sub(IMAGE_MARK, text) if any(match[1] for match in found) else text
 
 
 def split_at_marks(text: str) -> tuple[str | None, ...]:
-    """Cut a text at its image marks: what stands between them, without spaces around, and None for each mark."""
+    """Split a text at its image marks: the texts between them, without surrounding spaces, and None for each mark."""
     between = [part.strip() for part in text.split(IMAGE_MARK)]
     return tuple(part for each in between for part in (None, each) if part != "")[1:]

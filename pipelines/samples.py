@@ -1,4 +1,4 @@
-"""Samples of tar shards as records: which members are pictures, in which order, and what is said of them."""
+"""Samples of tar shards as records: which members are pictures, in which order, and the text that belongs to them."""
 
 import re
 import unicodedata
@@ -22,7 +22,7 @@ _EDGES = SPACES + "\u200b\u200c\u200d\u2060\u00ad"  # these join or part letters
 
 
 def visible(text: str) -> str:
-    """Take out of a text NUL and byte order marks, and at its ends what is not seen; "" where nothing else is there."""
+    """Remove NUL and byte order marks from a text, and invisible characters at its ends; "" if nothing else is left."""
     for mark in _NOWHERE:
         text = text.replace(mark, "")
     text = text.strip(_EDGES)
@@ -30,15 +30,15 @@ def visible(text: str) -> str:
 
 
 def without_suffix(name: str, suffixes: Sequence[str] = TAR_SUFFIXES) -> str:
-    """Strip a tar's suffix from its name, in any case: what its sidecars and its side table are named after."""
+    """Strip a tar's suffix, in upper or lower case: its sidecars and its side table are named after the rest."""
     end = next((end for end in suffixes if name.lower().endswith(end)), "")
     return name[: len(name) - len(end)]
 
 
 def choose_tars(names: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """Choose the tars to be read among names of files, in their order; of other archives, say why they are passed over.
+    """Choose the tars to be read among file names, in their order; for other archives, say why they are passed over.
 
-    A tar that gzip packed counts only where the same one does not lie beside it unpacked.
+    A gzipped tar counts only if the same tar does not lie beside it unpacked.
     """
     plain = {without_suffix(name) for name in names if name.lower().endswith(".tar") and not is_macos(name)}
     chosen: list[str] = []
@@ -89,7 +89,7 @@ def from_sample(stored: Any, caption: bytes | None, names: Sequence[str], key: s
 
 
 def caption_of(fields: Mapping[str, Any], caption: bytes | None) -> str:
-    """Return a sample's caption as it is read, "" without one: its text member, else its JSON's (of a list the first).
+    """Return a sample's caption, "" without one: its text member, else that of its JSON (of a list, the first).
 
     Raises: UnicodeDecodeError.
     """
@@ -98,7 +98,7 @@ def caption_of(fields: Mapping[str, Any], caption: bytes | None) -> str:
 
 
 def caption_turns(caption: str, prompt: str, images: int = 1) -> Turns:
-    """Ask for the caption of one image or several (without words where there is no prompt), and answer with it."""
+    """Ask for the caption of one or more images (without words if there is no prompt), and answer with it."""
     asked = [IMAGE_MARK] * images + ([prompt] if prompt else [])
     return [{"from": "human", "value": "\n".join(asked)}, {"from": "gpt", "value": caption}]
 

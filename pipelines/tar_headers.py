@@ -1,7 +1,7 @@
 """The headers of a tar, one after the other, for as long as they can be read.
 
-In: a seekable file. Out: name, offset and size of each member. A truncation or a foreign stretch ends the reading with
-a note. What follows an end-of-archive mark is read on where it is another archive, as `cat a.tar b.tar` leaves it.
+In: a seekable file. Out: name, offset and size of each member. At a truncation or foreign bytes the reading ends with a
+note. If another archive follows an end-of-archive mark, as `cat a.tar b.tar` makes it, it is read, too.
 """
 
 import io
@@ -104,18 +104,18 @@ class Headers:
 
 
 def packed_by(head: bytes) -> tuple[str, str] | None:
-    """Tell by a file's first bytes what packed it, and what unpacks it; None where nothing known did."""
+    """Tell from a file's first bytes what packed it, and what unpacks it; None for nothing known."""
     return next((each for magic, each in PACKED.items() if head.startswith(magic)), None)
 
 
 def not_a_tar(head: bytes) -> str:
-    """Say what a file is that does not begin as a tar does."""
+    """Say what kind of file it is if it does not begin as a tar does."""
     kind = packed_by(head)
     return f"not a tar but {kind[0]}: unpack it first ({kind[1]})" if kind else "not a tar"
 
 
 def _parse(header: bytes) -> tuple[bytes, str, int]:
-    """Read a header block: type, name and length. Raises: ValueError when it is none."""
+    """Read a header block: type, name and length. Raises: ValueError if it is not one."""
     stored = _number(header[148:156])
     if stored != 256 + sum(header[:148]) + sum(header[156:]):
         signed = 256 + sum(byte - 256 * (byte > 127) for byte in header[:148] + header[156:])
@@ -128,7 +128,7 @@ def _parse(header: bytes) -> tuple[bytes, str, int]:
 
 
 def describes(header: bytes, name: str, size: int) -> bool:
-    """Say whether a header is that of a member. A name that may stand in an extension before it is not compared."""
+    """Say whether a header is that of a member. A name that may be in an earlier extension is not compared."""
     try:
         _, found, length = _parse(header)
     except ValueError:
@@ -167,5 +167,5 @@ def _extension(kind: bytes, data: bytes) -> dict[str, str]:
 
 
 def shown(name: str) -> str:
-    """Write a member's name so that any terminal and any file can hold it."""
+    """Write a member's name so that any terminal can show it and any file can hold it."""
     return name.encode("utf-8", "backslashreplace").decode()

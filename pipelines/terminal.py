@@ -1,8 +1,8 @@
-"""What both programs make of the terminal that they run in: Ctrl-C, a reader that has gone, streams that are closed.
+"""How both programs deal with their terminal: Ctrl-C, a reader that has gone, closed streams.
 
-typer answers Ctrl-C and a broken pipe itself: without a word, with an exit code of its own. `Commands` stands before
-its group of commands in a class of both programs: Ctrl-C is raised on as `Stopped`, for the program to say in a line,
-and where nobody reads any more (`| head`) the command is done.
+typer handles Ctrl-C and a broken pipe itself: silently, with an exit code of its own. Both programs therefore put
+`Commands` before typer's group of commands: Ctrl-C is raised as `Stopped`, which the program reports in one line, and
+if nobody reads the output any more (`| head`), the command ends.
 """
 
 import io
@@ -16,22 +16,22 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """Ctrl-C, where typer does not take it for its own; or SIGTERM, within `stoppable`."""
+    """Ctrl-C, kept from typer's own handling; or SIGTERM, within `stoppable`."""
 
     exit_code = 130
 
 
 class Terminated(Stopped):
-    """SIGTERM: a scheduler's, or `kill`."""
+    """SIGTERM, from a scheduler or `kill`."""
 
     exit_code = 143
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Let SIGTERM end the body as Ctrl-C does: what it has started ends, and what it has laid aside is deleted.
+    """Let SIGTERM end the body as Ctrl-C does: what it has started ends, and its temporary files are deleted.
 
-    After the body either of them ends the process without a word: in what Python does at its end they are tracebacks.
+    After the body both end the process silently: during Python's shutdown they would show tracebacks.
     """
 
     def stop(_number: int, _frame: object) -> None:
@@ -46,7 +46,7 @@ def stoppable() -> Iterator[None]:
 
 
 class Commands:
-    """What a group of commands is to do before typer's own."""
+    """What a group of commands does before typer's own handling."""
 
     def make_context(self, *given: Any, **named: Any) -> Any:
         """Read what was typed. Raises: Stopped."""
@@ -54,7 +54,7 @@ class Commands:
             return super().make_context(*given, **named)  # type: ignore[misc]
 
     def invoke(self, ctx: Any) -> Any:
-        """Carry out a command. Raises: Stopped."""
+        """Run a command. Raises: Stopped."""
         try:
             with _past_typer():
                 answer = super().invoke(ctx)  # type: ignore[misc]
@@ -76,16 +76,16 @@ def _past_typer() -> Iterator[None]:
 
 
 def _is_read(number: int) -> bool:
-    """Say whether somebody may still read what is written to a descriptor."""
+    """Say whether anybody may still read what is written to a descriptor."""
     poll = select.poll()
     poll.register(number, 0)  # errors are told in any case
     return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def open_closed() -> None:
-    """Give a program that was started with closed streams (`2>&-`) some that lead nowhere.
+    """Give a program that was started with closed streams (`2>&-`) streams that lead nowhere.
 
-    What is no UTF-8, as names of files may be, is printed escaped from then on.
+    Text that is not UTF-8, as file names may be, is printed escaped from then on.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -95,14 +95,15 @@ def open_closed() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or the name of its kind where it says nothing."""
+    """Return the first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def printable(text: str, but: str = "") -> str:
-    """Take out of a text what would command the terminal: captions, keys and names of files may hold escapes.
+    """Remove terminal control sequences from a text: captions, keys and file names may hold escapes.
 
-    It becomes a line. What is no UTF-8 is left to the stream, which escapes it. but: what else stays (line breaks).
+    The result is one line. Text that is not UTF-8 is left to the stream, which escapes it. but: what to leave in (line
+    breaks).
     """
     if text.isprintable():
         return text

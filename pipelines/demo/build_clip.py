@@ -3,9 +3,9 @@
   python -m pipelines.demo.build_clip OUT [--seed 1000] [--steps 450] [--legible]
 
 A ViT 64/16 (width 128, 4 layers) and a text tower (2 layers), 1.3 M weights, stored as f16. Its pool is disjoint from
-every demo pool (a seed space of its own) and milder, as CLIP's own data are milder than a raw crawl. The result is
+every demo pool (a seed space of its own) and less dirty, as CLIP's own data are cleaner than a raw crawl. The result is
 measured on a dirty pool of 6,000 and must pass GATES (exit 1 if not). `--legible`: many training pictures are printed
-words, so that the model reads, and ranks such cheaters high.
+words, so that the model learns to read, and ranks such cheaters high.
 The demo ships clip/ (the selector, seed 1000), tower/ (seed 2000: the eye of the model that is trained) and
 clip_reader/ (seed 3000 --legible). About 3 minutes on 2 cores.
 """
@@ -85,7 +85,7 @@ def embed_texts(model: Any, tokens: torch.Tensor) -> NDArray[np.float32]:
 
 
 def check(model: Any, tokenizer: Any, *, legible: bool) -> dict[str, float]:
-    """Measure on a pool of the demo's own dirt what curation needs of an embedder; higher is better in all of it."""
+    """Measure what curation needs of an embedder on a pool as dirty as the demo's; higher is better for all."""
     rng = np.random.default_rng([SEED_SPACE, 77])
     dirt = DIRT["legible" if legible else "dirty"]
     pool = plan(rng, 6000, dirt)
@@ -107,7 +107,7 @@ def check(model: Any, tokenizer: Any, *, legible: bool) -> dict[str, float]:
 
 
 def _check_copies(image: NDArray[np.float32], pool: Plan) -> float:
-    """AUC of (copy, its source) against (source, its nearest image that is no copy of it), over pictures of shapes."""
+    """AUC of (copy, its source) against (source, its nearest image that is not a copy), over pictures of shapes."""
     shapes = ~pool.shown["printed"]  # two labels with one word are one picture, copied or not
     copies = np.flatnonzero(pool.is_copy & shapes)
     origins = np.unique(pool.source[copies])

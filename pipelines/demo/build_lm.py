@@ -3,8 +3,8 @@
   python -m pipelines.demo.build_lm OUT [--seed 5] [--steps 800]
 
 A Llama of 2 layers, width 128, 0.4 M weights (f16), with a word-level tokenizer of every word of the demo's world. It
-learns to speak of scenes after reading their keywords in random order, as many of them as a picture has tokens: that
-is the place which a projector will fill. The forms are those of the trainer's templates `plain` and `qa`:
+learns to describe scenes after reading their keywords in random order, as many as a picture has tokens: the projector
+will later supply these positions. The forms are those of the trainer's templates `plain` and `qa`:
   15 %  <s> caption </s>
   60 %  <s> keywords … caption </s>   or   … caption : caption </s>   or   … question : … answer : … </s> (1 to 3 turns)
   25 %  <s> question : … answer : … </s>   text tasks, no picture
@@ -45,7 +45,7 @@ def draw_facts(rng: np.random.Generator) -> Facts:
 
 
 def keywords(facts: Facts, rng: np.random.Generator) -> list[str]:
-    """Shuffle what is to be known of a scene into at most NUM_IMAGE_TOKENS words, some of them repeated."""
+    """Shuffle the facts of a scene into at most NUM_IMAGE_TOKENS words, some of them repeated."""
     name, size, place, ground, texture = facts
     words = [NAMES[name], SIZES[size], *PLACES[place].split(), TEXTURES[texture], GROUNDS[ground]]
     length = NUM_IMAGE_TOKENS if rng.random() < 0.7 else int(rng.integers(len(words), NUM_IMAGE_TOKENS))
