@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from curate.words import words
 
-MAX_WORDS, MAX_LETTERS, MAX_CHARACTERS = 40, 60, 2000  # read of a caption, of a word, of a caption
+MAX_WORDS, MAX_LETTERS, MAX_CHARACTERS = 40, 60, 2000  # words of a caption, letters of a word, characters of a caption
 MAX_PHRASES = 400_000  # counted at a time: beyond it the rarest are forgotten
-LEAST_SHARE, LEAST_CAPTIONS, NAMES = 0.1, 2, 3  # of the group's captions that have a phrase which names it
+LEAST_SHARE, LEAST_CAPTIONS, NAMES = 0.1, 2, 3  # least share and number of captions with a name; names
 SMALL = frozenset(
     "a an the of in on at to and or with for from by is are was were be been being this that these those it its as "
     "into onto over under up down out off near next there here has have had do does did not no so we i you he she they "

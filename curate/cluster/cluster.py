@@ -44,9 +44,9 @@ from curate.vectors.products import fastest_product
 
 MAX_BUCKETS = 1024
 SMALL_SAMPLE = 1 << 16  # rows by which shuffled scores and the recall are estimated
-GPU_SHARE = 0.25  # of a GPU that a worker takes: what it does beside, reading and scattering, is the longer part
+GPU_SHARE = 0.25  # of a GPU for each worker, which spends most of its time reading and scattering
 FIT = "fit.json"
-LEAST_LENGTH = 1e-15  # of a given centroid, and the inverse of the greatest: its square is a number of f32
+LEAST_LENGTH = 1e-15  # of a given centroid, and the inverse of the greatest: its square fits f32
 FIT_CLAIM, FINISH_CLAIM = ".fit.claim", ".finish.claim"
 
 

@@ -30,7 +30,7 @@ from curate.vectors.forest import Edges
 from curate.vectors.near_pairs import is_worth_rounding
 
 BUCKET_BYTES = 128 << 20
-RUN_ROWS = 1 << 15  # rows of clusters after which it is said how far a bucket is
+RUN_ROWS = 1 << 15  # rows of clusters between two reports of progress within a bucket
 
 
 @dataclass

@@ -27,8 +27,8 @@ from curate.vectors.exact import exact_cosines
 from curate.vectors.forest import Edges, Forest
 from curate.vectors.near_pairs import near_pairs
 
-GIANT_ROWS = 1 << 14  # members from which a cluster may be cut up
-GIANT_SHARE = 1 / 4096  # of all comparisons, from which it is
+GIANT_ROWS = 1 << 14  # a cluster is cut up if it has more members than this
+GIANT_SHARE = 1 / 4096  # and a larger share of all comparisons than this
 CHUNK_ROWS = 1 << 13
 MAX_CHUNKS = 64  # of members: at most 2,080 blocks a cluster
 BLOCK_SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("similarity", pa.float32())])

@@ -13,7 +13,7 @@ from curate.vectors import kmeans, near_pairs
 
 RECALL_LEVELS = (0.85, 0.90, 0.95, 0.98)
 RECALL_ROWS = 512  # of the sample, compared at a time
-RECALL_PAIRS = 50_000  # that are enough
+RECALL_PAIRS = 50_000  # the comparison ends at this many near pairs
 
 
 def recall(images_nd: np.ndarray, centroids_kd: np.ndarray, neighbours: int, floor: float) -> dict[str, Any]:

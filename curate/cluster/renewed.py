@@ -16,8 +16,8 @@ from curate.storage import paths, sidecar
 from curate.storage.manifest import MANIFEST, Artefact, Output, Parts, digest, load_json, recorded, versions
 from curate.storage.schema import CENTROIDS
 
-FIT_BY = ("faiss-gpu", "faiss-cpu", "torch", "numpy")  # what a fit rests on
-LARGE_SHARE = 0.1  # of rows that came later: then a fit is advised
+FIT_BY = ("faiss-gpu", "faiss-cpu", "torch", "numpy")  # the packages that a fit depends on
+LARGE_SHARE = 0.1  # share of later rows above which a new fit is advised
 
 
 def standing(out: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from curate.vectors.duplicate_forest import row_hashes
 
 BUCKETS = ".buckets"
 MAX_FILES = 8192
-PART_ROWS, MANY = 1024, 256  # a part has so many rows where there are so many parts
+PART_ROWS, MANY = 1024, 256  # rows of a part, if that gives at least this many parts
 
 
 def parts(rows: Mapping[str, int]) -> dict[str, list[str]]:

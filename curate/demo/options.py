@@ -13,5 +13,5 @@ class DemoOptions:
     shards: Annotated[int, "Tars in the pool."] = 6
     dirt: Annotated[str, "dirty, half, clean or legible: which faults are planted."] = "dirty"
     instruct: Annotated[int, "Pictures with questions to tune on, and as many texts without a picture."] = 3_000
-    tests: Annotated[int, "Held-out pictures a concept, with a question of each kind."] = 4
-    caption_tests: Annotated[int, "Held-out pictures a concept of which only the caption is asked."] = 0
+    tests: Annotated[int, "Held-out pictures per concept, with a question of each kind."] = 4
+    caption_tests: Annotated[int, "Held-out pictures per concept for which only the caption is asked."] = 0

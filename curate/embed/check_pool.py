@@ -30,7 +30,7 @@ def check_members(found: Sequence[tar.Shard], wanted: Wanted, *, captions: bool)
                 image = image or any(sample.image for sample in samples)
                 caption = caption or _has_caption(file, samples, wanted, fields)
         except (ShardError, OSError):
-            continue  # it fails by name when its turn comes
+            continue  # it fails, by name, when it is embedded
         if image and caption:
             return
     if seen:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from curate.embed.images import HASH_SIDE, LEAST_CONTRAST, grey_cells, hash_cells
 
-MARGINS = (0.0, 0.02, 0.04, 0.06)  # left away on all sides
+MARGINS = (0.0, 0.02, 0.04, 0.06)  # cut off on all sides
 FREQUENCIES = 12
 HASH_BYTES = FREQUENCIES**2 // 8
 DETAIL_BYTES = HASH_BYTES * len(MARGINS)

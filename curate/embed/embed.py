@@ -37,7 +37,7 @@ from pipelines import memory
 PICKS = ("first", "random")
 DECODES = ("full", "fast", "gpu")
 CPU_BATCH, GPU_BATCH = 32, 256
-MOST_SHARED_BYTES = 2 << 30  # of weights in fp32, ViT-L's 1.7 GB among them, that a GPU holds twice
+MOST_SHARED_BYTES = 2 << 30  # fp32 weights up to this size (ViT-L has 1.7 GB) are held twice on a GPU
 TEXTS_PER_IMAGE = 2  # caption batches may be larger: captions are short
 
 

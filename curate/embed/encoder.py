@@ -101,7 +101,7 @@ class Tokenizer:
             self._tokenize = open_clip.get_tokenizer(source.model)
         except Exception as error:
             raise UsageError(f"the tokenizer of {source.model} cannot be loaded: {first_line(error)[:300]}") from None
-        self._lock = threading.Lock()  # Rust tokenizers refuse a second borrower
+        self._lock = threading.Lock()  # Rust tokenizers refuse concurrent use
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         """Tokenize captions, padded or cut to the model's context."""

@@ -29,8 +29,8 @@ from pipelines.terminal import first_line
 
 NUMBER, TEXT = "number", "text"
 URL_NAMES, CAPTION_NAMES = (b"url", b"URL"), (b"caption", b"text", b"TEXT")  # in a header
-PROBED = 100  # samples of a shard whose JSON is opened to learn its fields
-PROBED_SHARDS = 8  # that are opened: a pool without JSON, or without a field, is not read twice
+PROBED = 100  # samples of a shard whose JSON is read to find its fields
+PROBED_SHARDS = 8  # most shards read for that, so that a pool without JSON, or without a field, is not read twice
 HEX_UID = 32  # DataComp's uid, in hexadecimal digits
 
 

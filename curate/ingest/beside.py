@@ -31,7 +31,7 @@ from pipelines.terminal import first_line
 FILE_NAME = re.compile("(.*_)?file_names?")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = ("caption", "text", "txt", "TEXT", "top_caption", "alt_text")
-# Which folder of texts counts where several have one of a picture's name: the first of these, then by the alphabet.
+# If several folders of texts have one with a picture's name, the first of these counts, then the first by alphabet.
 FOLDERS = ("captions", "caption", "texts", "text", "txt", "labels")
 
 

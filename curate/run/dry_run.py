@@ -23,12 +23,12 @@ from curate.storage import manifest, paths, sidecar
 from curate.storage.tar import Shard, TarWriter, list_pool, open_tar, read_index, read_member
 from curate.vectors import kmeans
 
-CALIBRATION_ROWS = (16, 16, 128)  # the first run pays for imports, the difference of the others is the rate
+CALIBRATION_ROWS = (16, 16, 128)  # the first run pays for imports, the difference between the others gives the rate
 RECORDS = (manifest.MANIFEST, "train_manifest.json", "answers.manifest.json")  # each says that a stage is done
-MAX_COUNTED = 16  # shards whose headers are all read; of more, the first, the middle and the last
+MAX_COUNTED = 16  # most shards whose headers are all read; of more, the first, the middle and the last
 WRITE_BYTES_PER_S = 300e6  # tar copy and sidecar writing, fsync included; a fifth of an NVMe disk
 START_S = 4.0  # imports and workers, of a stage
-SKEW = 2.0  # sum of squared cluster sizes beside that of equal clusters, as k-means leaves them on a mixture
+SKEW = 2.0  # sum of squared cluster sizes over that of equal clusters, as k-means gives on a mixture
 SELECT_S_PER_ROW = 6e-6  # of the recipe balanced: sorts, and a pass over the edges
 DEMO_ROW_BYTES = 4500  # of a rendered sample in its tar
 ROW_OVERHEAD_BYTES = 120  # key, uid, hash, caption, scores

@@ -131,7 +131,7 @@ def load(
         tables["select"] = {key: value for key, value in tables["select"].items() if key not in ("steps", "compare")}
         tables["select"]["recipe"] = recipe
     words = {"{here}": str(path.parent.resolve())}
-    if "ablation" not in tables:  # its trials have places of their own
+    if "ablation" not in tables:  # its trials have their own directories
         words["{out}"] = place
     pipeline = Pipeline(path, place, pipelines.fill(tables, words), list(settings))
     for stage in (*CORESET, "mix"):

@@ -21,7 +21,7 @@ from curate.storage import paths
 
 SETTLE_S, REMOTE_SETTLE_S = 1.0, 4.0
 POLL_S, BEAT_S = 0.5, 2.0
-DEAD_S = 60.0  # without a beat
+DEAD_S = 60.0  # time without a beat after which a claim is taken over
 
 
 def once(location: str, done: Callable[[], bool], work: Callable[[], None]) -> None:

@@ -133,7 +133,7 @@ def _renew(output: Output, recorded: dict[str, Any], anew: str) -> None:
         output.why = f"{since} has changed since: {output.home} is made anew in place" if altered else ""
     if stands and recorded.get("options") == plan["options"]:
         output.complete, output.manifest = not recorded.get("failed"), recorded
-        if parts is not None and (parts.verify or output.why):  # read once, they need not be read again
+        if parts is not None and (parts.verify or output.why):  # having been read once, files need not be read again
             with suppress(OSError):  # somebody else's directory
                 output.save_seen(output.manifest)
         return  # where shards failed, and no part is known of each, these alone are tried again, in place

@@ -17,7 +17,7 @@ from pipelines.tar_headers import BLOCK, describes
 MOST_SUFFIXES = 1 << 15
 MOST_BYTES = (1 << 31) - 1
 WINDOW_BYTES, WINDOW_SAMPLES = 16 << 20, 256  # read at a time
-STREAMED = 0.5  # of the stretch that samples lie in: from here on it is read whole
+STREAMED = 0.5  # if samples fill this share of a stretch of the tar, the whole stretch is read
 
 
 def column(index: Index, size: int) -> pa.Array:

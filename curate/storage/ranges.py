@@ -15,9 +15,9 @@ import numpy as np
 
 from curate.storage import paths, web
 
-WASTE = 0.03  # of the bytes wanted, that may be read besides them
+WASTE = 0.03  # bytes that may be read besides those wanted, as a share of those
 PART_BYTES = 8 << 20  # a longer range is fetched as several
-AHEAD = 16  # files that are read at a time
+AHEAD = 16  # files read at a time
 In = TypeVar("In")
 Result = TypeVar("Result")
 

@@ -19,15 +19,15 @@ import pyarrow as pa
 from curate.storage import paths, ranges
 from curate.storage.ranges import Pieces
 
-TAIL_BYTES = 4 << 10  # asked for where no footer of the folder is known yet
-VECTOR_WASTE = 0.5  # read between the rows of vectors, which are short for a request each, as a share of those
+TAIL_BYTES = 4 << 10  # requested while no footer of the folder is known
+VECTOR_WASTE = 0.5  # as `ranges.WASTE`, between rows of vectors, which are too short for a request each
 MAGIC = b"ARROW1"
-END = 1 << 60  # where a file is taken to end, since to learn it would cost a request
+END = 1 << 60  # the assumed end of a file, since asking for its size would cost a request
 BLOCK = np.dtype([("offset", "<i8"), ("described", "<i4"), ("_", "<i4"), ("body", "<i8")])
 BUFFER = np.dtype([("offset", "<i8"), ("size", "<i8")])
 ALIGNED = 8
 
-_footer_bytes: dict[str, int] = {}  # by folder: those of a folder are about as long
+_footer_bytes: dict[str, int] = {}  # by folder, since the footers in a folder have similar sizes
 
 
 class RemoteFile:

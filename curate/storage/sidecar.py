@@ -35,7 +35,7 @@ def write_table(
     return rows
 
 
-SMALL_BYTES = 1 << 20  # a local file of at most so many is read whole: a map costs some five times as much to open
+SMALL_BYTES = 1 << 20  # a local file of at most this many is read whole: a map takes some five times as long to open
 Opened: TypeAlias = RemoteFile | pa.ipc.RecordBatchFileReader
 Place: TypeAlias = str | Opened  # where a sidecar is, or one that is open
 UNREADABLE = (pa.ArrowInvalid, OSError, struct.error, KeyError)  # KeyError: of a column that is not there

@@ -17,7 +17,7 @@ from curate.vectors.forest import Edges, Forest
 from curate.vectors.near_pairs import MEDIUM, TILE, batches_of_groups, near_pairs, product_for
 
 MIXER = np.uint64(0xFF51AFD7ED558CCD)  # odd, of MurmurHash3's finalizer
-LARGE = 1024  # rows of a cluster from which equal rows are looked for first
+LARGE = 1024  # rows of a cluster from which on equal rows are searched first
 MEDIUM_ROWS = 1 << 15  # rows of small clusters whose forests are found together
 LARGE_ROWS = 1 << 11  # of larger ones; one of more rows has its own, so that all its rows can pass over pairs
 

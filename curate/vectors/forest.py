@@ -19,9 +19,9 @@ Shapes: edges are three arrays a, b (i64, a < b) and similarity (f32). Source: J
 
 import numpy as np
 
-MERGE_LEAST, MERGE_AT = 1 << 12, 1 << 20  # edges that wait, of a forest of as many rows at least and at most
-LEVELS = 24  # steps from the floor to 1 at which it is known which rows are connected already
-CROWDED = 8  # edges a row of a tile above which the tile is reduced to its forest
+MERGE_LEAST, MERGE_AT = 1 << 12, 1 << 20  # edges that wait before a merge: as many as rows, within these bounds
+LEVELS = 24  # levels between the floor and 1 at which connected rows are tracked
+CROWDED = 8  # edges per row of a tile above which the tile is reduced to its forest
 TILE_BITS = 11  # a tile's rows are numbered within 2 ** 11
 NO_EDGE = np.iinfo(np.int64).min
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -29,11 +29,11 @@ from curate.vectors.screen import round_rows
 
 FIT_BYTES = 1 << 30
 POINTS_PER_CENTROID = 256  # FAISS's own default bound; its silent subsampling is switched off below
-LEAST_POINTS_PER_CENTROID = 39  # below it FAISS calls a fit poor
+LEAST_POINTS_PER_CENTROID = 39  # with fewer, FAISS warns of a poor fit
 BLOCK_ELEMENTS = 1 << 22  # products held at a time
 TILE_CENTROIDS = 1 << 13
-ROUNDED_K = 256  # clusters from which loading torch pays
-PRODUCT_COLUMNS = 1024  # centroids with which products are measured, at most
+ROUNDED_K = 256  # number of clusters from which loading torch pays off
+PRODUCT_COLUMNS = 1024  # most centroids with which products are measured
 LLOYD_ROWS = 2048
 PRUNED_DIM = 32  # SuperKmeans refuses fewer dimensions
 PRUNED_K = 1000  # its pruning gains 1.4 to 1.9 times at k = 2,000 and loses up to 3 times at k = 600 (bench/cluster.py)

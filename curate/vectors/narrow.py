@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 PART = 512  # rows widened at a time: 1 MiB at 512 dimensions
-FEW = 3  # columns up to which a scan for each is faster than one product of all
-LANES = 8  # numbers that faiss takes at once; at a width that is no multiple a product takes five times as long
+FEW = 3  # most columns for which a scan each is faster than one product of all
+LANES = 8  # numbers that faiss takes at once; if the width is not a multiple, a product takes five times as long
 _kept = threading.local()  # a thread's scanner, and its buffer: fetching memory anew costs a third of the widening
 
 

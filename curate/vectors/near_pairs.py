@@ -28,16 +28,16 @@ from curate.vectors.screen import Screen
 
 TILE = 512
 PANEL = 1 << 15  # rows that are prepared for the fast product at a time
-SMALL = 4  # up to so many rows all pairs are decided exactly at once
-MEDIUM = 256  # up to so many rows a group is screened in f32, with others of its size
-MEDIUM_ROWS = 1 << 12  # rows of such groups whose products are looked at together
+SMALL = 4  # most rows of a group whose pairs are all decided exactly at once
+MEDIUM = 256  # most rows of a group that is screened in f32, together with others of its size
+MEDIUM_ROWS = 1 << 12  # rows of such groups whose products are examined together
 CACHED = 1 << 17  # numbers of such groups that are widened and multiplied together: they stay in the cache
-STEP = 4  # to a multiple of which such groups are filled up, so that many have one size
-DENSE = 1 / 32  # share of a tile's pairs from which multiplying it exactly costs less than deciding them one by one
-CENTRE_SAMPLE = 64  # rows of a group whose mean is taken for its centre
+STEP = 4  # such groups are filled up to a multiple of this, so that many have the same size
+DENSE = 1 / 32  # share of a tile's pairs above which multiplying it exactly costs less than deciding them one by one
+CENTRE_SAMPLE = 64  # rows of a group whose mean is taken as its centre
 BATCH = 1 << 14  # pairs that are decided together
-ROUNDED_WORK = 1e11  # multiplications from which loading torch pays
-MIRROR = np.uint64(0xAAAAAAAAAAAAAAAA)  # the bits of a perceptual hash that turn when its image is mirrored
+ROUNDED_WORK = 1e11  # multiplications above which loading torch pays off
+MIRROR = np.uint64(0xAAAAAAAAAAAAAAAA)  # the bits of a perceptual hash that flip when its image is mirrored
 Group = tuple[int, int, int]  # where its rows start, where its members end, where its rows end
 
 

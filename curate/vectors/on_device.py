@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 SPLIT_SCALE = 2.0**10
 BLOCK_ROWS = 1 << 14
 TILE_CENTROIDS = 1 << 13
-PANEL = 1 << 15  # rows of a cluster that are on the device at a time, twice
-TILE = 1 << 11  # rows that are multiplied with as many: their products take 16 MiB
-SUM_ERROR = 2.0**-21  # a component: bounds what an f32 sum of exact products loses, however it is cut off
+PANEL = 1 << 15  # rows of a cluster on the device at a time, on either side
+TILE = 1 << 11  # rows multiplied with as many others: their products take 16 MiB
+SUM_ERROR = 2.0**-21  # per component: bounds the error of an f32 sum of exact products, however it is rounded
 DENSE = 1 / 32  # share of a tile's pairs from which all of them are multiplied exactly
 DECIDE_PAIRS = 1 << 18  # pairs whose exact cosines are computed at once
 Means = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]

@@ -34,7 +34,7 @@ from curate.vectors.exact import widen
 from curate.vectors.products import multiply
 
 PREPARE_ROWS = 256  # rounded at once: they stay in the cache
-SCALE_SAMPLE = 16  # one row in so many is looked at to choose the scale
+SCALE_SAMPLE = 16  # one row in this many is used to choose the scale
 COMMON = 0.95  # share of rows whose components all fit a byte; the others are clipped, and their error measured
 SMALLEST_SCALE = 2.0**-13  # with it the cosine 1, in units of scale ** 2, is 2 ** 26 and fits an i32
 F32_ERROR = 2.0**-12  # relative, of a length computed in f32, with room to spare

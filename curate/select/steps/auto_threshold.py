@@ -36,12 +36,12 @@ FAR_BITS = 24  # more: 1 % of near-duplicates, at least two thirds of look-alike
 FAR_LOOKALIKES = 2 / 3
 DOUBT = 0.5  # share of look-alikes up to which pixels decide a pair
 CERTAIN = 0.01  # share of look-alikes up to which the cosine alone decides
-BLIND = 0.9  # beyond it real pairs score as shuffled ones do, and their order says nothing
+BLIND = 0.9  # mismatched share above which real pairs score like shuffled ones, so that their order says nothing
 NUM_BINS = 240
 LEAST_COPIES = 10
 LEVELS = np.array([10, 20, 30, 40, 50])  # quantiles of the shuffled scores, in percent
-ERRORS = 3.0  # standard errors on either side of the interval, the least of five being looked for
-LEAST_KNOWN = 0.1  # share of the linked pairs whose pixels are known, from which on these speak for all
+ERRORS = 3.0  # standard errors on either side of the interval, since it is the least of five that is taken
+LEAST_KNOWN = 0.1  # least share of linked pairs with known pixels for these to represent all
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Evidence:
     reason: str
     pairs: int
     pixel_copies: int
-    confidence: float | None = None  # the share of the pairs above a gap in the cosines that are no look-alikes
+    confidence: float | None = None  # share of the pairs above a gap in the cosines that are not look-alikes
 
     @property
     def threshold(self) -> float:

@@ -21,9 +21,9 @@ from curate.select.steps.same_picture import CopyTest
 from curate.select.steps.unrelated_captions import are_unrelated
 from curate.vectors import forest
 
-SPARED_AT = 1.5  # times the mismatched share: from there on a copy that matches is worth more (pipelines/LOG.md)
-SURELY = 2  # times the least share that the scores allow
-LEAST_CAPTIONS = 3  # from which on a picture's captions can have nothing to do with one another
+SPARED_AT = 1.5  # times the mismatched share counts as wrong when copies are spared (pipelines/LOG.md)
+SURELY = 2  # but at most this many times the lower bound of that share
+LEAST_CAPTIONS = 3  # least captions of a picture that can be called unrelated
 
 
 def dedup(

@@ -73,8 +73,8 @@ def value_range(values: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
     return {"lowest": float(kept.min()), "highest": float(kept.max())} if len(kept) else {}
 
 
-ALWAYS_FACTOR = 2.0  # times the mismatched share go whatever the budget
-HEADROOM = 1.5  # times the budget stay, as far as what goes lies beyond ALWAYS_FACTOR
+ALWAYS_FACTOR = 2.0  # times the mismatched share is dropped whatever the budget
+HEADROOM = 1.5  # beyond that, rows are dropped only down to this many times the budget
 
 
 def mismatch(frame: Frame, number: int, share: Share = AUTO, factor: float = 3.0, budget: Count = 0) -> Verdict:

@@ -30,7 +30,7 @@ from curate.select.steps.group_parts import GroupParts
 from curate.select.steps.quotas import position_in_group
 from curate.vectors.kmeans import unit_rows
 
-ROWS_EACH, LEAST_EACH = 32, 8  # rows that stand for a cluster, at most and at least
+ROWS_EACH, LEAST_EACH = 32, 8  # rows that represent a cluster, at most and at least
 MAX_ROWS = 1 << 18  # of all clusters together
 STRETCH = 1024  # rows that lie side by side on disk and are read together
 NEIGHBOURS = 10  # clusters with the nearest captions
@@ -39,8 +39,8 @@ DOUBTED, CONTRADICTING = 2.0, 4.0  # deviations
 WRITTEN = 0.5  # share of a cluster's rows
 LEAST_SPREAD = 1e-3  # of the likeness: less is rounding
 BLOCK = 256
-STRIP = 64  # cosines side by side of which first the highest is taken
-CROWDED = 8  # times as many values as are looked for: from there on they are not sorted
+STRIP = 64  # adjacent cosines whose highest is taken first
+CROWDED = 8  # if more values than this times those wanted are left, they are not sorted
 
 
 def few_of_each(parts: GroupParts, chosen: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
