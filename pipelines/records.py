@@ -60,7 +60,7 @@ class Reading:
         return tuple(beside[number] for number in self.order or range(len(self.pictures)))
 
 
-Mark = Picture | int | None  # of its own, the n-th of those beside the turns, or the next of them
+Mark = Picture | int | None  # its own picture, the n-th of those beside the turns, or the next of these
 
 
 def read(

@@ -12,13 +12,13 @@ IMAGE_SUFFIXES = tuple("jpg jpeg png webp gif bmp tif tiff avif jfif jpe heic he
 TAR_SUFFIXES, GZIP_SUFFIXES = (".tar", ".tar.gz", ".tgz"), (".tar.gz", ".tgz", ".gz")
 MACOS = "macOS's own (._name, __MACOSX)"
 MAX_MEMBER_BYTES = 256 << 20  # of a member, a picture or a record; larger ones are counted and never read
-# Archives that are not read, and are named where they lie among tars.
+# Archives that are not read, and are reported if they lie among tars.
 OTHER_ARCHIVES = (".zst", ".zstd", ".tzst", ".xz", ".txz", ".bz2", ".tbz", ".tbz2", ".lz4", ".zip", ".7z", ".rar")
-# What `str.isspace` calls so; one strip of all is linear, where a search for `\\s+$` tries every space within a text.
+# Spaces by `str.isspace`; one strip of all is linear, whereas a search for `\\s+$` tries every space within a text.
 SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
 SPACES += "\u2028\u2029\u202f\u205f\u3000"
 _NOWHERE = ("\0", "\ufeff")  # no text has them on purpose: NUL, and the byte order mark that Windows puts first
-_EDGES = SPACES + "\u200b\u200c\u200d\u2060\u00ad"  # these join or part letters, and mean nothing at the ends
+_EDGES = SPACES + "\u200b\u200c\u200d\u2060\u00ad"  # these join or separate letters, and mean nothing at the ends
 
 
 def visible(text: str) -> str:

@@ -58,12 +58,12 @@ class Commands:
         try:
             with _past_typer():
                 answer = super().invoke(ctx)  # type: ignore[misc]
-                sys.stdout.flush()  # what is still held back breaks here, not when Python ends
+                sys.stdout.flush()  # buffered output fails here, not when Python ends
             return answer
         except BrokenPipeError:
-            if _is_read(1):  # another pipe than that of the answer: a worker's, say
+            if _is_read(1):  # a pipe other than stdout's, such as a worker's
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes out at its end what it still holds
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes its buffer when it ends
             raise SystemExit(0) from None
 
 
@@ -78,7 +78,7 @@ def _past_typer() -> Iterator[None]:
 def _is_read(number: int) -> bool:
     """Say whether anybody may still read what is written to a descriptor."""
     poll = select.poll()
-    poll.register(number, 0)  # errors are told in any case
+    poll.register(number, 0)  # errors are always reported
     return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
@@ -91,7 +91,7 @@ def open_closed() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does by default
 
 
 def first_line(error: BaseException) -> str:

@@ -79,7 +79,7 @@ def cluster(emb: str, out: str, options: ClusterOptions, job: Job) -> dict[str, 
     output.tell(quiet=job.quiet)
     renewed.drop_older(output, source.stems, quiet=job.quiet)
     kept = before if output.basis and not anew and not options.centroids else {}
-    sampled: list[np.ndarray] = []  # images, where this slice fits
+    sampled: list[np.ndarray] = []  # images, if this slice does the fit
 
     def fit() -> None:
         sampled[:] = [_fit(source, rows_ok, options, output, job, kept)]
@@ -137,7 +137,7 @@ def _assign(source: Artefact, output: Output, neighbours: int, buckets: int, job
     """Assign and scatter this slice's share of the parts that lack a sidecar or their scattered vectors."""
     parts = scatter.parts(source.rows)
     missing, unscattered = set(output.missing(source.stems)), set(scatter.missing(output.directory, list(parts)))
-    # Looked at after the scatter, which is removed only once the edges are there.
+    # Checked after listing the scattered files, which are removed only once the edges exist.
     if edges.are_joined(output):
         unscattered.clear()
     todo = [part for part in job.share(list(parts)) if part in unscattered or missing & set(parts[part])]
@@ -171,7 +171,7 @@ def _find_edges(output: Output, task: edges.FindEdges, buckets: int, job: Job) -
     def compare(task: Task, items: Sequence[Any], missing: Callable[[], list[Any]], unit: str) -> bool:
         """Process this slice's missing items; returns whether all items are there."""
         lacking = set(missing())
-        # Looked at after the files, which are removed only once the edges are there.
+        # Checked after listing the files, which are removed only once the edges exist.
         if edges.are_joined(output):
             return True
         todo = [item for item in job.share(items) if item in lacking]
@@ -330,13 +330,13 @@ def _fit(
         facts["versions"] = versions(*renewed.FIT_BY)
         facts["mean_similarity"] = found.mean_similarity
     rows = np.array([sum(rows_ok.values())])
-    # Of the comparisons it is known only that they are at least those of equal clusters.
+    # All that is known of the number of comparisons is that it is at least that of equal clusters.
     worth = is_worth_rounding(centroids.shape[1], rows // len(centroids), rows)
     facts["screen"] = "f32"
     if worth:
         facts["screen"] = "gpu" if gpus(job) else fastest_product(centroids.shape[1])
     facts["shuffled_clip_score"] = shuffled
-    if not paths.exists(output.path(FIT)):  # else another slice took this one for dead, and has fitted meanwhile
+    if not paths.exists(output.path(FIT)):  # else another slice took this one for dead and has done the fit
         sidecar.save_npy(output.path(CENTROIDS), centroids)
         save_json(output.path(FIT), facts)
     return small

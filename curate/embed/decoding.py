@@ -43,7 +43,7 @@ class _Memory:
         size = int(np.prod(shape))
         self.file = os.memfd_create("pixels")
         try:
-            os.posix_fallocate(self.file, 0, size)  # what cannot be had is known here, and not by a signal later
+            os.posix_fallocate(self.file, 0, size)  # a lack of memory raises here, instead of a signal later
             self.view = np.frombuffer(mmap.mmap(self.file, size), np.uint8).reshape(shape)
         except BaseException:
             os.close(self.file)
@@ -68,7 +68,7 @@ class Decoders:
         """Decode batches of samples of the tar at a path, in order; in small parts, so that the first comes soon."""
         parts = [[batch[at : at + PART_ROWS] for at in range(0, len(batch), PART_ROWS)] for batch in batches]
         count = sum(map(len, parts))
-        # Lent at a time are the parts on their way, and those of the batch that is being put together.
+        # Slots in use at a time: the parts on their way, and those of the batch being put together.
         memory = self._memory(min(count, self.ahead + self.per_batch)) if count else None
         slots = itertools.cycle(range(memory.board.shape[0] if memory else 1))
         asked = (

@@ -39,7 +39,7 @@ EMITTED_SCHEMA = pa.schema(
 )
 LLAVA_SCHEMA = EMITTED_SCHEMA.append(pa.field("record", pa.large_string()))
 MAX_LISTED = 1000
-# No file can have the name: it is too long, or another sample's picture lies where it needs a folder.
+# Errors of names that no file can have: too long, or another sample's picture is where a folder is needed.
 NAMELESS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 

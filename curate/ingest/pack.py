@@ -48,10 +48,10 @@ from pipelines.record_forms import as_list
 from pipelines.terminal import first_line
 
 LAYOUTS = ("auto", "files", "parquet")
-PATHS = re.compile(r"[:\\]")  # by which names lead elsewhere: `C:x`, `\\x`
+PATHS = re.compile(r"[:\\]")  # by these a name can lead out of its folder: `C:x`, `\\x`
 PACKED = (*IMAGE_SUFFIXES, CAPTION_SUFFIX, JSON_SUFFIX)
 WHOLE_BYTES = 16 << 20  # longer files are copied a part at a time
-CAPTION_FILES = "caption"  # so kohya's trainers call the texts beside pictures
+CAPTION_FILES = "caption"  # the suffix of kohya's trainers for texts beside pictures
 
 
 @shared

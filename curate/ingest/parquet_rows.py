@@ -35,7 +35,7 @@ class Part:
     start: int = 0
     image: str = ""
     caption: str = ""
-    root: str = ""  # from which files that lie beside are named
+    root: str = ""  # the folder that names of files beside the table are relative to
     seen: Seen = (0, "", "")
     keyed: bool = False
     broken: str = ""

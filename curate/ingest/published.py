@@ -54,7 +54,7 @@ def import_layout(source: str, out: str, options: ImportOptions, job: Job) -> di
     given: dict[str, tar.Shard | Sequence[str]] = {**found} if options.pool else {s: p.files for s, p in named.items()}
     contents = reading(given, job, verify=options.verify)
     made_of = tar.parts_of(held.shards, contents, f"{inputs['source']['digest']} ", verify=options.verify)
-    stamps = layouts.seen(parts, looked)  # of vectors made anew by another model the sizes are what they were
+    stamps = layouts.seen(parts, looked)  # sizes alone would miss vectors made anew by another model
     written = manifest.digest([stamps[stem][1] for stem in named])
     made_of = replace(made_of, seen={stem: (*seen[:2], f"{seen[2]} {written}") for stem, seen in made_of.seen.items()})
     if not options.pool:

@@ -128,7 +128,7 @@ class Faults:
         """Count a fault. what: the record's number or id."""
         self.counts[why] = self.counts.get(why, 0) + number
         if self.counts[why] <= MAX_LISTED:
-            what = what[:MAX_NAME] if isinstance(what, str) else what  # a picture in base64 may stand for a name
+            what = what[:MAX_NAME] if isinstance(what, str) else what  # a picture in base64 may be in place of a name
             self.listed.append({"why": why, "what": what})
 
     def drop(self, fields: Iterable[str]) -> None:

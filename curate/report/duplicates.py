@@ -24,7 +24,7 @@ from curate.storage import manifest
 from curate.words import words
 
 MAX_FURTHER = 50_000_000  # members held in memory; what comes after them is not counted, and the page says so
-GROUPS, MEMBERS = 40, 7  # shown; as many as stand side by side on a wide screen
+GROUPS, MEMBERS = 40, 7  # shown; as many members as fit side by side on a wide screen
 LISTED = 20_000  # rows in the table of keys
 EXTRA_STEMS = 24  # shards opened for pictures besides those that all examples come from
 LEAST_CAPTIONS, MAX_COMPARED, UNLIKE = 3, 16, 0.05  # captions of a placeholder; compared; mean share of words in common
@@ -96,7 +96,7 @@ def _members(
     """Read the members of some groups, in row order. heads: i64, the groups' first rows."""
     which = np.isin(component, heads)
     rows, group = np.concatenate([heads, further[which]]), np.concatenate([heads, component[which]])
-    order = np.argsort(rows, kind="stable")[:LISTED]  # more are there only where one group alone has more
+    order = np.argsort(rows, kind="stable")[:LISTED]  # there are more only if a single group has more
     bounds = np.cumsum([0, *selection.rows.values()])
     stems = selection.stems
     found: dict[int, list[Member]] = {int(head): [] for head in heads}

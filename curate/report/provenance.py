@@ -17,7 +17,7 @@ from curate.storage import paths, tar
 from curate.storage.manifest import LOG, MANIFEST, PLAN, Artefact, load_json
 
 WORKED_OUT = ("weights", "text_weights", "max_pixels", "recipe")
-OF_THE_FIT = ("k", "iters", "sample")  # where centroids are given, cluster works these out, too
+OF_THE_FIT = ("k", "iters", "sample")  # if centroids are given, `curate cluster` works these out itself
 OPTIONAL_INPUTS = ("pool", "captions", "centroids", "losses")  # typed as options; a verb's first input is an argument
 
 

@@ -40,7 +40,7 @@ def _trace(directory: str, key: str) -> tuple[dict[str, manifest.Artefact], list
     """
     latest = _latest(directory)
     try:
-        latest.source("embed", "import")  # rows join by position, which holds in one state of the embeddings alone
+        latest.source("embed", "import")  # rows join by position, so one state of the embeddings is needed
     except LookupError as error:
         raise UsageError(f"{error}.", "give a directory of embed, cluster, select or emit") from None
     stages = {each.command: each for each in reversed(list(show.lineage(latest)))}

@@ -106,7 +106,7 @@ def lines(pipeline: Pipeline, only: str | None, gpus: int = 0) -> Iterator[str]:
         core = f"{total * cores() / 3600:.2g} core-hours"
         without = f", without {' and '.join(left_out)}" if left_out else ""
         yield f"about {duration(total)} in all{without}{gpu} ({core}) on this machine, as it is now"
-    if missing:  # last, since the commands and an ablation's costs are asked before a pool is there, too
+    if missing:  # last, since commands and an ablation's costs are wanted even before there is a pool
         raise missing
 
 

@@ -95,7 +95,7 @@ def _carry_out(words: Sequence[str]) -> int:
     with subprocess.Popen(words, env={**os.environ, "TRAIN_PARENT": str(os.getpid())}) as trainer:
         try:
             return trainer.wait()
-        except BaseException:  # a terminal's Ctrl-C has reached it, too, a SIGTERM for this process alone has not
+        except BaseException:  # Ctrl-C in a terminal reaches the trainer, too, but a SIGTERM to this process does not
             trainer.terminate()
             trainer.wait()
             raise

@@ -139,7 +139,7 @@ def _run(
         if "available" in verdict.estimates:
             asked, there = verdict.estimates["asked"], verdict.estimates["available"]
             progress.write(f"select: {step.text} asked for {asked:,} rows, only {there:,} were there: all are kept")
-        progress.update(step.number, len(codes))  # the pace is that of the rows, not of those that stay
+        progress.update(step.number, len(codes))  # the speed counts all rows, not those that stay
     kept = int(frame.alive.sum())
     if not kept:
         last, met = (account[-1]["text"], account[-1]["before"]) if account else ("a bad status", len(codes))

@@ -134,9 +134,9 @@ def _renew(output: Output, recorded: dict[str, Any], anew: str) -> None:
     if stands and recorded.get("options") == plan["options"]:
         output.complete, output.manifest = not recorded.get("failed"), recorded
         if parts is not None and (parts.verify or output.why):  # having been read once, files need not be read again
-            with suppress(OSError):  # somebody else's directory
+            with suppress(OSError):  # no permission: somebody else's directory
                 output.save_seen(output.manifest)
-        return  # where shards failed, and no part is known of each, these alone are tried again, in place
+        return  # if shards failed and parts are unknown, only the failed ones are tried again, in place
     output.basis = digest(recorded)
     output.directory = renewal.next_folder(output.home, plan, output.basis)
     if paths.exists(output.path(PLAN)) and parts is not None:

@@ -58,7 +58,7 @@ class Parts:
         old, new = before["parts"].get(stem), self.seen.get(stem)
         if old is None or new is None or old[0] != new[0]:
             return False
-        # Older versions noted less: the tar's stamp alone, of published tables the sizes alone.
+        # Older versions recorded less: only the tar's stamp, and for published tables only the sizes.
         stamps_alike, rest_alike = (f"{new[at]} ".startswith(f"{old[at]} ") for at in (1, 2))
         if old[2] is not None and not rest_alike:
             return False
@@ -119,7 +119,7 @@ def compare(home: str, recorded: Mapping[str, Any], plan: Mapping[str, Any], par
     if before is None and all(
         recorded["inputs"].get(name, {}).get("digest") == plan["inputs"][name]["digest"] for name in parts.inputs
     ):
-        same = stood | failed  # an older version wrote no more down
+        same = stood | failed  # an older version recorded nothing more
     else:
         same = {stem for stem in (stood | failed) & parts.seen.keys() if parts.same(found, stem)}
     held = {stem: str(shard["digest"]) for stem, shard in recorded.get("shards", {}).items() if shard.get("digest")}

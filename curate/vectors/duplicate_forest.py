@@ -77,8 +77,8 @@ def _forest_of_groups(
     stars = originals[norms > floor], copies[norms > floor], norms[norms > floor]
     different = np.ones(len(rows), bool)
     different[copies] = False
-    # What is compared is numbered anew, without the copies: place p of it is place left[p] among these rows, and
-    # before[p] counts the different rows before place p.
+    # Compared rows are renumbered without the copies: place p among them is place left[p] among all rows, and
+    # before[p] counts the distinct rows before place p.
     left, before = np.flatnonzero(different), np.append(0, np.cumsum(different))
     own = before[bounds[:-1] + members] - before[bounds[:-1]]
     forest = Forest(len(left), floor, merge_at)

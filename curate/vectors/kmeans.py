@@ -186,8 +186,8 @@ def fit(x_nd: np.ndarray, k: int, iters: int, seed: int, *, backend: str) -> Fit
         empty = np.flatnonzero(np.bincount(clusters, minlength=k) == 0)
         worst = np.argsort(similarity, kind="stable")[: len(empty)]
         if not len(empty) or similarity[worst[0]] > 1 - 1e-6:
-            break  # there are fewer distinct rows than clusters: what is empty stays so
-        centroids[empty] = unit_rows(x_nd[worst])  # the rows that lie worst begin clusters of their own
+            break  # there are fewer distinct rows than clusters: empty ones stay empty
+        centroids[empty] = unit_rows(x_nd[worst])  # the rows farthest from their centroids start new clusters
         clusters, similarity = finder(centroids, on=on)(x_nd)
     if on:  # up to half of the card, which the workers that assign are about to share
         on_device.let_go()
