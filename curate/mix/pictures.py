@@ -65,7 +65,7 @@ def is_tars(root: str) -> bool:
     if any(name.endswith(".tar") for name in names):
         return True
     loose = folders or any(name.endswith(tuple(f".{kind}" for kind in IMAGE_SUFFIXES)) for name in names)
-    return not loose and any(name.endswith(TAR_SUFFIXES) for name in names)  # else the pictures came in the tars
+    return not loose and any(name.endswith(TAR_SUFFIXES) for name in names)  # tars beside pictures: what they came in
 
 
 def plain_tar(shard: Shard, scratch: str) -> str:
