@@ -1,4 +1,4 @@
-"""The arms of an ablation, which are data: the `[ablation]` table of a pipeline to every trial's own pipeline.
+"""Turn the `[ablation]` table of a pipeline into arms, and each arm with each seed into a trial's own pipeline.
 
     [ablation]
     seeds = [1, 2, 3]      compare = "recipe"      reference = "random"      lead = "caption"
@@ -8,9 +8,9 @@
     [[ablation.bars]]      claim, where, better, than, measure, by, alpha
     [ablation.shares]      sources, total, points, goal: a sweep over a mixture, an axis of its own (shares.py)
 
-Each value of an axis is tables laid over the pipeline's own (`false` takes a table away); an arm is one value per axis,
-all combinations. A seed goes into every stage that draws, but clustering, so that arms of one seed share pool, tests,
-first weights and the order of samples as far as these are equal.
+Each value of an axis is a set of tables laid over the pipeline's own (`false` removes a table); an arm is one value per
+axis, in all combinations. A seed goes into every stage that draws at random, except clustering, so that arms of one
+seed share pool, tests, first weights and the order of samples as far as these are equal.
 """
 
 import itertools
@@ -48,10 +48,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a trial's training costs, for the dry run: counted by hand, as the models are not there yet.
+    """What a trial's training costs, for the dry run: counted by hand, as the models do not exist yet.
 
-    parameters: of the language model. align_tokens, finetune_tokens: positions a sample, pictures included.
-    align_samples, finetune_samples: in all steps together. tflops: that a device really does, TFLOP a second.
+    parameters: of the language model. align_tokens, finetune_tokens: positions per sample, pictures included.
+    align_samples, finetune_samples: in all steps together. tflops: what a device really reaches, TFLOP/s.
     """
 
     parameters: float
@@ -62,7 +62,7 @@ class Cost:
     finetune_tokens: float = 0
 
     def hours(self) -> tuple[float, float]:
-        """Return device hours of align and finetune: 4 FLOP a parameter and token where the model itself is frozen."""
+        """Return device hours of align and finetune: 4 FLOP per parameter and token, with the model frozen."""
         rate = self.tflops * 1e12 * 3600
         return tuple(
             4 * self.parameters * samples * tokens / rate
@@ -75,9 +75,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Options:
-    """The `[ablation]` table. lead: the measure that the terminal's table is about. take: values to take of an axis.
+    """The `[ablation]` table. lead: the measure that the terminal's table shows in full.
 
-    reference: what the others are compared with, without it the first value. keep: see `trials.KEEP`.
+    take: values of an axis to run. reference: the value that the others are compared with; the first one if left out.
+    keep: see `trials.KEEP`.
     """
 
     seeds: list[int]
@@ -120,13 +121,15 @@ def parse(plan: Pipeline) -> Ablation:
     chosen = replace(chosen, axes=axes)
     for axis, values in chosen.axes.items():
         if not isinstance(values, dict) or not all(isinstance(tables, dict) for tables in values.values()):
-            raise UsageError(f"[ablation.axes.{axis}] holds no tables.", f"write [ablation.axes.{axis}.NAME.select]")
+            raise UsageError(
+                f"[ablation.axes.{axis}] does not hold tables.", f"write [ablation.axes.{axis}.NAME.select]"
+            )
     if chosen.keep not in KEEP:
         raise unknown("ablation.keep", chosen.keep, KEEP)
     if chosen.compare not in chosen.axes:
         raise unknown("axis of ablation.compare", chosen.compare, chosen.axes)
     if not chosen.seeds or len(set(chosen.seeds)) < len(chosen.seeds):
-        raise UsageError(f"ablation.seeds = {chosen.seeds}: expected at least one, each once.")
+        raise UsageError(f"ablation.seeds = {chosen.seeds}: expected at least one seed, each once.")
     names = chosen.axes[chosen.compare]
     chosen = replace(chosen, reference=chosen.reference or next(iter(names), ""))
     if chosen.reference not in names:
@@ -137,20 +140,20 @@ def parse(plan: Pipeline) -> Ablation:
     for bar in bars:
         for side in (bar.better, bar.than):
             if {**bar.where, chosen.compare: side} not in arms:
-                raise UsageError(f"the bar {bar.claim!r} names an arm that is not there: {side!r} where {bar.where}.")
+                raise UsageError(f"the bar {bar.claim!r} names an arm that does not exist: {side!r} where {bar.where}.")
     trials = [_trial(plan, chosen, arm, seed) for seed in chosen.seeds for arm in arms]
     _refuse_shared_places(trials)
     return Ablation(plan, chosen, bars, arms, trials)
 
 
 def _refuse_shared_places(trials: Sequence[Trial]) -> None:
-    """Refuse arms whose names make one folder: only one of them would ever be run, and again and again."""
+    """Refuse arms whose names give the same folder: one would never count as done and run again each time."""
     placed: dict[str, Trial] = {}
     for trial in trials:
         other = placed.setdefault(trial.plan.out, trial)
         if other is not trial:
             both = " and ".join(repr(" · ".join(each.arm.values())) for each in (other, trial))
-            raise UsageError(f"the arms {both} would both lie in {trial.plan.out}.", "name one of them otherwise")
+            raise UsageError(f"the arms {both} would both lie in {trial.plan.out}.", "rename one of them")
 
 
 def _trial(plan: Pipeline, chosen: Options, arm: Mapping[str, str], seed: int) -> Trial:
@@ -187,7 +190,7 @@ def _trial(plan: Pipeline, chosen: Options, arm: Mapping[str, str], seed: int) -
 
 
 def _lay(tables: dict[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay an arm's tables over others; steps of its own take a recipe's place, with `{n}` for its budget."""
+    """Lay an arm's tables over others; steps of its own replace a recipe, with `{n}` for its budget."""
     merged = pipelines.overlay(tables, upper)
     select = merged.get("select")
     if isinstance(select, dict) and "steps" in upper.get("select", {}):
@@ -198,7 +201,7 @@ def _lay(tables: dict[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without(name: str, table: Any) -> Any:
-    """Leave out what a stage would do besides, and put the budget into steps that ask for it."""
+    """Leave out a stage's side outputs, and put the budget into steps that contain `{n}`."""
     if not isinstance(table, dict):
         return table
     table = {key: value for key, value in table.items() if key not in pipeline.BESIDE.get(name, ()) or name == "import"}

@@ -1,11 +1,11 @@
-"""How much a difference owes to the very records that it was measured on: a bootstrap over photographs.
+"""How much a difference depends on the records that it was measured on: a bootstrap over photographs.
 
 The interval of statistics.py is over seeds: would other draws and other first weights say the same, judged on the same
-records? This one is over records: would the same models say the same of other ones? Neither stands for the other; three
-seeds know little of seeds and a few dozen photographs little of photographs.
+records? This one is over records: would the same models differ as much on other ones? Neither replaces the other: three
+seeds say little about seeds in general, and a few dozen photographs little about photographs.
 
-Questions about one photograph rise and fall together, so what is drawn, with putting back, are photographs with all
-that was asked of them (records without one: each by itself), for both arms alike (the cluster bootstrap; Efron and
+Questions about one photograph rise and fall together, so photographs are drawn, with replacement, with all
+that was asked about them (a record without one by itself), the same for both arms (the cluster bootstrap; Efron and
 Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13). The interval is from the 2.5th to the 97.5th
 percentile of the difference of the arms' means over their common seeds.
 """
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 DRAWS = 2000
 AT_ONCE = 100  # draws, so that memory stays small however many records there are
 SEED = 0
-# A measure of each unit: the sum over its records of the first, by that of the second.
+# Of each unit (a photograph or a record) its part of a measure: numerator and denominator, summed over its records.
 Values = Mapping[str, Mapping[str, tuple[float, float]]]
 
 
 def values(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Take apart what `train eval` sums up: measure -> photograph or record -> its part above and below the line.
+    """Split what `train eval` sums up: measure -> photograph or record -> its numerator and denominator.
 
-    rows: lines of its answers. Measures have the names that trials give them; a perplexity is the exponential.
+    rows: lines of its answers. Measures are named as in trials; a perplexity is the exponential of its quotient.
     """
     found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     for row in rows:
@@ -54,9 +54,9 @@ def _parts(row: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
 
 
 def add(summary: Sequence[dict[str, Any]], answers: Mapping[tuple[tuple[str, ...], int], Values], compare: str) -> None:
-    """Give each difference of a summary its interval over records: `records`, with how many were drawn from.
+    """Add to each difference of a summary its interval over records: `records`, with the number of units.
 
-    summary: entries of statistics.summarise.  answers: of a trial, by the values of its arm in their order and its
+    summary: entries of statistics.summarise.  answers: a trial's values by the values of its arm, in order, and its
     seed. A difference of arms whose trials did not answer the same records, or fewer than two of them, gets none.
     """
     for entry in summary:
@@ -80,7 +80,7 @@ def interval(
 ) -> dict[str, Any] | None:
     """Return `n` units and the interval `low` to `high` of the difference, or None where nothing can be said.
 
-    ours, theirs: seed -> unit -> parts.  exponential: the measure is that of the quotient.
+    ours, theirs: seed -> unit -> parts.  exponential: the measure is the exponential of the quotient.
     """
     seeds = sorted(set(ours) & set(theirs))
     units = sorted(ours[seeds[0]]) if seeds else []

@@ -1,6 +1,6 @@
-"""Run an ablation: `curate run` of a pipeline with an `[ablation]` table (arms.py says how it is written).
+"""Run an ablation: `curate run` of a pipeline with an `[ablation]` table (arms.py describes it).
 
-Out: `ablation.json`, `trials.jsonl`, `manifest.json` (curate/README.md), `report.html`; where the rest lies: trials.py.
+Out: `ablation.json`, `trials.jsonl`, `manifest.json` (curate/README.md), `report.html`; the rest: see trials.py.
 Trials that are done are not run again.
 """
 
@@ -27,7 +27,7 @@ LINES = "trials.jsonl"
 
 
 def command(plan: Pipeline, job: Job, only: str, *, dry_run: bool, as_json: bool, echo: Echo) -> bool:
-    """Carry out `curate run` of an ablation; say whether every trial ended and every bar is met."""
+    """Carry out `curate run` of an ablation; return whether every trial ended and every bar was met."""
     if only:
         raise UsageError("an ablation runs every stage of its arms.", "leave out --only")
     if dry_run:
@@ -50,8 +50,8 @@ def command(plan: Pipeline, job: Job, only: str, *, dry_run: bool, as_json: bool
 def run(plan: Pipeline, job: Job, echo: Echo = print) -> dict[str, Any]:
     """Carry out every trial that is not done yet, sum up, and return the content of `ablation.json`.
 
-    Trials of one level run beside each other, on the job's workers and engine; a trial that fails leaves the others
-    their way, is listed, and is run again next time.
+    Trials of one level run in parallel, on the job's workers and engine; a trial that fails does not stop the
+    others, is listed, and is run again next time.
     """
     ablation = parse(plan)
     trials = ablation.trials
@@ -135,9 +135,9 @@ def _mixtures(chosen: Options, done: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 
 def _meaning(name: str, own: Collection[str] = ()) -> tuple[str, str, str]:
-    """Say what a measure is, which way is better, and its unit.  own: the measures of data.eval's records."""
+    """Say what a measure is, which direction is better, and its unit.  own: the measures of data.eval's records."""
     words = name.replace("_", " ")
-    other = (f"{words}, as the benchmark scores it: of 100, MME in points", "higher", "number")
+    other = (f"{words}, as the benchmark scores it: out of 100, MME in points", "higher", "number")
     if name in own and name.endswith("_accuracy"):
         other = (f"exact answers to held-out records of the task {name.removesuffix('_accuracy')}", "higher", "share")
     if name.endswith("_perplexity"):
@@ -183,13 +183,13 @@ def lines(plan: Pipeline) -> Iterator[str]:
     ablation = parse(plan)
     yield from _about(ablation)
     first = ablation.trials[0]
-    yield f"the first one, {' · '.join(first.arm.values())}, seed {first.seed}; the others differ in what the arms say:"
+    yield f"the first trial, {' · '.join(first.arm.values())}, seed {first.seed}; what each arm changes is below it:"
     refused = None
     try:
         for line in stage_lines(first.plan, None):
             yield f"  {line}"
     except UsageError as error:
-        refused = error  # what the arms are, and what their training costs, holds without a pool, too
+        refused = error  # the arms and the cost of their training can be told without a pool
     for trial in ablation.trials[: len(ablation.arms)]:
         yield f"  {' · '.join(trial.arm.values())}: {' '.join(_changes(first.plan, trial.plan)) or 'as above'}"
     if ablation.options.cost:
@@ -199,7 +199,7 @@ def lines(plan: Pipeline) -> Iterator[str]:
 
 
 def _changes(first: Pipeline, other: Pipeline) -> Iterator[str]:
-    """Name what another arm has else than the first, but for where its own directories lie."""
+    """List the settings in which another arm differs from the first, except the places of its own directories."""
     own = paths.parent(paths.parent(other.out))
     for name in dict.fromkeys([*first.tables, *other.tables]):
         ours, theirs = first.tables.get(name), other.tables.get(name)
@@ -215,7 +215,7 @@ def _settled(where: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], own
             yield from _settled(f"{where}.{key}", ours.get(key, {}), value, own)
         elif ours.get(key) != value and not str(value).startswith(own):
             yield f"{where}.{key}={json.dumps(value, ensure_ascii=False)}"
-    yield from (f"{where}.{key} as it is by default" for key in ours if key not in theirs)
+    yield from (f"{where}.{key} at its default" for key in ours if key not in theirs)
 
 
 def _cost(ablation: Ablation, cost: Cost) -> Iterator[str]:
@@ -225,4 +225,4 @@ def _cost(ablation: Ablation, cost: Cost) -> Iterator[str]:
     tuned = [trial for trial in ablation.trials if "finetune" in trial.plan.tables]
     total = align * len(aligned) + finetune * len(tuned)
     parts = f"{len(aligned)} × align {align:,.1f} h + {len(tuned)} × finetune {finetune:,.1f} h"
-    yield f"training: {parts} = {total:,.0f} device hours, at {cost.tflops:g} TFLOP/s, 4 FLOP a parameter and token"
+    yield f"training: {parts} = {total:,.0f} device hours, at {cost.tflops:g} TFLOP/s, 4 FLOP per parameter and token"

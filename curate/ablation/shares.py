@@ -3,17 +3,16 @@
     [ablation]
     compare = "shares"
     [ablation.shares]
-    sources = ["instruct", "captions", "text"]   # of [mix.sources]; their counts are what the arms differ in
+    sources = ["instruct", "captions", "text"]   # of [mix.sources]; the arms differ in their counts
     total = 1200                                 # records of each mix
     points = [[1, 0, 0], [0.5, 0.5, 0]]          # shares, in the sources' order; without: all mixtures of equal parts
     goal = {caption = 1, answer = 1}             # measures and their weights, below 0 where lower is better
 
 The goal is the weighted mean of measures. What a seed adds to all its arms is taken out; then a Gaussian process is
-fitted to the trials: a smooth function of the shares, its amplitude and its length read off the data by their
-likelihood (scikit-learn), the trials' noise off what mixtures do under several seeds. Its mean and its 95 % interval
-stand for every mixture on a lattice. Functions drawn from it say within which shares the best mixture lies, and the
-next to try is the untried one of the highest expected improvement on the best that was tried (Jones, Schonlau, Welch
-1998).
+fitted to the trials: a smooth function of the shares, its amplitude and length scale fitted by maximum likelihood
+(scikit-learn), the trials' noise estimated from mixtures under several seeds. Its mean and 95 % interval are given for
+every mixture on a lattice. Functions drawn from it say within which shares the best mixture lies, and the next to try
+is the untried mixture of the highest expected improvement over the best that was tried (Jones, Schonlau, Welch 1998).
 
 Shapes: k sources, p mixtures [p, k] whose rows sum to 1, n trials.
 """
@@ -30,7 +29,7 @@ import numpy as np
 from curate.errors import UsageError, unknown
 
 AXIS = "shares"
-PARTS = (20, 10, 8, 5, 4, 2)  # a lattice has the first of these steps by which it stays within MOST mixtures
+PARTS = (20, 10, 8, 5, 4, 2)  # steps from 0 to 1 of a lattice: the first with at most MOST mixtures
 MOST, DRAWN, ALONG = 1001, 1000, 21
 REACH = 1.959964  # standard deviations of a 95 % interval
 FEWEST = 3  # mixtures below which nothing is fitted
@@ -67,10 +66,10 @@ def values(shares: Shares, mix: Any) -> dict[str, Any]:
             raise unknown("source of ablation.shares", name, known)
     if len(set(shares.sources)) < len(shares.sources) or len(shares.sources) < 2 or shares.total < 1:
         given = f"sources={shares.sources} and total={shares.total}"
-        raise UsageError(f"[ablation.shares] has {given}; expected two sources or more, each once, and a record.")
+        raise UsageError(f"[ablation.shares] has {given}; expected two sources or more, each once, and total >= 1.")
     for key in ("text_share", "total"):
         if mix.get(key) is not None:
-            raise UsageError(f"mix.{key} and ablation.shares both say how much there is.", f"leave out mix.{key}")
+            raise UsageError(f"mix.{key} and ablation.shares both set the amount.", f"leave out mix.{key}")
     found: dict[str, Any] = {}
     for point in shares.points or equal_parts(len(shares.sources)):
         if len(point) != len(shares.sources) or min(point) < 0 or abs(sum(point) - 1) > 1e-6:
@@ -117,7 +116,7 @@ def lattice(k: int) -> np.ndarray:
 def noise_of(points_nk: np.ndarray, seeds: Sequence[int], settled_n: np.ndarray) -> float | None:
     """Estimate the variance of trials of one mixture, without what seeds add; None where no mixture repeats."""
     design, arm = _design(points_nk, seeds)
-    free = len(settled_n) - int(np.linalg.matrix_rank(design))  # seeds that share no mixture say nothing of one another
+    free = len(settled_n) - int(np.linalg.matrix_rank(design))  # seeds that share no mixture cannot be compared
     if free < 1:
         return None
     means = np.bincount(arm, settled_n) / np.bincount(arm)
@@ -132,9 +131,9 @@ def _design(points_nk: np.ndarray, seeds: Sequence[int]) -> tuple[np.ndarray, np
 
 
 def fit(points_nk: np.ndarray, values_n: np.ndarray, noise: float | None) -> Callable[[np.ndarray], Surface]:
-    """Fit a Gaussian process to values, f64 [n], of mixtures. Returns what tells it at others, f64 [p, k].
+    """Fit a Gaussian process to values, f64 [n], of mixtures. Returns a function that predicts at others, f64 [p, k].
 
-    noise: the values' variance; None has it read off the fit, as a hundredth of the values' spread at least.
+    noise: the variance of one trial's noise; None: fitted as well, at least a hundredth of the values' variance.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -161,7 +160,7 @@ def fit(points_nk: np.ndarray, values_n: np.ndarray, noise: float | None) -> Cal
 
 
 def improvement(surface: Surface, over: float) -> np.ndarray:
-    """Compute the expected improvement on a value at each mixture, f64 [p]."""
+    """Compute the expected improvement over a value at each mixture, f64 [p]."""
     from scipy.stats import norm
 
     z = (surface.mean - over) / surface.sd
@@ -177,7 +176,7 @@ def without_seeds(points_nk: np.ndarray, seeds: Sequence[int], values_n: np.ndar
 
 
 def respond(points_nk: np.ndarray, seeds: Sequence[int], values_n: np.ndarray) -> dict[str, Any] | None:
-    """Fit the response and say what it tells: of what was tried, the best, the next, and along each share.
+    """Fit the response and evaluate it: at what was tried, at the best, at the next to try, and along each share.
 
     Returns None for fewer mixtures than FEWEST. Everything in it is plain numbers, shares in the sources' order.
     """
@@ -266,7 +265,7 @@ def responses(
 
 
 def lines(result: Mapping[str, Any], shares: Shares) -> Iterator[str]:
-    """Yield the closing lines of a sweep: what was tried beside the fit, the best mixture, the next to try."""
+    """Yield the closing lines of a sweep: what was tried and its fit, the best mixture, the next to try."""
     if not result["mixtures"]:
         asked = f"{FEWEST} mixtures that have the goal's measures"
         yield f"\nno response is fitted: it needs {asked}; measured: {', '.join(result['measures']) or 'nothing'}"
@@ -287,7 +286,7 @@ def lines(result: Mapping[str, Any], shares: Shares) -> Iterator[str]:
         yield f"  best by the fit: {best['name']}: {best['mean']:.3f} {_interval(best)}"
         yield f"  the best mixture lies, 95 of 100 times, within {likely}"
         gain = f"{following['gain']:.4f} expected above the best tried"
-        # All of them, since points that are given take the place of those that are there without.
+        # All of them, since points that are given replace the default ones.
         points = [*(shares.points or equal_parts(len(shares.sources))), following["shares"]]
         typed = ", ".join(f"[{', '.join(f'{share:.12g}' for share in point)}]" for point in points)
         yield f"  next to try: {following['name']} ({gain}): --set 'ablation.shares.points=[{typed}]'"

@@ -35,7 +35,7 @@ def summarise(
 
 
 def judge(trials: Trials, bars: Sequence[Mapping[str, Any]], compare: str) -> list[dict[str, Any]]:
-    """Hold arms to bars: is the mean difference greater than `by`, with one-sided p below `alpha`?
+    """Judge each bar: is the mean difference greater than `by`, with one-sided p below `alpha`?
 
     A bar: claim, where (values of the other axes), better and than (values of `compare`), measure, by, alpha.
     """
@@ -70,8 +70,8 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], by: float = 0
     """Compare two arms over the seeds that both have, by Student's t on the differences.
 
     Returns n, mean, sd, t and two-sided p against zero, the interval `low` to `high`, and `exceeds`: the one-sided p
-    that the mean difference is greater than `by`. What cannot be said of fewer than two pairs, or of differences that
-    are all alike, is None; `exceeds` of differences all alike is 0 or 1.
+    that the mean difference is greater than `by`. What cannot be computed from fewer than two pairs, or from equal
+    differences, is None; `exceeds` of equal differences is 0 or 1.
     """
     from scipy import stats
 

@@ -1,10 +1,10 @@
-"""Carry out trials: one arm of an ablation with one seed, from a pool to the numbers that it is compared by.
+"""Carry out trials: one arm of an ablation with one seed, from the pool to the measures that arms are compared by.
 
     OUT/pools/KEY/{demo,embeddings,clusters}   OUT/coresets/KEY/{selection,coreset,align}
     OUT/models/ARM-SEED/{mix,finetune,model,eval} and trial.json
 
-KEY digests everything that a directory depends on, so that trials that agree up to a stage share its directory. Every
-directory resumes as its stage does; a trial is done when its `trial.json` has its request. The trainer is another
+KEY digests everything that a directory depends on, so trials that are alike up to a stage share its directory. Every
+directory resumes as its stage does; a trial is done when its `trial.json` holds its request. The trainer is another
 program: a worker keeps one `python -m train work` and sends it the command lines that `curate run` would start, since
 starting it anew costs more than a tiny model's evaluation.
 """
@@ -37,8 +37,8 @@ LEVELS = {
 TRIAL = "trial.json"
 KEEP = {
     "all": "everything",
-    "models": "its models, not the checkpoints that a killed run would go on from",
-    "answers": "what it answered, not its mix and models",
+    "models": "its models, not the checkpoints that a killed run would resume from",
+    "answers": "its answers, not its mix and models",
 }
 MEASURES = {
     "caption": ("captions that name the right concept, mean over concepts", "higher", "share"),
@@ -48,7 +48,7 @@ MEASURES = {
     "accuracy": ("exact answers to all held-out records", "higher", "share"),
     "perplexity": ("perplexity of the true answers to all held-out records", "lower", "number"),
     "gain_ranked_first": (
-        "held-out pictures whose own text gains most by the picture, of `eval.candidates`",
+        "held-out pictures whose own text gains most from the picture, of `eval.candidates`",
         "higher",
         "share",
     ),
@@ -64,7 +64,7 @@ MEASURES = {
     "information": ("how far a held-out text narrows down which picture is its own, in nats", "higher", "number"),
     "text_accuracy": ("exact answers to held-out tasks without a picture", "higher", "share"),
     "text_perplexity": ("perplexity of the true answers to tasks without a picture", "lower", "number"),
-    "right_share": ("share of the coreset whose caption is true of its picture", "higher", "share"),
+    "right_share": ("share of the coreset's pairs whose caption fits the picture", "higher", "share"),
     "concepts": ("concepts with at least one right pair in the coreset", "higher", "count"),
     "kept": ("rows in the coreset", "", "count"),
 }
@@ -72,7 +72,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Trial:
-    """An arm with a seed. keys: level -> the directory under that level, shared by all trials that have the same."""
+    """An arm with a seed. keys: level -> the directory under that level; trials with the same key share it."""
 
     arm: Mapping[str, str]
     seed: int
@@ -85,7 +85,7 @@ class Trial:
         return [stage for stage in self.plan.stages() if stage in LEVELS[level]]
 
     def stands(self, level: str) -> bool:
-        """Say whether a level's shared directory is complete: its name already says for which request."""
+        """Return whether a level's shared directory is complete; its name already stands for its request."""
         homes = (paths.join(self.plan.place(stage), manifest.MANIFEST) for stage in self.stages(level))
         return level != "models" and all(map(paths.exists, homes))
 
@@ -96,7 +96,7 @@ class Trial:
         return recorded if recorded.get("request") == self.request else None
 
     def answers(self) -> list[dict[str, Any]]:
-        """Read what its model answered to records of one's own; nothing where it was asked none."""
+        """Read its model's answers to your own records (`data.eval`); empty where it was asked none."""
         location = paths.join(self.plan.place("eval"), "answers.jsonl")
         return _lines(location) if paths.exists(location) else []
 
@@ -111,7 +111,7 @@ class Work:
     keep: str
 
     def setup(self) -> None:
-        """Have nothing to prepare: the trainer starts when it is first needed."""
+        """Prepare nothing: the trainer starts when it is first needed."""
 
     def __call__(self, item: int) -> dict[str, Any]:
         """Carry out a trial's stages of this level; at the last one, measure it and write `trial.json`."""
@@ -152,7 +152,7 @@ class Work:
 
 
 def tidy(trial: Trial, level: str, keep: str) -> None:
-    """Delete what a trial's finished level need not keep, as `KEEP` says; what trials share keeps its model."""
+    """Delete what `KEEP` does not keep of a trial's finished level; directories that trials share keep their model."""
     for stage in trial.stages(level):
         place = trial.plan.place(stage)
         if stage in ("align", "finetune") and keep != "all":
@@ -162,7 +162,7 @@ def tidy(trial: Trial, level: str, keep: str) -> None:
 
 
 def refuse_short(plan: Pipeline) -> None:
-    """Refuse a mix that has fewer records of a source than its arm says. Raises: ShardError."""
+    """Refuse a mix that has fewer records of a source than its arm asks for. Raises: ShardError."""
     for name, source in manifest.open_input(plan.place("mix"), "mix").manifest["sources"].items():
         if short := source.get("short_of_count"):
             counts = f"{source['usable']:,} records, {short:,} fewer than this arm asks for"
@@ -174,11 +174,11 @@ class Trainer:
 
     def __init__(self) -> None:
         words = [sys.executable, "-m", "train", "work", "--parent", str(os.getpid())]
-        self.stderr = tempfile.TemporaryFile()  # a pipe that nobody reads would stop it
+        self.stderr = tempfile.TemporaryFile()  # a pipe that nobody reads would fill up and block it
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr)
 
     def ask(self, words: Sequence[str]) -> dict[str, Any]:
-        """Have a command carried out. Raises: CurateError when the process has ended."""
+        """Send a command and return the answer. Raises: CurateError when the process has ended."""
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(json.dumps(list(words)).encode() + b"\n")
@@ -191,7 +191,7 @@ class Trainer:
             self.stderr.seek(0)
             last = self.stderr.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
             trainer.cache_clear()
-            killed = code in (-signal.SIGKILL, -signal.SIGTERM)  # what it said last is not what it was killed for
+            killed = code in (-signal.SIGKILL, -signal.SIGTERM)  # its last line is not why it was killed
             why = "" if killed else f": {last[0]}"
             raise CurateError(f"the trainer {stages.how_it_ended(code)} at {' '.join(words[:2])}{why}")
         return dict(json.loads(line))

@@ -130,7 +130,7 @@ def test_points_become_arms_whose_counts_differ(tmp_path):
         ("ablation.shares.points=[[1, 0, 0], [1.0, 0, 0]]", "twice"),
         ('ablation.shares.sources=["instruct", "txt"]', "did you mean 'text'"),
         ('ablation.shares.sources=["text"]', "two sources"),
-        ("ablation.shares.total=0", "a record"),
+        ("ablation.shares.total=0", "total >= 1"),
         ("mix.text_share=0.1", "leave out mix.text_share"),
         ("ablation.shares.goals=1", "did you mean 'goal'"),
     ],
