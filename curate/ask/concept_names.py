@@ -2,9 +2,9 @@
 
     score of cluster k for concept c = cosine(m_k, c) - 1/2 mean over clusters of cosine(m, c)
 
-where m is a cluster's centroid. By the cosine alone many clusters are called alike, after texts that lie near all
-images; with the whole mean taken off, after odd ones that lie near no cluster. O(m d) time for m concepts and each
-cluster named.
+where m is a cluster's centroid. By the cosine alone many clusters get the same names, of texts that lie near all
+images; with the whole mean subtracted, the names of odd texts that lie near no cluster. O(m d) time per named cluster,
+for m concepts.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ NEAREST = 40
 def names(
     centroids_kd: np.ndarray, chosen: Sequence[int], concepts: Sequence[str], vectors_md: np.ndarray
 ) -> dict[int, str]:
-    """Name the chosen clusters by up to three concepts each, those of the highest scores that are above the mean.
+    """Name the chosen clusters by up to three concepts each, the best by score whose cosine is above the mean.
 
-    centroids: f32 [k, d]. vectors: unit rows f32 [m, d], of the concepts. A concept whose words stand within another's
-    that is already taken, or around them, is passed over. Ties go by the vocabulary's order.
+    centroids: f32 [k, d]. vectors: unit rows f32 [m, d], of the concepts. A concept whose words contain those of one
+    already taken, or are contained in them, is skipped. Ties go by the vocabulary's order.
     """
     centroids = centroids_kd.astype(np.float64)
     centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)

@@ -4,7 +4,7 @@
 
 Rows are read block by block; the f32 product finds all that may be among the best, exact f64 products decide, and ties
 go by row order. So the answer does not depend on blocks, threads or the processor. Cost: one read of the vectors and
-one product with as many columns as there are queries; memory for a block.
+one product with a column per query; memory for a block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,13 +43,13 @@ def find(
     model: str = "",
     pretrained: str = "",
 ) -> tuple[Artefact, dict[str, list[Hit]]]:
-    """Find the n rows nearest to each text and each picture. Returns the embeddings, and the hits by what was asked.
+    """Find the n rows nearest to each text and each picture. Returns the embeddings and the hits of each.
 
-    directory: of embed, import, cluster or select. without: texts that a row shall be unlike. model, pretrained: where
-    the embeddings do not say which model made them. Raises: UsageError.
+    directory: of embed, import, cluster or select. without: texts that rows should be unlike. model, pretrained: needed
+    where the embeddings do not say which model made them. Raises: UsageError.
     """
     if not texts and not pictures:
-        raise UsageError("nothing is asked for.", 'give a text, "a photo of a watermark", or --image FILE')
+        raise UsageError("nothing is asked for.", 'give a text such as "a photo of a watermark", or --image FILE')
     source = open_input(directory, "embed", "import", "cluster", "select")
     embedded = source.embeddings()
     named = (model, pretrained)
@@ -76,7 +76,7 @@ def nearest(
     def score(x_nd: np.ndarray) -> np.ndarray:
         if x_nd.shape[1] != against.shape[1]:
             dims = f"{x_nd.shape[1]} dimensions; the model gives {against.shape[1]}"
-            raise UsageError(f"{embedded.directory} has {dims}.")
+            raise UsageError(f"{embedded.directory} has vectors of {dims}.")
         return products(x_nd, against)
 
     for block, cosines in scored(embedded, score):
@@ -131,7 +131,7 @@ def describe(source: Artefact, embedded: Artefact, found: Sequence[tuple[float, 
 
 
 def _above(source: Artefact) -> Iterator[tuple[Artefact, tuple[str, ...]]]:
-    """Yield the clusters and the selection that a directory is or rests on, with the columns that are told of them."""
+    """Yield the clusters and the selection that a directory is or rests on, with the columns to report of each."""
     for command, names in (("cluster", ("cluster",)), ("select", ("kept", "dropped_by"))):
         try:
             yield source.source(command), names

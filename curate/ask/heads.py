@@ -1,11 +1,11 @@
-"""Linear heads and small MLPs over the image vector: aesthetic, NSFW or watermark scores of published predictors.
+"""Linear heads and small MLPs over the image vector: published predictors of aesthetic, NSFW or watermark scores.
 
 A head is a safetensors file; nothing is unpickled. Its matrices are applied in the order of their names, y = x W' + b,
 with the activation that the file's metadata names between them. Layouts that are read:
 
     weight [k, d], bias [k]                     a linear head; LAION's first aesthetic predictor, `curate probe`
     layers.0.weight, layers.2.weight, …         LAION's aesthetic MLP (improved-aesthetic-predictor): no activation,
-                                                its dropouts rest; any prefix and numbering will do
+                                                dropouts off; any prefix and numbering will do
     mean [d], scale [d]                         subtracted from the vector, and divided by, before the first matrix
 
 Metadata, all of it optional: `activation` (relu, gelu or none), `output` (sigmoid, softmax or none), `classes` (a JSON
@@ -46,7 +46,7 @@ class Head:
     def apply(self, x_nd: np.ndarray) -> np.ndarray:
         """Score unit vectors, f16 [n, d]. Returns f32 [n, k]."""
         scores = np.empty((len(x_nd), len(self.layers[-1][1])), np.float32)
-        step = PART if len(self.layers) > 1 else max(1, len(x_nd))  # what lies between layers stays in the cache
+        step = PART if len(self.layers) > 1 else max(1, len(x_nd))  # so that values between layers stay in the cache
         for first in range(0, len(x_nd), step):
             scores[first : first + step] = self._apply(x_nd[first : first + step])
         return scores
@@ -69,7 +69,7 @@ def read_head(location: str, dim: int) -> Head:
     if not paths.exists(location):
         raise UsageError(f"{location} does not exist; expected a head as a .safetensors file.")
     if not location.endswith(".safetensors") or paths.size(location) > MAX_BYTES:
-        raise UsageError(f"{location} is no .safetensors file of at most 1 GB.", CONVERT)
+        raise UsageError(f"{location} is not a .safetensors file of at most 1 GB.", CONVERT)
     tensors, told = _read(location)
     layers = []
     for name in sorted((name for name in tensors if name.endswith("weight")), key=_order):
@@ -83,14 +83,14 @@ def read_head(location: str, dim: int) -> Head:
         raise UsageError(f"{location} has an empty matrix, or one with NaN or infinite numbers.")
     if not layers or [weight.shape[1] for weight, _ in layers] != widths[:-1]:
         shapes = ", ".join(f"{weight.shape[0]} x {weight.shape[1]}" for weight, _ in layers) or "no matrix"
-        raise UsageError(f"{location} has {shapes}; expected a first matrix of {dim} columns, as wide as the vectors.")
+        raise UsageError(f"{location} has {shapes}; expected a first matrix of {dim} columns, the vectors' width.")
     activation, output = told.get("activation", "none"), told.get("output", "none")
     if activation not in ACTIVATIONS or output not in OUTPUTS:
-        raise UsageError(f"{location} asks for {activation} and {output}; expected {ACTIVATIONS} and {OUTPUTS}.")
+        raise UsageError(f"{location}: activation={activation}, output={output}; expected {ACTIVATIONS} and {OUTPUTS}.")
     classes = _classes(location, told.get("classes", "[]"), widths[-1])
     mean, scale = tensors.get("mean", np.zeros(dim, np.float32)), tensors.get("scale", np.ones(dim, np.float32))
     if mean.shape != (dim,) or scale.shape != (dim,) or not np.isfinite([mean, scale]).all() or not scale.all():
-        raise UsageError(f"{location}: mean and scale have to be {dim} finite numbers each, and no scale 0.")
+        raise UsageError(f"{location}: mean and scale must be {dim} finite numbers each, no scale 0.")
     weight, bias = layers[0]  # W ((x - mean) / scale) + b is another W' x + b'
     wide = weight / scale.astype(np.float64)
     layers[0] = wide.astype(np.float32), (bias - wide @ mean).astype(np.float32)
@@ -109,7 +109,7 @@ def _classes(location: str, text: str, number: int) -> tuple[str, ...]:
 
 
 def _order(name: str) -> list[int | str]:
-    """Sort layers.10 behind layers.2."""
+    """Return a key that sorts layers.10 after layers.2."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -123,12 +123,12 @@ def _read(location: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         tensors = {name: value.float().numpy() for name, value in load(data).items()}
         header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{location} is no readable safetensors file: {error}", CONVERT) from None
+        raise UsageError(f"{location} is not a readable safetensors file: {error}", CONVERT) from None
     return tensors, dict(header.get("__metadata__", {}))
 
 
 def write_head(location: str, weight: np.ndarray, bias: np.ndarray, about: Mapping[str, Any]) -> None:
-    """Write a linear head, f32 [k, d] and [k], whole or not at all. about: texts for the metadata, as JSON."""
+    """Write a linear head, f32 [k, d] and [k], atomically. about: for the metadata; what is not text becomes JSON."""
     from safetensors.numpy import save
 
     told = {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in about.items()}

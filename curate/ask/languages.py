@@ -13,16 +13,16 @@ NAME = "lingua"
 
 @lru_cache(maxsize=4)
 def detector(code: str) -> Callable[[str], float]:
-    """Make a function that says how likely a text is in a language (ISO 639-1, "en"), beside the likeliest: 0 … 1.
+    """Make a function: the probability of a language (ISO 639-1, "en") for a text, over the likeliest one's: 0 … 1.
 
-    1: no language is likelier. Of a caption of five words even the right one has a low probability of its own, since it
-    is shared among 75; what can be relied on is the comparison. A text without letters has 0.
+    1: no language is likelier. For a caption of five words even the right language has a low probability, as 75
+    languages share it; the ratio is reliable. A text without letters has 0.
     Raises: UsageError where lingua is not installed or knows no such language.
     """
     try:
         import lingua
     except ImportError:
-        raise UsageError("language() needs a detector.", "pip install 'data-curate[language]'") from None
+        raise UsageError("language() needs lingua.", "pip install 'data-curate[language]'") from None
     by_code = {each.iso_code_639_1.name.lower(): each for each in lingua.Language.all()}
     if code.lower() not in by_code:
         raise unknown("language", code, by_code)

@@ -1,15 +1,15 @@
-"""Which concepts of a vocabulary an image shows: the nearest few, above what images reach with others' concepts.
+"""Which concepts of a vocabulary an image shows: the nearest few, if nearer than images are to others' concepts.
 
 An image has up to `per_image` concepts, those whose texts have the highest cosines with it, above a cut. The cut is
-read off the pool: of `SAMPLE` images each is held against the nearest concepts of `SHIFTS` others (shuffled pairs), and
-what is not above the median of these cosines by more than `SPREADS` robust standard deviations is chance. (The median
-and its spread bear it that some of the others do show the same.)
+read off the pool: each of `SAMPLE` images is compared with the nearest concepts of `SHIFTS` others (shuffled pairs); a
+cosine that is not `SPREADS` robust standard deviations above the median of these counts as chance. (The median and
+its spread tolerate that some of the others do show the same.)
 
-Images pass in panels of a bounded size: one product; the highest cosine of each of many groups of concepts, of which
-the `per_image`-th is a bound that an image's best reach; and one comparison with that and the cut, which leaves a few.
-f32 products find all that may count, f64 products decide where two are too near to tell, so that the answer depends
-neither on panels nor on threads. O(n m d) time for n images and m concepts; memory for one panel and the concepts'
-vectors.
+Images are taken in panels of a bounded size: one product; the highest cosine of each of many groups of concepts, the
+`per_image`-th of which an image's best concepts reach at least; and one comparison with that and the cut, which leaves
+a few. f32 products find all that may count, f64 products decide where two are too close to tell apart, so the answer
+depends neither on panels nor on threads. O(n m d) time for n images and m concepts; memory for one panel
+and the concepts' vectors.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,14 +22,14 @@ SAMPLE, SHIFTS = 4096, 16
 SPREADS = 2.0  # on the demo, 2 leaves hardly an image without a concept, 3 every second (pipelines/LOG.md)
 PANEL = 1 << 25  # cosines at a time, 128 MiB
 READ_ROWS = 1 << 13
-GROUP = 64  # concepts of which only the highest is asked for at first
+GROUP = 64  # concepts, of which only the highest cosine is looked at first
 F32_ERROR = 2.0**-16  # of a dot product of unit vectors in f32, with room: d * 2 ** -24 is half of it at d = 2,048
 MAD = 1.4826  # a normal distribution's standard deviation by its median absolute deviation
 Fetch = Callable[[np.ndarray], np.ndarray]  # row numbers to unit vectors f16 [m, d]
 
 
 def read_cut(fetch: Fetch, rows: np.ndarray, concepts_md: np.ndarray) -> float:
-    """Read off a sample of the rows which cosine chance comes up to; -1 where nobody's nearest concept is another's.
+    """Estimate on a sample the cosine that chance reaches; -1 where all images have the same nearest concept.
 
     rows: i64 [n], ascending. concepts: unit rows f32. The sample is drawn by a fixed seed: the same for any request.
     """
@@ -54,7 +54,7 @@ def read_cut(fetch: Fetch, rows: np.ndarray, concepts_md: np.ndarray) -> float:
 def match(fetch: Fetch, rows: np.ndarray, concepts_md: np.ndarray, cut: float, per_image: int) -> np.ndarray:
     """Find each row's nearest concepts above the cut, at most `per_image`: i32 [n, per_image], ascending, -1 for none.
 
-    rows: i64 [n], ascending. Of equal cosines the earlier concept counts.
+    rows: i64 [n], ascending. Of equal cosines the earlier concept wins.
     """
     found = np.full((len(rows), per_image), -1, np.int32)
     across = np.ascontiguousarray(concepts_md.T)
@@ -71,7 +71,7 @@ def match(fetch: Fetch, rows: np.ndarray, concepts_md: np.ndarray, cut: float, p
 
 
 def _least(panel_nm: np.ndarray, per_image: int) -> np.ndarray:
-    """Find a cosine that the best `per_image` of each row reach, f32 [n, 1]: so many groups have one that does."""
+    """Find a cosine that the best `per_image` of each row reach, f32 [n, 1]: that many groups hold one that does."""
     groups = panel_nm.shape[1] // GROUP
     if groups < per_image:
         return np.full((len(panel_nm), 1), -np.inf, np.float32)
@@ -82,7 +82,7 @@ def _least(panel_nm: np.ndarray, per_image: int) -> np.ndarray:
 def _best(
     x_nd: np.ndarray, concepts_md: np.ndarray, pairs: tuple[np.ndarray, ...], cut: float, per_image: int
 ) -> np.ndarray:
-    """Choose of candidate pairs the best `per_image` of each image above the cut: their numbers, ascending.
+    """Choose the best `per_image` candidate pairs of each image above the cut: their numbers, ascending.
 
     pairs: image, concept and f32 cosine, sorted by image and concept.
     """
@@ -90,7 +90,7 @@ def _best(
     cosine = pairs[2].astype(np.float64)
     order = np.lexsort((-cosine, image))  # stable: of equal ones the earlier concept first
     place, sorted_cosine = _position(image[order]), cosine[order]
-    # An image is in doubt whose last to count is as near to the next one, or any to the cut, as rounding may reach.
+    # Rounding may matter where an image's last chosen pair is too close to the next one, or any pair to the cut.
     doubtful = np.zeros(len(x_nd), bool)
     close = (place[1:] == per_image) & (sorted_cosine[:-1] - sorted_cosine[1:] < 2 * F32_ERROR)
     doubtful[image[order][1:][close]] = True
@@ -120,7 +120,7 @@ def _position(labels: np.ndarray) -> np.ndarray:
 
 
 def panel_buffer(rows: int, columns: int) -> np.ndarray:
-    """Make room for the largest panel of so many rows and columns, f32: fetching it anew costs a tenth of a product."""
+    """Allocate the largest panel for so many rows and columns, f32; a new one each time costs a tenth of a product."""
     return np.empty((min(rows, _panel_rows(columns)), columns), np.float32)
 
 

@@ -2,10 +2,10 @@
 
     P(label | x) = softmax(W x + b), fitted with an L2 penalty whose strength is chosen by cross-validation
 
-Every figure is of held-out rows: each row is judged by a model that was fitted without its fold. Accuracy is given
-beside that of always naming the commonest label; calibration is the mean distance between the stated probability of the
+Every figure is for held-out rows: each row is judged by a model that was fitted without its fold. Accuracy is compared
+with that of always naming the commonest label; calibration is the mean distance between the stated probability of the
 named label and how often it was right, over ten bins (expected calibration error). Rows to label next are those of
-which the head is least sure (the smallest lead of its first label over its second), at most one of each cluster where
+which the head is least sure (the smallest lead of its first label over its second), at most one per cluster where
 there are clusters, so that they are not all copies of one picture. Cost: a pass over the keys, one over the vectors for
 the rows to label next, and fits of as many rows as were marked.
 """
@@ -23,14 +23,14 @@ from curate.storage import paths
 from curate.storage.manifest import Artefact, open_input
 from curate.vectors.exact import widen
 
-STRENGTHS = np.logspace(-2, 4, 13)  # of unit vectors: from nearly the mean alone to nearly separable
+STRENGTHS = np.logspace(-2, 4, 13)  # C for unit vectors: from a nearly constant answer to a nearly unpenalised one
 FOLDS = 5
-LEAST = 5  # rows of a label, so that each fold holds one
+LEAST = 5  # rows per label, so that each fold holds one
 MAX_LABELS = 100
 
 
 def probe(directory: str, labels: str, out: str, n: int = 20, seed: int = 0) -> dict[str, Any]:
-    """Fit a head on marked rows, write it, and say what it is worth on held-out ones.
+    """Fit a head on marked rows, write it, and measure it on held-out ones.
 
     directory: of embed, import, cluster or select. labels: a file of `key TAB label` lines. Returns counts, held-out
     figures, and `next`: the keys of n rows to label next. Raises: UsageError.
@@ -43,23 +43,23 @@ def probe(directory: str, labels: str, out: str, n: int = 20, seed: int = 0) -> 
             f"n={n}, seed={seed}; expected 0 or more rows to label next, and a seed from 0 to 2 ** 32 - 1."
         )
     if not out.endswith(".safetensors"):
-        raise UsageError(f"{out} does not end in .safetensors; a head is such a file.")
+        raise UsageError(f"{out} does not end in .safetensors; a head is written as such a file.")
     source = open_input(directory, "embed", "import", "cluster", "select")
     embedded = source.embeddings()
     marked = read_labels(labels)
     x_nd, keys = _vectors_of(embedded, marked)
     uses = Counter(keys)
-    once = np.array([uses[key] == 1 for key in keys], bool)  # of several pictures none is known to be the marked one
+    once = np.array([uses[key] == 1 for key in keys], bool)  # of several pictures, which was marked is unknown
     x_nd, names = x_nd[once], [marked[key] for key in keys if uses[key] == 1]
     counts = Counter(names)
     if len(counts) < 2 or min(counts.values()) < LEAST:
         told = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"
-        told += f" ({len(uses) - len(names):,} keys left out, each of several rows)" if len(uses) > len(names) else ""
+        told += f" ({len(uses) - len(names):,} keys left out, each in several rows)" if len(uses) > len(names) else ""
         raise UsageError(
-            f"{labels}: {told} of {len(marked)} marked keys are here; expected two labels, {LEAST} rows each."
+            f"{labels}: {told} of {len(marked)} marked keys were found; expected two labels, {LEAST} rows each."
         )
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    left = min(counts.values()) - -(-min(counts.values()) // FOLDS)  # of the rarest label, where a fold is held out
+    left = min(counts.values()) - -(-min(counts.values()) // FOLDS)  # rows of the rarest label when a fold is held out
     inner = StratifiedKFold(min(FOLDS, left), shuffle=True, random_state=seed)
     model = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=inner, scoring="neg_log_loss")
     classes, y = np.unique(names, return_inverse=True)
@@ -84,9 +84,9 @@ def probe(directory: str, labels: str, out: str, n: int = 20, seed: int = 0) -> 
 def lines(told: Mapping[str, Any], out: str) -> Iterator[str]:
     """Yield what the terminal shows of what `probe` returned. out: the head."""
     counts = " · ".join(f"{count:,} {name}" for name, count in told["labelled"].items())
-    unclear = f" · {told['repeated_keys']:,} left out, each of several rows" * bool(told["repeated_keys"])
-    yield f"{counts} · {told['unknown_keys']:,} keys are not here{unclear} → {out}"
-    by_label = f"{told['commonest']:.1%} for one label alone"
+    unclear = f" · {told['repeated_keys']:,} left out, each in several rows" * bool(told["repeated_keys"])
+    yield f"{counts} · {told['unknown_keys']:,} keys not found{unclear} → {out}"
+    by_label = f"{told['commonest']:.1%} by always naming the commonest label"
     yield f"held out: {told['accuracy']:.1%} right ({by_label}), calibration error {told['calibration_error']:.3f}"
     yield "label next, least sure first:"
     for row in told["next"]:
@@ -97,7 +97,7 @@ def read_labels(location: str) -> dict[str, str]:
     """Read `key TAB label` lines. Raises: UsageError for a line of another form, or a key with two labels."""
     found: dict[str, str] = {}
     try:
-        lines = paths.read_text(location).removeprefix("\ufeff").split("\n")  # other ends of lines may be in keys
+        lines = paths.read_text(location).removeprefix("\ufeff").split("\n")  # other line ends may be in keys
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UsageError(f"{location} cannot be read as UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -116,7 +116,7 @@ def read_labels(location: str) -> dict[str, str]:
 
 
 def _vectors_of(embedded: Artefact, marked: Mapping[str, str]) -> tuple[np.ndarray, list[str]]:
-    """Look up the vectors f32 [m, d] of the marked keys that are here and have one, and their keys."""
+    """Look up the vectors f32 [m, d] of the marked keys that are found and have one, and their keys."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -145,7 +145,7 @@ def _judge(held_out: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def _least_sure(source: Artefact, embedded: Artefact, head: Head, marked: set[str], n: int) -> list[dict[str, Any]]:
-    """Name the rows whose first label leads least over the second, one a cluster where there are some."""
+    """Name the rows whose first label leads least over the second, one per cluster where there are clusters."""
     try:
         clusters = source.source("cluster")
     except LookupError:

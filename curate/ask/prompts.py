@@ -1,8 +1,8 @@
-"""Texts and pictures as vectors of the space in which a directory's embeddings lie.
+"""Texts and pictures as vectors in the space of a directory's embeddings.
 
-CLIP's two towers end in one space, so a prompt is compared with the stored image vectors by their dot product and no
-image is looked at again. The model is the one that made the embeddings: the manifest names it and the digest of its
-weights, `log.jsonl` says where a local one lay. Imported embeddings know none, so it has to be named.
+CLIP's two towers share one space, so a prompt is compared with the stored image vectors by their dot product and no
+image is opened again. The model is the one that made the embeddings: the manifest names it and the digest of its
+weights, `log.jsonl` says where a local one lay. Imported embeddings name none, so the user must.
 """
 
 import json
@@ -20,7 +20,7 @@ from curate.words import is_blank
 
 BATCH = 64
 SCALE = 100.0
-UNKNOWN = ("", "\ue000", "\U00012000")  # no text; a character that none uses, a cuneiform sign: two ways to be unknown
+UNKNOWN = ("", "\ue000", "\U00012000")  # no text; a private-use character, a cuneiform sign: two ways to be unknown
 WAY_OUT = "name the model that made them: --model NAME --pretrained TAG, as `curate embed` takes them"
 
 
@@ -29,15 +29,15 @@ def embed_texts(
 ) -> np.ndarray:
     """Embed texts by the text tower of the model that made the embeddings. Returns unit rows f32 [len(texts), d].
 
-    model, pretrained: where the manifest names none, or where it lies now. listed: the texts are a long list, of which
-    the model may read nothing here and there. Raises: UsageError for a text that is empty, too long, or of which the
-    model reads nothing, a model that cannot be had, or one with other weights than those that made the embeddings.
+    model, pretrained: for a manifest that names none, or where the model lies now. listed: the texts are a long list,
+    some of which the model may not be able to read. Raises: UsageError for a text that is empty, too long, or not
+    readable by the model, a model that cannot be loaded, or one with other weights than those that made the embeddings.
     """
     for text in texts:
         if is_blank(text):
             raise UsageError("a prompt is empty; expected some words.")
         if text != text.encode(errors="ignore").decode():
-            raise UsageError(f"{text[:60]!a} is no UTF-8 text; expected some words.")
+            raise UsageError(f"{text[:60]!a} is not UTF-8 text; expected some words.")
     loaded, tokenize = _load(*_source_of(embedded, model, pretrained))
     tokens = tokenize(list(texts))
     _refuse_cut(texts, tokens, tokenize)
@@ -47,7 +47,7 @@ def embed_texts(
 
 
 def _refuse_cut(texts: Sequence[str], tokens_nl: np.ndarray, tokenize: encoder.Tokenizer) -> None:
-    """Refuse a text of which only the beginning is read: the last letter makes no difference to its tokens."""
+    """Refuse a text that is cut: without its last letter its tokens are the same."""
     padding = tokenize(["a"])[0, -1]
     full = np.flatnonzero(tokens_nl[:, -1] != padding)
     long = [texts[row] for row in full.tolist()]
@@ -58,17 +58,17 @@ def _refuse_cut(texts: Sequence[str], tokens_nl: np.ndarray, tokenize: encoder.T
 
 
 def _refuse_unread(texts: Sequence[str], tokens_nl: np.ndarray, tokenize: encoder.Tokenizer, listed: bool) -> None:
-    """Refuse a text of which the model's tokenizer knows no word: its answer would be that of an empty text."""
+    """Refuse a text of which the tokenizer knows no word: the answer would be that of an empty text."""
     unread = np.isin(tokens_nl, tokenize(list(UNKNOWN))).all(axis=1)
     if unread.all() if listed else unread.any():
         text = texts[int(unread.argmax())]
-        raise UsageError(f"the model that made the embeddings reads nothing of {text[:60]!r}; expected words it knows.")
+        raise UsageError(f"the embeddings' model knows no word of {text[:60]!r}; expected words it knows.")
 
 
 def other_weights(embedded: Artefact, model: str, pretrained: str) -> dict[str, str]:
-    """Tell by which weights texts are embedded, where a model is named and the embeddings do not say: by its digest.
+    """Return the digest of the named model's weights, where the embeddings do not record theirs; else nothing.
 
-    What is stored of one model's texts is no answer for another's. Raises: UsageError for a model that cannot be had.
+    It keeps what is stored for one model's texts from another's. Raises: UsageError for a model that cannot be loaded.
     """
     if not model or embedded.manifest["options"].get("weights"):
         return {}
@@ -78,7 +78,7 @@ def other_weights(embedded: Artefact, model: str, pretrained: str) -> dict[str, 
 def embed_image(embedded: Artefact, location: str, model: str = "", pretrained: str = "") -> np.ndarray:
     """Embed a picture by the image tower of the model that made the embeddings. Returns a unit vector f32 [d].
 
-    Raises: UsageError for a file that is no picture, and as `embed_texts` does.
+    Raises: UsageError for a file that is not a picture, and as `embed_texts` does.
     """
     loaded, _ = _load(*_source_of(embedded, model, pretrained))
     try:
@@ -91,10 +91,10 @@ def embed_image(embedded: Artefact, location: str, model: str = "", pretrained: 
 
 
 def text_shares(x_nd: np.ndarray, texts_md: np.ndarray) -> np.ndarray:
-    """Compute the share of the first text among m by images f16 [n, d], f32 [n]; of one text its cosine.
+    """Compute the first text's share among m texts for images f16 [n, d]: f32 [n]; for one text its cosine.
 
-    The share is a softmax at CLIP's own scale, at which its models were trained and end up: 100. It takes the others'
-    cosines less the first's, so one product less than there are texts.
+    The share is a softmax at the scale at which CLIP models end their training: 100. It needs only the others' cosines
+    minus the first's, so one product fewer than there are texts.
     """
     if len(texts_md) == 1:
         return products(x_nd, texts_md)[:, 0]
@@ -138,7 +138,7 @@ def _found(model: str, pretrained: str) -> weights.Source:
 
 @lru_cache(maxsize=2)
 def _load(model: str, pretrained: str, digest: str, precision: str) -> tuple[encoder.Encoder, encoder.Tokenizer]:
-    """Load a model once a process. Raises: UsageError when its weights are others than those of the digest."""
+    """Load a model once per process. Raises: UsageError when its weights do not have the digest."""
     source = _found(model, pretrained)
     if digest and source.weights != digest:
         raise UsageError(f"{model} has other weights than the model that made the embeddings.", WAY_OUT)

@@ -1,8 +1,7 @@
 """One pass over all image vectors of a directory's embeddings, in row order.
 
-Some threads take a block each: they bring it from the disk and score it, several ahead of the caller. Inside them
-PyTorch and the libraries under it keep to one thread, as those that wait for one another at blocks this small cost ten
-times the work.
+Several threads read and score one block each, ahead of the caller. Inside them PyTorch and its libraries keep to one
+thread: on blocks this small, threads that wait for one another cost ten times the work.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ MOST_THREADS, AHEAD = 8, 3  # blocks that are read before their turn, for each t
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a stem from `first` on. x_nd: f16 [m, d], mapped where they can be; good: bool [m], which are there."""
+    """Rows of a stem from `first` on. x_nd: f16 [m, d], mapped where they can be; good: bool [m], has a vector."""
 
     stem: str
     first: int

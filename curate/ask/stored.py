@@ -1,11 +1,11 @@
-"""What costs a pass over all vectors or texts, stored beside the embeddings so that later selections read it.
+"""Results of a pass over all vectors or texts, stored beside the embeddings so that later selections can read them.
 
     EMB.columns/{digest}.npy   a column, f32 [rows], NaN where a row has no value; a vocabulary's vectors, f32 [m, d];
                                the concepts that images show, i32 [rows, per_image], -1 for none
     EMB.columns/{digest}.json  what it is, and of which embeddings
 
-The digest covers what it says (the prompts, the head's bytes, the list of concepts) and the embeddings' manifest, so
-that a column of other embeddings is never taken. The folder is a cache: it may be deleted, and where it cannot be
+The digest covers what was asked (the prompts, the head's bytes, the list of concepts) and the embeddings' manifest, so
+that a column of other embeddings is never used. The folder is a cache: it may be deleted, and where it cannot be
 written the column is computed each time.
 """
 
@@ -47,17 +47,17 @@ def stored_array(
         sidecar.save_npy(f"{place}.npy", values)
         save_json(f"{place}.json", told)
     except (OSError, UsageError) as error:
-        log.warning("%s cannot be written: the column is computed anew each time (%s)", folder, error)
+        log.warning("%s cannot be written, so the column is computed anew each time (%s)", folder, error)
     return values
 
 
 def folder_of(embedded: Artefact) -> str:
-    """Name the folder in which what belongs to embeddings is stored."""
+    """Return the folder in which arrays that belong to embeddings are stored."""
     return embedded.directory.rstrip("/") + ".columns"
 
 
 def stored_lines(folder: str) -> Iterator[str]:
-    """Yield what `curate show` says of such a folder: what each column is; none of any other folder."""
+    """Yield what `curate show` says of such a folder: what each column is. Nothing for any other folder."""
     names = sorted(paths.listdir(folder)) if folder.endswith(".columns") else []
     told = [load_json(paths.join(folder, name)) for name in names if name.endswith(".json")]
     told = [each for each in told if isinstance(each, dict) and "embeddings" in each]

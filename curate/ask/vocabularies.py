@@ -1,11 +1,11 @@
-"""Vocabularies: lists of concepts, and their vectors in the space in which a directory's embeddings lie.
+"""Vocabularies: lists of concepts, and their vectors in the space of a directory's embeddings.
 
-    "pool"           the words, and pairs of words side by side, that most captions of the pool have (naming.py)
+    "pool"           the commonest words and pairs of adjacent words in the pool's captions (naming.py)
     "imagenet-22k"   the names of ImageNet's 21,841 classes, nouns of WordNet, from timm, which open_clip needs anyway;
                      "imagenet-12k" and "imagenet-1k" are parts of them
     FILE             one concept a line, or a JSON list of them
 
-A concept is embedded as it is written by the text tower of the model that made the embeddings, once: the vectors are
+A concept is embedded once, as written, by the text tower of the model that made the embeddings: the vectors are
 stored beside the embeddings (stored.py), where later selections and the report's names of clusters find them.
 """
 
@@ -24,28 +24,28 @@ POOL, IMAGENET = "pool", ("imagenet-1k", "imagenet-12k", "imagenet-22k")
 BUILT_IN = (POOL, *IMAGENET)
 MAX_CONCEPTS, MAX_CHARACTERS = 500_000, 200
 POOL_CAPTIONS, POOL_CONCEPTS, POOL_LEAST = 300_000, 20_000, 5
-MOSTLY = 0.8  # a phrase of which another takes up as much is that phrase
-LIKE = "expected one concept a line, such as a wordlist has"
+MOSTLY = 0.8  # a word found within one pair this often is dropped for the pair
+LIKE = "expected one concept per line, as in a wordlist"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Concepts as they were written, each once. told: what became of the list's lines, for the funnel."""
+    """Concepts as written, each once. told: counts of the list's lines, for the funnel."""
 
     concepts: tuple[str, ...]
     told: dict[str, Any]
 
 
 def read(name: str, lines: Callable[[str], list[str]], captions: Callable[[], Iterable[str]]) -> Vocabulary:
-    """Read a vocabulary. lines: of a text file. captions: up to POOL_CAPTIONS of the pool.
+    """Read a vocabulary. lines: reads a text file. captions: reads up to POOL_CAPTIONS captions of the pool.
 
-    Raises: UsageError for a list that is none: empty, with lines that are no words, or too long.
+    Raises: UsageError for a list that is empty, too long, or has lines that are not words.
     """
     if name == POOL:
         found = of_captions(captions())
         if not found:
             raise UsageError(
-                f"no phrase stands in {POOL_LEAST} captions of this pool, so they give no vocabulary.",
+                f"no phrase is in {POOL_LEAST} captions of this pool, so they give no vocabulary.",
                 f'name one: "{IMAGENET[-1]}", or a file with one concept a line',
             )
         return Vocabulary(found, {"vocabulary": "phrases of the pool's captions", "concepts": len(found)})
@@ -57,9 +57,9 @@ def read(name: str, lines: Callable[[str], list[str]], captions: Callable[[], It
 
 
 def clean(lines: Sequence[str], name: str) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Make concepts of a list's lines: without spaces around, composed (NFC), each once whatever its case.
+    """Make concepts of a list's lines: spaces trimmed, composed (NFC), each once whatever its case.
 
-    Returns them in the list's order, and how many lines were empty or told the same as an earlier one. name: of the
+    Returns them in the list's order, and how many lines were empty or repeated an earlier one. name: of the
     list, for messages. Raises: UsageError.
     """
     concepts: dict[str, str] = {}
@@ -73,7 +73,7 @@ def clean(lines: Sequence[str], name: str) -> tuple[tuple[str, ...], dict[str, i
             raise UsageError(f"{name}, line {number}: it holds control characters; {LIKE}.")
         if len(concept) > MAX_CHARACTERS:
             raise UsageError(
-                f"{name}, line {number}: {len(concept):,} characters, a concept has {MAX_CHARACTERS} or fewer; {LIKE}."
+                f"{name}, line {number}: {len(concept):,} characters; a concept has at most {MAX_CHARACTERS}; {LIKE}."
             )
         if concepts.setdefault(concept.casefold(), concept) is not concept:
             told["repeated"] += 1
@@ -88,9 +88,9 @@ def clean(lines: Sequence[str], name: str) -> tuple[tuple[str, ...], dict[str, i
 
 
 def of_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """List the phrases that most captions have, the commonest first: at most POOL_CONCEPTS, each in POOL_LEAST or more.
+    """List the phrases of captions, the commonest first: at most POOL_CONCEPTS, each in POOL_LEAST captions or more.
 
-    A word is left out that stands nearly always within the same pair of words. Ties go by the alphabet.
+    A word that nearly always occurs within the same pair of words is left out. Ties go by the alphabet.
     """
     counts: Counter[str] = Counter()
     for caption in captions:

@@ -219,7 +219,7 @@ def test_what_is_no_head_is_refused_in_words(tmp_path):
         "six.safetensors": "expected a first matrix of 8 columns",
         "cube.safetensors": "expected a matrix",
         "odd.safetensors": "swish",
-        "torn.safetensors": "no readable safetensors",
+        "torn.safetensors": "not a readable safetensors",
         "pickle.pth": "convert it",
         "missing.safetensors": "does not exist",
         "none.safetensors": "an empty matrix",
@@ -278,13 +278,13 @@ def test_a_text_of_which_the_model_reads_nothing_has_no_answer(home):
     for text, told in (
         ("\u200b\ufeff", "is empty"),
         ("\0", "is empty"),
-        ("a huz\udcff", "no UTF-8"),
-        ("寺 🐶", "reads nothing"),
+        ("a huz\udcff", "not UTF-8"),
+        ("寺 🐶", "knows no word"),
     ):
         with pytest.raises(UsageError, match=told):
             prompts.embed_texts(embedded, ["a large huz", text])
     assert len(prompts.embed_texts(embedded, ["a large huz", "寺 🐶"], listed=True)) == 2
-    with pytest.raises(UsageError, match="reads nothing"):
+    with pytest.raises(UsageError, match="knows no word"):
         prompts.embed_texts(embedded, ["寺", "🐶"], listed=True)
 
 

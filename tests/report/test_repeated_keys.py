@@ -46,5 +46,5 @@ def test_marks_on_keys_of_several_rows_are_left_out_and_told(tmp_path):
     told = probe(emb, str(marked), str(tmp_path / "head.safetensors"))
     assert told["labelled"] == {"bad": 15, "good": 15} and told["unknown_keys"] == 1 and told["repeated_keys"] == 10
     marked.write_text("".join(f"{key}\tgood\n" for key in keys[:30]))
-    with pytest.raises(UsageError, match="30 keys left out, each of several rows"):
+    with pytest.raises(UsageError, match="30 keys left out, each in several rows"):
         probe(emb, str(marked), str(tmp_path / "head.safetensors"))

@@ -180,7 +180,7 @@ def test_the_captions_own_phrases_make_a_vocabulary():
     found = vocabularies.of_captions(captions)
     assert set(found) == {"dog", "red", "red dog", "beach", "red cat"}  # "cat" stands nowhere but in "red cat"
     assert found[:2] == ("dog", "red")
-    with pytest.raises(UsageError, match="no phrase stands in 5 captions"):
+    with pytest.raises(UsageError, match="no phrase is in 5 captions"):
         vocabularies.read("pool", None, lambda: ["once only"])
     named = vocabularies.read("imagenet-1k", None, None)
     assert "tench" in named.concepts and 990 <= len(named.concepts) <= 1000 and "timm" in named.told["vocabulary"]
