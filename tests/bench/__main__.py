@@ -1,6 +1,6 @@
 """Run the benchmarks that need no data, model or GPU of yours, or those named: `python -m tests.bench [NAME …]`.
 
-Each is a script of its own that measures a stage beside its floor in one run, prints a table and writes a JSON.
+Each is a script of its own that compares a stage with its floor in one run, prints a table and writes a JSON.
 """
 
 import subprocess

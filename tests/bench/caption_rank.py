@@ -1,8 +1,8 @@
-"""How well an exported model knows which caption belongs to a photograph, and captions of its own.
+"""Measure how well an exported model knows which caption belongs to a photograph; print captions that it writes.
 
     python tests/bench/caption_rank.py MODEL --data SHARDS_OR_JSON --candidates 20 --photographs 100
 
-Ranks as `train eval` does (train/eval/ranking.py), and prints captions that the model writes beside the true ones.
+Ranks as `train eval` does (train/eval/ranking.py), and prints captions that the model writes next to the true ones.
 """
 
 import argparse

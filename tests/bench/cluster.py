@@ -3,12 +3,12 @@
     python tests/bench/cluster.py [--rows 200000] [--dim 512] [--k 2000] [--iters 8] [--rounds 3]
     OMP_NUM_THREADS=1 python tests/bench/cluster.py --many 100000 [--rounds 9]
 
-Everything runs in one process on the same rows, turn by turn, and the median of the rounds counts. CPU seconds stand
+Everything runs in one process on the same rows, in turns, and the median of the rounds counts. CPU seconds are given
 beside wall seconds: on a busy machine only they are steady.
 
-With --many, instead: the speed of assigning and of finding near pairs with so many clusters beside that of a large
-product, one of 512 rows with many. The clusters for the pairs have 200 rows, and 41, 20, 8 and 3, and lie as the images
-of one subject do. Beside them stands what is left where the rows are f32 and lie ready: one batched product.
+With --many instead: the speed of assigning and of finding near pairs with that many clusters, relative to a large
+product, one of 512 rows with many. The clusters for the pairs have 200, 41, 20, 8 and 3 rows, spread like the images
+of one subject. As a bound, one batched product is timed with the rows in f32 and ready in memory.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from curate.vectors.duplicate_forest import near_duplicate_forest  # noqa: E402
 
 
 def mixture(rows, dim, clouds):
-    """Draw rows whose spectrum falls as that of image embeddings does: a few directions hold much of the variance."""
+    """Draw rows whose spectrum falls like that of image embeddings: a few directions hold much of the variance."""
     rng = np.random.default_rng(0)
     spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)
     centers = rng.standard_normal((clouds, dim), np.float32) * spectrum
@@ -49,7 +49,7 @@ def clock(work):
 
 
 def bare(x16, centroids, block):
-    """Multiply all rows with the centroids, f32, blocks ready in memory: nothing else."""
+    """Multiply all rows with the centroids, f32, blocks ready in memory, and nothing else."""
     rows, out = x16[:block].astype(np.float32), np.empty((block, len(centroids)), np.float32)
     right = np.ascontiguousarray(centroids.T)
 
@@ -61,13 +61,13 @@ def bare(x16, centroids, block):
 
 
 def beside(rounds, work):
-    """Time each work turn by turn, and return the speed of each beside the first: {name: median ratio}.
+    """Time each work in turns, and return the speed of each relative to the first: {name: median ratio}.
 
     work: {name: (operations, callable)}. Times are those of processors.
     """
     speeds = {name: [] for name in work}
     for each in work.values():
-        each[1]()  # memory is fetched, libraries are loaded
+        each[1]()  # warms up: memory is allocated, libraries are loaded
     for _ in range(rounds):
         for name, (operations, each) in work.items():
             speeds[name].append(operations / clock(each)[2])
@@ -77,7 +77,7 @@ def beside(rounds, work):
 
 
 def large_product(x, y, columns=512):
-    """Multiply all rows of x with some of y; returns the operations, and the work."""
+    """Prepare the product of all rows of x with some of y; returns its operations, and the function."""
     right, out = y[:columns].T, np.empty((len(x), columns), np.float32)
     return 2 * out.size * x.shape[1], lambda: np.matmul(x, right, out=out)
 

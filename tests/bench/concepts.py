@@ -1,16 +1,16 @@
-"""Questions to stored vectors, beside what they cannot do without: reading the vectors, and one product.
+"""Questions to stored vectors, compared with what they need at least: reading the vectors, and one product.
 
     python tests/bench/concepts.py [--rows 1000000] [--dim 512] [--concepts 20000] [--matched ROWS]
         [--cold] [--keep DIR] [--out NAME]
 
 Draws f16 embeddings onto disk as scale.py does and times, in one process and in turns: reading all vectors (512 rows at
-a time, copied out of the mapped file into a buffer that stays in the processor's cache: the least that it takes),
+a time, copied from the mapped file into a buffer that stays in the processor's cache: the minimum),
 `find` of one text and of four (50 rows each), a column `prompt` of two texts, a linear head; and the concepts that
-images show (five of 20,000 drawn texts) beside the bare f32 product of the same vectors. The files lie in memory, or
-with --cold are dropped from it before each reading, which then is the disk's.
---matched takes the first rows alone for the concepts, which cost hours at a million on two cores; both sides of the
+images show (five of 20,000 drawn texts) beside the bare f32 product of the same vectors. The files are in memory, or
+with --cold are dropped from it before each pass, which then reads the disk.
+--matched uses only the first rows for the concepts, as a million take hours on two cores; both sides of the
 ratio grow with the rows. Reports the medians of the ratios of one round and the ratio of the least times, by the clock
-and by processor time (of all threads, the one that reads ahead among them): on a busy machine the clock says little.
+and by processor time (of all threads, the one that reads ahead included): on a busy machine the clock says little.
 Writes results/NAME.json: concepts, with --cold concepts_cold.
 """
 
@@ -50,7 +50,7 @@ def read_all(embedded, dim):
     """Copy every vector out of its file: what any pass over the vectors costs at least."""
     kept = threading.local()
 
-    def copy(x_nd):  # over one another: nobody looks at them
+    def copy(x_nd):  # into one buffer: nobody looks at the rows
         if not hasattr(kept, "buffer"):
             kept.buffer = np.empty((narrow.PART, dim), np.float16)
         for first in range(0, len(x_nd), narrow.PART):
@@ -83,7 +83,7 @@ def drop(embedded):
 
 
 def beside(floor, others, rounds, before=lambda: None):
-    """Time the floor and others in turns: of each, a list of (clock, processor time) in seconds."""
+    """Time the floor and the others in turns: for each, a list of (clock, processor time) in seconds."""
     found = {"floor": [], **{name: [] for name in others}}
     for _ in range(rounds):
         for name, work in {"floor": floor, **others}.items():

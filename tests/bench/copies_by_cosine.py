@@ -2,8 +2,8 @@
 
     python tests/bench/copies_by_cosine.py [CLOUD | VECTORS.npy …]
 
-VECTORS.npy: embeddings [n, d] of distinct pictures, of which 1,000 and all are taken. Prints for each cloud how often
-`cosine_gap` sees a gap, the copies that it finds and the rows that it wrongs.
+VECTORS.npy: embeddings [n, d] of distinct pictures, of which 1,000 and then all are taken. Prints for each cloud how
+often `cosine_gap` sees a gap, the copies that it finds and the rows that it wrongly drops.
 """
 
 import sys
@@ -88,7 +88,7 @@ CLOUDS: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
 
 
 def plant(x, count, cosine, spread, rng):
-    """Add copies. Returns f16 rows, and of which row each is."""
+    """Add copies. Returns f16 rows, and for each the row it is a copy of."""
     source = rng.integers(0, len(x), count)
     cosines = np.clip(1 - (1 - cosine) * np.exp(spread * rng.normal(size=count)), -1, 1)[:, None]
     aside = rng.normal(size=(count, x.shape[1]))

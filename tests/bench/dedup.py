@@ -2,7 +2,7 @@
 
     python tests/bench/dedup.py [--rows 100000] [--dim 512] [--k 1000]
 
-The baseline does the work of SemDeDup's published code, written from its description and mended only so that it runs:
+The baseline does the work of SemDeDup's published code, written from its description and changed only so that it runs:
 
     sort    for each cluster: find its rows by a scan of all rows; fetch them from an f32 memory map; their cosines to
             the centroid; sort tuples (path, row, distance, cluster); save them as an array of strings
@@ -10,7 +10,7 @@ The baseline does the work of SemDeDup's published code, written from its descri
             its upper triangle, each column's highest value; for each threshold a column of verdicts; pickle them
 
 Its data frames are pandas' where that is installed, else plain arrays, which are faster; the result says which. Left
-out of it: starting jobs, computing the clusters, and writing the lists of what stays. Ours is what `curate cluster`
+out: starting jobs, computing the clusters, and writing the lists of what stays. Ours is what `curate cluster`
 does (finding the near-duplicates of each cluster for every threshold above the floor at once, and writing the edges),
 then for each threshold what `dedup(threshold, keep="far", rule="semdedup")` does. Two more lines bound both from below:
 a bare loop (one scan, one product, triangle and maximum per cluster, one threshold, nothing stored) and the f32
@@ -83,7 +83,7 @@ def sort_clusters(memory, names, nearest, centroids, folder):
 
 
 def dedup_clusters(memory, k, folder):
-    """Judge each cluster's rows at every threshold, as SemDeDup's second loop does. Returns the rows that go."""
+    """Judge each cluster's rows at every threshold, as SemDeDup's second loop does. Returns the dropped rows."""
     import torch
 
     gone, pandas = {threshold: [] for threshold in THRESHOLDS}, frames()
@@ -107,7 +107,7 @@ def dedup_clusters(memory, k, folder):
 
 
 def bare_loop(memory, nearest, distances, k, threshold):
-    """Do only what one threshold needs, and store nothing."""
+    """Do only what one threshold needs; store nothing."""
     import torch
 
     keep = np.ones(len(memory), bool)
@@ -163,7 +163,7 @@ def draw(rows, dim):
 
 
 def one_round(memory, memory16, names, nearest, centroids, folder):
-    """Time every way once, in turn. Returns the times, and in how many rows the verdicts differ."""
+    """Time every way once, in turn. Returns the times, and for how many rows the verdicts differ."""
     k = len(centroids)
     distances, sort = clock(lambda: sort_clusters(memory, names, nearest, centroids, folder))
     gone, dedup = clock(lambda: dedup_clusters(memory, k, folder))

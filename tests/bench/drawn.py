@@ -1,4 +1,4 @@
-"""Pools and vectors that gpu.py makes up, as it needs no data."""
+"""Pools and vectors that gpu.py makes up, so that it needs no data."""
 
 import io
 import tarfile
@@ -9,7 +9,7 @@ DISTINCT = 256
 
 
 def drawn_pool(folder: Path, shards: int, rows: int) -> Path:
-    """Write shards of JPEGs of 400 x 300: soft colours with some noise, as photographs compress.
+    """Write shards of JPEGs of 400 x 300: soft colours with some noise, which compress like photographs.
 
     The first DISTINCT of a shard are drawn, which takes 7 ms each; then they come again. All shards are one file.
     """

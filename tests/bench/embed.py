@@ -1,17 +1,17 @@
-"""Embedding against the bare model: rows/s of the real task on real shards, and of the forwards it cannot do without.
+"""Embedding against the bare model: rows/s of the real task on real shards, and of the forwards that it needs.
 
     python tests/bench/embed.py [--pool POOL] [--model ViT-B-32] [--precision auto] [--shards N] [--peer PROGRAM]
 
 Weights are drawn at random (speed does not depend on them), unless the model is a folder. Shard by shard, the bare
-forwards run on tensors ready in memory, each both ways (torch's own threads, and a thread per batch) of which the
+forwards run on tensors ready in memory, in two ways (torch's own threads, and a thread per batch), of which the
 faster counts; then the task runs on the tar: reading, decoding, hashing, both towers, writing. Loading the model is
-left out of both. CPU seconds stand beside wall seconds: on a busy machine only they are steady.
+left out of both. CPU seconds are given beside wall seconds: on a busy machine only they are steady.
 
 `--peer` is the `clip-retrieval` program of an environment of its own (`pip install clip-retrieval`). In place of the
 bare forwards, its `inference` runs on the same tars with the same weights: at our batch size, where it is fastest, and
-as it comes, at 256. On a CPU it knows fp32 alone, so the task runs in fp32, too. It is timed by the statistics that it
+at its default, 256. On a CPU it only has fp32, so the task also runs in fp32. It is timed by the statistics that it
 keeps itself, which leave out loading and warming up; the first half of the rows, while its helper processes start, is
-left out as well where that is to its advantage. Its whole run, which a user waits for, stands beside. Writes
+left out as well where that is to its advantage. Its whole run, which a user waits for, is given as well. Writes
 results/embed_peer.json.
 """
 
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-PEER_BATCH = 256  # what clip-retrieval takes if not told
+PEER_BATCH = 256  # clip-retrieval's default
 sys.path.insert(0, str(ROOT))
 
 from curate import engine  # noqa: E402
@@ -143,7 +143,7 @@ def peer(program, task, folder, batch):
     words = [program, "inference", "--input_dataset", f"{{{names}}}" if len(found) > 1 else names]
     words += ["--output_folder", target, "--input_format", "webdataset", "--enable_metadata", "True"]
     words += ["--clip_model", f"open_clip:{task.source.model}/{task.source.checkpoint}", "--batch_size", batch]
-    words += ["--num_prepro_workers", min(engine.cores(), len(found))]  # more than there are tars is an error
+    words += ["--num_prepro_workers", min(engine.cores(), len(found))]  # more than the number of tars is an error
     started, told = time.perf_counter(), {}
     with open(Path(folder) / f"peer-{batch}.log", "w+") as log:
         process = subprocess.Popen(list(map(str, words)), stdout=log, stderr=log)
@@ -162,7 +162,7 @@ def peer(program, task, folder, batch):
 
 
 def _told(target):
-    """Read what the peer has written of its progress: seconds by rows."""
+    """Read the peer's record of its progress: seconds by rows."""
     found = {}
     for path in (target / "stats").glob("*.json"):
         with contextlib.suppress(OSError, ValueError):
@@ -206,7 +206,7 @@ def beside_bare(task):
     measured, rows_done = {}, 0
     for stem, shard in task.found.items():
         count, bare = bare_forwards(task, shard)
-        if not measured:  # the first batch fetches memory for all
+        if not measured:  # the first batch allocates memory for all
             height, width = pair(task.encoder.preprocess["size"])
             task.runners.submit(task.encoder.images, np.zeros((task.batch_size, height, width, 3), np.uint8)).result()
         rows_done += count
@@ -243,12 +243,12 @@ def main():
     parser.add_argument("--pool", default=str(ROOT.parent / "shared" / "data" / "pairs"))
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--shards", type=int, default=0, help="only the first N")
-    parser.add_argument("--rows", type=int, default=0, help="only the first N of each")
+    parser.add_argument("--shards", type=int, default=0, help="only the first N shards")
+    parser.add_argument("--rows", type=int, default=0, help="only the first N rows of each")
     parser.add_argument("--decoders", type=int, default=0, help="decode in this many processes")
     parser.add_argument("--fast", action="store_true", help="resize by torch, as --decode fast")
-    parser.add_argument("--name", default="embed", help="of the file in results")
-    parser.add_argument("--peer", help="the program clip-retrieval, to run beside")
+    parser.add_argument("--name", default="embed", help="name of the file in results")
+    parser.add_argument("--peer", help="path of the program clip-retrieval, to compare with")
     given = parser.parse_args()
     found = {shard.stem: shard for shard in list_pool(given.pool)[: given.shards or None]}
     device, threads = choose_device(), engine.cores()

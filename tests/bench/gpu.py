@@ -1,20 +1,20 @@
-"""What a GPU does with this code: every CUDA path once, the card's ceilings, and each stage beside them, in 8 minutes.
+"""What a GPU does with this code: every CUDA path once, the card's ceilings, and each stage against them, in 8 minutes.
 
     python tests/bench/gpu.py [--parts tests,ceilings,…] [--minutes 8] [--json results/gpu.json] [--rehearse]
 
-The parts run one after the other, the most important first, each in a process and a time limit of its own. What a part
-has measured so far is in the JSON as soon as it is known, so that a run that is cut short still counts:
+The parts run one after the other, the most important first, each in a process of its own with a time limit. What a part
+measures is written to the JSON at once, so that a run that is cut short still counts:
 
     tests      the tests marked `gpu`: every CUDA path once
     ceilings   copies and products of this card, which nothing below can beat
     training   Bunny-3B at full size, fresh weights, texts as long as the 695K's: align, LoRA; tokens/s, MFU, memory
-    embedding  ViT-L/14 and B/32, fresh weights, drawn JPEGs: rows/s beside the bare forwards, --decode full and gpu
+    embedding  ViT-L/14 and B/32, fresh weights, drawn JPEGs: rows/s against the bare forwards, --decode full and gpu
     numerics   assign, near-duplicate pairs and the k-means fit, beside the card's products and FAISS on the same card
     published  the same training with the published scripts' semantics: padded rows, logits everywhere, recomputation
     shards     ViT-B/32 over shards of 500 rows, by one worker and by two that share the card
     switches   the finetune step with each of the trainer's switches turned
 
-Needs torch with CUDA, and what the package itself needs; a part whose libraries are not there says so in a line.
+Needs torch with CUDA, and what the package itself needs; a part whose libraries are missing says so in a line.
 `--rehearse` does all of it at toy size on a processor, so that it cannot rot. gpu.md says how to run it on a bare
 machine.
 """
@@ -54,7 +54,7 @@ Found = Iterator[dict[str, Any]]
 
 
 def clock(work: Callable[[], Any], on: str, least_s: float = 0.5, most: int = 50) -> float:
-    """Time a function on a device: the shortest of several runs, in seconds, after one that warms up."""
+    """Time a function on a device: the shortest of several runs, in seconds, after a warm-up run."""
     import torch
 
     def once() -> float:
@@ -76,9 +76,9 @@ ENDED = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b")
 
 
 def tests(on: str, rehearse: bool) -> Found:
-    """Run the tests that need a GPU, telling each one's end; rehearsing, those of one file, on the processor.
+    """Run the tests that need a GPU and report how each ends; with `rehearse` those of one file, on the processor.
 
-    Only the files that hold one are read, and one that cannot be, for want of a package, does not stop the others.
+    Only files with such tests are read; one that fails to import, for want of a package, does not stop the others.
     """
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     marked.sort(key=lambda path: FIRST.index(path.name) if path.name in FIRST else len(FIRST))
@@ -166,7 +166,7 @@ def switches(on: str, rehearse: bool) -> Found:
 
     found: dict[str, Any] = {}
     for name, settings in SWITCHES.items():
-        if rehearse and name == "compiled layers":  # which takes a compiler, and minutes
+        if rehearse and name == "compiled layers":  # it takes a compiler, and minutes
             continue
         try:
             for summary in _trained("ours", rehearse, ["finetune.batch_size=64", *settings], ("finetune",), 4):
@@ -224,7 +224,7 @@ def embedding(on: str, rehearse: bool) -> Found:
 
 
 def _bare_rows(task: Any, on: str) -> float:
-    """Time both towers alone, on a batch of pixels and captions that are on the device: pairs a second."""
+    """Time both towers alone, on a batch of pixels and captions that are on the device: pairs per second."""
     import numpy as np
 
     from curate.embed.encoder import Tokenizer, pair
@@ -238,7 +238,7 @@ def _bare_rows(task: Any, on: str) -> float:
 
 
 def _embedded(task: Any, bare: float) -> dict[str, Any]:
-    """Run the task on its shards, the first to warm up: rows a second, and what the sidecars say of decoding."""
+    """Run the task on its shards, the first to warm up: rows per second, and what the sidecars say of decoding."""
     from curate.embed.spent import shares
     from curate.storage import sidecar
 
@@ -288,7 +288,7 @@ def shards(on: str, rehearse: bool) -> Found:
 
 
 def numerics(on: str, rehearse: bool) -> Found:
-    """Assign, compare and fit, beside the card's products and FAISS on the same card."""
+    """Assign, compare and fit, against the card's products and FAISS on the same card."""
     import numpy as np
     import torch
     from bench.drawn import unit_rows
@@ -347,7 +347,7 @@ PARTS = {each.__name__: each for each in (tests, ceilings, training, embedding, 
 
 
 def one_part(name: str, rehearse: bool) -> None:
-    """Run a part in this process, telling each thing found in a line of JSON."""
+    """Run a part in this process, and print each finding as a line of JSON."""
     import torch
 
     on = "cuda" if torch.cuda.is_available() and not rehearse else "cpu"
@@ -364,7 +364,7 @@ def one_part(name: str, rehearse: bool) -> None:
 
 
 def run_part(name: str, rehearse: bool, limit_s: float, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Run a part in a process of its own, keeping what it tells, and end it at its limit."""
+    """Run a part in a process of its own, keep what it prints, and end it at its limit."""
     command = [sys.executable, str(Path(__file__)), "--part", name, *["--rehearse"] * rehearse]
     began = time.perf_counter()
     found: dict[str, Any] = {}
@@ -381,7 +381,7 @@ def run_part(name: str, rehearse: bool, limit_s: float, keep: Callable[[dict[str
                     found |= json.loads(line.removeprefix(RESULT))
                     keep({**found, "seconds": round(time.perf_counter() - began, 1)})
             code = process.wait()
-        finally:  # what it has started, too, and whatever ends this script: nothing stays on the card
+        finally:  # with its children, however this script ends: nothing stays on the card
             alarm.cancel()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -412,12 +412,12 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """Run the parts, keep what each finds, and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help="which, in this order")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, in this order")
     parser.add_argument(
-        "--json", type=Path, help="where results are kept; results/gpu.json, rehearsing a temporary file"
+        "--json", type=Path, help="where to write results (default results/gpu.json; with --rehearse a temporary file)"
     )
-    parser.add_argument("--minutes", type=float, default=8, help="in all; 12 suffice for every part's limit")
-    parser.add_argument("--rehearse", action="store_true", help="at toy size, on the processor")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit in all; 12 allow every part its own")
+    parser.add_argument("--rehearse", action="store_true", help="run everything at toy size, on the processor")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part:
@@ -427,7 +427,7 @@ def main() -> None:
     import torch
 
     if not torch.cuda.is_available() and not given.rehearse:
-        raise SystemExit("no CUDA device is seen; --rehearse runs all parts at toy size on the processor")
+        raise SystemExit("no CUDA device was found; --rehearse runs all parts at toy size on the processor")
     results = Path(__file__).parent / "results"
     target = given.json or (Path(tempfile.mkdtemp()) if given.rehearse else results) / "gpu.json"
     began = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Steps whose norms and LoRA inputs stay in bf16 (train/model/half.py) beside steps without, by turns, in CPU seconds.
+"""Steps whose norms and LoRA inputs stay in bf16 (train/model/half.py) against steps without, in turns, in CPU seconds.
 
     python tests/bench/half.py [STAGE …] [--what half|lora] [--steps 6] [--batch-size 2] [--out FILE]
 
-`--what lora` turns on and off instead that LoRA's sums are made within its products (train/model/lora.py).
+`--what lora` compares LoRA with and without its sums made within its products instead (train/model/lora.py).
 
-The gain is a GPU's; roofline.py counts it. Here is shown what a processor in bf16 takes, that losses agree, and by
+The gain is a GPU's; roofline.py counts it. This shows what a processor in bf16 takes, that losses agree, and by
 torch's profiler over one step how many casts are left, on the small Phi of `train bench`.
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", default=list(step.WRITERS))
     parser.add_argument("--what", choices=list(WHAT), default="half")
-    parser.add_argument("--steps", type=int, default=6, help="timed ones; two stand before and behind them")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps; two untimed ones come before and after")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def compare(name: str, what: str, steps: int, batch_size: int) -> dict[str, object]:
-    """Run a stage both ways by turns; return the median CPU seconds of a step, their ratio, casts and operations."""
+    """Run a stage both ways in turns; return the median CPU seconds of a step, their ratio, casts and operations."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

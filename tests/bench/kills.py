@@ -1,4 +1,4 @@
-"""Disturb the main road at random moments, let it go on, and compare every byte with an undisturbed run.
+"""Disturb the main stages at random moments, start them again, and compare every byte with an undisturbed run.
 
     python tests/bench/kills.py [--disturbances 50] [--rows 240] [--shards 8] [--seed 0]
         [--ways whole,one,slices,disk,net,ray] [--json results/kills.json]
@@ -6,14 +6,14 @@
 embed (two workers, each with a decoding process), cluster, select and emit run over a small rendered pool. A round
 starts from nothing and is disturbed in one way:
     whole    all processes of a verb get SIGKILL
-    one      one process of a verb gets it: a worker, a decoder, Python's resource tracker, one time in four the first
-    slices   the same, where two slices of each verb run beside each other
-    ray      the same on Ray's actors, Ray's own processes among them (left out where Ray is not installed)
-    disk     the output lies on a file system that is full again and again, and grows (needs the right to mount)
-    net      pool and output lie on an S3 server that is out of reach for seconds at a time (needs s3fs and moto)
-Each verb is started again until it ends with 0, which it must within a bound, with no file left half and no process
-left over. Rounds go on, the ways in turn, until there were enough disturbances. Verbs and workers are forked off a
-process that has imported everything (tests/warm_workers.py), but those of Ray. The suite has a short version
+    one      one process of a verb gets it: worker, decoder, Python's resource tracker; one time in four the main one
+    slices   the same, with two slices of each verb running in parallel
+    ray      the same on Ray's actors, Ray's own processes included (left out where Ray is not installed)
+    disk     the output is on a file system that fills up again and again, and grows (needs the right to mount)
+    net      pool and output are on an S3 server that is out of reach for seconds at a time (needs s3fs and moto)
+Each verb is started again until it ends with 0, which it must within a bound, with no half-written file and no
+process left over. Rounds go on, the ways in turn, until there were enough disturbances. Verbs and workers, but not
+Ray's, are forked off a process that has imported everything (tests/warm_workers.py). The suite has a short version
 (tests/test_disturbed.py). Writes results/kills.json.
 """
 
@@ -45,10 +45,10 @@ from house import BESIDE, CLIP, fingerprint, tree, until  # noqa: E402
 
 STAGES = ("embeddings", "clusters", "selection", "coreset")
 NAMING = ("manifest.json", ".plan.json", "fit.json")  # files that hold where their inputs lie
-BOUND_S = 1800  # far beyond any verb's time here, on a busy machine, too
+BOUND_S = 1800  # far beyond any verb's time here, even on a busy machine
 DISK_STEP = 48 << 10
-STRIKES = 3  # of a verb at most
-OUTAGE_S = 12.0  # at most; a verb tries for some 8 s again
+STRIKES = 3  # per verb, at most
+OUTAGE_S = 12.0  # at most; a verb retries for some 8 s
 PATIENCE = {"config_kwargs": {"read_timeout": 3, "connect_timeout": 3, "retries": {"max_attempts": 1}}}
 NEEDS = {"ray": ["ray"], "net": ["s3fs", "moto", "flask_cors"]}  # packages of the ways
 
@@ -70,18 +70,18 @@ def start(pool, place, stage, *more):
 
 
 def finish(process):
-    """Wait for a verb; returns its exit code. One that does not end within the bound is killed, and told of."""
+    """Wait for a verb; returns its exit code. One that does not end within the bound is killed and reported."""
     begun = time.monotonic()
     while process.poll() is None:
         if time.monotonic() - begun > BOUND_S:
             process.kill()
-            raise AssertionError(f"it waits without end: {process.stderr[-2000:]}")
+            raise AssertionError(f"it hangs: {process.stderr[-2000:]}")
         time.sleep(0.05)
     return process.returncode
 
 
 def family(first):
-    """List the processes of a verb, the first among them, and what each is."""
+    """List the processes of a verb, the main one included, and what each is."""
     noted, found = started(HOME), {first: "first"}
     for pid in tree(first):
         role = kind(pid) if pid not in noted else "worker" if noted[pid] == first else "decoder"
@@ -100,7 +100,7 @@ def kind(pid):
 
 
 def born(pid):
-    """Return when a process began, by which another of its number is told from it; None where it has ended."""
+    """Return when a process began, which tells a later process of the same number from it; None where it has ended."""
     try:
         told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -109,11 +109,11 @@ def born(pid):
 
 
 def strike(way, rng, process):
-    """Send SIGKILL to one process of a verb, or in the way `whole` to all; returns what was met, if any."""
+    """Send SIGKILL to one process of a verb, or in the way `whole` to all; returns what was hit, if any."""
     known = family(process.pid)
     others = list(known)[1:]
     if way != "whole" and not others and rng.random() < 0.9:
-        return ""  # later: its workers are not there yet
+        return ""  # later: its workers do not exist yet
     one = rng.choice(others) if others and rng.random() < 0.75 else process.pid
     for victim in known if way == "whole" else [one]:
         try:
@@ -134,7 +134,7 @@ def cut_off(proxy, rng, process):
 
 
 def carry_out(pool, place, stage, way, rng, disturb, seconds):
-    """Carry out a stage through disturbances, until every part of it ends with 0; returns what was met."""
+    """Carry out a stage through disturbances, until every part of it ends with 0; returns what was hit."""
     slices = [f"{rank}/2" for rank in range(2)] if way == "slices" and stage != "selection" else [""]
     flags = ["--engine", "ray"] if way == "ray" and stage != "selection" else []
     parts = {each: ["--slice", each, *flags] if each else flags for each in slices}
@@ -148,7 +148,7 @@ def carry_out(pool, place, stage, way, rng, disturb, seconds):
         for each, process in list(running.items()):
             if time.monotonic() - begun > BOUND_S:
                 process.kill()
-                raise AssertionError(f"{stage} waits without end ({way}): {process.stderr[-2000:]}")
+                raise AssertionError(f"{stage} hangs ({way}): {process.stderr[-2000:]}")
             if process.poll() is None:
                 if len(met) < STRIKES and time.monotonic() > quiet:
                     seen |= {pid: born(pid) for pid in family(process.pid)}
@@ -169,13 +169,13 @@ def carry_out(pool, place, stage, way, rng, disturb, seconds):
 
 
 def walk(pool, place, way, rng, seconds, disturb=None):
-    """Walk the road, disturbed in one way; yields what each stage met."""
+    """Run the stages, disturbed in one way; yields what was hit in each."""
     for stage in STAGES:
         yield carry_out(pool, place, stage, way, rng, disturb or partial(strike, way, rng), seconds)
 
 
 def fill(pool, place):
-    """Walk the road on a file system that is full again and again; yields what each stage met."""
+    """Run the stages on a file system that fills up again and again; yields what each stage met."""
     size = DISK_STEP
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
@@ -222,7 +222,7 @@ class Bucket:
         self.files.put(str(pool), "road/pool", recursive=True)
 
     def walk(self, name, rng, seconds):
-        """Walk the road there, and yield what each stage met."""
+        """Run the stages there, and yield what each met."""
         return walk("s3://road/pool", f"s3://road/{name}", "net", rng, seconds, partial(cut_off, self.proxy, rng))
 
     def fingerprint(self, name):
@@ -232,7 +232,7 @@ class Bucket:
 
 
 def compare(found, expected, way):
-    """Demand equal files. On S3 those that hold where their inputs lie differ, and only have to be there."""
+    """Demand equal files. On S3, files that hold the places of their inputs differ and only have to exist."""
     if way == "net":
         found, expected = (
             {name: "" if name.rsplit("/", 1)[1] in NAMING else digest for name, digest in each.items()}
@@ -242,7 +242,7 @@ def compare(found, expected, way):
 
 
 def account(met, rounds, files):
-    """Put into one what was met so far."""
+    """Merge what was met so far."""
     command = "python " + " ".join(["tests/bench/kills.py", *sys.argv[1:]])
     where = dict(sorted(Counter(met).items()))
     found = {"command": command, "date": str(date.today()), "disturbances": len(met), "rounds": rounds, "where": where}
@@ -259,7 +259,7 @@ def main():
     given = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "FSSPEC_S3": json.dumps(PATIENCE), "AWS_DEFAULT_REGION": "us-east-1"}
     os.environ |= dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "none")
-    os.environ["RAY_worker_niceness"] = "0"  # at Ray's own 15 actors do not start beside other work
+    os.environ["RAY_worker_niceness"] = "0"  # with Ray's own 15, actors do not start beside other work
     home, rng, met, rounds = Path(tempfile.mkdtemp()), random.Random(given.seed), [], Counter()
     ways = [way for way in given.ways.split(",") if all(map(importlib.util.find_spec, NEEDS.get(way, [])))]
     ways = [way for way in ways if way != "disk" or may_mount(home)]
@@ -268,7 +268,7 @@ def main():
         render(home / "demo", rows=given.rows, shards=given.shards, seed=11, dirt="dirty", instruct=0, tests=0)
         bucket = Bucket(pool) if "net" in ways else None
         seconds = {}
-        assert finish(Command("curate", "--version", cwd=ROOT)) == 0  # what it is forked off stands ready
+        assert finish(Command("curate", "--version", cwd=ROOT)) == 0  # the process that it is forked off is ready
         for stage in STAGES:
             begun = time.monotonic()
             process = start(pool, home / "whole", stage)

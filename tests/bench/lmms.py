@@ -1,4 +1,4 @@
-"""Run lmms-eval on DAQUAR, as a local task: `llava_hf` and our plugin beside `train eval`, answer by answer.
+"""Run lmms-eval on DAQUAR, as a local task: `llava_hf` and our plugin against `train eval`, answer by answer.
 
     python3 -m venv lmms && lmms/bin/pip install -e . lmms-eval decord
     python tests/bench/lmms.py --python lmms/bin/python --model MODEL [--run RUN] --data DAQUAR [--limit 200]
@@ -71,7 +71,7 @@ def lmms_eval(python, folder, name, model, arguments, batch_size, limit):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     print("$", " ".join(words), flush=True)
     ended = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if not list((folder / name).rglob("*_results.json")):  # it ends with 0 even where it fails
+    if not list((folder / name).rglob("*_results.json")):  # it exits with 0 even where it fails
         raise SystemExit((ended.stdout + ended.stderr)[-3000:])
     [scores] = (folder / name).rglob("*_results.json")
     [samples] = (folder / name).rglob("*_samples_daquar_local.jsonl")

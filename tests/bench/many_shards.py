@@ -2,12 +2,12 @@
 
     python tests/bench/many_shards.py [--shards 1000 10000] [--tars 10000] [--keep DIR]
 
-Writes N embedding sidecars of four rows, and at most --tars tars of two members a row. Then, each in a process of its
+Writes N embedding sidecars of four rows, and at most --tars tars of two members per row. Then, each in a process of its
 own: `cluster` (its driver plans, finishes and joins; a few thousand rows would be nothing), `select`, `show`, `show
 --key`, `emit --format keys` (which plans and reads every selection sidecar), `report`, and, where every shard has its
 tar, `emit` of the members. Memory is the process's peak, mapped files included; processor time is that of the verb and
-its workers, which alone is steady on a busy machine. The goal: 250,000 shards in at most 2 GiB and ten minutes a verb,
-and at most 11 times the processor time for 10 times the shards.
+its workers, the only steady figure on a busy machine. The goal: 250,000 shards in 2 GiB and ten minutes per verb, and
+at most 11 times the processor time for 10 times the shards.
 """
 
 import argparse
@@ -42,7 +42,7 @@ LIMIT_S, LIMIT_MB, LIMIT_GROWTH = 600, 2048, 11
 
 
 def write_pool(folder, shards, tars):
-    """Write tars: one for each shard where there are not too many, else the first `tars` shards have theirs."""
+    """Write tars: one for each shard, or for the first `tars` shards where there are more."""
     folder.mkdir()
     for shard in range(min(shards, tars)):
         buffer = io.BytesIO()
@@ -56,7 +56,7 @@ def write_pool(folder, shards, tars):
 
 
 def write_embeddings(folder, shards):
-    """Write EMB as `embed` would, but not a file synced to the disk at a time: that would take most of the time."""
+    """Write EMB as `embed` would, but without syncing each file to the disk, which would take most of the time."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(CLOUDS, DIM))
     status = sidecar.labels(["ok"] * ROWS, list(STATUSES))
@@ -110,7 +110,7 @@ def verbs(home, shards, tars):
 
 
 def measure(words):
-    """Run a verb. Returns its seconds, those of processors, its peak memory in MB, its exit code and its last line."""
+    """Run a verb. Returns its seconds, processor seconds, peak memory in MB, exit code and last line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as said:
         started = time.perf_counter()
@@ -127,7 +127,7 @@ def measure(words):
 
 
 def table(results):
-    """Lay out processor seconds and peak memory of each verb, a column for each number of shards, with the growth."""
+    """Tabulate processor seconds and peak memory of each verb, a column for each number of shards, with the growth."""
     sizes = list(results)
     names = list(dict.fromkeys(name for size in sizes for name in results[size]))
     yield f"{'verb':<20}" + "".join(f"{size:>12,} shards" for size in sizes) + "   growth"
@@ -145,11 +145,11 @@ def table(results):
 
 
 def main():
-    """Measure every verb at every size; ends with 1 where one failed or missed the goal."""
+    """Measure every verb at every size; exits with 1 where one failed or missed the goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, nargs="+", default=[1_000, 10_000])
-    parser.add_argument("--tars", type=int, default=10_000, help="most tars written")
-    parser.add_argument("--keep", help="write the pools here, leave them, and go on with what stands there")
+    parser.add_argument("--tars", type=int, default=10_000, help="write at most this many tars")
+    parser.add_argument("--keep", help="write the pools here and keep them; what is already there is used")
     parser.add_argument("--json", default=str(ROOT / "tests" / "bench" / "results" / "many_shards.json"))
     given = parser.parse_args()
     results, failed = {}, False

@@ -4,8 +4,8 @@
 
 A file with the published one's schema, counts by folder and length (about 1 GB) is generated over 350,000 image files
 (links to a few stubs), and `curate mix mix_665k` makes shards of it in a process of its own, its memory watched. The
-script beside it loads the whole list, reads each image and writes the same members into tars in the order of the file:
-no draw, no shuffle, no account, no resume.
+baseline script loads the whole list, reads each image and writes the same members into tars in the order of the file:
+no sampling, no shuffle, no account, no resume.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def family(pid):
 
 
 def memory(pid):
-    """Read a process's resident bytes, and those of them that no file stands behind."""
+    """Read a process's resident bytes, and those of them that no file backs."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -134,7 +134,7 @@ def memory(pid):
 
 
 def plain_script(folder, shard_size=5_000):
-    """What one would write by hand. Returns its seconds, of the wall and of the processor."""
+    """Do what one would write by hand. Returns its wall and processor seconds."""
     started = time.perf_counter(), time.process_time()
     with open(folder / "data" / "llava_v1_5_mix665k.json") as file:
         records = json.load(file)

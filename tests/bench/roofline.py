@@ -3,12 +3,12 @@
     python tests/bench/roofline.py [CONFIG …] [--gpus H100,A100,4090] [--without half|lora] [--json FILE]
 
 The step's own code (forward.py, on what stage.py prepares) runs on tensors without values, so that the kernels, their
-types and their shapes are those of a GPU under autocast. Layers cost alike, so models
-of a few layers are run, and the lines through them followed to the real depths. Kernels of a kind take
+types and their shapes are those of a GPU under autocast. All layers cost the same, so models of a few layers are run,
+and their costs extrapolated linearly to the real depths. Kernels of a kind take
 
     max(operations / (PRODUCTS of the peak), bytes / (MEMORY of the bandwidth))
 
-attention by itself ATTENTION of the peak; AdamW reads and writes 28 bytes a number that learns. That is a floor with
+attention by itself ATTENTION of the peak; AdamW reads and writes 28 bytes per trained weight. That is a floor with
 stated efficiencies, not a measurement: launch gaps, data, collectives and the optimiser's schedule are not in it.
 
 Samples are as long as the published ones (train/bench/workload.py): a caption behind its image; the mix of 665K. One
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 PRODUCTS, ATTENTION, MEMORY = 0.69, 0.30, 0.80  # of the peaks: 680 and 300 TFLOP/s, 2.7 TB/s on an H100
-# Dense bf16 FLOP/s with sums in fp32, bytes a second, bytes: NVIDIA's data sheets (SXM boards; Ada's whitepaper).
+# Dense bf16 FLOP/s with sums in fp32, bytes per second, bytes: NVIDIA's data sheets (SXM boards; Ada's whitepaper).
 GPUS = {"H100": (989e12, 3.35e12, 80e9), "A100": (312e12, 2.04e12, 80e9), "4090": (165e12, 1.01e12, 24e9)}
 CONFIGS = ("pipelines/bunny.toml", "pipelines/small.toml")
 PASS = 8192  # tokens of the pass that is run
@@ -74,7 +74,7 @@ def lengths_of(stage: str, image_tokens: int) -> list[tuple[int, int, int]]:
 
 
 def run_pass(config: Any, name: str, depths: tuple[int, int], without: str) -> tuple[dict[str, Kind], int]:
-    """Run a pass of a model of so many layers (language model, tower) on pretended tensors.
+    """Run a pass of a model of so many layers (language model, tower) on tensors without values.
 
     Returns its kernels by kind, and its tokens.
     """
@@ -211,7 +211,7 @@ def _whole(tensor: Any) -> Any:
 
 
 def pretend(model: Any) -> None:
-    """Put a model's weights on the pretended GPU, in the types that a run gives them."""
+    """Put a model's weights on the imaginary GPU, in the types that a run gives them."""
     import torch
 
     for module in model.modules():
@@ -319,12 +319,12 @@ def expect(config: Any, name: str, gpu: str, kinds: dict[str, Kind], pass_tokens
 
 
 def main() -> None:
-    """Count, print, and write the JSON where one is asked for."""
+    """Count, print, and write the JSON if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", default=CONFIGS)
     parser.add_argument("--gpus", default=",".join(GPUS))
     parser.add_argument("--stages", default="align,finetune")
-    told = "lora: its sums as PEFT makes them; half: and norms and LoRA inputs as they were"
+    told = "lora: LoRA's sums as PEFT makes them; half: norms and LoRA inputs in fp32, too"
     parser.add_argument("--without", choices=["", "half", "lora"], default="", help=told)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

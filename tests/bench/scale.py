@@ -5,9 +5,9 @@
 Draws f16 embeddings from a mixture of 2,000 clouds with 15 % near-duplicates onto disk (two rows of a cloud have a
 cosine of 0.80, so the floor is above that: at 0.80 half of all pairs would be edges), then runs `curate cluster` and
 three selections, each in a process of its own. Memory is sampled: what the processes own (anonymous), and all that they
-map, of which the file pages can be dropped at any time. The bare products are timed in the same run on the same
+map, whose file pages can be dropped at any time. The bare products are timed in the same run on the same
 machine: the fit's (sample x k x iterations), the assignment's (rows x k) and the pairs' of every cluster. Both also in
-seconds of processors (`cpu_s`, `cpu_ratio`), which alone say something beside other work.
+processor seconds (`cpu_s`, `cpu_ratio`), the only ones that mean something on a busy machine.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def draw(folder, rows, dim, workers):
 
 def draw_shard(folder, first, n, dim):
     """Write one shard. Returns its stem and its facts."""
-    spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)  # falls as that of image embeddings does
+    spectrum = (np.arange(1, dim + 1) ** -0.5).astype(np.float32)  # falls like that of image embeddings
     centers = np.random.default_rng(0).standard_normal((CLOUDS, dim), np.float32) * spectrum
     weights = 1 / np.arange(1, CLOUDS + 1) ** 0.7
     names = list(STATUSES)
@@ -121,7 +121,7 @@ def memory(pid):
 
 
 def measured(words):
-    """Run curate in a process of its own: seconds, those of processors, and peak GiB, owned and mapped."""
+    """Run curate in a process of its own: seconds, processor seconds, and peak GiB, owned and mapped."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "curate", *words], cwd=ROOT)
     peak, done = [0, 0], threading.Event()
@@ -146,7 +146,7 @@ def measured(words):
 
 
 def product_rate(dim, width):
-    """Measure f32 products, [1024, dim] x [dim, width], as the stages form them: GFLOP a second, and a processor's."""
+    """Measure f32 products, [1024, dim] x [dim, width], as the stages form them: GFLOP/s, and per processor."""
     rng = np.random.default_rng(0)
     x, y = rng.random((1024, dim), np.float32), rng.random((dim, width), np.float32)
     out = np.empty((1024, width), np.float32)
@@ -166,7 +166,7 @@ def main():
     parser.add_argument("--k", type=int, default=1_000)
     parser.add_argument("--floor", type=float, default=0.90)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--keep", help="folder for the data; drawn once, kept")
+    parser.add_argument("--keep", help="folder for the data, which is drawn once and kept")
     chosen = parser.parse_args()
     folder = Path(chosen.keep or tempfile.mkdtemp())
     emb, clu = folder / f"emb-{chosen.rows}-{chosen.dim}", folder / "clu"

@@ -1,9 +1,9 @@
-"""What `select`'s driver holds a row: the most at any moment of each step of some recipes, and between the steps.
+"""Memory per row of `select`'s driver: the peak within each step of some recipes, and what is held between steps.
 
     python tests/bench/select_memory.py [--rows 1000000]
 
 Columns are made up (clusters of 100 rows, 30 % near-duplicates, 5 % mismatched pairs) and counted as if read from the
-sidecars; embeddings have 8 dimensions, so that what is counted grows with the rows alone. NumPy's allocations are
+sidecars; embeddings have 8 dimensions, so that what is counted grows only with the rows. NumPy's allocations are
 traced; the near-duplicate edges are mapped from their file in a real run, and are not counted.
 """
 
@@ -61,7 +61,7 @@ CHAINS = {
 
 
 def run(frame, texts):
-    """Yield of each step its name, the rows alive before it, and what was allocated at most in it and after it."""
+    """Yield each step's name, the rows alive before it, and the most that was allocated in it and after it."""
     base = tracemalloc.get_traced_memory()[0] - 3 * len(frame.good)  # good, alive, asked
     for step in catalogue.parse(texts):
         tracemalloc.reset_peak()
@@ -79,12 +79,12 @@ def main():
     parser.add_argument("--n", default="30%")
     options = parser.parse_args()
     for chain, steps in CHAINS.items():
-        list(run(make_frame(20_000), steps(options.n)))  # what is imported on the way is not counted
+        list(run(make_frame(20_000), steps(options.n)))  # imports on the way are not counted
         frame = make_frame(options.rows)
         print(chain)
         tracemalloc.start()
         for name, alive, peak, held in run(frame, steps(options.n)):
-            print(f"  {name:10s} {alive:,} rows alive · {peak / options.rows:.1f} bytes a row at most", end=" · ")
+            print(f"  {name:10s} {alive:,} rows alive · {peak / options.rows:.1f} bytes per row at most", end=" · ")
             print(f"{held / options.rows:.1f} after it")
         tracemalloc.stop()
 
