@@ -1,7 +1,8 @@
 """The command line: `python -m train VERB`, each also under `torchrun --nproc-per-node N -m train VERB`.
 
-Results go to stdout (one JSON object with --json), everything else to stderr. Exit 0: done; 1: it could not go on;
-2: the request was wrong; 130, 143: stopped by Ctrl-C or SIGTERM; by either in mid-training, which is saved, 143.
+Results go to stdout (one JSON object with --json), everything else to stderr. Exit codes: 0 done; 1 the command failed;
+2 the request was wrong; 130 stopped by Ctrl-C; 143 stopped by SIGTERM, or by either signal while training, which saves
+a checkpoint first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from train.errors import UsageError
 
 app = typer.Typer(
     cls=console.Group,
-    help="Train small vision-language models from shards; each verb also under `torchrun --nproc-per-node N -m train`.",
+    help="Train small vision-language models from shards; verbs also run under `torchrun --nproc-per-node N -m train`.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -35,12 +36,12 @@ app = typer.Typer(
 ConfigOption = Annotated[str | None, typer.Option("--config", help="TOML file with [model], [align], [finetune] …")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override an option: table.key=value. Repeatable.")]
 DataOption = Annotated[str, typer.Option("--data", help="Folder of .tar shards, one shard, or a LLaVA .json/.jsonl.")]
-ImagesOption = Annotated[str | None, typer.Option("--images", help="Folder of the images that a JSON names.")]
+ImagesOption = Annotated[str | None, typer.Option("--images", help="Folder of the images that the JSON names.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Output directory.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Clear what an earlier run left in --out.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier run left in --out.")]
 LossesOption = Annotated[bool, typer.Option("--losses", help="Write each sample's loss to OUT/losses, for curate.")]
 ValOption = Annotated[
-    str | None, typer.Option("--val", help="Held-out data, or a share of --data held out by picture, such as 0.02.")
+    str | None, typer.Option("--val", help="Held-out data, or the share of --data to hold out, by picture (e.g. 0.02).")
 ]
 EvalRootOption = Annotated[Path | None, typer.Option("--eval-root", help="Folder of benchmarks, as LLaVA lays it out.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -58,10 +59,10 @@ def align(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the projector alone, the tower and the language model frozen.
+    """Train only the projector; the tower and the language model stay frozen.
 
     Example: `python -m train align --config pipelines/demo.toml --data coreset/ --out run/align` writes
-    `run/align/projector.safetensors`, `metrics.jsonl` and `manifest.json`; a killed run goes on.
+    `run/align/projector.safetensors`, `metrics.jsonl` and `manifest.json`. After a kill, the same command resumes.
     """
     settings = _with_flags("align", settings, losses, val)
     _stage("align", config, settings, data, images, None, out, overwrite, as_json)
@@ -80,17 +81,18 @@ def finetune(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train LoRA or all of the language model, and the projector.
+    """Train the projector and the language model, the latter in full or with LoRA.
 
     Example: `python -m train finetune --config pipelines/demo.toml --data mix/ --align run/align --out run/tuned`
-    writes `run/tuned/adapter/`, `projector.safetensors`, `metrics.jsonl` and `manifest.json`; a killed run goes on.
+    writes `run/tuned/adapter/`, `projector.safetensors`, `metrics.jsonl` and `manifest.json`. After a kill, the same
+    command resumes.
     """
     settings = _with_flags("finetune", settings, losses, val)
     _stage("finetune", config, settings, data, images, align, out, overwrite, as_json)
 
 
 def _with_flags(name: str, settings: list[str] | None, losses: bool, val: str | None) -> list[str]:
-    """Add to a stage's settings those that have a flag of their own."""
+    """Append to a stage's settings those that were given as flags of their own."""
     return [*(settings or ()), *[f"{name}.losses=true"] * losses, *([f"{name}.val={json.dumps(val)}"] if val else [])]
 
 
@@ -115,7 +117,7 @@ def _stage(
 
 
 def _first_rank_alone(command: Callable[..., None]) -> Callable[..., None]:
-    """Let the first process alone carry out a command that cannot be shared; the others, under torchrun, just end."""
+    """Run a command that cannot be shared in the first process only; under torchrun the others simply exit."""
 
     @functools.wraps(command)
     def alone(*args: Any, **options: Any) -> None:
@@ -128,22 +130,22 @@ def _first_rank_alone(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_first_rank_alone
 def export(
-    run: Annotated[Path, typer.Argument(help="A finished align or finetune run; for --parts also a model.")],
+    run: Annotated[Path, typer.Argument(help="A finished align or finetune run; with --parts, also a model.")],
     out: OutOption,
     scores: Annotated[
-        list[Path] | None, typer.Option("--scores", help="What eval wrote for this model, for the card. Repeatable.")
+        list[Path] | None, typer.Option("--scores", help="Results of eval for this model, for its card. Repeatable.")
     ] = None,
-    parts: Annotated[bool, typer.Option("--parts", help="Write tower, projector and LM apart, for GGUF.")] = False,
+    parts: Annotated[bool, typer.Option("--parts", help="Write tower, projector and LM separately, for GGUF.")] = False,
     config: ConfigOption = None,
     settings: SetOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge a run into one llava-hf folder that transformers loads as it is, or take such a folder apart.
+    """Merge a run into one llava-hf folder that transformers loads directly, or split such a folder into parts.
 
     Example: `python -m train export run/tuned --out run/model` writes `run/model/config.json`, `model.safetensors`,
-    the tokenizer's and processor's files and a model card, README.md; with `--parts` the language model and the rest,
-    for GGUF converters.
+    the files of tokenizer and processor, and a model card, README.md. With `--parts` it writes the language model, the
+    tower and the projector separately, for GGUF converters.
     """
     options = configuration.load(config, settings or ())
     from train.publish.export import export as write
@@ -162,7 +164,7 @@ def import_(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring released weights of Bunny, LLaVA or LLaVA-Gemma into the form that export writes.
+    """Convert released weights of Bunny, LLaVA or LLaVA-Gemma to the form that export writes.
 
     Example: `python -m train import Bunny-v1_0-3B b3/ --config pipelines/bunny.toml` writes `b3/config.json` and
     `b3/model.safetensors`.
@@ -178,7 +180,7 @@ def import_(
 def merge(
     models: Annotated[list[Path], typer.Argument(help="Exported models.")],
     out: OutOption,
-    weight: Annotated[list[float], typer.Option("--weight", help="One per model, in order; they sum to 1.")],
+    weight: Annotated[list[float], typer.Option("--weight", help="One per model, in order; must sum to 1.")],
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -197,9 +199,9 @@ def evaluate(
     out: OutOption,
     data: Annotated[str | None, typer.Option("--data", help="Held-out records: shards, or a LLaVA .json.")] = None,
     images: ImagesOption = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Benchmarks instead: pope,gqa,mme,…")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Benchmarks, instead of --data: pope,gqa,mme,…")] = None,
     eval_root: EvalRootOption = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=0, help="Ask at most so many; 0: all.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help="Ask at most this many; 0: all.")] = None,
     show: Annotated[int | None, typer.Option("--show", min=0, help="Print this many answers beside the truth.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -246,18 +248,18 @@ def evaluate(
 @_first_rank_alone
 def score(
     task: Annotated[str, typer.Argument(help="A benchmark: pope, gqa, mme, …")],
-    answers: Annotated[Path, typer.Option("--answers", help="Answers in LLaVA's form, a JSON object a line.")],
+    answers: Annotated[Path, typer.Option("--answers", help="Answers in LLaVA's form, one JSON object per line.")],
     eval_root: EvalRootOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The server's file, without suffix.")] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Score the questions that have an answer.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="The file for the server, without suffix.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Score only questions that have an answer.")] = False,
     config: ConfigOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score answers that are there already.
+    """Score an existing file of answers.
 
     Example: `python -m train score pope --answers answers.jsonl --eval-root playground/data/eval`
-    writes nothing but, with `--out`, what the benchmark's server takes.
+    writes nothing, unless `--out` is given: then the file that the benchmark's server takes.
     """
     options = configuration.load(config, settings or ()).eval
     from train.eval.answers import score_file
@@ -277,15 +279,15 @@ def _root(eval_root: Path | None) -> Path:
 def generate(
     model: Annotated[Path, typer.Argument(help="An exported model.")],
     image: Annotated[list[str] | None, typer.Option("--image", help="Image file. Repeatable.")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="The question; without it, a conversation.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The question; without it, you chat.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a question about one image or several, or talk where no question is given.
+    """Answer a question about one or more images, or start a conversation if no question is given.
 
     Example: `python -m train generate run/model --image x.jpg --prompt "What is it?"` writes nothing: it
-    prints the answer. Each `<image>` in the prompt stands for the next image; without any, all come first.
+    prints the answer. Each `<image>` in the prompt stands for the next image; without any, all images come first.
     """
     options = configuration.load(config, settings or ()).generate
     from train.eval.generate import ask, chat
@@ -307,7 +309,7 @@ def inspect(
     stage: Annotated[str, typer.Option("--stage", help="align or finetune.")] = "finetune",
     num: Annotated[int, typer.Option("--num", min=0, help="How many samples.")] = 5,
 ) -> None:
-    """Show samples as the model reads them, what is learnt in colour.
+    """Show samples as the model reads them, with the supervised tokens in colour.
 
     Example: `python -m train inspect --config pipelines/demo.toml --data mix/` writes nothing: it prints them.
     """
@@ -326,15 +328,15 @@ def bench(
     settings: SetOption = None,
     steps: Annotated[int, typer.Option("--steps", min=2, help="Steps of each run; the first is not timed.")] = 8,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=0, help="0: the stage's own; 16 for the small model.")
+        int, typer.Option("--batch-size", min=0, help="0: that of the stage; 16 for the small model.")
     ] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the result as JSON.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure our steps beside the published scripts' semantics.
+    """Time our training steps against steps with the published scripts' semantics.
 
-    Example: `python -m train bench --config pipelines/bunny.toml` writes nothing but, with `--out`, its result: that
-    model at full size with fresh weights; without `--config` a small one.
+    Example: `python -m train bench --config pipelines/bunny.toml` writes nothing, unless `--out` is given: then its
+    result. It measures that model at full size with fresh weights; without `--config`, a small model.
     """
     options = configuration.load(config, settings or ()) if config else None
     from train.bench.step import bench as measure
@@ -350,7 +352,7 @@ def bench(
 @app.command()
 @_first_rank_alone
 def check(config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
-    """Check a configuration and print what it means, the model's size too.
+    """Check a configuration and print all its options and the model's size.
 
     Example: `python -m train check --config pipelines/bunny.toml` writes nothing: it prints every option.
     """
@@ -370,11 +372,11 @@ def check(config: ConfigOption = None, settings: SetOption = None, as_json: Json
 
 @app.command()
 def work(
-    parent: Annotated[int, typer.Option("--parent", help="Id of the process that starts this one: end with it.")] = 0,
+    parent: Annotated[int, typer.Option("--parent", help="Id of the process that started this one: exit with it.")] = 0,
 ) -> None:
-    """Carry out commands from stdin, a JSON list of words a line, in one process.
+    """Run commands from stdin in one process; each line is a command as a JSON list of words.
 
-    Example: `python -m train work` writes what those commands write, and a line of JSON for each.
+    Example: `python -m train work` writes what those commands write, and prints a line of JSON for each.
     """
     from train.work import answers, end_with
 
@@ -384,12 +386,12 @@ def work(
 
 
 def main(run: Callable[[], None] = app) -> None:
-    """Run the command line and turn what goes wrong into an exit code, our errors and the file system's into a line."""
+    """Run the command line and turn errors into exit codes; ours and the file system's are printed as one line."""
     quiet()
     try:
-        with terminal.stoppable():  # the loop, which saves first, takes both signals for its own
+        with terminal.stoppable():  # the training loop, which saves first, handles both signals itself
             run()
-    except (Exception, terminal.Stopped) as error:  # typer takes sys.excepthook for itself
+    except (Exception, terminal.Stopped) as error:  # typer replaces sys.excepthook
         end(error)
 
 

@@ -87,8 +87,10 @@ def end(error: BaseException) -> NoReturn:
     elif isinstance(error, TrainError | OSError):
         sys.stderr.write(f"error: {terminal.printable(str(error))}\n")
     elif is_out_of_memory(error):
-        told = terminal.printable(re.split(r"\. (?:Of the allocated| ?See )|\n", str(error))[0]) or "no memory is left"
-        sys.stderr.write(f"error: {told}; see what else holds it (nvidia-smi, top), lower batch_size or micro_tokens\n")
+        told = terminal.printable(re.split(r"\. (?:Of the allocated| ?See )|\n", str(error))[0]) or "out of memory"
+        sys.stderr.write(
+            f"error: {told}; see what else uses it (nvidia-smi, top), or lower batch_size or micro_tokens\n"
+        )
     else:
         sys.__excepthook__(type(error), error, error.__traceback__)
     ranks = sys.modules.get("train.dist")  # which alone joins groups, and imports torch
@@ -115,7 +117,7 @@ def show_scores(results: dict[str, Any], options: configuration.Eval, as_json: b
         for told in result["left_out"]:
             say(terminal.printable(f"{name}: left out: {told}"))
         if "submission" in result:
-            say(f"{name}: for its server: {result['submission']}")
+            say(f"{name}: file for its server: {result['submission']}")
 
 
 def show_answers(summary: dict[str, Any], out: Path, num: int, as_json: bool) -> None:
@@ -171,7 +173,7 @@ def describe_memory(config: configuration.Config) -> dict[str, str]:
         memory = Memory.of(native.model, stage, itemsize, checkpointing=checkpointing, world=world)
         fit = memory.tokens(total) if stage.micro_tokens == configuration.Stage.micro_tokens else stage.micro_tokens
         tokens = min(stage.micro_tokens, fit)
-        cut = f", cut among {world} processes" if stage.shard else ""
+        cut = f", sharded over {world} processes" if stage.shard else ""
         found[f"{name}_memory"] = f"{tokens:,} tokens: {memory.bytes(tokens) / 1e9:.0f} GB of {total / 1e9:.0f}{cut}"
     return found
 

@@ -46,7 +46,7 @@ def _no_gpu(cuda: bool) -> str:
     if cuda or not kind:
         return "no GPU with bf16"
     # SmolLM2-135M, LoRA, avx512_bf16, two steps: 357 and 392 tokens/s for 186 and 217 (pipelines/LOG.md, 2026-11-28).
-    return f"no GPU; with {kind}, a language model of 100M or more is nearly twice as fast by precision = bf16"
+    return f"no GPU; with {kind}, precision = bf16 makes a language model of 100M or more nearly twice as fast"
 
 
 def _own_device() -> torch.device:
@@ -56,7 +56,7 @@ def _own_device() -> torch.device:
     local, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= seen:
         raise UsageError(
-            f"rank {local} of this machine has no GPU: {seen} can be seen; type torchrun --nproc-per-node {seen}"
+            f"rank {local} of this machine has no GPU: only {seen} visible; type torchrun --nproc-per-node {seen}"
         )
     return torch.device("cuda", local)
 

@@ -2,7 +2,7 @@
 
     TrainError              exit 1   the run could not go on
     |-- UsageError          exit 2   the request was wrong: an option, a key, a path, a combination
-    |-- DataError           exit 1   the samples are not fit to train on (counts and three examples in the message)
+    |-- DataError           exit 1   the samples cannot be trained on (counts and three examples in the message)
     |-- CheckpointError     exit 1   a checkpoint is corrupt or belongs to another run
     |-- Interrupted         exit 143 SIGTERM came; a checkpoint was written first
 
@@ -15,12 +15,12 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# As the processor's allocator says it, and beside torch's own error drivers, NVIDIA's libraries and triton.
+# What the host's allocator says, and, besides torch's own error class, drivers, NVIDIA's libraries and triton.
 NO_MEMORY = re.compile(r"allocate memory|out of memory|ALLOC_FAILED")
 
 
 class TrainError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and fix."""
 
     exit_code = 1
 
@@ -46,7 +46,7 @@ class Interrupted(TrainError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out, of the processor or a GPU, in whatever words."""
+    """Return whether an error means that host or GPU memory ran out, however it is worded."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error))))
 
 

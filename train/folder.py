@@ -90,7 +90,7 @@ def alone(lock: Path, out: Path) -> Iterator[None]:
         taken = FileLock(lock, timeout=0).acquire()
     except Timeout:
         holder = lock.read_text(encoding="utf-8")
-        raise UsageError(f"--out {out} is being written by {holder}; let it end, or give another") from None
+        raise UsageError(f"--out {out} is being written by {holder}; wait for it, or give another --out") from None
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
     with taken:
@@ -159,14 +159,14 @@ def refuse_other(there: dict[str, Any], here: dict[str, Any], out: Path) -> NoRe
     difference = _difference(there, here)
     if changed := STATES.get(difference.partition(" ")[0]):
         told = f"{out} was made from another state of {changed}"
-        raise UsageError(f"{told}; type --overwrite to train anew, or choose another --out")
+        raise UsageError(f"{told}; type --overwrite to train again, or choose another --out")
     if others := ANSWERED.get(difference.partition(" ")[0]):
-        raise UsageError(f"{out} holds answers {others}; choose another --out, or type --overwrite to answer anew")
+        raise UsageError(f"{out} holds answers {others}; choose another --out, or type --overwrite to answer again")
     if difference.startswith("model.template = "):
         name = there["model"]["template"] or "vicuna"  # the default before a model's own template was
         raise UsageError(
             f"{out} was made with {difference}; without model.template it is now the language model's own template "
-            f'("chat"). To go on as it was, type --set model.template={name}; else choose another --out, or --overwrite'
+            f'("chat"). To continue it, type --set model.template={name}; else choose another --out, or --overwrite'
         )
     raise UsageError(f"{out} was made with {difference}; repeat that, choose another --out, or type --overwrite")
 
@@ -259,7 +259,7 @@ def refuse_unexported(folder: Path) -> None:
         return
     if (folder / MANIFEST).is_file():
         out = folder.parent / "model"
-        raise UsageError(f"{folder} is a run, not a model; make one of it: python -m train export {folder} --out {out}")
+        raise UsageError(f"{folder} is a run, not a model; export it: python -m train export {folder} --out {out}")
     raise UsageError(f"{folder} is not an exported model; make one with: python -m train export RUN --out {folder}")
 
 

@@ -324,8 +324,8 @@ def shared_memory_advice(plan: Plan, workers: int, world: int, image_bytes: int,
     if needed <= free:
         return ""
     return (
-        f"{workers} workers may hold {needed / 1e9:.1f} GB of decoded images in /dev/shm, of which {free / 1e9:.1f} GB "
-        "are free; give the container more (docker run --shm-size), or set workers or micro_images lower"
+        f"{workers} workers may hold {needed / 1e9:.1f} GB of decoded images in /dev/shm, which has "
+        f"{free / 1e9:.1f} GB free; give the container more (docker run --shm-size), or lower workers or micro_images"
     )
 
 
@@ -372,8 +372,8 @@ def _refuse_without_semaphores() -> None:
     try:
         torch.multiprocessing.get_context("fork").Lock()
     except OSError as error:
-        needs = "processes that decode need /dev/shm, with room and leave to write"
-        raise TrainError(f"{needs}: {error}; workers = 0 decodes without them") from None
+        needs = "decoding workers need a writable /dev/shm with free space"
+        raise TrainError(f"{needs}: {error}; set workers = 0 to decode without them") from None
 
 
 def _ignore_signals(_worker: int) -> None:

@@ -80,7 +80,7 @@ def hold_out(
     held = held_of({int(index): pictures[int(index)] for index in usable}, share, seed)
     if not len(held):
         raise UsageError(
-            f"--val {share:g} of {len(usable):,} samples holds none out; give a larger share or a data set"
+            f"--val {share:g} holds out none of {len(usable):,} samples; give a larger share or a data set"
         )
     return only(measured, np.setdiff1d(usable, held)), only(measured, held)
 

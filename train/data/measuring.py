@@ -125,7 +125,7 @@ def _keep(measured: Measured, path: Path) -> None:
         for old in sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
             old.unlink()
     except OSError as error:
-        log.info("the lengths of samples cannot be kept in %s (%s)", path.parent, error.strerror)
+        log.info("sample lengths cannot be saved in %s (%s)", path.parent, error.strerror)
 
 
 def _write(measured: Measured, path: Path) -> None:

@@ -246,7 +246,7 @@ def read_own_template(tokenizer: Any) -> OwnTemplate:
             if isinstance(item, Piece) and learnt and not more
         ]
         if [item for item, _ in layout if isinstance(item, int)] != list(range(5)) or len(set(ends)) != 1:
-            raise Rejected("a question or an answer does not stand in it as given")
+            raise Rejected("it does not keep the text of each question and answer")
     except Rejected as reason:
         raise UsageError(f"the chat template of {name} cannot be used ({reason}); {other}") from None
     return dataclasses.replace(

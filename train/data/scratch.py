@@ -54,4 +54,4 @@ def unpacked(path: Path) -> tuple[Path, str]:
             whole = gzipped.unpack(packed, plain, str(path))
     except gzipped.Oversized as error:
         raise UsageError(str(error)) from None
-    return place, "" if whole else "torn: gzip cannot unpack it whole; fetch it again"
+    return place, "" if whole else "torn: gzip cannot unpack all of it; download it again"

@@ -53,7 +53,7 @@ def open_source(
     tables = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
     is_json = path.is_file() and not shards and not tables  # whatever it is called
     if images and (shards or not (tables or is_json)):
-        raise UsageError(f"--images {images} goes with a JSON or parquet; shards hold theirs (--data {data})")
+        raise UsageError(f"--images {images} is for JSON or parquet only; shards hold their own images (--data {data})")
     source: Source
     if shards:
         source = TarSource(shards, passed, runtime)
@@ -168,7 +168,7 @@ def check_bad(source: Source, reasons: dict[int, str], max_share: float) -> None
         return
     counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).most_common())
     examples = "; ".join(f"{source.name(index)} ({reasons[index]})" for index in sorted(reasons)[:3])
-    advice = "; `curate mix` turns other forms of instruction data into LLaVA's"
+    advice = "; `curate mix` converts other forms of instruction data to LLaVA's"
     if bad < n:
         advice = f", or allow more with the stage's max_bad_share (now {max_share})"
-    raise DataError(f"{bad:,} of {n:,} samples cannot be used: {counts}. Examples: {examples}. Mend the data{advice}")
+    raise DataError(f"{bad:,} of {n:,} samples cannot be used: {counts}. Examples: {examples}. Fix the data{advice}")

@@ -37,9 +37,9 @@ def resolve(stage: Stage, plan: Plan, image_bytes: int, world: int, *, gpu: bool
     """
     workers, why = choose_workers(stage.workers, gpu=gpu), "as asked"
     if stage.workers == "auto":
-        why = f"auto: {cores_of_a_rank()} core(s) a rank" if gpu else "auto: without a GPU"
+        why = f"auto: {cores_of_a_rank()} core(s) per rank" if gpu else "auto: without a GPU"
         free = shutil.disk_usage("/dev/shm").free // ranks_here() if os.path.isdir("/dev/shm") else None
         while free is not None and workers > 1 and shared_memory_advice(plan, workers, world, image_bytes, free):
-            workers, why = workers - 1, f"auto: as many as {free / 1e9:.1f} GB of /dev/shm hold"
-    log.info("%d process(es) a rank decode (%s)", workers, why)
+            workers, why = workers - 1, f"auto: as many as fit into {free / 1e9:.1f} GB of /dev/shm"
+    log.info("%d decoding process(es) per rank (%s)", workers, why)
     return dataclasses.replace(stage, workers=workers)

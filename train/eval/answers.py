@@ -93,7 +93,7 @@ def score_file(name: str, answers: Path, root: Path, out: Path | None, partial: 
     if not answers.is_file():
         raise UsageError(f"--answers {answers}: no such file")
     if get_task(name).score is None and out is None:
-        raise UsageError(f"{name} is scored by its server; say where the submission goes, for example --out {name}")
+        raise UsageError(f"{name} is scored by its server; name a file for the submission, for example --out {name}")
     items = load(name, root)
     found = match(items, read_answers(answers), by_id=True)
     pairs = [(item, text) for item, text in zip(items, found, strict=True) if text is not None]
@@ -119,7 +119,7 @@ def score_texts(
         result["scores"] = {metric: round(value, 4) for metric, value in scores.metrics.items()}
         result["categories"] = {category: round(value, 4) for category, value in scores.categories.items()}
     if task.together is not None and (parted := _parted(task.together, asked)):
-        result["left_out"].append(f"{parted:,} × without all questions that count as one with it")
+        result["left_out"].append(f"{parted:,} × in a group that counts as one, with a question unanswered")
     if task.submit and stem is not None:
         stem.parent.mkdir(parents=True, exist_ok=True)
         result["submission"] = str(task.submit(Layout(root, name), items, [text or "" for text in texts], stem))
@@ -205,7 +205,7 @@ def _told(name: str, items: Sequence[Item], bad: Mapping[int, str]) -> list[str]
     first = {reason: items[number].id for number, reason in sorted(bad.items(), reverse=True)}
     told = [f"{count:,} × {reason} (e.g. question {first[reason]})" for reason, count in Counter(bad.values()).items()]
     if len(bad) == len(items):
-        raise DataError(f"{name}: no image of its {len(items):,} questions can be used: {'; '.join(told)}")
+        raise DataError(f"{name}: none of the images of its {len(items):,} questions can be used: {'; '.join(told)}")
     return told
 
 

@@ -108,7 +108,7 @@ def evaluate(
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; give a file for the answers, such as {out / 'answers.jsonl'}")
     if out.exists() and not overwrite and (found := _standing(out, record, request)) is not None:
-        log.info("%s stands already; nothing to do (--overwrite answers again)", out)
+        log.info("%s exists already; nothing to do (--overwrite answers again)", out)
         return {**found, "answers": str(out)}
     questions, skipped = collect(source, limit)
     left_out = losses(source, skipped)
@@ -146,7 +146,7 @@ def _standing(out: Path, record: Path, request: dict[str, Any]) -> dict[str, Any
     Answers to fewer of the same questions do.  Raises: UsageError for any others.
     """
     if not record.is_file():
-        raise UsageError(f"--out {out} is there already, and no answers of eval's; give another, or --overwrite")
+        raise UsageError(f"--out {out} exists and was not written by eval; give another, or type --overwrite")
     manifest = read_json(record)
     there = manifest.get("request", {})
     if same_request(there, request):
@@ -175,7 +175,7 @@ def _answer_all(
     missing = [name for name in parts if name not in kept.parts]
     pace = Pace("answers", sum(len(parts[name]) for name in missing))
     if known := len(questions) - pace.total:
-        log.info("goes on after %s of %s answers", f"{known:,}", f"{len(questions):,}")
+        log.info("resuming after %s of %s answers", f"{known:,}", f"{len(questions):,}")
 
     def answer(name: str) -> tuple[str, list[dict[str, Any]]]:
         asked = [questions[place] for place in parts[name]]
@@ -194,7 +194,7 @@ def collect(source: Source, limit: int = 0) -> tuple[list[Question], dict[int, s
     """Gather the questions of a source in order, and say of each sample that cannot be used why."""
     questions: list[Question] = []
     skipped: dict[int, str] = {}
-    pace = Pace("looks through the samples", len(source), at_end=False)
+    pace = Pace("reading the samples", len(source), at_end=False)
     for index in range(len(source)):
         pace.add(1)
         if limit and len(questions) >= limit:

@@ -206,7 +206,7 @@ def _question(prompt: str, num_images: int) -> tuple[str | None, ...]:
     """Put images where a prompt's marks are, or first.  Raises: UsageError where marks and images differ in number."""
     marks = prompt.count(IMAGE_MARK) if num_images else 0
     if marks and marks != num_images:
-        raise UsageError(f"the prompt has {marks} {IMAGE_MARK} and there are {num_images} --image; give as many")
+        raise UsageError(f"the prompt has {marks} {IMAGE_MARK}, but {num_images} --image were given; give as many")
     if not marks:
         return (None,) * num_images + ((prompt,) if prompt else ())
     return split_at_marks(prompt)

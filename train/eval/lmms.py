@@ -53,7 +53,7 @@ class Model(lmms):  # type: ignore[misc]
         if not (run / "manifest.json").is_file():
             raise UsageError(f"pretrained={run} is neither an exported model nor a finished align or finetune run")
         folder = Path(self.scratch.name) / "model"
-        log.warning("%s is not exported; a copy in %s serves for this evaluation (%s)", run, dtype, folder)
+        log.warning("%s is not exported; this evaluation uses a temporary copy in %s (%s)", run, dtype, folder)
         export(run, folder, dtype=dtype)
         return folder
 
@@ -90,7 +90,7 @@ class Model(lmms):  # type: ignore[misc]
             parts: list[str | None] = []
             for part in message.content:
                 if part.type not in ("text", "image"):
-                    raise UsageError(f"{task} asks about {part.type}; data_curate answers about images and text")
+                    raise UsageError(f"{task} asks about {part.type}; data_curate reads only images and text")
                 parts.append(part.text if part.type == "text" else None)
                 images += [] if part.type == "text" else [part.url.convert("RGB")]
             turns.append(Turn(message.role, tuple(parts)))
@@ -104,8 +104,8 @@ class Model(lmms):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Refuse tasks that ask for likelihoods."""
-        raise NotImplementedError("data_curate answers (generate_until); it gives no likelihoods")
+        raise NotImplementedError("data_curate supports generate_until only, not likelihoods")
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Refuse tasks of several rounds."""
-        raise NotImplementedError("data_curate answers one round at a time")
+        raise NotImplementedError("data_curate supports questions of one round only")

@@ -48,4 +48,4 @@ def hand_over(model: Path, tasks: Sequence[str], out: Path, options: Eval) -> No
     log.info("handed to lmms-eval: %s", " ".join(words[1:]))
     done = subprocess.run(words, check=False)
     if done.returncode:
-        raise TrainError(f"lmms-eval ended with exit code {done.returncode}; its lines above say why")
+        raise TrainError(f"lmms-eval ended with exit code {done.returncode}; its output above says why")

@@ -48,7 +48,7 @@ BLOCK = 256  # queries of one product of the formula, which need no keys behind 
 # Options that attention functions are given and that change no result here; any other that is set is refused.
 _HARMLESS = {"is_causal", "position_ids", "documents", "use_cache", "output_attentions", "output_hidden_states"}
 _HARMLESS |= {"return_dict", "output_router_logits", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-_OTHERWISE = "take transformers' own attention: --set model.attention=eager"
+_OTHERWISE = "use transformers' own attention: --set model.attention=eager"
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def attend(
     if documents is not None and options.get("is_causal") is False:
         unknown.append("is_causal = False")
     if unknown:
-        raise UsageError(f"attention of {_kind(module)} takes {', '.join(unknown)}, unknown here; {_OTHERWISE}")
+        raise UsageError(f"attention of {_kind(module)} takes {', '.join(unknown)}, unsupported here; {_OTHERWISE}")
     formula: Any = partial(_explicit, dropout=dropout, scaling=scaling, softcap=softcap, sinks_h=s_aux)
     one = formula
     if softcap is None and s_aux is None:
@@ -345,7 +345,7 @@ def reason_against_varlen(query: Tensor, value: Tensor) -> str | None:
     if not query.is_cuda:
         return "no GPU"
     if value.dtype not in HALF:
-        return f"{value.dtype} is no half precision"
+        return f"{value.dtype} is not half precision"
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
         return f"heads of {query.shape[-1]} and {value.shape[-1]} channels"
     return _varlen_lacks() or _too_old(query.device) or None
@@ -357,7 +357,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     against = reason_against_varlen(probe, probe)
     if against is None:
         return "packed documents attend by one variable-length kernel (torch.nn.attention.varlen)"
-    told = f"packed documents attend by one SDPA call a document ({against})"
+    told = f"packed documents attend by one SDPA call per document ({against})"
     return f"{told}, those of up to {SHORT} positions by the formula" if _half_on_cpu(device, dtype) else told
 
 

@@ -68,12 +68,12 @@ class Composed:
         """Say why its documents of up to `max_length` tokens cannot branch (data/message_tree.py), or ""."""
         language_model = self.model.model.language_model
         if language_model.config._attn_implementation != NAME:
-            return f'branches are seen by model.attention = "{NAME}" alone'
+            return f'only model.attention = "{NAME}" supports branches'
         kind = language_model.config.model_type
         if getattr(language_model, "has_recurrent_layers", False):
             return f"layers of {kind} carry a state along the row, which cannot branch"
         if far := turning_point(language_model.config, max_length):  # a branch lies further behind than it is deep
-            return f"rotary angles of {kind} turn at {far} tokens; --set model.max_length={far}"
+            return f"rotary angles of {kind} change at {far} tokens; --set model.max_length={far}"
         return "" if self.can_pack else f"{kind} cannot be packed, and a branch shares its row with others"
 
 
@@ -169,8 +169,8 @@ def limits(config: Any) -> str:
     """Say in one line what cannot be done with a model of this configuration, or "" where everything can."""
     own = own_tower(config)
     return own and (
-        f"{own} is no class of transformers: export writes a folder that `python -m train generate`, `eval` and "
-        "`merge` read, which is not native llava-hf (vLLM and plain transformers refuse it), and no --parts"
+        f"{own} is not a transformers class: export writes a folder that `python -m train generate`, `eval` and "
+        "`merge` read; it is not native llava-hf (vLLM and plain transformers refuse it) and has no --parts"
     )
 
 
@@ -193,7 +193,7 @@ def place_head_bias(model: Any, bias_v: Tensor, how: str) -> bool:
     norm: Any = getattr(model.model.language_model, "final_layernorm", None)
     layered = isinstance(norm, nn.LayerNorm) and norm.bias is not None and not model.config.tie_word_embeddings
     if not layered or float(norm.weight.detach().abs().min()) < 1e-4:
-        log.warning("the language model's lm_head.bias is dropped: the norm before it does not allow to fold it")
+        log.warning("the language model's lm_head.bias is dropped: it cannot be folded into the norm before it")
         return False
     bias_v = nn.functional.pad(bias_v, (0, len(model.lm_head.weight) - len(bias_v)))  # rows of added tokens
     with torch.no_grad():

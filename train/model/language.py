@@ -56,15 +56,15 @@ def _read_configs(options: Model) -> tuple[Any, Any]:
     if type(inner) not in AutoModelForCausalLM._model_mapping:
         inside = f" with a {inner.model_type!r} inside" if inner is not config else ""
         raise UsageError(
-            f"model.lm {options.lm!r} is a {config.model_type!r}{inside}: no causal language model is known"
+            f"model.lm {options.lm!r} is a {config.model_type!r}{inside}, which has no causal language model"
         )
     for key in ("final_logit_softcapping", "logit_scale"):
         if getattr(inner, key, None) not in (None, 1, 1.0):
             raise UsageError(f"model.lm {options.lm!r} has {key}, which the llava class does not apply")
     if getattr(inner, "hidden_size_per_layer_input", None):
         raise UsageError(
-            f"model.lm {options.lm!r} looks words up a second time in each layer (hidden_size_per_layer_input), where "
-            "image features have no entry; take a language model without"
+            f"model.lm {options.lm!r} has a second embedding of tokens in each layer (hidden_size_per_layer_input), "
+            "which image features lack; take a language model without it"
         )
     return config, inner
 
@@ -162,11 +162,11 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
         del lm.config.quantization_config
     own_head = lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight
     if own_head and lm.config.tie_word_embeddings and not described:
-        log.warning("%s: its head is kept, which is not the embedding, though its config.json says so", options.lm)
+        log.warning("%s: its head is kept: it is not the embedding, though its config.json says so", options.lm)
     lm.config.tie_word_embeddings = not own_head  # by which an export leaves the head out
     if lm.get_decoder() is lm:  # Llama 4: where nothing finds its layers, no choice of attention helps
         kind = lm.config.model_type
-        raise UsageError(f"model.lm {options.lm!r} ({kind}) names its layers in a way of its own; take another family")
+        raise UsageError(f"model.lm {options.lm!r} ({kind}) names its layers in an unknown way; take another family")
     lm.config.architectures = [type(lm).__name__]  # other readers of llava-hf build the language model from it
     return lm
 
@@ -184,7 +184,7 @@ def _take_out(source: str, whole: Any, config: Any, kind: Any, dtype: torch.dtyp
     lost = [name for name, p in model.named_parameters() if name in missing and id(p) in taken]
     check_whole(lost, source, "model.lm")
     lm.config = model.get_decoder().config
-    log.info("%s: of its parts, the language model is taken (%s)", source, kind.__name__)
+    log.info("%s: only its language model is used (%s)", source, kind.__name__)
     return lm
 
 
@@ -252,10 +252,10 @@ def load_tokenizer(options: Model) -> Any:
     except UsageError:
         if words is None:
             raise
-        log.info("the tokenizer of %s is not at hand: the rehearsal spells in bytes", source)
+        log.info("the tokenizer of %s is not available: this rehearsal uses bytes as tokens", source)
         return tiny_tokenizer(words, options.image_token)
     if not tokenizer.is_fast:
-        raise UsageError(f"the tokenizer of {source!r} has no fast form (tokenizer.json), which labels are built on")
+        raise UsageError(f"the tokenizer of {source!r} has no fast form (tokenizer.json), which building labels needs")
     if tokenizer.pad_token is None:  # only generation pads by id; training goes by lengths, so eos is safe
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -317,7 +317,7 @@ def image_token_id(tokenizer: Any, token: str) -> int:
     from tokenizers import AddedToken
 
     if token in (tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
-        raise UsageError(f"model.image_token = {token!r} stands for something else in the tokenizer; name another")
+        raise UsageError(f"model.image_token = {token!r} already means something else in the tokenizer; name another")
     if not is_token(tokenizer, token):
         tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(token, normalized=False, special=True)]})
     return int(tokenizer.convert_tokens_to_ids(token))
@@ -336,11 +336,11 @@ def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
     added = tokenizer.added_tokens_decoder  # tokens that no text turns into; Gemma 3 has one without a row
     if more := [word for word, i in tokenizer.get_vocab().items() if i >= rows and i not in added]:
         raise UsageError(
-            f"the tokenizer has {len(more)} words beyond the {rows} rows of the language model's embedding, among "
-            f"them {more[0]!r}: it is another model's; name the right one with model.tokenizer"
+            f"the tokenizer has {len(more)} tokens beyond the {rows} rows of the language model's embedding, among "
+            f"them {more[0]!r}: it belongs to another model; name the right one with model.tokenizer"
         )
     if room_for(known, rows) > rows:
-        log.info("the language model has no spare row for %s: its embedding grows from %d rows", token, rows)
+        log.info("the language model has no spare row for %s: its embedding of %d rows grows", token, rows)
         lm.resize_token_embeddings(room_for(known, rows), mean_resizing=False)
         with torch.no_grad():  # what is drawn for them would differ by dtype, and by what was drawn before
             for table in (lm.get_input_embeddings(), lm.get_output_embeddings()):

@@ -25,7 +25,7 @@ def lora_targets(model: Any) -> list[str]:
     found = [(name, part) for name, part in lm.named_modules() if isinstance(part, nn.Linear)]
     if len({id(part.weight) for _, part in found}) < len(found):
         raise UsageError(
-            f"layers of {lm.config.model_type} share their weights, which LoRA cannot change for each: "
+            f"layers of {lm.config.model_type} share their weights, so LoRA cannot adapt each of them: "
             'take tune = "full" or "projector"'
         )
     plain = (name for name, part in found if not type(part).__module__.startswith("transformers.models."))

@@ -108,7 +108,7 @@ def convert(trunk: Any, config: Any, source: str) -> Any:
     apart = float((ours[:, -theirs.shape[1] :] - theirs).abs().max() / theirs.abs().max())
     if not apart < 1e-4:
         kind = type(tower).__name__
-        raise UsageError(f"model.tower {source!r}: as a {kind} its features differ by {apart:.2g} of their size")
+        raise UsageError(f"model.tower {source!r}: as a {kind}, its features differ by {apart:.2g} of their size")
     return tower
 
 

@@ -134,7 +134,7 @@ def load_published(
         _check_index(Path(source))
         model, found = kind.from_pretrained(**locate(source), **how)
         for name, theirs, ours in sorted(found["mismatched_keys"]):
-            raise ValueError(f"{name} is {list(theirs)} in its files and {list(ours)} by its config.json")
+            raise ValueError(f"{name} is {list(theirs)} in its files but {list(ours)} by its config.json")
         _check_places(model, sorted(found["unexpected_keys"]), source if option == "model.lm" else "")
     return model, sorted(found["missing_keys"])
 
@@ -149,7 +149,7 @@ def _check_places(model: Any, more: Sequence[str], source: str) -> None:
     for name in more:
         layer, _, leaf = name.rpartition(".")
         if leaf in ("weight", "bias") and layer in layers:
-            raise ValueError(f"its files hold {name}, for which there is no place by its config.json")
+            raise ValueError(f"its files hold {name}, for which its config.json has no place")
     if more and source:
         told = (source, len(more), type(model).__name__, more[0])
         log.info("%s: %d tensors in its files are left out, as a %s has no place for them, among them %s", *told)
@@ -187,7 +187,7 @@ def cannot_load(source: str, option: str, error: Exception) -> str:
     if reason.endswith(":"):  # a strict configuration's, whose reason is the line below
         reason = " ".join(str(error).split())
     if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in the file
-        reason = "its .bin files hold more than a table of tensors, which alone is read"
+        reason = "its .bin files hold more than a table of tensors, and nothing else is read"
     elif isinstance(error, LookupError):  # whose text is the name alone
         reason = f"{type(error).__name__}: {reason}"
     reason = next(_broken(folder, isinstance(error, SafetensorError)), reason)
@@ -203,14 +203,14 @@ def _broken(folder: Path, headers: bool) -> Iterator[str]:
     for file in sorted(path for path in folder.glob("*.*") if path.suffix in (".json", ".model", *WEIGHTS)):
         with file.open("rb") as opened:
             if opened.read(len(POINTER)) == POINTER:
-                yield f"{file.name} is a pointer of Git LFS, not the file; type in that folder: git lfs pull"
+                yield f"{file.name} is a Git LFS pointer, not the file itself; type in that folder: git lfs pull"
     for file in sorted(folder.glob("*.safetensors")) if headers else ():
         try:
             with safe_open(file, framework="pt"):
                 pass
         except SafetensorError as error:
             reason = first_line(error).removeprefix("Error while deserializing header: ")
-            yield f"{file.name} is no whole safetensors file: {reason:.80}"
+            yield f"{file.name} is not a complete safetensors file: {reason:.80}"
 
 
 def _check_index(folder: Path) -> None:
@@ -220,6 +220,6 @@ def _check_index(folder: Path) -> None:
         try:
             places = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{file.name} is no whole index of weights") from None
+            raise ValueError(f"{file.name} is not a complete index of weights") from None
         if missing := sorted(name for name in set(places) if not (folder / name).is_file()):
             raise ValueError(f"{file.name} names {missing[0]}, which is not there")

@@ -28,8 +28,8 @@ def whole_weights(config: Any, source: str) -> None:
     values = dict(found if isinstance(found, dict) else found.to_dict())
     if values.get("quant_method") not in WHOLE:
         raise UsageError(
-            f"model.lm {source!r} is quantised ({values.get('quant_method')}), and what is trained is written into "
-            "whole weights: name the model that it was made from, which finetune.quantize = 'nf4' keeps in 4 bits"
+            f"model.lm {source!r} is quantised ({values.get('quant_method')}), but trained weights are merged into "
+            "whole ones: name the model that it was made from, which finetune.quantize = 'nf4' keeps in 4 bits"
         )
     config.quantization_config = {**values, "dequantize": True}
 

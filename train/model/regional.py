@@ -54,6 +54,6 @@ def _try_compiler(device: torch.device) -> None:
         why = " ".join(str(error).split("\n")[:2]).strip()
         needed = "triton" if device.type == "cuda" else "a C++ compiler (g++)"
         raise UsageError(
-            f'model.compile = "layers" needs {needed}, with which torch cannot compile here ({why}); install it, or '
+            f'model.compile = "layers" needs {needed}, and torch cannot compile with it here ({why}); install it, or '
             'type --set model.compile=""'
         ) from None

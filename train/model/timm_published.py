@@ -163,7 +163,7 @@ def _skeleton(network: Network, shrink: bool) -> tuple[Any, dict[str, Any], int]
     size = arguments.get("img_size") or (network.facts.get("input_size") or trunk.pretrained_cfg["input_size"])[1:]
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
-        raise UsageError(f"model.tower {network.source!r} sees images of {height} x {width}; a square is needed")
+        raise UsageError(f"model.tower {network.source!r} takes images of {height} x {width}; they must be square")
     if shrink:
         height = SMALL_STRIDES * max(level["reduction"] for level in trunk.feature_info)
         arguments |= SMALL.get(type(trunk).__name__, {})
@@ -199,7 +199,7 @@ def _own_config(
     patch = next((p for p in range(side, 0, -1) if side // p == (places or rows)), 0)
     if rows != columns or not patch:
         raise UsageError(
-            f"{name}: map {index} has {rows} x {columns} places of an image of {side} px, which is no grid"
+            f"{name}: map {index} has {rows} x {columns} places for an image of {side} px, which is not a grid"
         )
     log.info("%s: map %d of %d, %d x %d places of %d channels", name, index, len(maps), rows, columns, channels)
     if places:
@@ -227,7 +227,7 @@ def _shapes_alone(architecture: str) -> Iterator[None]:
         if "meta tensors" not in str(error):
             raise
         raise UsageError(
-            f"model.tower: {architecture} of timm reads an image's values to lay out its places and cannot be a tower "
+            f"model.tower: {architecture} of timm lays out its places by an image's values, so it cannot be a tower "
             "here; take a network of a fixed grid (SigLIP 2, DINOv3, PE, …)"
         ) from None
 

@@ -136,10 +136,10 @@ def _find(options: Model) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
         raise UsageError(f"model.tower {source!r} is a {config.model_type!r}; expected {known}, or a network of timm")
     preprocess = read_preprocess(source, described=described or eva)
     if not preprocess:
-        log.info("%s has no preprocessor_config.json: images are prepared as its model type usually is", source)
+        log.info("%s has no preprocessor_config.json: images are prepared as is usual for its model type", source)
     if config.model_type == NAFLEX:
         square = plain_vit.naflex_config(config)
-        log.info("%s: images are shown as squares of %d px, in SigLIP's class", source, square.image_size)
+        log.info("%s: loaded as SigLIP's class, with square images of %d px", source, square.image_size)
         preprocess = {name: preprocess[name] for name in (*COLOUR_KEYS, "resample") if name in preprocess}
         return square, preprocess, lambda: plain_vit.convert_naflex(_pretrained(source, config), square)
     if config.model_type == METACLIP:
@@ -154,7 +154,7 @@ def _adapt(config: Any, preprocess: dict[str, Any], options: Model) -> tuple[Any
         config = config if config.model_type == TIMM else _shrunk(config)
         preprocess = {**preprocess, "size": None, "crop_size": None}
     if options.grid and config.model_type != TIMM:
-        raise UsageError(f"model.grid = {options.grid} needs a network of timm; {options.tower!r} is none; give 0")
+        raise UsageError(f"model.grid = {options.grid} needs a network of timm, which {options.tower!r} is not; give 0")
     try:
         vision = _describe(config, preprocess, options)
     except (AttributeError, TypeError, ValueError) as error:

@@ -69,7 +69,7 @@ def packs(model: Any, theirs: Reference, bias_v: Tensor | None, lm: str) -> bool
     if not difference <= limit:  # a difference that is no number is none that can be borne
         raise UsageError(
             f"model.lm {lm!r} ({kind}): in the llava class its logits differ from its own by {difference:.2g} of their "
-            f"size, rounding explains {limit:.1g}: the class lacks something that this family has; take another"
+            f"size, where rounding explains {limit:.1g}: the class lacks something of this family; take another"
         )
     log.warning(
         "%s: documents in a row would see each other (logits differ by %.2g of their size); it trains without packing",
@@ -91,9 +91,9 @@ def check_answers(model: Any, theirs: Reference, lm: str) -> None:
     one_by_one = torch.cat(told.logits).float()
     if not (difference := _difference([one_by_one], [at_once], dtype)) <= _limit(dtype):
         raise UsageError(
-            f"model.lm {lm!r} ({model.config.text_config.model_type}): answering word by word, the llava class gives "
-            f"logits that differ by {difference:.2g} of their size from those of the same words at once: an export "
-            "could not answer; take another"
+            f"model.lm {lm!r} ({model.config.text_config.model_type}): generating token by token, the llava class "
+            f"gives logits that differ by {difference:.2g} of their size from those of one pass over the same tokens: "
+            "an export could not answer; take another"
         )
 
 

@@ -28,8 +28,8 @@ tags: [llava]
 ---
 # {name}
 
-A vision-language model in llava-hf's form: {tower} sees, an MLP of two layers projects, {lm} speaks. {parameters:,} \
-parameters in {dtype}, {tokens} tokens an image, conversations in the template `{template}`.
+A vision-language model in llava-hf's form: vision tower {tower}, an MLP of two layers as projector, language model \
+{lm}. {parameters:,} parameters in {dtype}, {tokens} tokens per image, conversations in the template `{template}`.
 """
 _SERVE = """\
 ## Use
@@ -57,12 +57,12 @@ _OWN_TOWER = """\
 
 `python -m train generate {folder} --image X.jpg --prompt "What is this?"`
 
-Its tower is {tower}, no class of transformers: vLLM, llama.cpp and plain transformers refuse it.
+Its tower is {tower}, which is not a transformers class: vLLM, llama.cpp and plain transformers refuse it.
 """
 
 _SCALED = """
-transformers before 5.4, and vLLM where its Gemma scales all that it is given, multiply the image features by \
-sqrt(hidden_size) once more than this model expects: compare an answer with `python -m train generate` first.
+transformers before 5.4, and vLLM where its Gemma scales all its inputs, multiply the image features by \
+sqrt(hidden_size) once more than this model expects: first compare an answer with that of `python -m train generate`.
 """
 
 
@@ -112,10 +112,10 @@ def _stage(run: Path) -> str:
         f"### {request['command']}",
         "",
         f"- data: {_bare(inputs['data'])} (digest {inputs['digest']}), {result['samples']:,} samples{skipped}, "
-        f"{result['tokens']:,} tokens, {result['supervised']:,} of them learnt",
+        f"{result['tokens']:,} tokens, {result['supervised']:,} of them supervised",
         *_data(Path(absolute(inputs["data"], run)) / MANIFEST),
-        f"- {result['steps']:,} steps of {stage['batch_size']} samples; loss {result['first_loss']:.4f} at first, "
-        f"{result['last_loss']:.4f} at last",
+        f"- {result['steps']:,} steps of {stage['batch_size']} samples; first loss {result['first_loss']:.4f}, "
+        f"last loss {result['last_loss']:.4f}",
     ]
     if "val_loss" in result:
         lines.append(f"- validation loss {result['val_loss']:.4f} after step {result['best_step']:,}: these weights")
@@ -141,7 +141,9 @@ def _data(path: Path) -> list[str]:
 def _manifests(given: Path) -> list[Path]:
     found = [given] if given.is_file() else sorted(given.glob(f"*/{MANIFEST}"))
     if not found:
-        raise UsageError(f"--scores {given}: no results of `eval` there; give its --out of --tasks, or its manifest")
+        raise UsageError(
+            f"--scores {given}: no results of `eval` there; give the --out of eval --tasks, or its manifest"
+        )
     return found
 
 
@@ -151,7 +153,7 @@ def _scores(path: Path, place: Path) -> tuple[str, dict[str, Any]]:
     if request.get("command") != "eval" or "result" not in manifest:
         raise UsageError(f"--scores {path} is not what `eval` writes")
     if request["weights"] != digest_weights(place):
-        raise UsageError(f"--scores {path} are those of another model, or of this one before it was exported anew")
+        raise UsageError(f"--scores {path} belong to another model, or to this one before it was exported again")
     return request.get("task", path.name.partition(".")[0]), manifest["result"]
 
 

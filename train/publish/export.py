@@ -174,8 +174,8 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
     write_for_older_readers(out)
     if config.text_config.model_type == "gemma":
         log.warning(
-            "of this Gemma, transformers before 5.4 (and vLLM, where its Gemma scales all that it is given) multiply "
-            "the image features by %.0f, which spoils its answers: read the folder with transformers 5.4 or later",
+            "transformers before 5.4 (and vLLM, where its Gemma scales all its inputs) multiply this Gemma's image "
+            "features by %.0f, which spoils its answers: load the folder with transformers 5.4 or later",
             math.sqrt(config.text_config.hidden_size),
         )
 
@@ -236,7 +236,7 @@ def merge(models: Sequence[Path], weights: Sequence[float], out: Path, *, overwr
     Raises: UsageError when their tensors do not match.  Source: Bunny's tutorials, which average two fine-tuned runs.
     """
     if len(models) < 2 or len(models) != len(weights) or not abs(sum(weights) - 1) <= 1e-6:
-        raise UsageError("merge needs two models or more and as many --weight, which sum to 1")
+        raise UsageError("merge needs two or more models and one --weight for each; weights must sum to 1")
     for folder in models:
         refuse_unexported(folder)
     record = {"command": "merge", "models": [relative(str(m), out) for m in models], "weights": list(weights)}

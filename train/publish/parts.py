@@ -43,7 +43,7 @@ The image encoder's converter is written for transformers 4.
 def write_parts(model: Any, tokenizer: Any, image_processor: Any, out: Path, dtype: torch.dtype) -> None:
     """Write the parts of a native model to a folder.  Raises: UsageError for a tower that is published nowhere."""
     if own_tower(model.config):
-        raise UsageError(f"--parts: {own_tower(model.config)} is no class of transformers, and no converter knows it")
+        raise UsageError(f"--parts: {own_tower(model.config)} is not a transformers class, and no converter knows it")
     _language_model(model, dtype).save_pretrained(out / "language_model")
     let_read(*(out / "language_model").glob("*.safetensors"))
     model.generation_config.save_pretrained(out / "language_model")
@@ -64,7 +64,7 @@ def write_parts(model: Any, tokenizer: Any, image_processor: Any, out: Path, dty
         language_model="language_model",
         vision_tower="vision_tower",
         projector=PROJECTOR,
-        flag=flag or "(no flag: it knows CLIP and SigLIP alone)",
+        flag=flag or "(no flag: it knows only CLIP and SigLIP)",
         **{name: " ".join(f"{value:g}" for value in values) for name, values in words.items()},
     )
     (out / "README.md").write_text(text, encoding="utf-8")

@@ -181,11 +181,11 @@ def _check_complete(composed: Composed, unknown: list[str], missing: set[str], *
     if tied:
         missing.discard("lm_head.weight")
     if tower <= missing and keep_tower:
-        log.info("the checkpoint holds no vision tower: that of [model] tower stays")
+        log.info("the checkpoint holds no vision tower: that of [model] tower is kept")
         missing -= tower
     behind = {name for name in missing if _is_behind_features(name, composed.feature_index)}
     if behind and not missing - behind:
-        log.info("the checkpoint ends its tower at the feature layer: %d tensors behind it stay", len(behind))
+        log.info("the checkpoint's tower ends at the feature layer: %d tensors after it keep their values", len(behind))
     missing -= behind
     for names, what in (
         (unknown, "tensors of the checkpoint have no place in the model"),

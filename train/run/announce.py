@@ -25,7 +25,7 @@ def announce(measured: Measured, plan: Plan, trainable: dict[str, Any], composed
         int(measured.supervised.sum()),
     )
     if measured.num_thinking or measured.num_shortened:
-        told = "%d samples end with an answer that thinks first; of %d the chat template leaves earlier thinking out"
+        told = "%d samples end with an answer that thinks first; in %d the chat template leaves out earlier thinking"
         log.info(told, measured.num_thinking, measured.num_shortened)
     positions = getattr(composed.model.config.text_config, "max_position_embeddings", None)
     if positions and (longer := int((measured.lengths > positions).sum())):
@@ -33,4 +33,4 @@ def announce(measured: Measured, plan: Plan, trainable: dict[str, Any], composed
         log.warning(told, longer, positions, positions)
     learning = sum(p.numel() for p in trainable.values())
     everything = sum(p.numel() for p in composed.model.parameters())
-    log.info("%s learns %s of %s parameters in %d steps", stage_name, f"{learning:,}", f"{everything:,}", plan.steps)
+    log.info("%s trains %s of %s parameters in %d steps", stage_name, f"{learning:,}", f"{everything:,}", plan.steps)

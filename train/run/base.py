@@ -45,7 +45,7 @@ def check_base(noted: Mapping[str, Any], now: Mapping[str, Any], sources: str, r
     for name in now:
         if name in noted and noted[name] != now[name]:
             what = WORDS.get(name) or f"the preparation of images ({name} was {noted[name]}, is {now[name]})"
-            raise TrainError(f"{what} of {sources} changed since {run} was trained; put back what was, or train again")
+            raise TrainError(f"{what} of {sources} changed since {run} was trained; restore it, or train again")
 
 
 def _digest(value: Any) -> str:

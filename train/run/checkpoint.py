@@ -139,7 +139,7 @@ def shutdown_advice(step_s: float, save_s: float, size_bytes: float) -> str:
     return (
         f"a checkpoint of {size_bytes / 1e9:.1f} GB takes {save_s:.0f} s and a step {step_s:.0f} s, more than the "
         f"{GRACE_S:.0f} s that torchrun and most schedulers leave after SIGTERM; type torchrun --shutdown-timeout "
-        f"{needed} (torch 2.9 has no such option), else a stop goes back to the last checkpoint"
+        f"{needed} (torch 2.9 has no such option), or a stop loses the steps since the last checkpoint"
     )
 
 

@@ -62,7 +62,9 @@ def start_from_words(training: Training) -> None:
     kept, solved = training.runtime.first(solve)
     for parameter, found in zip(projector.parameters(), solved, strict=True):
         parameter.copy_(found)
-    log.info("the projector starts from the words of %d texts: %.1f %% of their variance", len(texts), 100 * kept)
+    log.info(
+        "the projector starts from the words of %d texts: explains %.1f %% of their variance", len(texts), 100 * kept
+    )
 
 
 def bags(texts: list[list[int]], words_vd: Tensor) -> tuple[Tensor, float]:

@@ -123,7 +123,7 @@ class Training:
                 if stopping and done < self.plan.steps:
                     writer.wait()
                     self.runtime.barrier()  # a rank that ends before the checkpoint is whole would end the others
-                    raise Interrupted(f"stopped by a signal after step {done}, saved; the same command goes on")
+                    raise Interrupted(f"stopped by a signal after step {done}, saved; the same command resumes")
                 yield done
             writer.wait()
 
@@ -307,7 +307,7 @@ class Training:
         self.skipped |= {int(index): reason for index, reason in state["skipped"].items()}
         if self.sample_losses is not None:
             self.sample_losses.restore(path)
-        log.info("going on from %s", path)
+        log.info("resuming from %s", path)
         return int(state["step"])
 
     def _validate(self) -> float:
@@ -346,7 +346,7 @@ class Training:
         if self.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
         size = max(1, self.stage.micro_tokens // 2)
-        log.warning("out of memory; going on with micro_tokens = %s in place of %s", size, self.stage.micro_tokens)
+        log.warning("out of memory; continuing with micro_tokens = %s instead of %s", size, self.stage.micro_tokens)
         self.stage = self.plan.stage = dataclasses.replace(self.stage, micro_tokens=size)
 
     def _tell_grace(self, step_s: float, writer: checkpoint.Writer) -> None:

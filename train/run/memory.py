@@ -172,5 +172,5 @@ def out_of_memory(stage: Stage) -> Iterator[None]:
         }
         raise OutOfMemory(
             f"out of memory; lower micro_tokens (now {stage.micro_tokens:,}), or set model.gradient_checkpointing = "
-            f"true, or {more[stage.tune]}; the same command with --set goes on from the last checkpoint"
+            f"true, or {more[stage.tune]}; the same command with --set resumes from the last checkpoint"
         ) from None

@@ -205,7 +205,7 @@ def _assemble(
 ) -> tuple[Training, str]:
     if align is not None and stage.start:
         raise UsageError(
-            f'{stage_name}.start = "{stage.start}" and --align {align}: the projector starts from one alone'
+            f'{stage_name}.start = "{stage.start}" and --align {align}: the projector starts from only one of them'
         )
     if stage.shard and runtime.world > 1:
         composed = sharding.compose_once(runtime, lambda: compose(config.model, runtime.dtype))
@@ -246,10 +246,10 @@ def _assemble(
     with out_of_memory(stage):
         if stage.shard and runtime.world > 1:
             trainable = sharding.shard(composed, stage, runtime)
-            log.info("the model is cut among %d processes", runtime.world)
+            log.info("the model is sharded over %d processes", runtime.world)
         composed.model.to(runtime.device)
     if config.model.compile:
-        log.info("%d layers are compiled as they first run", compile_layers(composed, runtime.device))
+        log.info("%d layers are compiled when they first run", compile_layers(composed, runtime.device))
     collator = Collator(source, encoder, make_image_processor(composed.vision), max_length)
     training = Training(composed, stage, trainable, plan, collator, runtime, out, dict(measured.reasons))
     training.base = describe_base(composed, encoder)
@@ -258,7 +258,7 @@ def _assemble(
         once = dataclasses.replace(stage, steps=0, epochs=1.0, batch_size=BATCH)
         decoding = Collator(held_source, encoder, collator.image_processor, max_length)
         training.validation = Validation(Plan(held, once, far), decoding, runtime)
-        log.info("%d samples are held out; their loss is taken with each checkpoint", len(held.usable))
+        log.info("%d samples are held out; their loss is measured at each checkpoint", len(held.usable))
     with out_of_memory(stage):
         training.features = cache_features(composed, stage, plan, collator, runtime, training.skipped)
         if stage.start and runtime.first(lambda: checkpoint.latest(out / "checkpoints") is None):
@@ -284,7 +284,7 @@ def _keep_best(training: Training) -> dict[str, Any]:
     """Go back to the weights of the lowest validation loss and say which they are; a collective."""
     training.runtime.barrier()  # the first rank has written them
     step, loss = checkpoint.restore_best(training.out / "checkpoints", training.trainable)
-    log.info("kept are the weights after step %d, whose validation loss %.4f is the lowest", step, loss)
+    log.info("keeping the weights after step %d, whose validation loss %.4f is the lowest", step, loss)
     return {"best_step": step, "val_loss": loss}
 
 
@@ -296,7 +296,7 @@ def _size_pass(composed: Composed, model: Model, stage: Stage, runtime: Runtime,
     size = size_pass(composed.model, stage, runtime.device, runtime.dtype, **how)
     size = int(min(runtime.gather(size)))
     if known and known != size and known < 2 * size:  # a larger one a step would not find by halving once
-        log.info("passes of at most %s tokens, as those before the checkpoint", f"{known:,}")
+        log.info("passes of at most %s tokens, as before the checkpoint", f"{known:,}")
         return known
     if size < stage.micro_tokens:
         log.info("passes of at most %s tokens: what the GPU's free memory holds (micro_tokens)", f"{size:,}")
@@ -351,8 +351,8 @@ def check_parity(source: Source, encoder: Encoder) -> None:
             pairs = enumerate(zip(ours, theirs, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
             raise DataError(
-                f"{source.name(index)}: the tokenizer splits the whole text unlike its pieces, near "
-                f"{encoder.tokenizer.decode(ours[max(0, at - 3) : at + 3])!r}; another template fits this tokenizer"
+                f"{source.name(index)}: the tokenizer splits the whole text differently from its pieces, near "
+                f"{encoder.tokenizer.decode(ours[max(0, at - 3) : at + 3])!r}; set another model.template"
             )
 
 

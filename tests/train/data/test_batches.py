@@ -161,14 +161,14 @@ def test_auto_workers_go_by_cores_and_shared_memory(world, monkeypatch, caplog, 
     plan, _ = plan_of(world)
     with caplog.at_level("INFO", "train"):
         assert resolve(plan.stage, plan, 100, ranks, gpu=gpu).num_workers == expected
-        assert f"{expected} process(es) a rank decode (auto: " in caplog.text
+        assert f"{expected} decoding process(es) per rank (auto: " in caplog.text
         most = max(sum(map(len, rows)) for rows in plan.micro_batches(0, ranks))
         monkeypatch.setattr(
             "shutil.disk_usage", lambda _: SimpleNamespace(free=2 * ranks * (PREFETCH + 1) * most * 100)
         )
         assert resolve(plan.stage, plan, 100, ranks, gpu=gpu).num_workers in (min(expected, 2), min(expected, 3))
         asked = resolve(replace(plan.stage, workers=5), plan, 100, ranks, gpu=gpu)
-    assert asked.num_workers == 5 and "5 process(es) a rank decode (as asked)" in caplog.text
+    assert asked.num_workers == 5 and "5 decoding process(es) per rank (as asked)" in caplog.text
 
 
 def test_a_process_counts_the_cores_that_it_may_use_and_not_those_of_its_machine(monkeypatch):
@@ -187,6 +187,6 @@ def test_decoding_processes_that_cannot_start_are_refused_in_one_line(monkeypatc
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("multiprocessing.synchronize.Lock.__init__", refuse)
-    with pytest.raises(TrainError, match="need /dev/shm.*Read-only file system; workers = 0"):
+    with pytest.raises(TrainError, match="need a writable /dev/shm.*Read-only file system; set workers = 0"):
         batches.load([1, 2], [0, 1], 1, pin=False)
     assert list(batches.load([1, 2], [0, 1], 0, pin=False)) == [1, 2]

@@ -251,7 +251,7 @@ def test_tool_turns_are_counted_by_name():
         ("{{ messages[-1].content + '</s>' }}", "left_out"),
         ("{{ raise_exception('no') }}", "refused_by_chat_template: no"),
         ("{% for m in messages %}{{ m.content.x.y }}{% endfor %}", "refused_by_chat_template"),
-        ("{% for m in messages %}{{ m.content + ['</s>', '<s>'][loop.index0 // 2] }}{% endfor %}", "as given"),
+        ("{% for m in messages %}{{ m.content + ['</s>', '<s>'][loop.index0 // 2] }}{% endfor %}", "not keep the text"),
         (
             CHATML.replace("|im_start|>assistant\\n", "|im_start|>assistant\\n<think>\\n"),
             r"what_ends_the_prompt.*'<think>\\n'",

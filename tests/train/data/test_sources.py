@@ -217,7 +217,7 @@ def test_nothing_to_read_is_said(tmp_path, make, word):
     (tmp_path / "l.json").write_bytes(b'[{"id": "\xe9"}]')
     with pytest.raises(UsageError, match=word):
         open_source(str(make(tmp_path)))
-    with pytest.raises(UsageError, match="goes with a JSON or parquet"):
+    with pytest.raises(UsageError, match="is for JSON or parquet only"):
         open_source(str(tmp_path), str(tmp_path))
 
 

@@ -419,7 +419,9 @@ def test_unreadable_pictures_are_counted_and_the_score_is_over_the_others(root, 
     for n in range(5):
         (folder / f"{n}.jpg").write_bytes(b"no picture")
     code, _, err = call(capfd, *words[:-1], tmp_path / "none")
-    assert code == 1 and "pope: no image of its 5 questions can be used: 5 × bad_image (e.g. question 0)" in err
+    assert (
+        code == 1 and "pope: none of the images of its 5 questions can be used: 5 × bad_image (e.g. question 0)" in err
+    )
 
 
 def test_a_server_gets_an_empty_answer_where_there_is_no_picture(root, tmp_path):
@@ -437,7 +439,7 @@ def test_half_a_pair_of_mmvp_is_no_pair(root, tmp_path, kept, scores):
     asked = tasks.load("mmvp", root)
     found = answers.score_texts("mmvp", asked[:kept], ["A", "A", "B"][:kept], root, None)
     assert found["scores"] == pytest.approx(scores, abs=1e-4)
-    assert found["left_out"] == ["1 × without all questions that count as one with it"]
+    assert found["left_out"] == ["1 × in a group that counts as one, with a question unanswered"]
     told = answers.table(answers.compare({"mmvp": found}, {}, 0.02), 0.02)
     assert ("none whole" in told) == ("pairs" not in scores)
     path = tmp_path / "a.jsonl"
@@ -524,7 +526,7 @@ def test_a_killed_evaluation_of_records_goes_on_where_it_was(world, model, tmp_p
         asked = _mute_after(patch, -1)
         assert evaluate(model, data, out, options=options) == {**told, "answers": str(out)}
         assert sum(asked) == told["questions"] - 9
-    assert f"goes on after 9 of {told['questions']} answers" in caplog.text
+    assert f"resuming after 9 of {told['questions']} answers" in caplog.text
     assert re.search(rf"answers: {told['questions'] - 9} of {told['questions'] - 9}, .*/s", caplog.text)
     assert re.search(r"ranks: (\d+) of \1, .*/s", caplog.text)
     names = ("a.jsonl", "a.manifest.json", "whole.jsonl", "whole.manifest.json")

@@ -170,7 +170,7 @@ def test_an_option_that_is_not_known_is_refused(documents):
     q, k, v = torch.randn(3, 1, 4, 7, 8)
     mask = None if documents is None else Documents.of(documents, q.device)
     attend(torch.nn.Module(), q, k, v, mask, scaling=1.0, position_ids=torch.arange(7), something=None)
-    with pytest.raises(UsageError, match="takes block_indices, unknown here; .*--set model.attention=eager"):
+    with pytest.raises(UsageError, match="takes block_indices, unsupported here; .*--set model.attention=eager"):
         attend(torch.nn.Module(), q, k, v, mask, scaling=1.0, block_indices=torch.zeros(1))
 
 
@@ -214,7 +214,7 @@ def test_a_torch_whose_kernel_lacks_an_argument_calls_sdpa_and_says_so(monkeypat
     assert attention.reason_against_varlen(on_gpu, on_gpu).endswith("lacks enable_gqa, window_size")
     attention._varlen_lacks.cache_clear()
     cpu = torch.device("cpu")
-    assert attention.describe(cpu, torch.float32).endswith("one SDPA call a document (no GPU)")
+    assert attention.describe(cpu, torch.float32).endswith("one SDPA call per document (no GPU)")
     assert attention.describe(cpu, torch.bfloat16).endswith("those of up to 1024 positions by the formula")
 
 

@@ -154,7 +154,7 @@ def test_an_openclip_tower_pools_to_the_same_vector(world):
         ({"layers": 2}, "", "it has 'transformer.resblocks.2.attn.in_proj_bias' and 11 more"),
         ({"layers": 4}, "", "cannot be loaded .KeyError: .*transformer.resblocks.3"),
         ({"mlp_ratio": 2.0}, "", "cannot be loaded .*size mismatch"),
-        ({}, "cut short", "open_clip_model.safetensors is no whole safetensors file"),
+        ({}, "cut short", "open_clip_model.safetensors is not a complete safetensors file"),
     ],
 )
 def test_an_openclip_tower_that_its_class_does_not_hold_is_refused(world, tmp_path, vision_cfg, tensor, told):

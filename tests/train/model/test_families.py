@@ -116,7 +116,7 @@ def test_files_with_more_than_the_configuration_has(saved, tmp_path, caplog):
     assert any("left out" in line and "v_head.summary.weight" in line for line in caplog.messages)
     save_file({**state, "model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, file, metadata={"format": "pt"})
     with pytest.raises(
-        UsageError, match=r"hold model\.layers\.0\.self_attn\.q_proj\.bias, for which there is no place"
+        UsageError, match=r"hold model\.layers\.0\.self_attn\.q_proj\.bias, for which its config.json has no place"
     ):
         compose(options)
     (tmp_path / "lm" / "adapter_config.json").write_text("{}")
@@ -127,9 +127,9 @@ def test_files_with_more_than_the_configuration_has(saved, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"weight_map": {', "is no whole index"),
-        ("{}", "is no whole index"),
-        ('{"weight_map": null}', "is no whole index"),
+        ('{"weight_map": {', "is not a complete index"),
+        ("{}", "is not a complete index"),
+        ('{"weight_map": null}', "is not a complete index"),
         ('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}', "names model-00002-of-00002"),
     ],
 )
@@ -182,15 +182,15 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
-        ("model.safetensors", lambda data: POINTER, r"model\.safetensors is a pointer of Git LFS.*git lfs pull"),
-        ("tokenizer.json", lambda data: POINTER, r"tokenizer\.json is a pointer of Git LFS"),
-        ("model.safetensors", lambda data: data[: len(data) // 2], r"model\.safetensors is no whole safetensors file"),
-        ("model.safetensors", lambda data: b"", r"model\.safetensors is no whole safetensors file"),
+        ("model.safetensors", lambda data: POINTER, r"model\.safetensors is a Git LFS pointer.*git lfs pull"),
+        ("tokenizer.json", lambda data: POINTER, r"tokenizer\.json is a Git LFS pointer"),
+        ("model.safetensors", lambda data: data[: len(data) // 2], r"model\.safetensors is not a complete safetensors"),
+        ("model.safetensors", lambda data: b"", r"model\.safetensors is not a complete safetensors file"),
         ("model.safetensors", lambda data: (1 << 62).to_bytes(8, "little") + data[8:], "header too large"),
         (
             "model.safetensors",
             lambda data: data.replace(b"[48,32]", b"[32,48]"),
-            r"is \[32, 48\] in its files and \[48",
+            r"is \[32, 48\] in its files but \[48",
         ),
         (
             "tokenizer.json",
@@ -237,7 +237,10 @@ def test_minicpm3_divides_its_logits(saved):
     [
         (tf.GPT2Config(vocab_size=80, n_embd=32, n_layer=1, n_head=4), "does not fit into the llava class"),
         (tf.FalconConfig(**{**SMALL, "vocab_size": 80}), "does not fit into the llava class"),
-        (tf.Gemma4TextConfig(**{**GEMMA4, "hidden_size_per_layer_input": 8}), "second time in each layer"),
+        (
+            tf.Gemma4TextConfig(**{**GEMMA4, "hidden_size_per_layer_input": 8}),
+            "second embedding of tokens in each layer",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(saved, config, word):
@@ -248,7 +251,7 @@ def test_what_does_not_fit_is_refused_in_one_line(saved, config, word):
 
 
 def test_what_is_no_language_model_is_refused(world):
-    with pytest.raises(UsageError, match="is a 'clip_vision_model': no causal language model is known"):
+    with pytest.raises(UsageError, match="is a 'clip_vision_model', which has no causal language model"):
         tf.CLIPVisionConfig(**SEES).save_pretrained(world / "sees")
         compose(Model(tower=f"local-dir:{world / 'clip'}", lm=str(world / "sees"), tokenizer=str(world / "lm")))
 
@@ -272,6 +275,6 @@ def test_new_rows_are_the_mean_of_the_others(saved, tied):
 def test_a_tokenizer_of_a_larger_model_is_refused(saved):
     rows = len(word_tokenizer()) - 3
     with pytest.raises(
-        UsageError, match=f"has 3 words beyond the {rows} rows .* name the right one with model.tokenizer"
+        UsageError, match=f"has 3 tokens beyond the {rows} rows .* name the right one with model.tokenizer"
     ):
         compose(saved(tf.LlamaForCausalLM(tf.LlamaConfig(**{**TEXT, "vocab_size": rows}))))

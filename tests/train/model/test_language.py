@@ -305,5 +305,5 @@ def test_a_sentencepiece_model_is_enough(tmp_path):
 
 @pytest.mark.parametrize("token", ["<unk>", "<eos>", "<pad>"])
 def test_the_image_token_stands_for_images_alone(world, token):
-    with pytest.raises(UsageError, match="stands for something else"):
+    with pytest.raises(UsageError, match="already means something else"):
         compose(Model(tower=f"local-dir:{world / 'clip'}", lm=str(world / "lm"), image_token=token))

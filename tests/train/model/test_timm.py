@@ -97,7 +97,7 @@ def test_a_hub_name_is_described_from_the_registry():
     assert (vision.image_size, vision.mean, vision.short_side) == (378, (0.5,) * 3, 0)
     config, vision = describe_tower(Model(tower="timm/vit_base_patch16_dinov3.lvd1689m", tower_weights="fresh"))
     assert (config.model_type, vision.tokens_per_image) == ("timm_vision_model", 256)
-    with pytest.raises(UsageError, match="gemma4_vit_167m of timm reads an image's values"):
+    with pytest.raises(UsageError, match="gemma4_vit_167m of timm lays out its places by an image's values"):
         describe_tower(Model(tower="timm/gemma4_vit_167m", tower_weights="fresh"))
     with pytest.raises(UsageError, match="has no 'vit_gigantic'"):
         describe_tower(Model(tower="timm/vit_gigantic.x", tower_weights="fresh"))

@@ -84,5 +84,5 @@ def test_a_class_that_cannot_answer_is_refused(written):
     with pytest.raises(UsageError, match=r"does not fit .*MiniMax uses cache of its own"):
         compose(options)
     options, _ = written(tf.MoshiConfig(**sizes, head_dim=8, ffn_dim=48, sliding_window=4))
-    with pytest.raises(UsageError, match=r"\(moshi\): answering word by word, .* differ by 0"):
+    with pytest.raises(UsageError, match=r"\(moshi\): generating token by token, .* differ by 0"):
         compose(options)

@@ -30,7 +30,7 @@ def home(world, tmp_path_factory):
 def test_it_tells_what_the_manifests_tell(home):
     card = (home / "model" / "README.md").read_text()
     result = json.loads((home / "tuned" / "manifest.json").read_text())["result"]
-    assert f"{result['samples']:,} samples" in card and f"loss {result['first_loss']:.4f} at first" in card
+    assert f"{result['samples']:,} samples" in card and f"first loss {result['first_loss']:.4f}" in card
     assert "### align" in card and "### finetune" in card and "validation loss" in card and 'tune = "lora"' in card
     assert "template `qa`" in card and "vllm serve model" in card and str(home) not in card
     assert "{" not in re.sub(r"```.*?```", "", card, flags=re.DOTALL)
@@ -67,7 +67,7 @@ def test_scores_of_this_model_are_put_in_and_others_refused(world, home, tmp_pat
     manifest["request"]["weights"] = "0"
     (tmp_path / "answers.manifest.json").write_text(json.dumps(manifest))
     code, _, err = call(capfd, *scored)
-    assert code == 2 and "those of another model" in err
+    assert code == 2 and "belong to another model" in err
     code, _, err = call(capfd, *scored[:-1], tmp_path / "nothing")
     assert code == 2 and "no results of `eval` there" in err
 

@@ -532,7 +532,7 @@ def test_answers_replace_no_other_file(model, tmp_path):
     from train.eval.evaluate import evaluate
 
     (tmp_path / "data.json").write_text(json.dumps([conversation(4)]))
-    with pytest.raises(UsageError, match="is there already, and no answers"):
+    with pytest.raises(UsageError, match="exists and was not written by eval"):
         evaluate(model, str(tmp_path / "data.json"), tmp_path / "data.json")
     for overwrite in (False, True):
         with pytest.raises(UsageError, match="is a folder; give a file for the answers, such as .*/answers.jsonl$"):

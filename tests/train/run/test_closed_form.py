@@ -92,14 +92,14 @@ def test_a_run_starts_from_words_and_goes_on_from_its_checkpoint(world, tmp_path
     assert all(torch.equal(more[name], tensor) for name, tensor in weights.items())
     said = [record.getMessage() for record in caplog.records[caplog_from:]]
     assert sum(line.startswith("the projector starts from the words") for line in said) == 1
-    assert any(line.startswith("going on from") for line in said)
+    assert any(line.startswith("resuming from") for line in said)
 
 
 def test_where_it_does_not_fit_it_says_so(world, tmp_path):
     with pytest.raises(UsageError, match=r"align\.start does not go with align\.shard"):
         configuration.load(None, ["align.start=words", "align.shard=true"])
     options = configuration.load(str(world / "config.toml"), ["finetune.start=words"])
-    with pytest.raises(UsageError, match="the projector starts from one alone"):
+    with pytest.raises(UsageError, match="the projector starts from only one of them"):
         run_stage("finetune", options, str(world / "mixed"), tmp_path / "out", align=tmp_path / "align")
 
 

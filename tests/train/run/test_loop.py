@@ -336,7 +336,7 @@ def test_a_directory_is_one_process_alone(world, tmp_path):
     script += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", script, out], stdout=subprocess.PIPE, cwd=REPO)
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(UsageError, match=rf"is being written by process {other.pid} on .*; let it end"):
+    with pytest.raises(UsageError, match=rf"is being written by process {other.pid} on .*; wait for it"):
         run(world, out, "finetune.steps=1")
     other.kill()
     other.wait()
@@ -368,7 +368,7 @@ def test_what_other_data_made_is_neither_continued_nor_taken_for_finished(tmp_pa
         (tmp_path / "run" / ".plan.json").write_text(json.dumps({"request": recorded}))
         for key, what in (("digest", "its data"), ("align_digest", "the align run that it starts from")):
             changed = {"inputs": recorded["inputs"] | {key: "c"}}
-            with pytest.raises(UsageError, match=f"another state of {what}; type --overwrite to train anew"):
+            with pytest.raises(UsageError, match=f"another state of {what}; type --overwrite to train again"):
                 open_run(tmp_path / "run", changed)
 
 

@@ -89,7 +89,7 @@ def test_out_of_memory_halves_the_passes_once_and_goes_on(world, tmp_path, monke
     monkeypatch.setattr(loop.Training, "token_losses", limited)
     with caplog.at_level("WARNING", "train"):
         run(world, tmp_path / "run", *settings)
-    assert "going on with micro_tokens = 100 in place of 200" in caplog.text
+    assert "continuing with micro_tokens = 100 instead of 200" in caplog.text
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
     sizes.clear()
     monkeypatch.setattr(

@@ -47,7 +47,7 @@ def test_a_rank_without_a_gpu_is_told_how_many_there_are(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "1")
         assert begin().device == torch.device("cuda", 1)
         monkeypatch.setenv("LOCAL_RANK", "2")
-        with pytest.raises(UsageError, match="rank 2 of this machine has no GPU: 2 .* --nproc-per-node 2$"):
+        with pytest.raises(UsageError, match="rank 2 of this machine has no GPU: only 2 .* --nproc-per-node 2$"):
             begin()
 
 

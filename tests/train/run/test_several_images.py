@@ -62,4 +62,4 @@ def test_a_model_tells_which_of_two_pictures_is_meant(world, tmp_path, capfd):
     code, out, err = call(capfd, *asked, "--image", tmp_path / "none.jpg", "--image", second)
     assert code == 2 and "none.jpg" in err and not out, "none is passed over"
     code, _, err = call(capfd, *asked[:2], "--prompt", "<image> or <image> ?", "--image", first)
-    assert code == 2 and "2 <image> and there are 1 --image" in err
+    assert code == 2 and "2 <image>, but 1 --image were given" in err

@@ -146,9 +146,7 @@ def test_a_run_from_before_chat_was_the_default_says_how_to_go_on(world, tmp_pat
     found = json.loads((tmp_path / "run" / "manifest.json").read_text())
     (tmp_path / "run" / ".plan.json").write_text(json.dumps({"request": found["request"]}))
     (tmp_path / "run" / "manifest.json").unlink()
-    with pytest.raises(
-        UsageError, match="'vicuna', not 'chat'; .*To go on as it was, type --set model.template=vicuna"
-    ):
+    with pytest.raises(UsageError, match="'vicuna', not 'chat'; .*To continue it, type --set model.template=vicuna"):
         run(world, tmp_path / "run", "finetune", "model.template=chat")
     run(world, tmp_path / "run", "finetune", "model.template=vicuna")
 

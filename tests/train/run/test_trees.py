@@ -62,7 +62,9 @@ def test_inspection_shows_trunk_and_branches(world):
 def test_what_cannot_branch_says_so(world, tmp_path):
     with pytest.raises(UsageError, match="finetune.message_trees needs finetune.packing: padded rows"):
         configuration.load(None, ["finetune.message_trees=all", "finetune.packing=false"])
-    with pytest.raises(UsageError, match='finetune.message_trees: branches are seen by model.attention = "documents"'):
+    with pytest.raises(
+        UsageError, match='finetune.message_trees: only model.attention = "documents" supports branches'
+    ):
         run(world, tmp_path / "run", "finetune.message_trees=all", "model.attention=sdpa")
 
 
@@ -80,5 +82,5 @@ def test_families_that_cannot_branch_are_named():
     long = {"rope_theta": 1e4, "rope_type": "longrope", **factors}
     sizes = {"max_position_embeddings": 128, "original_max_position_embeddings": 32, "pad_token_id": 0}
     phi = tf.Phi3Config(rope_parameters=long, **sizes)
-    assert "of phi3 turn at 32 tokens; --set model.max_length=32" in against(phi)
+    assert "of phi3 change at 32 tokens; --set model.max_length=32" in against(phi)
     assert against(phi, max_length=32) == ""

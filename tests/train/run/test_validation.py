@@ -57,7 +57,7 @@ def test_pictures_are_known_by_their_bytes(world, tmp_path):
     learnt, held = hold_out(source, measured, 0.5, 0, Runtime.detect("fp32", 0))
     assert len(held.usable) == 2 and held.usable[1] == held.usable[0] + 1 and held.usable[0] % 2 == 0
     assert sorted([*learnt.usable, *held.usable]) == [0, 1, 2, 3]
-    with pytest.raises(UsageError, match="holds none out"):
+    with pytest.raises(UsageError, match="holds out none"):
         hold_out(source, measured, 0.3, 0, Runtime.detect("fp32", 0))
 
 
