@@ -4,12 +4,13 @@ A step takes the next `batch_size` samples of the epoch's seeded order. They are
 `micro_tokens` tokens and `micro_images` images: one row of documents side by side, without padding. This is bin packing
 with two capacities; first-fit decreasing takes the longest sample first, each into the first bin with room. With one
 capacity it needs at most 11/9 of the fewest bins + 6/9 (Dósa 2007); it takes O(n bins) time for n = `batch_size`
-samples. Then the capacity is lowered as far as the number of bins stays the same, so that ranks have equal work.
+samples. Then the capacity is lowered as far as possible without adding bins, so that ranks have equal work.
 
-Without packing, samples of similar length share a micro-batch of padded rows. Samples of more tokens than `far` share
-none with others: longrope (Phi-3.5, Phi-4) turns all that is in a pass by other angles once one of it is that long.
+Without packing, samples of similar length share a micro-batch of padded rows. A sample of more than `far` tokens shares
+no micro-batch with shorter ones: longrope (Phi-3.5, Phi-4) uses other rotary angles for a whole pass once one document
+in it is that long.
 
-Invariant: the loss is normalised over the whole step, so packing and the number of ranks change speed and not the
+Invariant: the loss is normalised over the whole step, so packing and the number of ranks change speed but not the
 result. The plan is a pure function of lengths, seed and step number: to resume at step n, only n is needed.
 """
 
@@ -41,14 +42,14 @@ PREFETCH = 4  # items that each worker decodes ahead
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Groups = list[list[int]]
 Rows = list[list[int]]  # sample indices, row by row
-Document = tuple[int, int, Encoded, int]  # row, start, what it holds, sample
+Document = tuple[int, int, Encoded, int]  # row, start, content, sample index
 
 
 def pack(lengths: Sequence[int], images: Sequence[int], capacity: int, most_images: int) -> Groups:
     """Pack by first-fit decreasing: return groups of positions into `lengths`, each within both capacities.
 
-    lengths: tokens; images: number of images; both by sample.  capacity, most_images: of one group.
-    Equal lengths go by position. A sample that exceeds a capacity alone gets a group of its own.
+    lengths, images: number of tokens and of images per sample.  capacity, most_images: limits of one group.
+    Ties in length go by position. A sample that alone exceeds a capacity gets its own group.
     """
     groups: Groups = []
     room: list[tuple[int, int]] = []
@@ -110,7 +111,7 @@ class Plan:
     """Which samples each step takes, and how they are packed."""
 
     def __init__(self, measured: Measured, stage: Stage, far: int = 0) -> None:
-        """far: tokens above which a sample shares a micro-batch with none that has fewer; 0: any may share one."""
+        """far: a sample of more tokens than this shares no micro-batch with shorter ones; 0: any may share one."""
         self.measured, self.stage, self.far = measured, stage, far
         self.usable = measured.usable
         self.num_samples = max(1, round(stage.epochs * len(self.usable)))
@@ -154,11 +155,11 @@ class Plan:
 class Batch:
     """One micro-batch. b rows of l positions, s supervised positions, n images in order of appearance.
 
-    Either one row of documents side by side, or a document a row, padded on the right.
+    Either one row of documents side by side, or one document per row, padded on the right.
     """
 
     ids_bl: Tensor  # i64
-    positions_bl: Tensor  # i64, from 0 in each document, and from its trunk's end in each branch of a tree
+    positions_bl: Tensor  # i64, from 0 in each document; in each branch of a tree, from the end of its trunk
     supervised_s: Tensor  # i64 into the flattened b*l: the position that predicts
     targets_s: Tensor  # i64: what it should predict
     owners_s: Tensor  # i64: the sample index of each target
@@ -166,7 +167,7 @@ class Batch:
     images: list[int]  # the sample index of each image
     lengths: list[int]  # of the documents, row by row
     skipped: dict[int, str] = field(default_factory=dict)
-    shown_p: Tensor | None = None  # i64 into the flattened b*l: the image tokens
+    shown_p: Tensor | None = None  # i64 into the flattened b*l: the positions of image tokens
     trees: list[tuple[int, ...]] = field(default_factory=list)  # lengths of trunk and branches, by document; (): none
 
     @property
@@ -208,7 +209,7 @@ class Collator:
         self.skip: dict[int, str] = {}  # samples whose pixels are known to be bad
 
     def pixels(self, locations: Sequence[Any]) -> list[Tensor]:
-        """Decode and resize images to u8 [3, h, w], by the very code of the exported processor.  Raises: Rejected."""
+        """Decode and resize images to u8 [3, h, w], with the code of the exported processor.  Raises: Rejected."""
         images = [decode_image(self.source.image_bytes(location)) for location in locations]
         if not images:
             return []
@@ -309,14 +310,14 @@ class Passes(torch.utils.data.Dataset[Batch]):
 
         batches = load(self, order(), workers, pin)
         for _ in range(start, stop):
-            first = next(batches)  # its step's size is known once it is asked for
+            first = next(batches)  # asking for it fills in the size of its step
             yield [first, *(next(batches) for _ in range(sizes.popleft() - 1))]
 
 
 def shared_memory_advice(plan: Plan, workers: int, world: int, image_bytes: int, free: int) -> str:
-    """Say what `workers` need where the passes that they decode ahead may not fit into shared memory, else return "".
+    """Return a warning if the passes that `workers` decode ahead may not fit into shared memory, else "".
 
-    image_bytes: of a decoded image.  free: bytes of /dev/shm.
+    image_bytes: size of a decoded image.  free: free bytes in /dev/shm.
     """
     passes = [rows for step in range(min(8, plan.steps)) for rows in plan.micro_batches(step, world)]
     images = [sum(int(plan.measured.images[index]) for row in rows for index in row) for rows in passes]
@@ -346,7 +347,7 @@ def load(dataset: Any, order: Iterable[Any], workers: int, pin: bool) -> Any:
     """Iterate a dataset in order, decoding ahead in worker processes; the order does not depend on their number."""
     if workers:
         _refuse_without_semaphores()
-        # Each tensor on its way holds an open file, and the usual 1,024 are soon too few.
+        # Each tensor in transit holds an open file, so the usual limit of 1,024 is soon reached.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_FILES)), hard))
     loader = torch.utils.data.DataLoader(
@@ -359,7 +360,7 @@ def load(dataset: Any, order: Iterable[Any], workers: int, pin: bool) -> Any:
         pin_memory=pin,
         worker_init_fn=_ignore_signals,
     )
-    # A worker inherits the blocked signals, so that none can end it before it has learnt to ignore them.
+    # A worker inherits the blocked signals, so that none can end it before it ignores them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         return iter(loader)
@@ -368,7 +369,7 @@ def load(dataset: Any, order: Iterable[Any], workers: int, pin: bool) -> Any:
 
 
 def _refuse_without_semaphores() -> None:
-    """Raise TrainError where worker processes cannot be spoken with; a loader that is half made ends in a traceback."""
+    """Raise TrainError if worker processes cannot be reached; a half-built loader would end in a traceback."""
     try:
         torch.multiprocessing.get_context("fork").Lock()
     except OSError as error:
@@ -379,7 +380,7 @@ def _refuse_without_semaphores() -> None:
 def _ignore_signals(_worker: int) -> None:
     """Leave Ctrl-C and SIGTERM, which go to the whole process group, to the training process, which saves first.
 
-    SIGTERM stays blocked, and a thread takes it: from the training process, which ends its workers by it, it counts.
+    SIGTERM stays blocked and a thread receives it: it is obeyed only from the training process, which ends its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()

@@ -1,8 +1,8 @@
 """The chat template of an export: Jinja that renders, for any of our templates, what `Encoder` encodes piece by piece.
 
-One Jinja text serves all; a template's constants are set at its head, so that the exported file can be read by itself.
-A language model's own template reads texts alone, as most do: what stands before it makes one text of each message,
-with the image token in the place of an image.
+One Jinja text serves all; a template's constants are set at its head, so that the exported file is self-contained.
+A language model's own template usually reads only text: a prelude before it turns each message into one text, with the
+image token in place of an image.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def chat_template(encoder: Encoder) -> str:
 def _wrap(template: OwnTemplate, encoder: Encoder) -> str:
     tokenizer = encoder.tokenizer
     constants = {"IMAGE": encoder.image_token, "BOS": "".join(tokenizer.convert_ids_to_tokens(encoder.bos_ids))}
-    # The export's tokenizer ends texts with what ends answers; here its names mean what they meant.
+    # The export's eos token is the one that ends answers; in this template the names keep their original meaning.
     constants |= {name: token for name, token in template.tokens.items() if re.search(rf"\b{name}\b", template.source)}
     flags = {"FOLD": template.folds_system, "THINKS": template.thinks}
     switches = "".join(f"{{%- set {name} = {str(value).lower()} -%}}\n" for name, value in flags.items())

@@ -1,7 +1,7 @@
 """Pieces to token ids and labels, with the tokenizer that is exported.
 
 Pieces (prompts.py) are tokenised one by one, so that a label never depends on counting tokens or on finding separators
-in the text. What comes out are the ids of the rendered chat template (chat.py); tests hold the two together.
+in the text. The result equals the ids of the rendered chat template (chat.py); tests compare the two.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from train.data.prompts import Piece, Rejected, Template, Turn, pieces
 from train.errors import UsageError
 
 IGNORED = -100  # the label of a position without a target
-SHORT, MOST_KNOWN = 200, 20_000  # characters of a text whose ids are kept, and how many of them
+SHORT, MOST_KNOWN = 200, 20_000  # most characters of a text whose ids are cached, and most texts cached
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids, labels: i32 [n]; an image is a run of the image token; labels are IGNORED where nothing is learnt.
+    """ids, labels: i32 [n]; an image is a run of the image token; labels are IGNORED at unsupervised positions.
 
-    thinks: the last answer begins with thinking. shortened: its template leaves a text out, as earlier thinking.
-    tree: the lengths of a trunk and of its branches (message_tree.py); () for a conversation.
+    thinks: the last answer begins with thinking. shortened: the template leaves out a text, such as earlier thinking.
+    tree: the lengths of a trunk and of its branches (message_tree.py); () for an ordinary conversation.
     """
 
     ids: NDArray[np.int32]
@@ -70,8 +70,8 @@ class Encoder:
         self.bos_ids = full[: len(full) - len(bare)]
         if self.bos_ids and not isinstance(template, Template) and self._begins_with_bos(template):
             self.bos_ids = []
-        # SentencePiece-like tokenizers write a space before the first word of a text: text that continues a text is
-        # then tokenised behind a newline, which is cut off again.
+        # SentencePiece-like tokenizers put a space before the first word of a text: text that continues other text is
+        # therefore tokenised after a newline, which is then cut off.
         newline, inner = self._ids("\n"), self._ids("\na")
         self._anchor = newline if inner[: len(newline)] == newline and inner[len(newline) :] != bare else []
         after = list(tokenizer(self.end_token + "a", add_special_tokens=False)["input_ids"])[1:]
@@ -82,13 +82,13 @@ class Encoder:
         return first.special and self.tokenizer.convert_tokens_to_ids(first.text) == self.bos_ids[0]
 
     def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
-        """Write turns as pieces, to where the next answer begins if they end with a question."""
+        """Write turns as pieces; if they end with a question, up to where the answer begins."""
         if isinstance(self.template, Template):
             return pieces(turns, self.template, self.end_token)
         return self.template.pieces(turns)
 
     def _ids(self, text: str) -> list[int]:
-        """Tokenise a text by itself; short ones are kept, most of which a template or a benchmark writes every time."""
+        """Tokenise a text by itself; short ones, which templates and benchmarks mostly repeat, are cached."""
         ids = self._known.get(text)
         if ids is None:
             ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -122,14 +122,14 @@ class Encoder:
     def encode(self, turns: Sequence[Turn], max_length: int) -> Encoded:
         """Encode a conversation, cut at `max_length` tokens.
 
-        Raises: Rejected where the cut would tear an image, or nothing is left to learn.
+        Raises: Rejected if the cut would split an image, or leaves no supervised token.
         """
         ids, labels = self.piece_ids(self.pieces(turns))
         truncated = len(ids) > max_length
         if truncated and self.image_id in ids[max_length:]:
             raise Rejected("image_beyond_max_length")
         ids, labels = ids[:max_length], labels[:max_length]
-        # A label at position 0 has nothing before it to be predicted from.
+        # A label at position 0 has no position before it that could predict it.
         if not any(label != IGNORED for label in labels[1:]):
             raise Rejected("no_supervised_token")
         num_images, own = sum(turn.num_images for turn in turns), self.template

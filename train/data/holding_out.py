@@ -1,10 +1,10 @@
-"""A share of the samples held out for validation, by picture: no picture is learnt from and asked about.
+"""A share of the samples held out for validation, by picture: no picture is in both training and validation.
 
-A picture is known by its size in bytes and its first 8 KB, whatever it is called and in however many samples it stands;
-one that was coded anew counts as another. A sample of text alone is known by its conversation. Samples that share a
-picture, also through a third sample, go together: they are the connected components of samples and pictures
-(union-find, near O(samples)). Components are taken in an order drawn from `seed` and their content alone, each that
-still fits, until the share is full: the order of rows changes nothing. The ranks read their parts of the samples.
+A picture is identified by its size in bytes and its first 8 KB, whatever its name and however many samples use it; a
+re-encoded copy counts as another picture. A sample of text alone is identified by its conversation. Samples that share
+a picture, also through a third sample, stay together: they are the connected components of samples and pictures
+(union-find, near O(samples)). Components are visited in an order drawn from `seed` and their content alone, and each
+that still fits is taken until the share is full, so the order of rows does not matter. The ranks share the reading.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEAD = 8192  # bytes of a picture that are read
 
 
 class Pictures(torch.utils.data.Dataset[list[list[int]]]):
-    """Span number -> for each of its samples the pictures in it, as numbers of 64 bits."""
+    """Span number -> for each sample of the span its pictures, as 64-bit numbers."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -71,9 +71,9 @@ def _number(data: bytes) -> int:
 def hold_out(
     source: Source, measured: Measured, share: float, seed: int, runtime: Runtime
 ) -> tuple[Measured, Measured]:
-    """Part the usable samples: return those to learn from and those held out, the same in every rank.
+    """Split the usable samples: return those to train on and those held out, the same in every rank.
 
-    share: at most so many of them are held out.  Raises: UsageError where no group of samples is as small as that.
+    share: of the samples, at most this is held out.  Raises: UsageError if every group of samples is larger than that.
     """
     parts = spread(Pictures(source), spare_workers(), runtime)
     pictures, usable = [own for part in parts for own in part], measured.usable
@@ -86,7 +86,7 @@ def hold_out(
 
 
 def only(measured: Measured, indices: NDArray[np.int64]) -> Measured:
-    """Return the same with the lengths and labels of all other samples 0."""
+    """Return a copy in which the lengths and labels of all other samples are 0."""
     kept = np.isin(np.arange(len(measured.lengths)), indices)
     columns = {name: getattr(measured, name) * kept for name in ("lengths", "supervised", "images")}
     return dataclasses.replace(measured, **columns)

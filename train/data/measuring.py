@@ -1,11 +1,11 @@
 """Encode every sample once before the first step, without decoding images: its length, and whether it can be used.
 
-The ranks share the work, in spans of 2,048 samples. What they find is kept beside the runs, so that a second run on the
-same data, a resumed one and one with other options read it back:
+The ranks share the work, in spans of 2,048 samples. The result is stored beside the runs, so that a second run on the
+same data, a resumed run, or one with other options can read it back:
 
-    RUN/../.measured/{digest}.npz    12 bytes a sample; the newest eight stay
+    RUN/../.measured/{digest}.npz    12 bytes per sample; the newest eight are kept
 
-The digest is of all that a length depends on: the data's digests, the tokenizer and its chat template, the template,
+The digest covers all that a length depends on: the data's digests, the tokenizer and its chat template, the template,
 the image tokens, the cut at max_length, and the code that reads and encodes.
 """
 
@@ -66,7 +66,7 @@ class Spans(torch.utils.data.Dataset[Measured]):
 def measure(
     source: Source, encoder: Encoder, max_length: int, workers: int = 0, runtime: Runtime | None = None
 ) -> Measured:
-    """Measure all samples, in worker processes where there are many, and shared among the ranks of a runtime."""
+    """Measure all samples, in worker processes if there are many, and shared among the ranks of a runtime."""
     parts = spread(Spans(source, encoder, max_length), workers, runtime)
     lengths, supervised, images = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("lengths", "supervised", "images")
@@ -77,7 +77,7 @@ def measure(
 
 
 def spread(spans: Any, workers: int, runtime: Runtime | None) -> list[Any]:
-    """Return what a dataset gives for each number, worked out by the ranks in turn; a collective."""
+    """Return all items of a dataset, computed by the ranks in turn; a collective."""
     rank, world = (runtime.rank, runtime.world) if runtime is not None else (0, 1)
     own = list(load(spans, range(rank, len(spans), world), workers if len(spans) > 1 else 0, False))
     everyone = runtime.gather(own) if runtime is not None else [own]
@@ -85,7 +85,7 @@ def spread(spans: Any, workers: int, runtime: Runtime | None) -> list[Any]:
 
 
 def spare_workers() -> int:
-    """Return how many worker processes this rank may start before training; 0 where there is one core for it."""
+    """Return how many worker processes this rank may start before training; 0 if it has only one core."""
     workers = min(16, cores_of_a_rank())
     return workers if workers > 1 else 0
 
@@ -93,9 +93,9 @@ def spare_workers() -> int:
 def measure_once(
     source: Source, encoder: Encoder, max_length: int, folder: Path, runtime: Runtime, data_digest: str
 ) -> Measured:
-    """Measure all samples, or read what `folder` keeps of them; the same in every rank.
+    """Measure all samples, or read the stored result from `folder`; the same in every rank.
 
-    data_digest: of the data and its images, as the first rank knows them.
+    data_digest: the digest of the data and its images that the first rank computed.
     """
     path = folder / f"{_digest(encoder, max_length, runtime.broadcast(data_digest))}.npz"
     found: Measured | None = runtime.first(lambda: _read(path, len(source)))
@@ -118,7 +118,7 @@ def _digest(encoder: Encoder, max_length: int, data_digest: str) -> str:
 
 
 def _keep(measured: Measured, path: Path) -> None:
-    """Write what was measured and delete all but the newest; where that cannot be, the next run measures again."""
+    """Store what was measured and delete all but the newest files; if that fails, the next run measures again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(measured, path)

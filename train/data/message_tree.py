@@ -1,17 +1,18 @@
 """Several questions about one picture, each learnt as if it were asked alone: a message tree.
 
-Data of visual questions has many a picture, and the published mixes join them to one conversation, so that the picture
-is read once. But then each question is learnt behind the answers to those before it, which tell much of what the
-picture shows, and a benchmark asks one at a time. A tree has both: what all questions begin with, the picture among it,
-is the trunk, and each question with its answer a branch. A position sees the trunk and its own branch alone:
+Sets of visual questions have many questions per picture, and the published mixes join them into one conversation, so
+that the picture is read once. But then each question is learnt after the answers to those before it, which reveal much
+of what the picture shows, while a benchmark asks one question at a time. A tree gives both: what all questions begin
+with, including the picture, is the trunk, and each question with its answer is a branch. A position sees only the trunk
+and its own branch:
 
     ids          trunk       branch 1          branch 2
     positions    0 ... t-1   t, t+1, ...       t, t+1, ...
 
-so that losses and gradients are those of the questions as samples of their own, at the tokens of one conversation.
-(attention.py shows each branch what it may see.) Conversations that go on from what was said before must stay whole.
+so that losses and gradients equal those of the questions as separate samples, for the number of tokens of one
+conversation. (attention.py restricts what each branch sees.) Dialogues that build on earlier answers must stay whole.
 
-Source: Molmo (arXiv 2409.17146) trains the annotations of a picture that way; Molmo2 names it so.
+Source: Molmo (arXiv 2409.17146) trains the annotations of a picture this way; the name is from Molmo2.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from train.config import Trees
 from train.data.encoder import IGNORED, Encoded, Encoder
 from train.data.prompts import Rejected, Turn
 
-WORDS = 5  # of a short answer, at most: a word, a phrase, a name, a box; not the sentence that a dialogue goes on from
+WORDS = 5  # of a short answer, at most: a word, a phrase, a name, a box; not a sentence that a dialogue builds on
 
 
 def questions(turns: Sequence[Turn], kind: Trees) -> list[list[Turn]]:
-    """Return the conversation of each question alone, the pictures first; none where they must stay together.
+    """Return one conversation per question, the pictures first; none if the questions must stay together.
 
-    They must where there is one question, where not all pictures are shown with the first, or in the midst of its text,
-    where an answer is missing, and, of kind "short", where one has more than `WORDS` words.
+    They must if there is only one, if not all pictures come with the first, or some stand in the middle of its text, if
+    an answer is missing and, for kind "short", if an answer has more than `WORDS` words.
     """
     system = [turn for turn in turns if turn.role == "system"]
     asked, answered = turns[len(system) :: 2], turns[len(system) + 1 :: 2]
@@ -49,7 +50,7 @@ def questions(turns: Sequence[Turn], kind: Trees) -> list[list[Turn]]:
 
 
 def encode_tree(encoder: Encoder, turns: Sequence[Turn], max_length: int) -> Encoded | None:
-    """Encode a conversation as a tree, cut at `max_length` tokens; None where it is none."""
+    """Encode a conversation as a tree, cut at `max_length` tokens; None if it cannot be one."""
     conversations = questions(turns, encoder.trees)
     if not conversations:
         return None
@@ -58,7 +59,7 @@ def encode_tree(encoder: Encoder, turns: Sequence[Turn], max_length: int) -> Enc
     except Rejected:  # a question that is longer than max_length by itself
         return None
     trunk = len(os.path.commonprefix([one.ids.tolist() for one in alone]))
-    # What predicts a branch's first label must lie in the branch: the trunk has one successor in a row.
+    # The position that predicts a branch's first label must lie in the branch: in the row, the trunk has one successor.
     trunk = min(trunk, *(int(np.argmax(one.labels != IGNORED)) - 1 for one in alone))
     if any(encoder.image_id in one.ids[trunk:] for one in alone):
         return None
@@ -92,7 +93,7 @@ def positions(length: int, tree: Sequence[int]) -> NDArray[np.int64]:
 
 
 def squares(length: int, tree: Sequence[int]) -> int:
-    """Return what attention costs: the squared length, and of a tree the squared trunk and what each branch adds."""
+    """Return the cost of attention: the squared length or, for a tree, the squared trunk and what each branch adds."""
     if not tree:
         return length**2
     trunk, *branches = tree

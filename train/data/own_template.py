@@ -1,17 +1,17 @@
 """A language model's own chat template (`template = "chat"`), taken apart into pieces with labels.
 
-The Jinja text is rendered with a mark in the place of each text and image of a sample, so that no text can turn into a
-token. What stands between the marks are the template's own words and special tokens. They depend on a conversation's
-shape alone (its roles, and where texts, images and thinking stand), so that each shape is rendered once.
+The Jinja text is rendered with a mark in place of each text and image of a sample, so that no text can turn into a
+special token. Between the marks stand the template's own words and special tokens. They depend only on a conversation's
+shape (its roles, and where texts, images and thinking stand), so each shape is rendered once.
 
-Learnt is what the model must write itself. Answer k begins where its rendering leaves the prompt that serving writes
-(the turns before it, with `add_generation_prompt`), compared from the last text before the answer on, since templates
-write earlier turns otherwise once another follows. It ends with the first special token behind it. Where a template
-marks what is generated (`{% generation %}`), nothing outside of these marks is learnt.
+Supervised is what the model must write itself. Answer k begins where its rendering departs from the prompt that serving
+writes (the turns before it, with `add_generation_prompt`). The two are compared from the last text before the answer
+on, since templates write earlier turns differently once another turn follows. The answer ends with the first special
+token after it. If a template marks what is generated (`{% generation %}`), nothing outside these marks is supervised.
 
-`<think>…</think>` at the head of an answer goes through the template, which may leave it out of earlier answers; such
-samples are counted. A system text that a template refuses or drops is written before the first question. The date that
-a template asks for is a fixed one: the same request gives the same tokens on any day.
+`<think>…</think>` at the start of an answer is passed to the template, which may leave it out of earlier answers; such
+samples are counted. A system text that a template refuses or drops is written before the first question. Templates that
+ask for the date get a fixed one, so that the same request gives the same tokens on any day.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from train.errors import UsageError
 
 DATE = datetime.date(2024, 7, 26)  # what Llama 3's template writes where it has no clock
 SHAPES = 4096  # layouts kept at a time
-Shape = tuple[tuple[str, str, bool], ...]  # of each message its role, its content with marks, and whether it is learnt
-Layout = list[tuple[int | Piece, bool]]  # a mark's number or the template's own words; whether it is learnt
+Shape = tuple[tuple[str, str, bool], ...]  # per message: its role, its content with marks, whether it is learnt
+Layout = list[tuple[int | Piece, bool]]  # a mark's number or the template's own words; whether it is supervised
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _OPENED, _CLOSED = "<think>", "</think>"
 _CLOCK = re.compile(r"""strftime_now\(\s*(['"])([^'"]*)\1\s*\)""")
@@ -38,9 +38,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _thought(text: str) -> tuple[str, str, str, str] | None:
-    """Cut a text that begins with thinking: its opening, the thought, its end, and the answer; with the spaces between.
+    """Split a text that begins with thinking into its opening, the thought, its end, and the answer, spaces included.
 
-    In linear time, which an expression with spaces around anything is not.
+    Takes linear time, unlike a regular expression with optional spaces around each part.
     """
     end = text.find(_CLOSED, len(_OPENED))
     if not text.startswith(_OPENED) or end < 0:
@@ -52,14 +52,14 @@ def _thought(text: str) -> tuple[str, str, str, str] | None:
 
 @dataclass(frozen=True)
 class OwnTemplate:
-    """A chat template: its Jinja text, the special tokens it may name and may write, and what was found of it."""
+    """A chat template: its Jinja text, the special tokens it may name and may write, and what was inferred from it."""
 
     source: str
     tokens: Mapping[str, str]  # bos_token, eos_token, …
-    specials: str  # an expression that finds special tokens, with the spaces that they swallow
+    specials: str  # a regular expression that finds special tokens, with the spaces that they absorb
     end: str = ""  # the special token that ends answers
     folds_system: bool = False
-    thinks: bool = False  # what the export does where a request does not say (enable_thinking)
+    thinks: bool = False  # the export's default for enable_thinking
     name: str = OWN
     _layouts: dict[tuple[Shape, bool], Layout] = field(default_factory=dict, compare=False, repr=False)
 
@@ -69,9 +69,9 @@ class OwnTemplate:
         return "</think>" in self.source
 
     def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
-        """Write turns as pieces, to where the next answer begins if they end with a question.
+        """Write turns as pieces; if they end with a question, up to where the answer begins.
 
-        Raises: Rejected where the template refuses them or leaves an answer out.
+        Raises: Rejected if the template refuses them or leaves an answer out.
         """
         shape, texts = self._shape(turns)
         out: list[Piece] = []
@@ -93,12 +93,12 @@ class OwnTemplate:
         return self.knows_thinking and bool(said) and bool((found := _thought(said[-1])) and found[1])
 
     def leaves_out(self, turns: Sequence[Turn]) -> bool:
-        """Whether a text of the turns, such as the thinking of an earlier answer, does not stand in their rendering."""
+        """Whether their rendering leaves out a text of the turns, such as the thinking of an earlier answer."""
         shape, texts = self._shape(turns)
         return len(texts) > sum(isinstance(item, int) for item, _ in self._layout(shape, self.thinking(turns)))
 
     def is_plain(self, turns: Sequence[Turn]) -> bool:
-        """Whether the template, given the turns as text, finds thinking where it is looked for here and only there."""
+        """Whether the template, given the turns as text, finds thinking in the same places as this class."""
         if not self.knows_thinking:
             return True
         answers = [turn.text for turn in turns if turn.role == "assistant"]
@@ -107,7 +107,7 @@ class OwnTemplate:
         return not any("think>" in text for text in rest)
 
     def _shape(self, turns: Sequence[Turn]) -> tuple[Shape, list[str | None]]:
-        """Put marks in the place of texts; return the shape and the texts (None: an image) by mark."""
+        """Put marks in place of texts; return the shape, and the texts (None: an image) by mark."""
         texts: list[str | None] = []
 
         def mark(text: str | None) -> str:
@@ -171,7 +171,7 @@ class OwnTemplate:
         return layout
 
     def _span(self, shape: Shape, number: int, text: str, thinking: bool) -> tuple[int, int]:
-        """Return where the answer of a message begins in a rendering, and where the token that ends it does."""
+        """Return where the answer of a message begins in a rendering, and where the token that ends it begins."""
         marks = [text.find(match[0]) for match in _MARK.finditer(shape[number][1])]
         shown = [at for at in marks if at >= 0]
         if marks[-1] < 0 or shown != sorted(shown):
@@ -224,8 +224,8 @@ def _mark(number: int) -> str:
 def read_own_template(tokenizer: Any) -> OwnTemplate:
     """Read a tokenizer's chat template and find how it ends answers and what it does with a system text.
 
-    Raises: UsageError where it has none, or where two rounds of question and answer do not stand in it in order, each
-    answer ended by the same special token.
+    Raises: UsageError if it has none, or if it does not render two rounds of question and answer in order, each answer
+    ended by the same special token.
     """
     name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
     other = 'name another with model.template, for example "vicuna"'
@@ -262,7 +262,7 @@ def _takes_system(template: OwnTemplate, rounds: Sequence[Turn]) -> bool:
 
 
 def _special_tokens(tokenizer: Any) -> str:
-    """Return an expression that matches a tokenizer's special tokens, the longest first."""
+    """Return a regular expression that matches a tokenizer's special tokens, the longest first."""
     tokens = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
     found = []
     for text in sorted(tokens, key=len, reverse=True):

@@ -4,8 +4,8 @@ A conversation in LLaVA's form ({"from", "value"} turns, `<image>` in human turn
 writes turns as pieces, which encoder.py turns into token ids and labels. Text of a sample can never become a special
 token: only a template writes those. Supervised are the answers and the token that ends them.
 
-The Jinja template of chat.py renders the same strings; tests hold the two together, token by token. A language model's
-own chat template is taken apart into the same pieces by own_template.py.
+The Jinja template of chat.py renders the same strings; tests compare the two token by token. A language model's own
+chat template is split into the same pieces by own_template.py.
 Sources: LLaVA conversation.py (v1, plain), Bunny conversation.py (bunny, phi3, minicpm, llama), LLaVA-Gemma (gemma).
 """
 
@@ -40,9 +40,9 @@ class Template:
     end_user: str = ""  # a special token after each user turn
     start_assistant: str = ""  # a special token before each answer
     assistant: str = " ASSISTANT:"
-    bare_assistant: str | None = None  # in its place where the user turn has no text
+    bare_assistant: str | None = None  # replaces `assistant` if the user turn has no text
     end: str = ""
-    end_text: str = ""  # text that ends an answer in the token's place
+    end_text: str = ""  # text that ends an answer instead of a token
     after_end: str = ""  # text after the end of an answer, supervised with it
     question: Literal["inline", "after_images", "dropped"] = "inline"
     fold_system: bool = False  # no system turn of its own: written before the first question
@@ -98,7 +98,7 @@ def get_template(name: str) -> Template:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: its role and its parts in order; None stands for an image. learnt: an answer that is not only given."""
+    """One turn: its role and its parts in order; None stands for an image. learnt: whether an answer is trained on."""
 
     role: str
     parts: tuple[str | None, ...]
@@ -116,15 +116,15 @@ class Turn:
 
 
 class Rejected(Exception):
-    """A sample cannot be trained on; the text is the reason under which it is counted."""
+    """A sample cannot be trained on; the text is the reason that it is counted under."""
 
 
 def parse(conversations: Any, num_images: int) -> list[Turn]:
     """Turn a LLaVA conversation into alternating user and assistant turns, a system turn first where there is one.
 
-    Turns of one role in a row are joined, an answer before the first question and a question after the last answer are
-    dropped. An answer whose `loss` (ms-swift) or `weight` (OpenAI) is false or 0 is not learnt. Images stay where
-    the human put them; where nobody did, they come first. Without images, and in answers, `<image>` is plain text.
+    Consecutive turns of one role are joined; an answer before the first question and a question after the last answer
+    are dropped. An answer whose `loss` (ms-swift) or `weight` (OpenAI) is false or 0 is not learnt. Images stay where
+    the human turns place them; otherwise they come first. Without images, and in answers, `<image>` is plain text.
     Raises: Rejected.
     """
     if not isinstance(conversations, list) or not conversations:
@@ -166,7 +166,7 @@ def parse_turn(entry: Any, has_images: bool) -> tuple[str, tuple[str | None, ...
         raise Rejected("bad_turn")
     try:
         value.encode()
-    except UnicodeEncodeError:  # half a character, which JSON can write and no tokenizer reads
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold but no tokenizer reads
         raise Rejected("bad_utf8") from None
     if role != "user" or not has_images:
         return role, (value.strip(),) if value.strip() else ()
@@ -202,7 +202,7 @@ def pieces(turns: Sequence[Turn], template: Template, eos: str) -> list[Piece]:
             folded = ""
             continue
         answer = turn.text
-        supervised = bool(answer) and turn.learnt  # an empty answer would only teach to be silent
+        supervised = bool(answer) and turn.learnt  # an empty answer would only teach the model to stop
         add_special(out, template.start_assistant)
         add_text(out, prefix + in_prompt)
         add_text(out, answer if in_prompt or not answer else template.lead + answer, supervised)

@@ -13,12 +13,12 @@ from pipelines.samples import MAX_MEMBER_BYTES
 from train.data.prompts import Rejected, parse
 
 MAX_OPEN_FILES = 64
-FULL = (errno.EMFILE, errno.ENFILE)  # no further file may be opened (`ulimit -n`), which is no sample's fault
+FULL = (errno.EMFILE, errno.ENFILE)  # too many open files (`ulimit -n`), which is not the sample's fault
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample as read: its images are locations that the same source can open."""
+    """One sample as read; its images are given as locations that the same source can open."""
 
     key: str
     conversations: Any
@@ -34,7 +34,7 @@ class Files:
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """Return exactly `size` bytes.  Raises: Rejected: unreadable, or too_large (over `MAX_MEMBER_BYTES`)."""
-        if size > MAX_MEMBER_BYTES:  # a file may be said to hold far more than memory does
+        if size > MAX_MEMBER_BYTES:  # a header may claim far more bytes than fit in memory
             raise Rejected("too_large")
         try:
             if path not in self._open:
@@ -51,7 +51,7 @@ class Files:
         return data
 
     def _opened(self, path: str) -> int:
-        """Open a file; where the process may open no further one, others are closed."""
+        """Open a file; if the process has too many open, close others first."""
         while True:
             try:
                 return os.open(path, os.O_RDONLY)
@@ -64,7 +64,7 @@ class Files:
         return {"_open": {}}
 
 
-# Faults of records under the names by which samples are counted; others become names as they are.
+# Faults of records, and the reasons that samples with them are counted under; other faults are their own reason.
 REASONS = {
     "not a JSON object": "bad_json",
     "no list of turns": "no_conversation",
@@ -80,7 +80,7 @@ REASONS = {
 
 
 def rejection(fields: dict[str, Any], fault: str, num_images: int) -> Rejected:
-    """Name what is wrong with a record; of LLaVA's form as `parse` names it, where that refuses it too."""
+    """Name what is wrong with a record; for LLaVA's form with the reason of `parse`, if that refuses it too."""
     try:
         if isinstance(fields.get("conversations"), list):
             parse(fields["conversations"], num_images)
@@ -90,5 +90,5 @@ def rejection(fields: dict[str, Any], fault: str, num_images: int) -> Rejected:
 
 
 def text_of(value: Any) -> str:
-    """Write a value as text that any file can hold: JSON may have halves of characters."""
+    """Write a value as text that any file can hold: JSON may contain halves of surrogate pairs."""
     return str(value).encode(errors="replace").decode()

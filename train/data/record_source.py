@@ -1,7 +1,7 @@
-"""Records of instruction data in a file: a JSON, JSON lines, or parquet; pictures in a folder, or in the records.
+"""Records of instruction data in a file (JSON, JSON lines or parquet), with pictures in a folder or in the records.
 
-Of a JSON only the places of its records are kept in memory. Parquet is read once, into an uncompressed Arrow file in
-the folder for temporary files, of which any process reads single rows; it takes as much space there as it holds.
+For JSON, only the positions of the records are kept in memory. Parquet is converted once to an uncompressed Arrow file
+in the folder for temporary files, from which any process reads single rows; it takes the space of the unpacked data.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from train.data.prompts import Rejected
 from train.data.reading import REASONS, Files, Record, rejection, text_of
 from train.errors import UsageError
 
-ROWS = 64  # of parquet, in memory at a time
+ROWS = 64  # parquet rows in memory at a time
 
 
 class JsonRows:
-    """The records of a JSON or JSON-lines file, found by where they stand."""
+    """The records of a JSON or JSON-lines file, read by their position in it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.files = str(path), Files()
@@ -65,7 +65,7 @@ class JsonRows:
 
 
 class TableRows:
-    """The rows of parquet files of one schema.  Raises: UsageError where they are not."""
+    """The rows of parquet files that share a schema.  Raises: UsageError if they do not."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         import pyarrow as pa
@@ -106,10 +106,11 @@ class TableRows:
 
 
 class RecordSource:
-    """Records of any form that pipelines/records.py reads, from a JSON or a table; images in a folder, or inside.
+    """Records of any form that pipelines/records.py reads, from a JSON or a table, with images in a folder or inside.
 
-    images_digest: of the images that the records name, in their order, name and size, so that a copy counts as the
-    same. A picture replaced by one of as many bytes goes unnoticed; to read them all would take as long as an epoch.
+    images_digest: digest of the names and sizes of the records' images, in their order, so that a copy of the folder
+    counts as the same. An image replaced by one of equal size goes unnoticed; reading all would take as long as an
+    epoch.
     """
 
     def __init__(self, path: Path, rows: JsonRows | TableRows, images: Path | None, *, digest: bool = False) -> None:
@@ -123,13 +124,13 @@ class RecordSource:
         return len(self.rows)
 
     def record(self, index: int) -> Record:
-        """Read one record and look whether its images exist.  Raises: Rejected."""
+        """Read one record and check that its images exist.  Raises: Rejected."""
         fields = self.rows.fields(index)
         reading = records.read(fields, f"#{index}")
         if reading.record is None:
             named = record_forms.as_list(fields.get("image"))
             if reading.fault in REASONS or reading.fault == records.NO_NAME:
-                for name in named:  # an image's fault is told before the conversation's; bytes lie nowhere
+                for name in named:  # an image's fault is reported before the turns'; embedded bytes have no path
                     if not (isinstance(name, bytes) or (isinstance(name, dict) and name.get("bytes"))):
                         self._locate(name)
             raise rejection(fields, reading.fault, len(named))
@@ -142,7 +143,7 @@ class RecordSource:
         return f"{self.path.name}/{self.key(index)}"
 
     def key(self, index: int) -> str:
-        """Return the record's id, or #row where there is none."""
+        """Return the record's id, or #row if it has none."""
         try:
             return text_of(self.rows.fields(index).get("id", f"#{index}"))
         except Rejected:
@@ -162,7 +163,7 @@ class RecordSource:
         if self.images is None:
             raise Rejected("no_image_folder")
         found = _stat(self.images.joinpath(*parts))
-        if found is None and "\\" in image:  # as Windows writes it
+        if found is None and "\\" in image:  # a Windows path
             return self._locate(image.replace("\\", "/"))
         if found is None:
             raise Rejected("missing_image")

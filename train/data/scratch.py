@@ -1,6 +1,6 @@
-"""A folder for what must be unpacked before it can be read at any place; it is deleted when the process ends.
+"""A folder for files that must be unpacked for random access; it is deleted when the process ends.
 
-Of a run's ranks one unpacks for those of its machine: all end together, behind a barrier.
+One rank unpacks for all ranks of its machine: they all end together, after a barrier.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def folder() -> Path:
 
 
 def clear() -> None:
-    """Delete the folder now, for a process that ends without what it has registered for its end."""
+    """Delete the folder now, for a process that ends without running its exit handlers."""
     if folder.cache_info().currsize:
         shutil.rmtree(folder(), ignore_errors=True)
 
@@ -40,10 +40,9 @@ def fresh(suffix: str) -> Path:
 
 
 def unpacked(path: Path) -> tuple[Path, str]:
-    """Return an unpacked copy of what gzip packed, any other file as it is, and what is wrong with it, or "".
+    """Return an unpacked copy of a gzip file, or any other file as it is; and what is wrong with it, or "".
 
-    Of a torn one the copy is what stands before the damage.  Raises: UsageError where it unpacks to far more than its
-    size.
+    The copy of a torn file ends at the damage.  Raises: UsageError if it unpacks to far more than its size.
     """
     with path.open("rb") as file:
         if file.read(len(GZIP)) != GZIP:

@@ -3,8 +3,8 @@
 Tar shards (`DIR/*.tar`, as `curate emit` and `curate mix` write them): tar_source.py. JSON and parquet: records of any
 form that `curate mix` reads, through the same readers (pipelines/records.py, record_files.py): record_source.py.
 
-A sample that cannot be used is a reason and a count, never a crash: `measure` finds all but broken pixels before the
-first step, and `check_bad` stops the run, with three examples, when they are more than a few.
+A sample that cannot be used is skipped and counted by reason, never a crash: `measure` finds all but broken pixels
+before the first step, and `check_bad` stops the run, with three examples, if there are more than a few.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from train.dist import Runtime
 from train.errors import DataError, UsageError
 from train.folder import refuse_half, shards_in
 
-FEW = 3  # so many bad samples never stop a run
+FEW = 3  # this many bad samples never stop a run, unless they are half of all
 log = logging.getLogger("train")
 
-Source = TarSource | RecordSource  # what training needs of samples; picklable, for worker processes
+Source = TarSource | RecordSource  # where training reads samples from; picklable, for worker processes
 
 
 def open_source(
@@ -41,8 +41,8 @@ def open_source(
 ) -> Source:
     """Open a folder of shards, one shard, or records in a JSON or parquet file (or a folder of parquet files).
 
-    digest: identify the images of records too, which looks at every one of them.  runtime: of a run whose ranks all
-    open it; they share what must be read and unpacked first.
+    digest: also digest the images of records, which looks up every one of them.  runtime: that of a run whose ranks all
+    open the data; they share the reading and unpacking.
     Raises: UsageError that says what was found instead.
     """
     path = Path(data)
@@ -51,7 +51,7 @@ def open_source(
     refuse_half(path if path.is_dir() else path.parent)
     shards, passed = shards_in(path)
     tables = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
-    is_json = path.is_file() and not shards and not tables  # whatever it is called
+    is_json = path.is_file() and not shards and not tables  # whatever its suffix
     if images and (shards or not (tables or is_json)):
         raise UsageError(f"--images {images} is for JSON or parquet only; shards hold their own images (--data {data})")
     source: Source
@@ -81,7 +81,7 @@ def open_source(
 
 
 def _instead(folder: Path) -> str:
-    """Say what of a folder without shards may have been meant: its largest JSON, else a folder in it with data."""
+    """Suggest what was meant by a folder without shards: its largest JSON, else a folder in it with data."""
     lists = [path for path in folder.iterdir() if path.suffix in (".json", ".jsonl") and path.is_file()]
     deeper = (path.parent for end in ("tar", "parquet") for path in sorted(folder.glob(f"*/*.{end}")))
     meant = max(lists, key=lambda path: path.stat().st_size) if lists else next(deeper, None)
@@ -89,14 +89,14 @@ def _instead(folder: Path) -> str:
 
 
 def losses(source: Source, reasons: dict[int, str]) -> list[str]:
-    """Word what of a source is not used: samples by reason with an example, and what was passed over."""
+    """List what of a source is not used: samples by reason with an example, and what was passed over."""
     first = {reason: index for index, reason in sorted(reasons.items(), reverse=True)}
     counts = Counter(reasons.values()).most_common()
     return [f"{count:,} × {reason} (e.g. {source.name(first[reason])})" for reason, count in counts] + source.notes
 
 
 def decode_image(data: bytes) -> Any:
-    """Decode to an RGB PIL image, deep and transparent ones made visible.  Raises: Rejected (bad_image, huge_image)."""
+    """Decode to an RGB PIL image; converts deep and transparent ones.  Raises: Rejected (bad_image, huge_image)."""
     from PIL import Image
 
     def decode(data: bytes) -> Any:
@@ -108,11 +108,11 @@ def decode_image(data: bytes) -> Any:
     try:
         try:
             return decode(data)
-        except ValueError:  # of notes that are too long, among others
+        except ValueError:  # e.g. for text chunks that are too long
             return decode(without_notes(data))
     except Rejected:
         raise
-    except Exception:  # decoders answer hostile bytes with nearly every exception there is
+    except Exception:  # decoders raise almost any exception on hostile bytes
         raise Rejected("bad_image") from None
 
 
@@ -142,13 +142,13 @@ class Measured:
     num_truncated: int
     reasons: dict[int, str]  # sample index -> why it is skipped
     num_thinking: int = 0  # samples whose last answer begins with thinking that the template knows
-    num_shortened: int = 0  # samples of which the template leaves a text out
+    num_shortened: int = 0  # samples from which the template leaves out a text
     num_unread: int = 0  # samples that lose a turn (`loses_turns`)
     num_trees: int = 0  # samples that are message trees
 
     @property
     def lost_turns(self) -> list[str]:
-        """Say how many samples lose turns, in a line; none where none does."""
+        """Return a line that says how many samples lose turns; no line if none does."""
         what = "an answer before any question, a question without an answer, or a system text in mid-conversation"
         return [f"turns of {self.num_unread:,} samples: {what}"] if self.num_unread else []
 
@@ -159,7 +159,7 @@ class Measured:
 
 
 def check_bad(source: Source, reasons: dict[int, str], max_share: float) -> None:
-    """Stop when more than `max_share` of the samples cannot be used, and they are more than a few or half; or all are.
+    """Stop if more than `max_share` of the samples cannot be used, and they are more than FEW or half of all; or all.
 
     Raises: DataError with counts by reason and three examples.
     """

@@ -1,13 +1,13 @@
 """Where the members of a tar file lie, read from its headers, a thousand at a time.
 
-A tar is a chain of 512-byte headers, each followed by its member's bytes, padded to 512: the next header stands at
-`offset + 512 + ceil(size / 512) * 512`. So the chain is followed by each header's size alone, and names, kinds and
-checksums are then checked for all headers of the file at once, in arrays. What this does not know (long names, links,
-sizes in base 256, a damaged header) is read by `pipelines/tar_headers.py` from the start instead: same members, slower.
+A tar is a chain of 512-byte headers, each followed by its member's bytes, padded to 512: the next header is at
+`offset + 512 + ceil(size / 512) * 512`. So the sizes alone are enough to follow the chain; names, kinds and checksums
+are then checked for all headers of the file at once, in arrays. A tar with anything else (long names, links, sizes in
+base 256, a damaged header) is read by `pipelines/tar_headers.py` from the start instead: same members, slower.
 
-Archives that follow each other in one file are read one after the other, and said; so is what is passed over.
+Archives that follow each other in one file are all read, and reported, as is what is passed over.
 
-Cost: about 1 µs a member, where tarfile takes 20.  Source of the format: POSIX.1-2001, pax interchange format.
+Cost: about 1 µs per member, where tarfile takes 20.  Source of the format: POSIX.1-2001, pax interchange format.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Member = tuple[str, int, int]  # name, offset of its bytes, their number
 
 
 def index_tar(path: Path) -> tuple[list[Member], str]:
-    """Return the regular members of a tar in their order, and what is odd of it in words, or "".
+    """Return the regular members of a tar in their order, and what is odd about it in words, or "".
 
-    It may be torn, or several archives in one file.
+    It may be torn, or hold several archives in one file.
     """
     found = _index_plain(path)
     return (found, "") if found is not None else _index_any(path)
@@ -79,17 +79,17 @@ def _follow(data: mmap.mmap) -> tuple[list[int], list[int]] | None:
                 return None
             return (offsets, sizes) if _after_zeros(data, at) + BLOCK > end else None
         digits = data[at + SIZE.start : at + SIZE.stop].rstrip(b"\0 ")
-        if not digits.isdigit():  # int() takes a sign, too, by which the chain would lead back
+        if not digits.isdigit():  # int() also accepts a sign, and a negative size would lead backwards
             return None
         size = int(digits, 8)
         offsets.append(at)
         sizes.append(size)
         at += BLOCK + -(-size // BLOCK) * BLOCK
-    return None  # no empty block ends it
+    return None  # no empty block at its end
 
 
 def _after_zeros(data: mmap.mmap, at: int) -> int:
-    """Return where the first block stands that is not empty, from `at` on, or the end."""
+    """Return the offset of the first block that is not empty, from `at` on, or the end."""
     while at < len(data):
         found = np.flatnonzero(np.frombuffer(data[at : at + CHUNK], np.uint8))
         if len(found):
@@ -99,7 +99,7 @@ def _after_zeros(data: mmap.mmap, at: int) -> int:
 
 
 def _members(data: mmap.mmap, headers: np.ndarray, offsets: Sequence[int], sizes: Sequence[int]) -> list[Member] | None:
-    if len(headers) and headers[-1, KIND] == EXTENDED:  # what it tells of is missing
+    if len(headers) and headers[-1, KIND] == EXTENDED:  # the member that it describes is missing
         return None
     stated = headers[:, CHECKSUM]
     # The sum of a header's bytes counts the eight of the checksum itself as spaces.
@@ -116,9 +116,9 @@ def _members(data: mmap.mmap, headers: np.ndarray, offsets: Sequence[int], sizes
                 return None
         elif kind in REGULAR:
             name = raw[:100].split(b"\0", 1)[0]
-            prefix = raw[PREFIX].split(b"\0", 1)[0] if raw[MAGIC] == b"ustar\0" else b""  # GNU has times there
+            prefix = raw[PREFIX].split(b"\0", 1)[0] if raw[MAGIC] == b"ustar\0" else b""  # GNU tar stores times there
             whole = b"/".join(part for part in (prefix, name) if part).decode(errors="replace")
-            if not whole.endswith("/"):  # as tarfile reads them, a folder of the oldest format
+            if not whole.endswith("/"):  # in the oldest format that is a folder, as tarfile reads it
                 found.append((whole, offset + BLOCK, size))
         elif kind != FOLDER or size:
             return None
@@ -126,7 +126,7 @@ def _members(data: mmap.mmap, headers: np.ndarray, offsets: Sequence[int], sizes
 
 
 class Keys(Sequence[str]):
-    """Strings side by side in one array of UTF-8, 8 bytes each besides their own; a list takes some 60."""
+    """Strings in one UTF-8 array, with 8 bytes of overhead each, where a list of them takes some 60."""
 
     def __init__(self, parts: Iterable[Sequence[str]]) -> None:
         texts, lengths = [], [np.zeros(1, np.int64)]

@@ -1,6 +1,6 @@
-"""Samples of tar shards (`key.jpg|png|webp|…`, of several `key.0.jpg`, `key.1.jpg`, …, `key.json`, `key.txt`).
+"""Samples of tar shards: `key.jpg|png|webp|…` (several images: `key.0.jpg`, `key.1.jpg`, …), `key.json`, `key.txt`.
 
-Only offsets are kept in memory, about 100 bytes a sample; members are read where they lie, by any process.
+Only offsets are kept in memory, about 100 bytes per sample; any process reads members directly from the shard.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ log = logging.getLogger("train")
 
 
 class TarSource:
-    """Samples in tar shards, in shard and tar order; what is packed by gzip is unpacked first.
+    """Samples in tar shards, in shard and tar order; gzipped shards are unpacked first.
 
-    notes: what of the shards could not be read, or was passed over beside them, in words.
+    notes: what could not be read in the shards, or was passed over beside them, in words.
     """
 
     images_digest = ""  # images lie in the shards
 
     def __init__(self, shards: Sequence[Path], passed: Sequence[str] = (), runtime: Runtime | None = None) -> None:
-        """Unpack and look at every shard; of a run's ranks each does its share, for all of them (a collective)."""
+        """Unpack and scan every shard; each rank of a run does a share of them, for all ranks (a collective)."""
         self.files, self.shards, self.notes = Files(), list(shards), list(passed)
         unpacked = _unpacked(shards, runtime)
         self.plain = [place for place, _ in unpacked]
@@ -100,7 +100,7 @@ class TarSource:
 def _unpacked(shards: Sequence[Path], runtime: Runtime | None) -> list[tuple[str, str]]:
     """Return where each shard can be read, and how it is torn, or "".
 
-    The ranks of one machine share the unpacking, and what it writes.
+    The ranks of one machine share the unpacking and the unpacked files.
     """
 
     def own(first: int, every: int) -> dict[int, tuple[str, str]]:
@@ -124,7 +124,8 @@ class Scan:
 def _scan_tar(path: Path, name: str, torn: str) -> Scan:
     """Find the samples of a tar. torn: what is known to be wrong with it, in words, or "".
 
-    Members of one key are one sample wherever they lie; a suffix that it has already begins another, as in curate.
+    Members of one key form one sample wherever they lie; a suffix that the sample already has begins a new sample, as
+    in curate.
     """
     keys: list[str] = []
     rows: list[dict[str, tuple[int, int]]] = []

@@ -17,12 +17,12 @@ log = logging.getLogger("train")
 
 
 def choose_workers(asked: int | Literal["auto"], *, gpu: bool) -> int:
-    """Return how many processes decode for a rank; their number changes nothing in what they decode.
+    """Return how many processes decode for a rank; their number does not change what they decode.
 
-    `auto` is by what is there and never by a timing. On a GPU it is a process for every core of the rank but one, at
-    most MOST_WORKERS: a picture takes 5 ms (400 px) to 9 ms (640 x 480), so that 8 of them decode 900 to 1,600 a
-    second, where a card trains on some 50 with Phi-2 and on a few hundred with a language model of 0.5 B. On a
-    processor it is 1: each further one would take a core from the model.
+    `auto` depends on the hardware, never on a timing. With a GPU it is one process for each core of the rank but one,
+    at most MOST_WORKERS: a picture takes 5 ms (400 px) to 9 ms (640 x 480), so that 8 of them decode 900 to 1,600 a
+    second, where a card trains on some 50 with Phi-2 and on a few hundred with a language model of 0.5 B. Without a GPU
+    it is 1: each further one would take a core from the model.
     """
     if asked != "auto":
         return asked
@@ -30,10 +30,10 @@ def choose_workers(asked: int | Literal["auto"], *, gpu: bool) -> int:
 
 
 def resolve(stage: Stage, plan: Plan, image_bytes: int, world: int, *, gpu: bool) -> Stage:
-    """Return a stage with its number of workers, and say how it was chosen.
+    """Return a stage with its number of workers, and log how it was chosen.
 
-    `auto` is lowered, but to no less than one, to what /dev/shm holds of pictures decoded ahead.
-    image_bytes: of a decoded image.
+    `auto` is lowered, to one at the least, until the pictures decoded ahead fit into /dev/shm.
+    image_bytes: size of a decoded image.
     """
     workers, why = choose_workers(stage.workers, gpu=gpu), "as asked"
     if stage.workers == "auto":
