@@ -1,4 +1,4 @@
-"""What a stage says before its first step: what it reads, and what learns."""
+"""What a stage logs before its first step: what it reads, and what it trains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("train")
 
 
 def announce(measured: Measured, plan: Plan, trainable: dict[str, Any], composed: Composed, stage_name: str) -> None:
-    """Log samples, tokens and weights.  measured: of all samples; plan: of those that are trained on."""
+    """Log samples, tokens and weights.  measured: all samples; plan: those that are trained on."""
     usable = plan.usable
     counts = Counter(measured.reasons.values())
     trees = f", {measured.num_trees} message trees" if measured.num_trees else ""

@@ -1,9 +1,9 @@
-"""What a run stands on besides its data: weights, tokenizer, chat template and preparation of images, as it read them.
+"""What a run depends on besides its data: weights, tokenizer, chat template and image preparation, as it read them.
 
-A hub id or a folder may hold something else the next day, most often another chat template or preprocessor. Options
-name them alone, so a run also notes what they were: in its checkpoints, which go on with nothing else, and in its
-manifest, for `export`, which reads them anew. Words are known by their ids, not by the file's bytes, which a newer
-library may write otherwise.
+A hub id or a folder may change from one day to the next, most often its chat template or preprocessor. Options only
+name them, so a run also records what they were: in its checkpoints, which resume with nothing else, and in its
+manifest, for `export`, which reads them again. A tokenizer is compared by the ids it gives, not by its files' bytes,
+which a newer library may write differently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WORDS = {"weights": "the weights", "tokenizer": "the tokenizer", "template": "th
 
 
 def describe_base(composed: Composed, encoder: Encoder) -> dict[str, Any]:
-    """Return what was read, by name, in values of JSON."""
+    """Return what was read, by name, as JSON values."""
     tokenizer, vision, template = composed.tokenizer, composed.vision, encoder.template
     ids = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
@@ -38,9 +38,9 @@ def describe_base(composed: Composed, encoder: Encoder) -> dict[str, Any]:
 
 
 def check_base(noted: Mapping[str, Any], now: Mapping[str, Any], sources: str, run: Path) -> None:
-    """Refuse to go on from what was trained on another base.  Raises: TrainError.
+    """Refuse to continue what was trained on another base.  Raises: TrainError.
 
-    noted, now: what `describe_base` gave then (nothing in older versions) and gives.  sources: what the base is called.
+    noted, now: what `describe_base` returned then (nothing in older versions) and now.  sources: the base's names.
     """
     for name in now:
         if name in noted and noted[name] != now[name]:

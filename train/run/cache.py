@@ -1,10 +1,10 @@
 """The frozen tower's features of every image, kept in CPU memory, for repeated epochs over few images.
 
 A frozen tower gives the same features for an image in every epoch, so they are computed once before the first step.
-Table: [images, tokens an image, width] in the run's dtype; 729 tokens of width 1,152 in bf16 are 1.7 MB an image.
-Images are computed in chunks of a fixed size and in sample order, so that a resumed run repeats them bit for bit. Of
-several ranks each computes its share of the chunks; those of one machine write into one table, a file in the folder for
-temporary files that all of them map and that has no name any more, so that it is held once and ends with them.
+Table: [images, tokens per image, width] in the run's dtype; 729 tokens of width 1,152 in bf16 are 1.7 MB per image.
+Images are computed in chunks of a fixed size and in sample order, so that a resumed run repeats them bit for bit. Each
+rank computes its share of the chunks. The ranks of one machine write into one table: an unlinked temporary file that
+they all map, so that it is held once and disappears with them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger("train")
 
 
 class FeatureCache:
-    """The table of features and where each sample's images stand in it."""
+    """The table of features, and where each sample's images are in it."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class FeatureCache:
     ) -> None:
         """Compute the features of all images of the plan.  skipped: sample -> reason; broken images are added to it."""
         self.composed, self.runtime = composed, runtime
-        # Not on a processor: a second thread that computes with several makes OpenMP count more of them than there are
-        # cores, and then all sleep and are woken at each operation: steps took 1.17 times as long (libgomp).
+        # Not on a processor: if a second thread runs parallel operations too, OpenMP counts more threads than cores,
+        # and then all of them sleep and are woken at each operation: steps took 1.17 times as long (libgomp).
         self._thread = ThreadPoolExecutor(1) if runtime.device.type == "cuda" else None
         self._coming: Iterator[list[int]] = iter(())
         self._ahead: tuple[list[int], Future[Tensor]] | None = None
@@ -85,7 +85,7 @@ class FeatureCache:
     def get(self, images: list[int]) -> Tensor:
         """Return [n, tokens, width] on the run's device.
 
-        images: the sample index of each image; those of a sample stand side by side.
+        images: the sample index of each image; images of one sample are adjacent.
         """
         ahead = self._ahead
         if ahead is None or ahead[0] != images:
@@ -94,7 +94,7 @@ class FeatureCache:
         return ahead[1].result().to(self.runtime.device, non_blocking=True)
 
     def expect(self, coming: Iterable[list[int]]) -> None:
-        """Tell what `get` will be asked for, in its order: beside a GPU a thread gathers it, one micro-batch ahead."""
+        """Announce what `get` will be asked for, in order: with a GPU, a thread gathers it one micro-batch ahead."""
         self._coming = iter(coming)
         self._gather_ahead()
 
@@ -104,11 +104,11 @@ class FeatureCache:
             self._ahead = images, self._thread.submit(self._gather, images)
 
     def _gather(self, images: list[int]) -> Tensor:
-        """Collect the features of images, in pinned memory where a GPU takes them from there."""
+        """Collect the features of images, in pinned memory if they go to a GPU."""
         rows, seen = [], Counter[int]()
         for i in images:
             first, last = self.at[i]
-            rows.append(first + seen[i] % (last - first))  # a sample may stand twice in a batch
+            rows.append(first + seen[i] % (last - first))  # a sample may occur twice in a batch
             seen[i] += 1
         shape, pinned = (len(rows), *self.table.shape[1:]), self.runtime.device.type == "cuda"
         out = torch.empty(shape, dtype=self.table.dtype, pin_memory=pinned)
@@ -116,7 +116,7 @@ class FeatureCache:
 
 
 def chunks(samples: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Cut samples, whose images stand at `spans`, into runs of FEATURE_CHUNK images or a few more."""
+    """Split samples, whose images are at `spans`, into chunks of FEATURE_CHUNK images or a few more."""
     cut: list[list[int]] = []
     first = -FEATURE_CHUNK
     for index, (start, _) in zip(samples, spans, strict=True):
@@ -152,7 +152,7 @@ def _make_table(shape: tuple[int, ...], runtime: Runtime) -> Tensor:
 def cache_features(
     composed: Composed, stage: Stage, plan: Plan, collator: Collator, runtime: Runtime, skipped: dict[int, str]
 ) -> FeatureCache | None:
-    """Build the cache if it fits in the stage's `cache_features_mb` and the run makes a whole epoch or more."""
+    """Build the cache if it fits in the stage's `cache_features_mb` and the run takes at least one whole epoch."""
     if not stage.cache_features_mb or stage.tune_tower:
         return None
     tokens, width = composed.vision.tokens_per_image, composed.model.config.vision_config.hidden_size

@@ -1,10 +1,10 @@
-"""Checkpoints of a run under way, and the weights of a finished one.
+"""Checkpoints of an unfinished run, and the weights of a finished one.
 
-`checkpoints/step-000200/`: weights.safetensors (what learns, fp32, by parameter name), optimizer.safetensors (moments
+`checkpoints/step-000200/`: weights.safetensors (trained parameters, fp32, by name), optimizer.safetensors (moments
 by name) and state.json (step, names, digests of the files, samples skipped so far, mean loss since the one before).
 A checkpoint is written under a hidden name and renamed, so that it is complete or absent. It holds no random state,
-since each micro-batch seeds its own. Sharded tensors are gathered before they are written, so that a run can go on
-with another number of ranks. The first rank writes 12 bytes a trained parameter: weight and AdamW's moments, in fp32.
+since each micro-batch sets its own seed. Sharded tensors are gathered before they are written, so that a run can resume
+with another number of ranks. The first rank writes 12 bytes per trained parameter: weight and AdamW's moments, in fp32.
 
 The finished weights of a run: projector.safetensors (llava-hf names), adapter/ (PEFT's own format, where LoRA was
 trained), weights.safetensors (whatever else was trained, by parameter name). Nothing here is ever unpickled.
@@ -43,7 +43,7 @@ _STEP = re.compile(r"^step-(\d{6,})$")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor gathered, any other as it is; a collective, so every rank must call it."""
+    """Gather a sharded tensor, return any other as it is; a collective, so every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -52,7 +52,7 @@ def collect(
 ) -> dict[str, dict[str, Tensor]]:
     """Gather weights and moments by file and name; a collective.
 
-    keep: whether this rank copies them to its CPU memory; the others get empty tables.
+    keep: whether this rank copies them to CPU memory; other ranks get empty tables.
     """
     weights, moments = dict(trainable), {}
     for name, parameter in trainable.items():
@@ -74,11 +74,11 @@ def save(
     """Write the checkpoint of a step; delete all but the last `keep_last` and the one of the lowest loss.
 
     files: tensors by file and name, as `collect` returns them.
-    state: also holds `loss`, the mean since the checkpoint before, and `val_loss`, which counts in its place; without
-    either the checkpoint is never the one of the lowest loss.
+    state: may hold `loss`, the mean since the previous checkpoint, and `val_loss`, which takes precedence; without
+    either, the checkpoint never counts as the one of the lowest loss.
     """
     path, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
-    for half in folder.glob(".step-*.partial"):  # of a run that was killed, perhaps at a step that is not saved again
+    for half in folder.glob(".step-*.partial"):  # left by a killed run, perhaps at a step that is not saved again
         shutil.rmtree(half, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, tensors in files.items():
@@ -105,7 +105,7 @@ class Writer:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[float] | None = None
-        self.seconds = 0.0  # that the last write took
+        self.seconds = 0.0  # duration of the last write
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +114,7 @@ class Writer:
         self._thread.shutdown()
 
     def submit(self, write: Callable[[], Any]) -> None:
-        """Start a write; waits for the one before.  Raises: whatever that one raised."""
+        """Start a write, after the previous one has ended.  Raises: whatever that one raised."""
         self.wait()
 
         def timed() -> float:
@@ -125,14 +125,14 @@ class Writer:
         self._pending = self._thread.submit(timed)
 
     def wait(self) -> None:
-        """Wait for the write under way.  Raises: whatever it raised, OSError where the disk is full."""
+        """Wait for the current write.  Raises: whatever it raised, such as OSError for a full disk."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self.seconds = pending.result()
 
 
 def shutdown_advice(step_s: float, save_s: float, size_bytes: float) -> str:
-    """Say what a stop needs where a step and a checkpoint take longer than GRACE_S; else return ""."""
+    """Say what a stop needs if a step and a checkpoint take longer than GRACE_S; else return ""."""
     if step_s + save_s <= GRACE_S:
         return ""
     needed = math.ceil(1.2 * (step_s + save_s) / 30) * 30
@@ -158,14 +158,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def pass_size(folder: Path) -> int:
-    """Return the tokens of a pass at the newest checkpoint; 0 where there is none, or an older one that does not say.
+    """Return the tokens per pass at the newest checkpoint; 0 if there is none, or if an old version wrote it.
 
-    With dropout a step depends on how it is split, so that a run goes on in passes of the same size.
+    With dropout a step depends on how it is split, so a run resumes with passes of the same size.
     """
     newest = latest(folder)
     try:
         return int(json.loads((newest / "state.json").read_text(encoding="utf-8"))["micro_tokens"]) if newest else 0
-    except (OSError, ValueError, KeyError, RecursionError):  # `restore` says what is wrong with it
+    except (OSError, ValueError, KeyError, RecursionError):  # `restore` reports what is wrong with it
         return 0
 
 
@@ -204,7 +204,7 @@ def restore(path: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.
     for key, value in moments.items():
         kind, _, name = key.partition("/")
         parameter = trainable[name]
-        if kind == "step":  # a fused kernel reads it on the device
+        if kind == "step":  # the fused kernel reads the step count on the device
             optimizer.state[parameter][kind] = value.to(parameter.device) if optimizer.defaults["fused"] else value
         else:
             optimizer.state[parameter][kind] = _share(value.to(parameter.device), parameter)
@@ -212,7 +212,7 @@ def restore(path: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.
 
 
 def _share(value: Tensor, like: Tensor) -> Tensor:
-    """Cut a full tensor as another is cut among ranks."""
+    """Shard a full tensor in the same way as another one."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,16 +1,16 @@
-"""A first projector in closed form: what the language model would read for the words of a picture's text.
+"""A first projector in closed form: it maps a picture to what the language model reads for the words of its text.
 
 Gradient steps through a frozen language model have to find out, token by token, where in its space the pictures belong;
-a few hundred steps of a small batch do not get there. But the place where words belong is known: each word's own
-embedding. So before the first step the mean feature x of each picture is mapped by ridge regression to y, the sum of
-its text's centred, normalised token embeddings, weighted by log(n / texts that have the token), so that rare words
-count. The projector then starts from where its image tokens read as a faint bag of the words that such pictures have.
+a few hundred steps of a small batch do not get there. But where words belong is known: at their own embeddings. So
+before the first step the mean feature x of each picture is mapped by ridge regression to y, the sum of its text's
+centred, normalised token embeddings, weighted by log(n / texts that have the token), so that rare words count more.
+The language model then first reads image tokens as a faint bag of the words that go with such pictures.
 
-The penalty is the one of SHARES with the least leave-one-out error, which ridge regression gives without fitting anew:
+The penalty is the one of SHARES with the least leave-one-out error, which ridge regression gives without refitting:
 residual / (1 - leverage). Outputs are scaled to the mean norm of a centred token embedding. Two linear layers with a
-GELU between hold any linear map of rank r exactly in 2 r hidden units, since gelu(z) - gelu(-z) = z; of a map with a
-higher rank than half the hidden units, the largest singular values are kept. What units are left keep the weights that
-they were drawn with and are not read, until they learn to be.
+GELU between them represent any linear map of rank r exactly in 2 r hidden units, since gelu(z) - gelu(-z) = z. If the
+rank exceeds half the hidden units, the largest singular values are kept. Unused hidden units keep their random input
+weights, with output weights of 0, from which they can learn.
 
 Cost: the features of at most MOST pictures once, and the singular values of their [n, width] matrix.
 """
@@ -35,15 +35,15 @@ log = logging.getLogger("train")
 
 MOST = 20_000  # pictures; a matrix of 20,000 x 1,152 in f64 is 184 MB
 FEWEST = 16
-SHARES = tuple(10.0**e for e in range(-5, 2))  # penalties, as shares of the largest squared singular value
+SHARES = tuple(10.0**e for e in range(-5, 2))  # penalties, as multiples of the largest squared singular value
 
 
 @torch.no_grad()
 def start_from_words(training: Training) -> None:
-    """Set the projector by the first pictures that the run will see, `MOST` at most; a collective.
+    """Set the projector from the first pictures that the run will see, at most `MOST`; a collective.
 
-    The first rank solves for all: a processor of another kind would round otherwise, and only gradients are summed.
-    Raises: UsageError where fewer than FEWEST samples have one picture and a text to learn.
+    The first rank solves for all: another kind of processor would round differently, and only gradients are summed.
+    Raises: UsageError if fewer than FEWEST samples have one picture and a supervised text.
     """
     means, texts = _collect(training)
     if len(texts) < FEWEST:
@@ -82,8 +82,8 @@ def bags(texts: list[list[int]], words_vd: Tensor) -> tuple[Tensor, float]:
 def fit(x_nw: Tensor, y_nd: Tensor, norm: float) -> tuple[Tensor, Tensor, float]:
     """Fit y to x by ridge regression, with the penalty of the least leave-one-out error.
 
-    norm: of the mean output.  Returns the scaled map f64 [w, d], the mean of x f64 [w], and the share of y's variance
-    that it foretells of texts left out (below 0: none).
+    norm: mean norm of the output.  Returns the scaled map f64 [w, d], the mean of x f64 [w], and the share of y's
+    variance that the fit explains for left-out texts (below 0: none).
     """
     centre = x_nw.double().mean(0)
     target = y_nd.double() - y_nd.double().mean(0)
@@ -102,7 +102,7 @@ def fit(x_nw: Tensor, y_nd: Tensor, norm: float) -> tuple[Tensor, Tensor, float]
 
 
 def place(first: nn.Linear, second: nn.Linear, map_wd: Tensor, centre_w: Tensor, offset_d: Tensor) -> None:
-    """Set two layers with a GELU between to (x - centre) map + offset, or to its best approximation that they hold."""
+    """Set two layers with a GELU between them to (x - centre) map + offset, or to the best approximation that fits."""
     u, s, vt = torch.linalg.svd(map_wd, full_matrices=False)
     rank = min(len(s), first.out_features // 2)
     into, out = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * vt[:rank]
@@ -116,7 +116,7 @@ def place(first: nn.Linear, second: nn.Linear, map_wd: Tensor, centre_w: Tensor,
 
 
 def _collect(training: Training) -> tuple[Tensor, list[list[int]]]:
-    """Return the mean feature f32 [n, width] and the learnt token ids of each sample with one image, all ranks' own."""
+    """Return the mean feature f32 [n, width] and the supervised ids of each sample with one image, over all ranks."""
     runtime, share = training.runtime, -(-MOST // training.runtime.world)
     special = set(training.collator.encoder.tokenizer.all_special_ids)
     means: list[Tensor] = []

@@ -21,7 +21,7 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 def describe(config: Config, stage_name: str, data: str, images: str | None, num: int, colour: bool) -> Iterator[str]:
-    """Yield a paragraph a sample, then one on lengths, shares and packing.  Raises: UsageError, DataError."""
+    """Yield a paragraph per sample, then one on lengths, shares and packing.  Raises: UsageError, DataError."""
     stage: Stage = getattr(config, stage_name)
     tokenizer = load_tokenizer(config.model)
     image_token_id(tokenizer, config.model.image_token)
@@ -46,7 +46,7 @@ def describe(config: Config, stage_name: str, data: str, images: str | None, num
 
 
 def paint(encoded: Encoded, encoder: Encoder, colour: bool) -> str:
-    """Decode runs of equal supervision; the supervised in green, or in [[ ]] without colour; a branch begins a line."""
+    """Decode ids; supervised text is green, or in [[ ]] without colour; each branch begins a new line."""
     out: list[str] = []
     begin, end = (GREEN, PLAIN) if colour else ("[[", "]]")
     kinds = np.where(encoded.ids == encoder.image_id, 2, (encoded.labels >= 0).astype(int))

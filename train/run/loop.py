@@ -1,9 +1,9 @@
 """The optimisation loop: AdamW, linear warm-up, then a cosine to zero (or a plateau first), one process or several.
 
 The loss of a step is the sum over its supervised tokens, in all micro-batches of all processes, divided by their
-number. Gradients are summed across processes by hand, once a step: what learns is small, and a process whose samples
-have no image then needs no special case (sharding.py is for models where it is not small). Each micro-batch seeds its
-own dropout, so that a resumed run repeats an undisturbed one.
+number. Gradients are summed across processes explicitly, once per step: the trained part is usually small, and a
+process whose samples have no image then needs no special case (sharding.py is for a large trained part). Each
+micro-batch seeds its own dropout, so that a resumed run repeats an undisturbed one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ log = logging.getLogger("train")
 
 @dataclass
 class Training:
-    """One stage under way."""
+    """One running stage."""
 
     composed: Composed
     stage: Stage
@@ -59,7 +59,7 @@ class Training:
     features: FeatureCache | None = None
     sample_losses: SampleLosses | None = None
     validation: Validation | None = None
-    base: Mapping[str, object] = field(default_factory=dict)  # what the run stands on (base.py)
+    base: Mapping[str, object] = field(default_factory=dict)  # what the run depends on (base.py)
     cost: Cost = field(init=False)
     _told_grace: bool = field(init=False, default=False)
     _halved: bool = field(init=False, default=False)
@@ -73,7 +73,7 @@ class Training:
             pass
 
     def steps(self) -> Iterator[int]:
-        """Train step by step, as `run` does at once; yield the number of steps done after each."""
+        """Train like `run`, but yield the number of steps done after each step."""
         optimizer = make_optimizer(self.stage, self.trainable, fused=self.runtime.device.type == "cuda")
         start = self._resume(optimizer)
         if start >= self.plan.steps:
@@ -97,9 +97,9 @@ class Training:
                 except OutOfMemory:
                     if not self._may_halve():
                         raise
-                if outcome is None:  # not in the handler, whose error holds on to the pass that failed
+                if outcome is None:  # not in the handler: its error keeps the failed pass's tensors alive
                     self._halve_passes(optimizer)
-                    # The workers hold the plan as it was, and batches made by it.
+                    # The workers hold the old plan, and batches made by it.
                     batches = self.batches(step)
                     outcome = self._step(step, next(batches), optimizer, stop)
                 row, stopping = outcome
@@ -110,8 +110,8 @@ class Training:
                 since.append(row["loss"])
                 done = step + 1
                 due = done == self.plan.steps or done % self.stage.save_every == 0
-                # A stop leaves no time to validate; and were its checkpoint ever the best, a run that was stopped
-                # would choose among other weights than one that was not.
+                # A stop leaves no time to validate; and if its checkpoint could be the best, a stopped run would
+                # choose among other weights than an undisturbed one.
                 state = {"loss": sum(since) / len(since)} if due else {}
                 if due and self.validation is not None:
                     row["val_loss"] = state["val_loss"] = self._validate()
@@ -122,13 +122,13 @@ class Training:
                     self._tell_grace(seconds, writer)
                 if stopping and done < self.plan.steps:
                     writer.wait()
-                    self.runtime.barrier()  # a rank that ends before the checkpoint is whole would end the others
+                    self.runtime.barrier()  # a rank that exits before the checkpoint is complete would end the others
                     raise Interrupted(f"stopped by a signal after step {done}, saved; the same command resumes")
                 yield done
             writer.wait()
 
     def batches(self, start: int) -> Iterator[list[Batch]]:
-        """Yield each step's micro-batches of this rank; says beforehand where shared memory may not hold them."""
+        """Yield this rank's micro-batches of each step; warn first if shared memory may not hold them."""
         runtime, workers = self.runtime, self.stage.num_workers
         if workers and self.collator.decode and os.path.isdir("/dev/shm"):
             size, free = self.composed.vision.image_bytes, shutil.disk_usage("/dev/shm").free
@@ -152,7 +152,7 @@ class Training:
         share = self._passes(step, micro_batches, max(1.0, supervised), weights)
         # The one wait for the device in a step: nothing before it asks for a value.
         mine, norm = torch.stack([share, self._clip_gradients().double()]).tolist()
-        # Asked for late, so that a signal during the passes ends the run after this step and not after the next.
+        # Read this late so that a signal during the passes ends the run after this step, not after the next.
         loss, stopping = self.runtime.sum_over_ranks([mine, float(stop.received)])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._refuse_nan(step, micro_batches, loss, norm)
@@ -162,7 +162,7 @@ class Training:
         try:
             with out_of_memory(self.stage):
                 optimizer.step()
-        except OutOfMemory as error:  # some weights may have moved, and the other ranks have gone on: no second try
+        except OutOfMemory as error:  # some weights may have changed, and other ranks have gone on: no retry
             raise TrainError(str(error)) from None
         optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "loss": loss, "lr": self.stage.lr * factor, "grad_norm": norm}
@@ -175,8 +175,8 @@ class Training:
     ) -> Tensor:
         """Add the gradients of this rank's micro-batches; return their share f64 of the step's loss, on the device.
 
-        Raises: OutOfMemory in every rank where it happened to one; in a sharded model, whose ranks wait for each other
-        within a pass, in that one alone.
+        Raises: OutOfMemory in every rank if it happened in one; in a sharded model, whose ranks wait for each other
+        within a pass, only in that one.
         """
         device, failed = self.runtime.device, ""
         shares = [torch.zeros((), dtype=torch.float64, device=device)]
@@ -193,7 +193,7 @@ class Training:
         except OutOfMemory as error:
             if sharding.is_sharded(self.composed):
                 raise
-            failed = str(error)  # in words alone: the error itself holds on to the pass's tensors
+            failed = str(error)  # keep only the words: the error itself keeps the pass's tensors alive
         if self.runtime.sum_over_ranks([float(bool(failed))])[0]:
             raise OutOfMemory(failed or "another process ran out of memory: lower micro_tokens")
         return torch.stack(shares).sum()
@@ -201,7 +201,7 @@ class Training:
     def _backward(self, step: int, batch: Batch, normaliser: float, weights: dict[int, float] | None) -> Tensor:
         """Add the gradients of a micro-batch; return its share f64 of the step's loss, on the device.
 
-        weights: of a token of each sample; None: 1 / normaliser for all.
+        weights: per sample, the weight of each of its tokens; None: 1 / normaliser for all.
         """
         weights_s, device = None, self.runtime.device
         if weights is not None:
@@ -209,14 +209,14 @@ class Training:
         batch = batch.to(device)
         with self.runtime.autocast():
             losses, objective = sharding.run_gathered(self.composed, self._losses, batch, weights_s)
-        if objective.requires_grad:  # text alone teaches the projector nothing
+        if objective.requires_grad:  # not if only the projector is trained and the batch is text
             (objective / normaliser).backward()  # type: ignore[no-untyped-call]
         if self.sample_losses is not None:
             self.sample_losses.note(step, batch.owners_s, losses)
         return (losses if weights_s is None else losses * weights_s).sum().double() / normaliser
 
     def _losses(self, batch: Batch, weights_s: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the losses f32 [s] without a graph, and their weighted sum with one."""
+        """Return the losses f32 [s], detached, and their weighted sum, with a graph."""
 
         def total(losses: Tensor) -> Tensor:
             return losses.sum() if weights_s is None or not len(weights_s) else (losses * weights_s).sum()
@@ -226,7 +226,7 @@ class Training:
             return losses.detach(), total(losses)
         given = batch if len(batch.targets_s) else sharding.placeholder_batch(self.runtime.device)
         losses = self.token_losses(given, sharding.zero_for_unused(self.composed, given))
-        weight = self.runtime.world if len(batch.targets_s) else 0  # the shards' gradients are averages
+        weight = self.runtime.world if len(batch.targets_s) else 0  # FSDP averages gradients
         return losses.detach()[: len(batch.targets_s)], total(losses) * weight
 
     def token_losses(self, batch: Batch, zero: Tensor | float = 0.0) -> Tensor:
@@ -245,10 +245,10 @@ class Training:
         return None
 
     def _clip_gradients(self) -> Tensor:
-        """Sum the gradients over the ranks and clip them; return their norm before that, on the device."""
+        """Sum the gradients over the ranks and clip them; return their norm before clipping, on the device."""
         parameters = list(self.trainable.values())
         for parameter in parameters:
-            if parameter.grad is None:  # text alone gives the projector none
+            if parameter.grad is None:  # the projector's, if all samples are text
                 parameter.grad = torch.zeros_like(parameter)
         if self.runtime.world > 1 and not sharding.is_sharded(self.composed):
             sum_gradients(p.grad for p in parameters if p.grad is not None)
@@ -256,7 +256,7 @@ class Training:
         return checkpoint.full_tensor(norm)
 
     def _note_skipped(self, micro_batches: list[Batch]) -> dict[int, str]:
-        """Note which samples of a step are broken; return those of all ranks with the reasons."""
+        """Record which samples of a step are broken; return those of all ranks with the reasons."""
         found = {index: reason for batch in micro_batches for index, reason in batch.skipped.items()}
         found = {index: reason for part in self.runtime.gather(found) for index, reason in part.items()}
         new = {index: reason for index, reason in sorted(found.items()) if index not in self.skipped}
@@ -289,9 +289,9 @@ class Training:
         )
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:
-        """Go on from the newest checkpoint that the first rank sees; return the number of steps done.
+        """Resume from the newest checkpoint that the first rank sees; return the number of steps done.
 
-        Raises: CheckpointError where another rank does not see it.
+        Raises: CheckpointError if another rank does not see it.
         """
         folder = self.out / "checkpoints"
         newest = checkpoint.latest(folder)
@@ -333,14 +333,14 @@ class Training:
             writer.submit(lambda: checkpoint.save(folder, step, {**tensors, **extra}, state, keep))
 
     def _may_halve(self) -> bool:
-        """Return whether a step that ran out of memory may be tried again: once.
+        """Return whether a step that ran out of memory may be retried: once per run.
 
-        In a sharded model the other ranks wait within a pass for the one that failed: there the run ends.
+        Never in a sharded model: the other ranks wait within a pass for the one that failed, so the run ends.
         """
         return not (self._halved or sharding.is_sharded(self.composed))
 
     def _halve_passes(self, optimizer: torch.optim.Optimizer) -> None:
-        """Halve `micro_tokens`, in all ranks, and let go of what the step that failed left behind."""
+        """Halve `micro_tokens`, in all ranks, and free what the failed step left behind."""
         self._halved = True
         optimizer.zero_grad(set_to_none=True)
         if self.runtime.device.type == "cuda":
@@ -358,11 +358,11 @@ class Training:
 
 
 def group_weights(plan: Plan, step: int, left_out: Collection[int], size: int) -> dict[int, float]:
-    """Return what a supervised token of each sample counts under `loss_norm = "microbatch"`.
+    """Return the weight of a supervised token of each sample under `loss_norm = "microbatch"`.
 
-    The published scripts took `size` samples a device and pass, and the mean of the passes' means: with G groups of a
-    step that have a label, a token of group g counts 1 / (G tokens of g). A sample that stands in several groups counts
-    the mean of theirs. left_out: samples of the step whose pixels are broken.
+    The published scripts took `size` samples per device and pass, and averaged the means of the passes: if G groups of
+    a step have a label, a token of group g has weight 1 / (G * tokens of g). A sample in several groups gets the mean
+    of its weights. left_out: samples of the step whose pixels are broken.
     """
     samples = plan.samples(step)
     groups = [samples[at : at + size] for at in range(0, len(samples), size)]

@@ -1,12 +1,13 @@
 """The loss of each sample when it was last trained on: `RUN/losses/`, a sidecar of the data for `curate select`.
 
 The loss of sample i is the mean cross-entropy over its supervised tokens, before the optimiser step that used it. Each
-rank notes its own micro-batches: losses f32 [s] and the sample i64 [s] that each belongs to become one mean a sample (a
-segmented mean, O(s)). `gather` merges the ranks' notes when a checkpoint is written. Memory: 12 bytes a sample.
+rank records its own micro-batches: losses f32 [s] and the sample i64 [s] that each belongs to become one mean per
+sample (a segmented mean, O(s)). `gather` merges the ranks' records when a checkpoint is written. Memory: 12 bytes per
+sample.
 
-One `{stem}.arrow` for each shard, a row a sample in the shard's order (for a JSON: one file, a row a record):
-`key` string · `loss` f32, the mean over its supervised tokens, null where it was never learnt from · `tokens` i32, the
-supervised tokens · `step` i32, the optimiser step at which that was. `manifest.json` is written last.
+One `{stem}.arrow` per shard, with a row per sample in the shard's order (for a JSON: one file, with a row per record):
+`key` string · `loss` f32, the mean over its supervised tokens, null if it was never trained on · `tokens` i32, its
+number of supervised tokens · `step` i32, the optimiser step of that loss. `manifest.json` is written last.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class SampleLosses:
         self._new: list[tuple[int, np.ndarray, Tensor, np.ndarray]] = []
 
     def note(self, step: int, owners_s: Tensor, losses_s: Tensor) -> None:
-        """Note a micro-batch: the sample index of each supervised token, i64 [s] on the CPU, and its loss, f32 [s]."""
+        """Record a micro-batch: the sample index of each supervised token, i64 [s] on the CPU, and its loss f32 [s]."""
         samples, inverse, counts = np.unique(owners_s.numpy(), return_inverse=True, return_counts=True)
         sums = torch.zeros(len(samples), dtype=torch.float64, device=losses_s.device)
         sums.index_add_(0, send(torch.from_numpy(inverse), losses_s.device), losses_s.double())
         self._new.append((step + 1, samples, sums, counts))  # read when a checkpoint is written: reading waits
 
     def gather(self, runtime: Runtime) -> dict[str, dict[str, Tensor]]:
-        """Merge what all ranks noted; return the checkpoint's file. A collective."""
+        """Merge what all ranks recorded; return the file for the checkpoint. A collective."""
         own = [(step, samples, sums.cpu().numpy() / counts, counts) for step, samples, sums, counts in self._new]
         for part in runtime.gather(own):
             for step, samples, losses, counts in part:
@@ -53,7 +54,7 @@ class SampleLosses:
         return {FILE: {name: torch.tensor(array) for name, array in arrays.items()}}
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint."""
+        """Restore the losses from a checkpoint."""
         for name, tensor in load_file(checkpoint / FILE).items():
             getattr(self, name)[:] = tensor.numpy()
 

@@ -1,4 +1,4 @@
-"""AdamW and its learning rates: a linear rise, then a cosine to zero, or a plateau and a straight fall."""
+"""AdamW and its learning-rate schedule: a linear rise, then a cosine to zero, or a plateau and a linear fall."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.run.checkpoint import PROJECTOR
 def schedule(step: int, steps: int, stage: Stage) -> float:
     """Return the factor on the learning rate of a step, counted from 0: a linear rise, then a fall to zero.
 
-    cosine: 0.5 (1 + cos(pi t)) for t from 0 to 1 behind the rise.  wsd (warm-up, stable, decay): 1, then a straight
+    cosine: 0.5 (1 + cos(pi t)) for t from 0 to 1 after the rise.  wsd (warm-up, stable, decay): 1, then a straight
     line over the last `decay` of the steps (MiniCPM, arXiv:2404.06395).
     """
     rise = math.ceil(stage.warmup * steps)
@@ -27,9 +27,9 @@ def schedule(step: int, steps: int, stage: Stage) -> float:
 
 
 def make_optimizer(stage: Stage, trainable: Mapping[str, nn.Parameter], *, fused: bool = False) -> torch.optim.AdamW:
-    """Build AdamW with the projector (and tower) at `projector_lr`, decay on matrices only.
+    """Build AdamW with `projector_lr` for the projector (and tower), and weight decay on matrices only.
 
-    fused: one kernel for many parameters, which reads and writes each number once; a step differs by rounding only.
+    fused: one kernel for many parameters, which reads and writes each number once; results differ by rounding only.
     """
     groups = []
     for in_projector in (True, False):

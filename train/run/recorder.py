@@ -19,7 +19,7 @@ log = logging.getLogger("train")
 
 
 class Recorder:
-    """Record steps as they are made; on resuming, lines of later steps are dropped first."""
+    """Record steps as they are done; a resumed run first drops lines of steps that it will repeat."""
 
     def __init__(self, out: Path, start: int, steps: int, active: bool, tracker: str, settings: dict[str, Any]) -> None:
         self.out, self.start, self.steps, self.active = out, start, steps, active

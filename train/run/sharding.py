@@ -1,17 +1,18 @@
-"""One model cut among several ranks (FSDP2): each holds 1/world of every weight, gradient and moment.
+"""One model sharded over several ranks (FSDP2): each holds 1/world of every weight, gradient and moment.
 
-Full tuning keeps 16 bytes a parameter (fp32 weight, gradient, two moments): 128 GB for 8B, which no single GPU holds.
+Full tuning keeps 16 bytes per parameter (fp32 weight, gradient, two moments): 128 GB for 8B, which few GPUs can hold.
 Each layer of the language model is its own FSDP unit, gathered only while it runs; embedding, head and projector form
-the root unit, gathered for a whole pass. A frozen tower is not cut. A pass gathers each weight twice (forward and
+the root unit, gathered for a whole pass. A frozen tower is not sharded. A pass gathers each weight twice (forward and
 backward) and reduce-scatters each gradient once.
 
-The first rank composes the model; the others get its structure with parameters on the meta device, which hold no
-memory, and from `shard` their part of each weight, one weight at a time. So one rank of all holds the whole model.
+The first rank composes the model; the others get its structure with parameters on the meta device, which take no
+memory, and `shard` then gives them their part of each weight, one weight at a time. So only one rank ever holds the
+whole model.
 
 Invariant: gathers and reductions are collectives, so in every round of micro-batches each rank runs one pass, in which
-every weight that learns gets a gradient. A rank without samples runs `placeholder_batch`; a batch without images adds
-`zero_for_unused` to its words, so that the way back to the projector leads through every layer there, too, whose
-weights it gathers once more even where they are frozen.  Source: torch.distributed.fsdp.fully_shard (PyTorch's FSDP2).
+every trained weight gets a gradient. A rank without samples runs `placeholder_batch`. A batch without images adds
+`zero_for_unused` to its embedded words, so that there, too, the backward pass to the projector goes through every layer
+and gathers its weights, even frozen ones.  Source: torch.distributed.fsdp.fully_shard (PyTorch's FSDP2).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Result = TypeVar("Result")
 
 
 def is_sharded(composed: Composed) -> bool:
-    """Return whether `shard` has cut this model."""
+    """Return whether `shard` has sharded this model."""
     return hasattr(composed.model, "run_gathered")
 
 
@@ -48,7 +49,7 @@ def compose_once(runtime: Runtime, compose: Callable[[], Composed]) -> Composed:
     def skeleton() -> Composed:
         here.append(compose())
         weights = here[0].model.parameters()
-        # deepcopy takes what its memo holds for a copy made already; so no weight is copied.
+        # deepcopy takes objects in its memo as already copied, so that no weight is copied.
         memo: dict[int, Any] = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in weights
         }
@@ -62,9 +63,9 @@ def compose_once(runtime: Runtime, compose: Callable[[], Composed]) -> Composed:
 
 
 def _note(model: nn.Module) -> None:
-    """Let transformers know, in a process that built no model, what this one needs of it.
+    """Register with transformers, in a process that built no model, what this one needs.
 
-    That is our attention, and what its classes record, such as hidden states, noted as the first of a class is built.
+    That is our attention, and which outputs its classes record, such as hidden states, which building a model sets up.
     """
     attention.register()
     from transformers import PreTrainedModel
@@ -76,7 +77,7 @@ def _note(model: nn.Module) -> None:
 
 
 def shard(composed: Composed, stage: Stage, runtime: Runtime) -> dict[str, nn.Parameter]:
-    """Cut a prepared model among the ranks; return the parameters that learn, now DTensors, by name."""
+    """Shard a prepared model over the ranks; return the trained parameters, now DTensors, by name."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -88,7 +89,7 @@ def shard(composed: Composed, stage: Stage, runtime: Runtime) -> dict[str, nn.Pa
     for layer in model.model.language_model.layers:
         fully_shard(layer, **options)
     uncut = set() if stage.tune_tower else set(model.model.vision_tower.parameters())
-    # What is given to `run_gathered` stays as it is: weights of tokens would lose all but 8 bits.
+    # Arguments of `run_gathered` are not cast: in bf16, token weights would keep only 8 bits.
     policy = dataclasses.replace(policy, cast_forward_inputs=False)
     fully_shard(model, ignored_params=uncut, **{**options, "mp_policy": policy})
     _hand_out(model, full, runtime)
@@ -98,7 +99,7 @@ def shard(composed: Composed, stage: Stage, runtime: Runtime) -> dict[str, nn.Pa
 
 
 def _hand_out(model: nn.Module, full: dict[str, Tensor], runtime: Runtime) -> None:
-    """Give every rank its part of each weight of the first rank, whose `full` ones lie on the CPU; a collective."""
+    """Give every rank its part of each weight; `full`: the first rank's whole weights, on the CPU. A collective."""
     device = runtime.device
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
@@ -116,19 +117,19 @@ def _hand_out(model: nn.Module, full: dict[str, Tensor], runtime: Runtime) -> No
 
 
 def run_gathered(composed: Composed, function: Callable[..., Result], *given: Any) -> Result:
-    """Call a function; if the model is sharded, with the root unit's weights gathered while it runs."""
+    """Call a function; if the model is sharded, the root unit's weights are gathered meanwhile."""
     result: Result = composed.model.run_gathered(function, *given) if is_sharded(composed) else function(*given)
     return result
 
 
 def placeholder_batch(device: torch.device) -> Batch:
-    """Make a batch of one position whose loss gets weight 0, for a rank without work in a round."""
+    """Make a batch of one position whose loss gets weight 0, for a rank without samples in a round."""
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     return Batch(zero[None], zero[None], zero, zero, zero, None, [], [1])
 
 
 def zero_for_unused(composed: Composed, batch: Batch) -> Tensor | float:
-    """Return 0 as a function of projector and tower, so that a batch without images gives them a gradient of 0."""
+    """Return 0 computed from projector and tower, so that a batch without images gives them a gradient of 0."""
     if batch.images:
         return 0.0
     inner = composed.model.model

@@ -57,7 +57,7 @@ from train.run.validation import BATCH, Validation
 
 StageName = Literal["align", "finetune"]
 PARITY_SAMPLES = 32
-DEFAULT_TEMPLATE = "vicuna"  # of a language model without one of its own
+DEFAULT_TEMPLATE = "vicuna"  # for a language model without one of its own
 log = logging.getLogger("train")
 
 
@@ -71,17 +71,17 @@ def run_stage(
     align: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Run a stage from its start or its last checkpoint; return its manifest. A finished run is left as it is.
+    """Run a stage from its start or its last checkpoint; return its manifest. A finished run is not run again.
 
     align: a finished align run whose projector is the starting point; None: a random projector.
-    Raises: TrainError and its kinds.
+    Raises: TrainError and its subclasses.
     """
     stage: Stage = getattr(config, stage_name)
     runtime = Runtime.detect(stage.precision, choose_workers(stage.workers, gpu=torch.cuda.is_available()))
     with ExitStack() as stack:
         stack.push(leave_unless_failed)
         source = open_source(data, images, digest=runtime.rank == 0, runtime=runtime)
-        if not config.model.template:  # the manifest says which it was
+        if not config.model.template:  # the manifest records the one chosen
             name = template_name(config.model, load_tokenizer(config.model))
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, template=name))
         request = _request(stage_name, config, stage, data, images, align, out)
@@ -128,7 +128,7 @@ def load_options(run: Path) -> tuple[Model, Stage, StageName]:
 
 
 def template_name(model: Model, tokenizer: Any) -> str:
-    """Return what `model.template` names: by default the language model's own template, where it has one."""
+    """Return the name in `model.template`; by default that of the language model's own template, if it has one."""
     return model.template or (OWN if tokenizer.chat_template else DEFAULT_TEMPLATE)
 
 
@@ -178,13 +178,13 @@ def _request(
 
 
 def _told(options: Model | Stage) -> dict[str, Any]:
-    """Return options as a manifest holds them: without those of ADDED that stand at their default."""
+    """Return options as a manifest holds them: without those of ADDED that have their default."""
     default = type(options)
     return {k: v for k, v in dataclasses.asdict(options).items() if k not in ADDED or v != getattr(default, k)}
 
 
 def _claim(runtime: Runtime, out: Path, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> str:
-    """Lock the directory in the first rank until the stack ends; return its status or raise its error in all ranks."""
+    """Lock the directory in the first rank until the stack closes; return its status, or raise its error, in all."""
 
     def claim() -> str:
         stack.enter_context(held(out))
@@ -217,7 +217,7 @@ def _assemble(
     encoder = make_encoder(composed, config.model, stage)
     check_parity(source, encoder)
     max_length = config.model.max_length
-    if stage.packing and not composed.can_pack:  # compose has said why
+    if stage.packing and not composed.can_pack:  # compose has logged why
         stage = dataclasses.replace(stage, packing=False)
     if stage.message_trees and (against := composed.against_trees(max_length)):
         raise UsageError(f"{stage_name}.message_trees: {against}")
@@ -269,7 +269,7 @@ def _assemble(
 def _measure_held(
     stage: Stage, source: Source, encoder: Encoder, max_length: int, out: Path, runtime: Runtime
 ) -> tuple[Source, Measured]:
-    """Open and measure the held-out data; a JSON's images lie where those of the run's own JSON do, or beside it."""
+    """Open and measure the held-out data; a JSON's images are where the run's own JSON's are, or beside it."""
     images = None
     if isinstance(source, RecordSource) and source.images and Path(stage.val).suffix in (".json", ".jsonl"):
         images = str(source.images)
@@ -281,21 +281,21 @@ def _measure_held(
 
 
 def _keep_best(training: Training) -> dict[str, Any]:
-    """Go back to the weights of the lowest validation loss and say which they are; a collective."""
-    training.runtime.barrier()  # the first rank has written them
+    """Restore the weights of the lowest validation loss and say which they are; a collective."""
+    training.runtime.barrier()  # until the first rank has written them
     step, loss = checkpoint.restore_best(training.out / "checkpoints", training.trainable)
     log.info("keeping the weights after step %d, whose validation loss %.4f is the lowest", step, loss)
     return {"best_step": step, "val_loss": loss}
 
 
 def _size_pass(composed: Composed, model: Model, stage: Stage, runtime: Runtime, out: Path) -> int:
-    """Choose the tokens of a pass, the fewest that any rank can take, and say so where the default does not fit."""
+    """Choose the tokens of a pass, the most that every rank can take, and log it if the default does not fit."""
     automatic = stage.micro_tokens == Stage.micro_tokens
     known = int(runtime.first(lambda: checkpoint.pass_size(out / "checkpoints"))) if automatic else 0
     how: dict[str, Any] = {"checkpointing": model.gradient_checkpointing, "world": runtime.world}
     size = size_pass(composed.model, stage, runtime.device, runtime.dtype, **how)
     size = int(min(runtime.gather(size)))
-    if known and known != size and known < 2 * size:  # a larger one a step would not find by halving once
+    if known and known != size and known < 2 * size:  # a larger one would not fit even after halving once
         log.info("passes of at most %s tokens, as before the checkpoint", f"{known:,}")
         return known
     if size < stage.micro_tokens:
@@ -304,7 +304,7 @@ def _size_pass(composed: Composed, model: Model, stage: Stage, runtime: Runtime,
 
 
 def _load_align(composed: Composed, model: Model, align: Path) -> str:
-    """Start from the projector of an align run, which must have learnt from features like these."""
+    """Start from the projector of an align run, which must have been trained on features like these."""
     manifest = read_json(align / MANIFEST)
     if manifest.get("request", {}).get("command") != "align":
         raise UsageError(f"--align {align} is not an align run")
@@ -325,9 +325,9 @@ def _load_align(composed: Composed, model: Model, align: Path) -> str:
 def check_parity(source: Source, encoder: Encoder) -> None:
     """Check on the first samples that our token ids equal those of the exported chat template.
 
-    Training encodes a conversation piece by piece, serving renders the template and tokenises the whole text.
+    Training encodes a conversation piece by piece; serving renders the template and tokenises the whole text.
 
-    Raises: DataError with the sample where they differ.
+    Raises: DataError naming a sample for which they differ.
     """
     template = chat_template(encoder)
     special = set(encoder.tokenizer.all_special_tokens)
@@ -342,7 +342,7 @@ def check_parity(source: Source, encoder: Encoder) -> None:
         if own is not None and not own.is_plain(turns):
             continue
         if any(token in part for turn in turns for part in turn.parts if part for token in special):
-            continue  # text that imitates a special token stays text here, and becomes the token there
+            continue  # text that imitates a special token stays text in training, but becomes the token in serving
         said = {} if own is None else {"enable_thinking": own.thinking(turns)}
         text = encoder.tokenizer.apply_chat_template(to_messages(turns), chat_template=template, tokenize=False, **said)
         text = text.replace(encoder.image_token, encoder.image_token * encoder.tokens_per_image)

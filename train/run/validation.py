@@ -1,4 +1,4 @@
-"""The loss of held-out samples during a run: the mean over their supervised tokens, without dropout, of all ranks."""
+"""The loss of held-out samples during a run: the mean over their supervised tokens on all ranks, without dropout."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from train.data.batches import Batch, Collator, Passes, Plan
 from train.dist import Runtime
 
-BATCH = 64  # samples that are laid out at a time
+BATCH = 64  # samples that are packed at a time
 log = logging.getLogger("train")
 
 
 @dataclass
 class Validation:
-    """Held-out samples as a plan of one pass, and what decodes them."""
+    """Held-out samples as a plan of one epoch, with the collator that decodes them."""
 
     plan: Plan
     collator: Collator
