@@ -1,1 +1,1 @@
-"""Tower, projector and language model made one: composed, run forward, and what of it learns."""
+"""Tower, projector and language model as one model: composing it, running it forward, choosing what is trained."""

@@ -1,25 +1,25 @@
-"""Attention for packed rows: many documents in one row, each of which attends to itself alone.
+"""Attention for packed rows: many documents in one row, each of which attends only to itself.
 
 Given documents of lengths l_1 ... l_n side by side in one row of L = sum(l_i) positions, position i may attend to
-position j where both lie in the same document and j <= i (and i - j < window, where the layer has a window).
-transformers expresses that by a mask over the whole row: L^2 entries, and no fast kernel takes it. Here the layers
-receive the documents' edges in the mask's place, and attention costs sum(l_i^2):
+position j if both lie in the same document and j <= i (and i - j < window, if the layer has a window).
+transformers expresses that by a mask over the whole row: L^2 entries, and no fast kernel accepts it. Here the layers
+receive the documents' edges instead of a mask, and attention costs sum(l_i^2):
 
     GPU, bf16 or fp16   one variable-length kernel over all documents (torch.nn.attention.varlen)
     elsewhere           one causal call of scaled_dot_product_attention for each document
-    caps and sinks      the formula itself for each document, which no kernel of torch computes: sum(l_i^2) memory, too
-    CPU, half, short    the formula, too, by blocks of queries: torch's kernel for processors takes 1.4 to 1.9 times as
-                        long forth and back (200 to 1,024 positions, 9 heads of 64 or 32 of 80, bf16, torch 2.15, one
-                        core with avx512_bf16)
+    caps and sinks      the explicit formula for each document, as no torch kernel has them: sum(l_i^2) memory, too
+    CPU, half, short    the explicit formula, too, in blocks of queries: torch's CPU kernel takes 1.4 to 1.9 times as
+                        long forward and backward (200 to 1,024 positions, 9 heads of 64 or 32 of 80, bf16, torch 2.15,
+                        one core with avx512_bf16)
 
 Shapes: queries [1, heads, L, d]; keys and values [1, heads or fewer, L, d]; edges i32 [n + 1] = 0, l_1, l_1 + l_2, ...
-A model gets this by `attn_implementation=NAME`, and its row's documents by `packed_documents(lengths)` around the call.
-Without documents (rows padded on the right) it is transformers' own SDPA.
+A model selects this with `attn_implementation=NAME`; `packed_documents(lengths)` around a call gives it the documents
+of its row. Without documents (rows padded on the right) it is transformers' own SDPA.
 
 A document may be a tree (data/message_tree.py): trunk and branches side by side, each branch seeing the trunk and
-itself. The kernel takes each branch's queries with keys that repeat the trunk's before its own, and lines both up at
-their ends; elsewhere a mask says it, [l_i, l_i].
-Source: variable-length attention of FlashAttention-2 (arXiv 2307.08691), under torch's name.
+itself. For the kernel, each branch's keys are the trunk's and then its own, and its queries are aligned with their end;
+elsewhere a mask [l_i, l_i] says who sees what.
+Source: variable-length attention of FlashAttention-2 (arXiv 2307.08691), in torch's implementation.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from train.errors import UsageError
 NAME = "documents"
 HALF = (torch.bfloat16, torch.float16)
 FLASH = (8, 0)  # Ampere: FlashAttention refuses older GPUs
-SHORT = 1024  # positions up to which a processor computes the formula in half precision: 1 MB of shares a head is kept
-BLOCK = 256  # queries of one product of the formula, which need no keys behind the last of them
-# Options that attention functions are given and that change no result here; any other that is set is refused.
+SHORT = 1024  # up to here a CPU uses the formula in half precision: it keeps up to 1 MB of attention weights per head
+BLOCK = 256  # queries per product of the formula; keys after the last of them are not needed
+# Options passed to attention functions that do not change the result here; any other that is set is refused.
 _HARMLESS = {"is_causal", "position_ids", "documents", "use_cache", "output_attentions", "output_hidden_states"}
 _HARMLESS |= {"return_dict", "output_router_logits", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 _OTHERWISE = "use transformers' own attention: --set model.attention=eager"
@@ -65,13 +65,13 @@ class Spans:
     most_keys: int
 
 
-@dataclass(eq=False)  # frozen, torch 2.9 compiles anew for each number of edges: it looks into frozen ones
+@dataclass(eq=False)  # not frozen: torch 2.9 looks into frozen ones and recompiles for each number of edges
 class Documents:
     """The documents of one row.
 
-    edges: 0 and where each document ends, on the host for the calls a document; edges_n: the same, i32 [n + 1] on the
-    device, for the kernel. longest: the longest document.
-    trees: by document the lengths of trunk and branches, () without any; none at all where no document is a tree.
+    edges: 0 and where each document ends, on the host, for one call per document; edges_n: the same, i32 [n + 1] on the
+    device, for the kernel. longest: length of the longest document.
+    trees: per document, the lengths of trunk and branches, () if it is not a tree; empty if no document is one.
     learnt_s: i64, the positions whose last hidden states are used (skip_unlabelled.py); None: all.
     """
 
@@ -97,7 +97,7 @@ class Documents:
         return cls(edges, edges_n, longest, learnt_s, trees=trees if any(trees) else ())
 
     def seen(self, number: int, window: int | None) -> Tensor | None:
-        """Return what each position of a document sees, as `_seen` does; made once for all layers."""
+        """Return what each position of a document sees, as `_seen` does; computed once for all layers."""
         if (number, window) not in self.masks:
             length = self.edges[number + 1] - self.edges[number]
             tree = self.trees[number] if self.trees else ()
@@ -106,7 +106,7 @@ class Documents:
 
     @cached_property
     def spans(self) -> Spans:
-        """What the kernel reads in the documents' place where there are trees."""
+        """What the kernel reads instead of the documents if there are trees."""
         queries, keys, keys_at = [0], [0], list[int]()
         for (start, end), tree in zip(pairwise(self.edges), self.trees, strict=True):
             trunk, *branches = tree or (end - start,)
@@ -126,18 +126,18 @@ class Documents:
 
 
 def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return numbers as a tensor on a device, without waiting for what it has to do."""
+    """Return numbers as a tensor on a device, without waiting for its queued work."""
     return send(torch.tensor(values, dtype=dtype), device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on a device; by way of pinned memory, as a copy from other memory waits its turn."""
+    """Copy a CPU tensor to a device, through pinned memory: a copy from other memory would wait for the device."""
     if device.type == "cuda" and torch.cuda.is_available():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-# The documents of the one row; (): rows of a document each, padded on the right; None: whatever transformers is given.
+# The documents of the one row; (): rows of one document each, padded on the right; None: leave it to transformers.
 _packed: ContextVar[Documents | tuple[()] | None] = ContextVar("packed", default=None)
 
 
@@ -150,7 +150,7 @@ def packed_documents(
 ) -> Iterator[Documents | None]:
     """Within this context, a model that runs with `NAME` reads its one row as documents of these lengths.
 
-    Yields the documents; None without lengths: rows are then read as they are, none of them padded on the left.
+    Yields the documents; None without lengths: each row is then one document, which must not be padded on the left.
     """
     documents = Documents.of(lengths, device, learnt_s, trees) if lengths else None
     token = _packed.set(documents or ())
@@ -169,16 +169,16 @@ def register() -> None:
 
 
 def mask(local_size: int | None = None, **options: Any) -> Documents | Tensor | None:
-    """Return the packed documents, or transformers' own mask where a row is not packed.
+    """Return the packed documents, or transformers' own mask if rows are not packed.
 
-    A model hands its mask to each of its layers: it is the only argument that every family passes on unchanged.
-    local_size: how far back a layer with a window looks.  Raises: UsageError for attention in fixed chunks.
+    The mask carries the documents because it is the only argument that every model family passes unchanged to its
+    layers.  local_size: how far back a layer with a window looks.  Raises: UsageError for attention in fixed chunks.
     """
     from transformers.masking_utils import sdpa_mask
 
     found = _packed.get()
     if not isinstance(found, Documents):
-        if found is not None:  # causal attention does not look to the right
+        if found is not None:  # causal attention never sees padding on the right
             options["attention_mask"] = None
         out: Tensor | None = sdpa_mask(local_size=local_size, **options)
         return out
@@ -188,10 +188,10 @@ def mask(local_size: int | None = None, **options: Any) -> Documents | Tensor | 
 
 
 def nothing_padded(language_model: Any, embeds_bld: Tensor) -> dict[str, Tensor]:
-    """Return what a language model must be given besides so that its masks are made without a look at the positions.
+    """Return the further arguments with which a language model builds its masks without reading the positions.
 
     transformers would read from the device whether positions restart, and wait for it. A mask of ones says that nothing
-    is padded, and `mask` does not read it. Recurrent layers (recurrent.py) would: to them none is given.
+    is padded, and `mask` does not read it. Recurrent layers (recurrent.py) would, so their models get none.
     """
     ours = language_model.config._attn_implementation == NAME
     if _packed.get() is None or not ours or getattr(language_model, "has_recurrent_layers", False):
@@ -202,9 +202,9 @@ def nothing_padded(language_model: Any, embeds_bld: Tensor) -> dict[str, Tensor]
 def avoid_cudnn() -> None:
     """Let attention on a GPU choose among flash, memory-efficient and plain kernels, in the whole process.
 
-    cuDNN's, which torch prefers on Hopper, builds a graph for every new shape, and each packed row is one: tens of
-    milliseconds a pass, and the cache only grows (pytorch/pytorch, aten/src/ATen/native/cudnn/MHA.cpp). A context
-    manager around the model would not do: layers that are recomputed run in the backward pass, outside of it.
+    cuDNN's, which torch prefers on Hopper, builds a graph for every new shape, and each packed row has one: tens of
+    milliseconds per pass, and the cache only grows (pytorch/pytorch, aten/src/ATen/native/cudnn/MHA.cpp). A context
+    manager around the model would not do: recomputed layers run in the backward pass, outside of it.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -224,9 +224,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Return [b, l, heads, d] for query [b, heads, l, d] and key, value with as many heads or fewer (shared ones).
 
-    `attention_mask` decides: documents (b = 1), or a mask of transformers. softcap: scores are at most this far from
-    0, by tanh. s_aux: f [heads], attention sinks: one more score a head that takes a share and gives nothing.
-    Raises: UsageError for an option that would change the result and is not known here.
+    attention_mask: documents (b = 1), or a mask of transformers.  softcap: bounds scores to ±softcap, by tanh.
+    s_aux: f [heads], attention sinks: one extra score per head, which takes part in the softmax but adds no value.
+    Raises: UsageError for an option that would change the result but is not supported here.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -264,10 +264,10 @@ def _kind(thing: Any) -> str:
 
 
 def _seen(length: int, tree: Sequence[int], window: int | None, device: torch.device) -> Tensor | None:
-    """Return what each position of a document sees, bool [1, 1, l, l]; None where that is all up to itself."""
+    """Return what each position of a document sees, bool [1, 1, l, l]; None if that is everything up to itself."""
     if not tree and (window is None or length <= window):
         return None
-    numbers = [n for n, size in enumerate(tree or (length,)) for _ in range(size)]  # of the branches; the trunk's is 0
+    numbers = [n for n, size in enumerate(tree or (length,)) for _ in range(size)]  # branch of each position; 0: trunk
     at, branch = (upload(each, torch.int64, device) for each in (positions(length, tree).tolist(), numbers))
     behind = at[:, None] - at[None, :]
     seen = (behind >= 0) & ((branch[None, :] == 0) | (branch[:, None] == branch[None, :]))
@@ -285,21 +285,21 @@ def _explicit(
     softcap: float | None,
     sinks_h: Tensor | None,
 ) -> tuple[Tensor, None]:
-    """Attend as the formula says, scores in memory [b, heads, l, l]: for what no kernel of torch computes.
+    """Compute attention by its formula, with scores [b, heads, l, l] in memory, where no torch kernel does it.
 
     scores = softcap tanh(q k^T scaling / softcap); out = softmax([scores, sinks]) [v, 0].
-    mask: bool, true where a position may be seen; or added to the scores; None: causal.
+    mask: bool, true where a position may be seen; or a float that is added to the scores; None: causal.
     """
     b, heads, rows, d = query.shape
     shared, columns = key.shape[1:3]
     if mask is None and rows > BLOCK:
-        seen = range(columns - rows, columns, BLOCK)  # by the first query of each block
+        seen = range(columns - rows, columns, BLOCK)  # keys before the first query of each block
         ends = [min(columns, first + BLOCK) for first in seen]
         block = partial(_explicit, mask=None, dropout=dropout, scaling=scaling, softcap=softcap, sinks_h=sinks_h)
         queries: tuple[Tensor, ...] = query.split(BLOCK, 2)  # type: ignore[no-untyped-call]
         pairs = zip(queries, ends, strict=True)
         return torch.cat([block(part, key[:, :, :end], value[:, :, :end])[0] for part, end in pairs], 1), None
-    # Query heads that share a key head stand above each other, so that keys and values are not repeated.
+    # Query heads that share a key head are stacked along the rows, so that keys and values are not repeated.
     query = (query * (d**-0.5 if scaling is None else scaling)).reshape(b, shared, -1, d).to(key.dtype)
     scores = (query @ key.transpose(2, 3)).view(b, heads, rows, columns)
     if softcap is not None or sinks_h is not None:
@@ -308,7 +308,7 @@ def _explicit(
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
-    if mask.dtype == torch.bool:  # added in place, so that nothing is filled a second time on the way back
+    if mask.dtype == torch.bool:  # added in place, so that the backward pass fills nothing
         scores = scores.add_(scores.new_zeros(mask.shape).masked_fill_(~mask, -math.inf))
     else:
         scores = scores + mask
@@ -334,14 +334,14 @@ def _varlen_lacks() -> str:
 
 @cache
 def _too_old(device: torch.device) -> str:
-    """Return why a GPU cannot run the kernel, or ""; one that is only imagined (FakeTensorMode) can."""
+    """Return why a GPU is too old to run the kernel, or ""; under FakeTensorMode it never is."""
     if not torch.cuda.is_available() or (found := torch.cuda.get_device_capability(device)) >= FLASH:
         return ""
     return f"a GPU of compute capability {found[0]}.{found[1]}, older than the kernel's {FLASH[0]}.{FLASH[1]}"
 
 
 def reason_against_varlen(query: Tensor, value: Tensor) -> str | None:
-    """Return why the variable-length kernel cannot take tensors like these, or None where it can."""
+    """Return why the variable-length kernel cannot take tensors like these, or None if it can."""
     if not query.is_cuda:
         return "no GPU"
     if value.dtype not in HALF:
@@ -352,7 +352,7 @@ def reason_against_varlen(query: Tensor, value: Tensor) -> str | None:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """Say in words how packed documents attend on a device, and why so."""
+    """Say how packed documents attend on a device, and why."""
     probe = torch.empty(1, 1, 1, 8, device=device, dtype=dtype)
     against = reason_against_varlen(probe, probe)
     if against is None:

@@ -3,11 +3,11 @@
     pixels [n, 3, h, w] -> tower -> features [n, tokens, width] -> projector (two linear layers, GELU between)
         -> [n, tokens, d], which replace the image tokens among the embedded words [b, l, d] -> language model -> logits
 
-The class is transformers' own, so that the result loads without code of ours. It has fewer parts than some language
-models: a head without bias, no division of the logits. What such a model has more is folded into weights beside it
-where that changes no logit (`place_head_bias`, `fold_scales`), else said or refused.
-Cost: the weights once, on the CPU, in the dtype asked for; the projector is drawn new in fp32. Everything is frozen;
-learn.py chooses what learns, forward.py runs the model.
+The class is transformers' own, so that the result loads without code of ours. It lacks parts that some language models
+have: its head has no bias, and it does not scale logits. Such parts are folded into neighbouring weights if that
+changes no logit (`place_head_bias`, `fold_scales`), and otherwise dropped with a message or refused.
+Cost: the weights once, on the CPU, in the dtype asked for; the projector is drawn in fp32. Everything is frozen;
+learn.py chooses what is trained, forward.py runs the model.
 Sources: LLaVA-1.5 (arXiv 2310.03744) for the structure; transformers' modeling_llava.py for the class.
 """
 
@@ -48,15 +48,15 @@ log = logging.getLogger("train")
 
 @dataclass
 class Composed:
-    """A model in native form, with its tokenizer and what its tower expects."""
+    """A model in native form, with its tokenizer and the description of its tower."""
 
     model: Any  # LlavaForConditionalGeneration
     tokenizer: Any
     vision: Vision
     image_token: str
-    fingerprint: str  # of the tower's and the language model's weights as loaded
+    fingerprint: str  # digest of the tower's and the language model's weights as loaded
     feature_index: int
-    feature_scale: float = 1.0  # on projected features while training; an export folds it into the projector
+    feature_scale: float = 1.0  # factor on projected features in training; an export folds it into the projector
     can_pack: bool = True  # documents in one row do not see each other
 
     @property
@@ -72,7 +72,7 @@ class Composed:
         kind = language_model.config.model_type
         if getattr(language_model, "has_recurrent_layers", False):
             return f"layers of {kind} carry a state along the row, which cannot branch"
-        if far := turning_point(language_model.config, max_length):  # a branch lies further behind than it is deep
+        if far := turning_point(language_model.config, max_length):  # a branch's place in the row exceeds its positions
             return f"rotary angles of {kind} change at {far} tokens; --set model.max_length={far}"
         return "" if self.can_pack else f"{kind} cannot be packed, and a branch shares its row with others"
 
@@ -80,8 +80,8 @@ class Composed:
 def compose(options: Model, dtype: torch.dtype = torch.float32) -> Composed:
     """Build the model on the CPU: tower and language model in `dtype`, projector in fp32, everything frozen.
 
-    The projector is drawn from `options.seed` as torch draws linear layers (as LLaVA does). The fingerprint is of the
-    weights before anything is folded into them, which rounds otherwise in another dtype.  Raises: UsageError.
+    The projector is drawn from `options.seed` as torch draws linear layers (as LLaVA does). The fingerprint is taken
+    before anything is folded into the weights, since folding rounds differently by dtype.  Raises: UsageError.
     """
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -158,7 +158,7 @@ def _native_config(options: Model, tower_config: Any, lm_config: Any, vision: Vi
 
 
 def own_tower(config: Any) -> str:
-    """Name the tower of a configuration where it is one of ours, else return ""."""
+    """Name the tower of a configuration if its class is one of ours, else return ""."""
     tower = config.vision_config
     if tower.model_type == MULTISCALE:
         return "a tower behind several scales (S²)" if tower.scales > 1 else "a tower without its register tokens"
@@ -166,7 +166,7 @@ def own_tower(config: Any) -> str:
 
 
 def limits(config: Any) -> str:
-    """Say in one line what cannot be done with a model of this configuration, or "" where everything can."""
+    """Say in one line what cannot be done with a model of this configuration; "" if everything can."""
     own = own_tower(config)
     return own and (
         f"{own} is not a transformers class: export writes a folder that `python -m train generate`, `eval` and "
@@ -178,12 +178,12 @@ def place_head_bias(model: Any, bias_v: Tensor, how: str) -> bool:
     """Fold a head's bias b [v] into the head's weight W [v, d] and the norm before it, or drop it.
 
     Returns whether the bias is kept.
-    The llava class has a head without bias. Behind a layer norm nothing is lost: the norm gives z = w n + c with n of
+    The llava class has a head without bias. After a layer norm nothing is lost: the norm gives z = w n + c with n of
     mean zero. With u = 1/w elementwise, u . z = sum(n) + u . c = u . c is the same constant for every position, so
     W + b u^T / (u . c) gives W z + b. To keep that constant away from zero, c is first replaced by c + w: it is then
     about d, and the logits grow by W w, which is subtracted from b. So the sum stays exact in bf16.
-    Where the norm does not allow it (no layer norm, a weight of almost zero, a head that is the embedding too), the
-    bias is dropped with a warning.
+    If that is impossible (no layer norm, a norm weight of almost zero, a head tied to the embedding), the bias is
+    dropped with a warning.
     """
     if not bool(bias_v.any()):
         return True
@@ -201,7 +201,7 @@ def place_head_bias(model: Any, bias_v: Tensor, how: str) -> bool:
         moved_d = norm.bias.double() + w_d
         norm.bias.copy_(moved_d)
         u_d = 1 / w_d
-        # Of the values as they are stored, so that rounding the moved bias costs nothing.
+        # Computed from the stored values, so that rounding the moved bias does no harm.
         constant = float(u_d @ norm.bias.double())
         shift_d = norm.bias.double() - (moved_d - w_d)
         for rows in torch.split(torch.arange(len(head_vd)), 4096):
@@ -222,7 +222,7 @@ def fold_feature_scale(model: Any, factor: float) -> None:
 
 
 def _fingerprint(model: Any) -> str:
-    """Digest a strided sample of each weight, rounded to bf16, so that no dtype or device of loading matters."""
+    """Digest a strided sample of each weight, rounded to bf16, so that dtype and device of loading do not matter."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         if "multi_modal_projector" not in name:

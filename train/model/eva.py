@@ -1,4 +1,4 @@
-"""EVA02-CLIP's image tower, which transformers lacks: a vision transformer called as transformers' CLIP tower is.
+"""EVA02-CLIP's image tower, which transformers lacks: a vision transformer with the interface of its CLIP tower.
 
 An image [n, 3, s, s] becomes (s / patch)^2 patches and a class token in front, [n, 1 + patches, width], which pass
 through blocks of attention and MLP. What differs from CLIP's tower:
@@ -7,9 +7,10 @@ through blocks of attention and MLP. What differs from CLIP's tower:
     MLP         gated: fc2(norm(silu(gate x) * fc1 x))
     norms       one more before the last linear layer of attention and of the MLP
 
-`hidden_states[i]` is what leaves block i, before the last norm. Cost: as a ViT of the same size; angles are computed
-anew for each batch. Weights are read under three names: open_clip's and timm's (`visual.trunk.blocks.0.mlp.fc1_g...`),
-the authors' (`visual.blocks.0.mlp.w1...`, EVA02_CLIP_L_336_psz14_s6B.pt), and this class's own.
+`hidden_states[i]` is the output of block i, before the last norm. Cost: as a ViT of the same size; angles are computed
+again for each batch. Weights may have any of three sets of names: open_clip's and timm's
+(`visual.trunk.blocks.0.mlp.fc1_g...`), the authors' (`visual.blocks.0.mlp.w1...`, EVA02_CLIP_L_336_psz14_s6B.pt), and
+this class's own.
 Sources: EVA-02 (arXiv 2303.11331), EVA-CLIP (arXiv 2303.15389); tested against timm's `eva02_large_patch14_clip_336`.
 """
 
@@ -57,7 +58,7 @@ class EvaVisionConfig(PreTrainedConfig):  # type: ignore[misc]
     num_attention_heads: int = 16
     image_size: int = 336
     patch_size: int = 14
-    trained_grid: int = 16  # patches a side in pretraining: angles span as many, however many there are
+    trained_grid: int = 16  # patches per side in pretraining: angles span this many, however many there are
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
 
@@ -121,7 +122,7 @@ class _Block(nn.Module):
 
 
 class EvaVisionModel(PreTrainedModel):  # type: ignore[misc]
-    """The tower, called as transformers' vision models are."""
+    """The tower, with the interface of transformers' vision models."""
 
     config_class = EvaVisionConfig
     main_input_name = "pixel_values"
@@ -154,9 +155,9 @@ class EvaVisionModel(PreTrainedModel):  # type: ignore[misc]
 
 
 def patch_angles(config: EvaVisionConfig, device: torch.device) -> Tensor:
-    """Return how far each patch is rotated, f32 [patches, head width / 2]: by its row first, then by its column.
+    """Return the rotation angles of each patch, f32 [patches, head width / 2]: by its row first, then by its column.
 
-    Computed anew for each batch (a few thousand numbers), so that no buffer can be lost or cast.
+    Computed for each batch (a few thousand numbers), so that no buffer can be lost or cast.
     """
     side = config.image_size // config.patch_size
     bands = config.hidden_size // config.num_attention_heads // 4
@@ -168,7 +169,7 @@ def patch_angles(config: EvaVisionConfig, device: torch.device) -> Tensor:
 
 
 def _rotate(x_nhld: Tensor, angles_ld: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of all but the class token; in fp32, as a bf16 angle is too coarse."""
+    """Rotate each pair of neighbouring channels, except in the class token; in fp32, as bf16 angles are too coarse."""
     first, pairs = x_nhld[:, :, :1], x_nhld[:, :, 1:].float()
     cos, sin = angles_ld.cos(), angles_ld.sin()
     even, odd = pairs[..., ::2], pairs[..., 1::2]

@@ -1,4 +1,4 @@
-"""The forward pass: pixels to features to the language model's states, and the loss at the labels alone."""
+"""The forward pass: pixels to features to the language model's states, and the loss at the labels only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def normalise(pixels_nchw: Tensor, vision: Vision, dtype: torch.dtype) -> Tensor
 
 
 def tower_features(composed: Composed, pixels_nchw: Tensor, *, tuned: bool = False) -> Tensor:
-    """Return the selected features [n, tokens, width] of uint8 images, with a graph only where the tower learns."""
+    """Return the selected features [n, tokens, width] of uint8 images, with a graph only if the tower is trained."""
     tower = composed.model.model.vision_tower
     with torch.set_grad_enabled(tuned):
         pixels = normalise(pixels_nchw, composed.vision, next(tower.parameters()).dtype)
@@ -46,11 +46,11 @@ def hidden_states(
     """Return the language model's last hidden states [b, l, d].
 
     documents: the lengths of the documents that share the one row, whose positions restart at 0 and which do not see
-    each other. Without them a row is a document, padded on the right, where causal attention cannot look: no mask.
-    learnt_s: the positions of that one row whose states are used; others may then be anything (skip_unlabelled.py).
-    shown_p: i64, the image tokens' places in the flattened rows; None: they are looked up, which waits for the device.
-    trees: the lengths of trunk and branches of each document, () without any (data/message_tree.py).
-    zero: a 0 with a graph, for which every layer has a backward pass (sharding.zero_for_unused).
+    each other. Without them each row is a document, padded on the right, which causal attention never sees: no mask.
+    learnt_s: the positions of that one row whose states are used; the others are then undefined (skip_unlabelled.py).
+    shown_p: i64, positions of image tokens in the flattened rows; None: they are looked up, which waits for the device.
+    trees: the lengths of trunk and branches of each document, () if it is not a tree (data/message_tree.py).
+    zero: a 0 with a graph, so that every layer has a backward pass (sharding.zero_for_unused).
     """
     embeds = embeddings(composed, ids_bl, feats, shown_p)
     if isinstance(zero, Tensor):

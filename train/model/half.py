@@ -1,19 +1,19 @@
-"""What autocast and PEFT would do in fp32 though bf16 comes in and bf16 is wanted; results change by rounding only.
+"""Keep in bf16 what autocast and PEFT would needlessly compute in fp32; results change by rounding only.
 
-Under autocast a layer norm turns its input and weights into fp32 and gives fp32, which the next linear layer turns into
-bf16 again: 2 casts and 8 bytes an element where 2 are read and 2 written. The kernel itself sums in fp32 whatever comes
-in, so that a norm on bf16 gives the same numbers, rounded once. PEFT turns the input of each LoRA into fp32, as its
-weights are; dropout then works on that, and autocast turns it into bf16 again for the product. (Layers that lora.py
-takes never do; DoRA's and quantized ones would.)
+Under autocast a layer norm casts its input and weights to fp32 and returns fp32, which the next linear layer casts back
+to bf16: 2 casts and 8 bytes per element, where 2 read and 2 written would do. The kernel sums in fp32 for any input
+type, so that a norm on bf16 gives the same numbers, rounded once. PEFT casts the input of each LoRA to fp32, the type
+of its weights; dropout then works on that, and autocast casts it back to bf16 for the product. (Layers that lora.py
+handles avoid this; DoRA's and quantized ones would not.)
 
-transformers writes an RMS norm as eight kernels, most of them on fp32, and their backward passes as more; torch has the
-same function as one each way on a GPU (`_fused_rms_norm`), which sums in fp32 and rounds once, where Llama's class
-rounds before its weights and behind them. Gemma's weights, stored less 1, are added up in fp32 as its class does, so
-that its norm stands between two casts. A class is changed if it gives what torch's function gives, whatever its name
-says; so norms of twice the rows, with gates or without weights stay what they are.
+transformers writes an RMS norm as eight kernels, most of them on fp32, and more for the backward pass; torch has the
+same function as one kernel each way on a GPU (`_fused_rms_norm`), which sums in fp32 and rounds once, where Llama's
+class rounds before and after its weights. Gemma's weights are stored minus 1, and the 1 is added in fp32, as in its
+class, so that its norm still needs two casts. A class is replaced if it computes what torch's function does, whatever
+its name; so norms over two sets of rows, with gates or without weights stay as they are.
 
-Not touched are layer norms that learn (their weights are fp32) and those of timm's networks. fp32 runs keep their layer
-norms and LoRA; their RMS norms are torch's, too.
+Not touched are trained layer norms (their weights are fp32) and those of timm's networks. fp32 runs keep their layer
+norms and LoRA; their RMS norms become torch's, too.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 
 class LayerNorm(nn.LayerNorm):
-    """A layer norm that stays in half precision where its input and its weights are."""
+    """A layer norm that stays in half precision if its input and its weights have it."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """Normalise [..., d]; the result has the input's type where that is the weights' too."""
+        """Normalise [..., d]; the result has the input's type if the weights have the same."""
         if (
             self.weight is None
             or input.dtype not in (torch.bfloat16, torch.float16)
@@ -41,7 +41,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """An RMS norm as torch has it, before a class that gives the same; runs where input and weights are of one type."""
+    """torch's RMS norm in place of a class that computes the same; used if input and weights have one type."""
 
     weight: Tensor
     added = 0.0  # to the weights
@@ -68,7 +68,7 @@ def _fused(kind: type, added: float) -> type:
 
 
 def _added(norm: Any) -> float | None:
-    """Return what a norm adds to its weights; None if it is not RMS normalisation times its weights and no more."""
+    """Return what a norm adds to its weights; None if it is not exactly RMS normalisation times its weights."""
     weight = getattr(norm, "weight", None)
     if "RMSNorm" not in type(norm).__name__ or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
@@ -87,7 +87,7 @@ def _added(norm: Any) -> float | None:
 
 
 def stay_half(model: Any) -> None:
-    """Let the norms of a prepared model, and the inputs of its LoRA, stay in bf16 where they are."""
+    """Keep the norms of a prepared model, and the inputs of its LoRA, in bf16 if they are in bf16."""
     for module in model.modules():
         if type(module) is nn.LayerNorm:
             module.__class__ = LayerNorm

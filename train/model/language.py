@@ -28,13 +28,13 @@ from train.model.published import (
 )
 from train.model.quantized import whole_weights
 
-FOLDED = "folded_logits_scaling"  # key of the configuration: by what the last norm's weight was divided
-UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError)  # of a family's own code
+FOLDED = "folded_logits_scaling"  # configuration key: the divisor that was folded into the last norm's weight
+UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError)  # from a family's own code
 log = logging.getLogger("train")
 
 
 def read_lm_config(options: Model) -> Any:
-    """Read what a language model is; of a checkpoint of several parts, what the language model in it is.
+    """Read a language model's configuration; for a checkpoint of several parts, that of the language model in it.
 
     Raises: UsageError, also for a kind whose head the llava class cannot express.
     """
@@ -42,10 +42,10 @@ def read_lm_config(options: Model) -> Any:
 
 
 def _read_configs(options: Model) -> tuple[Any, Any]:
-    """Read what a checkpoint is, and what the language model in it is, which is mostly the same configuration."""
+    """Read the configurations of a checkpoint and of the language model in it, which are usually the same."""
     from transformers import AutoModelForCausalLM
 
-    if (Path(options.lm) / "adapter_config.json").is_file():  # which transformers would lay over the weights beside it
+    if (Path(options.lm) / "adapter_config.json").is_file():  # transformers would apply it to the weights beside it
         raise UsageError(
             f"model.lm {options.lm!r} holds a LoRA adapter; merge it into its base with PEFT (merge_and_unload), save "
             "the result to another folder and name that"
@@ -70,16 +70,16 @@ def _read_configs(options: Model) -> tuple[Any, Any]:
 
 
 def _is_described(options: Model) -> bool:
-    """Say whether the language model's weights are drawn, so that its description is enough."""
+    """Return whether the language model's weights are drawn, so that its configuration is enough."""
     return bool(options.shrink) or options.lm_weights == "fresh"
 
 
 def rotary_switch(config: Any) -> tuple[str, int]:
-    """Return by which rule a language model turns long documents by other rotary angles, and above how many tokens.
+    """Return the rule by which a language model changes rotary angles for long documents, and above how many tokens.
 
-    transformers takes the angles of a pass by the longest document in it: `longrope` has one table up to that length
-    and one beyond; `dynamic` angles are others for each length beyond.  config: of a language model.  "", 0: no length
-    has other angles.
+    transformers chooses the angles of a pass by the longest document in it: `longrope` has one table up to the returned
+    length and one beyond; `dynamic` angles differ for each length beyond.  config: that of a language model.  Returns
+    "", 0 if the angles never change.
     """
     tables = getattr(config, "rope_parameters", None) or {}
     for table in [tables] if "rope_type" in tables else tables.values():  # Gemma 3 has one for each kind of layer
@@ -92,11 +92,10 @@ def rotary_switch(config: Any) -> tuple[str, int]:
 
 
 def turning_point(config: Any, longest: int) -> int:
-    """Return the tokens above which a sample shares no pass with shorter ones; 0: any may share one.
+    """Return the number of tokens above which a sample shares no pass with shorter ones; 0: any may share one.
 
     longest: tokens of the longest sample.
-    Raises: UsageError where there are longer ones and the angles are dynamic, which leave them behind for the passes
-    after it.
+    Raises: UsageError if a sample is longer and the angles are dynamic, since those also change later passes.
     """
     kind, far = rotary_switch(config)
     if not kind or far >= longest:
@@ -112,7 +111,7 @@ def turning_point(config: Any, longest: int) -> int:
 
 @contextmanager
 def in_words(options: Model) -> Iterator[None]:
-    """Turn what a family's own code raises where it does not fit into one line.  Raises: UsageError."""
+    """Turn what the code of an unsuitable model family raises into one line.  Raises: UsageError."""
     try:
         yield
     except (*UNFIT, ValueError) as error:
@@ -124,7 +123,7 @@ def in_words(options: Model) -> Iterator[None]:
 def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
     """Load a language model in `dtype` on the CPU, or draw a fresh or small one from `seed`.
 
-    Of a checkpoint that holds a language model among other parts, only that is kept.  Raises: UsageError.
+    From a checkpoint with other parts, only the language model is kept.  Raises: UsageError.
     """
     from transformers import AutoModelForCausalLM
 
@@ -142,7 +141,7 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(options.seed + 1)
                 lm = AutoModelForCausalLM.from_config(**how, dtype=torch.float32)
-            for parameter in lm.parameters():  # drawn alike for every dtype; the angles of rotary embeddings stay fp32
+            for parameter in lm.parameters():  # drawn alike for every dtype; rotary angles are buffers and stay fp32
                 parameter.data = parameter.data.to(dtype)
         elif inside:
             lm = _take_out(options.lm, whole, config, kind, dtype)
@@ -150,12 +149,12 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
             lm, missing = load_published(kind, options.lm, "model.lm", but=(*UNFIT, ImportError), **how, dtype=dtype)
             check_whole(missing, options.lm, "model.lm")
     except ImportError as error:
-        if options.attention == attention.NAME:  # which needs nothing
+        if options.attention == attention.NAME:  # needs no other package
             raise UsageError(cannot_load(options.lm, "model.lm", error)) from None
         raise UsageError(f"model.attention = {options.attention!r} cannot be used: {error}".splitlines()[0]) from None
     except (OSError, ValueError) as error:
         raise UsageError(cannot_load(options.lm, "model.lm", error)) from None
-    if packed:  # what they are made into is bf16
+    if packed:  # unpacked weights are bf16
         for parameter in lm.parameters():
             parameter.data = parameter.data.to(dtype)
     if hasattr(lm.config, "quantization_config"):
@@ -163,16 +162,16 @@ def load_lm(options: Model, tokenizer: Any, dtype: torch.dtype) -> Any:
     own_head = lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight
     if own_head and lm.config.tie_word_embeddings and not described:
         log.warning("%s: its head is kept: it is not the embedding, though its config.json says so", options.lm)
-    lm.config.tie_word_embeddings = not own_head  # by which an export leaves the head out
-    if lm.get_decoder() is lm:  # Llama 4: where nothing finds its layers, no choice of attention helps
+    lm.config.tie_word_embeddings = not own_head  # if tied, an export leaves out the head
+    if lm.get_decoder() is lm:  # Llama 4: its layers cannot be found, so no attention can be set
         kind = lm.config.model_type
         raise UsageError(f"model.lm {options.lm!r} ({kind}) names its layers in an unknown way; take another family")
-    lm.config.architectures = [type(lm).__name__]  # other readers of llava-hf build the language model from it
+    lm.config.architectures = [type(lm).__name__]  # other llava-hf readers build the language model from this
     return lm
 
 
 def _take_out(source: str, whole: Any, config: Any, kind: Any, dtype: torch.dtype) -> Any:
-    """Load a checkpoint of several parts by its own class and keep its language model, as a causal one."""
+    """Load a checkpoint of several parts with its own class and keep its language model, as a causal one."""
     from transformers import AutoModelForMultimodalLM
 
     model, missing = load_published(AutoModelForMultimodalLM, source, "model.lm", whole, dtype=dtype)
@@ -192,8 +191,8 @@ def fold_scales(lm: Any) -> None:
     """Move the scales that a family applies outside its layers into weights: the llava class applies none.
 
     Granite and MiniCPM3 divide their logits; that goes into the norm before the head, not into the head itself, which
-    MiniCPM shares with its embedding. Falcon-H1 multiplies words as it looks them up, and logits: that goes into the
-    embedding, and into the norm, less what a head that is the embedding has got already.
+    MiniCPM shares with its embedding. Falcon-H1 multiplies its embeddings and its logits: the first factor goes into
+    the embedding, the second into the norm, less what a head tied to the embedding has already got.
     """
     if lm.config.model_type == "falcon_h1":
         words, logits = lm.config.embedding_multiplier, lm.config.lm_head_multiplier
@@ -205,7 +204,7 @@ def fold_scales(lm: Any) -> None:
     factor = getattr(lm.config, "logits_scaling", 1.0)
     if factor != 1.0:
         fold_into_norm(lm.get_decoder(), factor)
-        if lm.config.model_type == "minicpm3":  # whose factor is hidden_size / dim_model_base
+        if lm.config.model_type == "minicpm3":  # divides by hidden_size / dim_model_base
             lm.config.dim_model_base = lm.config.hidden_size
         else:
             lm.config.logits_scaling = 1.0
@@ -224,7 +223,7 @@ def shrunk(config: Any, tokenizer: Any) -> Any:
     grouped = (config.num_key_value_heads or config.num_attention_heads) < config.num_attention_heads
     values |= {"num_attention_heads": 2, "num_key_value_heads": 1 if grouped else 2}
     if "head_dim" in values:
-        values["head_dim"] = 16  # wide enough that any published share of it can be rotated
+        values["head_dim"] = 16  # wide enough for any published partial rotary factor
     for name in ("layer_types", "rope_scaling"):
         values.pop(name, None)
     if is_tiny(tokenizer):
@@ -235,7 +234,7 @@ def shrunk(config: Any, tokenizer: Any) -> Any:
 
 
 def load_tokenizer(options: Model) -> Any:
-    """Load a tokenizer without running code of its own, with a pad token; a small one where only a rehearsal is meant.
+    """Load a tokenizer without running code of its own, with a pad token; for a rehearsal, a small one.
 
     Raises: UsageError.
     """
@@ -245,7 +244,7 @@ def load_tokenizer(options: Model) -> Any:
     check_named(source, "model.lm")
     words = known_words(source) if options.shrink else None
     try:
-        # A rehearsal asks no hub: it takes what lies here, in a folder or in the cache.
+        # A rehearsal does not ask the hub: it takes what is in a local folder or in the cache.
         here = {} if words is None else {"local_files_only": True}
         with loading(source, "model.tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(**locate(source), trust_remote_code=False, **here)
@@ -256,7 +255,7 @@ def load_tokenizer(options: Model) -> Any:
         return tiny_tokenizer(words, options.image_token)
     if not tokenizer.is_fast:
         raise UsageError(f"the tokenizer of {source!r} has no fast form (tokenizer.json), which building labels needs")
-    if tokenizer.pad_token is None:  # only generation pads by id; training goes by lengths, so eos is safe
+    if tokenizer.pad_token is None:  # only generation pads by id; training uses lengths, so eos is safe
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
@@ -268,9 +267,9 @@ CHATML = (
 
 
 def tiny_tokenizer(words: Words, image_token: str) -> Any:
-    """Make a tokenizer of bytes that begins and ends texts as the published one does, and knows every template.
+    """Make a byte tokenizer that begins and ends texts as the published one does, and knows every template's tokens.
 
-    For the published one's own chat template stands ChatML.
+    ChatML stands in for the published one's own chat template.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -304,15 +303,15 @@ def is_tiny(tokenizer: Any) -> bool:
 
 
 def room_for(token_id: int, rows: int) -> int:
-    """Return how many rows an embedding of `rows` needs to have that of a token; whole blocks of 64 stay whole."""
+    """Return how many rows an embedding of `rows` needs to hold a token; a multiple of 64 stays a multiple of 64."""
     needed = max(rows, token_id + 1)
     return needed if rows % 64 else -(-needed // 64) * 64
 
 
 def image_token_id(tokenizer: Any, token: str) -> int:
-    """Return the id of the image token, which is added to a tokenizer that has none.
+    """Return the id of the image token, which is added to the tokenizer if it is not there.
 
-    Raises: UsageError for a token that stands for something else.
+    Raises: UsageError for a token that already means something else.
     """
     from tokenizers import AddedToken
 
@@ -326,14 +325,14 @@ def image_token_id(tokenizer: Any, token: str) -> int:
 def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
     """Return the id of the image token: one the tokenizer has, a spare row of the embedding, or else a new row.
 
-    New rows start at the mean of the others: a head's row of 0 gives the words a rival of logit 0. The mean is of the
-    weights in bf16, so that it is the same whatever dtype they are loaded in.
+    New rows start at the mean of the others: with a row of 0 in the head, the new token would have logit 0 and compete
+    with the others. The mean is taken in bf16, so that it is the same for any dtype of loading.
 
-    Raises: UsageError for a tokenizer of a larger model, whose words have no row here.
+    Raises: UsageError for a tokenizer of a larger model, with tokens that have no row here.
     """
     known = image_token_id(tokenizer, token)
     rows = lm.get_input_embeddings().num_embeddings
-    added = tokenizer.added_tokens_decoder  # tokens that no text turns into; Gemma 3 has one without a row
+    added = tokenizer.added_tokens_decoder  # added tokens never come from text; Gemma 3 has one without a row
     if more := [word for word, i in tokenizer.get_vocab().items() if i >= rows and i not in added]:
         raise UsageError(
             f"the tokenizer has {len(more)} tokens beyond the {rows} rows of the language model's embedding, among "
@@ -342,7 +341,7 @@ def add_image_token(lm: Any, tokenizer: Any, token: str) -> int:
     if room_for(known, rows) > rows:
         log.info("the language model has no spare row for %s: its embedding of %d rows grows", token, rows)
         lm.resize_token_embeddings(room_for(known, rows), mean_resizing=False)
-        with torch.no_grad():  # what is drawn for them would differ by dtype, and by what was drawn before
+        with torch.no_grad():  # new rows that are drawn would differ by dtype and by earlier draws
             for table in (lm.get_input_embeddings(), lm.get_output_embeddings()):
                 parts = torch.split(table.weight[:rows], 4096)
                 table.weight[rows:] = sum(part.bfloat16().double().sum(0) for part in parts) / rows

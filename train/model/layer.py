@@ -1,4 +1,4 @@
-"""Which layer of a tower is read, and what it gives."""
+"""Which layer of a tower is read, and its output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.errors import UsageError
 
 
 def feature_layer_index(layer: int, num_layers: int) -> int:
-    """Return how many blocks run before `hidden_states[layer]`, one at least: the llava class takes 0 for "none".
+    """Return how many blocks run before `hidden_states[layer]`, at least one: the llava class takes 0 for "none".
 
     Raises: UsageError when there is no such layer.
     """
@@ -24,7 +24,7 @@ def feature_layer_index(layer: int, num_layers: int) -> int:
 
 def features(tower: Any, pixels_nchw: Tensor, index: int, strategy: str) -> Tensor:
     """Return [n, tokens, width]: the hidden states after `index` blocks, without the class token if "default"."""
-    # Only that one is kept, not those of every block.
+    # Only that state is kept, not those of all blocks.
     states = tower(pixels_nchw, output_hidden_states=index or True, return_dict=True).hidden_states
     hidden = cast(Tensor, states[index])
     return hidden[:, 1:] if strategy == "default" else hidden

@@ -1,4 +1,4 @@
-"""What of a composed model learns in a stage: projector, LoRA or everything; the rest is frozen."""
+"""Which parts of a composed model are trained in a stage: projector, LoRA or everything; the rest is frozen."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from train.model.tower import HEADS, trim
 def lora_targets(model: Any) -> list[str]:
     """Return the full paths of the language model's linear layers; the head is not among them.
 
-    Nor are routers of experts that are called linear and give more than a tensor (Phi-3.5-MoE's).
-    Raises: UsageError for layers that share their weights (Zamba 2), which could take up one layer's change alone.
+    Nor are expert routers that are linear layers by class but return more than a tensor (Phi-3.5-MoE's).
+    Raises: UsageError for layers that share their weights (Zamba 2): only one layer's LoRA could be merged into them.
     """
     lm = model.model.language_model
     found = [(name, part) for name, part in lm.named_modules() if isinstance(part, nn.Linear)]
@@ -33,10 +33,10 @@ def lora_targets(model: Any) -> list[str]:
 
 
 def lora_config(stage: Stage, targets: list[str]) -> Any:
-    """Describe the adapter for PEFT; its targets are one expression that matches only in the language model."""
+    """Describe the adapter for PEFT; its targets are one regular expression that matches only in the language model."""
     from peft import LoraConfig
 
-    # A number alone, of a layer in a list, would name the decoder's layers, too.
+    # A bare number, from a layer in a list, would match the decoder's layers, too.
     leaves = sorted({re.findall(r"[^.]*[^.0-9][^.]*(?:\.\d+)*$", target)[0] for target in targets})
     return LoraConfig(
         r=stage.lora_rank,
@@ -50,7 +50,7 @@ def lora_config(stage: Stage, targets: list[str]) -> Any:
 
 
 def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
-    """Freeze and unfreeze for a stage and return what learns by name, in fp32; cuts unused tower blocks.
+    """Freeze and unfreeze for a stage and return the trained parameters by name, in fp32; drop unused tower blocks.
 
     The set is asserted against the stage: the whole projector, and LoRA factors on each linear layer of the language
     model, or all of the language model and its head, or nothing more.
@@ -77,7 +77,7 @@ def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
         expected |= {name for name, _ in model.named_parameters() if name.startswith(("model.language_model.", "lm_"))}
     model.model.multi_modal_projector.requires_grad_(True)
     if stage.tune_tower:
-        model.model.vision_tower.float().requires_grad_(True)  # its frozen ends too: they meet what it gives
+        model.model.vision_tower.float().requires_grad_(True)  # fp32 for its frozen heads, too: they read its output
         for name, parameter in model.model.vision_tower.named_parameters(prefix="model.vision_tower"):
             if any(word in name for word in HEADS):
                 parameter.requires_grad_(False)
@@ -93,15 +93,15 @@ def prepare(composed: Composed, stage: Stage) -> dict[str, nn.Parameter]:
 
 
 def fuse(model: Any) -> None:
-    """Let a prepared model's LoRA layers, if it has any, compute as one function each way (lora.py)."""
-    if hasattr(model, "peft_config"):  # importing PEFT takes seconds, and most stages have no use for it
+    """Make each LoRA layer of a prepared model, if it has any, one function each way (lora.py)."""
+    if hasattr(model, "peft_config"):  # importing PEFT takes seconds, and most stages do not use it
         from train.model.lora import fuse_lora
 
         fuse_lora(model)
 
 
 def _set_dropout(language_model: Any, stage: Stage) -> None:
-    """Turn the language model's own dropout on or off (`lm_dropout`); LoRA's is `lora_dropout`'s in any case.
+    """Turn the language model's own dropout on or off (`lm_dropout`); LoRA's is always set by `lora_dropout`.
 
     Phi-2's published configuration has resid_pdrop = 0.1, most others have none.
     """
@@ -116,10 +116,10 @@ def _set_dropout(language_model: Any, stage: Stage) -> None:
 
 
 def recompute(language_model: Any, *, reentrant: bool = False) -> None:
-    """Let a prepared language model keep no activations and compute them again in the backward pass.
+    """Make a prepared language model keep no activations and recompute them in the backward pass.
 
-    transformers does so in training mode alone. A frozen model's dropout must not come with that, so only the layers
-    that recompute are told, not what they hold.
+    transformers recomputes in training mode only. That mode must not turn on a frozen model's dropout, so it is set on
+    the recomputing layers themselves, not on their submodules.
     """
     language_model.activation_checkpointing_enable({"use_reentrant": reentrant})
     for module in language_model.modules():

@@ -1,18 +1,18 @@
 """A linear layer and its LoRA as one function each way; results change by rounding only.
 
-PEFT computes y = W x + b, then y + s B (A x): a product of two thin matrices, times s, plus y, each a pass over an
-output-sized tensor, and as many on the way back, where the gradient of x comes in two parts that are added. Here the
-products add to what is there (`addmm`), s goes to the thin matrix between A and B, and its gradients are
+PEFT computes y = W x + b, then y + s B (A x): a product of two thin matrices, times s, plus y. Each is a pass over an
+output-sized tensor, and the backward pass has as many, as the gradient of x comes in two parts that are added. Here the
+products add to an existing tensor (`addmm`), s is applied to the thin result between A and B, and the gradients are
 
     h = s A x                     y = W x + b + B h
     dh = s B^T dy                 dx = W^T dy + A^T dh     dA = dh x^T     dB = dy h^T
 
-so that of ten passes over a layer's inputs and outputs beside its own products (seven and three), four are left. Of a
-layer of width 2,560 on an H100 the products of a million outputs take 15 us (4 x 2,560 operations each, at .69 of the
-peak) and a pass .75 us: ten of them are a third of the whole.
+so that of the ten passes over a layer's inputs and outputs besides its own products (seven and three), four are left.
+For a layer of width 2,560 on an H100 the products of a million outputs take 15 us (4 x 2,560 operations each, at .69 of
+the peak) and a pass .75 us: ten of them are a third of the whole.
 
-Taken are plain layers with frozen weights and one adapter; DoRA, quantized layers, merged or disabled adapters stay as
-PEFT has them. LoRA's own dropout comes before, as it does there.
+This replaces plain layers with frozen weights and one adapter; DoRA, quantized layers, merged or disabled adapters stay
+as PEFT has them. LoRA's own dropout comes before, as it does there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 
 class _Sum(torch.autograd.Function):
-    """W x + b + s B A z, where z is x or what dropout has left of it."""
+    """W x + b + s B A z, where z is x, or x after dropout."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -78,7 +78,7 @@ class LoraLinear(Linear):  # type: ignore[misc]
 
 
 def fuse_lora(model: Any) -> None:
-    """Let the LoRA layers of a prepared model compute as one function each way."""
+    """Make each LoRA layer of a prepared model one function each way."""
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = LoraLinear

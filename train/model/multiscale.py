@@ -1,13 +1,13 @@
-"""S²: one tower looks at an image at several scales, and the scales' features stand side by side in the channels.
+"""S²: one tower looks at an image at several scales, and the features of all scales are joined along the channels.
 
-With k = 1 ... K: the image is resized to k times the tower's size, cut into k x k tiles, and the tower sees each tile.
-The k x k grids of features are laid together as the tiles lay, [k side, k side, width], and averaged over k x k
-neighbours, so that each scale gives [side, side, width]. Joined over scales: [side^2, K width].
+For k = 1 ... K: the image is resized to k times the tower's size, cut into k x k tiles, and the tower sees each tile.
+The k x k grids of features are put together in the layout of the tiles, [k side, k side, width], and averaged over
+k x k neighbours, so that each scale gives [side, side, width]. Joined over scales: [side^2, K width].
 
 Three scales of SigLIP-SO400M-384 give 729 places of 3 x 1,152 channels from an image of 1,152 px.
-Cost: sum(k^2) runs of the tower an image, 14 for K = 3; the tower sees at most `TILES` tiles at once, so that its
-memory does not grow with the number of images. With one scale it only leaves out the first tokens of the tower, class
-and registers, which the llava class cannot.
+Cost: sum(k^2) runs of the tower per image, 14 for K = 3; the tower sees at most `TILES` tiles at once, so that its
+memory does not grow with the number of images. With one scale this class only drops the first tokens of the tower,
+class and registers, which the llava class cannot do.
 Source: S² (arXiv 2403.13043), as Bunny v1.1 uses it (bicubic without antialiasing, area averaging, both in fp32).
 """
 
@@ -23,13 +23,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from train.model.layer import features
 
-TILES = 64  # as many images as a pass has at one scale (micro_images)
+TILES = 64  # as many as the images of a pass at one scale (micro_images)
 
 
 class MultiscaleConfig(PreTrainedConfig):  # type: ignore[misc]
-    """The configuration of the tower inside and how it is used; sizes and width are those of the image as a whole.
+    """The configuration of the inner tower and how it is used; sizes and width are those of the whole image.
 
-    feature_index: how many of the tower's blocks run; tokens_skipped: how many of its first tokens are no patches.
+    feature_index: how many of the tower's blocks run; tokens_skipped: how many of its first tokens are not patches.
     """
 
     model_type = "multiscale_vision_model"
@@ -52,18 +52,18 @@ class MultiscaleConfig(PreTrainedConfig):  # type: ignore[misc]
             tower = self.tower_config
             self.hidden_size = self.scales * tower.hidden_size
             self.image_size = self.scales * tower.image_size
-            self.patch_size = self.scales * tower.patch_size  # of the image at its largest: so many pixels a place
+            self.patch_size = self.scales * tower.patch_size  # pixels per place, in the image at its largest scale
             self.num_hidden_layers = tower.num_hidden_layers
         super().__post_init__(**kwargs)
 
     @property
     def num_tiles(self) -> int:
-        """How often the tower runs for an image."""
+        """How many times the tower runs per image."""
         return sum(scale**2 for scale in range(1, self.scales + 1))
 
 
 class MultiscaleModel(PreTrainedModel):  # type: ignore[misc]
-    """The tower inside, called as transformers' vision models are; only one hidden state is computed."""
+    """The inner tower, with the interface of transformers' vision models; only one hidden state is computed."""
 
     config_class = MultiscaleConfig
     main_input_name = "pixel_values"
@@ -77,10 +77,10 @@ class MultiscaleModel(PreTrainedModel):  # type: ignore[misc]
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """Return the features [n, places, scales x width] of normalised images [n, 3, K size, K size].
 
-        They stand in hidden_states[feature_index], as in the tower itself; the other hidden states are None.
+        They are hidden_states[feature_index], as in the tower itself; the other hidden states are None.
         """
         index, layers, scales = self.config.feature_index, self.config.num_hidden_layers, self.config.scales
-        if scales == 1:  # of any size that the tower takes
+        if scales == 1:  # for any image size that the tower takes
             merged = features(self.tower, pixel_values, index, "full")[:, self.config.tokens_skipped :]
         else:
             several = [self._at_scale(pixel_values, scale) for scale in range(1, scales + 1)]

@@ -1,4 +1,4 @@
-"""Load an exported folder by transformers' own classes."""
+"""Load an exported folder with transformers' own classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.model.tower import needed
 
 
 def load_native(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
-    """Load an exported folder and its processor, the towers of our own among them.  Raises: UsageError."""
+    """Load an exported folder and its processor, also with a tower class of ours.  Raises: UsageError."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     refuse_unexported(folder)

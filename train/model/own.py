@@ -1,10 +1,10 @@
-"""The towers that are built here, made known to transformers' Auto classes."""
+"""Register the tower classes of this package with transformers' Auto classes."""
 
 from __future__ import annotations
 
 
 def register_own_classes() -> None:
-    """Make transformers' Auto classes know the towers that are built here."""
+    """Register the tower classes of this package with transformers' Auto classes."""
     from transformers import AutoConfig, AutoModel
 
     from train.model.eva import EvaVisionConfig, EvaVisionModel

@@ -1,14 +1,14 @@
-"""Plain vision transformers under other names, put into the class of transformers that computes the same.
+"""Plain vision transformers under other names, converted to the transformers class that computes the same.
 
     open_clip's ViT                                      CLIPVisionModel
     timm's, with a class token and a norm before all     CLIPVisionModel
     timm's, without a class token                        SiglipVisionModel
-    timm's, with a class token                           Dinov2Model, whose layer scale is 1 where there is none
-    SigLIP 2 NaFlex, shown its own square grid           SiglipVisionModel
+    timm's, with a class token                           Dinov2Model, with a layer scale of 1 if timm's has none
+    SigLIP 2 NaFlex, on its own square grid              SiglipVisionModel
 
-Then an export needs no code of ours. Register tokens, rotary positions, gates and other norms have no such class; those
-networks stay as they are. The pooling head is left out, as no feature layer lies behind it. Cost: the weights once;
-of timm's, one image through both networks, whose features must agree.
+Then an export needs no code of ours. Networks with register tokens, rotary positions, gates or other norms have no such
+class and stay as they are. The pooling head is left out, as no feature layer comes after it. Cost: the weights once;
+for timm's, also one image through both networks, whose features must agree.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NAMES["clip_vision_model"] = NAMES["siglip_vision_model"]
 
 
 def native_config(trunk: Any, image_size: int) -> Any:
-    """Return the configuration of the class that computes what a network of timm does, or None where there is none."""
+    """Return the configuration of the class that computes what a network of timm does, or None if there is none."""
     from timm.models.vision_transformer import VisionTransformer
     from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
@@ -73,7 +73,7 @@ def native_config(trunk: Any, image_size: int) -> Any:
 
 
 def _is_plain(block: Any) -> bool:
-    """Whether a block is attention and a two-layer MLP, each behind a layer norm, and no more."""
+    """Whether a block is attention and a two-layer MLP, each after a layer norm, and nothing else."""
     from timm.layers import Mlp
     from timm.models.vision_transformer import Block
 
@@ -92,7 +92,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def convert(trunk: Any, config: Any, source: str) -> Any:
-    """Return a network of timm in the class of `native_config`.  Raises: UsageError where their features differ."""
+    """Convert a network of timm to the class of `native_config`.  Raises: UsageError if their features differ."""
     from transformers import AutoModel
 
     tower = AutoModel.from_config(config, dtype=torch.float32).eval()
@@ -152,7 +152,7 @@ def _timm_names(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
 
 
 def naflex_config(config: Any) -> Any:
-    """Describe a SigLIP 2 for images of any shape as the SigLIP that it is on its own square grid."""
+    """Describe a SigLIP 2 NaFlex, which takes any shape, as the SigLIP that it equals on its own square grid."""
     from transformers import SiglipVisionConfig
 
     side = math.isqrt(config.num_patches)
@@ -166,7 +166,7 @@ def naflex_config(config: Any) -> Any:
 
 
 def convert_naflex(tower: Any, config: Any) -> Any:
-    """Return such a tower in SigLIP's class: its patches, flattened row, column, channel, become a convolution."""
+    """Convert such a tower to SigLIP's class: its linear patch embedding (row, column, channel) is a convolution."""
     from transformers import SiglipVisionModel
 
     out = SiglipVisionModel(config)
@@ -185,7 +185,7 @@ def metaclip_config(config: Any) -> Any:
 
 
 def convert_metaclip(tower: Any, config: Any) -> Any:
-    """Return such a tower in CLIP's class."""
+    """Convert such a tower to CLIP's class."""
     from transformers import CLIPVisionModel
 
     out = CLIPVisionModel(config)
@@ -196,7 +196,7 @@ def convert_metaclip(tower: Any, config: Any) -> Any:
 def load_openclip(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Convert the image tower of an open_clip folder to a CLIPVisionModel with the same pooled output.
 
-    Raises: UsageError, also for a tower that has or does more than that class, whose features would be others.
+    Raises: UsageError, also for a tower that has or does more than that class, since its features would differ.
     """
     from safetensors.torch import load_file
 
@@ -243,7 +243,7 @@ def _from_openclip(model_cfg: dict[str, Any], state: dict[str, Tensor], folder: 
     )
     config.architectures = ["CLIPVisionModel"]
     tower = CLIPVisionModel(config)
-    names = _openclip_names(state, layers)  # of the state, what is left are tensors that the class has no place for
+    names = _openclip_names(state, layers)  # what is left in `state` are tensors that the class has no place for
     odd = [key for key in ("act_kwargs", "norm_kwargs", "scaled_cosine_attn") if cfg.get(key)]
     if odd := sorted([*odd, *state.keys() - {"proj"}]):
         raise UsageError(

@@ -1,8 +1,8 @@
-"""What a model is, before its weights: its configuration from a folder, from the hub, or from the facts shipped here.
+"""Configurations of published models, from a folder, from the hub, or from the facts shipped here; and loading them.
 
 The shipped facts (`pipelines/configs/ORG--NAME/`) are the sizes of the published models that the pipelines name. They
-describe a model where its weights are not wanted (counting parameters, rehearsing a recipe small), so that neither
-needs the hub. Weights always come with their own description. No code of a model's own is ever run.
+describe a model when its weights are not needed (counting parameters, rehearsing a recipe at small size), so that this
+works without the hub. Weights always come with their own configuration. A model's own code is never run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class Words:
-    """What is known of a published tokenizer: its entries, the token before every text ("" for none), the last one."""
+    """Facts of a published tokenizer: its size, the token before every text ("" for none), the one that ends texts."""
 
     size: int
     bos: str
@@ -47,28 +47,28 @@ def locate(source: str) -> dict[str, Any]:
 
 
 def shipped(source: str) -> Path | None:
-    """Return the folder of facts about a published model, or None where there is none or a folder has its name."""
+    """Return the folder of facts about a published model; None if there is none, or if a local folder has its name."""
     folder = CONFIGS / source.partition("@")[0].replace("/", "--")
     return folder if "/" in source and folder.is_dir() and not Path(source).exists() else None
 
 
 def known_words(source: str) -> Words | None:
-    """Return what is known of a published model's tokenizer."""
+    """Return the shipped facts of a published model's tokenizer."""
     facts = tomllib.loads((CONFIGS / "tokenizers.toml").read_text("utf-8"))
     found = facts.get(source.partition("@")[0])
     return Words(**found) if found else None
 
 
 def check_named(source: str, option: str) -> None:
-    """Refuse a model that nobody named.  Raises: UsageError."""
+    """Refuse a model option that is not set.  Raises: UsageError."""
     if not source:
         raise UsageError(f"{option} is not set; give a hub id or a local folder, e.g. --set {option}=FOLDER")
 
 
 def read_config(source: str, option: str, *, described: bool = False) -> Any:
-    """Read a model's configuration, MiniCPM's as the Granite that it is.
+    """Read a model's configuration; MiniCPM's is returned as that of the equivalent Granite.
 
-    described: take the shipped facts where there are some.  Raises: UsageError.
+    described: use the shipped facts, if there are any.  Raises: UsageError.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -83,7 +83,7 @@ def read_config(source: str, option: str, *, described: bool = False) -> Any:
 
 
 def read_preprocess(source: str, *, described: bool = False) -> dict[str, Any]:
-    """Read how a tower wants its images, or an empty table where nothing says so.  Raises: UsageError."""
+    """Read how a tower's images are prepared; an empty table if no file says so.  Raises: UsageError."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -106,7 +106,7 @@ def granite_of_minicpm(values: dict[str, Any]) -> Any:
     from transformers import GraniteConfig
 
     layers, width, heads = (values[k] for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    turned = dict(values.get("rope_scaling") or {})  # MiniCPM4's angles are longrope's, at any length
+    turned = dict(values.get("rope_scaling") or {})  # MiniCPM4 has longrope angles at any length
     turned.setdefault("rope_type", turned.pop("type", "default"))
     same = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     same += ["num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias"]
@@ -125,11 +125,11 @@ def granite_of_minicpm(values: dict[str, Any]) -> Any:
 def load_published(
     kind: Any, source: str, option: str, config: Any, but: tuple[type[Exception], ...] = (), **how: Any
 ) -> tuple[Any, list[str]]:
-    """Load a model by a class of transformers; return it, and the weights that are in none of its files.
+    """Load a model with a class of transformers; return it, and the names of weights that none of its files has.
 
-    transformers draws those, and tells so in its log alone.  but: as in `loading`.  Raises: UsageError.
+    transformers draws those at random and says so only in its log.  but: as in `loading`.  Raises: UsageError.
     """
-    how |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused here, by name
+    how |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
     with loading(source, option, but):
         _check_index(Path(source))
         model, found = kind.from_pretrained(**locate(source), **how)
@@ -140,10 +140,10 @@ def load_published(
 
 
 def _check_places(model: Any, more: Sequence[str], source: str) -> None:
-    """Refuse files that have a weight or bias for a layer which has none by its config.json; name what else is over.
+    """Refuse files with a weight or bias for a layer that has none by its config.json; log other unused tensors.
 
-    Such a layer computes something else than what was trained. Whole parts that a class has no use for, such as heads
-    that predict further tokens, change nothing; where `source` is given, they are told of.  Raises: ValueError.
+    Such a layer would not compute what was trained. Whole parts that a class does not use, such as heads that predict
+    further tokens, change nothing; they are logged if `source` is given.  Raises: ValueError.
     """
     layers = {name for name, part in model.named_modules() if next(part.parameters(recurse=False), None) is not None}
     for name in more:
@@ -162,16 +162,16 @@ def check_whole(missing: Sequence[str], source: str, option: str) -> None:
 
 
 def lacking(missing: Sequence[str]) -> ValueError:
-    """Word the lack of weights, which transformers draws at random and tells of in its log alone."""
+    """Word the lack of weights, which transformers would draw at random and mention only in its log."""
     return ValueError(f"its files lack {len(missing)} weights, among them {missing[0]}")
 
 
 @contextmanager
 def loading(source: str, option: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn what transformers raises for files that are not as they should be into one line.
+    """Turn what transformers raises for faulty files into one line.
 
-    Nobody lists what that is: a download cut short ends in one kind of error, a broken tokenizer.json in `Exception`.
-    but: what the caller explains itself.  Raises: UsageError.
+    Their types are not documented: an incomplete download raises one, a broken tokenizer.json plain `Exception`.
+    but: exceptions that the caller explains itself.  Raises: UsageError.
     """
     try:
         yield
@@ -182,13 +182,13 @@ def loading(source: str, option: str, but: tuple[type[Exception], ...] = ()) -> 
 
 
 def cannot_load(source: str, option: str, error: Exception) -> str:
-    """Word the failure to load a model: the reason's first line, and what to type."""
+    """Word the failure to load a model: the first line of the reason, and what to type."""
     reason, folder = first_line(error), Path(source)
-    if reason.endswith(":"):  # a strict configuration's, whose reason is the line below
+    if reason.endswith(":"):  # from a strict configuration: the reason is on the next line
         reason = " ".join(str(error).split())
-    if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in the file
+    if isinstance(error, pickle.UnpicklingError):  # its text advises loading without weights_only
         reason = "its .bin files hold more than a table of tensors, and nothing else is read"
-    elif isinstance(error, LookupError):  # whose text is the name alone
+    elif isinstance(error, LookupError):  # its text is only the name
         reason = f"{type(error).__name__}: {reason}"
     reason = next(_broken(folder, isinstance(error, SafetensorError)), reason)
     other = "another" if folder.exists() else "a local"
@@ -196,9 +196,10 @@ def cannot_load(source: str, option: str, error: Exception) -> str:
 
 
 def _broken(folder: Path, headers: bool) -> Iterator[str]:
-    """Yield what is wrong with files of a folder that came without their content, or with a part of it.
+    """Yield what is wrong with files of a folder that have none or only part of their content.
 
-    What fails to read them names none of them; of many shards, the user must know which.  headers: safetensors' too.
+    The libraries' errors do not name the file; with many shards, the user must know which.  headers: check those of
+    safetensors, too.
     """
     for file in sorted(path for path in folder.glob("*.*") if path.suffix in (".json", ".model", *WEIGHTS)):
         with file.open("rb") as opened:
@@ -214,7 +215,7 @@ def _broken(folder: Path, headers: bool) -> Iterator[str]:
 
 
 def _check_index(folder: Path) -> None:
-    """Raise a ValueError for a broken index of a folder's shards, of which transformers says no such thing."""
+    """Raise a ValueError for a broken index of a folder's shards, which transformers does not report as such."""
     file = folder / "model.safetensors.index.json"
     if file.is_file() and not (folder / "model.safetensors").is_file():  # which comes first
         try:

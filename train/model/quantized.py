@@ -1,8 +1,8 @@
 """QLoRA (arXiv:2305.14314): the frozen language model's linear layers in 4 bits, NormalFloat with quantised constants.
 
-The adapter, the projector and the head stay as they are, and the export merges the adapter into the weights as they
-were before: what is saved is memory in training, about 1.5 bytes a parameter. The package bitsandbytes does the
-arithmetic, on a GPU or (slowly) on the CPU; it packs each layer when the model moves to its device.
+The adapter, the projector and the head are not quantised, and the export merges the adapter into the original weights:
+what this saves is memory in training, about 1.5 bytes per parameter. The package bitsandbytes does the arithmetic, on a
+GPU or (slowly) on the CPU; it packs each layer when the model moves to its device.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import nn
 
 from train.errors import UsageError
 
-WHOLE = ("fp8", "mxfp4")  # forms of published weights that transformers turns back
+WHOLE = ("fp8", "mxfp4")  # forms of published weights that transformers can dequantise
 
 
 def whole_weights(config: Any, source: str) -> None:
-    """Have a published model's weights of few bits made whole as they are read.
+    """Have a published model's quantised weights dequantised as they are read.
 
-    Otherwise a GPU would get layers that no adapter can be merged into. transformers takes two forms apart by itself.
+    Otherwise a GPU would get layers that no adapter can be merged into. transformers can dequantise two forms.
     Raises: UsageError for any other.
     """
     found = getattr(config, "quantization_config", None)
@@ -35,7 +35,7 @@ def whole_weights(config: Any, source: str) -> None:
 
 
 def quantize(model: Any) -> None:
-    """Replace each linear layer of the language model.  Raises: UsageError where bitsandbytes is not installed."""
+    """Replace each linear layer of the language model.  Raises: UsageError if bitsandbytes is not installed."""
     try:
         import bitsandbytes as bnb
     except ImportError:
@@ -54,4 +54,4 @@ def quantize(model: Any) -> None:
         small.bias = layer.bias
         parent, _, leaf = name.rpartition(".")
         setattr(body.get_submodule(parent), leaf, small)
-    model.is_loaded_in_4bit = True  # by which PEFT knows how to adapt the layers
+    model.is_loaded_in_4bit = True  # tells PEFT how to adapt the layers

@@ -1,13 +1,13 @@
 """Recurrent layers in packed rows: each document starts from an empty state.
 
 Hybrid language models (LFM2, Falcon-H1, Qwen3.5) mix attention with layers that carry a state along the row: a causal
-convolution over the last few positions, a gated recurrence, a state space. Such a layer knows no mask: in a packed row
-it would carry one document's state into the next. Here it runs once for each document, and its outputs are laid side by
-side again: out = [f(x_1), ..., f(x_n)] for a row [x_1, ..., x_n], exact on every device, at n calls a layer.
+convolution over the last few positions, a gated recurrence, a state space. Such a layer uses no mask: in a packed row
+it would carry one document's state into the next. Here it runs once for each document, and its outputs are joined
+again: out = [f(x_1), ..., f(x_n)] for a row [x_1, ..., x_n], exact on every device, with n calls per layer.
 
-Such a layer is known by the convolution that it holds (`nn.Conv1d`): all of transformers' have one. The documents come
-as a keyword argument, which decoders pass on to their layers, so that a backward pass that recomputes has them, too.
-A family that does not pass it on fails the comparison of compose (verify.py) and is trained without packing.
+Such a layer is recognised by its convolution (`nn.Conv1d`): all recurrent layers of transformers have one. The
+documents come as a keyword argument, which decoders pass on to their layers, so that a recomputing backward pass has
+them, too. A family that does not pass it on fails the comparison in verify.py and is trained without packing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from train.model.attention import Documents
 
 
 def isolate_documents(language_model: Any) -> None:
-    """Let the recurrent layers of a language model, where it has some, run a document at a time in packed rows."""
+    """Make the recurrent layers of a language model, if it has any, run one document at a time in packed rows."""
     found = [m for m in language_model.modules() if any(isinstance(child, nn.Conv1d) for child in m.children())]
     for module in found:
         module.forward = partial(_each_alone, module, module.forward)
@@ -32,7 +32,7 @@ def isolate_documents(language_model: Any) -> None:
 
 
 def for_recurrent(language_model: Any, documents: Documents | None) -> dict[str, Documents]:
-    """Return what a language model must be given besides, for its recurrent layers to know a packed row's documents."""
+    """Return the further arguments that tell a language model's recurrent layers the documents of a packed row."""
     needed = documents is not None and getattr(language_model, "has_recurrent_layers", False)
     return {"documents": documents} if needed and documents is not None else {}
 
@@ -46,8 +46,8 @@ def _each_alone(
 ) -> Tensor:
     """Call `run`, the forward pass of a layer, on each document of hidden states [1, l, d], given first or by name.
 
-    The layer itself, not what it holds, is told that it does not train: in training, Mamba's layers hand the weight of
-    their last projection to one fused kernel where that is installed, which would pass over a LoRA on that projection.
+    The layer itself, but not its submodules, is put into eval mode: in training mode, Mamba's layers give the weight of
+    their last projection to a fused kernel, if that is installed, which would ignore a LoRA on that projection.
     """
     training, layer.training = layer.training, False
     try:

@@ -1,13 +1,13 @@
 """torch.compile of one layer at a time (`model.compile = "layers"`): of the language model, and the tower's blocks.
 
-Layers of one kind share their code, so that each kind is compiled once however many there are, for any number of
-tokens and images. What is compiled fuses the small kernels of a layer (norms, activations, rotations, sums, LoRA's
-scaling) into few that read and write each number once; products stay what they are.
+Layers of one kind share their compiled code, so that each kind is compiled once, for any number of layers, tokens and
+images. Compiling fuses the small kernels of a layer (norms, activations, rotations, sums, LoRA's scaling) into a few
+that read and write each number once; matrix products stay as they are.
 
-A layer is two pieces of code around its attention, which stays outside: `attend` reads how long each document is, on
-the host, and every row has other documents. What costs no compiled code but a call is kept outside, too: the hooks on a
-layer itself. skip_unlabelled.py narrows the modules within the last layer, which torch.compile follows: it is a kind of
-its own. Results change by rounding; LoRA's dropout draws other masks, from the same seeds.
+A layer is compiled as two pieces around its attention, which stays outside: `attend` reads the lengths of the documents
+on the host, and they differ in every row. Hooks on a layer itself stay outside, too. torch.compile does follow those
+within the last layer, whose modules skip_unlabelled.py narrows, so that this layer is a kind of its own. Results change
+by rounding; LoRA's dropout draws other masks from the same seeds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BACKEND = "inductor"
 def compile_layers(composed: Composed, device: torch.device) -> int:
     """Compile the layers of a prepared model when they first run; return how many there are.
 
-    Raises: UsageError where the device has no compiler, or the language model cannot be compiled for any row.
+    Raises: UsageError if the device has no compiler, or if the language model cannot be compiled for arbitrary rows.
     """
     language_model = composed.model.model.language_model
     kind = composed.model.config.text_config.model_type
@@ -50,7 +50,7 @@ def _try_compiler(device: torch.device) -> None:
 
     try:
         torch.compile(probe, backend=BACKEND)(torch.ones(3, device=device))
-    except Exception as error:  # of many kinds, of torch, of its compilers and of the system
+    except Exception as error:  # of many types: torch's, its compilers' and the system's
         why = " ".join(str(error).split("\n")[:2]).strip()
         needed = "triton" if device.type == "cuda" else "a C++ compiler (g++)"
         raise UsageError(

@@ -1,15 +1,16 @@
-"""Training without the work that no label asks for. Results change by rounding only.
+"""Training without the work that no label needs. Results change by rounding only.
 
-Only positions with a label enter the loss. The logits are formed at those alone (forward.py). The last layer's keys and
+Only positions with a label enter the loss. Logits are computed only at those (forward.py). The last layer's keys and
 values are needed at every position, since labelled positions attend to them; but its queries, its attention output and
-its MLP are functions of one position each, so they are computed at labelled positions only. Where a layer has 12 d^2
+its MLP are functions of one position each, so they are computed at labelled positions only. If a layer has 12 d^2
 weights, that skips 10 d^2 of them at every unlabelled position of one layer: 1/38 of Phi-2's forward and backward pass.
 
 How: hooks around those modules. Before a module, the row [1, L, d] is narrowed to the labelled positions [1, s, d];
-behind it, widened again with zeros, which no label sees. The positions come with the packed documents (attention.py).
+after it, the row is widened again with zeros, which no label sees. The positions come with the packed documents
+(attention.py).
 
-Besides, transformers writes GPT-2's GELU as eight operations, and each keeps its result for the backward pass; torch
-has the same function as one.
+In addition, transformers writes GPT-2's GELU as eight operations, each of which keeps its result for the backward pass;
+it is replaced by torch's single operation.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ LAST_PARTS = ("self_attn.q_proj", "self_attn.o_proj", "self_attn.dense", "mlp") 
 
 
 class _LabelledPositions:
-    """Hooks that narrow a row to its labelled positions before a module, and widen it with zeros behind it."""
+    """Hooks that narrow a row to its labelled positions before a module, and widen it with zeros after it."""
 
     learnt_s: Tensor | None = None
-    length = 0  # of the row that was narrowed last
+    length = 0  # length of the row that was narrowed last
 
     def look(self, _layer: nn.Module, _args: Any, options: dict[str, Any]) -> None:
         # Read at every run: with recomputation, the backward pass runs the layer again, outside packed_documents.
@@ -48,9 +49,9 @@ class _LabelledPositions:
 
 
 def skip_unlabelled(language_model: Any) -> None:
-    """Change a language model that is prepared for a stage so that it skips what no label asks for.
+    """Change a language model that is prepared for a stage so that it skips work that no label needs.
 
-    It does so in packed rows whose labelled positions are known (`attention.packed_documents`); others run whole.
+    It does so in packed rows whose labelled positions are known (`attention.packed_documents`); others run in full.
     """
     from transformers.activations import NewGELUActivation
 
@@ -67,9 +68,9 @@ def skip_unlabelled(language_model: Any) -> None:
 
 
 def last_parts(language_model: Any) -> list[nn.Module]:
-    """Return the modules of the last layer that only labelled positions need; none where they are not known.
+    """Return the modules of the last layer that only labelled positions need; none if they cannot be identified.
 
-    A mixture of experts is left alone: it may look at all positions, or give more than a tensor.
+    A mixture of experts is left alone: it may look at all positions, or return more than a tensor.
     """
     layers = getattr(language_model, "layers", None)
     found = [part for name, part in layers[-1].named_modules() if name in LAST_PARTS] if layers else []

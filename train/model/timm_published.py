@@ -1,11 +1,11 @@
 """timm's published networks: found in a folder, on the hub or in an open_clip folder, described, and loaded.
 
     FOLDER                 config.json with an `architecture`, model.safetensors: as timm writes it
-    timm/NAME[@REVISION]   the hub's; with fresh weights timm's own registry is enough, and no hub
-    local-dir:FOLDER       of open_clip, where its tower is one of timm's
+    timm/NAME[@REVISION]   from the hub; with fresh weights, from timm's own registry, without the hub
+    local-dir:FOLDER       an open_clip folder whose tower is one of timm's
 
-Weights are loaded by timm's and open_clip's own code, strictly and never unpickled. A plain vision transformer becomes
-the class of transformers that is the same (plain_vit.py), so that its export is native; any other stays timm's.
+Weights are loaded by timm's and open_clip's own code, strictly and without unpickling. A plain vision transformer is
+converted to the equivalent class of transformers (plain_vit.py), so that its export is native; others stay timm's.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SMALL: dict[str, dict[str, Any]] = {  # how classes of timm are made tiny; any o
     "Eva": {"depth": 2, "embed_dim": 32, "num_heads": 2},
     "ConvNeXt": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 32]},
 }
-SMALL_STRIDES = 2  # places a side of a tiny network's last map
+SMALL_STRIDES = 2  # places per side in a tiny network's last map
 log = logging.getLogger("train")
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network of timm: its name and arguments, what it was trained on, and what loads it whole."""
+    """A network of timm: its name and arguments, its image preparation, and a function that loads it whole."""
 
     source: str
     architecture: str
@@ -50,16 +50,16 @@ class Network:
 
     @property
     def preprocess(self) -> dict[str, Any]:
-        """How its images are prepared, in transformers' words. The whole picture is seen: crop_pct is left aside."""
+        """How its images are prepared, in transformers' terms. The whole picture is seen: crop_pct is ignored."""
         resample = {"bilinear": 2, "nearest": 0, "lanczos": 1}.get(self.facts.get("interpolation", "bicubic"), 3)
         out = {"image_mean": self.facts.get("mean"), "image_std": self.facts.get("std"), "resample": resample}
         return out | {"squash": self.facts.get("crop_mode") == "squash"}
 
 
 def find(source: str, *, fresh: bool) -> Network | None:
-    """Return the network of a folder or hub id, or None where it is none of timm's.
+    """Return the network of a folder or hub id, or None if it is not one of timm's.
 
-    fresh: a published name is then looked up in timm's registry.  Raises: UsageError.
+    fresh: look up a published name in timm's registry.  Raises: UsageError.
     """
     import timm
 
@@ -82,7 +82,7 @@ def find(source: str, *, fresh: bool) -> Network | None:
 
 
 def find_in_openclip(folder: Path) -> Network | None:
-    """Return the network of an open_clip folder, or None where its tower is open_clip's own.  Raises: UsageError."""
+    """Return the network of an open_clip folder, or None if its tower is open_clip's own.  Raises: UsageError."""
     if not (folder / "open_clip_config.json").is_file():
         return None
     document = read_json(folder / "open_clip_config.json")
@@ -116,9 +116,9 @@ def find_in_openclip(folder: Path) -> Network | None:
 
 
 def describe(network: Network, feature_layer: int, *, shrink: bool, places: int = 0) -> Any:
-    """Return the configuration of the tower: a class of transformers where one is the same, else timm's.
+    """Return the configuration of the tower: an equivalent class of transformers if there is one, else timm's.
 
-    places: how many a side the map is averaged to (`model.grid`); 0: its own. Nothing is computed: shapes come from the
+    places: per side, to average the map to (`model.grid`); 0: keep its own. Nothing is computed: shapes come from the
     meta device.  Raises: UsageError.
     """
     register_own_classes()
@@ -151,12 +151,12 @@ def _is_timms(source: str) -> bool:
     try:
         values, _ = PreTrainedConfig.get_config_dict(**locate(source))
     except (OSError, ValueError):
-        return False  # said where the configuration is read
+        return False  # reported where the configuration is read
     return "architecture" in values and values.get("model_type", "timm_wrapper") == "timm_wrapper"
 
 
 def _skeleton(network: Network, shrink: bool) -> tuple[Any, dict[str, Any], int]:
-    """Return the network without memory, its arguments, and its images' side."""
+    """Return the network on the meta device, its arguments, and the side of its images."""
     arguments = dict(network.arguments)
     with torch.device("meta"):
         trunk = create(network.architecture, arguments)
@@ -220,7 +220,7 @@ def _own_config(
 
 @contextmanager
 def _shapes_alone(architecture: str) -> Iterator[None]:
-    """Say of a network that reads values to lay out its places (Gemma 4's) that it cannot be a tower."""
+    """Refuse as a tower a network that needs an image's values to lay out its places (Gemma 4's)."""
     try:
         yield
     except RuntimeError as error:
@@ -234,7 +234,7 @@ def _shapes_alone(architecture: str) -> Iterator[None]:
 
 @contextmanager
 def in_words(source: str) -> Iterator[None]:
-    """Turn what timm and open_clip raise for a network that does not fit into one line.  Raises: UsageError."""
+    """Turn what timm and open_clip raise for an unsuitable network into one line.  Raises: UsageError."""
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, OSError) as error:

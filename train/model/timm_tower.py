@@ -1,12 +1,12 @@
-"""A network of timm as a tower: an image becomes the places of a grid, each a token, whatever the network is made of.
+"""A network of timm as a tower: an image becomes a grid of places, each a token, whatever kind of network it is.
 
-Vision transformers, convolutional networks and mixed ones all give `forward_intermediates`: maps [n, c, side, side],
-one a block or one a stage, without class and register tokens. `model.feature_layer` picks one, read row by row as
-[n, side^2, c]; `model.grid` averages it to fewer places first. Behind the last stage some networks have one more
-convolution before they pool (EfficientNet, MobileCLIP): then that is what `feature_layer = -1` reads. What comes after
-the map is not built.
+Vision transformers, convolutional networks and mixed ones all have `forward_intermediates`: maps [n, c, side, side],
+one per block or stage, without class and register tokens. `model.feature_layer` picks one, read row by row as
+[n, side^2, c]; `model.grid` averages it to fewer places first. After the last stage some networks have one more
+convolution before pooling (EfficientNet, MobileCLIP): then `feature_layer = -1` reads its output. What comes after the
+map is not built.
 
-Cost: as the network's; one map is kept. Weights carry timm's own names below `trunk.`.
+Cost: that of the network; one map is kept. Weights have timm's own names, prefixed with `trunk.`.
 Source of the interface: timm (pytorch-image-models), `forward_intermediates` and `prune_intermediate_layers`.
 """
 
@@ -21,10 +21,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 class TimmVisionConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Which network of timm, with which arguments, and where it is read; sizes in pixels.
+    """Which network of timm, with which arguments, and which of its maps is read; sizes in pixels.
 
-    feature_index: the map that is read, from 1; whole: with the convolution behind the last stage.
-    places: how many a side the map is averaged to; 0: as many as it has.
+    feature_index: the map that is read, from 1; whole: with the convolution after the last stage.
+    places: per side, to average the map to; 0: keep its own.
     flops: multiplications and additions for one image, each counted.
     """
 
@@ -45,7 +45,7 @@ class TimmVisionConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 class TimmVisionModel(PreTrainedModel):  # type: ignore[misc]
-    """The network, called as transformers' vision models are; one hidden state is computed, the others are None."""
+    """The network, with the interface of transformers' vision models; all hidden states but one are None."""
 
     config_class = TimmVisionConfig
     main_input_name = "pixel_values"
@@ -65,12 +65,12 @@ class TimmVisionModel(PreTrainedModel):  # type: ignore[misc]
             fill()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
-        """Return the map [n, places, channels] of normalised images [n, 3, size, size], at its place among the states.
+        """Return the map [n, places, channels] of normalised images [n, 3, size, size], as one of the hidden states.
 
-        With it stand as many None as the network has other maps.
+        The other hidden states, one for each other map, are None.
         """
         index = self.config.feature_index
-        # Networks of convolutions run a quarter faster with their channels side by side.
+        # Convolutional networks run a quarter faster with channels last.
         pixels = pixel_values.contiguous(memory_format=torch.channels_last)
         seen = grid(self.trunk, pixels, index, self.config.whole)
         if self.config.places:

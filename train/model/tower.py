@@ -1,9 +1,9 @@
-"""The vision tower: loaded, and described by what the rest must know of it (sizes, tokens an image, colours).
+"""The vision tower: loaded, and described by what the rest must know of it (sizes, tokens per image, colours).
 
 A tower is a class of transformers (COLOURS names them), any network of timm (timm_published.py) or the EVA02-CLIP of
 eva.py, from a hub id, a local folder, a folder with only a config.json (fresh weights), or an open_clip
-`local-dir:FOLDER`. Plain ViTs come in a class of transformers (plain_vit.py). With `scales` above 1 a tower looks at
-several sizes of the image (multiscale.py); one with register tokens stands in the same wrapper, which leaves them out.
+`local-dir:FOLDER`. Plain ViTs are converted to a class of transformers (plain_vit.py). With `scales` above 1 a tower
+looks at several sizes of the image (multiscale.py); the same wrapper drops register tokens.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from train.model.published import (
 from train.model.weights import read_tensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HEADS = ("post_layernorm", ".layernorm.", ".head.", "tower.norm.", "tower.rms_norm.")  # behind every feature layer
+HEADS = ("post_layernorm", ".layernorm.", ".head.", "tower.norm.", "tower.rms_norm.")  # after every feature layer
 EVA, MULTISCALE, TIMM = "eva02_clip_vision_model", "multiscale_vision_model", "timm_vision_model"
 NAFLEX, METACLIP = "siglip2_vision_model", "metaclip_2_vision_model"
-COLOURS = {  # what each kind of tower was trained on, where no preprocessor_config.json says so
+COLOURS = {  # mean and deviation of each kind of tower, for folders without preprocessor_config.json
     "clip_vision_model": (CLIP_MEAN, CLIP_STD),
     "siglip_vision_model": ((0.5,) * 3, (0.5,) * 3),
     "dinov2": (IMAGENET_MEAN, IMAGENET_STD),
@@ -49,8 +49,8 @@ COLOURS = {  # what each kind of tower was trained on, where no preprocessor_con
     "aimv2_vision_model": (CLIP_MEAN, CLIP_STD),
     EVA: (CLIP_MEAN, CLIP_STD),
 }
-COLOUR_KEYS = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor")  # of preprocessor_config.json
-PATCHES_ALONE = ("siglip_vision_model", "aimv2_vision_model", TIMM)  # towers that give no class token
+COLOUR_KEYS = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor")  # in preprocessor_config.json
+PATCHES_ALONE = ("siglip_vision_model", "aimv2_vision_model", TIMM)  # towers without a class token
 # The files that EVA02-CLIP is published in: open_clip's, timm's, the authors'.
 EVA_AUTHORS = "EVA02_CLIP_L_336_psz14_s6B.pt"
 EVA_FILES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin", EVA_AUTHORS)
@@ -59,7 +59,7 @@ log = logging.getLogger("train")
 
 @dataclass(frozen=True)
 class Vision:
-    """What the rest must know of a tower. Sizes in pixels; `strategy` as in LlavaConfig."""
+    """What other modules must know of a tower. Sizes in pixels; `strategy` as in LlavaConfig."""
 
     image_size: int
     patch_size: int
@@ -68,7 +68,7 @@ class Vision:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resample: int
-    short_side: int  # 0: both sides straight to image_size, else the short side to this and a centre crop
+    short_side: int  # 0: resize both sides to image_size; else resize the short side to this and crop the centre
     pad: bool
 
     @property
@@ -101,7 +101,7 @@ def load_tower(options: Model, dtype: torch.dtype) -> tuple[Any, Vision]:
 
 
 def describe_tower(options: Model) -> tuple[Any, Vision]:
-    """Return a tower's configuration and description; weights are only read where they come with it.
+    """Return a tower's configuration and description; weights are read only if the two come in one file.
 
     Raises: UsageError.
     """
@@ -110,7 +110,7 @@ def describe_tower(options: Model) -> tuple[Any, Vision]:
 
 
 def _find(options: Model) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
-    """Return the published configuration, how images are prepared, and what loads the weights."""
+    """Return the published configuration, the image preparation, and a function that loads the weights."""
     source = options.tower.removeprefix(OPENCLIP_PREFIX)
     files = _eva_files(source)
     if files:
@@ -149,7 +149,7 @@ def _find(options: Model) -> tuple[Any, dict[str, Any], Callable[[], Any]]:
 
 
 def _adapt(config: Any, preprocess: dict[str, Any], options: Model) -> tuple[Any, Vision]:
-    """Shrink a tower where that is asked for, put it behind several scales where that is; describe what results."""
+    """Shrink a tower and wrap it for several scales, if the options say so; describe the result."""
     if options.shrink:
         config = config if config.model_type == TIMM else _shrunk(config)
         preprocess = {**preprocess, "size": None, "crop_size": None}
@@ -190,9 +190,9 @@ def _adapt(config: Any, preprocess: dict[str, Any], options: Model) -> tuple[Any
 
 
 def trim(tower: Any, layer: int) -> None:
-    """Drop the blocks and heads behind the feature layer: they would run for nothing and can have no gradient."""
+    """Drop the blocks and heads after the feature layer: they would run for nothing and get no gradient."""
     if (blocks := blocks_of(tower)) == []:
-        return  # a network of timm, built without
+        return  # a network of timm is built without them
     del blocks[feature_layer_index(layer, len(blocks)) :]
     tower = getattr(tower, "tower", tower)
     if hasattr(tower, "use_head"):
@@ -200,7 +200,7 @@ def trim(tower: Any, layer: int) -> None:
 
 
 def blocks_of(tower: Any) -> Any:
-    """Return the list of a tower's blocks; an empty one for a network of timm, which has them in many forms."""
+    """Return the list of a tower's blocks; empty for a network of timm, whose forms vary."""
     tower = getattr(tower, "tower", tower)
     if tower.config.model_type == TIMM:
         return []
@@ -209,7 +209,7 @@ def blocks_of(tower: Any) -> Any:
 
 
 def needed(names: Iterable[str]) -> list[str]:
-    """Return the names of weights, in order, without those of a tower that no feature layer is computed with."""
+    """Return the names of weights, in order, without those of a tower that no feature layer needs."""
     return [name for name in sorted(names) if not any(word in f"tower.{name}" for word in (*HEADS, ".mask_token"))]
 
 
@@ -222,7 +222,7 @@ def make_image_processor(vision: Vision) -> Any:
         do_pad=vision.pad,
         size={"shortest_edge": vision.short_side} if vision.short_side else square,
         do_center_crop=bool(vision.short_side),
-        crop_size=square,  # also where nothing is cropped: LlavaProcessor counts image tokens with it
+        crop_size=square,  # set even if nothing is cropped: LlavaProcessor counts image tokens with it
         resample=vision.resample,
         image_mean=list(vision.mean),
         image_std=list(vision.std),
@@ -230,13 +230,14 @@ def make_image_processor(vision: Vision) -> Any:
 
 
 def _pretrained(source: str, config: Any) -> Any:
-    """Load a tower from its own checkpoint, or out of one of a whole model: CLIP's, LLaVA's, PaliGemma's.
+    """Load a tower from its own checkpoint, or from that of a whole model: CLIP's, LLaVA's, PaliGemma's.
 
-    Of some of those the tower's class finds no weight by its name; their own class is asked then.  Raises: UsageError.
+    In some of those the tower's class finds no weights by name; then the whole model's class loads it.
+    Raises: UsageError.
     """
     from transformers import AutoModel, MetaClip2VisionModel
 
-    # AutoModel knows MetaCLIP 2 whole alone.
+    # AutoModel knows MetaCLIP 2 only as a whole model.
     kind = MetaClip2VisionModel if config.model_type == METACLIP else AutoModel._model_mapping[type(config)]
     tower, missing = load_published(kind, source, "model.tower", config, dtype=torch.float32)
     whole = read_config(source, "model.tower")
@@ -263,7 +264,7 @@ def _shrunk(config: Any) -> Any:
     values = {**config.to_dict(), **small, "image_size": 2 * config.patch_size}
     if "intermediate_size" in values:
         values["intermediate_size"] = 64
-    for name in ("out_features", "out_indices", "stage_names"):  # of the backbone interface; they name each layer
+    for name in ("out_features", "out_indices", "stage_names"):  # from the backbone interface; they list every layer
         values.pop(name, None)
     return type(config).from_dict(values)
 
@@ -301,9 +302,9 @@ def _describe(config: Any, preprocess: dict[str, Any], options: Model) -> Vision
 
 
 def _misfit(config: Any, image_size: int) -> str:
-    """Say why a tower cannot see images of a size, or ""; DINO's fit their positions to any, others have a fixed table.
+    """Say why a tower cannot see images of a size, or ""; DINO's adapt their positions, others have a fixed table.
 
-    CLIP's class asks for its very size, SigLIP's for as many places.
+    CLIP's class requires its exact size, SigLIP's the same number of places.
     """
     if image_size < config.patch_size:
         return f"images of {image_size} px"
@@ -316,9 +317,9 @@ def _misfit(config: Any, image_size: int) -> str:
 def _colours(
     preprocess: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation of colours in [0, 1] that give what the tower's own preparation gives.
+    """Return the mean and deviation for colours in [0, 1] that are equivalent to the tower's own preparation.
 
-    It computes (x * factor - mean) / std of x in 0 … 255, each half of which may be switched off; a factor other than
+    That computes (x * factor - mean) / std for x in 0 … 255, and either half may be switched off; a factor other than
     1/255 goes into mean and deviation: x f = (x / 255) (255 f). So the export needs no switches.
     """
     if preprocess.get("do_normalize") is False:
@@ -328,13 +329,13 @@ def _colours(
         mean, std = (tuple(map(float, v)) if isinstance(v, list | tuple) else (float(v),) * 3 for v in given)
     scaled = preprocess.get("do_rescale") is not False
     factor = 255 * float(preprocess.get("rescale_factor") or 1 / 255) if scaled else 255.0
-    if abs(factor - 1) < 1e-6:  # as almost everywhere: nothing is rounded
+    if abs(factor - 1) < 1e-6:  # the usual case: avoids rounding
         return mean, std
     return tuple(m / factor for m in mean), tuple(s / factor for s in std)
 
 
 def _eva_files(source: str) -> list[Path]:
-    """Return the local files that hold an EVA02-CLIP: one named by itself, or that of a folder which says so."""
+    """Return the local files that hold an EVA02-CLIP: a file named directly, or that of a folder which says so."""
     from train.model.eva import TIMM_NAME
 
     path = Path(source)

@@ -1,17 +1,17 @@
-"""What was composed against the language model itself: the same logits, alone and packed, or words that say otherwise.
+"""Compare a composed model with the language model itself: it must give the same logits, alone and packed.
 
 Two short texts run through the causal language model as transformers publishes it, with its plainest attention, before
 anything is folded or put into the llava class. Then both run through the composed model, side by side in a packed row.
-Equal logits show at once that head, scales, attention and the isolation of documents are right; a third text, of
-positions that are no words, shows that image features are taken. Where they differ, the
-texts run one by one: equal then, the family is trained without packing; unequal, it is refused with the difference.
-At last the composed class answers as readers of an export do, word by word behind what it keeps of the words before:
-some families keep something of their own, which it does not hand on, or keep it wrong.
+Equal logits show at once that head, scales, attention and the isolation of documents are right; a third document, of
+positions that are not tokens, shows that image features are accepted. If logits differ, the texts run one by one: if
+they are equal then, the family is trained without packing; if not, it is refused, naming the difference. Finally the
+composed model generates an answer token by token with its cache, as readers of an export do: some families keep a cache
+of their own, which the class does not pass on, or cache wrongly.
 
     difference of a position = |ours - theirs| / |theirs|, over its logits [v]
 
-In fp32 the largest counts, in half precision the median of a text's positions, as rounding may send a token to another
-expert. Cost: seven or eight passes of a few tokens on the CPU; nothing random is drawn.
+In fp32 the largest difference counts; in half precision the median over a text's positions, as rounding may send a
+token to another expert. Cost: seven or eight passes of a few tokens on the CPU; nothing random is drawn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from train.model import attention
 from train.model.recurrent import for_recurrent
 
 LENGTHS = (5, 9)  # tokens of the two texts
-ANSWER = 4  # tokens that are answered word by word
+ANSWER = 4  # tokens that are generated one by one
 log = logging.getLogger("train")
 
 
@@ -42,7 +42,7 @@ class Reference:
 
 
 def reference(lm: Any, skip: int) -> Reference:
-    """Run a causal language model that is not composed yet on two texts without the token `skip`."""
+    """Run a causal language model, before it is composed, on two texts without the token `skip`."""
     rows = lm.get_input_embeddings().num_embeddings
     ids = [i for i in range(3, rows, max(1, (rows - 3) // (sum(LENGTHS) + 1))) if i != skip]
     texts = [torch.tensor((ids * sum(LENGTHS))[sum(LENGTHS[:n]) :][:length]) for n, length in enumerate(LENGTHS)]
@@ -55,7 +55,7 @@ def reference(lm: Any, skip: int) -> Reference:
 def packs(model: Any, theirs: Reference, bias_v: Tensor | None, lm: str) -> bool:
     """Compare a composed model's logits; return whether documents can share a row.
 
-    bias_v: of the head, where it was dropped.  Raises: UsageError where a text alone gives other logits.
+    bias_v: the head's bias, if it was dropped.  Raises: UsageError if a text alone gives other logits.
     """
     expected = theirs.logits if bias_v is None else [part - bias_v.float() for part in theirs.logits]
     dtype = next(model.model.language_model.parameters()).dtype
@@ -66,7 +66,7 @@ def packs(model: Any, theirs: Reference, bias_v: Tensor | None, lm: str) -> bool
     alone = [part for text in theirs.texts for part in _logits(model, [text])]
     difference = _difference(alone, expected, dtype)
     kind = model.config.text_config.model_type
-    if not difference <= limit:  # a difference that is no number is none that can be borne
+    if not difference <= limit:  # also true for NaN
         raise UsageError(
             f"model.lm {lm!r} ({kind}): in the llava class its logits differ from its own by {difference:.2g} of their "
             f"size, where rounding explains {limit:.1g}: the class lacks something of this family; take another"
@@ -79,9 +79,9 @@ def packs(model: Any, theirs: Reference, bias_v: Tensor | None, lm: str) -> bool
 
 
 def check_answers(model: Any, theirs: Reference, lm: str) -> None:
-    """Compare the logits of an answer, given word by word, with those of the same words in one pass.
+    """Compare the logits of an answer, generated token by token, with those of the same tokens in one pass.
 
-    Raises: UsageError where they differ; what the family's own code raises where the llava class cannot run it.
+    Raises: UsageError if they differ; or what the family's own code raises if the llava class cannot run it.
     """
     asked = theirs.texts[0]
     how = {"max_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0}
@@ -102,7 +102,7 @@ def _limit(dtype: torch.dtype) -> float:
 
 
 def _logits(model: Any, texts: Sequence[Tensor]) -> list[Tensor]:
-    """Return the logits [l, v] of texts; several share a row, with two positions behind them that are no words."""
+    """Return the logits [l, v] of texts; several share a row, followed by two positions that are not tokens."""
     language_model = model.model.language_model
     lengths = [len(text) for text in texts]
     with torch.no_grad():

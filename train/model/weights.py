@@ -1,4 +1,4 @@
-"""Tensors by name, from the files that models are published in (and nothing else from them) and into such files."""
+"""Read tensors by name, and nothing else, from the files that models are published in, and write such files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.errors import CheckpointError
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of safetensors files, or of pickles of nothing but tensors.  Raises: CheckpointError."""
+    """Yield the tensors of safetensors files, or of pickles that hold only tensors.  Raises: CheckpointError."""
     for file in files:
         try:
             if file.suffix == ".safetensors":
@@ -29,7 +29,7 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
                 if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
                     raise CheckpointError(f"{file} does not hold a table of tensors by name")
                 yield from state.items()
-        except pickle.UnpicklingError:  # whose text advises to run what is in the file
+        except pickle.UnpicklingError:  # its text advises loading without weights_only
             raise CheckpointError(f"{file} cannot be read as weights alone: it is no table of tensors") from None
         except (OSError, RuntimeError, SafetensorError, EOFError) as error:
             reason = first_line(error)
@@ -37,7 +37,7 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read, as far as the umask lets them (the library makes it private).
+    """Write a safetensors file with the permissions of the umask (the library would make it private).
 
     Raises: OSError.
     """
@@ -49,7 +49,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the weights of a model as hubs hold them, in files of 5 GB with an index, for others to read, too.
+    """Write the weights of a model as on a hub, in files of 5 GB with an index, with the permissions of the umask.
 
     Raises: OSError.
     """
@@ -63,7 +63,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def let_read(*paths: Path) -> None:
-    """Let others read files that a library has made private, as far as the umask allows it."""
+    """Give files that a library has made private the permissions of the umask."""
     umask = os.umask(0)
     os.umask(umask)
     for path in paths:
