@@ -1,1 +1,1 @@
-"""Questions to answers to scores."""
+"""From questions to answers to scores."""

@@ -1,11 +1,11 @@
-"""Ask a model the questions of benchmarks, keep the answers, score them, and set the scores beside published ones.
+"""Ask a model the questions of benchmarks, keep the answers, score them, and compare the scores with published ones.
 
-    OUT/TASK/answers.jsonl      one line an answer, in LLaVA's form (question_id, prompt, text, answer_id, model_id)
-    OUT/TASK/submission.json    or .xlsx: what the task's server takes, where there is one
+    OUT/TASK/answers.jsonl      one line per answer, in LLaVA's form (question_id, prompt, text, answer_id, model_id)
+    OUT/TASK/submission.json    or .xlsx: what the task's server takes, if it has one
     OUT/TASK/manifest.json      the request and the scores, written last
 
-Answers are appended batch by batch, each batch one synced write of whole lines; a tail torn by a kill is cut off when
-the file is opened again, and what is answered is not asked again. Decoding is greedy.
+Answers are appended batch by batch, each batch one synced write of whole lines; a partial last line left by a kill is
+cut off when the file is opened again, and answered questions are not asked again. Decoding is greedy.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ ANSWERS, SUBMISSION = "answers.jsonl", "submission"
 def run_tasks(
     folder: Path, names: Sequence[str], root: Path, out: Path, options: Eval, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Answer and score tasks by name, each in its folder under `out`; return what `score_texts` says, by task.
+    """Answer and score tasks by name, each in its folder under `out`; return the result of `score_texts` by task.
 
-    All questions and images are looked for before the model is loaded.  Raises: UsageError, DataError.
+    All questions and images are looked up before the model is loaded.  Raises: UsageError, DataError.
     """
     from train.eval.generate import load_speaker
 
@@ -62,7 +62,7 @@ def run_tasks(
         tokens = options.max_new_tokens or get_task(name).max_new_tokens
         model = relative(str(folder), place)
         request = {"command": "eval", "task": name, "model": model, "weights": weights, "max_new_tokens": tokens}
-        request["batch_size"] = options.batch_size  # in bf16 what is answered beside a question changes the rounding
+        request["batch_size"] = options.batch_size  # in bf16 the other questions of a batch change the rounding
         with held(place) if runtime.rank == 0 else contextlib.nullcontext():
             rows = []
             if runtime.rank == 0:
@@ -86,9 +86,9 @@ def run_tasks(
 
 
 def score_file(name: str, answers: Path, root: Path, out: Path | None, partial: bool = False) -> dict[str, Any]:
-    """Score an answers file, ours or LLaVA's, without a model; `out` is where a submission goes, without its suffix.
+    """Score an answers file, ours or LLaVA's, without a model; `out` is the path of a submission, without its suffix.
 
-    Raises: UsageError where questions have no answer and the file is not said to be partial.
+    Raises: UsageError if questions have no answer and `partial` is not given.
     """
     if not answers.is_file():
         raise UsageError(f"--answers {answers}: no such file")
@@ -127,16 +127,16 @@ def score_texts(
 
 
 def _parted(together: Callable[[Item], Any], items: Sequence[Item]) -> int:
-    """Count the questions of which some that count as one with it are not there."""
+    """Count the questions whose group (a pair, an image's questions, rotations) is not complete."""
     there = Counter(map(together, items))
     return sum(there[together(item)] < item.of for item in items)
 
 
 def match(items: Sequence[Item], rows: Sequence[dict[str, Any]], *, by_id: bool = False) -> list[str | None]:
-    """Find the answer to each item, the latest of several; None where there is none.
+    """Find the answer to each item, the last of several; None if there is none.
 
-    Ids are not unique (MME, TextVQA), so id and prompt must agree; `by_id` lets a unique id do, for files whose prompts
-    are written otherwise.
+    Ids are not unique (MME, TextVQA), so id and prompt must agree; with `by_id` a unique id is enough, for files whose
+    prompts are worded differently.
     """
     exact = {(str(row["question_id"]), _bare(row["prompt"])): row["text"] for row in rows}
     single = {}
@@ -151,7 +151,7 @@ def _bare(prompt: str) -> str:
 
 
 def read_answers(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
-    """Read an answers file; `mend` cuts it off at the first line that is not whole.  Raises: DataError."""
+    """Read an answers file; `mend` cuts it off at the first incomplete line.  Raises: DataError."""
     expected = "a JSON object with question_id, prompt and text"
     return read_lines(path, _is_answer, expected, mend=mend)
 
@@ -169,10 +169,10 @@ def _ask(
     tokens: int,
     name: str,
 ) -> Iterator[tuple[list[dict[str, Any]], dict[int, str]]]:
-    """Yield the missing answers, and why items by number cannot be asked.
+    """Yield the missing answers, and by item number why others cannot be asked.
 
-    Batches are cut as if no answer were there, so that resuming changes none. Of as many batches as there are ranks
-    each answers one, and all get the answers.
+    Batches are formed as if no answer existed, so that resuming changes none. Each rank answers one batch at a time,
+    and all ranks get all the answers.
     """
 
     def answer(start: int) -> tuple[list[dict[str, Any]], dict[int, str]]:
@@ -201,7 +201,7 @@ def _ask(
 
 
 def _told(name: str, items: Sequence[Item], bad: Mapping[int, str]) -> list[str]:
-    """Word why items were not asked, by reason with an example.  Raises: DataError where none can be."""
+    """Say why items were not asked, by reason with an example.  Raises: DataError if none can be."""
     first = {reason: items[number].id for number, reason in sorted(bad.items(), reverse=True)}
     told = [f"{count:,} × {reason} (e.g. question {first[reason]})" for reason, count in Counter(bad.values()).items()]
     if len(bad) == len(items):
@@ -223,18 +223,18 @@ def _check_images(name: str, items: Sequence[Item]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One score beside the published one."""
+    """One score and the published one."""
 
     task: str
     metric: str
     questions: int
-    score: float | None  # None: the task's server tells, or nothing whole was asked
+    score: float | None  # None: only the task's server can score it, or no group was complete
     published: float | None = None
     within: bool | None = None
 
 
 def compare(results: dict[str, dict[str, Any]], published: dict[str, float], tolerance: float) -> list[Line]:
-    """Set each score beside the published one; within: no further from it than this share of it."""
+    """Compare each score with the published one; within: differs by no more than this share of it."""
     lines = []
     for task, result in results.items():
         for n, metric in enumerate(TASKS[task].metrics or ("",)):
@@ -246,7 +246,7 @@ def compare(results: dict[str, dict[str, Any]], published: dict[str, float], tol
 
 
 def table(lines: Sequence[Line], tolerance: float) -> str:
-    """Write the lines as text; columns on publication only where something was published."""
+    """Format the lines as text; columns on published scores only if there are any."""
     shown = any(line.published is not None for line in lines)
     head = f"{'task':<13} {'metric':<11} {'questions':>9} {'score':>10}"
     out = [head + (f" {'published':>9} {'difference':>10}" if shown else "")]

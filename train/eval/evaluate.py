@@ -1,18 +1,18 @@
-"""Answer held-out questions and set the answers beside the truth.
+"""Answer held-out questions and compare the answers with the true ones.
 
-Input: LLaVA records (JSON with an image folder, or shards); each answer turn is a truth, asked with all turns before
-it. Output: one JSON line a question, and accuracies. Two rules: exact match after lower-casing and trimming; and for
-records with `task` "caption" and a `concept` word, that the first word of the answer which is any record's concept is
-this record's (source of the rule: a caption may say more than its concept, and only the concept is judged).
-Beside accuracy stands, unless it is not wanted, the perplexity of the true answers, each token given those before it;
-and, where it is wanted, the rank of a picture's own text among several (ranking.py).
+Input: LLaVA records (JSON with an image folder, or shards); each answer turn is a true answer, asked for with all turns
+before it. Output: one JSON line per question, and accuracies. Two rules: exact match after lower-casing and trimming;
+and, for records with `task` "caption" and a `concept` word, the first word of the answer that is any record's concept
+must be this record's (a caption may say more than its concept, but only the concept is judged).
+In addition to accuracy come, unless switched off, the perplexity of the true answers, each token given those before it;
+and, if asked for, the rank of a picture's own text among several (ranking.py).
 
     OUT.jsonl           the answers            OUT.manifest.json   the request and the result, written last
 
-Answers of a killed process are kept, a batch a line, in `.OUT.jsonl.unfinished` (progress.py), and not given again.
+Answers of a killed process are kept, one line per batch, in `.OUT.jsonl.unfinished` (progress.py), and reused.
 
-A line says by `pictures`, digests of their bytes, which questions are about one photograph: these are no independent
-observations.
+`pictures` in a line, digests of their bytes, shows which questions are about the same photograph: these are not
+independent observations.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def evaluate(
     options: Eval = DEFAULTS,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write an answer a line to `out`; return accuracies, overall and by task, and what was skipped.
+    """Write one answer per line to `out`; return accuracies, overall and by task, and what was skipped.
 
-    Answers that stand there already for the same model, data and options are not given again, nor those that a killed
-    process has given.  Raises: UsageError where other answers stand there.
+    Existing answers for the same model, data and options are reused, also those of a killed process.
+    Raises: UsageError if `out` holds other answers.
     """
     options = dataclasses.replace(options, max_new_tokens=options.max_new_tokens or 64)
     limit, max_new_tokens = options.limit, options.max_new_tokens
@@ -101,7 +101,7 @@ def evaluate(
     refuse_unexported(folder)
     request: dict[str, Any] = {"command": "eval", "weights": digest_weights(folder), "data": digest_data(data)}
     request |= {"images": source.images_digest, "max_new_tokens": max_new_tokens, "limit": limit}
-    request["batch_size"] = options.batch_size  # in bf16 what is answered beside a question changes the rounding
+    request["batch_size"] = options.batch_size  # in bf16 the other questions of a batch change the rounding
     request |= {"perplexity": "to the end token" if options.perplexity else False}
     request |= {"candidates": options.candidates, "ranked": "in groups, each"} if options.candidates else {}
     record = out.with_name(f"{out.stem}.manifest.json")
@@ -141,9 +141,9 @@ def evaluate(
 
 
 def _standing(out: Path, record: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the result that stands beside the answers of this request, or None where these give way.
+    """Return the recorded result if the answers are those of this request, or None if they may be replaced.
 
-    Answers to fewer of the same questions do.  Raises: UsageError for any others.
+    Answers to fewer of the same questions may.  Raises: UsageError for any others.
     """
     if not record.is_file():
         raise UsageError(f"--out {out} exists and was not written by eval; give another, or type --overwrite")
@@ -165,9 +165,9 @@ def _answer_all(
     kept: Kept,
     options: Eval,
 ) -> list[dict[str, Any]]:
-    """Answer all questions, batch by batch; what was kept is not asked again.  Returns a row each, in every rank.
+    """Answer all questions, batch by batch; kept answers are not asked for again.  Returns one row each, in every rank.
 
-    Of as many batches as there are ranks each answers one, and all get the answers.
+    Each rank answers one batch at a time, and all ranks get all the answers.
     """
     concepts = {q.concept for q in questions if q.concept}
     parts = {f"answers {n}": batch for n, batch in enumerate(batches(questions, options.batch_size))}
@@ -191,7 +191,7 @@ def _answer_all(
 
 
 def collect(source: Source, limit: int = 0) -> tuple[list[Question], dict[int, str]]:
-    """Gather the questions of a source in order, and say of each sample that cannot be used why."""
+    """Gather the questions of a source in order, and the reason for each sample that cannot be used."""
     questions: list[Question] = []
     skipped: dict[int, str] = {}
     pace = Pace("reading the samples", len(source), at_end=False)
@@ -218,10 +218,10 @@ def collect(source: Source, limit: int = 0) -> tuple[list[Question], dict[int, s
 
 
 def batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[int]]:
-    """Cut questions into batches, given by their places; those with pictures and those without do not share one.
+    """Split questions into batches of indices; those with pictures and those without do not share one.
 
-    Pictures stay in their order, as one that is asked about again is seen once. Text goes by its length, the longest
-    first and none beside what is more than twice as long: what is filled up is computed too.
+    Questions with pictures stay in order, since repeated pictures in a batch are encoded once. Text questions go by
+    length, the longest first, and none shares a batch with one more than twice as long, as padding is computed, too.
     """
     pictures = [place for place, question in enumerate(questions) if question.images]
     yield from (pictures[start : start + size] for start in range(0, len(pictures), size))
@@ -272,7 +272,7 @@ def _answer(
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return counts, accuracies and perplexities (where there are any), overall and by task."""
+    """Return counts, accuracies and perplexities (if there are any), overall and by task."""
     tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         tasks[row["task"]].append(row)

@@ -40,7 +40,7 @@ class Speaker:
     ) -> list[str]:
         """Answer conversations that end with a question, greedily, as one batch; images: PIL images by conversation.
 
-        Conversations whose lengths have other rotary angles share no pass.
+        Conversations whose lengths need different rotary angles share no pass.
         """
         inputs = self._encode([self._write(conversation, open_ended=True) for conversation in turns], images)
         if len(groups := self._apart(inputs, max_new_tokens)) > 1:
@@ -62,7 +62,7 @@ class Speaker:
             return _joined(groups, lambda at: self.truth_losses(_at(turns, at), _at(images, at), _at(truths, at)))
         ids = inputs["input_ids"]
         sizes = [int(n) for n in inputs["attention_mask"].sum(1) - asked]  # padded on the left: answers end together
-        # ChatML and its like write a newline behind the end, which no label asks for.
+        # ChatML and similar templates write a newline after the end token, which has no label.
         end = self.processor.tokenizer.eos_token_id
         found = [(row[-size:] == end).nonzero() for row, size in zip(ids, sizes, strict=True)]
         stops = [int(at[-1]) + 1 if len(at) else size for at, size in zip(found, sizes, strict=True)]
@@ -78,18 +78,18 @@ class Speaker:
         return [(float(own.sum()), len(own)) for own in torch.split(torch.cat(losses), stops)]
 
     def _apart(self, inputs: Any, more: int = 0) -> list[list[int]]:
-        """Part the rows of a batch into those that may share a pass.  more: tokens that each may still get."""
+        """Split the rows of a batch into groups that may share a pass.  more: tokens that each may still get."""
         lengths = inputs["attention_mask"].sum(1).tolist()
         kind, far = rotary_switch(self.model.config.text_config)
         near = [row for row, length in enumerate(lengths) if not far or length + more <= far]
         beyond = [row for row, length in enumerate(lengths) if far and length > far and kind == "longrope"]
-        alone = [[row] for row in range(len(lengths)) if row not in {*near, *beyond}]  # it may get there, or its own
+        alone = [[row] for row in range(len(lengths)) if row not in {*near, *beyond}]  # may cross the limit
         return [group for group in (near, beyond, *alone) if group]
 
     def _write(self, turns: Sequence[Turn], *, open_ended: bool) -> str:
-        """Write a conversation in the model's template, to where the next answer begins if it is open-ended.
+        """Write a conversation in the model's template; if it is open-ended, up to where the next answer begins.
 
-        Text that imitates the image token gets a space, else the processor would look for a picture.
+        Text that imitates the image token gets a space; otherwise the processor would look for a picture.
         """
         token = self.processor.image_token
         spelt = f"{token[0]} {token[1:]}"
@@ -115,7 +115,7 @@ def _at(values: Sequence[Any], rows: Sequence[int]) -> list[Any]:
 
 
 def _joined(groups: Sequence[Sequence[int]], work: Callable[[Sequence[int]], list[Any]]) -> list[Any]:
-    """Work on groups of rows, and return what comes of each in the rows' order."""
+    """Apply `work` to groups of rows, and return the results in the rows' order."""
     found: dict[int, Any] = {}
     for group in groups:
         found |= zip(group, work(group), strict=True)
@@ -123,10 +123,10 @@ def _joined(groups: Sequence[Sequence[int]], work: Callable[[Sequence[int]], lis
 
 
 def load_speaker(folder: Path, device: torch.device | None = None) -> Speaker:
-    """Load an exported folder, by default on the GPU where there is one.  Raises: UsageError."""
+    """Load an exported folder, by default on the GPU if there is one.  Raises: UsageError."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention.avoid_cudnn()  # each token more is a new shape
-    # The export's own precision where the device multiplies in it: others are slow in bf16.
+    attention.avoid_cudnn()  # each new token makes a new shape
+    # The export's own precision if the device multiplies in it: other devices are slow in bf16.
     cuda = device.type == "cuda"
     model, processor = load_native(folder, "auto" if cuda or bf16_instructions() else torch.float32)
     if cuda and model.dtype == torch.bfloat16 and not gpu_has_bf16():
@@ -137,7 +137,7 @@ def load_speaker(folder: Path, device: torch.device | None = None) -> Speaker:
 
 
 def see_each_once(tower: torch.nn.Module) -> None:
-    """Have a tower compute equal images that follow each other once: benchmarks ask several questions of a picture."""
+    """Make a tower compute consecutive equal images once: benchmarks ask several questions about a picture."""
     places: list[torch.Tensor] = []
 
     def before(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -171,7 +171,7 @@ def read_image(path: str) -> Any:
 
 
 def ask(folder: Path, images: str | Sequence[str], prompt: str, max_new_tokens: int, system: str = "") -> str:
-    """Answer one question about images, or about none.
+    """Answer one question, with or without images.
 
     images: a file, or several in order. Each `<image>` in the prompt stands for the next; without any, all come first.
     Raises: UsageError.
@@ -190,7 +190,7 @@ def chat(
     max_new_tokens: int,
     system: str = "",
 ) -> None:
-    """Hold a conversation about images, which the first question shows, until the questions end."""
+    """Hold a conversation about images, which are shown with the first question, until the questions end."""
     shown = [read_image(image) for image in ([images] if isinstance(images, str) else images)]
     speaker = load_speaker(folder)
     turns = [Turn("system", (system,))] if system else []
@@ -203,7 +203,7 @@ def chat(
 
 
 def _question(prompt: str, num_images: int) -> tuple[str | None, ...]:
-    """Put images where a prompt's marks are, or first.  Raises: UsageError where marks and images differ in number."""
+    """Put images where a prompt's marks are, or first.  Raises: UsageError if marks and images differ in number."""
     marks = prompt.count(IMAGE_MARK) if num_images else 0
     if marks and marks != num_images:
         raise UsageError(f"the prompt has {marks} {IMAGE_MARK}, but {num_images} --image were given; give as many")

@@ -1,6 +1,6 @@
-"""The folder that holds the benchmarks' files, and its files read: JSON, lines of JSON, tables of tabs.
+"""The folder that holds the benchmarks' files, and readers for them: JSON, JSON lines, tab-separated tables.
 
-Both spellings of each place are found: LLaVA's `playground/data/eval` and Bunny's `eval`.
+The layouts of both LLaVA's `playground/data/eval` and Bunny's `eval` are found.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from train.eval.scoring import Item
 
 @dataclass(frozen=True)
 class Layout:
-    """The folder with all benchmarks, on behalf of one of them."""
+    """The folder with all benchmarks, as one of them uses it."""
 
     root: Path
     task: str
@@ -44,7 +44,7 @@ class Layout:
     def ask(
         self, questions: Sequence[dict[str, Any]], images: Path, truth: Callable[[dict[str, Any]], Any]
     ) -> list[Item]:
-        """Make items of lines in LLaVA's form (question_id, image, text, category)."""
+        """Make items from lines in LLaVA's form (question_id, image, text, category)."""
         return [
             Item(q["question_id"], q["text"], str(images / q["image"]), truth(q), str(q.get("category", "")))
             for q in questions
@@ -61,13 +61,13 @@ def parse_json(path: Path, text: str) -> Any:
 
 def read_tsv(path: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of a tab-separated file by column name; a missing cell is ""."""
-    csv.field_size_limit(1 << 28)  # images are fields
+    csv.field_size_limit(1 << 28)  # fields may hold images
     with path.open(encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             yield {key: value or "" for key, value in row.items() if key is not None}
 
 
 def read_mmbench(path: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of a TSV of MMBench. pandas writes "3.0" for a row's number, where the file was cut with it."""
+    """Yield the rows of a TSV of MMBench; fixes row numbers that pandas wrote as "3.0" when a subset was saved."""
     for row in read_tsv(path):
         yield {**row, **{key: re.sub(r"^(\d{1,15})\.0+$", r"\1", row[key]) for key in ("index", "image")}}

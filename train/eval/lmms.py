@@ -58,7 +58,7 @@ class Model(lmms):  # type: ignore[misc]
         return folder
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answer requests, in their order; a batch holds requests of like settings, with pictures or without."""
+        """Answer requests, in their order; a batch holds equal settings, all with pictures or all without."""
         asked = [self._read(request) for request in requests]
         order = sorted(range(len(asked)), key=lambda n: (repr(asked[n][2]), bool(asked[n][1]), n))
         answers = [""] * len(asked)
@@ -107,5 +107,5 @@ class Model(lmms):  # type: ignore[misc]
         raise NotImplementedError("data_curate supports generate_until only, not likelihoods")
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Refuse tasks of several rounds."""
+        """Refuse multi-round tasks."""
         raise NotImplementedError("data_curate supports questions of one round only")

@@ -1,4 +1,4 @@
-"""Benchmarks that are not the papers': their names are handed to lmms-eval, where it is installed.
+"""Benchmarks other than the papers': their names are passed to lmms-eval, if it is installed.
 
 lmms-eval runs them in a process of its own, through the model that this package registers (lmms.py), and writes its
 results to `OUT/lmms`.
@@ -22,10 +22,10 @@ log = logging.getLogger("train")
 
 
 def part_tasks(tasks: str) -> tuple[list[str], list[str]]:
-    """Part a list of names into the papers' benchmarks and those of lmms-eval.
+    """Split a list of names into the papers' benchmarks and those of lmms-eval.
 
-    Raises: UsageError where there is no name, and for one that is none of ours where lmms-eval is not installed, or
-    under torchrun.
+    Raises: UsageError if there is no name, and for a name that is not ours if lmms-eval is not installed, or under
+    torchrun.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -41,7 +41,7 @@ def part_tasks(tasks: str) -> tuple[list[str], list[str]]:
 
 
 def hand_over(model: Path, tasks: Sequence[str], out: Path, options: Eval) -> None:
-    """Let lmms-eval answer and score; its own lines are shown.  Raises: TrainError where it fails."""
+    """Let lmms-eval answer and score; its output is shown.  Raises: TrainError if it fails."""
     words = [sys.executable, "-m", "lmms_eval", "--model", "data_curate", "--model_args", f"pretrained={model}"]
     words += ["--tasks", ",".join(tasks), "--batch_size", str(options.batch_size), "--output_path", str(out / "lmms")]
     words += ["--limit", str(options.limit)] if options.limit else []

@@ -1,8 +1,8 @@
-"""How far an evaluation is: a line of progress every few seconds, and what is done kept in a file of lines.
+"""Progress of an evaluation: a line on stderr every few seconds, and finished parts kept in a file of lines.
 
-A part that is done is one synced write of whole lines; a tail that a kill has torn is cut off when the file is opened
-again. Benchmarks keep their answers so (answers.py); held-out questions keep in `.OUT.jsonl.unfinished` the request
-and, a line a part, what was found, until OUT.jsonl is written.
+Each finished part is one synced write of whole lines; a partial last line left by a kill is cut off when the file is
+opened again. Benchmarks keep their answers in this way (answers.py). Held-out questions keep in `.OUT.jsonl.unfinished`
+the request and the results, one line per part, until OUT.jsonl is written.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ log = logging.getLogger("train")
 
 
 class Pace:
-    """Counts what is done and says so now and then, and at the end if that is wanted."""
+    """Count what is done and log it now and then and, if asked for, at the end."""
 
     def __init__(self, name: str, total: int, *, at_end: bool = True) -> None:
         self.name, self.total, self.at_end = name, total, at_end
         self.done, self.said, self.started = 0, 0.0, time.monotonic()
 
     def add(self, count: int) -> None:
-        """Count as many more."""
+        """Add to the count."""
         self.done, spent = self.done + count, time.monotonic() - self.started
         ends = self.done >= self.total and self.at_end
         if self.done and (ends or spent - self.said > EVERY_S):
@@ -44,12 +44,12 @@ class Pace:
 def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows as whole lines of JSON in one synced write."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    data = text.encode("utf-8", "backslashreplace")  # of halves of characters, which JSON may have, an escape
+    data = text.encode("utf-8", "backslashreplace")  # halves of surrogate pairs, which JSON may hold, become escapes
     with path.open("ab", buffering=0) as file:
         while data:
             try:
                 data = data[file.write(data) :]
-            except OSError as error:  # which names no file
+            except OSError as error:  # it does not name the file
                 raise OSError(error.errno, error.strerror, str(path)) from None
         os.fsync(file.fileno())
 
@@ -57,9 +57,9 @@ def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def read_lines(
     path: Path, fits: Callable[[dict[str, Any]], bool], expected: str, *, mend: bool = False
 ) -> list[dict[str, Any]]:
-    """Read rows that `append_lines` wrote; `mend` cuts the file off at the first line that is not whole.
+    """Read rows that `append_lines` wrote; `mend` cuts the file off at the first incomplete line.
 
-    fits: whether an object is a row.  expected: what one is, in words.  Raises: DataError.
+    fits: whether an object is a valid row.  expected: describes one, for the error.  Raises: DataError.
     """
     if mend and not path.exists():
         return []
@@ -89,13 +89,13 @@ def _row(line: bytes, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] 
 
 @dataclass
 class Kept:
-    """What an evaluation that has not ended has found, by the name of the part."""
+    """The results of an unfinished evaluation, by the name of the part."""
 
-    path: Path | None = None  # None: the first of several processes keeps it for all
+    path: Path | None = None  # None: another process, the first, keeps them
     parts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, found: Any) -> None:
-        """Keep what was found in a part."""
+        """Keep the result of a part."""
         self.parts[name] = found
         if self.path is not None:
             append_lines(self.path, [{"part": name, "found": found}])
@@ -103,9 +103,9 @@ class Kept:
 
 @contextmanager
 def keeping(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> Iterator[Kept]:
-    """Go on with what a killed process has found for `out` by this very request; at the end nothing of it is left.
+    """Continue from the results that a killed process kept for `out` and this same request; delete them at the end.
 
-    Raises: UsageError where that was found by another request, or another process is at it.
+    Raises: UsageError if they belong to another request, or if another process is writing them.
     """
     path = out.with_name(f".{out.name}.unfinished")
     with alone(out.with_name(f".{out.name}.lock"), out):

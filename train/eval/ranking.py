@@ -1,24 +1,25 @@
-"""How well a model knows which text belongs to a picture: its own and those of others, ranked by likelihood.
+"""How well a model knows which text belongs to a picture: its own text and those of others, ranked by likelihood.
 
-Pictures, no two alike, are shuffled by a fixed seed and dealt into groups of `candidates`; every text of a group is
-scored behind every picture of it, in the form of the plain stage: image, then text, then the end. With T[i, j] the
-log-likelihood of text j behind picture i, three questions are asked of each picture i. A tie counts against the right
-answer, and chance is 1 / candidates:
+Pictures, all different, are shuffled with a fixed seed and dealt into groups of `candidates`; every text of a group is
+scored after every picture of the group, in the form of the plain stage: image, then text, then the end token. With
+T[i, j] the log-likelihood of text j after picture i, three questions are asked about each picture i. A tie counts
+against the right answer, and chance is 1 / candidates:
 
-likelihood  which text is the likeliest a token, T[i, j] / tokens of j? Common texts win behind any picture, the more so
-            the less a model sees.
-gain        which text gains most by the picture: T[i, j] - log mean exp T[., j] over the group's other pictures? What
-            makes a text common is in both and falls out; it is the pointwise mutual information of picture and text,
-            with the marginal taken over the group. Ranks as the probability of picture i given text j does, all
-            pictures of the group being as probable.
-picture     the other way round: behind which picture is text i the likeliest, max T[., i]?
+likelihood  which text is the likeliest per token, T[i, j] / tokens of j? Common texts win after any picture, the more
+            so the less a model sees.
+gain        which text gains most from the picture: T[i, j] - log mean exp T[., j] over the group's other pictures? What
+            makes a text common is in both terms and cancels; it is the pointwise mutual information of picture and
+            text, with the marginal taken over the group. It ranks like the probability of picture i given text j, if
+            all pictures of the group are equally probable.
+picture     the reverse: after which picture is text i the likeliest, max T[., i]?
 
-Ranks are coarse: of two models that put the same texts first one may be nearly sure and one nearly not. `information`
-says how sure: the mean of log (exp T[i, i] / mean exp T[., i]) over all pictures of the group, in nats. It is by how
-much a text narrows down which of the pictures is its own: at most log `candidates`, about 0 for a model that does not
-see, below 0 for one that is sure and wrong. Source: InfoNCE (arXiv 1807.03748), a lower bound on mutual information.
+Ranks are coarse: of two models that rank the same texts first, one may be almost certain and the other hardly.
+`information` measures this: the mean of log (exp T[i, i] / mean exp T[., i]) over all pictures of the group, in nats.
+It is how far a text narrows down which of the pictures is its own: at most log `candidates`, about 0 for a model that
+does not see, below 0 for one that is certain and wrong. Source: InfoNCE (arXiv 1807.03748), a lower bound on mutual
+information.
 
-Cost: each image once, and each text of a group once behind each picture of it; no position is filled up.
+Cost: each image once, and each text of a group once after each of its pictures; nothing is padded.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ from train.eval.generate import Speaker
 from train.eval.progress import Kept, Pace
 
 SEED = 0
-Pair = tuple[Callable[[], Any], str]  # what decodes a picture to a PIL image, when its group's turn has come; a text
+Pair = tuple[Callable[[], Any], str]  # what decodes a picture to a PIL image when its group is scored; a text
 RANKS = ("rank", "gain_rank", "picture_rank")
-TOGETHER = 10  # pictures that a text is read behind at a time; their keys and values are held twice
+TOGETHER = 10  # pictures after which a text is read at a time; their keys and values are held twice
 
 
 def rank(
     speak: Callable[[], Speaker], pairs: Sequence[Pair], candidates: int, kept: Kept | None = None
 ) -> list[dict[str, float]]:
-    """Rank texts behind pictures.  speak: loads the model.  candidates: texts a picture, the right one among them.
-    kept: groups that are known, and where to keep the others.
+    """Rank texts after pictures.  speak: loads the model.  candidates: texts per picture, including the right one.
+    kept: results of finished groups, and where to keep the others.
 
     Returns for each pair its `rank` by likelihood, 1 being best, its `gain_rank` by what the image adds, the
-    `picture_rank` of its image among its text's, and its `information` in nats.  Raises: UsageError.
+    `picture_rank` of its image for its text, and its `information` in nats.  Raises: UsageError.
     """
     check_candidates(candidates, len(pairs))
     kept = kept or Kept()
@@ -97,7 +98,7 @@ def summary(ranks: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def deal(count: int, size: int) -> Iterator[tuple[NDArray[np.int64], int]]:
-    """Deal pictures into groups of `size`, and say how many of each count: the last is filled up with earlier ones."""
+    """Deal pictures into groups of `size`, and say how many of each count; earlier ones complete the last group."""
     order = np.random.default_rng(SEED).permutation(count)
     for first in range(0, count, size):
         group = order[first : first + size]
@@ -105,9 +106,9 @@ def deal(count: int, size: int) -> Iterator[tuple[NDArray[np.int64], int]]:
 
 
 def places(means: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the three places i64 [n, 3] of each picture of a group, 1 being best.
+    """Return the three ranks i64 [n, 3] of each picture of a group, 1 being best.
 
-    means: f64 [n, n], of text j behind picture i, a token.  lengths: i64 [n], tokens of each text.
+    means: f64 [n, n], log-likelihood per token of text j after picture i.  lengths: i64 [n], tokens of each text.
     """
     totals = means * lengths
     gains = np.empty_like(totals)
@@ -119,16 +120,16 @@ def places(means: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np
 
 
 def information(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return by how much each text tells its own picture from the group's, f64 [n], nats.
+    """Return how well each text tells its own picture from the others of the group, f64 [n], in nats.
 
-    totals: f64 [n, n], the log-likelihood of text j behind picture i.
+    totals: f64 [n, n], the log-likelihood of text j after picture i.
     """
     nats: NDArray[np.float64] = np.diag(totals) - np.logaddexp.reduce(totals, 0) + np.log(len(totals))
     return nats
 
 
 def pairs_of(source: Source, questions: Sequence[Any]) -> list[tuple[int, Pair]]:
-    """Return place, picture and text of the questions about one image; a picture once, known by its bytes."""
+    """Return index, picture and text of the questions about one image; equal pictures, by their bytes, only once."""
     first: dict[str, int] = {}
     for place, question in enumerate(questions):
         if len(question.images) == 1:
@@ -141,7 +142,7 @@ def pairs_of(source: Source, questions: Sequence[Any]) -> list[tuple[int, Pair]]
 
 
 def prompt(speaker: Speaker, images: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """Return the ids and pixels that a text is scored behind: an image alone, a row for each."""
+    """Return the ids and pixels that precede a scored text: only an image, one row for each."""
     processor = speaker.processor
     text = (processor.tokenizer.bos_token or "") + processor.image_token
     taken = processor(text=[text] * len(images), images=list(images), return_tensors="pt", add_special_tokens=False)
@@ -151,9 +152,9 @@ def prompt(speaker: Speaker, images: Sequence[Any]) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def likelihoods(speaker: Speaker, images: Sequence[Any], texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return the mean log-likelihood f64 [images, texts] a token, end included, of each text behind each image.
+    """Return the mean log-likelihood per token f64 [images, texts], end included, of each text after each image.
 
-    A text is read behind several images at once, whose keys and values are kept: rows of one length. Alike texts are
+    A text is read after several images at once, whose keys and values are cached: rows of one length. Equal texts are
     read once, so that they tie.
     """
     known = dict(zip(texts, _tokens(speaker, texts), strict=True))
@@ -174,6 +175,6 @@ def likelihoods(speaker: Speaker, images: Sequence[Any], texts: Sequence[str]) -
 
 
 def _tokens(speaker: Speaker, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of each text, its end among them."""
+    """Return the token ids of each text, including its end."""
     tokenizer = speaker.processor.tokenizer
     return [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]

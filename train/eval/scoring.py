@@ -1,9 +1,9 @@
 """How each benchmark turns answers into a score: pure functions of items and texts, in the same order.
 
 A scorer takes the items of a task and a text for each, and returns its metrics, the main one first, in percent (MME: in
-points), and the same by category where the benchmark has any. The rules are those of the scripts behind the published
-numbers, odd corners included: LLaVA's `llava/eval` and `scripts/convert_*`, Bunny's `eval/*`, the VQA evaluation's
-answer processor (in mmf's form), MMMU's parser. Where a rule is ours because theirs asks a judge, the function says so.
+points), and the same by category if the benchmark has categories. The rules are those of the scripts behind the
+published numbers, quirks included: LLaVA's `llava/eval` and `scripts/convert_*`, Bunny's `eval/*`, the VQA evaluation's
+answer processor (in mmf's form), MMMU's parser. If a rule is ours because theirs asks a judge, the function says so.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Item:
     truth: Any = None  # a string; for VQA ten strings; for open MMMU questions one or several
     category: str = ""
     choices: tuple[str, ...] = ()
-    of: int = 0  # questions of the benchmark that count together with this one, itself included; 0: those given
+    of: int = 0  # number of the benchmark's questions in this one's group, itself included; 0: those given
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics by name, the main one first, and the main one by category; without those that nothing whole was asked of.
+    """Metrics by name, the main one first, and the main one by category; without those that have nothing to score.
 
-    Pairs, images and rotations that count as one count only where all their questions are there: `--limit`, a partial
-    file and unreadable pictures leave others.
+    Questions that count as one (pairs, images, rotations) count only if all of the group are there: `--limit`, a
+    partial file and unreadable pictures leave incomplete groups.
     """
 
     metrics: dict[str, float]
@@ -61,7 +61,7 @@ def _by_category(items: Sequence[Item], right: Sequence[float]) -> dict[str, flo
 
 
 def _whole(items: Sequence[Item], key: Callable[[Item], Any]) -> list[list[int]]:
-    """Return the places of questions that count together, in the order of their first, where all of them are there."""
+    """Return the indices of each complete group of questions that count as one, in the order of their first."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for place, item in enumerate(items):
         groups[key(item)].append(place)
@@ -98,14 +98,14 @@ def read_yes_no(text: str) -> str:
 
 
 def mme_image(item: Item) -> Any:
-    """Return what MME's questions about one image have in common."""
+    """Return the key that MME's questions about one image share."""
     return item.category, item.id
 
 
 def mme(items: Sequence[Item], texts: Sequence[str]) -> Scores:
     """Points of perception (of 2,000) and cognition (of 800): per category, accuracy by question plus by image.
 
-    An image, told by the items' id, is right if all its questions (two) are.
+    An image, identified by the items' id, is right if all its questions (two) are.
     """
     right = [read_yes_no(text) == str(item.truth).lower() for item, text in zip(items, texts, strict=True)]
     images: dict[str, list[list[bool]]] = defaultdict(list)
@@ -123,7 +123,7 @@ def gqa(items: Sequence[Item], texts: Sequence[str]) -> Scores:
     return Scores({"accuracy": _percent(right)})
 
 
-# Apostrophes that the VQA evaluation puts back; a word is mended if it lacks exactly one of them.
+# Contractions whose apostrophe the VQA evaluation restores; a word is corrected if it lacks exactly one.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -146,14 +146,14 @@ def vqa_normalise(text: str) -> str:
     out = text = text.replace("\n", " ").replace("\t", " ").strip()
     for mark in _PUNCTUATION:
         out = out.replace(mark, "" if mark + " " in text or " " + mark in text else " ")
-    # The original hands a flag where the count belongs: re.UNICODE is 32, so later full stops stay.
+    # The original passes a flag in place of the count: re.UNICODE is 32, so later full stops stay.
     out = re.sub(r"\.(?!\d)", "", out, count=32)
     words = [_DIGITS.get(word, word) for word in out.lower().split()]
     return " ".join(_MENDED.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def vqa_accuracy(text: str, truths: Sequence[str]) -> float:
-    """Share of the people who agree, in [0, 1]: over each nine of the ten, full marks from three."""
+    """Agreement with ten people, in [0, 1]: averaged over each nine of them, where three agreeing give full marks."""
     said = vqa_normalise(text)
     same = [vqa_normalise(truth) == said for truth in truths]
     total = sum(same)
@@ -185,13 +185,13 @@ def sqa(items: Sequence[Item], texts: Sequence[str]) -> Scores:
 
 
 def option_letter(text: str) -> str:
-    """Return the option that an answer opens with, "b", "(b) …", "B. …", "B: …", as a capital; else an empty string."""
+    """Return the option letter that an answer starts with ("b", "(b) …", "B. …", "B: …") as a capital; else ""."""
     found = re.match(r"\s*(?:\(([A-Ja-j])\)|([A-Ja-j])(?=[.):,]|\s*$))", text)
     return (found[1] or found[2]).upper() if found else ""
 
 
 def mmvp_pair(item: Item) -> Any:
-    """Return what the two questions of a pair of MMVP have in common: items 1 and 2, 3 and 4, …"""
+    """Return the key that the two questions of a pair of MMVP share: items 1 and 2, 3 and 4, …"""
     return (int(item.id) - 1) // 2
 
 
@@ -206,13 +206,13 @@ def mmvp(items: Sequence[Item], texts: Sequence[str]) -> Scores:
 
 
 def seed(items: Sequence[Item], texts: Sequence[str]) -> Scores:
-    """Share of the answers that are the letter and nothing else, over all and by type of question."""
+    """Share of answers that are exactly the right letter, over all and by type of question."""
     right = [text == item.truth for item, text in zip(items, texts, strict=True)]
     return Scores({"accuracy": _percent(right)}, _by_category(items, right))
 
 
 def plain_option(text: str, choices: Sequence[str]) -> str:
-    """Read an answer to MMBench by LLaVA's eval_mmbench.py up to where it asks ChatGPT; an empty string there.
+    """Read an answer to MMBench as LLaVA's eval_mmbench.py does, but return "" where that asks ChatGPT.
 
     It is the letter, "The answer is B.", or words of exactly one option.
     """
@@ -228,15 +228,14 @@ def plain_option(text: str, choices: Sequence[str]) -> str:
 
 
 def mmbench_question(item: Item) -> Any:
-    """Return what rotations of a question of MMBench have in common: ids that differ by a multiple of a million."""
+    """Return the key that rotations of a question of MMBench share: their ids differ by a multiple of a million."""
     return int(item.id) % 1_000_000
 
 
 def mmbench(items: Sequence[Item], texts: Sequence[str]) -> Scores:
     """Share of the questions right in every rotation of their options; `vanilla` counts rows.
 
-    Differs from the server, which asks ChatGPT for the option where an answer is not plain: here such an answer is
-    wrong.
+    Differs from the server, which asks ChatGPT for the option if an answer is not plain: here such an answer is wrong.
     """
     rows = [plain_option(text, item.choices) == item.truth for item, text in zip(items, texts, strict=True)]
     whole = _whole(items, mmbench_question)
@@ -248,8 +247,8 @@ def mmbench(items: Sequence[Item], texts: Sequence[str]) -> Scores:
 def mmmu_choice(text: str, choices: Sequence[str], rng: random.Random) -> str:
     """Read an answer to a multiple-choice question of MMMU.
 
-    It is "(B)", else a free-standing "B", else, in more than five words, an option's own words; of several the last; of
-    none one drawn by lot.
+    It is "(B)", else a free-standing "B", else, in more than five words, an option's own words; of several matches the
+    last; without any, a random option.
     """
     letters = LETTERS[: len(choices)]
     for mark in ",.!?;:'":
@@ -275,7 +274,7 @@ _NUMBERS = (
 
 
 def _plain(text: str) -> list[str | float]:
-    """Return a number to two places, else lower case; a single character gets a space, so as to match as a word."""
+    """Return a number to two places, else lower case; a single character gets a space, so that it matches as a word."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -295,9 +294,9 @@ def _conclusion(line: str, indicators: Sequence[str]) -> str:
 
 
 def mmmu_open(text: str, truth: str | Sequence[str]) -> bool:
-    """Judge an answer to an open question of MMMU: one of its conclusions, or of their numbers, is a truth.
+    """Judge an answer to an open question of MMMU: one of its conclusions, or of their numbers, must be a true answer.
 
-    A word is right if a conclusion holds it, a number if they are equal to two places.
+    A word is right if a conclusion contains it, a number if the two are equal to two places.
     """
     response = text.strip().strip(".").lower()
     lines = response.split("\n")
@@ -316,7 +315,7 @@ def mmmu_open(text: str, truth: str | Sequence[str]) -> bool:
 def mmmu_answers(items: Sequence[Item], texts: Sequence[str]) -> list[str]:
     """Return letters for multiple-choice questions and texts for open ones: what MMMU's server takes.
 
-    Answers without a letter get one by lot, in the order of the questions.
+    Answers without a letter get a random one, drawn in the order of the questions.
     """
     rng = random.Random(42)
     pairs = zip(items, texts, strict=True)
@@ -338,7 +337,7 @@ def plain_words(text: str) -> str:
 
 
 def daquar(items: Sequence[Item], texts: Sequence[str]) -> Scores:
-    """Exact match of normalised answers, beside the best that one constant answer could do on these very questions."""
+    """Exact match of normalised answers, and the best that one constant answer could do on the same questions."""
     truths = [plain_words(item.truth) for item in items]
     right = [plain_words(text) == truth for text, truth in zip(texts, truths, strict=True)]
     majority = Counter(truths).most_common(1)[0][1] if truths else 0

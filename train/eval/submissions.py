@@ -1,4 +1,4 @@
-"""What a benchmark's server takes where only it can judge: EvalAI's lists, MM-Vet's object, MMBench's sheet."""
+"""Files for benchmarks that only a server can score: EvalAI's lists, MM-Vet's object, MMBench's sheet."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The benchmarks of LLaVA-1.5, Bunny and LLaVA-Gemma: where their files lie, what is asked, how it is judged.
 
-All files lie under one folder, as the papers' repositories lay them out (LLaVA's `playground/data/eval`, Bunny's
-`eval`; both spellings are found). A task reads its question files into items, whose prompts are the papers'; a scorer
-of `scoring` judges the texts; where a server judges, `submit` writes what it takes. In published rows the first metric
-of a task goes by the task's name, and each by `task_metric`.
+All files are under one folder, as the papers' repositories lay them out (LLaVA's `playground/data/eval`, Bunny's
+`eval`; both layouts are found). A task reads its question files into items, with the papers' prompts; a scorer in
+`scoring` judges the texts; if only a server can, `submit` writes what it takes. In `eval.published` a task's name means
+its first metric, and `task_metric` names any of them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Task:
     score: Scorer | None = None
     metrics: tuple[str, ...] = ()
     submit: Submit | None = None
-    max_new_tokens: int = 128  # as both papers' loaders ask for
-    together: Callable[[Item], Any] | None = None  # alike for questions that count as one
+    max_new_tokens: int = 128  # as in both papers' loaders
+    together: Callable[[Item], Any] | None = None  # key: equal for questions that count as one
 
 
 def _question(prompt: str) -> str:
@@ -73,7 +73,7 @@ def load_mme(layout: Layout) -> list[Item]:
     """Read MME; truths from the text file beside each image, or in questions_answers_YN."""
     path = layout.find("MME/llava_mme.jsonl", "mme/bunny_mme.jsonl", "mme/llava_mme.jsonl")
     place = f"{path.parent.name}/MME_Benchmark_release_version"
-    folder = layout.find(f"{place}/MME_Benchmark", place)  # the later archive has a folder more
+    folder = layout.find(f"{place}/MME_Benchmark", place)  # the later archive has one more folder level
     truths = {}
     for file in sorted(folder.rglob("*.txt")):
         for line in file.read_text(encoding="utf-8").split("\n"):
@@ -167,7 +167,7 @@ def load_mmvp(layout: Layout) -> list[Item]:
 
 
 def load_seed(layout: Layout, image_only: bool = False) -> list[Item]:
-    """Read SEED-Bench-1, of videos their middle frame, or the questions on images alone (SEED-IMG)."""
+    """Read SEED-Bench-1, with the middle frame of videos, or only its questions on images (SEED-IMG)."""
     path = layout.find("seed_bench/llava-seed-bench.jsonl", "seed-bench/bunny-seed-bench.jsonl")
     data = layout.json(f"{path.parent.name}/SEED-Bench.json")
     names = {number: name for name, number in data["question_type"].items()}
@@ -181,9 +181,9 @@ def load_seed(layout: Layout, image_only: bool = False) -> list[Item]:
 
 
 def load_mmmu(layout: Layout, split: str) -> list[Item]:
-    """Read MMMU's parquet files, subject by subject; of a question's several images the first is shown, as in Bunny.
+    """Read MMMU's parquet files, subject by subject; if a question has several images, the first is shown, as in Bunny.
 
-    # Bunny's script would pass over questions with several images among their options, and never finds one: it looks
+    # Bunny's script means to skip questions with several images among their options, but never finds one: it looks
     # for them in the characters of a text.
     """
     import pyarrow.parquet as parquet
@@ -227,7 +227,7 @@ def load_mmbench(layout: Layout, *names: str) -> list[Item]:
         listed = "".join(f"\n{letter}. {option}" for letter, option in options)
         prompt = f"{hint}{row['question']}{listed}\n{LETTER}"
         category = row.get("l2-category") or row.get("category", "")
-        shown = pictures.get(row["image"], row["image"])  # VLMEvalKit's files save space so
+        shown = pictures.get(row["image"], row["image"])  # VLMEvalKit's files save space in this way
         image, choices = base64.b64decode(shown), tuple(words for _, words in options)
         out.append(Item(int(row["index"]), prompt, image, row.get("answer"), category, choices))
     return out
@@ -312,7 +312,7 @@ def get_task(name: str) -> Task:
 def load(name: str, root: Path) -> list[Item]:
     """Read the items of a task from the folder of all tasks.
 
-    Raises: UsageError naming a file that is not there; DataError where one is not as it was published.
+    Raises: UsageError naming a missing file; DataError if one does not have its published form.
     """
     task = get_task(name)
     try:
@@ -321,7 +321,7 @@ def load(name: str, root: Path) -> list[Item]:
             _check(item, scored=task.score is not None)
     except TrainError:
         raise
-    except Exception as error:  # whatever csv, ast, base64 or parquet answer to what is not as published
+    except Exception as error:  # whatever csv, ast, base64 or parquet raise for files of another form
         raise DataError(f"{name}: the files under {root} are not as published ({error!r:.300})") from None
     if not items:
         raise DataError(f"{name}: no question in the files under {root}")
@@ -332,7 +332,7 @@ def load(name: str, root: Path) -> list[Item]:
 
 
 def _check(item: Item, *, scored: bool) -> None:
-    """Refuse what would stop the scorer once all is answered, or pass for right beside an answer that says nothing."""
+    """Refuse an item that would stop the scorer after all answers, or that would count an empty answer as right."""
     truths = item.truth if isinstance(item.truth, list) else [item.truth or None]
     if not (isinstance(item.id, int | str) and isinstance(item.prompt, str)):
         raise ValueError(f"{item.id!r:.80} asks {item.prompt!r:.80}: expected a name or number, and a text")
@@ -341,7 +341,7 @@ def _check(item: Item, *, scored: bool) -> None:
 
 
 def check_published(published: dict[str, float]) -> None:
-    """Refuse a published row with a name that no task gives.  Raises: UsageError."""
+    """Refuse published scores with a name that no task has.  Raises: UsageError."""
     known = {name for task in TASKS for name in (task, *(f"{task}_{metric}" for metric in TASKS[task].metrics))}
     for name in published:
         if name not in known:

@@ -1,4 +1,4 @@
-"""Write a table as the one sheet of an Excel file, for the one server that takes nothing else."""
+"""Write a table as an Excel file with one sheet, for the one server that takes nothing else."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def write_xlsx(path: Path, table: Sequence[Sequence[str]]) -> Path:
 def _cell(text: str, first: bool) -> str:
     if first and re.fullmatch(r"0|[1-9]\d{0,14}", text):
         return f"<c><v>{text}</v></c>"
-    clean = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "", text)  # which XML cannot hold
+    clean = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "", text)  # XML cannot hold these
     return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(clean)}</t></is></c>' if clean else "<c/>"
