@@ -1,1 +1,1 @@
-"""Trained runs and released checkpoints to folders that others load."""
+"""Turn trained runs and released checkpoints into folders that other programs load."""

@@ -1,7 +1,7 @@
-"""The model card of an exported folder: README.md, made of the manifests of its run, of align and of their data.
+"""The model card of an exported folder: README.md, made from the manifests of its run, its align run and their data.
 
-It says what was trained on what and how, which scores `eval` found, and the commands that serve this very folder.
-Nothing in it is filled in by hand: what no manifest knows (a licence, an intended use) is left out.
+It says what was trained on which data and how, which scores `eval` measured, and the commands that serve the folder.
+Nothing in it is filled in by hand: what no manifest records (a licence, an intended use) is left out.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ sqrt(hidden_size) once more than this model expects: first compare an answer wit
 
 
 def write_card(place: Path, run: Path, dtype: str, scores: Sequence[Path] = (), *, folder: Path) -> None:
-    """Write the card of a model that lies in `place` and will lie in `folder`.
+    """Write the card of a model that is in `place` and will be moved to `folder`.
 
-    scores: what `eval` wrote for this model, each the directory of `--tasks` or the manifest beside answers.
-    Raises: UsageError where that is not so.
+    scores: what `eval` wrote for this model: output directories of `--tasks`, or manifests beside answers.
+    Raises: UsageError if one is neither.
     """
     paths = {path.resolve(): path for given in scores for path in _manifests(given)}
     found = [_scores(path, place) for path in paths.values()]
@@ -94,7 +94,7 @@ def _card(place: Path, run: Path, dtype: str, scores: Sequence[tuple[str, Any]],
 
 
 def _count(place: Path) -> int:
-    """Count the numbers in a folder's safetensors, from their headers."""
+    """Count the parameters in a folder's safetensors, from their headers."""
     total = 0
     for path in place.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -130,7 +130,7 @@ def _is_told(key: str, value: Any) -> bool:
 
 
 def _data(path: Path) -> list[str]:
-    """Say how the data were made, where their own manifest tells."""
+    """Say how the data were made, if they have a manifest."""
     if not path.is_file():
         return []
     made = read_json(path)
@@ -169,5 +169,5 @@ def _table(scores: Sequence[tuple[str, Any]]) -> str:
 
 
 def _bare(source: str) -> str:
-    """Name a model or data set without the folders that lead to it; a hub id stays whole."""
+    """Return the name of a model or data set without its parent folders; a hub id stays whole."""
     return source if source.count("/") == 1 and not source.startswith((".", "/")) else Path(source).name

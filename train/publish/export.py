@@ -47,9 +47,9 @@ def export(
 ) -> dict[str, Any]:
     """Merge a finished run into its base model and write it to `out`, with a model card; return what was written.
 
-    scores: of `eval`, for the card; of a model that is exported already, the card alone is written anew.
+    scores: results of `eval`, for the card; for a model that is exported already, only the card is rewritten.
     parts: write the parts instead (parts.py), of a run or of a model that is exported, imported or merged already.
-    Raises: UsageError, TrainError when the base is no longer what the run was trained on.
+    Raises: UsageError; TrainError if the base is no longer what the run was trained on.
     """
     if parts and (run / "config.json").is_file():
         return _split(run, out, dtype, overwrite)
@@ -96,9 +96,9 @@ def _split(folder: Path, out: Path, dtype: str, overwrite: bool) -> dict[str, An
 
 @contextmanager
 def writing(out: Path, record: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """Yield a folder inside `out` for a model, and put it into its place when it is written, with how it was made.
+    """Yield a folder inside `out` to write a model to; then move it into place, with a record of how it was made.
 
-    A model that stands there is only removed then, where that is asked; a refusal leaves all as it was.
+    An existing model is removed only then, and only with `overwrite`; after a failure everything is as it was.
     Raises: UsageError.
     """
     with held(out):
@@ -114,7 +114,7 @@ def writing(out: Path, record: dict[str, Any], overwrite: bool) -> Iterator[Path
         except BaseException:
             shutil.rmtree(staged)
             raise
-        # The record makes a model whole: the old one goes first, the new one comes last.
+        # The record marks a model as complete: the old one is removed first, the new one is written last.
         for path in sorted(there, key=lambda path: path.name != RECORD):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in sorted(staged.iterdir(), key=lambda path: path.name == RECORD):
@@ -125,7 +125,7 @@ def writing(out: Path, record: dict[str, Any], overwrite: bool) -> Iterator[Path
 def merge_trained(model: Any, trained: Mapping[str, Tensor], scale: float) -> None:
     """Copy what was trained into the composed model, LoRA factors as `scale * B @ A` onto their layer.
 
-    DoRA's magnitudes m [out] then give each row of the sum its length: W' = m (W + scale B A) / |W + scale B A|.
+    With DoRA, the magnitudes m [out] then set the length of each row: W' = m (W + scale B A) / |W + scale B A|.
     """
     with torch.no_grad():
         for name, tensor in trained.items():
@@ -161,7 +161,7 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
         if not (tied and name == "lm_head.weight")
     }
     if model.config.text_config.model_type == "phi":
-        # The llava class has no such bias and passes over it; vLLM's Phi class has one, and draws none.
+        # The llava class has no such bias and ignores it; vLLM's Phi class has one, and needs its value.
         state["language_model.lm_head.bias"] = torch.zeros(len(model.lm_head.weight), dtype=dtype)
     write_shards(state, out)
     _set_ends(composed, encoder)
@@ -181,7 +181,7 @@ def write_folder(composed: Composed, encoder: Encoder, out: Path, dtype: torch.d
 
 
 def _state(model: Any) -> dict[str, Tensor]:
-    """Return a composed model's weights, those of its language model and tower as in their own checkpoints."""
+    """Return a composed model's weights; language model and tower have the form of their own checkpoints."""
     from transformers import PreTrainedModel
 
     inner = model.model
@@ -197,7 +197,7 @@ def _state(model: Any) -> dict[str, Tensor]:
 
 
 def _set_ends(composed: Composed, encoder: Encoder) -> None:
-    """Persist the token that ends answers: in the tokenizer, the generation settings and the text configuration."""
+    """Store the token that ends answers: in the tokenizer, the generation settings and the text configuration."""
     from huggingface_hub.errors import StrictDataclassFieldValidationError
     from transformers import GenerationConfig
 
@@ -208,7 +208,7 @@ def _set_ends(composed: Composed, encoder: Encoder) -> None:
     ids["bos_token_id"] = encoder.bos_ids[0] if encoder.bos_ids else tokenizer.bos_token_id
     composed.model.generation_config = GenerationConfig(do_sample=False, **ids)
     for key, value in ids.items():
-        with suppress(*[StrictDataclassFieldValidationError] * (value is None)):  # CWM's must begin with some token
+        with suppress(*[StrictDataclassFieldValidationError] * (value is None)):  # CWM's may not be without a bos token
             setattr(config.text_config, key, value)
     config.pad_token_id = tokenizer.pad_token_id
 

@@ -1,9 +1,9 @@
-"""The files of a folder, said once more for readers of transformers 4: LLaMA-Factory, mlx-lm, older vLLM.
+"""Fields in the form of transformers 4, for readers that use it: LLaMA-Factory, mlx-lm, older vLLM.
 
 transformers 5 writes rotary embeddings as one table (`rope_parameters`), special tokens as a list, and the preparation
-of images inside of processor_config.json. Version 4 refuses the second, does not find the third, and, worst, passes
-over the first: it then takes the family's default share and base, and computes other logits without a word. So the
-plain fields stand beside the new ones, with the same values; version 5 reads either.
+of images inside processor_config.json. Version 4 refuses the second, does not find the third and, worst, ignores the
+first: it then takes the family's default rotary share and base, and silently computes other logits. So the old fields
+are written beside the new ones, with the same values; version 5 reads either.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from train.folder import read_json, write_json
 
 
 def write_for_older_readers(folder: Path) -> None:
-    """Add to a saved model's config.json, tokenizer_config.json and image preparation what transformers 4 reads."""
+    """Add what transformers 4 reads to a saved model's config.json, tokenizer_config.json and image preparation."""
     config, meant = read_json(folder / "config.json"), _read_rope(folder)
     for part in (config, config.get("text_config", {})):
-        part.pop("_name_or_path", None)  # a place on this machine
+        part.pop("_name_or_path", None)  # a path on this machine
     plain = copy.deepcopy(config)
     for part in (plain, plain.get("text_config", {})):
         part.update(_plain_rope(part.get("rope_parameters") or {}))
     write_json(folder / "config.json", plain)
-    if _read_rope(folder) != meant:  # version 5 reads them before the table: of families that version 4 has not
+    if _read_rope(folder) != meant:  # version 5 reads them before the table, for families that version 4 lacks
         write_json(folder / "config.json", config)
     values = read_json(folder / "tokenizer_config.json")
     if values.get("tokenizer_class") == "TokenizersBackend":
@@ -42,7 +42,7 @@ def write_for_older_readers(folder: Path) -> None:
 
 
 def _plain_rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return rope_theta, partial_rotary_factor and rope_scaling of one table, or of one a kind of layer (Gemma 3)."""
+    """Return rope_theta, partial_rotary_factor and rope_scaling, from one table or one per kind of layer (Gemma 3)."""
     local = parameters.get("sliding_attention")
     if isinstance(parameters.get("full_attention"), dict):
         parameters = parameters["full_attention"]
@@ -58,7 +58,7 @@ def _plain_rope(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_rope(folder: Path) -> Any:
-    """Return the table as transformers reads it from a folder, or None where it cannot."""
+    """Return the table as transformers reads it from a folder, or None if it cannot."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 

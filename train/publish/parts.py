@@ -1,4 +1,4 @@
-"""The parts of a model, each as its own kind is published, for tools that take them one by one (llama.cpp's GGUF).
+"""The parts of a model, each in the usual published form, for tools that take them one by one (llama.cpp's GGUF).
 
     language_model/     a causal language model with its tokenizer and chat template
     vision_tower/       a CLIP, SigLIP or DINOv2 model with its image preparation
@@ -41,13 +41,13 @@ The image encoder's converter is written for transformers 4.
 
 
 def write_parts(model: Any, tokenizer: Any, image_processor: Any, out: Path, dtype: torch.dtype) -> None:
-    """Write the parts of a native model to a folder.  Raises: UsageError for a tower that is published nowhere."""
+    """Write the parts of a native model to a folder.  Raises: UsageError for a tower class of ours."""
     if own_tower(model.config):
         raise UsageError(f"--parts: {own_tower(model.config)} is not a transformers class, and no converter knows it")
     _language_model(model, dtype).save_pretrained(out / "language_model")
     let_read(*(out / "language_model").glob("*.safetensors"))
     model.generation_config.save_pretrained(out / "language_model")
-    tokenizer.chat_template = own_source(tokenizer.chat_template)  # its readers put images into texts themselves
+    tokenizer.chat_template = own_source(tokenizer.chat_template)  # readers of the parts insert images themselves
     tokenizer.save_pretrained(out / "language_model")
     write_for_older_readers(out / "language_model")
     _write_tower(model, image_processor, out / "vision_tower", dtype)
@@ -71,7 +71,7 @@ def write_parts(model: Any, tokenizer: Any, image_processor: Any, out: Path, dty
 
 
 def _language_model(model: Any, dtype: torch.dtype) -> Any:
-    """Put the native model's decoder and head back into the class that they came from, sharing their memory."""
+    """Put the native model's decoder and head back into their original class, sharing their memory."""
     from transformers import AutoModelForCausalLM
 
     config = model.config.text_config
@@ -87,17 +87,17 @@ def _language_model(model: Any, dtype: torch.dtype) -> Any:
 
 
 def as_published(part: Any) -> dict[str, Tensor]:
-    """Return the weights of a model of transformers under the names and in the tensors of its own checkpoints.
+    """Return the weights of a model of transformers under the names and in the tensors of its published checkpoints.
 
-    transformers 5 keeps the experts of a mixture in one tensor, and some weights under other names than their files;
-    what else reads such a folder knows the files' alone, and version 4 draws what it does not find. So does version 5
-    with DINOv3's scales of layers: it renames by a pattern that takes its own names for others.
+    transformers 5 keeps the experts of a mixture in one tensor, and some weights under other names than in files. Other
+    readers know only the names in files, and version 4 draws at random what it does not find. So does version 5 with
+    DINOv3's layer scales: its renaming pattern mistakes its own names for others.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     state = revert_weight_conversion(part, part.state_dict())
     of_one = {name for name, tensor in state.items() if tensor.untyped_storage().nbytes() != tensor.nbytes}
-    # An expert's part of one tensor is stored apart.
+    # Each expert's slice of the tensor is stored separately.
     return {name: tensor.detach().clone() if name in of_one else tensor for name, tensor in state.items()}
 
 
@@ -108,7 +108,7 @@ def _write_tower(model: Any, image_processor: Any, out: Path, dtype: torch.dtype
     state = {prefix + name: tensor.detach().to(dtype).contiguous() for name, tensor in as_published(tower).items()}
     write_shards(state, out)
     tower.config.architectures, tower.config.dtype = [type(tower).__name__], dtype
-    # All values, defaults too: converters read the file without knowing the class. Unless told, they take layer -2.
+    # All values, also defaults: converters read the file without knowing the class. By default they take layer -2.
     layer = model.config.vision_feature_layer
     values = tower.config.to_dict() | ({} if layer == -2 else {"vision_feature_layer": layer})
     write_json(out / "config.json", values)

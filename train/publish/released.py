@@ -1,4 +1,4 @@
-"""Bring a checkpoint that the authors of Bunny, LLaVA or LLaVA-Gemma released into the native form.
+"""Convert a checkpoint that the authors of Bunny, LLaVA or LLaVA-Gemma released to the native form.
 
 In: a folder (or one file) of safetensors, or of `pytorch_model*.bin`, which is read without unpickling code. The
 tokenizer, the configurations and the image preparation are those that `[model]` names. Out: an llava-hf folder, as
@@ -9,9 +9,9 @@ tokenizer, the configurations and the image preparation are those that `[model]`
     llava-hf        vision_tower.[vision_model.]… · multi_modal_projector.linear_{1,2} · language_model.{model,lm_head}
                     (LLaVA-Gemma was published in these)
 
-Every tensor must find its place and every parameter its tensor, in the right shape, else both are named and refused.
-Exceptions, each said: a tower that the checkpoint leaves out altogether, tower blocks behind the feature layer, and
-rows that the embedding here has beyond theirs, for the image token.
+Every tensor must have a place and every parameter a tensor, in the right shape; otherwise the checkpoint is refused and
+they are named. Exceptions, which are logged: a tower that the checkpoint does not hold, tower blocks after the feature
+layer, and extra rows of the embedding here, for the image token.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def import_released(source: Path, out: Path, config: Config, *, overwrite: bool 
     dtype = DTYPES[config.export.dtype]
     record = {"command": "import", "source": relative(str(source), out), "dtype": config.export.dtype}
     with writing(out, record, overwrite) as place:
-        model = dataclasses.replace(config.model, lm_weights="fresh")  # each of its weights must be in the checkpoint
+        model = dataclasses.replace(config.model, lm_weights="fresh")  # all its weights must come from the checkpoint
         composed = compose(model, dtype)
         keep_tower = config.model.tower_weights == "pretrained"
         load_released(composed, files, keep_tower=keep_tower, head_bias=config.model.lm_head_bias)
@@ -91,8 +91,8 @@ def checkpoint_files(source: Path) -> list[Path]:
 def our_name(theirs: str, vision_type: str = "") -> str | None:
     """Translate the name of a released tensor to that of our parameter.
 
-    vision_type: the tower's model_type; one behind several scales stands a level deeper.
-    Returns "" for a tensor that is not needed, None where no rule knows it.
+    vision_type: the tower's model_type; with several scales, its names are one level deeper.
+    Returns "" for a tensor that is not needed, None if no rule matches.
     """
     if theirs.startswith(EVA_PREFIX):
         from train.model.eva import our_name as eva_name
@@ -110,7 +110,7 @@ def our_name(theirs: str, vision_type: str = "") -> str | None:
 def load_released(composed: Composed, files: list[Path], *, keep_tower: bool, head_bias: str = "fold") -> None:
     """Copy a checkpoint into a composed model, file by file.
 
-    keep_tower: keep the tower as loaded where the checkpoint has none of it.  head_bias: as model.lm_head_bias.
+    keep_tower: keep the loaded tower if the checkpoint has none.  head_bias: as model.lm_head_bias.
     Raises: CheckpointError, UsageError.
     """
     parameters: dict[str, Tensor] = dict(composed.model.named_parameters(remove_duplicate=False))
@@ -118,7 +118,7 @@ def load_released(composed: Composed, files: list[Path], *, keep_tower: bool, he
     unknown: list[str] = []
     filled: set[str] = set()
     old_names = False
-    bias = torch.zeros(0)  # of a head that has one; Bunny's has none, and conversions to other tools add zeros
+    bias = torch.zeros(0)  # the head's, if it has one; Bunny's has none, but conversions to other tools add zeros
     vision_type = composed.model.config.vision_config.model_type
     with torch.no_grad():
         for theirs, tensor in read_tensors(files):
@@ -134,7 +134,7 @@ def load_released(composed: Composed, files: list[Path], *, keep_tower: bool, he
                 if part_name not in parameters:
                     unknown.append(theirs)
                 elif part_name == "lm_head.weight" and tied:
-                    filled.add(part_name)  # the same tensor as the embedding, which the checkpoint has too
+                    filled.add(part_name)  # tied to the embedding, which the checkpoint also has
                 else:
                     _copy(parameters[part_name], part, part_name, theirs)
                     filled.add(part_name)
@@ -149,7 +149,7 @@ def load_released(composed: Composed, files: list[Path], *, keep_tower: bool, he
 
 
 def _split(name: str, tensor: Tensor, composed: Composed) -> Iterator[tuple[str, Tensor]]:
-    """Take apart the fused attention of Bunny's first Phi class: rows run by head, then query, key, value, then width.
+    """Split the fused attention of Bunny's first Phi class: its rows go by head, then query, key, value, then width.
 
     Phi-3 is fused as well, but so is its native class. Source: bunny/model/language_model/phi/modeling_phi.py.
     """
@@ -197,7 +197,7 @@ def _check_complete(composed: Composed, unknown: list[str], missing: set[str], *
 
 
 def _is_behind_features(name: str, index: int) -> bool:
-    """Whether a parameter of the tower has no influence on the features, which Bunny's early towers end at."""
+    """Whether a parameter of the tower does not affect the features; Bunny's early checkpoints lack those."""
     block = re.match(rf"^{re.escape(TOWER)}(?:tower\.)?encoder\.layers?\.(\d+)\.", name)
     return any(word in name for word in HEADS) if block is None else int(block.group(1)) >= index
 
@@ -205,8 +205,8 @@ def _is_behind_features(name: str, index: int) -> bool:
 def _has_scaled_features(composed: Composed, folder: Path, old_names: bool) -> bool:
     """Whether a Gemma was trained with image features that were multiplied by sqrt(hidden_size).
 
-    So did transformers before 5.4 with all of the merged embeddings, LLaVA-Gemma's among them; now only the table of
-    tokens is scaled. Known by the authors' names, else by the version that wrote the configuration.
+    transformers before 5.4 did so with all merged embeddings, LLaVA-Gemma's included; now only the token embeddings are
+    scaled. Decided by the authors' tensor names, else by the version that wrote the configuration.
     """
     if composed.model.config.text_config.model_type != "gemma":
         return False
