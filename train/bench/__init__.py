@@ -1,1 +1,1 @@
-"""A training step beside the published scripts' own, at equal loss."""
+"""Compare a training step with that of the published scripts, at equal loss."""

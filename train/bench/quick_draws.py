@@ -1,4 +1,4 @@
-"""Fresh weights in seconds: speed does not depend on which numbers they are."""
+"""Fresh weights in seconds: speed does not depend on their values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ BLOCK = 1 << 20
 
 @contextmanager
 def quick_draws() -> Iterator[None]:
-    """Within it, large tensors of the host are filled by a million drawn numbers, again and again.
+    """Within this context, large CPU tensors are filled with repeated copies of a million random numbers.
 
-    torch draws on one thread, and a layer of transformers twice: 40 seconds for a model of 2.8 B. Copies take all.
+    torch draws on one thread, and transformers draws each layer twice: 40 seconds for a model of 2.8 B. Copying uses
+    all threads.
     """
     normal, uniform = torch.Tensor.normal_, torch.Tensor.uniform_
     generator = torch.Generator().manual_seed(0)

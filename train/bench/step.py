@@ -1,18 +1,18 @@
-"""Our step beside that of the published scripts, on the same model, samples and machine: `python -m train bench`.
+"""Compare our step with that of the published scripts, on one model, data and machine: `python -m train bench`.
 
-The reference keeps their semantics in this very harness: micro-batches of 8 samples in order, padded to the longest,
-with a mask for the padding; logits, in fp32, at every position; activations of the language model recomputed; SDPA;
-transformers' own modules. As in their code the tower runs without a graph, for the whole micro-batch at once. Not held
-against them: Bunny's tower also runs its last block and its pooling head, and sees a blank image for a sample of text.
+The reference has their semantics in this same harness: micro-batches of 8 samples in order, padded to the longest, with
+a mask for the padding; logits, in fp32, at every position; activations of the language model recomputed; SDPA;
+transformers' own modules. As in their code the tower runs without a graph, for the whole micro-batch at once. Left out
+in their favour: Bunny's tower also runs its last block and its pooling head, and sees a blank image for a text sample.
 
-Ours packs, takes logits and the end of the last layer where there are labels, and recomputes nothing. Both see the same
-samples step by step without dropout, so their losses must agree, and are printed. Only ratios of one run mean anything;
-on a busy machine, those of CPU seconds. `arithmetic` is the ratio of what both must multiply, which neither gets below:
-the speedup on a machine that does nothing else.
+Ours packs, computes logits and the end of the last layer only at labels, and recomputes nothing. Both see the same
+samples step by step without dropout, so their losses must agree, and are printed. Only ratios within one run are
+meaningful; on a busy machine, those of CPU seconds. `arithmetic` is the ratio of the operations that both need: the
+speedup on a machine that does nothing but arithmetic.
 
-Without --config both take turns, step by step, on a small Phi and SigLIP whose parts have the shares of Phi-2's and
-SigLIP-SO400M's arithmetic, with images of 144 tokens and texts a quarter as long; the arithmetic of those two at full
-size is printed beside.
+Without --config the two alternate, step by step, on a small Phi and SigLIP whose parts have the same shares of the
+arithmetic as in Phi-2 and SigLIP-SO400M, with images of 144 tokens and texts a quarter as long; the arithmetic of those
+two at full size is printed as well.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ from train.run.loop import Training
 from train.run.memory import out_of_memory, size_pass
 from train.run.stage import make_encoder
 
-LOADING_S = 5.0  # in which the loader's own pace is taken, at most
+LOADING_S = 5.0  # the loader's own pace is measured for at most this long
 MICRO_BATCH = 8  # per device in Bunny's scripts, in both stages
 LAYERS, WIDTH, HEADS, VOCABULARY = 24, 192, 3, 2816  # the head is 5 % of a forward pass, as Phi-2's
 TOWER_LAYERS, TOWER_WIDTH, TOWER_HEADS = 7, 144, 2  # 17 % of the language model's forward pass, as SigLIP's
-SMALL_PASS, SMALL_RANK = 2048, 10  # tokens, what a processor's cache likes; LoRA is 8 % of a layer, as 128 of Phi-2's
+SMALL_PASS, SMALL_RANK = 2048, 10  # tokens, to fit a processor's cache; LoRA is 8 % of a layer, as 128 is of Phi-2's
 TOWER, LM = "google/siglip-so400m-patch14-384", "microsoft/phi-2"  # the pair that the small model stands for
 Kind = Literal["reference", "ours"]
 WRITERS = {"align": workload.write_captions, "finetune": workload.write_instructions}
@@ -85,7 +85,7 @@ class Reference(Training):
             feats = tower_features(self.composed, batch.pixels_nchw, tuned=self.stage.tune_tower)
         lengths = torch.tensor(batch.lengths, device=batch.ids_bl.device)
         embeds = embeddings(self.composed, batch.ids_bl, feats) + zero
-        if not embeds.requires_grad:  # texts alone: what enable_input_require_grads is for
+        if not embeds.requires_grad:  # only texts: the case for enable_input_require_grads
             embeds.requires_grad_()
         out = self.composed.model.model.language_model(
             inputs_embeds=embeds,
@@ -100,9 +100,9 @@ class Reference(Training):
 
 
 def bench(config: Config | None, steps: int, batch_size: int) -> dict[str, Any]:
-    """Run both stages both ways; return speeds, losses and their ratios.
+    """Run both stages in both ways; return speeds, losses and their ratios.
 
-    config: whose model (with fresh weights) and stages are run; None: the small model.
+    config: its model (with fresh weights) and stages are run; None: the small model.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -125,9 +125,9 @@ def bench(config: Config | None, steps: int, batch_size: int) -> dict[str, Any]:
 def one_stage(
     config: Config, stage_name: str, kind: Kind, steps: int, batch_size: int, *, small: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Run one stage one way, as `bench` does; after every step yield what was measured so far.
+    """Run one stage in one way, as `bench` does; after every step yield what was measured so far.
 
-    small: the small model takes the place of the given one, with its switches.
+    small: use the small model instead of the given one, with the given one's switches.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -151,7 +151,7 @@ def _fresh(config: Config | None, folder: Path) -> tuple[Config, Model]:
 
 
 def _shortened(given: Config, stage_name: str, steps: int, batch_size: int, *, small: bool) -> Stage:
-    """Cut a stage to so many steps, without dropout. batch_size 0: the stage's own, or 16 of the small model."""
+    """Shorten a stage to this many steps, without dropout. batch_size 0: the stage's own; 16 for the small model."""
     stage: Stage = getattr(given, stage_name)
     size = batch_size or (16 if small else stage.batch_size)
     stage = dataclasses.replace(stage, steps=steps, batch_size=size, lora_dropout=0.0, save_every=steps, clip=1.0)
@@ -161,7 +161,7 @@ def _shortened(given: Config, stage_name: str, steps: int, batch_size: int, *, s
 
 
 def _metrics(out: Path) -> list[dict[str, float]]:
-    """Read what a run has recorded of its steps."""
+    """Read the metrics that a run has recorded."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -193,8 +193,8 @@ def small_model(folder: Path) -> Model:
 def _run(
     kind: Kind, model: Model, stage: Stage, write: Any, folder: Path, runs: dict[Kind, dict[str, Any]]
 ) -> Iterator[Any]:
-    """Run one kind, yielding after each step; note in the end what it measured."""
-    from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (its import is nobody's step)
+    """Run one kind, yielding after each step; record at the end what was measured."""
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (so that no step pays for its import)
 
     runtime = Runtime.detect(stage.precision, choose_workers(stage.workers, gpu=torch.cuda.is_available()))
     if kind == "reference":
@@ -212,8 +212,8 @@ def _run(
     measured = measure(source, encoder, model.max_length)
     trainable, lm = prepare(composed, stage), composed.model.model.language_model
     if kind == "reference":
-        # LLaVA's transformers 4.37.2 leaves the choice to torch 2.1.2, whose checkpoints run a whole layer once more;
-        # those that are not reentrant, the default since, stop before its last product.
+        # LLaVA's transformers 4.37.2 leaves the choice to torch 2.1.2, whose checkpoints run a whole layer again;
+        # non-reentrant ones, the default since, stop before its last product.
         recompute(lm, reentrant=True)
     else:
         how: dict[str, Any] = {"checkpointing": model.gradient_checkpointing}
@@ -257,11 +257,11 @@ def _run(
 
 
 def loading_pace(passes: Passes, steps: int, workers: int) -> float:
-    """Return the samples a second that the loader gives where no step keeps it waiting.
+    """Return the samples per second that the loader delivers when it never has to wait for a step.
 
-    `data_wait` of a few steps does not show it: while the first one starts up, the workers decode PREFETCH passes each
-    ahead, which may be all that follow, so that it reads 0 however slow they are. Not counted is a pass for each
-    worker, while they start.
+    `data_wait` of a few steps does not show it: while the first one starts up, each worker decodes PREFETCH passes
+    ahead, which may be all of them, so that it reads 0 however slow they are. The first pass of each worker, which
+    includes its start, is not counted.
     """
     coming = (batch for step in passes.steps(0, steps, workers, pin=False) for batch in step)
     for _ in islice(coming, max(1, workers)):
@@ -294,7 +294,7 @@ def _operations(kind: Kind, composed: Composed, stage: Stage, plan: Plan) -> dic
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """Sum up a run's metrics; its first step, in which workers start and memory is found, counts only for the loss."""
+    """Sum up a run's metrics; its first step, which starts workers and allocates memory, counts only for the loss."""
     timed = rows[1:] or rows
     seconds = sum(row["step_s"] for row in timed)
     found = {
@@ -312,7 +312,7 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def compare(runs: dict[Kind, dict[str, Any]]) -> dict[str, Any]:
-    """Set ours beside the reference."""
+    """Compare ours with the reference."""
     reference, ours = runs["reference"], runs["ours"]
     pairs = zip(reference["losses"], ours["losses"], strict=True)
     counts = {size: [sum(run["operations"][size].values()) for run in (reference, ours)] for size in ours["operations"]}
@@ -327,7 +327,7 @@ def compare(runs: dict[Kind, dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Write a result as a table."""
+    """Format a result as a table."""
     head = ["stage", "supervised/s", "reference", "speedup", "in CPU s", "arithmetic"]
     lines = [[*head, "padding", "reference", "wait", "loss", "difference"]]
     for name, stage in result["stages"].items():
@@ -349,7 +349,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _shares(result: dict[str, Any]) -> list[str]:
-    """Say what the parts of both steps have of the reference's arithmetic, and the ratios at full size."""
+    """List the parts' shares of the reference's arithmetic for both steps, and the ratios at full size."""
     lines = []
     for name, stage in result["stages"].items():
         for size, ratio in stage["arithmetic"].items():

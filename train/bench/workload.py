@@ -1,11 +1,11 @@
-"""Synthetic samples as long as the published ones, for `bench`: words of one token each, and real JPEGs.
+"""Synthetic samples with the lengths of the published ones, for `bench`: words of one token each, and real JPEGs.
 
 The instruction mix has the 12 parts of LLaVA-1.5's 665K with their published sizes (arXiv:2310.03744, table 7). Rounds
 are questions over images of the source sets (VQAv2 443,757 over 82,783, GQA 943,000 over 72,140, …; LLaVA-Instruct as
-arXiv:2304.08485 describes its three kinds). Tokens of questions and answers are our estimates, ShareGPT's lengths too
-(cut at 2,048, as the mix was). Captions are as long as 1,760 BLIP captions of LLaVA's pretraining set under Phi-2's
-tokenizer (5, 25, 50, 75, 95 %: 6, 9, 12, 16, 22 tokens). An image stands for 576 tokens there; with another number of
-them, all texts are scaled alike, so that the shape of the mix stays.
+arXiv:2304.08485 describes its three kinds). Tokens of questions and answers are our estimates, and so are ShareGPT's
+lengths (cut at 2,048, as in the mix). Captions have the lengths of 1,760 BLIP captions of LLaVA's pretraining set under
+Phi-2's tokenizer (5, 25, 50, 75, 95 %: 6, 9, 12, 16, 22 tokens). An image is 576 tokens there; with another number, all
+texts are scaled alike, so that the mix keeps its proportions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUM_WORDS, NUM_IMAGES = 500, 32
 
 @dataclass(frozen=True)
 class Part:
-    """Samples of one kind: thousands of them, rounds, and tokens of a question and of an answer, all on average."""
+    """Samples of one kind: number in thousands; average rounds, tokens per question and tokens per answer."""
 
     thousands: int
     rounds: float
@@ -79,7 +79,7 @@ def write_captions(folder: Path, num: int, image_tokens: int, seed: int = 0) -> 
 
 
 def tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of whole words, with the tokens that any of our templates needs."""
+    """Write a whole-word tokenizer with the special tokens of all our templates."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
