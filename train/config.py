@@ -2,9 +2,9 @@
 
     [model] what is trained · [align] [finetune] the two stages · [export] · [eval] · [generate]
 
-The same file may hold the tables of other programs; they are ignored here. pipelines/options.py checks every key
-of ours against the dataclass, name and type. In a string, `{here}` is the folder of the TOML file. `--set align.lr=1`
-overrides.
+The same file may hold tables of other programs, which are ignored here. pipelines/options.py checks the name and type
+of every key of ours against the dataclass. In a string, `{here}` is the folder of the TOML file. `--set align.lr=1`
+overrides a key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Trees = Literal["", "short", "all"]  # the conversations that become message tre
 
 @dataclass(frozen=True)
 class Model:
-    """A vision tower, a language model, and how they meet.
+    """A vision tower, a language model, and how they are joined.
 
     tower, lm: hub id (or ID@REVISION), local folder with weights, or folder with only a config.json (then `*_weights =
     "fresh"`); tower may also be a network of timm, an open_clip `local-dir:FOLDER`, or a file with an EVA02-CLIP-L.
@@ -38,20 +38,20 @@ class Model:
     tower_weights: Literal["pretrained", "fresh"] = "pretrained"
     lm_weights: Literal["pretrained", "fresh"] = "pretrained"
     image: Literal["square", "pad", "squash"] = "square"  # pad: filled to a square first; squash: each side resized
-    feature_layer: int = -2  # index into the tower's hidden states; LLaVA and Bunny take the last but one
+    feature_layer: int = -2  # index into the tower's hidden states; LLaVA and Bunny take the second to last
     feature_strategy: Literal["auto", "default", "full"] = "auto"  # default drops the first (class) token
-    grid: int = 0  # places a side to average a network of timm's map to; 0: as many as it has
+    grid: int = 0  # average the feature map of a timm network to grid x grid places; 0: keep its own
     scales: int = 1  # S²: also see the image at 2, 3, … times the tower's size, in tiles; Bunny v1.1 takes 3
-    lm_head_bias: Literal["fold", "drop"] = "fold"  # of Phi's head; drop: Bunny's class has none, so it was lost there
-    scale_features: bool = False  # times sqrt(hidden_size): what transformers before 5.4 did to Gemma's image features
-    template: str = ""  # prompts.py's, or "chat": the language model's own, the default where it has one; else "vicuna"
+    lm_head_bias: Literal["fold", "drop"] = "fold"  # of Phi's head; drop: as in Bunny, whose class has no such bias
+    scale_features: bool = False  # multiply by sqrt(hidden_size), as transformers before 5.4 did for Gemma
+    template: str = ""  # of prompts.py, or "chat": the language model's own; "": "chat" if it has one, else "vicuna"
     image_token: str = "<image>"
     max_length: int = 2048
     shrink: Literal["", "tiny"] = ""  # tiny: same classes with a few thousand fresh weights a layer
     attention: str = "documents"  # see attention.py; or one of transformers' (sdpa, eager, flash_attention_2, …)
     gradient_checkpointing: bool = False
     compile: Literal["", "layers"] = ""  # layers: torch.compile, a layer at a time; the first steps take minutes
-    seed: int = 0  # of the projector and of fresh weights
+    seed: int = 0  # for drawing the projector and fresh weights
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Stage:
     tune: Literal["projector", "lora", "full"] = "projector"
     tune_tower: bool = False
     template: str = ""  # default: model.template
-    start: Literal["", "words"] = ""  # words: the projector in closed form (run/closed_form.py); "": as it was drawn
+    start: Literal["", "words"] = ""  # words: set the projector in closed form (run/closed_form.py); "": random
     steps: int = 0  # 0: `epochs` passes over the data
     epochs: float = 1.0
     batch_size: int = 256
@@ -70,39 +70,39 @@ class Stage:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: float = 0.03  # share of the steps
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm up, stay, and fall linearly over the last `decay` steps
-    decay: float = 0.2  # share of the steps, of wsd
-    clip: float = 1.0  # 0: none, as the published scripts ran (their DeepSpeed files lack the key)
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm up, stay constant, fall linearly over the last `decay`
+    decay: float = 0.2  # share of the steps; wsd only
+    clip: float = 1.0  # gradient norm; 0: no clipping, as in the published scripts (their DeepSpeed files lack the key)
     loss_norm: Literal["token", "microbatch"] = "token"  # microbatch: mean of means, as before transformers 5
-    norm_samples: int = 8  # of which each of these means is: the published scripts' samples a device and pass
-    lm_dropout: Literal["learning", "always", "never"] = "learning"  # of its config; always: also while it is frozen
-    plain_eos: bool = True  # false: a newline ends a plain caption, as in LLaVA and Bunny; it never learns to stop
+    norm_samples: int = 8  # samples in each of these means: the published scripts' samples per device and pass
+    lm_dropout: Literal["learning", "always", "never"] = "learning"  # dropout of its config; always: also when frozen
+    plain_eos: bool = True  # false: a newline ends a plain caption, as in LLaVA and Bunny; no stop token is learnt
     lora_rank: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.05
-    dora: bool = False  # PEFT's use_dora: each weight's magnitude learns apart from its direction (arXiv:2402.09353)
-    rslora: bool = False  # PEFT's use_rslora: factors count alpha / sqrt(rank), not alpha / rank (arXiv:2312.03732)
+    dora: bool = False  # PEFT's use_dora: train each weight's magnitude apart from its direction (arXiv:2402.09353)
+    rslora: bool = False  # PEFT's use_rslora: scale by alpha / sqrt(rank), not alpha / rank (arXiv:2312.03732)
     quantize: Literal["", "nf4"] = ""  # nf4: QLoRA, the frozen language model in 4 bits (extra `qlora`)
-    message_trees: Trees = ""  # questions about one picture each alone (data/message_tree.py)
+    message_trees: Trees = ""  # train on each question about a picture separately (data/message_tree.py)
     packing: bool = True  # samples side by side in one row, each seeing only itself; false: padded rows
-    micro_tokens: int = 16384  # most tokens, padding included, in one pass; a GPU takes fewer of this default to fit
+    micro_tokens: int = 16384  # most tokens, with padding, in one pass; a GPU lowers this default to what fits
     micro_images: int = 64  # most images in one forward pass
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    workers: int | Literal["auto"] = "auto"  # decoding processes per rank (train/data/workers.py); 0: none apart
-    cache_features_mb: int = 0  # keep the frozen tower's features in memory where they all fit
-    shard: bool = False  # FSDP2: cut the model among the processes, for what one GPU cannot hold
-    val: str = ""  # held-out data, or a share of --data (0.02) held out by picture; its loss chooses what is kept
+    workers: int | Literal["auto"] = "auto"  # decoding processes per rank (train/data/workers.py); 0: no extra ones
+    cache_features_mb: int = 0  # keep a frozen tower's features in memory, if all of them fit
+    shard: bool = False  # FSDP2: shard the model over the processes, if one GPU cannot hold it
+    val: str = ""  # held-out data, or the share of --data to hold out (0.02); its loss selects the weights kept
     losses: bool = False  # write each sample's loss to RUN/losses, a sidecar that `curate select --losses` reads
-    tracker: Literal["", "trackio", "wandb"] = ""  # besides TensorBoard, where it is installed
+    tracker: Literal["", "trackio", "wandb"] = ""  # in addition to TensorBoard, if that is installed
     save_every: int = 200
     keep_last: int = 2
-    peak_tflops: float = 0.0  # of one device, for MFU; 0: of known GPUs in bf16, else no MFU
-    max_bad_share: float = 0.001  # stop above this share of unusable samples; up to three never do, unless half of all
+    peak_tflops: float = 0.0  # of one device, for MFU; 0: known GPUs in bf16 only, else no MFU
+    max_bad_share: float = 0.001  # stop above this share of unusable samples; 3 or fewer pass, unless half of all
     seed: int = 0
 
     @property
     def lora_scale(self) -> float:
-        """By what the product of LoRA's factors counts."""
+        """The factor on the product of LoRA's two matrices."""
         return self.lora_alpha / (math.sqrt(self.lora_rank) if self.rslora else self.lora_rank)
 
     @property
@@ -124,12 +124,12 @@ class Eval:
     """How answers are produced for scoring."""
 
     batch_size: int = 16
-    max_new_tokens: int = 0  # 0: 64 for held-out records, for benchmarks as the papers (128; MM-Vet 1024)
-    perplexity: bool = True  # of held-out records' true answers; without it they take half the time
-    candidates: int = 0  # of held-out records: rank each picture's text among so many by likelihood; 0: do not
+    max_new_tokens: int = 0  # 0: 64 for held-out records; for benchmarks as in the papers (128; MM-Vet 1024)
+    perplexity: bool = True  # of the true answers of held-out records; without it, eval on them takes half the time
+    candidates: int = 0  # held-out records: rank each picture's text among this many by likelihood; 0: do not rank
     limit: int = 0  # 0: all
     show: int = 8
-    published: dict[str, float] = field(default_factory=dict)  # scores to hold ours against, {pope = 86.8, …}
+    published: dict[str, float] = field(default_factory=dict)  # scores to compare ours with, {pope = 86.8, …}
     tolerance: float = 0.02  # share of a published score by which ours may miss it
 
 
@@ -153,7 +153,7 @@ class Config:
     generate: Generate = field(default_factory=Generate)
 
 
-# Options that manifests of 0.1.0 lack. A manifest leaves them out at their default, so that older runs still go on.
+# Options that manifests of 0.1.0 lack. A manifest omits them at their default, so that older runs can still resume.
 ADDED = frozenset("norm_samples lm_dropout schedule decay dora rslora val grid compile start message_trees".split())
 TABLES = tuple(f.name for f in dataclasses.fields(Config))
 NEIGHBOURS = "about demo pool data import embed cluster select emit report mix ablation".split()
@@ -173,7 +173,7 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
                 raise UsageError(f"--set {override!r}: write it as table.key=value, for example align.lr=1e-3")
             if table not in (*TABLES, *NEIGHBOURS):
                 raise UsageError(f"--set {override!r}: unknown table {table!r}{did_you_mean(table, TABLES)}")
-            if table in TABLES:  # `--set embed.model=…` is another program's business
+            if table in TABLES:  # `--set embed.model=…` is for `curate`
                 options.assign(tables, override)
         for table in tables.values():
             share = table.get("val") if isinstance(table, dict) else None
@@ -191,7 +191,7 @@ def load(path: str | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    """Read the tables of this program from a file, laid over its bases."""
+    """Read the tables of this program from a file, merged over its bases."""
     try:
         document = pipelines.read(path)
     except FileNotFoundError as error:

@@ -44,7 +44,7 @@ def say(text: str) -> None:
 
 
 def is_first_rank() -> bool:
-    """Say whether this process is the one that speaks, of those that torchrun started."""
+    """Return whether this process is the one, of those that torchrun started, that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -53,21 +53,21 @@ class Group(terminal.Commands, TyperGroup):
 
 
 class _Plain(logging.Formatter):
-    """Log lines in which names of files and keys of samples command no terminal."""
+    """Log lines in which file names and sample keys cannot send control codes to the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return terminal.printable(super().format(record), "\n\t")
 
 
 def quiet() -> None:
-    """Keep stderr for our own lines, of the first rank; transformers prints whole configurations otherwise."""
+    """Keep stderr for our own lines, from the first rank; otherwise transformers prints whole configurations."""
     memory.one_arena()  # before the first thread
     terminal.open_closed()
-    end_with(int(os.environ.pop("TRAIN_PARENT", "0")))  # a pipeline's, which would train on unseen when that is killed
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of every fork
+    end_with(int(os.environ.pop("TRAIN_PARENT", "0")))  # so that training ends with a killed pipeline
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn at every fork
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of each try to reach a hub that is not there
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it reports each attempt to reach an unavailable hub
     level = logging.INFO if is_first_rank() else logging.ERROR
     screen = logging.StreamHandler(sys.stderr)
     screen.setFormatter(_Plain("%(message)s"))
@@ -76,9 +76,9 @@ def quiet() -> None:
 
 
 def end(error: BaseException) -> NoReturn:
-    """Say what went wrong, in a line where it is one of ours or the file system's, and end the process.
+    """Print an error, as one line if it is ours or the file system's, and end the process.
 
-    It ends here and now where it still belongs to a group on GPUs, whose other ranks it must not wait for.
+    It ends at once if it still belongs to a group on GPUs, since it must not wait for the other ranks.
     """
     code = error.exit_code if isinstance(error, TrainError) else TrainError.exit_code
     if isinstance(error, terminal.Stopped):
@@ -93,7 +93,7 @@ def end(error: BaseException) -> NoReturn:
         )
     else:
         sys.__excepthook__(type(error), error, error.__traceback__)
-    ranks = sys.modules.get("train.dist")  # which alone joins groups, and imports torch
+    ranks = sys.modules.get("train.dist")  # only this module joins groups, and it imports torch
     if ranks is not None and ranks.in_nccl():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -121,11 +121,11 @@ def show_scores(results: dict[str, Any], options: configuration.Eval, as_json: b
 
 
 def show_answers(summary: dict[str, Any], out: Path, num: int, as_json: bool) -> None:
-    """Print `num` of the answers in a file beside the truth, and the accuracies."""
+    """Print `num` of the answers in a file beside the true ones, and the accuracies."""
     if as_json:
         show(summary, True)
         return
-    lines = out.read_bytes().splitlines()  # of a text, U+2028 and its like end lines too
+    lines = out.read_bytes().splitlines()  # str.splitlines would also split at U+2028 and the like
     shown = min(num, len(lines))
     for line in (lines[(2 * i + 1) * len(lines) // (2 * shown)] for i in range(shown)):  # spread over the questions
         row = json.loads(line)
@@ -154,7 +154,7 @@ def questions() -> Iterator[str]:
 
 
 def describe_memory(config: configuration.Config) -> dict[str, str]:
-    """Say for each stage how many tokens a pass takes and what memory that needs, of this GPU or one of 80 GB."""
+    """Say for each stage how many tokens a pass takes and how much memory of this GPU, or one of 80 GB, it needs."""
     import torch
 
     from train.model.compose import blueprint
@@ -179,7 +179,7 @@ def describe_memory(config: configuration.Config) -> dict[str, str]:
 
 
 def describe_model(model: configuration.Model) -> dict[str, Any]:
-    """Count a model's parameters from its configuration alone; empty without one, `unknown` where it is not at hand."""
+    """Count a model's parameters from its configuration alone; empty if none is set, `unknown` if it is unavailable."""
     if not (model.tower and model.lm):
         return {}
     from train.model.compose import blueprint, limits
@@ -196,7 +196,7 @@ def describe_model(model: configuration.Model) -> dict[str, Any]:
 
 
 def describe_template(model: configuration.Model) -> str:
-    """Say which template conversations are written in, where the configuration leaves that to the tokenizer."""
+    """Name the template of conversations, if the configuration leaves the choice to the tokenizer; else return ""."""
     from train.data.own_template import read_own_template
     from train.data.prompts import OWN
     from train.model.language import load_tokenizer

@@ -1,4 +1,4 @@
-"""What a process of a run knows of itself and of the others: device, precision, rank, sums, signals.
+"""What a process of a run knows about itself and the others: device, precision, rank, sums, signals.
 
 Under torchrun each process (a rank, 0 to world - 1) holds one device. `Runtime.detect` chooses device and precision and
 joins the group of all ranks; its other methods are the only collectives outside of FSDP. Gradients are summed in flat
@@ -24,14 +24,14 @@ from torch import Tensor
 from pipelines.processor import bf16_instructions, cores, gpu_has_bf16
 from train.errors import UsageError
 
-WAIT = timedelta(hours=2)  # of objects and barriers: one rank may read millions of samples, or write to a slow disk
-STEP = timedelta(minutes=30)  # of numbers within a step: one rank may wait for its loader
-ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # where users say how torch takes a GPU's memory
+WAIT = timedelta(hours=2)  # for objects and barriers: one rank may read millions of samples, or write to a slow disk
+STEP = timedelta(minutes=30)  # for numbers within a step: one rank may wait for its loader
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # where users set how torch allocates GPU memory
 BUCKET = 1 << 26  # elements of gradients in one message
 
 
 def ranks_here() -> int:
-    """Count the ranks of this machine."""
+    """Count the ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
@@ -41,7 +41,7 @@ def cores_of_a_rank() -> int:
 
 
 def _no_gpu(cuda: bool) -> str:
-    """Say why `auto` computes in fp32, and what a processor with bf16 instructions would gain."""
+    """Say why `auto` computes in fp32, and what a processor with bf16 instructions would gain from bf16."""
     kind = bf16_instructions()
     if cuda or not kind:
         return "no GPU with bf16"
@@ -50,7 +50,7 @@ def _no_gpu(cuda: bool) -> str:
 
 
 def _own_device() -> torch.device:
-    """Return this rank's GPU, or the processor.  Raises: UsageError where the machine has more ranks than GPUs."""
+    """Return this rank's GPU, or the processor.  Raises: UsageError if the machine has more ranks than GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -70,8 +70,8 @@ class Runtime:
     rank: int
     world: int  # number of ranks
     reason: str  # device and precision in words, with why they were chosen
-    patient: Any = None  # the group of all ranks that objects and barriers go through
-    hosts: Any = None  # the same for numbers of the host: no device is waited for, and no rank for long
+    patient: Any = None  # the group of all ranks for objects and barriers, with a long time limit
+    hosts: Any = None  # the group for numbers on the host: waits for no device, and has a shorter limit
 
     @classmethod
     def detect(cls, precision: str, workers: int) -> Self:
@@ -83,7 +83,7 @@ class Runtime:
         device = _own_device()
         cuda = device.type == "cuda"
         if cuda:
-            # Passes differ in shape: blocks of fixed size would leave memory that none of the next fits into.
+            # Passes differ in shape: blocks of fixed size would leave gaps that no later pass fits into.
             if not any(name in os.environ for name in ALLOCATOR):
                 os.environ[ALLOCATOR[0]] = "expandable_segments:True"  # read when the device is first used
             torch.cuda.set_device(device)
@@ -97,7 +97,7 @@ class Runtime:
         card = f" {torch.cuda.get_device_name(device)}" if cuda else ""
         reason = f"{device}{card}, {'bf16 with fp32 masters' if bf16 else 'fp32'} ({why}), {world} process(es)"
         found = cls(device, torch.bfloat16 if bf16 else torch.float32, rank, world, reason, patient, hosts)
-        found.forget_peak_memory()  # of what this process has carried out before
+        found.forget_peak_memory()  # of earlier commands of this process
         return found
 
     @classmethod
@@ -115,21 +115,21 @@ class Runtime:
         return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
 
     def forget_peak_memory(self) -> None:
-        """Let the peak of memory be what is held now, where the system can."""
+        """Reset the memory peak to what is held now, if the system can."""
         if self.device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.reset_peak_memory_stats(self.device)
-        with suppress(OSError):  # Linux alone
+        with suppress(OSError):  # only on Linux
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak_memory_gb(self) -> float:
-        """Return the most memory held since then: of the GPU's tensors, or else of this process."""
+        """Return the most memory held since that reset: by the GPU's tensors, or else by this process."""
         if self.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.device) / 1e9)
         import resource
         import sys
 
         held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return held / 1e9 * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
+        return held / 1e9 * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS, KiB elsewhere
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sum each number over all ranks, in float64."""
@@ -141,7 +141,7 @@ class Runtime:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """The number of this machine, this rank's number on it, and how many ranks it has, as torchrun says."""
+        """The number of this machine, this rank's number on it, and its number of ranks, as torchrun sets them."""
         if self.world == 1:
             return 0, 0, 1
         node, local = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -167,9 +167,9 @@ class Runtime:
         return box[0]
 
     def share_here(self, function: Callable[[int, int], dict[Any, Any]]) -> dict[Any, Any]:
-        """Call a function in every rank, with its number on its machine and how many those are; return what all found.
+        """Call function(rank on this machine, ranks on this machine) in every rank; merge what it returns.
 
-        Of a machine: each rank gets what the ranks of its own have found.  Raises: what it raised in any, in all.
+        Each rank gets the results of the ranks on its own machine.  Raises: in all ranks, what it raised in any.
         """
         node, local, count = self.place
         answer: list[Any] = [node, {}, None]
@@ -197,9 +197,9 @@ class Runtime:
 
 
 def _join(device: torch.device) -> tuple[Any, Any]:
-    """Join the group of all ranks, with torch's own time limit; return two over the host: one that waits long, one not.
+    """Join the group of all ranks, with torch's own time limit; return two groups over the host, of a long and a short.
 
-    A rank that fails in mid-step is noticed in minutes, and still the others may wait hours for the first to read data.
+    So a rank that fails in mid-step is noticed within minutes, yet the others may wait hours for one to read data.
     """
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -207,9 +207,9 @@ def _join(device: torch.device) -> tuple[Any, Any]:
 
 
 def leave_unless_failed(failed: type[BaseException] | None, *_: object) -> None:
-    """Leave the groups as a block ends; not where this rank fails on NCCL, whose communicators only end together.
+    """Leave the groups at the end of a block, unless this rank failed on NCCL, whose communicators only end together.
 
-    It would wait there for the others, which wait for it, and what went wrong would never be said.
+    There it would wait for the others while they wait for it, and the error would never be printed.
     """
     if failed is None or not in_nccl():
         leave_group()

@@ -1,9 +1,9 @@
 """A run's directory: its request, its state (new, unfinished, finished), its lock, and files written atomically.
 
     .plan.json      the request, while the run is unfinished      .lock   while a process writes it
-    metrics.jsonl   one line a step                      tensorboard/   the same curves
+    metrics.jsonl   one line per step                    tensorboard/   the same curves
     checkpoints/    step-000200/ …                       skipped.jsonl  samples left out, and why
-    manifest.json   the request and the result; written last, so that it exists means that the run is complete
+    manifest.json   the request and the result; written last, so its existence means that the run is complete
 
 Manifests hold no times and no absolute paths: the same request gives the same bytes.
 """
@@ -27,26 +27,26 @@ from train.errors import UsageError
 
 FORMAT = 1
 MANIFEST, PLAN, LOCK = "manifest.json", ".plan.json", ".lock"
-SWAP = ".swap.json"  # where `curate` was cut short between two states of a directory
-WORK = ("metrics.jsonl", "answers.jsonl")  # what an unfinished run has done: steps of a stage, answers to a benchmark
-MEASURED = ".measured"  # beside runs: the lengths of the samples of their data
-# Options that change no result, or (how a step is cut into passes) only which dropout is drawn and the rounding.
+SWAP = ".swap.json"  # left where `curate` was interrupted between two states of a directory
+WORK = ("metrics.jsonl", "answers.jsonl")  # the work of an unfinished run: steps of a stage, answers to a benchmark
+MEASURED = ".measured"  # folder beside runs: the lengths of the samples of their data
+# Options that do not change the result, or, as with how a step is split into passes, only dropout masks and rounding.
 EXECUTION = frozenset({"workers", "save_every", "keep_last", "peak_tflops", "tracker", "shard"})
 EXECUTION |= {"micro_tokens", "micro_images", "gradient_checkpointing", "attention", "compile"}
-STATES = {  # by what the content of an input is known
+STATES = {  # the digests that identify the content of an input
     "inputs.digest": "its data",
     "inputs.images_digest": "its images",
     "inputs.val_digest": "its validation data",
     "inputs.align_digest": "the align run that it starts from",
 }
 ANSWERED = {"weights": "of another model", "data": "to other data", "images": "to other pictures"}
-LATER = frozenset({"align_digest", "batch_size"})  # not recorded before 2026-11-27, of an evaluation before 2026-11-29
+LATER = frozenset({"align_digest", "batch_size"})  # not recorded before 2026-11-27, by an evaluation before 2026-11-29
 Status = Literal["new", "unfinished", "finished"]
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file atomically: under a temporary name, synced, then renamed. An error names the file itself."""
+    """Write a file atomically: under a temporary name, synced, then renamed. Errors name the final file."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -61,10 +61,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a whole file of JSON."""
+    """Write a JSON file atomically."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     with whole_file(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))  # of names that are no UTF-8; an escape in JSON
+        file.write(text.encode("utf-8", "backslashreplace"))  # for names that are not UTF-8; becomes an escape in JSON
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def alone(lock: Path, out: Path) -> Iterator[None]:
-    """Hold a lock file for this process; the lock ends with its process, however that ends.
+    """Hold a lock file for this process; the lock ends when the process ends, for whatever reason.
 
-    Raises: UsageError naming who has it.
+    Raises: UsageError naming who holds it.
     """
     try:
         taken = FileLock(lock, timeout=0).acquire()
@@ -105,7 +105,7 @@ def alone(lock: Path, out: Path) -> Iterator[None]:
 def held(out: Path) -> Iterator[None]:
     """Make a directory and lock it for this process; it is removed again if it stays empty.
 
-    Raises: UsageError naming who has it.
+    Raises: UsageError naming who holds it.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; give a directory")
@@ -125,9 +125,8 @@ def held(out: Path) -> Iterator[None]:
 def open_run(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> Status:
     """Start a request in a locked directory, or find the same request there, unfinished or finished.
 
-    What was made of other data is neither gone on with nor taken for finished.
-    A run that ended before its first step or answer, as one does whose data must be mended first, gives way to any
-    request.
+    What was made from other data is neither resumed nor treated as finished. A run that ended before its first step or
+    answer, for example because its data had to be fixed first, may be replaced by any request.
     Raises: UsageError naming the first option that differs, both values, and `--overwrite`.
     """
     found = next((out / name for name in (MANIFEST, PLAN) if (out / name).is_file()), None)
@@ -150,12 +149,12 @@ def open_run(out: Path, request: dict[str, Any], *, overwrite: bool = False) -> 
 
 
 def same_request(there: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Say whether two requests ask for the same result, the earlier one perhaps in the words of an earlier version."""
+    """Return whether two requests ask for the same result; the earlier one may come from an older version."""
     return not _difference(there, here)
 
 
 def refuse_other(there: dict[str, Any], here: dict[str, Any], out: Path) -> NoReturn:
-    """Refuse a request where another one's result stands.  Raises: UsageError naming the first option that differs."""
+    """Refuse a request in another one's directory.  Raises: UsageError naming the first option that differs."""
     difference = _difference(there, here)
     if changed := STATES.get(difference.partition(" ")[0]):
         told = f"{out} was made from another state of {changed}"
@@ -163,7 +162,7 @@ def refuse_other(there: dict[str, Any], here: dict[str, Any], out: Path) -> NoRe
     if others := ANSWERED.get(difference.partition(" ")[0]):
         raise UsageError(f"{out} holds answers {others}; choose another --out, or type --overwrite to answer again")
     if difference.startswith("model.template = "):
-        name = there["model"]["template"] or "vicuna"  # the default before a model's own template was
+        name = there["model"]["template"] or "vicuna"  # the default before a model's own template became it
         raise UsageError(
             f"{out} was made with {difference}; without model.template it is now the language model's own template "
             f'("chat"). To continue it, type --set model.template={name}; else choose another --out, or --overwrite'
@@ -172,7 +171,7 @@ def refuse_other(there: dict[str, Any], here: dict[str, Any], out: Path) -> NoRe
 
 
 def finish(out: Path, request: dict[str, Any], result: dict[str, Any]) -> None:
-    """Write the manifest, which ends the run."""
+    """Write the manifest, which marks the run as finished."""
     import peft
     import torch
     import transformers
@@ -221,9 +220,9 @@ def digest_file(path: Path) -> str:
 
 
 def refuse_half(folder: Path) -> None:
-    """Refuse a folder of data that `curate` was cut short at: as it stands, a run would learn from a part of it.
+    """Refuse a folder of data that `curate` has not finished: a run would train on only part of it.
 
-    Raises: UsageError naming the verb that goes on with it.
+    Raises: UsageError naming the verb that completes it.
     """
     found = next((folder / name for name in (SWAP, MANIFEST, PLAN) if (folder / name).is_file()), None)
     if found is None or found.name == MANIFEST:
@@ -235,14 +234,14 @@ def refuse_half(folder: Path) -> None:
 
 
 def shards_in(path: Path) -> tuple[list[Path], list[str]]:
-    """List the tars of a folder, or the one that a path names, by name; and what is passed over there, in words."""
+    """List the tars of a folder, or the one that a path names, by name; and say which files are passed over."""
     files = {file.name: file for file in (sorted(path.iterdir()) if path.is_dir() else [path])}
     chosen, passed = choose_tars(files)
     return [files[name] for name in chosen], [f"{name} is passed over: {why}" for name, why in passed.items()]
 
 
 def digest_data(data: str) -> str:
-    """Identify a data set: by its manifest, else by a JSON's bytes, else by the names and sizes of its shards."""
+    """Digest a data set: by its manifest, else by a JSON's bytes, else by the names and sizes of its shards."""
     path = Path(data)
     if (path / MANIFEST).is_file():
         return digest_file(path / MANIFEST)
@@ -254,7 +253,7 @@ def digest_data(data: str) -> str:
 
 
 def refuse_unexported(folder: Path) -> None:
-    """Refuse what is no exported model, saying how to make one of it.  Raises: UsageError."""
+    """Refuse a folder that is not an exported model, and say how to export one.  Raises: UsageError."""
     if (folder / "config.json").is_file():
         return
     if (folder / MANIFEST).is_file():
@@ -264,7 +263,7 @@ def refuse_unexported(folder: Path) -> None:
 
 
 def digest_weights(folder: Path) -> str:
-    """Identify a model without reading all of it: names, sizes, and both ends of each of its files."""
+    """Digest a model without reading all of it: names, sizes, and both ends of each of its files."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
         size = path.stat().st_size

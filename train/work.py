@@ -1,8 +1,8 @@
-"""Carry out many commands in one process: a request a line on stdin, an answer a line on stdout.
+"""Run many commands in one process: one request per line on stdin, one answer per line on stdout.
 
-A request is a JSON list, the words of a `python -m train` command; the answer is `{"exit": 0, "said": …}`, or
-`{"exit": 1, "error": …}` with the code that the command would have ended with. Start-up and imports cost more than a
-small model's training, and are paid once here; what a command leaves on disk is what it leaves when it runs alone.
+A request is a JSON list, the words of a `python -m train` command. The answer is `{"exit": 0, "said": …}`, or
+`{"exit": 1, "error": …}` with the exit code that the command would have had. Start-up and imports take longer than
+training a small model and happen once here; a command writes the same files as when it runs alone.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from train.errors import Interrupted, TrainError
 
 
 def end_with(parent: int) -> None:
-    """Take SIGTERM, which saves what is under way, as soon as the process that started this one is gone; 0: never."""
+    """Send SIGTERM to this process, which saves its work, as soon as the one that started it is gone; 0: never."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -31,9 +31,9 @@ def end_with(parent: int) -> None:
 
 
 def answers(lines: Iterable[str], run: Callable[[list[str]], None]) -> Iterator[dict[str, Any]]:
-    """Yield the answer to each request; `run` carries out the words of one command.
+    """Yield the answer to each request; `run` runs one command, given as words.
 
-    Raises: Interrupted, after which the process has to end.
+    Raises: Interrupted, after which the process must end.
     """
     for line in lines:
         if line.strip():
@@ -54,7 +54,7 @@ def _answer(line: str, run: Callable[[list[str]], None]) -> dict[str, Any]:
         return {"exit": error.exit_code, "error": str(error)}
     except ValueError as error:
         return {"exit": 2, "error": f"{line.strip()[:200]}: {error}"}
-    except Exception as error:  # a misspelt verb has an exit code; whatever else fails here is not the next command's
+    except Exception as error:  # a misspelt verb has an exit code; other failures must not reach the next command
         if hasattr(error, "format_message"):
             return {"exit": getattr(error, "exit_code", 2), "error": error.format_message()}
         return {"exit": 1, "error": f"{type(error).__name__}: {error}"}
