@@ -26,6 +26,9 @@ def lacks() -> str:
         return "simulating a GPU takes Linux and gcc"
     if torch.version.cuda is None or not all((packages / folder).is_dir() for folder in HEADERS):
         return "simulating a GPU takes a torch with CUDA 13"
+    probe = subprocess.run(["gcc", "-fsyntax-only", "-xc", "-"], input=b"#include <pthread.h>\n", capture_output=True)
+    if probe.returncode:
+        return "simulating a GPU takes the C library's headers"
     return ""
 
 
