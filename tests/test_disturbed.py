@@ -56,7 +56,7 @@ def test_an_error_of_the_place_ends_a_stage_at_once(tmp_path, code, workers):
         return
     with pytest.raises(RunError, match=f"emit: 3: .*{os.strerror(code)}") as refused:
         stage(tmp_path, OSError(code, os.strerror(code)), workers)
-    assert refused.value.exit_code == 1 and "goes on" in str(refused.value)
+    assert refused.value.exit_code == 1 and "resumes" in str(refused.value)
     assert len(list(tmp_path.glob("tried-*"))) < 20
 
 
@@ -123,7 +123,7 @@ def test_a_disk_that_fills_ends_the_run_with_one_line_and_the_rerun_goes_on(pool
     ended = curate(*words(pool, pool / "limited" / "emb"), check=False, limits=limits)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: embed: ") and "File too large" in last and "goes on" in last
+    assert last.startswith("error: embed: ") and "File too large" in last and "resumes" in last
     assert ended.stderr.count("File too large") == 1, "no other shard was tried"
     curate(*words(pool, pool / "limited" / "emb"))
     assert fingerprint(pool / "limited" / "emb") == fingerprint(pool / "whole" / "emb")

@@ -130,7 +130,7 @@ def test_show_tells_the_life_of_a_sample(undisturbed):
         (["emit", "{}/sel", "{}/e", "--slice", "0/2", "--overwrite"], "would delete what the other slices have made"),
         (["embed", "{}/pool", "{}/e", "--model", "no/such/model"], "a local model is a folder with open_clip_config"),
         (["select", "{}/emb", "{}/s", "--losses", "{}/emb"], "made by `python -m train … --losses`"),
-        (["select", "{}/clu", "{}/s", "--step", "placeholders(2, threshold=0.5)"], "under the floor"),
+        (["select", "{}/clu", "{}/s", "--step", "placeholders(2, threshold=0.5)"], "below the floor"),
         (["select", "{}/clu", "{}/s", "--step", "placeholders(2, captions=2)"], "a share between 0 and 1"),
         (["select", "{}/clu", "{}/s", "--step", "sample(3, seed=-1)"], "0 or more"),
     ],

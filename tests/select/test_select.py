@@ -293,7 +293,7 @@ def test_the_same_request_is_recognised_another_refused_and_bytes_repeat(pool, t
     [
         (SelectOptions(steps=("above(clip_score, 5)", "sample(3)")), r"no row is left for the step sample\(3\)"),
         (SelectOptions(steps=("above(clip_score, 5)",)), "selection is empty"),
-        (SelectOptions(steps=("dedup(0.5)",)), "under the floor"),
+        (SelectOptions(steps=("dedup(0.5)",)), "below the floor"),
         (SelectOptions(steps=("sample(3)",), recipe="bunny"), "both given"),
         (SelectOptions(steps=("sample(3)",), n=5), "both given"),
         (SelectOptions(recipe="bunnyy"), "did you mean 'bunny"),

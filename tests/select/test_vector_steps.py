@@ -143,7 +143,7 @@ def test_what_cannot_be_computed_is_refused_in_one_line(pool, tmp_path, step, wo
 def test_a_target_of_another_model_is_refused(pool, tmp_path):
     other = draw(tmp_path / "other", rows=20, dim=16, stems=1)
     for step in ("exclude('{}')", "image_based('{}')", "top(norm_sim('{}'), 9)"):
-        with pytest.raises(UsageError, match="has 16 dimensions of an unnamed model, this pool 32 .*one model"):
+        with pytest.raises(UsageError, match="has 16 dimensions of an unnamed model, this pool has 32 .*one model"):
             kept(pool.clu, tmp_path / "sel", step.format(other.path))
 
 
