@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import simulate
@@ -35,11 +34,12 @@ for wrong in (lambda: x @ torch.ones(4, 2), lambda: x.numpy(), lambda: x.to("cud
     except (RuntimeError, TypeError) as error:
         print(type(error).__name__)
 """
-pytestmark = pytest.mark.skipif(bool(simulate.lacks()), reason=simulate.lacks())
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
+    if reason := simulate.lacks():
+        pytest.skip(reason)
     return simulate.build(tmp_path_factory.mktemp("cuda"))
 
 
@@ -56,5 +56,5 @@ def test_it_refuses_what_a_gpu_does_and_computes_what_the_processor_does(library
 
 @pytest.mark.parametrize("path", ["tests/vectors/test_on_device.py", "tests/train/model/test_attention.py"])
 def test_tests_of_cuda_paths_pass_there(library, path):
-    ran = simulated(library, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(Path(path)))
-    assert ran.returncode == 0 and "skipped" not in ran.stdout, ran.stdout[-2000:]
+    ran = simulated(library, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", path)
+    assert ran.returncode == 0 and "SKIPPED" not in ran.stdout, ran.stdout[-2000:]
