@@ -220,26 +220,26 @@ def open_part(part: Part, more: Sequence[str] = ()) -> Table:
 
 
 @contextmanager
-def _opened(part: Part) -> Iterator[Any]:
-    """Open a part's table. Raises: ShardError where it cannot be read."""
+def opened(location: str) -> Iterator[Any]:
+    """Open a parquet file, for as long as it is read. Raises: ShardError, naming it, if it cannot be."""
     import pyarrow.parquet as pq
 
     try:
-        with paths.open_read(part.table) as file:
+        with paths.open_read(location) as file:
             yield pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{part.table} cannot be read: {first_line(error)}") from None
+        raise ShardError(f"{location} cannot be read: {first_line(error)}") from None
 
 
 def table_schema(part: Part) -> pa.Schema:
     """Read which columns a part's table has. Raises: ShardError."""
-    with _opened(part) as held:
+    with opened(part.table) as held:
         return held.schema_arrow
 
 
 def read_columns(part: Part, wanted: tuple[str, ...]) -> dict[str, pa.Array]:
     """Read those of the wanted columns that a part's table has, by our names or its own. Raises: ShardError."""
-    with _opened(part) as held:
+    with opened(part.table) as held:
         there = set(held.schema_arrow.names)
         chosen = {ours: next((name for name in NAMES.get(ours, (ours,)) if name in there), None) for ours in wanted}
         read = held.read(columns=sorted({name for name in chosen.values() if name}))

@@ -18,14 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from curate import engine
 from curate.embed.captions import clean
 from curate.engine import Job
 from curate.errors import ShardError, UsageError, unknown
 from curate.ingest.beside import TABLES, Beside, File, Samples, has_pictures, seen_of, to_json
-from curate.ingest.layouts import text_of
+from curate.ingest.layouts import opened, text_of
 from curate.ingest.options import PackOptions
 from curate.ingest.parquet_rows import KEYS, Part, Rows, count_keys, key_of
 from curate.ingest.table_columns import caption_column, holds_images, image_column, no_images
@@ -45,7 +43,6 @@ from curate.storage.tar import (
     suffix_of,
 )
 from pipelines.record_forms import as_list
-from pipelines.terminal import first_line
 
 LAYOUTS = ("auto", "files", "parquet")
 PATHS = re.compile(r"[:\\]")  # by these a name can lead out of its folder: `C:x`, `\\x`
@@ -244,17 +241,13 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
     If one of several cannot be read, it is a part that fails. told: filled with other columns of bytes, which JSON
     cannot hold.
     """
-    import pyarrow.parquet as pq
-
     parts: dict[str, Part] = {}
     for location, listed in _parquet_files(source, told):
         try:
-            with paths.open_read(location) as file:
-                held = pq.ParquetFile(file)
+            with opened(location) as held:
                 schema, rows = held.schema_arrow, held.metadata.num_rows
-        except (pa.ArrowException, OSError) as error:
-            why = f"{location} cannot be read: {first_line(error)}"
-            failed = Part(location, 0, seen=(listed.size, listed.stamp, "cannot be read"), broken=why)
+        except ShardError as error:
+            failed = Part(location, 0, seen=(listed.size, listed.stamp, "cannot be read"), broken=str(error))
             _add_part(parts, _stem(location, source), failed)
             continue
         image = image_column(schema, options.image, location)
@@ -268,9 +261,9 @@ def _tables(source: str, options: PackOptions, told: Faults) -> dict[str, Part]:
             seen = (listed.size, listed.stamp, f"{start} {stop} {image} {caption}")
             keyed = any(each in KEYS and each != image for each in schema.names)
             _add_part(parts, name, Part(location, stop - start, (), start, image, caption, seen=seen, keyed=keyed))
-    if broken := [part.broken for part in parts.values() if part.broken]:
-        if len(broken) == len(parts):
-            raise UsageError(broken[0])
+    broken = [part.broken for part in parts.values() if part.broken]
+    if broken and len(broken) == len(parts):
+        raise UsageError(broken[0])
     return parts
 
 
