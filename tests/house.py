@@ -32,6 +32,18 @@ def curate(*words, check=True, **options):
     return ended
 
 
+def close_folders(monkeypatch, name):
+    """Let every folder of a name refuse to be listed, as one of another user does; root may list them all."""
+    scandir = os.scandir
+
+    def refuse(place):
+        if os.path.basename(str(place)) == name:
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
 def until(condition, pause_s=0.01):
     """Wait until a condition holds, however busy the machine is; returns its value."""
     deadline = time.monotonic() + PATIENCE_S

@@ -10,7 +10,7 @@ from artefacts import picture
 from test_embed import make_tar, table_of
 
 from curate.storage.tar import survey_pool
-from house import curate, manifest
+from house import close_folders, curate, manifest
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +108,5 @@ def test_tars_in_a_folder_below_and_what_is_no_pool_are_told(tmp_path, model):
 def test_a_folder_that_cannot_be_listed_stops_no_pool(tmp_path, monkeypatch):
     (tmp_path / "lost+found").mkdir()
     make_tar(tmp_path / "a.tar", [("a.jpg", picture(1))])
-    scandir = os.scandir
-
-    def refuse(place):
-        if str(place).endswith("lost+found"):
-            raise PermissionError(13, "Permission denied", place)
-        return scandir(place)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    close_folders(monkeypatch, "lost+found")
     assert [shard.stem for shard in survey_pool(str(tmp_path)).shards] == ["a"]

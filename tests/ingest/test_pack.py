@@ -19,7 +19,7 @@ from curate.ingest.beside import FOLDERS, Beside, File
 from curate.ingest.pack import PackOptions, pack
 from curate.storage import sidecar
 from curate.storage.tar import TarWriter, is_safe, list_pool, read_index, suffix_of
-from house import curate, fingerprint, manifest
+from house import close_folders, curate, fingerprint, manifest
 
 QUIET = Job(quiet=True, workers=1)
 ENDED = ["success"] * 7 + ["failed_to_download", "failed_to_resize", "failed_to_download"]
@@ -558,14 +558,7 @@ def test_links_that_lead_nowhere_and_folders_that_may_not_be_read_are_passed_ove
     (tmp_path / "in" / "a" / "2.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "in" / "a" / "4.jpg").symlink_to(tmp_path / "in" / "a" / "4.jpg")  # to itself
     (tmp_path / "in" / "a" / "2.txt").write_text("a text whose picture is gone")
-    scandir = os.scandir
-
-    def closed(place):
-        if str(place).endswith("lost+found"):
-            raise PermissionError(13, "Permission denied", place)
-        return scandir(place)
-
-    monkeypatch.setattr(os, "scandir", closed)
+    close_folders(monkeypatch, "lost+found")
     made = pack(str(tmp_path / "in"), str(tmp_path / "out"), PackOptions(), QUIET)
     assert dict(members(tmp_path / "out" / "a.tar")) == {"1.jpg": picture(1), "2.txt": b"a text whose picture is gone"}
     assert made["counts"]["rows"] == 2
@@ -577,7 +570,7 @@ def test_links_that_lead_nowhere_and_folders_that_may_not_be_read_are_passed_ove
     pq.write_table(table, tmp_path / "in" / "a" / "1.parquet")
     tables = pack(str(tmp_path / "in"), str(tmp_path / "tables"), PackOptions(layout="parquet"), QUIET)
     assert tables["faults"]["folders passed over: no permission to read them"]["count"] == 2
-    monkeypatch.setattr(os, "scandir", lambda place: closed(f"{place}/lost+found"))
+    close_folders(monkeypatch, "in")
     with pytest.raises(PermissionError):
         pack(str(tmp_path / "in"), str(tmp_path / "none"), PackOptions(), QUIET)
 
